@@ -1,0 +1,341 @@
+"""Where rows come from: local files, the Hugging Face Hub, and the raw formats of HH-RLHF and TL;DR.
+
+A row that cannot be used never stops the reading: readers return it beside the good rows, and the caller decides.
+A file that cannot be read raises `InputError`.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from mixpo.data.errors import InputError
+from mixpo.data.rows import (
+    FIX,
+    BadRow,
+    Demonstration,
+    Message,
+    Preference,
+    RowError,
+    demonstration_from,
+    excerpt,
+    kind_of,
+    preference_from,
+    text_of,
+)
+
+Format = Literal["preference", "hh-rlhf", "tldr"]
+Record = dict[str, object]
+Records = Iterator[tuple[int, Record | RowError]]
+Row = TypeVar("Row", Demonstration, Preference)
+
+
+def read_preferences(path: Path, format: Format) -> tuple[list[Preference], list[BadRow]]:
+    """Read a file's preferences, and its rows that are none."""
+    return _parsed(str(path), read_records(path), _PREFERENCE[format])
+
+
+def read_demonstrations(path: Path) -> tuple[list[Demonstration], list[BadRow]]:
+    """Read a file's demonstrations, and its rows that are none."""
+    return _parsed(str(path), read_records(path), demonstration_from)
+
+
+def read_hub_preferences(
+    name: str, format: Format, *, split: str, data_dir: str | None = None, revision: str | None = None
+) -> tuple[list[Preference], list[BadRow]]:
+    """Read the preferences of a Hub data set; `Anthropic/hh-rlhf` keeps its subsets apart by `data_dir`."""
+    records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
+    return _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format])
+
+
+def read_hub_demonstrations(
+    name: str, *, split: str, data_dir: str | None = None, revision: str | None = None
+) -> tuple[list[Demonstration], list[BadRow]]:
+    """Read the demonstrations of a Hub data set."""
+    records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
+    return _parsed(_hub_name(name, split, data_dir), records, demonstration_from)
+
+
+def _parsed(file: str, records: Records, parse: Callable[[Record], Row]) -> tuple[list[Row], list[BadRow]]:
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    for number, record in records:
+        try:
+            if isinstance(record, RowError):
+                raise record
+            rows.append(parse(record))
+        except RowError as error:
+            bad.append(BadRow(file, number, error.field, error.problem))
+    return rows, bad
+
+
+# Raw formats
+
+
+def parse_hh_rlhf(record: Record) -> Preference:
+    r"""Read a raw HH-RLHF row: `chosen` and `rejected`, each a dialogue that ends with its completion. Bai et al. 2022.
+
+    A dialogue is split at `\n\nHuman:` and `\n\nAssistant:` and nowhere else, and turns are stripped. Turns that follow
+    each other from one side are one turn, joined by an empty line: chat templates want roles to alternate, and the
+    second is the same speaker going on.
+    """
+    return preference_from({side: _dialogue(side, text_of(record, side)) for side in ("chosen", "rejected")})
+
+
+def _dialogue(field: str, text: str) -> list[Message]:
+    start, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    if start or turns[0] != "Human":
+        raise RowError(field, f"begins with {excerpt(text)}; expected '\\n\\nHuman:'; {FIX}")
+    spoken = zip(turns[::2], turns[1::2], strict=True)
+    return [
+        Message(role={"Human": "user", "Assistant": "assistant"}[speaker], content=_joined(text for _, text in group))
+        for speaker, group in groupby(spoken, key=lambda turn: turn[0])
+    ]
+
+
+def _joined(turns: Iterable[str]) -> str:
+    return "\n\n".join(turn.strip() for turn in turns).strip()
+
+
+def parse_tldr(record: Record) -> Preference:
+    """Read a TL;DR comparison: `prompt` (a Reddit post), `chosen`, `rejected` (summaries). Stiennon et al. 2020.
+
+    The prompt becomes one user message: the post, an empty line and the instruction "TL;DR:", which is how the paper
+    asks. The summaries lose that prefix, which the prompt now has, and the space around them.
+    """
+    post = text_of(record, "prompt").strip()
+    if not re.match(r"SUBREDDIT:.*TITLE:.*POST:", post, flags=re.DOTALL):
+        raise RowError("prompt", f"is {excerpt(post)}; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX}")
+    asked = Message(role="user", content=f"{post.removesuffix('TL;DR:').rstrip()}\n\nTL;DR:")
+    sides = {side: text_of(record, side).strip().removeprefix("TL;DR:").strip() for side in ("chosen", "rejected")}
+    return preference_from({"prompt": [asked], **sides})
+
+
+_PREFERENCE: dict[Format, Callable[[Record], Preference]] = {
+    "preference": preference_from,
+    "hh-rlhf": parse_hh_rlhf,
+    "tldr": parse_tldr,
+}
+
+
+# Local files
+
+
+def read_records(path: Path) -> Records:
+    """Read a file's rows with their numbers: lines in JSON Lines and CSV (where the row begins), rows elsewhere.
+
+    A row that is no object, a line that is no JSON and a CSV row with too few or too many columns come as `RowError`.
+    """
+    _must_be_file(path)
+    for ending, reader in _READERS.items():
+        if path.name.lower().endswith(ending):
+            return _not_empty(path, reader(path))
+    raise InputError(f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(_READERS)}; convert the file")
+
+
+def content_digest(paths: Sequence[Path]) -> str:
+    """Digest what files hold, in this order and whatever their names: 16 hex digits of SHA-256."""
+    whole = hashlib.sha256()
+    for path in paths:
+        _must_be_file(path)
+        with _readable(path), path.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
+def _must_be_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no such file, and no folder '{path.parent}'; check the path")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file; it holds {_listing(path)}")
+    near = get_close_matches(path.name, _names(path.parent), n=3)
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the folder holds {_listing(path.parent)}"
+    raise InputError(f"{path}: no such file; {hint}")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _listing(folder: Path) -> str:
+    names = _names(folder)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(map(repr, names[:10])) + more or "nothing"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what reading a broken file raises into `InputError`."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {_first_line(error)}; check that the file is whole") from error
+
+
+def _not_empty(path: Path, records: Records) -> Records:
+    first = next(records, None)
+    if first is None:
+        raise InputError(f"{path}: has no rows; expected at least one; check the file")
+    yield from chain([first], records)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read lines of UTF-8; only a line feed ends one, so that other separators may stand in a text."""
+    with _readable(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            yield number, _decoded(path, number, line)
+
+
+def _decoded(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+        raise InputError(f"{path}:{number}: is not UTF-8: {found}; save the file as UTF-8") from error
+
+
+def _jsonl(path: Path) -> Records:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, _object_in(line)
+
+
+def _object_in(line: str) -> Record | RowError:
+    try:
+        return _object(json.loads(line))
+    except json.JSONDecodeError as error:
+        return RowError("", f"is not JSON: {error.msg} at column {error.colno}; {FIX}")
+    except (ValueError, RecursionError) as error:
+        return RowError("", f"is not JSON: {_first_line(error)}; {FIX}")
+
+
+def _object(value: object) -> Record | RowError:
+    return value if isinstance(value, dict) else RowError("", f"is {kind_of(value)}; expected an object; {FIX}")
+
+
+def _json(path: Path) -> Records:
+    text = "".join(line for _, line in _lines(path))
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        hint = "a file with one object a line is named .jsonl"
+        raise InputError(f"{path}: is not JSON: {_first_line(error)}; {hint}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: holds {kind_of(rows)}; expected a list of objects")
+    yield from enumerate(map(_object, rows), start=1)
+
+
+def _csv(path: Path) -> Records:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        begin = reader.line_num + 1
+        for row in reader:
+            if row:
+                yield begin, _cells(header, row)
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: is not CSV: {error}; fix the quotes around this line") from error
+
+
+def _cells(header: list[str], row: list[str]) -> Record | RowError:
+    if len(row) != len(header):
+        return RowError("", f"has {len(row)} columns; expected {len(header)} as in the header; quote texts with commas")
+    return dict(zip(header, row, strict=True))
+
+
+def _parquet(path: Path) -> Records:
+    with _readable(path), pq.ParquetFile(path) as file:
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".json": _json,
+    ".json.gz": _json,
+    ".csv": _csv,
+    ".csv.gz": _csv,
+    ".parquet": _parquet,
+}
+
+
+# The Hugging Face Hub
+
+
+def hub_records(name: str, *, split: str, data_dir: str | None = None, revision: str | None = None) -> Records:
+    """Read the rows of a Hub data set with their numbers; downloaded once, then from the cache of `datasets`."""
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise InputError(f"Hub data set '{name}' needs the package 'datasets'; pip install 'mixpo[hub]'") from error
+    try:
+        dataset = load_dataset(name, data_dir=data_dir, split=split, revision=revision)
+    except Exception as error:  # load_dataset raises whatever its builders, filesystems and HTTP client do
+        raise InputError(
+            f"Hub data set '{_hub_name(name, split, data_dir)}' cannot be loaded: {type(error).__name__}: "
+            f"{_first_line(error)}; check its name, split, data_dir and the network, or name a local file"
+        ) from error
+    return enumerate(map(dict, dataset), start=1)
+
+
+def _hub_name(name: str, split: str, data_dir: str | None) -> str:
+    return f"{name}/{data_dir}[{split}]" if data_dir else f"{name}[{split}]"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Rows that stages hand to each other
+
+
+def write_rows(path: Path, rows: Sequence[Demonstration] | Sequence[Preference]) -> None:
+    """Write rows to Parquet; the prompts are all text or all messages, so that a file has one type of prompt."""
+    if not rows:
+        raise InputError(f"{path}: no rows to write; expected at least one")
+    as_text = [isinstance(row.prompt, str) for row in rows]
+    if len(set(as_text)) > 1:
+        raise InputError(
+            f"{path}: {sum(as_text)} prompts are text and {len(rows) - sum(as_text)} are lists of messages; "
+            "expected one kind in a file; write every prompt as messages"
+        )
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    prompt = pa.string() if as_text[0] else pa.list_(message)
+    schema = pa.schema([(field.name, prompt if field.name == "prompt" else pa.string()) for field in fields(rows[0])])
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), path)
+
+
+def read_preference_rows(path: Path) -> list[Preference]:
+    """Read what `write_rows` wrote, exactly."""
+    return _read_rows(path, Preference)
+
+
+def read_demonstration_rows(path: Path) -> list[Demonstration]:
+    """Read what `write_rows` wrote, exactly."""
+    return _read_rows(path, Demonstration)
+
+
+def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    _must_be_file(path)
+    expected = [field.name for field in fields(kind)]
+    with _readable(path), pq.ParquetFile(path) as file:
+        if file.schema_arrow.names != expected:
+            raise InputError(f"{path}: has columns {file.schema_arrow.names}; expected {expected}")
+        return [kind(**row) for row in file.read().to_pylist()]

@@ -1,0 +1,156 @@
+"""Recipes: a YAML file that fixes model, data, hyper-parameters and arms, with dotted overrides."""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixpo.data.errors import InputError
+from mixpo.models.language_model import Precision
+from mixpo.settings import Settings
+from mixpo.stages.data import DataSettings
+from mixpo.stages.dpo import DPOSettings
+from mixpo.stages.evaluation import EvaluationSettings
+from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.pretrained import PretrainedSettings
+from mixpo.stages.reward_model import RewardModelSettings
+from mixpo.stages.samples import SamplesSettings
+from mixpo.stages.selection import SelectionSettings
+from mixpo.stages.sft import SFTSettings
+from mixpo.training.runtime import Runtime
+
+EMBEDDED = "world"
+SHARED = ("precision", "max_completion_tokens", "lora")
+"""Keys that a recipe may set once for all its sections."""
+
+
+class Recipe(Settings):
+    """A whole experiment."""
+
+    name: str = pydantic.Field(min_length=1, pattern=r"^[\w.-]+$")
+    arms: tuple[str, ...] = pydantic.Field(min_length=1)
+    seeds: tuple[int, ...] = pydantic.Field((0,), min_length=1)
+    """Every arm is run once for each; a section's own `seed` stands for all of them."""
+    out: Path | None = None
+    """The run's folder; runs/NAME if not given."""
+    cache: Path = Path("runs/cache")
+    """Where stages are kept, for all runs."""
+    precision: Precision = "float32"
+    max_completion_tokens: int = pydantic.Field(512, ge=1)
+    model: PretrainedSettings = PretrainedSettings()
+    data: DataSettings = DataSettings()
+    sft: SFTSettings = SFTSettings()
+    reward: RewardModelSettings = RewardModelSettings()
+    samples: SamplesSettings = SamplesSettings()
+    selection: SelectionSettings
+    dpo: DPOSettings = DPOSettings()
+    ppo: PPOSettings = PPOSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    runtime: Runtime = Runtime()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _share(cls, values: Any) -> Any:
+        """Hand the shared keys down to every section that has them and does not set its own."""
+        shared = {key: values[key] for key in SHARED if key in values}
+        values = {key: value for key, value in values.items() if key != "lora"}
+        for name, section in _sections().items():
+            given = values.get(name) or {}
+            if isinstance(given, Mapping):
+                values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **given}
+        return values
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.out or Path("runs") / self.name
+
+
+def _sections() -> dict[str, type[Settings]]:
+    return {
+        name: field.annotation
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+    }
+
+
+def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that comes with mixpo by its name, apply `key=value` overrides, validate.
+
+    Raises `InputError` with a line for every problem.
+    """
+    source, text = _find(name or EMBEDDED)
+    try:
+        merged = OmegaConf.create(yaml.safe_load(text) or {})
+        for override in overrides:
+            key, equals, _ = override.partition("=")
+            if not equals or not key:
+                raise InputError(f"{override!r}: found no key=value; expected for example ppo.kl_coef=0.2")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source}: found no readable YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: found {type(values).__name__}; expected keys and values")
+    try:
+        return Recipe(**{str(key): value for key, value in values.items()})
+    except pydantic.ValidationError as error:
+        raise InputError("\n".join(f"{source}: {line}" for line in explain(error))) from error
+
+
+def _find(name: str) -> tuple[str, str]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        try:
+            return name, path.read_text(encoding="utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+            raise InputError(f"{name}: found no readable recipe file ({type(error).__name__}){hint}") from error
+    shipped = {Path(file.name).stem: file for file in files("mixpo.recipes").iterdir() if file.name.endswith(".yaml")}
+    if name not in shipped:
+        raise InputError(
+            f"{name}: found neither a recipe file nor a recipe of that name; expected a .yaml file or one of "
+            f"{', '.join(sorted(shipped))}{_nearest(name, shipped)}"
+        )
+    return name, shipped[name].read_text(encoding="utf8")
+
+
+def explain(error: pydantic.ValidationError) -> list[str]:
+    """One line a problem: the key, what was found, what was expected."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, InputError):
+            lines.append(str(cause))
+        elif problem["type"] == "extra_forbidden":
+            known = _keys_beside(problem["loc"])
+            lines.append(f"{key}: unknown key{_nearest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: not given; expected a value")
+        else:
+            expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            lines.append(f"{key}: found {problem['input']!r}; expected {expected}")
+    return lines
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    fields: Mapping[str, Any] = Recipe.model_fields
+    for part in location[:-1]:
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        fields = getattr(annotation, "model_fields", {})
+    return [*fields, *(["lora"] if len(location) == 1 else [])]
+
+
+def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}" if known else ""

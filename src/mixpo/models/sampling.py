@@ -1,0 +1,223 @@
+"""Sampling: one prefill a prompt, k completions from it, the log-prob of every drawn token kept.
+
+Prompts are padded on the right, so the prefill is plain causal attention; drawn tokens are written behind the longest
+prompt, and the mask leaves the padding between out. Keys and values stand in tensors allocated once; finished rows are
+dropped from the batch.
+
+A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
+drawn before the first token, so a completion does not depend on which others share its batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from mixpo.data.branches import by_tokens
+from mixpo.models.language_model import LanguageModel, by_layer_type
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """k completions of a prompt."""
+
+    completions: list[list[int]]
+    """Token ids, the end token included where one was drawn."""
+    logprobs: list[list[float]]
+    """The model's own log-prob of each token in nats: temperature 1, nothing truncated, however it was drawn."""
+
+
+class _Preallocated(DynamicLayer):
+    """Keys and values of one layer, written into tensors that were allocated for the longest completion."""
+
+    capacity = 0
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = (*key_states.shape[:2], self.capacity)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty(*shape, key_states.shape[-1])
+        self.values = value_states.new_empty(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def _cache(capacity: int) -> Cache:
+    layer = type("Preallocated", (_Preallocated,), {"capacity": capacity})
+    return Cache(layer_class_to_replicate=layer)
+
+
+def truncate(
+    logits: Float[Tensor, "rows vocabulary"], *, temperature: float, top_p: float, top_k: int
+) -> Float[Tensor, "rows vocabulary"]:
+    """Probabilities after temperature, then top_k (0 = all), then top_p (1 = all): the smallest set of most probable
+    tokens that holds at least `top_p` of the mass."""
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    if top_k:
+        least = probabilities.topk(min(top_k, probabilities.shape[-1])).values[:, -1:]
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    if top_p < 1.0:
+        ordered, order = (probabilities / probabilities.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True)
+        kept = ordered.cumsum(dim=-1) - ordered < top_p
+        probabilities = probabilities * torch.zeros_like(kept).scatter(-1, order, kept)
+    return probabilities
+
+
+def draw(probabilities: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """One token a row: the first whose cumulative probability exceeds the uniform number. Need not be normalised."""
+    cumulative = probabilities.cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    possible = probabilities.gather(-1, tokens.clamp(max=probabilities.shape[-1] - 1)[:, None])[:, 0] > 0
+    return torch.where(possible, tokens, probabilities.argmax(dim=-1))
+
+
+@torch.no_grad()
+def sample(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    k: int,
+    max_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    token_budget: int = 16_384,
+    advance: Callable[[int], None] | None = None,
+) -> list[Sampled]:
+    """Draw k completions of at most `max_tokens` tokens for every prompt.
+
+    `token_budget` bounds the tokens in the cache at once; it changes speed and memory only. `advance` is called with
+    the number of prompts that were finished.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(prompts), k, max_tokens, generator=generator, dtype=torch.float64)
+    sampled: list[Sampled | None] = [None] * len(prompts)
+    training = lm.model.training
+    lm.model.eval()
+    lengths = [len(prompt) + max_tokens for prompt in prompts]
+    with lm.autocast():
+        for rows in by_tokens(lengths, max(1, token_budget // k)):
+            choose = _chooser(temperature=temperature, top_p=top_p, top_k=top_k)
+            part = _sample_batch(lm, [prompts[row] for row in rows], uniforms[rows].to(lm.device), choose)
+            for row, completions in zip(rows, part, strict=True):
+                sampled[row] = completions
+            if advance is not None:
+                advance(len(rows))
+    lm.model.train(training)
+    return [completions for completions in sampled if completions is not None]
+
+
+def _chooser(*, temperature: float, top_p: float, top_k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Draws tokens from logits; returns them with their log-probs at temperature 1, nothing truncated."""
+
+    def choose(logits: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> tuple[Tensor, Tensor]:
+        logits = logits.float()
+        tokens = draw(truncate(logits, temperature=temperature, top_p=top_p, top_k=top_k), uniforms.float())
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return tokens, logprobs
+
+    return choose
+
+
+def _sample_batch(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms: Float[Tensor, "prompts k tokens"],
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> list[Sampled]:
+    device = lm.device
+    count, k, max_tokens = uniforms.shape
+    head = lm.model.get_output_embeddings()
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    input_ids = torch.zeros(count, width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, : len(prompt)] = torch.as_tensor(prompt)
+    cache = _cache(width + max_tokens)
+    positions = torch.arange(width, device=device).expand(count, -1)
+    hidden = lm.model.base_model(
+        input_ids=input_ids.to(device), position_ids=positions, past_key_values=cache, use_cache=True
+    ).last_hidden_state[torch.arange(count, device=device), lengths - 1]
+
+    rows = torch.arange(count, device=device).repeat_interleave(k)
+    _take(cache, rows)
+    lengths, logits = lengths[rows], head(hidden)[rows]
+    uniforms = uniforms.flatten(0, 1)
+    tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
+    logprobs_out = torch.zeros(count * k, max_tokens, device=device)
+    ended_at = torch.full((count * k,), max_tokens, device=device)
+    key_positions = torch.cat([positions[rows], torch.zeros_like(rows)[:, None].expand(-1, max_tokens)], dim=1).clone()
+    visible = torch.cat(
+        [positions[rows] < lengths[:, None], torch.zeros(count * k, max_tokens, dtype=torch.bool, device=device)], dim=1
+    )
+    active = torch.arange(count * k, device=device)
+    for step in range(max_tokens):
+        tokens, logprobs = choose(logits, uniforms[active, step])
+        tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
+        going = tokens != lm.end_token
+        ended_at[active[~going]] = step + 1
+        if step == max_tokens - 1 or not bool(going.any()):
+            break
+        if int(going.sum()) < len(going):
+            kept = going.nonzero()[:, 0]
+            _take(cache, kept)
+            active, tokens, visible, key_positions = active[kept], tokens[kept], visible[kept], key_positions[kept]
+        position = (lengths[active] + step)[:, None]
+        visible[:, width + step] = True
+        key_positions[:, width + step] = position[:, 0]
+        seen = width + step + 1
+        hidden = lm.model.base_model(
+            input_ids=tokens[:, None],
+            position_ids=position,
+            attention_mask=_decoding_masks(lm, visible[:, :seen], key_positions[:, :seen], position),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, 0]
+        logits = head(hidden)
+
+    out_tokens, out_logprobs, ends = tokens_out.tolist(), logprobs_out.tolist(), ended_at.tolist()
+    return [
+        Sampled(
+            completions=[out_tokens[row][: ends[row]] for row in range(first, first + k)],
+            logprobs=[out_logprobs[row][: ends[row]] for row in range(first, first + k)],
+        )
+        for first in range(0, count * k, k)
+    ]
+
+
+def _take(cache: Cache, rows: Int[Tensor, " rows"]) -> None:
+    for layer in cache.layers:
+        layer.take(rows)
+
+
+def _decoding_masks(
+    lm: LanguageModel, visible: Bool[Tensor, "rows seen"], key_positions: Tensor, position: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """The mask of one new token a row over what it may see, with the model's sliding window where it has one."""
+    def attends(window: int | None = None) -> Tensor:
+        seen = visible if window is None else visible & (position - key_positions < window)
+        return seen[:, None, None]
+
+    return by_layer_type(lm.model, attends)

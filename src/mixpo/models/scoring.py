@@ -1,0 +1,100 @@
+"""Whole sets of completions through a frozen model: sequence log-probs and scores, in portions of like length."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
+from mixpo.data.rows import Prompt
+from mixpo.data.tokens import completion_text, completion_tokens, prompt_tokens
+from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores
+from mixpo.models.loading import same_tokens
+
+Completions = Sequence[Sequence[Tokens]]
+
+
+def portions(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, token_budget: int
+) -> Iterator[tuple[list[int], BranchBatch]]:
+    """Branch batches of at most `token_budget` tokens, each with the numbers of its prompts, on the model's device."""
+    for rows in by_tokens(row_lengths(prompts, completions), token_budget):
+        batch = pack(
+            [prompts[row] for row in rows], [completions[row] for row in rows], share_prompt=lm.shares_prompts
+        )
+        yield rows, batch.to(lm.device)
+
+
+@torch.no_grad()
+def read_all(
+    lm: LanguageModel,
+    prompts: Sequence[Tokens],
+    completions: Completions,
+    read: Callable[[BranchBatch], Tensor],
+    *,
+    token_budget: int,
+) -> Float[Tensor, "prompts k *rest"]:
+    """What `read` finds for every completion, on the CPU; token axes are padded with 0 to the longest completion."""
+    longest = max(len(c) for branches in completions for c in branches)
+    result: Tensor | None = None
+    lm.model.eval()
+    for rows, batch in portions(lm, prompts, completions, token_budget):
+        found = read(batch).cpu()
+        if result is None:
+            width = (longest,) if found.ndim == 3 else ()
+            result = torch.zeros(len(prompts), found.shape[1], *width)
+        if found.ndim == 3:
+            result[rows, :, : found.shape[2]] = found
+        else:
+            result[rows] = found
+    if result is None:
+        raise ValueError("no prompts")
+    return result
+
+
+def token_logprobs(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+) -> Float[Tensor, "prompts k tokens"]:
+    """Log-prob of every completion token in nats, 0 behind a completion's end."""
+    return read_all(lm, prompts, completions, lambda batch: branch_logprobs(lm, batch)[0], token_budget=token_budget)
+
+
+def sequence_logprobs(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+) -> Float[Tensor, "prompts k"]:
+    """Log-prob of every completion in nats, its end token included."""
+    return token_logprobs(lm, prompts, completions, token_budget=token_budget).sum(dim=-1)
+
+
+def scores(
+    reward: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+) -> Float[Tensor, "prompts k"]:
+    """The reward model's score of every completion."""
+    return read_all(reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget)
+
+
+def retokenised(
+    reward: LanguageModel,
+    policy: LanguageModel,
+    rows: Sequence[Prompt],
+    prompts: Sequence[Tokens],
+    completions: Completions,
+) -> tuple[Sequence[Tokens], Completions]:
+    """Prompts and completions in the reward model's tokens: as they are where the tokenizers agree, else from text.
+
+    A completion that ended keeps an end token, one that was cut off does not get one.
+    """
+    if same_tokens(reward.tokenizer, policy.tokenizer):
+        return prompts, completions
+
+    def again(completion: Tokens) -> list[int]:
+        text = completion_text(policy.tokenizer, completion)
+        tokens = completion_tokens(reward.tokenizer, text, limit=1 << 30)
+        ended = completion[-1] == policy.end_token
+        return tokens if ended or len(tokens) == 1 else tokens[:-1]
+
+    return (
+        [prompt_tokens(reward.tokenizer, row) for row in rows],
+        [[again(completion) for completion in branches] for branches in completions],
+    )

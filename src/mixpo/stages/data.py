@@ -1,0 +1,210 @@
+"""Data: rows read, validated and cut to size once, before anything trains."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from mixpo.data.errors import InputError
+from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, refuse
+from mixpo.data.sources import (
+    content_digest,
+    read_demonstrations,
+    read_hub_preferences,
+    read_preferences,
+    write_rows,
+)
+from mixpo.data.tokens import end_token, prompt_tokens
+from mixpo.data.world import WORLD_VERSION, make_world
+from mixpo.models.loading import load_tokenizer
+from mixpo.settings import Settings
+from mixpo.stages.stage import Part, Stage, finish, model_in
+from mixpo.training.record import Cost, watcher
+from mixpo.training.runtime import Runtime
+
+
+class DataSettings(Settings):
+    """Where preference rows and demonstrations come from."""
+
+    format: Literal["world", "preference", "hh-rlhf", "tldr"] = "world"
+    """`world` is generated; `preference` has `prompt`, `chosen`, `rejected`; the others are their publishers' rows."""
+    train: tuple[str, ...] = ()
+    """Files (.jsonl, .jsonl.gz, .json, .parquet, .csv), or `hub:NAME` or `hub:NAME/DATA_DIR`, of preference rows."""
+    test: tuple[str, ...] = ()
+    """The same for held-out rows; if empty, `test_share` of the train prompts is held out."""
+    demonstrations: tuple[str, ...] = ()
+    """Files with `prompt` and `completion` for SFT; if empty, the chosen completions of train."""
+    revision: str | None = None
+    """The commit of a hub data set."""
+    train_rows: int | None = pydantic.Field(None, ge=1)
+    """Use so many preference rows (drawn by `data_seed`); all if not given. For the world: how many to make."""
+    test_rows: int | None = pydantic.Field(None, ge=1)
+    demonstration_rows: int | None = pydantic.Field(None, ge=1)
+    test_share: float = pydantic.Field(0.1, gt=0, lt=1)
+    max_prompt_tokens: int = pydantic.Field(512, ge=1)
+    """A longer prompt is a bad row."""
+    on_bad_row: Literal["error", "drop"] | None = None
+    """`error` names the first ten and stops; `drop` counts them and lists them in `bad_rows.jsonl`.
+    If not given: `drop` for hh-rlhf, whose raw rows hold a few uneven ones, `error` for all else."""
+    data_seed: int = pydantic.Field(0, ge=0)
+
+    @pydantic.field_validator("train", "test", "demonstrations", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+WORLD_ROWS = {"train_rows": 3072, "test_rows": 512, "demonstration_rows": 3072}
+
+
+class Data(Stage, DataSettings):
+    """Writes `train.parquet`, `test.parquet` (preferences), `demonstrations.parquet` and `bad_rows.jsonl`."""
+
+    base: Stage
+    """Its tokenizer measures the prompts."""
+    content: str = ""
+    """Digest of what the files hold; found out here. It is the identity of the rows, their paths are not."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read_content(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("content"):
+            return values
+        settings = DataSettings(**{name: values[name] for name in DataSettings.model_fields if name in values})
+        if settings.format == "world":
+            filled = {name: values.get(name) or default for name, default in WORLD_ROWS.items()}
+            return {**values, **filled, "content": f"world-{WORLD_VERSION}"}
+        if not settings.train:
+            raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
+        groups = [settings.train, settings.test, settings.demonstrations]
+        files = [[name for name in group if not name.startswith("hub:")] for group in groups]
+        hubs = [name for group in groups for name in group if name.startswith("hub:")]
+        digests = [content_digest([Path(name).expanduser() for name in group]) for group in files]
+        return {**values, "content": "-".join([*digests, *hubs])}
+
+    def _exclude_from_cls_uid(self) -> list[str]:
+        return ["train", "test", "demonstrations"]
+
+    @property
+    def train_pairs(self) -> Part:
+        """The human pairs as given."""
+        return Part(stage=self, of="train")
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Read, validate, cut to size, write."""
+        cost = Cost()
+        train, test, demonstrations, bad, total = self._read()
+        tokenizer = load_tokenizer(model_in(inputs["base"]))
+        end_token(tokenizer)
+
+        def fits(rows: Sequence[Any], file: str) -> list[Any]:
+            kept = []
+            for number, row in enumerate(rows, start=1):
+                length = len(prompt_tokens(tokenizer, row.prompt))
+                if length <= self.max_prompt_tokens:
+                    kept.append(row)
+                else:
+                    problem = (
+                        f"has {length} tokens; expected at most {self.max_prompt_tokens}; drop the row or raise "
+                        "max_prompt_tokens"
+                    )
+                    bad.append(BadRow(file, number, "prompt", problem))
+            return kept
+
+        train, test = fits(train, "train"), fits(test, "test")
+        demonstrations = fits(demonstrations, "demonstrations") if demonstrations else []
+        policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
+        if bad and policy == "error":
+            refuse(bad, total)
+        if not test:
+            train, test = _hold_out(train, self.test_share, self.data_seed)
+        train, test = _draw(train, self.train_rows, self.data_seed), _draw(test, self.test_rows, self.data_seed)
+        if not demonstrations:
+            demonstrations = [Demonstration(row.prompt, row.chosen) for row in train]
+        demonstrations = _draw(demonstrations, self.demonstration_rows, self.data_seed)
+        for name, rows in (("train", train), ("test", test), ("demonstrations", demonstrations)):
+            if not rows:
+                raise InputError(
+                    f"data.{name}: nothing is left of {total} rows after {len(bad)} bad ones were dropped; "
+                    f"see {out / 'bad_rows.jsonl'} for why"
+                    if bad
+                    else f"data.{name}: found no rows; expected at least one"
+                )
+            write_rows(out / f"{name}.parquet", rows)
+        if bad:
+            watcher.get().note(f"{len(bad)} of {total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
+        finish(
+            out,
+            cost,
+            format=self.format,
+            train_rows=len(train),
+            test_rows=len(test),
+            demonstration_rows=len(demonstrations),
+            bad_rows=len(bad),
+        )
+
+    def _read(
+        self,
+    ) -> tuple[list[Preference], list[Preference], list[Demonstration], list[BadRow], int]:
+        if self.format == "world":
+            world = make_world(
+                demonstrations=self.demonstration_rows or 0,
+                train=self.train_rows or 0,
+                test=self.test_rows or 0,
+                seed=self.data_seed,
+            )
+            return (
+                [Preference(_asked(prompt), chosen, rejected) for prompt, chosen, rejected in world.train],
+                [Preference(_asked(prompt), chosen, rejected) for prompt, chosen, rejected in world.test],
+                [Demonstration(_asked(prompt), completion) for prompt, completion in world.demonstrations],
+                [],
+                len(world.train) + len(world.test) + len(world.demonstrations),
+            )
+        bad: list[BadRow] = []
+        rows: list[list[Preference]] = [[], []]
+        for target, names, split in ((rows[0], self.train, "train"), (rows[1], self.test, "test")):
+            for name in names:
+                found, problems = self._preferences(name, split)
+                target += found
+                bad += problems
+        demonstrations: list[Demonstration] = []
+        for name in self.demonstrations:
+            shown, problems = read_demonstrations(Path(name).expanduser())
+            demonstrations += shown
+            bad += problems
+        return rows[0], rows[1], demonstrations, bad, len(rows[0]) + len(rows[1]) + len(demonstrations) + len(bad)
+
+    def _preferences(self, name: str, split: str) -> tuple[list[Preference], list[BadRow]]:
+        assert self.format != "world"
+        if not name.startswith("hub:"):
+            return read_preferences(Path(name).expanduser(), self.format)
+        owner, _, rest = name.removeprefix("hub:").partition("/")
+        dataset, _, data_dir = rest.partition("/")
+        return read_hub_preferences(
+            f"{owner}/{dataset}", self.format, split=split, data_dir=data_dir or None, revision=self.revision
+        )
+
+
+def _asked(prompt: str) -> Prompt:
+    return [{"role": "user", "content": prompt}]
+
+
+def _hold_out(
+    rows: Sequence[Preference], share: float, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """Train and test rows that have no prompt in common."""
+    prompts = sorted({json.dumps(row.prompt) for row in rows})
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(share * len(prompts)))])
+    train = [row for row in rows if json.dumps(row.prompt) not in held]
+    return train, [row for row in rows if json.dumps(row.prompt) in held]
+
+
+def _draw(rows: list[Any], count: int | None, seed: int) -> list[Any]:
+    """`count` of the rows in their order; all of them if there are no more."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), count))]

@@ -1,0 +1,108 @@
+"""The engine: which folder a stage has, whether it is there, and computing what is not. The one file that knows exca.
+
+A stage's folder is named by its identity in a cache that all runs share. A stage that was killed is computed again in
+the same folder, where it finds its checkpoint; a failed one is tried again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import exca
+import pydantic
+
+from mixpo.data.errors import InputError
+from mixpo.stages.stage import Stage
+from mixpo.training.record import reset_peak_memory
+from mixpo.training.runtime import Runtime
+
+VERSION = "1"
+"""Bump when stages compute something else from the same config: folders of other versions are left alone."""
+
+
+class _Task(pydantic.BaseModel):
+    stage: Stage
+    cache: Path
+    runtime: Runtime
+    infra: exca.TaskInfra = exca.TaskInfra(version=VERSION, mode="retry")
+    _exclude_from_cls_uid: ClassVar[tuple[str, ...]] = ("cache", "runtime")
+
+    @infra.apply
+    def compute(self) -> None:
+        """Fill the stage's folder; the upstream stages' folders are full."""
+        engine = Engine(self.cache, self.runtime)
+        out = engine.folder(self.stage)
+        out.mkdir(parents=True, exist_ok=True)
+        folders = {name: engine.folder(stage) for name, stage in self.stage.inputs().items()}
+        reset_peak_memory()
+        self.stage.work(self.stage.paths(folders), out, self.runtime)
+
+
+@dataclass
+class Engine:
+    """Folders of stages in a cache."""
+
+    cache: Path
+    runtime: Runtime
+
+    def __post_init__(self) -> None:
+        logging.getLogger("exca").setLevel(logging.ERROR)
+        self._tasks: dict[Stage, _Task] = {}
+
+    def _task(self, stage: Stage) -> _Task:
+        infra = {"folder": self.cache / type(stage).__name__.lower()}
+        return _Task(stage=stage, cache=self.cache, runtime=self.runtime, infra=infra)  # type: ignore[arg-type]
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage's results are or will be."""
+        folder = self._task(stage).infra.uid_folder()
+        assert folder is not None
+        return Path(folder)
+
+    def identity(self, stage: Stage) -> str:
+        """Eight hex digits that stand for the stage's settings, inputs and data."""
+        return hashlib.sha256(self.folder(stage).name.encode()).hexdigest()[:8]
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage's folder is complete."""
+        folder = self.folder(stage)
+        return (folder / "summary.json").exists() and self._task(stage).infra.status() == "completed"
+
+    def compute(self, stage: Stage) -> Path:
+        """The stage's folder, complete; what is upstream must be complete. Raises what the stage raises."""
+        task = self._task(stage)
+        try:
+            task.compute()
+        except RuntimeError as error:
+            if "seems incompatible" not in str(error):
+                raise
+            raise InputError(
+                f"{self.folder(stage)}: the folder was written by another version of mixpo "
+                f"({str(error).splitlines()[0]}); delete it or choose another `cache`"
+            ) from error
+        return self.folder(stage)
+
+
+def in_order(stage: Stage) -> Iterator[Stage]:
+    """The stage and everything upstream, each once, inputs before what reads them."""
+    seen: set[int] = set()
+
+    def visit(stage: Stage) -> Iterator[Stage]:
+        if id(stage) in seen:
+            return
+        seen.add(id(stage))
+        for upstream in stage.inputs().values():
+            yield from visit(upstream)
+        yield stage
+
+    yield from visit(stage)
+
+
+def read_summary(folder: Path) -> dict[str, object]:
+    """A complete stage's `summary.json`."""
+    content: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf8"))
+    return content

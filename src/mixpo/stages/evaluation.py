@@ -1,0 +1,113 @@
+"""Evaluation: completions of a policy on held-out prompts, with their scores and their distance from SFT."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import torch
+
+from mixpo.algorithms.statistics import bootstrap_mean
+from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.data.world import true_reward
+from mixpo.models.loading import load_policy, load_reward_model, model_digest
+from mixpo.models.sampling import sample
+from mixpo.models.scoring import retokenised, scores, sequence_logprobs
+from mixpo.stages.rows import read_table, unique_prompts, write_table
+from mixpo.stages.stage import Seeded, Stage, finish, model_in
+from mixpo.training.record import Cost, watcher
+from mixpo.training.runtime import Runtime
+
+
+class EvaluationSettings(Seeded):
+    """How a policy is evaluated.
+
+    Sampling is at temperature 1 without truncation, not a setting: the reward and the KL then speak of the same
+    distribution, the policy's own.
+    """
+
+    prompts: int | None = pydantic.Field(256, ge=1)
+    """Use the first so many test prompts; all if null."""
+    max_completion_tokens: int = pydantic.Field(512, ge=1)
+
+
+class Evaluation(Stage, EvaluationSettings):
+    """Writes `completions.parquet`, a row a prompt, and the means with bootstrap 95% intervals."""
+
+    policy: Stage
+    sft: Stage
+    """The KL is measured from it, whatever the policy was anchored to."""
+    reward: Stage
+    data: Stage
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Sample, score, measure."""
+        device, cost = runtime.start(), Cost()
+        policy_folder, sft_folder = model_in(inputs["policy"]), model_in(inputs["sft"])
+        lm = load_policy(policy_folder, device=device, precision=self.precision)
+        asked = unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
+        prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            watcher.get().step(done, len(prompts), {})
+
+        drawn = sample(
+            lm,
+            prompts,
+            k=1,
+            max_tokens=self.max_completion_tokens,
+            seed=self.seed,
+            token_budget=runtime.sampling_tokens,
+            advance=advance,
+        )
+        completions = [row.completions for row in drawn]
+        logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
+        tokens = sum(len(branches[0]) for branches in completions)
+        cost.sampled(lm.model, tokens, sum(map(len, prompts)))
+        budget = runtime.microbatch_tokens
+        if model_digest(policy_folder) == model_digest(sft_folder):
+            kl = torch.zeros(len(prompts))
+        else:
+            sft = load_policy(sft_folder, device=device, precision=self.precision)
+            kl = logprobs - sequence_logprobs(sft, prompts, completions, token_budget=budget)[:, 0]
+            cost.scored(sft.model, tokens + sum(map(len, prompts)))
+        reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
+        found = scores(reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=budget)[:, 0]
+        cost.scored(reward.model, tokens + sum(map(len, prompts)))
+
+        texts = [completion_text(lm.tokenizer, branches[0]) for branches in completions]
+        columns: dict[str, list[float]] = {
+            "score": found.double().tolist(),
+            "kl_from_sft": kl.double().tolist(),
+            "tokens": [float(len(branches[0])) for branches in completions],
+            "ended": [float(branches[0][-1] == lm.end_token) for branches in completions],
+        }
+        if _is_world(inputs["data"]):
+            columns["true_reward"] = [
+                true_reward(_question(prompt), text) for prompt, text in zip(asked, texts, strict=True)
+            ]
+        write_table(
+            out / "completions.parquet",
+            [
+                {"prompt": prompt, "completion": text, **{name: column[row] for name, column in columns.items()}}
+                for row, (prompt, text) in enumerate(zip(asked, texts, strict=True))
+            ],
+        )
+        figures = {}
+        for name, column in columns.items():
+            interval = bootstrap_mean(column, seed=0)
+            figures[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+        finish(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
+
+
+def _is_world(data: Path) -> bool:
+    import json
+
+    return bool(json.loads((data / "summary.json").read_text(encoding="utf8"))["format"] == "world")
+
+
+def _question(prompt: object) -> str:
+    assert isinstance(prompt, list)
+    return str(prompt[-1]["content"])

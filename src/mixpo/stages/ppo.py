@@ -1,0 +1,533 @@
+"""PPO: online reinforcement learning on any prompts, from any start, anchored to any reference. Equation 3 of the paper.
+
+One iteration is read from top to bottom in `_iteration`: sample, score, shape rewards, advantages, update.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
+from mixpo.algorithms.masked import masked_mean, whiten
+from mixpo.algorithms.ppo import (
+    clip_fraction,
+    explained_variance,
+    generalized_advantages,
+    grpo_advantages,
+    policy_loss,
+    rloo_advantages,
+    shaped_rewards,
+    value_loss,
+)
+from mixpo.data.branches import by_tokens, pack, row_lengths
+from mixpo.data.errors import InputError
+from mixpo.data.rows import Prompt
+from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_values, hidden_states
+from mixpo.models.loading import (
+    Lora,
+    add_lora,
+    load_policy,
+    load_reward_model,
+    model_digest,
+    new_reward_model,
+    same_tokens,
+    save_model,
+)
+from mixpo.models.sampling import sample
+from mixpo.models.scoring import read_all, retokenised, scores, token_logprobs
+from mixpo.stages.rows import read_table, unique_prompts
+from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
+from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
+from mixpo.training.record import Cost, Metrics, append_jsonl
+from mixpo.training.runtime import Runtime
+from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, update
+
+DEEPSPEED_CHAT: dict[str, Any] = {
+    "kl_coef": 0.1,
+    "score_clip": 5.0,
+    "clip": 0.2,
+    "value_clip": 0.2,
+    "discount": 1.0,
+    "gae_lambda": 0.95,
+    "whiten_advantages": False,
+    "epochs_per_batch": 1,
+    "minibatches": 1,
+    "adam_betas": (0.9, 0.95),
+    "decay": "cosine",
+    "warmup_steps": 100,
+    "max_grad_norm": 1.0,
+    "value_init": "reward",
+}
+"""The constants on which the paper ran (dschat/rlhf/ppo_trainer.py). Sampling stays at temperature 1 and the score on
+the last real token: DeepSpeed-Chat samples Llama greedily and scores one step past it where there is padding."""
+
+STEP_0_KL = {"float32": 1e-3, "bfloat16": 0.1}
+"""Mean |log pi - log pi_ref| in nats a token allowed at step 0 when the policy starts as its own reference."""
+
+
+class PPOSettings(Seeded, OptimizerSettings):
+    """Proximal policy optimization of completions (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    preset: Literal["mixpo", "deepspeed-chat"] = "mixpo"
+    """`deepspeed-chat` sets the constants that the paper's software has; keys given beside it win."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """`gae` uses a value model; the others compare `completions_per_prompt` completions and use none."""
+    completions_per_prompt: int = pydantic.Field(1, ge=1)
+    epochs: int = pydantic.Field(1, ge=1)
+    """Passes over the prompts."""
+    batch_size: int = pydantic.Field(64, ge=1)
+    """Prompts of an iteration."""
+    minibatches: int = pydantic.Field(1, ge=1)
+    """Optimizer steps of one pass over an iteration's completions."""
+    epochs_per_batch: int = pydantic.Field(1, ge=1)
+    """Passes over an iteration's completions."""
+    learning_rate: float = pydantic.Field(3e-6, gt=0)
+    value_learning_rate: float = pydantic.Field(5e-6, gt=0)
+    weight_decay: float = pydantic.Field(0.1, ge=0)
+    warmup_steps: int = pydantic.Field(100, ge=0)
+    kl_coef: float = pydantic.Field(0.1, ge=0)
+    """The paper's beta: reward units a nat of KL to the reference."""
+    kl_target: float | None = pydantic.Field(None, gt=0)
+    """Nats a completion that an adaptive controller steers the KL to by changing kl_coef (Ziegler et al. 2019)."""
+    score_clip: float | None = pydantic.Field(5.0, gt=0)
+    missing_end_penalty: float | None = None
+    """Taken off the score of a completion that was cut off."""
+    discount: float = pydantic.Field(1.0, gt=0, le=1)
+    gae_lambda: float = pydantic.Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    clip: float = pydantic.Field(0.2, gt=0)
+    value_clip: float | None = pydantic.Field(0.2, gt=0)
+    value_init: Literal["reward", "policy", "shared"] = "reward"
+    """The value model starts from the reward model, head included; from the policy with a new head; or is a head on
+    the policy itself, whose loss is added with weight `shared_value_coef`."""
+    shared_value_coef: float = pydantic.Field(0.1, gt=0)
+    value_warmup_steps: int = pydantic.Field(0, ge=0)
+    """First iterations in which only the value model learns."""
+    max_kl: float = pydantic.Field(1.0, gt=0)
+    """Mean KL to the reference, in nats a token, above which the stage stops."""
+    max_completion_tokens: int = pydantic.Field(512, ge=1)
+    lora: Lora | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "deepspeed-chat":
+            return {**DEEPSPEED_CHAT, **values}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _check_group(self) -> "PPOSettings":
+        if self.advantage != "gae" and self.completions_per_prompt < 2:
+            raise InputError(
+                f"ppo.completions_per_prompt: found {self.completions_per_prompt} with advantage: {self.advantage}; "
+                "expected at least 2 completions to compare; 4 is usual"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's completions with what was found out about them. Tensors are [prompts, k, tokens] on the CPU."""
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]
+    mask: Bool[Tensor, "prompts k tokens"]
+    logprobs: Float[Tensor, "prompts k tokens"]
+    """Kept from sampling."""
+    advantages: Float[Tensor, "prompts k tokens"]
+    values: Float[Tensor, "prompts k tokens"] | None
+    returns: Float[Tensor, "prompts k tokens"] | None
+
+
+@dataclass
+class Learner:
+    """What learns: the policy, and with `gae` a value head on its own model or on the policy's."""
+
+    policy: LanguageModel
+    policy_optimizer: torch.optim.Optimizer
+    value: LanguageModel | None
+    value_head: nn.Module | None
+    value_optimizer: torch.optim.Optimizer | None
+    kl_coef: float
+
+    @property
+    def shared(self) -> bool:
+        """Whether policy and value are one model."""
+        return self.value is self.policy
+
+
+class PPO(Stage, PPOSettings):
+    """Maximises the score minus kl_coef times the KL to the reference, on completions of the current policy."""
+
+    policy: Stage
+    reference: Stage
+    reward: Stage
+    prompts: Part
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Write `model/` and `completions.jsonl`, one completion of each iteration to read."""
+        device = runtime.start()
+        torch.manual_seed(self.seed)
+        policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
+        policy = load_policy(policy_folder, device=device, precision=self.precision)
+        reference = load_policy(reference_folder, device=device, precision=self.precision)
+        reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
+        if not same_tokens(reference.tokenizer, policy.tokenizer):
+            raise InputError("ppo.reference: its tokenizer differs from the policy's; expected the same tokens in both")
+        starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
+        adapters = add_lora(policy, self.lora) if self.lora else None
+        learner = _learner(self, policy, policy_folder, reward, model_in(inputs["reward"]), device)
+
+        asked = unique_prompts(read_table(inputs["prompts"]))
+        prompts = [prompt_tokens(policy.tokenizer, prompt) for prompt in asked]
+        per_epoch = -(-len(prompts) // self.batch_size)
+        total = self.epochs * per_epoch
+        checkpoint = Checkpoint(out, _parts(learner), every_minutes=runtime.checkpoint_minutes)
+        first, extra = checkpoint.resume()
+        cost, log = Cost(extra.get("cost")), Metrics(out, resumed_at=first)
+        learner.kl_coef = extra.get("kl_coef", self.kl_coef)
+
+        for step in range(first, total):
+            epoch, place = divmod(step, per_epoch)
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            rows = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+            try:
+                rollout, metrics = _roll_out(
+                    self,
+                    learner,
+                    reference,
+                    reward,
+                    [asked[row] for row in rows],
+                    [prompts[row] for row in rows],
+                    step=step,
+                    runtime=runtime,
+                    cost=cost,
+                )
+                _refuse_runaway(self, metrics, first_of_all=step == 0 and starts_at_reference)
+                metrics |= _learn(self, learner, rollout, step=step, total=total, runtime=runtime, cost=cost)
+            except Diverged as error:
+                checkpoint.write(step, {"cost": cost.counts(), "kl_coef": learner.kl_coef})
+                stopped = out / "stopped"
+                save_model(policy, stopped, adapters)
+                raise Diverged(
+                    f"step {step + 1} of {total}: {error}. Try a lower learning_rate (now {self.learning_rate:g}), a "
+                    f"higher kl_coef (now {self.kl_coef:g}) or value_warmup_steps; the policy as it was before this "
+                    f"step is in {stopped}"
+                ) from error
+            if self.kl_target is not None:
+                learner.kl_coef = adapt_kl_coef(learner.kl_coef, metrics["kl"], target=self.kl_target)
+            append_jsonl(
+                out / "completions.jsonl",
+                [
+                    {
+                        "step": step,
+                        "prompt": asked[rows[0]],
+                        "completion": completion_text(policy.tokenizer, rollout.completions[0][0]),
+                    }
+                ],
+            )
+            log.add(step, total, metrics)
+            checkpoint.maybe_write(step + 1, {"cost": cost.counts(), "kl_coef": learner.kl_coef})
+
+        digest = save_model(policy, model_in(out), adapters)
+        last = log.rows()[-max(1, total // 10) :]
+        names = ("score", "reward", "kl", "entropy", "end_rate", "completion_tokens")
+        figures = {name: sum(row[name] for row in last) / len(last) for name in names}
+        finish(out, cost, model=digest, prompts=len(prompts), steps=total, **figures)
+        checkpoint.remove()
+
+
+def _learner(
+    stage: PPOSettings,
+    policy: LanguageModel,
+    policy_folder: Path,
+    reward: LanguageModel,
+    reward_folder: Path,
+    device: torch.device,
+) -> Learner:
+    value: LanguageModel | None = None
+    head: nn.Module | None = None
+    if stage.advantage == "gae":
+        if stage.value_init == "shared":
+            value = policy
+            width = policy.model.config.get_text_config().hidden_size
+            head = nn.Linear(width, 1).to(device)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        elif stage.value_init == "policy":
+            value = new_reward_model(policy_folder, seed=stage.seed, device=device, precision=stage.precision)
+            head = value.model.score
+        else:
+            if not same_tokens(reward.tokenizer, policy.tokenizer):
+                raise InputError(
+                    "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
+                    "expected the same tokens in both; set ppo.value_init: policy"
+                )
+            value = load_reward_model(reward_folder, device=device, precision=stage.precision)
+            head = value.model.score
+    trained = list(policy.model.parameters())
+    value_optimizer = None
+    if value is policy and head is not None:
+        trained += list(head.parameters())
+    elif value is not None:
+        value_settings = stage.model_copy(update={"learning_rate": stage.value_learning_rate})
+        value_optimizer = make_optimizer(value.model.parameters(), value_settings)
+    return Learner(policy, make_optimizer(trained, stage), value, head, value_optimizer, stage.kl_coef)
+
+
+def _parts(learner: Learner) -> dict[str, Stateful]:
+    parts: dict[str, Stateful] = {"policy": Trainable(learner.policy.model), "policy_optimizer": learner.policy_optimizer}
+    if learner.shared and learner.value_head is not None:
+        parts["value_head"] = Trainable(learner.value_head)
+    elif learner.value is not None and learner.value_optimizer is not None:
+        parts |= {"value": Trainable(learner.value.model), "value_optimizer": learner.value_optimizer}
+    return parts
+
+
+@torch.no_grad()
+def _roll_out(
+    stage: PPOSettings,
+    learner: Learner,
+    reference: LanguageModel,
+    reward: LanguageModel,
+    asked: Sequence[Prompt],
+    prompts: list[list[int]],
+    *,
+    step: int,
+    runtime: Runtime,
+    cost: Cost,
+) -> tuple[Rollout, dict[str, float]]:
+    """Sample, score, shape rewards, advantages."""
+    policy, budget, started = learner.policy, runtime.microbatch_tokens, time.perf_counter()
+    drawn = sample(
+        policy,
+        prompts,
+        k=stage.completions_per_prompt,
+        max_tokens=stage.max_completion_tokens,
+        seed=stage.seed * 1_000_003 + step,
+        token_budget=runtime.sampling_tokens,
+    )
+    completions = [row.completions for row in drawn]
+    longest = max(len(c) for branches in completions for c in branches)
+    lengths = torch.tensor([[len(c) for c in branches] for branches in completions])
+    mask = torch.arange(longest) < lengths[..., None]
+    logprobs = torch.zeros(mask.shape).masked_scatter(
+        mask, torch.tensor([value for row in drawn for kept in row.logprobs for value in kept])
+    )
+    ended = torch.tensor([[c[-1] == policy.end_token for c in branches] for branches in completions])
+    sampled_tokens, prompted = int(lengths.sum()), sum(map(len, prompts))
+    cost.sampled(policy.model, sampled_tokens, prompted)
+
+    found = scores(reward, *retokenised(reward, policy, asked, prompts, completions), token_budget=budget)
+    reference_logprobs = token_logprobs(reference, prompts, completions, token_budget=budget)
+    cost.scored(reward.model, sampled_tokens + prompted)
+    cost.scored(reference.model, sampled_tokens + prompted)
+    penalised = found if stage.missing_end_penalty is None else found - stage.missing_end_penalty * (~ended).float()
+    rewards = shaped_rewards(
+        logprobs.flatten(0, 1),
+        reference_logprobs.flatten(0, 1),
+        mask.flatten(0, 1),
+        penalised.flatten(),
+        kl_coef=learner.kl_coef,
+        score_clip=stage.score_clip,
+    ).view_as(mask)
+
+    values = returns = None
+    if stage.advantage == "gae":
+        assert learner.value is not None
+        value, head = learner.value, learner.value_head
+        assert head is not None
+        values = read_all(
+            value, prompts, completions, lambda batch: branch_values(value, batch, head), token_budget=budget
+        )
+        cost.scored(value.model, sampled_tokens + prompted)
+        advantages = generalized_advantages(
+            rewards.flatten(0, 1),
+            values.flatten(0, 1),
+            mask.flatten(0, 1),
+            discount=stage.discount,
+            gae_lambda=stage.gae_lambda,
+        ).view_as(mask)
+        returns = advantages + values
+    else:
+        compare = rloo_advantages if stage.advantage == "rloo" else grpo_advantages
+        advantages = compare(rewards.sum(dim=-1))[..., None] * mask
+    if stage.whiten_advantages and stage.advantage == "gae":
+        advantages = whiten(advantages, mask)
+
+    kl = kl_k1(logprobs, reference_logprobs) * mask
+    metrics = {
+        "score": float(found.mean()),
+        "score_std": float(found.std(correction=0)),
+        "reward": float(rewards.sum(dim=-1).mean()),
+        "kl": float(kl.sum(dim=-1).mean()),
+        "kl_per_token": float(masked_mean(kl, mask)),
+        "kl_k3": float((kl_k3(logprobs, reference_logprobs) * mask).sum(dim=-1).mean()),
+        "kl_abs_per_token": float(masked_mean(kl.abs(), mask)),
+        "kl_coef": learner.kl_coef,
+        "completion_tokens": float(lengths.float().mean()),
+        "end_rate": float(ended.float().mean()),
+        "distinct": len({tuple(c) for branches in completions for c in branches}) / ended.numel(),
+        "tokens": float(sampled_tokens),
+        "sampling_seconds": time.perf_counter() - started,
+    }
+    if values is not None and returns is not None:
+        metrics["value_explained_variance"] = float(explained_variance(values, returns, mask))
+    return Rollout(prompts, completions, mask, logprobs, advantages, values, returns), metrics
+
+
+def _refuse_runaway(stage: PPOSettings, metrics: Mapping[str, float], *, first_of_all: bool) -> None:
+    """Stop on a KL that runs away; and on one that is not 0 at step 0 when the policy starts as its reference."""
+    if first_of_all and metrics["kl_abs_per_token"] > STEP_0_KL[stage.precision]:
+        raise RuntimeError(
+            f"the policy starts as its own reference, yet their log-probs differ by {metrics['kl_abs_per_token']:.3g} "
+            f"nats a token at step 1; expected at most {STEP_0_KL[stage.precision]}: the reference is not what it says"
+        )
+    if not math.isfinite(metrics["kl_per_token"]) or metrics["kl_per_token"] > stage.max_kl:
+        raise Diverged(
+            f"the KL to the reference ran away: {metrics['kl_per_token']:.3g} nats a token, more than "
+            f"max_kl = {stage.max_kl:g}"
+        )
+
+
+def _learn(
+    stage: PPOSettings, learner: Learner, rollout: Rollout, *, step: int, total: int, runtime: Runtime, cost: Cost
+) -> dict[str, float]:
+    """Update policy and value on a rollout."""
+    started = time.perf_counter()
+    count = len(rollout.prompts)
+    rate = learning_rate(step, total=total, settings=stage)
+    value_rate = learning_rate(step, total=total, settings=stage, peak=stage.value_learning_rate)
+    warming = step < stage.value_warmup_steps and stage.advantage == "gae"
+    per_minibatch = -(-count // stage.minibatches)
+    seen: list[dict[str, float]] = []
+    for epoch in range(stage.epochs_per_batch):
+        generator = torch.Generator().manual_seed((stage.seed * 1_000_003 + step) * 101 + epoch)
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
+        for first in range(0, count, per_minibatch):
+            rows = order[first : first + per_minibatch]
+            metrics: dict[str, float] = {}
+            if learner.value_optimizer is not None:
+                metrics |= _prefixed("value_", _value_step(stage, learner, rollout, rows, value_rate, runtime, cost))
+            if not warming or learner.shared:
+                metrics |= _policy_step(stage, learner, rollout, rows, rate, runtime, cost, warming=warming)
+            seen.append(metrics)
+    names = {name for metrics in seen for name in metrics}
+    means = {name: sum(metrics[name] for metrics in seen) / len(seen) for name in sorted(names)}
+    return {**means, "updating_seconds": time.perf_counter() - started}
+
+
+def _policy_step(
+    stage: PPOSettings,
+    learner: Learner,
+    rollout: Rollout,
+    rows: list[int],
+    rate: float,
+    runtime: Runtime,
+    cost: Cost,
+    *,
+    warming: bool,
+) -> dict[str, float]:
+    lm, head = learner.policy, learner.value_head
+
+    def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
+        batch = _pack(lm, rollout, chosen)
+        hidden = hidden_states(lm, batch)
+        logprobs, entropy = branch_logprobs(lm, batch, hidden)
+        cost.trained(lm.model, batch.tokens)
+        kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.logprobs, rollout.advantages))
+        mask, number = batch.mask, batch.mask.sum()
+        losses = policy_loss(logprobs.flatten(0, 1), kept.flatten(0, 1), advantages.flatten(0, 1), clip=stage.clip)
+        summed = (losses.view_as(mask) * mask).sum()
+        with torch.no_grad():
+            flat = [x.flatten(0, 1) for x in (logprobs, kept, advantages, mask)]
+            metrics = {
+                "policy_loss": (summed.detach(), number),
+                "entropy": (entropy.sum(), number),
+                "approx_kl": ((kl_k3(kept, logprobs) * mask).sum(), number),
+                "ratio": (((logprobs - kept).exp() * mask).sum(), number),
+                "clip_fraction": (clip_fraction(*flat, clip=stage.clip) * number, number),
+            }
+        if warming:
+            summed = 0.0 * summed
+        if learner.shared and head is not None:
+            value_summed = _value_losses(stage, branch_values(lm, batch, head, hidden), rollout, chosen, mask)
+            metrics["value_loss"] = (value_summed.detach(), number)
+            summed = summed + stage.shared_value_coef * value_summed
+        return summed, metrics
+
+    lm.model.train()
+    return update(
+        learner.policy_optimizer,
+        _portions(rollout, rows, runtime),
+        loss,
+        count=int(rollout.mask[rows].sum()),
+        max_grad_norm=stage.max_grad_norm,
+        rate=rate,
+    )
+
+
+def _value_step(
+    stage: PPOSettings, learner: Learner, rollout: Rollout, rows: list[int], rate: float, runtime: Runtime, cost: Cost
+) -> dict[str, float]:
+    lm, head, optimizer = learner.value, learner.value_head, learner.value_optimizer
+    assert lm is not None
+    assert head is not None
+    assert optimizer is not None
+
+    def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
+        batch = _pack(lm, rollout, chosen)
+        cost.trained(lm.model, batch.tokens)
+        return _value_losses(stage, branch_values(lm, batch, head), rollout, chosen, batch.mask), {}
+
+    lm.model.train()
+    return update(
+        optimizer,
+        _portions(rollout, rows, runtime),
+        loss,
+        count=int(rollout.mask[rows].sum()),
+        max_grad_norm=stage.max_grad_norm,
+        rate=rate,
+    )
+
+
+def _value_losses(
+    stage: PPOSettings, values: Tensor, rollout: Rollout, chosen: list[int], mask: Bool[Tensor, "prompts k tokens"]
+) -> Tensor:
+    assert rollout.values is not None
+    assert rollout.returns is not None
+    old, returns = (_part(x, chosen, mask).flatten(0, 1) for x in (rollout.values, rollout.returns))
+    losses = value_loss(values.flatten(0, 1), old, returns, clip=stage.value_clip)
+    return (losses.view_as(mask) * mask).sum()
+
+
+def _portions(rollout: Rollout, rows: list[int], runtime: Runtime) -> Iterator[list[int]]:
+    lengths = row_lengths([rollout.prompts[row] for row in rows], [rollout.completions[row] for row in rows])
+    for part in by_tokens(lengths, runtime.microbatch_tokens):
+        yield [rows[place] for place in part]
+
+
+def _pack(lm: LanguageModel, rollout: Rollout, chosen: list[int]) -> Any:
+    return pack(
+        [rollout.prompts[row] for row in chosen],
+        [rollout.completions[row] for row in chosen],
+        share_prompt=lm.shares_prompts,
+    ).to(lm.device)
+
+
+def _part(full: Tensor, chosen: list[int], mask: Tensor) -> Tensor:
+    """Some rows of a rollout's tensor, as wide as their own longest completion."""
+    return full[chosen][..., : mask.shape[-1]].to(mask.device)
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in metrics.items()}

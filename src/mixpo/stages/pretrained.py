@@ -1,0 +1,108 @@
+"""Pretrained: the model that everything starts from, as a plain Hugging Face folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from mixpo.data.errors import InputError
+from mixpo.data.sources import content_digest
+from mixpo.models.loading import (
+    load_tokenizer,
+    model_digest,
+    new_world_model,
+    read_architectures,
+    read_gguf,
+    resolve_package_file,
+)
+from mixpo.settings import Settings
+from mixpo.stages.stage import Stage, finish, model_in
+from mixpo.training.record import Cost
+from mixpo.training.runtime import Runtime
+
+
+class PretrainedSettings(Settings):
+    """Which model to start from."""
+
+    path: str = "world"
+    """`world` (random weights for the embedded world), a folder, a Hugging Face id, a `.gguf` file, or
+    `package:NAME/FILE.gguf` inside an installed Python package."""
+    revision: str | None = None
+    """The commit of a Hugging Face id."""
+    chat_template: str | None = None
+    """A Jinja template for prompts that are lists of messages, instead of the tokenizer's own."""
+    init_seed: int = 0
+    """Seed of the random weights; `world` only."""
+
+
+class Pretrained(Stage, PretrainedSettings):
+    """A model folder to start from. A local folder is linked, not copied; its identity is its content."""
+
+    content: str = ""
+    """Digest of the files behind a local path; found out here."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read_content(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("content"):
+            return values
+        path = values.get("path", "world")
+        if path.startswith("package:"):
+            return {**values, "content": content_digest([resolve_package_file(path)])}
+        local = Path(path).expanduser()
+        if path.endswith(".gguf"):
+            return {**values, "content": content_digest([local])}
+        if local.is_dir():
+            _check_folder(local)
+            return {**values, "content": model_digest(local)}
+        if path != "world" and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
+        return values
+
+    def _exclude_from_cls_uid(self) -> list[str]:
+        return ["path", "revision"] if self.content else []
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Write or link `model/`."""
+        cost, model = Cost(), model_in(out)
+        local = Path(self.path).expanduser()
+        if local.is_dir() and self.chat_template is None:
+            model.unlink(missing_ok=True)
+            model.symlink_to(local.resolve(), target_is_directory=True)
+        else:
+            network, tokenizer = self._load(local)
+            if self.chat_template is not None:
+                tokenizer.chat_template = self.chat_template
+            network.save_pretrained(model)
+            tokenizer.save_pretrained(model)
+        load_tokenizer(model)
+        finish(out, cost, model=model_digest(model))
+
+    def _load(self, local: Path) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM
+
+        if self.path == "world":
+            return new_world_model(self.init_seed)
+        if self.path.startswith("package:"):
+            return read_gguf(resolve_package_file(self.path))
+        if self.path.endswith(".gguf"):
+            return read_gguf(local)
+        try:
+            network = AutoModelForCausalLM.from_pretrained(self.path, revision=self.revision)
+        except OSError as error:
+            raise InputError(
+                f"model.path: found neither a folder nor a reachable Hugging Face model {self.path!r} "
+                f"({str(error).splitlines()[0][:120]}); check the name, the network, or give a local folder"
+            ) from error
+        return network, load_tokenizer(self.path)
+
+
+def _check_folder(folder: Path) -> None:
+    if not read_architectures(folder):
+        raise InputError(f"{folder}: found no config.json that names an architecture; expected a Hugging Face model folder")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(
+            f"{folder}: found a model without a tokenizer; expected tokenizer.json beside the weights; "
+            "save it there with `tokenizer.save_pretrained`"
+        )

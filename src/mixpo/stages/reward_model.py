@@ -1,0 +1,131 @@
+"""RewardModel: a Bradley-Terry reward model on human pairs, started from the SFT model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+from mixpo.algorithms.preference import bradley_terry_loss
+from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
+from mixpo.data.branches import BranchBatch
+from mixpo.models.language_model import branch_scores
+from mixpo.models.loading import Lora, add_lora, new_reward_model, save_model
+from mixpo.models.scoring import scores
+from mixpo.stages.rows import read_pairs, write_table
+from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
+from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.training.record import Cost, Metrics
+from mixpo.training.runtime import Runtime
+from mixpo.training.step import Sums, make_optimizer
+from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+
+GAP_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+"""Bins of the paper's Figure 2 (left edges; the last is open)."""
+
+
+class RewardModelSettings(Seeded, SupervisedSettings):
+    """Reward-model training."""
+
+    learning_rate: float = pydantic.Field(5e-6, gt=0)
+    batch_size: int = pydantic.Field(8, ge=1)
+    warmup_steps: int = pydantic.Field(500, ge=0)
+    weight_decay: float = pydantic.Field(0.1, ge=0)
+    validation_share: float = pydantic.Field(0.05, gt=0, lt=1)
+    """Share of the train pairs held out for validation."""
+    max_completion_tokens: int = pydantic.Field(512, ge=1)
+    lora: Lora | None = None
+
+
+class RewardModel(Stage, RewardModelSettings):
+    """Minimises -log sigmoid(score of chosen - score of rejected), the score read at the last completion token."""
+
+    policy: Stage
+    """Whose weights it starts from."""
+    pairs: Part
+    data: Stage
+    """Its test pairs are scored at the end."""
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Write `model/`, and the scores of validation and test pairs."""
+        device = runtime.start()
+        torch.manual_seed(self.seed)
+        lm = new_reward_model(model_in(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
+        adapters = add_lora(lm, self.lora) if self.lora else None
+        pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
+        held = _held_out(len(pairs.prompts), self.validation_share, self.seed)
+        train = [row for row in range(len(pairs.prompts)) if row not in held]
+        optimizer = make_optimizer(lm.model.parameters(), self)
+        checkpoint = Checkpoint(
+            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
+        )
+        first, spent = checkpoint.resume()
+        cost, log, total = Cost(spent), Metrics(out, resumed_at=first), steps_of(len(train), self)
+
+        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            chosen, rejected = branch_scores(lm, batch).unbind(dim=1)
+            cost.trained(lm.model, batch.tokens)
+            number = torch.tensor(len(rows))
+            metrics = {
+                "accuracy": ((chosen > rejected).sum(), number),
+                "margin": ((chosen - rejected).sum().detach(), number),
+                "score": ((chosen + rejected).sum().detach() / 2, number),
+            }
+            return bradley_terry_loss(chosen, rejected).sum(), metrics
+
+        for step, metrics in supervised(
+            lm,
+            optimizer,
+            [pairs.prompts[row] for row in train],
+            [pairs.completions[row] for row in train],
+            loss,
+            count=len,
+            settings=self,
+            seed=self.seed,
+            first_step=first,
+            microbatch_tokens=runtime.microbatch_tokens,
+        ):
+            log.add(step, total, metrics)
+            checkpoint.maybe_write(step + 1, cost.counts())
+
+        test = read_pairs(inputs["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
+        judged: dict[str, Any] = {}
+        for name, prompts, completions in (
+            ("validation", [pairs.prompts[row] for row in held], [pairs.completions[row] for row in held]),
+            ("test", test.prompts, test.completions),
+        ):
+            found = scores(lm, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
+            cost.scored(lm.model, sum(len(c) for branches in completions for c in branches))
+            write_table(
+                out / f"{name}_scores.parquet",
+                [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in found],
+            )
+            judged[name] = _judge(found)
+        digest = save_model(lm, model_in(out), adapters)
+        finish(out, cost, model=digest, pairs=len(train), steps=total, **judged)
+        checkpoint.remove()
+
+
+def _held_out(pairs: int, share: float, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[: max(1, round(share * pairs))])
+
+
+def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
+    """Accuracy on pairs, and the paper's Figure 2: accuracy and count per bin of the gap."""
+    margins = found[:, 0] - found[:, 1]
+    correct = int((margins > 0).sum())
+    interval = wilson_interval(correct, len(margins))
+    return {
+        "pairs": len(margins),
+        "accuracy": correct / len(margins),
+        "accuracy_interval": [interval.low, interval.high],
+        "gap_under_1": float((np.abs(margins) < 1).mean()),
+        "score_mean": float(found.mean()),
+        "score_std": float(found.std()),
+        "by_gap": [asdict(row) for row in accuracy_by_gap(margins, GAP_EDGES)],
+    }

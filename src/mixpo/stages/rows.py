@@ -1,0 +1,91 @@
+"""Rows as the stages read them: tokens of preference rows, of scored pairs, and of prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mixpo.data.rows import Prompt
+from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import model_digest
+
+SAMPLER = b"mixpo.sampler"
+"""Key of the Parquet metadata that names the digest of the model that drew the completions."""
+
+
+class _HasPrompt(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs in tokens: completions[i] = [chosen, rejected]."""
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]
+    sampler: str | None
+    """Digest of the model that drew the completions; None for human pairs."""
+    logprobs: list[list[float]] | None
+    """The sampler's own sequence log-probs of both, kept from sampling."""
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """All rows of a Parquet file."""
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | None = None) -> None:
+    """Write rows as Parquet, with the sampler's digest if they were sampled."""
+    table = pa.Table.from_pylist(list(rows))
+    if sampler is not None:
+        table = table.replace_schema_metadata({SAMPLER: sampler})
+    pq.write_table(table, path)
+
+
+def read_sampler(path: Path) -> str | None:
+    """The digest of the model that drew a file's completions."""
+    metadata = pq.read_schema(path).metadata or {}
+    return metadata[SAMPLER].decode() if SAMPLER in metadata else None
+
+
+def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> Pairs:
+    """Pairs from preference rows (`prompt`, `chosen`, `rejected`) or from scored pairs (`completions`, ...).
+
+    Sampled completions are taken token by token as they were drawn; the model must share the sampler's tokenizer, as
+    every model that was trained from it does.
+    """
+    rows = read_table(path)
+    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows]
+    if rows and "tokens" in rows[0]:
+        return Pairs(
+            prompts,
+            [row["tokens"] for row in rows],
+            read_sampler(path),
+            [[sum(logprobs) for logprobs in row["logprobs"]] for row in rows],
+        )
+    completions = [
+        [completion_tokens(lm.tokenizer, row[side], limit=max_completion_tokens) for side in ("chosen", "rejected")]
+        for row in rows
+    ]
+    return Pairs(prompts, completions, None, None)
+
+
+def unique_prompts(rows: Sequence[dict[str, Any]], limit: int | None = None) -> list[Prompt]:
+    """The different prompts of rows, in order, the first `limit` of them."""
+    seen: dict[str, Prompt] = {}
+    for row in rows:
+        seen.setdefault(str(row["prompt"]), row["prompt"])
+        if limit is not None and len(seen) == limit:
+            break
+    return list(seen.values())
+
+
+def sampled_by(path: Path, reference: Path) -> bool:
+    """Whether the completions in a file were drawn by the model in a folder."""
+    return read_sampler(path) == model_digest(reference)

@@ -1,0 +1,89 @@
+"""SFT: supervised fine-tuning on demonstrations, loss on completion tokens only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import torch
+from torch import Tensor
+
+from mixpo.data.branches import BranchBatch
+from mixpo.data.sources import read_demonstration_rows
+from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.models.language_model import branch_logprobs
+from mixpo.models.loading import Lora, add_lora, load_policy, save_model
+from mixpo.stages.stage import Seeded, Stage, finish, model_in
+from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.training.record import Cost, Metrics
+from mixpo.training.runtime import Runtime
+from mixpo.training.step import Sums, make_optimizer
+from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+
+
+class SFTSettings(Seeded, SupervisedSettings):
+    """Supervised fine-tuning."""
+
+    learning_rate: float = pydantic.Field(5e-5, gt=0)
+    batch_size: int = pydantic.Field(16, ge=1)
+    warmup_steps: int = pydantic.Field(500, ge=0)
+    max_completion_tokens: int = pydantic.Field(512, ge=1)
+    """A longer completion is cut, and then has no end token."""
+    lora: Lora | None = None
+
+
+class SFT(Stage, SFTSettings):
+    """Minimises the mean negative log-likelihood of a batch's completion tokens, end tokens included."""
+
+    base: Stage
+    data: Stage
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Write `model/`."""
+        cost, device = Cost(), runtime.start()
+        torch.manual_seed(self.seed)
+        lm = load_policy(model_in(inputs["base"]), device=device, precision=self.precision)
+        adapters = add_lora(lm, self.lora) if self.lora else None
+        rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
+        prompts = [prompt_tokens(lm.tokenizer, row.prompt) for row in rows]
+        completions = [
+            [completion_tokens(lm.tokenizer, row.completion, limit=self.max_completion_tokens)] for row in rows
+        ]
+        optimizer = make_optimizer(lm.model.parameters(), self)
+        checkpoint = Checkpoint(
+            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
+        )
+        first, spent = checkpoint.resume()
+        cost, log, total = Cost(spent), Metrics(out, resumed_at=first), steps_of(len(rows), self)
+
+        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            logprobs, entropy = branch_logprobs(lm, batch)
+            cost.trained(lm.model, batch.tokens)
+            return -logprobs.sum(), {"entropy": (entropy.sum(), batch.mask.sum())}
+
+        for step, metrics in supervised(
+            lm,
+            optimizer,
+            prompts,
+            completions,
+            loss,
+            count=lambda rows: sum(len(completions[row][0]) for row in rows),
+            settings=self,
+            seed=self.seed,
+            first_step=first,
+            microbatch_tokens=runtime.microbatch_tokens,
+        ):
+            log.add(step, total, metrics)
+            checkpoint.maybe_write(step + 1, cost.counts())
+
+        digest = save_model(lm, model_in(out), adapters)
+        last = log.rows()[-max(1, total // 10) :]
+        finish(
+            out,
+            cost,
+            model=digest,
+            rows=len(rows),
+            steps=total,
+            loss=sum(row["loss"] for row in last) / len(last),
+            truncated=sum(completion[0][-1] != lm.end_token for completion in completions),
+        )
+        checkpoint.remove()

@@ -1,0 +1,69 @@
+"""What a stage is: a config whose fields name the stages it reads, and a pure function from both to a folder."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import exca.helpers
+import pydantic
+
+from mixpo.models.language_model import Precision
+from mixpo.settings import Settings
+from mixpo.training.record import Cost, write_json
+from mixpo.training.runtime import Runtime
+
+
+class Stage(exca.helpers.DiscriminatedModel):
+    """A node of an experiment. Equal stages are one stage.
+
+    Its identity is its settings, its upstream stages' identities and the content of the data it reads. `work` reads
+    the upstream stages' folders and writes its own; `summary.json`, written last, says that it is complete.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    def inputs(self) -> dict[str, "Stage"]:
+        """The upstream stages by the name of the field that holds them."""
+        return {name: part.stage if isinstance(part, Part) else part for name, part in self._upstream()}
+
+    def paths(self, folders: Mapping[str, Path]) -> dict[str, Path]:
+        """What each upstream field stands for on disk: the stage's folder, or the file of one part of it."""
+        return {
+            name: folders[name] / f"{part.of}.parquet" if isinstance(part, Part) else folders[name]
+            for name, part in self._upstream()
+        }
+
+    def _upstream(self) -> Iterator[tuple[str, "Stage | Part"]]:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Stage | Part):
+                yield name, value
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Read `inputs` (what `paths` returns) and fill the folder `out`."""
+        raise NotImplementedError
+
+
+class Part(Settings):
+    """One file of rows of a stage: `Selection(...).easy`, `Data(...).train`."""
+
+    stage: Stage
+    of: str
+
+
+class Seeded(Settings):
+    """Settings of every stage that draws random numbers and computes with a model."""
+
+    seed: int = pydantic.Field(0, ge=0)
+    precision: Precision = "float32"
+    """`bfloat16` runs matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
+
+
+def finish(out: Path, cost: Cost, **figures: Any) -> None:
+    """Write `summary.json`: the final figures and the cost."""
+    write_json(out / "summary.json", {**figures, "cost": cost.summary()})
+
+
+def model_in(folder: Path) -> Path:
+    """The model folder inside a stage's folder."""
+    return folder / "model"

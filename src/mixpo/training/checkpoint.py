@@ -1,0 +1,93 @@
+"""Checkpoints of a running stage, from which it goes on exactly where it was."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+FORMAT = 1
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold: anything with a state of tensors and numbers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go back to a state."""
+
+
+class Trainable:
+    """The trainable weights of a model; frozen ones are read from where they came from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy the weights back; every one must be there."""
+        if state.keys() != self.parameters.keys():
+            raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[name])
+
+
+class Checkpoint:
+    """The one checkpoint of a stage: weights, optimizers, random state, the step and what the stage adds."""
+
+    def __init__(self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float) -> None:
+        self.path = folder / "checkpoint.pt"
+        self.parts = dict(parts)
+        self.every = 60 * every_minutes
+        self.written = time.monotonic()
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Go back to the checkpoint. Returns the step to take next and what was added; (0, {}) if there is none."""
+        if not self.path.exists():
+            return 0, {}
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
+            raise RuntimeError(
+                f"{self.path}: the checkpoint holds {sorted(saved['parts'])} in format {saved['format']}, expected "
+                f"{sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(saved["parts"][name])
+        torch.set_rng_state(saved["random_state"])
+        if torch.cuda.is_available() and saved["cuda_random_state"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_random_state"])
+        return int(saved["step"]), saved["extra"]
+
+    def maybe_write(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Write the state before step `step` if it is time."""
+        if time.monotonic() - self.written >= self.every:
+            self.write(step, extra)
+
+    def write(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Write the state before step `step`, in one move."""
+        temporary = self.path.with_suffix(".part")
+        torch.save(
+            {
+                "format": FORMAT,
+                "step": step,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "random_state": torch.get_rng_state(),
+                "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                "extra": dict(extra),
+            },
+            temporary,
+        )
+        temporary.replace(self.path)
+        self.written = time.monotonic()
+
+    def remove(self) -> None:
+        """Forget the checkpoint: the stage is done."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""What a stage leaves behind while it runs: metrics a step, its cost, and a line for whoever watches."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Watcher(Protocol):
+    """Whoever watches a stage run: the command line's progress bars, or nobody."""
+
+    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Called when `done` of `total` steps are over, with the metrics of the last one."""
+
+    def note(self, text: str) -> None:
+        """Called with a line worth reading now."""
+
+
+class _Nobody:
+    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+watcher: ContextVar[Watcher] = ContextVar("watcher", default=_Nobody())  # noqa: B039
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one move; numbers that are not finite become null."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf8")
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Metrics:
+    """`metrics.jsonl`: one line a step. Lines of steps that a resumed stage will take again are dropped."""
+
+    def __init__(self, folder: Path, *, resumed_at: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] < resumed_at]
+        self.path.write_text("".join(kept), encoding="utf8")
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step (counted from 0) and tell the watcher."""
+        with self.path.open("a", encoding="utf8") as file:
+            file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
+        watcher.get().step(step + 1, total, metrics)
+
+    def rows(self) -> list[dict[str, float]]:
+        """All lines so far."""
+        return [json.loads(line) for line in self._lines()]
+
+
+class Cost:
+    """What a stage costs. Counted in tokens and model FLOPs; seconds and peak memory are this machine's."""
+
+    def __init__(self, spent: Mapping[str, float] | None = None) -> None:
+        self.seconds = 0.0
+        self.tokens_sampled = 0.0
+        self.tokens_trained = 0.0
+        self.tokens_scored = 0.0
+        self.flops = 0.0
+        for name, value in (spent or {}).items():
+            setattr(self, name, value)
+        self._before = self.seconds
+        self._start = time.perf_counter()
+
+    def sampled(self, model: nn.Module, tokens: int, prompt_tokens: int) -> None:
+        """Count tokens drawn from a model and prompt tokens prefilled."""
+        self.tokens_sampled += tokens
+        self.flops += 2.0 * parameters(model) * (tokens + prompt_tokens)
+
+    def trained(self, model: nn.Module, tokens: int) -> None:
+        """Count tokens, prompts included, that went forward and backward through a model: 6 FLOPs a weight."""
+        self.tokens_trained += tokens
+        self.flops += 6.0 * parameters(model) * tokens
+
+    def scored(self, model: nn.Module, tokens: int) -> None:
+        """Count tokens that went forward only: 2 FLOPs a weight."""
+        self.tokens_scored += tokens
+        self.flops += 2.0 * parameters(model) * tokens
+
+    def counts(self) -> dict[str, float]:
+        """Everything so far, for a checkpoint: what a resumed stage has already spent."""
+        return {
+            "seconds": self._before + time.perf_counter() - self._start,
+            "tokens_sampled": self.tokens_sampled,
+            "tokens_trained": self.tokens_trained,
+            "tokens_scored": self.tokens_scored,
+            "flops": self.flops,
+        }
+
+    def summary(self) -> dict[str, float]:
+        """The counts, and the peak memory of the process in MiB."""
+        return {**self.counts(), "peak_memory_mib": peak_memory_mib()}
+
+
+def parameters(model: nn.Module) -> int:
+    """Weights that take part in a token's matrix products: all but the input embedding (attention is not counted)."""
+    embedding = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") else 0
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    return sum(p.numel() for p in model.parameters()) - (0 if tied else embedding)
+
+
+def peak_memory_mib() -> float:
+    """Peak memory so far: the GPU's where one is used, else the process's resident set."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf8")
+        return float(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory() -> None:
+    """Start measuring peak memory anew, where the system allows it."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
+
+
+def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON Lines file."""
+    with path.open("a", encoding="utf8") as file:
+        file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)

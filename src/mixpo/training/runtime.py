@@ -1,0 +1,31 @@
+"""Where and in what portions a stage computes: none of it changes what is computed."""
+
+import os
+from typing import Literal
+
+import pydantic
+import torch
+
+from mixpo.settings import Settings
+
+
+class Runtime(Settings):
+    """Device and portions. Not part of a stage's identity: the same numbers come out, to float rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+    threads: int | None = pydantic.Field(None, ge=1)
+    """CPU threads; all cores if not given."""
+    microbatch_tokens: int = pydantic.Field(4096, ge=1)
+    """Tokens, padding included, of one backward pass."""
+    sampling_tokens: int = pydantic.Field(65_536, ge=1)
+    """Tokens in the key-value cache at once while sampling."""
+    checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
+    """Time between two checkpoints of a stage; 0 writes one after every step."""
+
+    def start(self) -> torch.device:
+        """Set the number of threads and return the device."""
+        torch.set_num_threads(self.threads or os.cpu_count() or 1)
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)

@@ -1,0 +1,98 @@
+"""One optimizer step, shared by every stage: accumulate, normalise by the whole batch, clip, refuse the non-finite."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeVar
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from mixpo.settings import Settings
+
+Batch = TypeVar("Batch")
+Sums = Mapping[str, tuple[Tensor, Tensor]]
+"""What a microbatch adds to each metric: the sum of it, and the number of things summed."""
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on: what happened, at which step, what to try."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW with a linear warm-up, a decay and gradient clipping."""
+
+    learning_rate: float = pydantic.Field(gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = pydantic.Field(0, ge=0)
+    """Optimizer steps in which the learning rate rises linearly to its peak; at most half of all steps."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up, to a tenth of the peak at the last step."""
+    weight_decay: float = pydantic.Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = pydantic.Field(1.0, gt=0)
+    """Gradients are scaled down to this norm; the norm before it is logged."""
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; biases, norms and other vectors are not decayed."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
+
+
+def learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
+    """The learning rate of a step (counted from 0) of `total`."""
+    peak = settings.learning_rate if peak is None else peak
+    warmup = min(settings.warmup_steps, total // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if settings.decay == "constant":
+        return peak
+    fall = progress if settings.decay == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return peak * (1 - 0.9 * fall)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    microbatches: Iterable[Batch],
+    loss: Callable[[Batch], tuple[Tensor, Sums]],
+    *,
+    count: int,
+    max_grad_norm: float,
+    rate: float,
+) -> dict[str, float]:
+    """Take one optimizer step at learning rate `rate` and return the metrics' means.
+
+    `loss` returns a microbatch's summed loss and what it adds to the metrics; the loss is divided by `count`, the
+    whole batch's number of tokens or pairs, so how the batch is cut into microbatches changes nothing. Besides the
+    metrics: `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged` before anything is changed if
+    the loss or the gradient is not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for microbatch in microbatches:
+        summed, metrics = loss(microbatch)
+        if not bool(torch.isfinite(summed)):
+            raise Diverged(f"the loss is {float(summed)}")
+        (summed / count).backward()
+        total += float(summed.detach()) / count
+        for name, (amount, number) in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(amount)
+            counts[name] = counts.get(name, 0.0) + float(number)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(norm):
+        raise Diverged(f"the norm of the gradient is {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
+    return {"loss": total, **means, "grad_norm": norm, "learning_rate": rate}

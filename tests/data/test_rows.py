@@ -1,0 +1,245 @@
+import pytest
+
+from mixpo.data.errors import InputError
+from mixpo.data.rows import BadRow, Demonstration, Preference, RowError, demonstration_from, preference_from, refuse
+
+FIX = "drop the row or fix the source"
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param(GOOD, Preference("Why?", "Because.", "No."), id="text"),
+        pytest.param(
+            GOOD | {"prompt": [user("Why?")]}, Preference([user("Why?")], "Because.", "No."), id="messages and text"
+        ),
+        pytest.param(
+            {"prompt": [user("Why?")], "chosen": [assistant("Because.")], "rejected": [assistant("No.")]},
+            Preference([user("Why?")], "Because.", "No."),
+            id="conversational",
+        ),
+        pytest.param(
+            {"chosen": [user("Why?"), assistant("Because.")], "rejected": [user("Why?"), assistant("No.")]},
+            Preference([user("Why?")], "Because.", "No."),
+            id="implicit prompt",
+        ),
+        pytest.param(
+            {
+                "prompt": None,
+                "chosen": [user("Why?"), assistant("Because.")],
+                "rejected": [user("Why?"), assistant("No.")],
+            },
+            Preference([user("Why?")], "Because.", "No."),
+            id="implicit prompt beside an empty column",
+        ),
+        pytest.param(
+            {
+                "prompt": "Why?",
+                "chosen": [user("Why?"), assistant("Because.")],
+                "rejected": [user("Why?"), assistant("No.")],
+                "score_chosen": 8.5,
+            },
+            Preference([user("Why?")], "Because.", "No."),
+            id="prompt repeated by whole dialogues",
+        ),
+        pytest.param(
+            {
+                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+                "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
+            },
+            Preference([user("a"), assistant("b"), user("c")], "d", "e"),
+            id="many turns",
+        ),
+        pytest.param(
+            GOOD | {"prompt": [user("Why?") | {"name": None}]},
+            Preference([user("Why?")], "Because.", "No."),
+            id="other keys of a message",
+        ),
+        pytest.param(
+            {"prompt": " Why?\n", "chosen": "\tBecause. ", "rejected": "No.\u2028"},
+            Preference(" Why?\n", "\tBecause. ", "No.\u2028"),
+            id="nothing is stripped",
+        ),
+    ],
+)
+def test_preferences_are_read_in_every_shape(fields, expected):
+    assert preference_from(fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "Why?", "completion": "Because."}, Demonstration("Why?", "Because.")),
+        ({"prompt": [user("Why?")], "completion": [assistant("Because.")]}, Demonstration([user("Why?")], "Because.")),
+        ({"messages": [user("Why?"), assistant("Because.")]}, Demonstration([user("Why?")], "Because.")),
+        (
+            {"prompt": "Why?", "messages": [user("Why?"), assistant("Because.")]},
+            Demonstration([user("Why?")], "Because."),
+        ),
+        (
+            {"prompt": "Why?", "completion": "Because.", "messages": [user("Other?"), assistant("Other.")]},
+            Demonstration("Why?", "Because."),
+        ),
+    ],
+)
+def test_demonstrations_are_read_in_every_shape(fields, expected):
+    assert demonstration_from(fields) == expected
+
+
+def without(name):
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        pytest.param(
+            without("rejected") | {"rejcted": "No."},
+            "'rejected' is missing; found 'prompt', 'chosen', 'rejcted'; did you mean 'rejcted'? rename the field",
+            id="near name",
+        ),
+        pytest.param(
+            without("prompt") | {"question": "Why?"},
+            f"'prompt' is missing; found 'chosen', 'rejected', 'question'; {FIX}",
+            id="no near name",
+        ),
+        pytest.param({}, f"'chosen' is missing; found no fields; {FIX}", id="nothing"),
+        pytest.param(
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            "'prompt' is missing; found 'chosen', 'rejected'; "
+            "these look like raw HH-RLHF dialogues: read them with format hh-rlhf",
+            id="another format",
+        ),
+        pytest.param(GOOD | {"rejected": ""}, f"'rejected' is empty; {FIX}", id="empty"),
+        pytest.param(GOOD | {"prompt": " \n\t"}, f"'prompt' is empty; {FIX}", id="whitespace"),
+        pytest.param(GOOD | {"prompt": []}, f"'prompt' is empty; {FIX}", id="no messages"),
+        pytest.param(GOOD | {"chosen": 3}, f"'chosen' is a number; expected text; {FIX}", id="number"),
+        pytest.param(GOOD | {"chosen": True}, f"'chosen' is a boolean; expected text; {FIX}", id="boolean"),
+        pytest.param(GOOD | {"prompt": None}, f"'prompt' is null; expected text; {FIX}", id="null"),
+        pytest.param(GOOD | {"prompt": {"a": 1}}, f"'prompt' is an object; expected text; {FIX}", id="object"),
+        pytest.param(GOOD | {"prompt": b"Why?"}, f"'prompt' is bytes; expected text; {FIX}", id="bytes"),
+        pytest.param(
+            GOOD | {"chosen": "ab\ud800"}, f"'chosen' has half a surrogate pair at character 3; {FIX}", id="surrogate"
+        ),
+        pytest.param(
+            GOOD | {"rejected": "Because."},
+            f"'rejected' equals 'chosen'; expected two different completions; {FIX}",
+            id="equal",
+        ),
+        pytest.param(
+            {
+                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+                "rejected": [user("a"), assistant("e")],
+            },
+            "'rejected' has another prompt than 'chosen': they differ from message 2 on "
+            f"('rejected' has 1, 'chosen' 3); expected the same prompt on both sides; {FIX}",
+            id="prompts differ",
+        ),
+        pytest.param(
+            {
+                "prompt": [user("z")],
+                "chosen": [user("a"), assistant("b")],
+                "rejected": [user("a"), assistant("c")],
+            },
+            f"'prompt' is not what the dialogue in 'chosen' begins with; expected the same messages; {FIX}",
+            id="prompt and dialogues differ",
+        ),
+        pytest.param(
+            GOOD | {"prompt": ["Why?"]},
+            f"'prompt' message 1 is text; expected an object with 'role' and 'content'; {FIX}",
+            id="message is text",
+        ),
+        pytest.param(
+            GOOD | {"prompt": [user("Why?"), {"from": "human", "value": "?"}]},
+            f"'prompt' message 2 has no 'role'; found 'from', 'value'; rename the field or {FIX}",
+            id="message without role",
+        ),
+        pytest.param(
+            GOOD | {"prompt": [{"role": "user"}]},
+            f"'prompt' message 1 has no 'content'; found 'role'; rename the field or {FIX}",
+            id="message without content",
+        ),
+        pytest.param(
+            GOOD | {"prompt": [user([{"type": "text"}])]},
+            f"'prompt' message 1 'content' is a list; expected text; {FIX}",
+            id="message of parts",
+        ),
+        pytest.param(
+            GOOD | {"prompt": [user("Why?"), assistant("What?")]},
+            f"'prompt' has a prompt that ends with a message from 'assistant'; expected one from 'user'; {FIX}",
+            id="prompt ends with the assistant",
+        ),
+        pytest.param(
+            GOOD | {"rejected": [user("No.")]},
+            f"'rejected' ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+            id="completion from the user",
+        ),
+    ],
+)
+def test_what_makes_a_preference_bad(fields, line):
+    with pytest.raises(RowError) as caught:
+        preference_from(fields)
+    bad = BadRow("hh.jsonl", 7, caught.value.field, caught.value.problem)
+    assert str(bad) == f"hh.jsonl:7: {line}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "problem"),
+    [
+        (
+            GOOD,
+            "completion",
+            f"is missing; found 'prompt', 'chosen', 'rejected'; {FIX}",
+        ),
+        ({"prompt": "Why?", "completion": " "}, "completion", f"is empty; {FIX}"),
+        ({"messages": []}, "messages", f"is empty; {FIX}"),
+        (
+            {"messages": [user("Why?")]},
+            "messages",
+            f"ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+        ),
+        (
+            {"messages": [assistant("Hello."), assistant("Anyone?")]},
+            "messages",
+            f"has a prompt that ends with a message from 'assistant'; expected one from 'user'; {FIX}",
+        ),
+        ({"messages": [assistant("Hello.")]}, "prompt", f"is missing; found 'messages'; {FIX}"),
+    ],
+)
+def test_what_makes_a_demonstration_bad(fields, field, problem):
+    with pytest.raises(RowError) as caught:
+        demonstration_from(fields)
+    assert (caught.value.field, caught.value.problem) == (field, problem)
+
+
+def test_a_bad_row_without_a_field_names_the_row():
+    assert str(BadRow("hh.jsonl", 3, "", "is a list")) == "hh.jsonl:3: the row is a list"
+
+
+def test_a_row_names_its_file_line_field_and_remedy():
+    bad = BadRow("hh.jsonl", 1842, "rejected", f"is empty; {FIX}")
+    assert str(bad) == "hh.jsonl:1842: 'rejected' is empty; drop the row or fix the source"
+
+
+@pytest.mark.parametrize(("count", "tail"), [(1, []), (10, []), (11, ["... and 1 more"]), (23, ["... and 13 more"])])
+def test_refusal_lists_the_first_ten_and_counts_the_rest(count, tail):
+    bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
+    with pytest.raises(InputError) as caught:
+        refuse(bad, total=40)
+    assert str(caught.value).splitlines() == [
+        f"{count} of 40 rows cannot be used:",
+        *(f"hh.jsonl:{row}: 'prompt' is empty" for row in range(1, min(count, 10) + 1)),
+        *tail,
+        "`data.on_bad_row: drop` leaves bad rows out and lists them in a file",
+    ]

@@ -1,0 +1,572 @@
+import csv
+import gzip
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixpo.data.errors import InputError
+from mixpo.data.rows import Demonstration, Preference, RowError
+from mixpo.data.sources import (
+    content_digest,
+    hub_records,
+    parse_hh_rlhf,
+    parse_tldr,
+    read_demonstration_rows,
+    read_demonstrations,
+    read_hub_demonstrations,
+    read_hub_preferences,
+    read_preference_rows,
+    read_preferences,
+    read_records,
+    write_rows,
+)
+
+FIX = "drop the row or fix the source"
+ROWS = [
+    {"prompt": 'Say "hi",\nplease', "chosen": "hi\r\n", "rejected": "no\u2028\x85"},
+    {"prompt": "Größe?", "chosen": "日本\t語", "rejected": "a,b;'"},
+]
+PREFERENCES = [Preference(**row) for row in ROWS]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write(path: Path, rows):
+    """Write rows in the kind of file that the name asks for."""
+    plain = path.with_name(path.name.removesuffix(".gz"))
+    match plain.suffix:
+        case ".jsonl":
+            plain.write_bytes(jsonl(rows))
+        case ".json":
+            plain.write_text(json.dumps(rows), encoding="utf-8")
+        case ".csv":
+            write_csv(plain, rows)
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), plain)
+    if plain != path:
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    return path
+
+
+def refusal(call, *arguments, **options):
+    """Return the message of the `InputError` that a call raises, reading all it yields."""
+    with pytest.raises(InputError) as caught:
+        list(call(*arguments, **options))
+    return str(caught.value)
+
+
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    assert read_preferences(write(tmp_path / name, ROWS), "preference") == (PREFERENCES, [])
+
+
+def test_the_ending_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.JSONL").write_bytes(jsonl(ROWS))
+    assert read_preferences(tmp_path / "A.JSONL", "preference") == (PREFERENCES, [])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_messages_come_through(tmp_path, name):
+    row = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+    expected = Demonstration([user("a"), assistant("b"), user("c")], "d")
+    assert read_demonstrations(write(tmp_path / name, [row])) == ([expected], [])
+
+
+text = st.text(min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.fixed_dictionaries({"prompt": text, "completion": text}), min_size=1, max_size=4))
+def test_any_text_survives_any_kind_of_file(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    expected = [Demonstration(**row) for row in rows]
+    for name in ("a.jsonl.gz", "a.csv", "a.json", "a.parquet"):
+        assert read_demonstrations(write(folder / name, rows)) == (expected, []), name
+
+
+def test_rows_are_numbered_as_the_file_numbers_them(tmp_path):
+    for name, numbers in {"a.jsonl": [1, 2], "a.json": [1, 2], "a.parquet": [1, 2], "a.csv": [2, 5]}.items():
+        assert [number for number, _ in read_records(write(tmp_path / name, ROWS))] == numbers, name
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"a": 1}\n \r\n{"a": 2}')
+    assert list(read_records(path)) == [(2, {"a": 1}), (4, {"a": 2})]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in {"a.jsonl": '{"a": "1"}', "a.csv": "a\n1\n"}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [row for _, row in read_records(tmp_path / name)] == [{"a": "1"}], name
+
+
+def test_bad_rows_are_returned_beside_the_good_ones(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = jsonl(ROWS[:1]).decode().strip()
+    empty = json.dumps(ROWS[0] | {"rejected": ""})
+    deep = "[" * 100_000
+    path.write_text("\n".join([good, '{"prompt": "a" "b"}', "[1]", empty, deep, "1" * 5000, good]), encoding="utf-8")
+    rows, bad = read_preferences(path, "preference")
+    assert rows == [PREFERENCES[0]] * 2
+    lines = [str(row) for row in bad]
+    assert lines[:3] == [
+        f"{path}:2: the row is not JSON: Expecting ',' delimiter at column 16; {FIX}",
+        f"{path}:3: the row is a list; expected an object; {FIX}",
+        f"{path}:4: 'rejected' is empty; {FIX}",
+    ]
+    assert lines[3].startswith(f"{path}:5: the row is not JSON: maximum recursion depth")
+    assert lines[4].startswith(f"{path}:6: the row is not JSON: Exceeds the limit")
+
+
+def test_json_lists_may_hold_bad_rows(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([ROWS[0], "text"]), encoding="utf-8")
+    rows, bad = read_preferences(path, "preference")
+    assert rows == PREFERENCES[:1]
+    assert [str(row) for row in bad] == [f"{path}:2: the row is text; expected an object; {FIX}"]
+
+
+def test_csv_rows_with_other_columns_than_the_header_are_bad(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,chosen,rejected\na,"b\nb",c\na,b\n\na,b,c,d\n', encoding="utf-8")
+    rows, bad = read_preferences(path, "preference")
+    assert rows == [Preference("a", "b\nb", "c")]
+    assert [str(row) for row in bad] == [
+        f"{path}:4: the row has 2 columns; expected 3 as in the header; quote texts with commas",
+        f"{path}:6: the row has 4 columns; expected 3 as in the header; quote texts with commas",
+    ]
+
+
+def test_csv_cells_may_be_long(tmp_path):
+    row = {"prompt": "a" * 200_000, "completion": "b"}
+    assert read_demonstrations(write(tmp_path / "a.csv", [row])) == ([Demonstration(**row)], [])
+
+
+def test_a_missing_file_suggests_its_neighbours(tmp_path):
+    (tmp_path / "helpful.jsonl").touch()
+    assert (
+        refusal(read_records, tmp_path / "helpfull.jsonl")
+        == f"{tmp_path / 'helpfull.jsonl'}: no such file; did you mean 'helpful.jsonl'?"
+    )
+    assert (
+        refusal(read_records, tmp_path / "tldr")
+        == f"{tmp_path / 'tldr'}: no such file; the folder holds 'helpful.jsonl'"
+    )
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    path = tmp_path / "no" / "a.jsonl"
+    assert refusal(read_records, path) == f"{path}: no such file, and no folder '{path.parent}'; check the path"
+
+
+def test_a_folder_is_no_file(tmp_path):
+    assert refusal(read_records, tmp_path) == f"{tmp_path}: is a folder; expected a file; it holds nothing"
+    for number in range(12):
+        (tmp_path / f"{number:02}.jsonl").touch()
+    assert refusal(read_records, tmp_path).endswith("'08.jsonl', '09.jsonl' and 2 more")
+
+
+def test_an_unknown_ending_names_the_known_ones(tmp_path):
+    path = tmp_path / "a.txt"
+    path.touch()
+    assert refusal(read_records, path) == (
+        f"{path}: unknown kind of file '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
+        "convert the file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \n"),
+        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.json", b""),
+        ("a.json", b"[]"),
+        ("a.csv", b""),
+        ("a.csv", b"prompt,completion\n"),
+    ],
+)
+def test_a_file_without_rows_is_refused(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert refusal(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    assert refusal(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
+
+
+WHOLE = gzip.compress(jsonl(ROWS * 50))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param(
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "\xff"}\n',
+            ":2: is not UTF-8: byte 0xff at position 8; save the file as UTF-8",
+            id="not UTF-8",
+        ),
+        pytest.param(
+            "a.csv",
+            "a\nä".encode("latin-1"),
+            ":2: is not UTF-8: byte 0xe4 at position 1; save the file as UTF-8",
+            id="CSV not UTF-8",
+        ),
+        pytest.param(
+            "a.jsonl.gz",
+            WHOLE[:-20],
+            ": cannot be read: Compressed file ended before the end-of-stream marker was reached; "
+            "check that the file is whole",
+            id="truncated gzip",
+        ),
+        pytest.param(
+            "a.jsonl.gz",
+            b"{}",
+            ": cannot be read: Not a gzipped file (b'{}'); check that the file is whole",
+            id="not gzip",
+        ),
+        pytest.param(
+            "a.json",
+            b'{"a": 1}\n{"a": 2}\n',
+            ": is not JSON: Extra data: line 2 column 1 (char 9); a file with one object a line is named .jsonl",
+            id="JSON Lines named JSON",
+        ),
+        pytest.param("a.json", b'{"a": 1}', ": holds an object; expected a list of objects", id="JSON object"),
+        pytest.param(
+            "a.csv",
+            b'a,b\n1,"2\n',
+            ":2: is not CSV: unexpected end of data; fix the quotes around this line",
+            id="open quote",
+        ),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert refusal(read_records, path) == f"{path}{message}"
+
+
+def test_damaged_gzip_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(WHOLE[:20] + b"\xff" * 20 + WHOLE[40:])
+    message = refusal(read_records, path)
+    assert message.startswith(f"{path}: cannot be read: ")
+    assert message.endswith("; check that the file is whole")
+
+
+def test_what_is_no_parquet_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"prompt,completion")
+    message = refusal(read_records, path)
+    assert message.startswith(f"{path}: cannot be read: Parquet magic bytes not found")
+    assert "\n" not in message
+
+
+def test_parquet_text_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    offsets, data = pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")
+    pq.write_table(pa.table({"prompt": pa.StringArray.from_buffers(1, offsets, data)}), path)
+    assert "codec can't decode byte 0xff" in refusal(read_records, path)
+
+
+# HH-RLHF
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        pytest.param(
+            "\n\nHuman: Hi \n\nAssistant:  Hello.\n",
+            "\n\nHuman: Hi\n\nAssistant: Go away.",
+            Preference([user("Hi")], "Hello.", "Go away."),
+            id="one turn, stripped",
+        ),
+        pytest.param(
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
+            Preference([user("a"), assistant("b"), user("c")], "d", "e"),
+            id="many turns",
+        ),
+        pytest.param(
+            "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: Human: e\n\nf",
+            "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: g",
+            Preference([user("Human: a\nAssistant: b\n\n Human: c\n\nhuman: d")], "Human: e\n\nf", "g"),
+            id="markers inside text",
+        ),
+        pytest.param(
+            "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: f",
+            "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: g",
+            Preference([user("a\n\nb"), assistant("c\n\nd"), user("e")], "f", "g"),
+            id="turns of one side are one",
+        ),
+        pytest.param(
+            "\n\nHuman: a\n\nAssistant: One moment.\n\nAssistant: b",
+            "\n\nHuman: a\n\nAssistant: c",
+            Preference([user("a")], "One moment.\n\nb", "c"),
+            id="a completion in two turns",
+        ),
+        pytest.param(
+            "\n\nHuman:\n\nHuman: a\n\nAssistant: b\n\nAssistant:",
+            "\n\nHuman:\n\nHuman: a\n\nAssistant: c",
+            Preference([user("a")], "b", "c"),
+            id="an empty turn beside one of its side",
+        ),
+    ],
+)
+def test_hh_rlhf_dialogues(chosen, rejected, expected):
+    assert parse_hh_rlhf({"chosen": chosen, "rejected": rejected}) == expected
+
+
+A = "\n\nHuman: a\n\nAssistant: b"
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "problem"),
+    [
+        ({"chosen": A}, "rejected", f"is missing; found 'chosen'; {FIX}"),
+        ({"chosen": A, "rejected": [user("a")]}, "rejected", f"is a list; expected text; {FIX}"),
+        ({"chosen": A, "rejected": " "}, "rejected", f"is empty; {FIX}"),
+        (
+            {"chosen": "Hello\n\nHuman: a\n\nAssistant: b", "rejected": A},
+            "chosen",
+            f"begins with 'Hello\\n\\nHuman: a\\n\\nAssistant: b'; expected '\\n\\nHuman:'; {FIX}",
+        ),
+        (
+            {"chosen": "x" * 50, "rejected": A},
+            "chosen",
+            f"begins with '{'x' * 40}…'; expected '\\n\\nHuman:'; {FIX}",
+        ),
+        (
+            {"chosen": "\n\nAssistant: b", "rejected": A},
+            "chosen",
+            f"begins with '\\n\\nAssistant: b'; expected '\\n\\nHuman:'; {FIX}",
+        ),
+        (
+            {"chosen": A, "rejected": A + "\n\nHuman: c"},
+            "rejected",
+            f"ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+        ),
+        (
+            {"chosen": A, "rejected": "\n\nHuman: a\n\nAssistant:"},
+            "rejected",
+            f"message 2 'content' is empty; {FIX}",
+        ),
+        ({"chosen": "\n\nHuman:\n\nAssistant: b", "rejected": A}, "chosen", f"message 1 'content' is empty; {FIX}"),
+        (
+            {"chosen": A, "rejected": "\n\nHuman: z\n\nAssistant: c"},
+            "rejected",
+            "has another prompt than 'chosen': they differ from message 1 on ('rejected' has 1, 'chosen' 1); "
+            f"expected the same prompt on both sides; {FIX}",
+        ),
+        ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
+    ],
+)
+def test_bad_hh_rlhf_rows(record, field, problem):
+    with pytest.raises(RowError) as caught:
+        parse_hh_rlhf(record)
+    assert (caught.value.field, caught.value.problem) == (field, problem)
+
+
+turns = st.lists(st.text(st.characters(exclude_characters="\n", codec="utf-8"), min_size=1).map(str.strip), min_size=1)
+
+
+@given(turns.filter(all), text.map(str.strip), text.map(str.strip))
+def test_hh_rlhf_written_and_parsed(said, chosen, rejected):
+    prompt = [message for turn in said for message in (user(turn), assistant(turn + "!"))][:-1]
+    start = "".join(("\n\nHuman: " if m["role"] == "user" else "\n\nAssistant: ") + m["content"] for m in prompt)
+    if chosen != rejected:
+        record = {side: f"{start}\n\nAssistant: {said}" for side, said in [("chosen", chosen), ("rejected", rejected)]}
+        assert parse_hh_rlhf(record) == Preference(prompt, chosen, rejected)
+
+
+# TL;DR
+
+POST = "SUBREDDIT: r/tifu TITLE: Me POST: I did.\n\nIt broke."
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\nTL;DR:", "\nTL;DR: "])
+@pytest.mark.parametrize("prefix", ["TL;DR:  ", "TL;DR:", " ", ""])
+def test_tldr_rows(ending, prefix):
+    record = {"prompt": POST + ending, "chosen": f"{prefix}Broke it.", "rejected": f"{prefix}I did TL;DR: it. \n"}
+    assert parse_tldr(record) == Preference([user(f"{POST}\n\nTL;DR:")], "Broke it.", "I did TL;DR: it.")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "problem"),
+    [
+        ({"chosen": "TL;DR: "}, "chosen", f"is empty; {FIX}"),
+        ({"chosen": None}, "chosen", f"is null; expected text; {FIX}"),
+        ({"chosen": "TL;DR: b"}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
+        ({"prompt": "Why?"}, "prompt", f"is 'Why?'; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX}"),
+    ],
+)
+def test_bad_tldr_rows(change, field, problem):
+    with pytest.raises(RowError) as caught:
+        parse_tldr({"prompt": POST, "chosen": "TL;DR: a", "rejected": "TL;DR: b"} | change)
+    assert (caught.value.field, caught.value.problem) == (field, problem)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        ("hh-rlhf", {"chosen": A, "rejected": A + "c"}, Preference([user("a")], "b", "bc")),
+        (
+            "tldr",
+            {"prompt": POST, "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
+            Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
+        ),
+    ],
+)
+def test_files_are_read_in_their_format(tmp_path, format, row, expected):
+    assert read_preferences(write(tmp_path / "a.jsonl", [row, row]), format) == ([expected] * 2, [])
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub whose one data set has one good and one bad row; returns the calls."""
+    calls = []
+
+    def load_dataset(name, **options):
+        calls.append((name, options))
+        if options["split"] != "train":
+            raise ValueError("Unknown split \"tran\".\nShould be one of ['train'].")
+        return [
+            {"chosen": A, "rejected": A + "c", "prompt": "a", "completion": "b"},
+            {"chosen": A, "rejected": "", "prompt": "a", "completion": ""},
+        ]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_hub_preferences(hub):
+    rows, bad = read_hub_preferences("Anthropic/hh-rlhf", "hh-rlhf", split="train", data_dir="helpful-base")
+    assert rows == [Preference([user("a")], "b", "bc")]
+    assert [str(row) for row in bad] == [f"Anthropic/hh-rlhf/helpful-base[train]:2: 'rejected' is empty; {FIX}"]
+    assert hub == [("Anthropic/hh-rlhf", {"split": "train", "data_dir": "helpful-base", "revision": None})]
+
+
+def test_hub_demonstrations(hub):
+    rows, bad = read_hub_demonstrations("some/set", split="train", revision="abc")
+    assert rows == [Demonstration("a", "b")]
+    assert [str(row) for row in bad] == [f"some/set[train]:2: 'completion' is empty; {FIX}"]
+    assert hub == [("some/set", {"split": "train", "data_dir": None, "revision": "abc"})]
+
+
+def test_a_hub_data_set_that_cannot_be_loaded(hub):
+    with pytest.raises(InputError) as caught:
+        hub_records("some/set", split="tran")
+    assert str(caught.value) == (
+        "Hub data set 'some/set[tran]' cannot be loaded: ValueError: Unknown split \"tran\".; "
+        "check its name, split, data_dir and the network, or name a local file"
+    )
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_the_hub_needs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert refusal(hub_records, "some/set", split="train") == (
+        "Hub data set 'some/set' needs the package 'datasets'; pip install 'mixpo[hub]'"
+    )
+
+
+# Digests
+
+
+def test_a_digest_is_of_contents_in_order(tmp_path):
+    names = ["a", "b", "c", "ab", "empty"]
+    a, b, c, ab, empty = (tmp_path / name for name in names)
+    for path, content in zip((a, b, c, ab, empty), ("1", "2", "1", "12", ""), strict=True):
+        path.write_text(content)
+    assert content_digest([a, b]) == content_digest([c, b])
+    different = [[a, b], [b, a], [ab], [a], [ab, empty], [empty], []]
+    assert len({content_digest(paths) for paths in different}) == len(different)
+    each = [hashlib.sha256(content).digest() for content in (b"1", b"2")]
+    assert content_digest([a, b]) == hashlib.sha256(b"".join(each)).hexdigest()[:16]
+
+
+def test_a_digest_needs_its_files(tmp_path):
+    assert refusal(content_digest, [tmp_path / "a"]) == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
+
+
+# Rows between stages
+
+message = st.fixed_dictionaries({"role": st.text(), "content": st.text()})
+
+
+@pytest.mark.parametrize("prompts", [st.text(), st.lists(message, max_size=3)], ids=["text", "messages"])
+def test_written_rows_come_back_exactly(tmp_path_factory, prompts):
+    folder = tmp_path_factory.mktemp("rows")
+
+    @given(st.lists(st.builds(Preference, prompts, st.text(), st.text()), min_size=1, max_size=4))
+    def check_preferences(rows):
+        write_rows(folder / "p.parquet", rows)
+        assert read_preference_rows(folder / "p.parquet") == rows
+
+    @given(st.lists(st.builds(Demonstration, prompts, st.text()), min_size=1, max_size=4))
+    def check_demonstrations(rows):
+        write_rows(folder / "d.parquet", rows)
+        assert read_demonstration_rows(folder / "d.parquet") == rows
+
+    check_preferences()
+    check_demonstrations()
+
+
+def test_one_kind_of_prompt_in_a_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [Demonstration("a", "b"), Demonstration([user("a")], "b"), Demonstration("c", "d")]
+    assert refusal(write_rows, path, rows) == (
+        f"{path}: 2 prompts are text and 1 are lists of messages; expected one kind in a file; "
+        "write every prompt as messages"
+    )
+    assert not path.exists()
+
+
+def test_no_rows_are_not_written(tmp_path):
+    path = tmp_path / "a.parquet"
+    assert refusal(write_rows, path, []) == f"{path}: no rows to write; expected at least one"
+
+
+def test_rows_of_the_other_kind_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_rows(path, [Demonstration("a", "b")])
+    assert refusal(read_preference_rows, path) == (
+        f"{path}: has columns ['prompt', 'completion']; expected ['prompt', 'chosen', 'rejected']"
+    )
+    assert refusal(read_preference_rows, tmp_path / "b.parquet").endswith("no such file; did you mean 'a.parquet'?")
