@@ -1,0 +1,44 @@
+"""Mixed Preference Optimization of language models: SFT, reward model, resampling, DPO and PPO as one experiment.
+
+from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Samples, Selection
+"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixpo.stages.data import Data
+    from mixpo.stages.dpo import DPO
+    from mixpo.stages.engine import Engine
+    from mixpo.stages.evaluation import Evaluation
+    from mixpo.stages.ppo import PPO
+    from mixpo.stages.pretrained import Pretrained
+    from mixpo.stages.reward_model import RewardModel
+    from mixpo.stages.samples import Samples
+    from mixpo.stages.selection import Selection
+    from mixpo.stages.sft import SFT
+
+__version__ = version("mixpo")
+__all__ = [
+    "DPO",
+    "PPO",
+    "SFT",
+    "Data",
+    "Engine",
+    "Evaluation",
+    "Pretrained",
+    "RewardModel",
+    "Samples",
+    "Selection",
+]
+
+_HOMES = {"RewardModel": "reward_model"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a stage when it is first asked for: torch takes seconds, `mixpo --help` should not."""
+    if name not in __all__:
+        raise AttributeError(f"module 'mixpo' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"mixpo.stages.{_HOMES.get(name, name.lower())}"), name)

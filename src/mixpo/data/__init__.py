@@ -1,0 +1,1 @@
+"""Rows, their validation, their sources, and their way into branch batches."""

@@ -73,7 +73,9 @@ class BranchBatch:
         return BranchBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def pack(prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, share_prompt: bool = True) -> BranchBatch:
+def pack(
+    prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, share_prompt: bool = True
+) -> BranchBatch:
     """Lay out prompts and their completions (k for each, none empty) as a branch batch.
 
     With `share_prompt=False` every completion has a row and a copy of the prompt of its own: the layout for models

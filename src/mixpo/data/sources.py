@@ -18,8 +18,8 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import (

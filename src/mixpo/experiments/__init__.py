@@ -1,0 +1,1 @@
+"""Recipes and arms: experiments as expressions over stages, and running them."""

@@ -92,8 +92,8 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
             key, equals, _ = override.partition("=")
             if not equals or not key:
                 raise InputError(f"{override!r}: found no key=value; expected for example ppo.kl_coef=0.2")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        overridden = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(overridden, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -119,7 +119,7 @@ def _find(name: str) -> tuple[str, str]:
     if name not in shipped:
         raise InputError(
             f"{name}: found neither a recipe file nor a recipe of that name; expected a .yaml file or one of "
-            f"{', '.join(sorted(shipped))}{_nearest(name, shipped)}"
+            f"{', '.join(sorted(shipped))}{nearest(name, shipped)}"
         )
     return name, shipped[name].read_text(encoding="utf8")
 
@@ -134,7 +134,7 @@ def explain(error: pydantic.ValidationError) -> list[str]:
             lines.append(str(cause))
         elif problem["type"] == "extra_forbidden":
             known = _keys_beside(problem["loc"])
-            lines.append(f"{key}: unknown key{_nearest(str(problem['loc'][-1]), known)}")
+            lines.append(f"{key}: unknown key{nearest(str(problem['loc'][-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{key}: not given; expected a value")
         else:
@@ -151,6 +151,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     return [*fields, *(["lora"] if len(location) == 1 else [])]
 
 
-def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}" if known else ""

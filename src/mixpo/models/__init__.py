@@ -1,0 +1,1 @@
+"""Loading, log-probs and scores of branch batches, sampling."""

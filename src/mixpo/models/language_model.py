@@ -37,7 +37,8 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that every forward pass runs in: matrix products in bfloat16, weights in float32."""
@@ -53,7 +54,8 @@ def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "place
         output = lm.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         )
-    return output.last_hidden_state.flatten(0, 1)
+    states: Tensor = output.last_hidden_state
+    return states.flatten(0, 1)
 
 
 def by_layer_type(
@@ -115,7 +117,8 @@ def branch_scores(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "promp
     """The reward model's score of every completion, read at its last token."""
     hidden = hidden_states(lm, batch)
     with lm.autocast():
-        return lm.model.score(hidden[batch.last])[..., 0].float()
+        scores: Tensor = lm.model.score(hidden[batch.last])
+    return scores[..., 0].float()
 
 
 def branch_values(
@@ -128,5 +131,5 @@ def branch_values(
     if hidden is None:
         hidden = hidden_states(lm, batch)
     with lm.autocast():
-        values = head(hidden[batch.source])[..., 0].float()
-    return values.masked_fill(~batch.mask, 0.0)
+        values: Tensor = head(hidden[batch.source])
+    return values[..., 0].float().masked_fill(~batch.mask, 0.0)

@@ -67,9 +67,7 @@ def load_reward_model(folder: Path, *, device: torch.device, precision: Precisio
             f"{folder}: found {config.architectures} with {config.num_labels} labels; expected a reward model: "
             "a sequence classifier with one label, such as the `reward` stage writes"
         )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return _wrap(model, folder, device, precision)
 
 
@@ -201,9 +199,11 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{file}: reading GGUF needs the package `gguf`; pip install 'mixpo[smollm2]'")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def resolve_package_file(reference: str) -> Path:

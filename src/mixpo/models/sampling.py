@@ -47,7 +47,9 @@ class _Preallocated(DynamicLayer):
         self.values = value_states.new_empty(*shape, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -216,6 +218,7 @@ def _decoding_masks(
     lm: LanguageModel, visible: Bool[Tensor, "rows seen"], key_positions: Tensor, position: Tensor
 ) -> Tensor | dict[str, Tensor]:
     """The mask of one new token a row over what it may see, with the model's sliding window where it has one."""
+
     def attends(window: int | None = None) -> Tensor:
         seen = visible if window is None else visible & (position - key_positions < window)
         return seen[:, None, None]

@@ -20,9 +20,7 @@ def portions(
 ) -> Iterator[tuple[list[int], BranchBatch]]:
     """Branch batches of at most `token_budget` tokens, each with the numbers of its prompts, on the model's device."""
     for rows in by_tokens(row_lengths(prompts, completions), token_budget):
-        batch = pack(
-            [prompts[row] for row in rows], [completions[row] for row in rows], share_prompt=lm.shares_prompts
-        )
+        batch = pack([prompts[row] for row in rows], [completions[row] for row in rows], share_prompt=lm.shares_prompts)
         yield rows, batch.to(lm.device)
 
 

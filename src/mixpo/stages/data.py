@@ -192,9 +192,7 @@ def _asked(prompt: str) -> Prompt:
     return [{"role": "user", "content": prompt}]
 
 
-def _hold_out(
-    rows: Sequence[Preference], share: float, seed: int
-) -> tuple[list[Preference], list[Preference]]:
+def _hold_out(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
     """Train and test rows that have no prompt in common."""
     prompts = sorted({json.dumps(row.prompt) for row in rows})
     random.Random(seed).shuffle(prompts)

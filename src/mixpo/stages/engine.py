@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import exca
 import pydantic
@@ -55,7 +55,7 @@ class Engine:
 
     def _task(self, stage: Stage) -> _Task:
         infra = {"folder": self.cache / type(stage).__name__.lower()}
-        return _Task(stage=stage, cache=self.cache, runtime=self.runtime, infra=infra)  # type: ignore[arg-type]
+        return _Task(stage=stage, cache=self.cache, runtime=self.runtime, infra=infra)
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are or will be."""
@@ -102,7 +102,7 @@ def in_order(stage: Stage) -> Iterator[Stage]:
     yield from visit(stage)
 
 
-def read_summary(folder: Path) -> dict[str, object]:
+def read_summary(folder: Path) -> dict[str, Any]:
     """A complete stage's `summary.json`."""
-    content: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf8"))
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf8"))
     return content

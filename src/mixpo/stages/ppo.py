@@ -1,6 +1,6 @@
-"""PPO: online reinforcement learning on any prompts, from any start, anchored to any reference. Equation 3 of the paper.
+"""PPO: reinforcement learning on any prompts, from any start, anchored to any reference. Equation 3 of the paper.
 
-One iteration is read from top to bottom in `_iteration`: sample, score, shape rewards, advantages, update.
+One iteration is read from top to bottom in `_roll_out` and `_learn`: sample, score, shape rewards, advantages, update.
 """
 
 import math
@@ -285,7 +285,10 @@ def _learner(
 
 
 def _parts(learner: Learner) -> dict[str, Stateful]:
-    parts: dict[str, Stateful] = {"policy": Trainable(learner.policy.model), "policy_optimizer": learner.policy_optimizer}
+    parts: dict[str, Stateful] = {
+        "policy": Trainable(learner.policy.model),
+        "policy_optimizer": learner.policy_optimizer,
+    }
     if learner.shared and learner.value_head is not None:
         parts["value_head"] = Trainable(learner.value_head)
     elif learner.value is not None and learner.value_optimizer is not None:

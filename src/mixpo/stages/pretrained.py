@@ -100,7 +100,9 @@ class Pretrained(Stage, PretrainedSettings):
 
 def _check_folder(folder: Path) -> None:
     if not read_architectures(folder):
-        raise InputError(f"{folder}: found no config.json that names an architecture; expected a Hugging Face model folder")
+        raise InputError(
+            f"{folder}: found no config.json that names an architecture; expected a Hugging Face model folder"
+        )
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise InputError(
             f"{folder}: found a model without a tokenizer; expected tokenizer.json beside the weights; "

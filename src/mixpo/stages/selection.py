@@ -73,7 +73,9 @@ class Selection(Stage, SelectionSettings):
             )
         ordered = []
         for row, gap, order in zip(rows, gaps.tolist(), order_by_score(found).tolist(), strict=True):
-            pair = {name: [row[name][place] for place in order] for name in ("completions", "tokens", "logprobs", "scores")}
+            pair = {
+                name: [row[name][place] for place in order] for name in ("completions", "tokens", "logprobs", "scores")
+            }
             ordered.append({"prompt": row["prompt"], "gap": gap, **pair})
         sampler = read_sampler(source)
         for name, mask in (("easy", easy), ("hard", ~easy), ("all", np.ones_like(easy))):

@@ -1,0 +1,1 @@
+"""What the stages share: the optimizer step, the supervised loop, checkpoints, records."""

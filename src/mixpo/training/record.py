@@ -118,7 +118,7 @@ class Cost:
         return {**self.counts(), "peak_memory_mib": peak_memory_mib()}
 
 
-def parameters(model: nn.Module) -> int:
+def parameters(model: Any) -> int:
     """Weights that take part in a token's matrix products: all but the input embedding (attention is not counted)."""
     embedding = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") else 0
     head = getattr(model, "get_output_embeddings", lambda: None)()

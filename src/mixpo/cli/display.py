@@ -1,0 +1,177 @@
+"""What a run looks like in a terminal: progress bars, or plain lines in a pipe; then the table."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from mixpo.experiments.plan import Planned
+from mixpo.experiments.run import ArmRun, Display
+from mixpo.report.results import Results
+from mixpo.report.table import main_table
+from mixpo.stages.engine import read_summary
+from mixpo.stages.rows import read_table
+
+SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate", "tokens_per_second")
+PLAIN_SECONDS = 10.0
+"""Time between two plain lines of one stage."""
+
+
+class Plain:
+    """A line when a stage begins, every few seconds, and when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stage = ""
+        self.printed = 0.0
+
+    def begin(self, stage: str, identity: str, arms: str) -> None:
+        """A stage starts to compute."""
+        self.stage, self.printed = f"{stage} {identity}", time.monotonic()
+        self._print(f"{self.stage}: begins (for {arms})")
+
+    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Some steps of the stage are over."""
+        if time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            self._print(f"{self.stage}: {done}/{total} {_brief(metrics)}".rstrip())
+
+    def note(self, text: str) -> None:
+        """A line worth reading now."""
+        self._print(text)
+
+    def end(self, seconds: float) -> None:
+        """The stage is done."""
+        self._print(f"{self.stage}: done in {seconds:.1f} s")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """A progress bar for the stage that computes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: int | None = None
+        self.stage = ""
+
+    def begin(self, stage: str, identity: str, arms: str) -> None:
+        """A stage starts to compute."""
+        self.stage = f"{stage:<12} {identity}"
+        self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {arms}")
+
+    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Some steps of the stage are over."""
+        if self.task is not None:
+            self.progress.update(self.task, completed=done, total=total, metrics=_brief(metrics))  # type: ignore[arg-type]
+
+    def note(self, text: str) -> None:
+        """A line worth reading now."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def end(self, seconds: float) -> None:
+        """The stage is done."""
+        if self.task is not None:
+            self.progress.remove_task(self.task)  # type: ignore[arg-type]
+        self.progress.console.print(f"{self.stage}  done in {seconds:.1f} s", highlight=False)
+
+
+@contextmanager
+def watch(*, plain: bool) -> Iterator[Display]:
+    """Bars in a terminal, plain lines in a pipe or if asked for."""
+    console = Console()
+    if plain or not console.is_terminal:
+        yield Plain(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bars(progress)
+
+
+def _brief(metrics: Mapping[str, float]) -> str:
+    shown = [f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
+    if metrics.get("seconds") and metrics.get("tokens"):
+        shown.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
+    return "  ".join(shown)
+
+
+def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:
+    """The main table, the report's path and the aligned models' paths."""
+    console = Console()
+    table = main_table(results)
+    shown = Table(title=f"{results.name}: means with 95% intervals", title_justify="left")
+    for place, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if place == 0 else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    console.print(shown)
+    for line in table.notes:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if computed is not None:
+        console.print(f"{computed} stages computed, {found} found in the cache", highlight=False)
+    for arm in results.arms:
+        if arm.status == "done" and arm.arm == results.arms[-1].arm and arm.model:
+            console.print(f"model ({arm.arm}, seed {arm.seed}): {arm.model}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def show_plan(planned: list[tuple[ArmRun, list[Planned]]]) -> None:
+    """A tree an arm."""
+    console = Console()
+    for run, lines in planned:
+        root = Tree(Text(f"{run.arm} (seed {run.seed})", style="bold"))
+        branches = [root]
+        for line in lines:
+            name = f"{line.field}: {line.kind}" if line.field else line.kind
+            state = "cached" if line.done else line.why
+            text = Text.assemble(
+                name,
+                " ",
+                (line.identity, "cyan"),
+                "  ",
+                (state, "green" if line.done else "yellow"),
+                ("  (above)" if line.shown_before else "", "dim"),
+            )
+            del branches[line.depth + 1 :]
+            branches.append(branches[line.depth].add(text))
+        console.print(root)
+
+
+def show_selection(folder: Path) -> None:
+    """Sizes, gap histogram and samples from both ends of a selection."""
+    console = Console()
+    summary = read_summary(folder)
+    rows = sorted(read_table(folder / "all.parquet"), key=lambda row: float(row["gap"]))
+    console.print(
+        f"{summary['pairs']} pairs: {summary['easy']} easy (gap > {summary['threshold']:.4g}), {summary['hard']} hard, "
+        f"{summary['identical']} identical; median gap {summary['gap_median']:.3g}, spread of scores "
+        f"{summary['score_std']:.3g}",
+        highlight=False,
+    )
+    counts, edges = np.histogram([row["gap"] for row in rows], bins=12)
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(40 * int(count) / max(1, int(counts.max())))
+        console.print(f"{low:7.2f} to {high:6.2f} {count:6d} {bar}", highlight=False)
+    for title, part in (("hardest", rows[:2]), ("easiest", rows[-2:])):
+        for row in part:
+            console.print(f"\n{title}, gap {row['gap']:.3f}", style="bold", highlight=False)
+            asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            console.print(Text(f"  prompt    {asked}"))
+            for name, completion, score in zip(("chosen", "rejected"), row["completions"], row["scores"], strict=True):
+                console.print(Text(f"  {name:<8}  {score:+.3f}  {completion}"))
+    console.print(f"\nrows: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""The command line: parse, call, print. Bad input is one line a problem on standard error, and exit code 2."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixpo.data.errors import InputError
+
+app = typer.Typer(
+    name="mixpo",
+    help="Mixed Preference Optimization: preference pairs in, an aligned model and its evidence out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe file, or the name of one that comes with mixpo (world if not given), and dotted overrides.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")]
+
+
+@app.command()
+def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
+    """Run a recipe: compute what is missing, print the table, write the report."""
+    from mixpo.cli.display import show_results, watch
+    from mixpo.experiments.run import run as run_recipe
+    from mixpo.report.page import write_page
+    from mixpo.report.results import load
+
+    recipe = _recipe(words)
+    with watch(plain=quiet) as display:
+        result = run_recipe(recipe, display)
+    results = load(recipe.folder)
+    show_results(results, write_page(results), computed=result.computed, found=result.found)
+    failed = [arm for arm in result.arms if arm.status == "failed"]
+    if failed:
+        raise typer.Exit(2 if all(arm.bad_input for arm in failed) else 1)
+
+
+@app.command()
+def plan(words: RecipeArgument = None) -> None:
+    """Print the tree of stages: identity, whether it is there, and why one would be computed."""
+    from mixpo.cli.display import show_plan
+    from mixpo.experiments.plan import plan as make_plan
+
+    show_plan(make_plan(_recipe(words)))
+
+
+@app.command()
+def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
+    """Sample, score and split as a recipe says; print sizes, the gap histogram, and samples from both ends."""
+    from mixpo.cli.display import show_selection, watch
+    from mixpo.experiments.run import run_stage
+    from mixpo.experiments.setup import Setup
+
+    recipe = _recipe(words)
+    with watch(plain=quiet) as display:
+        folder = run_stage(recipe, Setup(recipe, recipe.seeds[0]).selection, display)
+    show_selection(folder)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Print a finished run's table and write its report again."""
+    from mixpo.cli.display import show_results
+    from mixpo.report.page import write_page
+    from mixpo.report.results import load
+
+    results = load(run_folder)
+    show_results(results, write_page(results))
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A model folder, such as `mixpo run` prints.")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Talk to a model. An empty line starts a new dialogue, Ctrl-D ends."""
+    from mixpo.cli.chat import talk
+
+    talk(model, temperature=temperature, max_tokens=max_tokens)
+
+
+def _recipe(words: list[str] | None) -> Any:
+    from mixpo.experiments.recipe import read_recipe
+
+    words = list(words or ())
+    name = words.pop(0) if words and "=" not in words[0] else None
+    return read_recipe(name, words)
+
+
+def main() -> None:
+    """The entry point of `mixpo`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Running a recipe: every stage once, shared by the arms; what fails takes only the arms that need it along."""
+
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from mixpo import __version__
+from mixpo.data.errors import InputError
+from mixpo.experiments.arms import ARMS
+from mixpo.experiments.recipe import Recipe, nearest
+from mixpo.experiments.setup import Setup
+from mixpo.stages.engine import Engine, in_order, read_summary
+from mixpo.stages.evaluation import Evaluation
+from mixpo.stages.stage import Stage, model_in
+from mixpo.training.record import Watcher, watcher, write_json
+from mixpo.training.step import Diverged
+
+FORMAT = 1
+"""Of `results.json`."""
+
+
+class Display(Watcher, Protocol):
+    """Whoever watches a run."""
+
+    def begin(self, stage: str, identity: str, arms: str) -> None:
+        """A stage starts to compute."""
+
+    def end(self, seconds: float) -> None:
+        """The stage is done."""
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One arm at one seed."""
+
+    arm: str
+    seed: int
+    evaluation: Evaluation
+
+
+@dataclass
+class ArmResult:
+    """What became of an arm at a seed. Folders are absolute."""
+
+    arm: str
+    seed: int
+    status: Literal["done", "failed"]
+    reason: str | None = None
+    bad_input: bool = False
+    model: str | None = None
+    evaluation: str | None = None
+    stages: dict[str, str] = field(default_factory=dict)
+    """The folder of every stage that the arm stands on, by kind and identity: `DPO-1a2b3c4d`."""
+
+
+@dataclass
+class RunResult:
+    """What `results.json` holds."""
+
+    name: str
+    arms: list[ArmResult]
+    computed: int
+    """Stages computed in this run."""
+    found: int
+    """Stages found in the cache."""
+
+
+def arm_runs(recipe: Recipe) -> list[ArmRun]:
+    """The recipe's expressions. Raises `InputError` on an unknown arm."""
+    for arm in recipe.arms:
+        if arm not in ARMS:
+            raise InputError(f"arms: found {arm!r}{nearest(arm, ARMS)}")
+    setups = [Setup(recipe, seed) for seed in recipe.seeds]
+    return [ArmRun(arm, setup.seed, setup.evaluation(ARMS[arm](setup))) for setup in setups for arm in recipe.arms]
+
+
+def run(recipe: Recipe, display: Display) -> RunResult:
+    """Compute what is missing, and write `recipe.yaml` and `results.json` to the run's folder."""
+    runs = arm_runs(recipe)
+    folder = claim_folder(recipe)
+    engine = Engine(recipe.cache.resolve(), recipe.runtime)
+    failures: dict[Stage, tuple[str, bool]] = {}
+    computed: set[Stage] = set()
+    known: set[Stage] = set()
+    watcher.set(display)
+    for stage in _all_stages(runs):
+        upstream = [source for source in stage.inputs().values() if source in failures]
+        if upstream:
+            failures[stage] = failures[upstream[0]]
+        elif engine.is_done(stage):
+            known.add(stage)
+        else:
+            kind, identity = type(stage).__name__, engine.identity(stage)
+            display.begin(kind, identity, _users(stage, runs))
+            try:
+                seconds = read_summary(engine.compute(stage))["cost"]["seconds"]
+            except InputError as error:
+                if kind in ("Data", "Pretrained"):
+                    raise
+                failures[stage] = (str(error), True)
+            except (Diverged, RuntimeError, OSError, ValueError) as error:
+                trace = engine.folder(stage) / "failure.txt"
+                trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
+                text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
+                failures[stage] = (f"{kind} {identity}: {text} (details in {trace})", False)
+            else:
+                computed.add(stage)
+                display.end(float(seconds))
+            if stage in failures:
+                display.note(f"failed: {failures[stage][0]}")
+
+    result = RunResult(recipe.name, [_result(run, engine, failures) for run in runs], len(computed), len(known))
+    write_json(
+        folder / "results.json",
+        {"format": FORMAT, "mixpo": __version__, "recipe": recipe.model_dump(mode="json"), **asdict(result)},
+    )
+    return result
+
+
+def run_stage(recipe: Recipe, stage: Stage, display: Display) -> Path:
+    """Compute one stage of a recipe and what it needs; its folder. Raises what a stage raises."""
+    claim_folder(recipe)
+    engine = Engine(recipe.cache.resolve(), recipe.runtime)
+    watcher.set(display)
+    for needed in in_order(stage):
+        if not engine.is_done(needed):
+            display.begin(type(needed).__name__, engine.identity(needed), "select")
+            display.end(read_summary(engine.compute(needed))["cost"]["seconds"])
+    return engine.folder(stage)
+
+
+def _all_stages(runs: list[ArmRun]) -> Iterator[Stage]:
+    """Every stage once, inputs first; what reads the user's input comes before anything trains."""
+    stages = list(dict.fromkeys(stage for run in runs for stage in in_order(run.evaluation)))
+    early = [stage for stage in stages if type(stage).__name__ in ("Pretrained", "Data")]
+    yield from early
+    yield from (stage for stage in stages if stage not in set(early))
+
+
+def _users(stage: Stage, runs: list[ArmRun]) -> str:
+    """The arms that stand on a stage, for display."""
+    users = [run.arm for run in runs if any(stage == other for other in in_order(run.evaluation))]
+    return ", ".join(dict.fromkeys(users))
+
+
+def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]]) -> ArmResult:
+    stages = {
+        f"{type(stage).__name__}-{engine.identity(stage)}": str(engine.folder(stage))
+        for stage in in_order(run.evaluation)
+        if stage not in failures
+    }
+    if run.evaluation in failures:
+        reason, bad_input = failures[run.evaluation]
+        return ArmResult(run.arm, run.seed, "failed", reason, bad_input, stages=stages)
+    return ArmResult(
+        run.arm,
+        run.seed,
+        "done",
+        model=str(model_in(engine.folder(run.evaluation.policy))),
+        evaluation=str(engine.folder(run.evaluation)),
+        stages=stages,
+    )
+
+
+def claim_folder(recipe: Recipe) -> Path:
+    """Make the run's folder and write the resolved recipe there. Raises `InputError` where that cannot be."""
+    folder = recipe.folder
+    earlier = folder / "results.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.cache.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        found = _format_of(earlier)
+        if found not in (None, FORMAT):
+            raise InputError(
+                f"{folder}: found a run folder of format {found}, written by another version of mixpo; expected format "
+                f"{FORMAT}; choose another folder with out=PATH"
+            )
+        (folder / "recipe.yaml").write_text(text, encoding="utf8")
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: found a place that cannot be written ({error.strerror}); expected a folder "
+            "for results; choose others with out=PATH and cache=PATH"
+        ) from error
+    return folder
+
+
+def _format_of(results: Path) -> Any:
+    import json
+
+    if not results.exists():
+        return None
+    try:
+        return json.loads(results.read_text(encoding="utf8")).get("format")
+    except (ValueError, AttributeError):
+        return "unknown"
