@@ -4,7 +4,7 @@ Logits are computed only where a completion token is predicted, in chunks, so th
 kept for a whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,15 +12,14 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.branches import BranchBatch
 
 Precision = Literal["float32", "bfloat16"]
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits held at once: 32M elements, 128 MiB in float32."""
+CHUNK_ELEMENTS = 1 << 23
+"""Logits held at once: 8M elements, 32 MiB in float32."""
 
 
 @dataclass
@@ -77,40 +76,98 @@ def by_layer_type(
 
 def branch_logprobs(
     lm: LanguageModel, batch: BranchBatch, hidden: Float[Tensor, "places width"] | None = None
-) -> tuple[Float[Tensor, "prompts k tokens"], Float[Tensor, "prompts k tokens"]]:
-    """Log-probs of the completion tokens and entropies of the distributions they were drawn from.
+) -> Float[Tensor, "prompts k tokens"]:
+    """Log-probs of the completion tokens in nats, at temperature 1; 0 where the mask is false."""
+    return branch_predictions(lm, batch, hidden, with_entropy=False)[0]
 
-    Both in nats, at temperature 1, 0 where the mask is false. Gradients flow through the log-probs only.
+
+def branch_predictions(
+    lm: LanguageModel,
+    batch: BranchBatch,
+    hidden: Float[Tensor, "places width"] | None = None,
+    *,
+    with_entropy: bool = True,
+) -> tuple[Float[Tensor, "prompts k tokens"], Float[Tensor, "prompts k tokens"]]:
+    """Log-probs of the completion tokens, and entropies of the distributions that they were drawn from.
+
+    In nats, at temperature 1; 0 where the mask is false. Gradients flow through the log-probs only.
     """
     if hidden is None:
         hidden = hidden_states(lm, batch)
     head = lm.model.get_output_embeddings()
-    logprobs, entropies = [], []
-    with lm.autocast():
-        sources, targets = hidden[batch.source[batch.mask]], batch.completions[batch.mask]
-        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-        for start in range(0, len(targets), chunk):
-            part = sources[start : start + chunk], targets[start : start + chunk]
-            several = len(targets) > chunk and torch.is_grad_enabled()
-            logprob, entropy = (
-                checkpoint(_predict, head, *part, use_reentrant=False) if several else _predict(head, *part)
-            )
-            logprobs.append(logprob)
-            entropies.append(entropy)
-    empty = torch.zeros(batch.mask.shape, device=hidden.device)
-    return (
-        empty.masked_scatter(batch.mask, torch.cat(logprobs)),
-        empty.masked_scatter(batch.mask, torch.cat(entropies)),
+    logprobs, entropies = _TokenLogprobs.apply(
+        hidden[batch.source[batch.mask]],
+        head.weight,
+        head.bias,
+        batch.completions[batch.mask],
+        torch.bfloat16 if lm.precision == "bfloat16" else torch.float32,
+        with_entropy,
     )
+    empty = torch.zeros(batch.mask.shape, device=hidden.device)
+    return empty.masked_scatter(batch.mask, logprobs), empty.masked_scatter(batch.mask, entropies)
 
 
-def _predict(head: nn.Module, hidden: Tensor, targets: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    total = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - total
-    with torch.no_grad():
-        entropy = total - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
-    return logprobs, entropy
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight^T + bias)[target] a row, in chunks: no softmax is kept, logits are made twice.
+
+    d logprob / d logits = onehot(target) - softmax.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "n width"],
+        weight: Float[Tensor, "vocabulary width"],
+        bias: Float[Tensor, " vocabulary"] | None,
+        targets: Int[Tensor, " n"],
+        dtype: torch.dtype,
+        with_entropy: bool,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        narrow, narrow_weight = hidden.to(dtype), weight.to(dtype)
+        totals = torch.empty(len(targets), device=hidden.device)
+        logprobs, entropies = torch.empty_like(totals), torch.zeros_like(totals)
+        for rows in _chunks(len(targets), len(weight)):
+            logits = _logits(narrow[rows], narrow_weight, bias)
+            totals[rows] = logits.logsumexp(dim=-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - totals[rows]
+            if with_entropy:
+                probabilities = (logits - totals[rows, None]).exp_()
+                entropies[rows] = totals[rows] - torch.linalg.vecdot(probabilities, logits)
+        ctx.save_for_backward(narrow, narrow_weight, bias, targets, totals)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, " n"], _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, totals = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
+        of_bias = torch.zeros_like(bias) if wanted[2] else None
+        for rows in _chunks(len(targets), len(weight)):
+            of_logits = (_logits(hidden[rows], weight, bias) - totals[rows, None]).exp_().mul_(-gradient[rows, None])
+            of_logits.scatter_add_(1, targets[rows, None], gradient[rows, None])
+            if of_bias is not None:
+                of_bias += of_logits.sum(dim=0)
+            narrow = of_logits.to(hidden.dtype)
+            of_hidden[rows] = narrow @ weight
+            if of_weight is not None:
+                of_weight += narrow.T @ hidden[rows]
+        hidden_dtype, weight_dtype = ctx.dtypes
+        of_weight = None if of_weight is None else of_weight.to(weight_dtype)
+        return of_hidden.to(hidden_dtype), of_weight, of_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "n vocabulary"]:
+    logits = (hidden @ weight.T).float()
+    return logits if bias is None else logits + bias
+
+
+def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 def branch_scores(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "prompts k"]:

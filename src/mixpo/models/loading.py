@@ -162,7 +162,7 @@ def _check(lm: LanguageModel, folder: Path) -> None:
     lm.shares_prompts = torch.allclose(hidden_states(lm, shared)[shared.last], plain, rtol=1e-3, atol=1e-3)
     if lm.model.get_output_embeddings() is None:
         return
-    logprobs, _ = branch_logprobs(lm, alone)
+    logprobs = branch_logprobs(lm, alone)
     sequence = [*prompts[0], *completions[0][1]]
     logits = lm.model(input_ids=torch.tensor([sequence], device=lm.device)).logits[0].float().log_softmax(dim=-1)
     expected = [float(logits[4 + place, token]) for place, token in enumerate(completions[0][1])]

@@ -55,7 +55,7 @@ def token_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
     """Log-prob of every completion token in nats, 0 behind a completion's end."""
-    return read_all(lm, prompts, completions, lambda batch: branch_logprobs(lm, batch)[0], token_budget=token_budget)
+    return read_all(lm, prompts, completions, lambda batch: branch_logprobs(lm, batch), token_budget=token_budget)
 
 
 def sequence_logprobs(

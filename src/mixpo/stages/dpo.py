@@ -70,7 +70,7 @@ class DPO(Stage, DPOSettings):
         log, total = Metrics(out, resumed_at=first), steps_of(len(pairs.prompts), self)
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs, _ = branch_logprobs(lm, batch)
+            logprobs = branch_logprobs(lm, batch)
             cost.trained(lm.model, batch.tokens)
             chosen, rejected = logprobs.sum(dim=-1).unbind(dim=1)
             chosen_reference, rejected_reference = reference[rows].to(device).unbind(dim=1)

@@ -31,7 +31,7 @@ from mixpo.data.branches import by_tokens, pack, row_lengths
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import completion_text, prompt_tokens
-from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_values, hidden_states
+from mixpo.models.language_model import LanguageModel, branch_predictions, branch_values, hidden_states
 from mixpo.models.loading import (
     Lora,
     add_lora,
@@ -445,7 +445,7 @@ def _policy_step(
     def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
         batch = _pack(lm, rollout, chosen)
         hidden = hidden_states(lm, batch)
-        logprobs, entropy = branch_logprobs(lm, batch, hidden)
+        logprobs, entropy = branch_predictions(lm, batch, hidden)
         cost.trained(lm.model, batch.tokens)
         kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.logprobs, rollout.advantages))
         mask, number = batch.mask, batch.mask.sum()

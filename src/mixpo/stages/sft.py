@@ -56,9 +56,9 @@ class SFT(Stage, SFTSettings):
         cost, log, total = Cost(spent), Metrics(out, resumed_at=first), steps_of(len(rows), self)
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs, entropy = branch_logprobs(lm, batch)
+            logprobs = branch_logprobs(lm, batch)
             cost.trained(lm.model, batch.tokens)
-            return -logprobs.sum(), {"entropy": (entropy.sum(), batch.mask.sum())}
+            return -logprobs.sum(), {}
 
         for step, metrics in supervised(
             lm,
