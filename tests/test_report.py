@@ -79,29 +79,15 @@ def evaluation(folder: Path, name: str, scores: list[float]) -> dict[str, str]:
     return made
 
 
-def run_folder(folder: Path, scores: dict[str, list[float]], *, failed: bool = True, full: bool = True) -> Path:
-    shared: dict[str, str] = stage(folder, "SFT-00000001", {"loss": 1.0})
-    if full:
-        shared |= stage(folder, "RewardModel-00000002", {"validation": JUDGED, "test": JUDGED})
-        shared |= stage(folder, "Selection-00000003", SELECTION)
-        pairs = [{"prompt": "p", "gap": gap} for gap in (0.0, 0.5, 1.0, 2.1)]
-        write_table(Path(shared["Selection-00000003"]) / "all.parquet", pairs)
-    dpo = {"loss": 0.7, "accuracy": 0.6, "chosen_logprob": -9.0, "rejected_logprob": None, "chosen_reward": 0.1}
-    ppo = {"score": 0.4, "kl": 1.0, "entropy": 2.0, "end_rate": 1.0, "completion_tokens": 7.0}
-    arms = []
-    for number, (arm, values) in enumerate(scores.items()):
-        stages = dict(shared)
-        if arm in ("mpo", "dpo"):
-            stages |= stage(folder, "DPO-00000004", {"pairs": 2, "accuracy": 0.9, "steps": 3}, [dpo] * 3)
-        if arm in ("mpo", "ppo"):
-            stages |= stage(folder, f"PPO-0000001{number}", {"score": 0.4, "kl": 1.0, "steps": 450}, [ppo] * 450)
-        made = evaluation(folder, f"Evaluation-0000002{number}", values)
-        model = str(folder / "cache" / arm / "model")
-        (found,) = made.values()
-        arms.append(result(arm, "done", model=model, evaluation=found, stages=stages | made))
-    if failed:
-        reason = "PPO 1a2b3c4d: the KL ran away: <nan> & more"
-        arms.append(result("dpo-base", "failed", reason=reason, stages=shared))
+def run_folder(
+    folder: Path,
+    scores: dict[str, list[float]],
+    *,
+    failed: bool = True,
+    full: bool = True,
+    seeds: tuple[int, ...] = (0,),
+) -> Path:
+    arms = [arm for seed in seeds for arm in arms_of(folder, scores, failed=failed, full=full, seed=seed)]
     content = {
         "format": FORMAT,
         "mixpo": "9.9.9",
@@ -113,8 +99,38 @@ def run_folder(folder: Path, scores: dict[str, list[float]], *, failed: bool = T
     return folder
 
 
-def result(arm: str, status: str, **rest: Any) -> dict[str, Any]:
-    return {"arm": arm, "seed": 0, "status": status, **rest}
+def arms_of(
+    folder: Path, scores: dict[str, list[float]], *, failed: bool, full: bool, seed: int
+) -> list[dict[str, Any]]:
+    dpo = {"loss": 0.7, "accuracy": 0.6, "chosen_logprob": -9.0, "rejected_logprob": None, "chosen_reward": 0.1}
+    ppo = {"score": 0.4, "kl": 1.0, "entropy": 2.0, "end_rate": 1.0, "completion_tokens": 7.0}
+    shared = stage(folder, f"SFT-{seed}0000001", {"loss": 1.0})
+    sampled: dict[str, str] = {}
+    if full:
+        shared |= stage(folder, f"RewardModel-{seed}0000002", {"validation": JUDGED, "test": JUDGED})
+        sampled |= stage(folder, f"Samples-{seed}0000003", {})
+        sampled |= stage(folder, f"Selection-{seed}0000004", SELECTION)
+        pairs = [{"prompt": "p", "gap": gap} for gap in (0.0, 0.5, 1.0, 2.1)]
+        write_table(Path(sampled[f"Selection-{seed}0000004"]) / "all.parquet", pairs)
+    arms = []
+    for arm, values in scores.items():
+        stages = shared | (sampled if arm != "sft" else {})
+        if arm in ("mpo", "dpo"):
+            stages |= stage(folder, f"DPO-{seed}0000005", {"pairs": 2, "accuracy": 0.9, "steps": 3}, [dpo] * 3)
+        if arm in ("mpo", "ppo"):
+            stages |= stage(folder, f"PPO-{seed}{arm}", {"score": 0.4, "kl": 1.0, "steps": 450}, [ppo] * 450)
+        made = evaluation(folder, f"Evaluation-{seed}{arm}", [value + seed for value in values])
+        model = str(folder / "cache" / arm / "model")
+        (found,) = made.values()
+        arms.append(result(arm, seed, "done", model=model, evaluation=found, stages=stages | made))
+    if failed:
+        reason = "PPO 1a2b3c4d: the KL ran away: <nan> & more"
+        arms.append(result("dpo-base", seed, "failed", reason=reason, stages=shared))
+    return arms
+
+
+def result(arm: str, seed: int, status: str, **rest: Any) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "status": status, **rest}
 
 
 def page(folder: Path) -> str:
@@ -226,13 +242,13 @@ def test_openings_hold_the_figures(tmp_path: Path) -> None:
     assert "0.50 of the scores' spread" in opening(text, "selection")
     assert "DPO of mpo orders 90%" in opening(text, "training")
     assert "above that of ppo on 6 of them and below it on 0" in opening(text, "completions")
-    assert "from 30 s (sft) to 50 s (mpo)" in opening(text, "cost")
+    assert "from 10 s (sft) to 60 s (mpo)" in opening(text, "cost")
 
 
 def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Path) -> None:
     scores = {**CLEAR, "dpo": SFT_SCORES}
     training = section(page(run_folder(tmp_path, scores)), "training")
-    assert training.count("DPO-00000004") == 1
+    assert training.count("DPO-00000005") == 1
     assert "DPO of mpo, dpo" in training
     labels = re.findall(r'aria-label="([^"]*) by step', training)
     assert labels.count("score") == 2
@@ -247,6 +263,18 @@ def test_page_of_a_run_with_little_in_it(tmp_path: Path, scores: dict[str, list[
     assert "results" in names
     assert "selection" not in names
     assert "failed" in names
+
+
+def test_several_seeds(tmp_path: Path) -> None:
+    text = page(run_folder(tmp_path, CLEAR, seeds=(0, 1)))
+    assert "Seed 0 only" in section(text, "training")
+    assert "DPO-10000005" not in section(text, "training")
+    assert "DPO-10000005" in section(text, "cost")
+    assert "over prompts only" not in opening(text, "results")
+    assert "2 of 8 runs of arms failed" in opening(text, "failed")
+    table = main_table(load(tmp_path))
+    assert {row[0]: row[1:3] for row in table.rows if row[0] == "sft"}["sft"][1] == "1.00 2.00"
+    assert next(row for row in table.rows if row[0] == "sft")[1].startswith("1.50 [")
 
 
 def test_page_is_the_same_twice(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
+from transformers.utils import logging as transformers_logging
 
 from mixpo.experiments.plan import Planned
 from mixpo.experiments.run import ArmRun, Display
@@ -87,6 +88,8 @@ class Bars:
 @contextmanager
 def watch(*, plain: bool) -> Iterator[Display]:
     """Bars in a terminal, plain lines in a pipe or if asked for."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     console = Console()
     if plain or not console.is_terminal:
         yield Plain(console)

@@ -98,7 +98,7 @@ def add_lora(lm: LanguageModel, lora: Lora) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear",
-        exclude_modules=["score"],
+        exclude_modules=["score"] if hasattr(lm.model, "score") else None,
     )
     adapters = get_peft_model(lm.model, config)
     lm.model = adapters.get_base_model()

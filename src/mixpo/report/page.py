@@ -131,7 +131,7 @@ def write_page(results: Results) -> Path:
         completions_opening=_completions_opening(results, asked),
         answering=[answer.arm for answer in asked[0].answers] if asked else [],
         failed=[arm for arm in results.arms if arm.status == "failed"],
-        runs=len(results.arms),
+        failures=_failures(results),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
     )
     path = results.folder / "report.html"
@@ -412,7 +412,7 @@ def _cost(results: Results) -> Section | None:
     ]
     totals, seconds = [], {}
     for arm in results.arms:
-        own = [spent[key] for key in arm.stages if key in spent and not key.startswith("Evaluation-")]
+        own = [spent[key] for key in _stands_on(arm) if key in spent]
         total = {name: sum(float(cost[name]) for cost in own) for name in COSTS[:-1]}
         total["peak_memory_mib"] = max((float(cost["peak_memory_mib"]) for cost in own), default=0.0)
         name = arm.arm if arm.status == "done" else f"{arm.arm} (failed; finished stages only)"
@@ -436,12 +436,20 @@ def _cost(results: Results) -> Section | None:
             Group("By stage", table=TableText(["stage", *seed_heading, "arms", *COST_HEADINGS], rows, [])),
             Group(
                 notes=[
-                    "An arm's total is the sum over the stages that it stands on, its evaluation excluded; memory is "
-                    "the largest. Tokens and FLOPs are counted; seconds and memory are this machine's."
+                    "An arm's total is the sum over the stages that it stands on, its evaluation excluded (and the "
+                    "reward model where only the evaluation reads it); memory is the "
+                    "largest. Tokens and FLOPs are counted; seconds and memory are this machine's."
                 ]
             ),
         ],
     )
+
+
+def _stands_on(arm: ArmResult) -> list[str]:
+    """The stages that an arm's model needs: not its evaluation, nor the reward model if nothing else reads it."""
+    kinds = {key.partition("-")[0] for key in arm.stages}
+    spare = {"Evaluation"} if kinds & {"Samples", "PPO"} else {"Evaluation", "RewardModel"}
+    return [key for key in arm.stages if key.partition("-")[0] not in spare]
 
 
 def _cost_cells(cost: Mapping[str, float]) -> list[str]:
@@ -453,6 +461,11 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _failures(results: Results) -> str:
+    failed = sum(arm.status == "failed" for arm in results.arms)
+    return f"{failed} of {len(results.arms)} {'runs of arms' if len(results.seeds) > 1 else 'arms'} failed"
 
 
 def _asked(results: Results) -> list[Asked]:

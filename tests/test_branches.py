@@ -1,0 +1,192 @@
+"""Branch batches compute what one plain forward pass a sequence computes, token by token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ARCHITECTURES, VOCABULARY, plain_logprobs, tiny
+
+from mixpo.data.branches import by_tokens, pack
+from mixpo.models.language_model import (
+    _TokenLogprobs,
+    branch_logprobs,
+    branch_predictions,
+    branch_scores,
+    branch_values,
+)
+from mixpo.models.loading import Lora, add_lora
+from mixpo.models.sampling import draw, sample, truncate
+
+PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
+COMPLETIONS = [
+    [[30, 31, 32, 33, 34, 35, 5], [40, 5]],
+    [[0, 0, 7, 5], [41, 42, 43, 44, 45, 46, 47, 48, 49]],
+    [[50], [51, 52, 53, 5]],
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_logprobs_equal_plain_forward_passes(name: str, share_prompt: bool) -> None:
+    lm = tiny(name)
+    batch = pack(PROMPTS, COMPLETIONS, share_prompt=share_prompt)
+    with torch.no_grad():
+        found = branch_logprobs(lm, batch)
+        for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+            for place, completion in enumerate(branches):
+                expected = plain_logprobs(lm, prompt, completion)
+                torch.testing.assert_close(found[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
+                assert not found[row, place, len(completion) :].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_gradients_equal_plain_forward_passes(name: str) -> None:
+    lm = tiny(name)
+    weights = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(1))
+    logprobs = branch_logprobs(lm, pack(PROMPTS, COMPLETIONS))
+    (logprobs * weights).sum().backward()
+    found = {key: p.grad.clone() for key, p in lm.model.named_parameters() if p.grad is not None}
+    lm.model.zero_grad()
+    total = torch.zeros(())
+    for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        for place, completion in enumerate(branches):
+            total = total + (plain_logprobs(lm, prompt, completion) * weights[row, place, : len(completion)]).sum()
+    total.backward()
+    assert found
+    for key, parameter in lm.model.named_parameters():
+        torch.testing.assert_close(
+            found[key], parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: key + text
+        )
+
+
+def test_fused_logprobs_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 14)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
+    weight = torch.randn(7, 3, generator=generator, requires_grad=True)
+    bias = torch.randn(7, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    upstream = torch.randn(5, generator=generator)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, torch.float32, True)
+    logits = (hidden @ weight.T + bias).double()
+    expected = logits.log_softmax(-1)[range(5), targets]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-6
+    )
+    found = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight, bias))
+    wanted = torch.autograd.grad((expected * upstream).sum(), (hidden, weight, bias))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_is_that_of_the_predicting_distribution() -> None:
+    lm = tiny("llama")
+    with torch.no_grad():
+        _, entropy = branch_predictions(lm, pack(PROMPTS, COMPLETIONS))
+        logits = lm.model(input_ids=torch.tensor([PROMPTS[0] + COMPLETIONS[0][1]])).logits[0]
+    expected = torch.distributions.Categorical(logits=logits[len(PROMPTS[0]) - 1]).entropy()
+    torch.testing.assert_close(entropy[0, 1, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_score_stands_on_the_last_token_whatever_pads() -> None:
+    """Completions here hold the padding id 0 and end with or without an end token."""
+    lm = tiny("llama")
+    head = torch.nn.Linear(32, 1, bias=False)
+    lm.model.score = head
+    with torch.no_grad():
+        found = branch_scores(lm, pack(PROMPTS, COMPLETIONS))
+        values = branch_values(lm, pack(PROMPTS, COMPLETIONS), head)
+        for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+            for place, completion in enumerate(branches):
+                states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
+                torch.testing.assert_close(found[row, place], head(states[-1])[0], rtol=1e-5, atol=1e-5)
+                expected = head(states[len(prompt) - 1 : -1])[:, 0]
+                torch.testing.assert_close(values[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
+    lm, plain = tiny("llama"), tiny("llama")
+    before = {key: value.clone() for key, value in plain.model.state_dict().items()}
+    add_lora(lm, Lora(rank=2))
+    batch = pack(PROMPTS, COMPLETIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(branch_logprobs(lm, batch), branch_logprobs(plain, batch))
+    optimizer = torch.optim.SGD([p for p in lm.model.parameters() if p.requires_grad], lr=10.0)
+    (-branch_logprobs(lm, batch)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert (branch_logprobs(lm, batch) - branch_logprobs(plain, batch)).abs().max() > 0.01
+    for key, value in before.items():
+        assert torch.equal(plain.model.state_dict()[key], value)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    budget=st.integers(1, 120),
+)
+@settings(max_examples=50, deadline=None)
+def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
+    parts = list(by_tokens(lengths, budget))
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions"), [([[1]], [[[]]]), ([[]], [[[1]]]), ([[1], [2]], [[[1]], [[1], [2]]])]
+)
+def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> None:
+    with pytest.raises(ValueError, match=r"without tokens|same number"):
+        pack(prompts, completions)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_kept_logprobs_equal_plain_forward_passes(name: str) -> None:
+    lm = tiny(name)
+    drawn = sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
+    ended = [completion[-1] == 5 for row in drawn for completion in row.completions]
+    for prompt, row in zip(PROMPTS, drawn, strict=True):
+        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
+            with torch.no_grad():
+                expected = plain_logprobs(lm, prompt, completion)
+            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-5, atol=2e-5)
+            assert 5 not in completion[:-1], "nothing is drawn after the end token"
+            assert completion[-1] == 5 or len(completion) == 10
+    assert len(ended) == 9
+
+
+def test_a_completion_does_not_depend_on_its_batch() -> None:
+    lm = tiny("llama")
+    together = sample(lm, PROMPTS, k=2, max_tokens=12, seed=3)
+    in_parts = sample(lm, PROMPTS, k=2, max_tokens=12, seed=3, token_budget=1)
+    assert [row.completions for row in together] == [row.completions for row in in_parts]
+    assert sample(lm, PROMPTS, k=2, max_tokens=12, seed=4) != together
+
+
+def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
+    lm = tiny("llama")
+    drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
+    counts = torch.bincount(torch.tensor([c[0] for c in drawn[0].completions]), minlength=VOCABULARY).double()
+    with torch.no_grad():
+        expected = 4000 * lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
+    common = expected > 5
+    statistic = float(((counts - expected) ** 2 / expected)[common].sum())
+    freedom = int(common.sum()) - 1
+    assert freedom > 10
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_truncation() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    assert truncate(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [[True, True, False, False]]
+    assert truncate(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [[True, True, True, False]]
+    sharp = truncate(logits, temperature=0.5, top_p=1.0, top_k=0)
+    torch.testing.assert_close(sharp[0, 0] / sharp[0, 1], torch.tensor(4.0))
+
+
+def test_draw_never_takes_an_impossible_token() -> None:
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).repeat(5, 1)
+    uniforms = torch.tensor([0.0, 0.4999, 0.5, 0.9999, 1.0])
+    assert draw(probabilities, uniforms).tolist()[:4] == [1, 1, 3, 3]
+    assert draw(probabilities, uniforms).tolist()[4] in (1, 3)

@@ -1,0 +1,366 @@
+"""The stages on a small world: what they leave behind, that nothing is computed twice, and exact resume."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Samples, Selection
+from mixpo.data.errors import InputError
+from mixpo.models.loading import load_policy, load_reward_model, model_digest, same_tokens
+from mixpo.models.scoring import retokenised, sequence_logprobs
+from mixpo.stages import dpo as dpo_module
+from mixpo.stages import ppo as ppo_module
+from mixpo.stages.engine import in_order, read_summary
+from mixpo.stages.rows import read_pairs, read_table
+from mixpo.stages.stage import Stage, model_in
+from mixpo.training.record import Metrics
+from mixpo.training.runtime import Runtime
+from mixpo.training.step import Diverged
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime(threads=2, checkpoint_minutes=100)
+LIMIT = 40
+
+
+class World:
+    """A small world's stages, computed once for all tests of this file."""
+
+    def __init__(self, cache: Path) -> None:
+        self.engine = Engine(cache, RUNTIME)
+        self.base = Pretrained()
+        self.data = Data(base=self.base, train_rows=256, test_rows=48, demonstration_rows=256)
+        self.sft = SFT(
+            base=self.base,
+            data=self.data,
+            learning_rate=2e-3,
+            batch_size=32,
+            epochs=3,
+            warmup_steps=2,
+            max_completion_tokens=LIMIT,
+        )
+        self.reward = RewardModel(
+            policy=self.sft,
+            pairs=self.data.train_pairs,
+            data=self.data,
+            learning_rate=5e-4,
+            batch_size=32,
+            warmup_steps=2,
+            max_completion_tokens=LIMIT,
+        )
+        self.samples = Samples(
+            policy=self.sft,
+            reward=self.reward,
+            rows=self.data.train_pairs,
+            prompts=64,
+            max_completion_tokens=LIMIT,
+        )
+        self.selection = Selection(samples=self.samples, easy_fraction=0.5)
+
+    def dpo(self, **settings: Any) -> DPO:
+        common = {"learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0, "samplings": 1}
+        values = {"policy": self.sft, "reference": self.sft, "pairs": self.selection.easy, **common, **settings}
+        return DPO(max_completion_tokens=LIMIT, **values)
+
+    def ppo(self, **settings: Any) -> PPO:
+        common = {"learning_rate": 3e-4, "value_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0}
+        values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard, **common, **settings}
+        return PPO(reward=self.reward, max_completion_tokens=LIMIT, **values)
+
+    def build(self, stage: Stage) -> Path:
+        for needed in in_order(stage):
+            if not self.engine.is_done(needed):
+                self.engine.compute(needed)
+        return self.engine.folder(stage)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("cache"))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(model_in(folder) / "model.safetensors")
+
+
+def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = world.build(world.sft)
+    losses = [row["loss"] for row in rows_of(folder)]
+    assert losses[0] == pytest.approx(math.log(1024), abs=0.3)
+    assert losses[-1] < 0.6 * losses[0]
+    summary = read_summary(folder)
+    assert summary["cost"]["tokens_trained"] > 0
+    assert summary["model"] == model_digest(model_in(folder))
+    model = AutoModelForCausalLM.from_pretrained(model_in(folder))
+    tokenizer = AutoTokenizer.from_pretrained(model_in(folder))
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert (folder / "config.yaml").exists()
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_reward_model_orders_pairs(world: World) -> None:
+    summary = read_summary(world.build(world.reward))
+    assert summary["validation"]["pairs"] == round(0.05 * 256)
+    assert sum(row["count"] for row in summary["test"]["by_gap"]) == summary["test"]["pairs"] == 48
+    assert summary["test"]["accuracy"] > 0.5
+
+
+def test_samples_keep_the_samplers_logprobs(world: World) -> None:
+    folder = world.build(world.samples)
+    lm = load_policy(model_in(world.build(world.sft)), device=CPU)
+    rows = read_table(folder / "samples.parquet")
+    assert len(rows) == 64
+    prompts = read_pairs(folder / "samples.parquet", lm, max_completion_tokens=LIMIT).prompts
+    computed = sequence_logprobs(lm, prompts, [row["tokens"] for row in rows], token_budget=4096)
+    kept = torch.tensor([[sum(logprobs) for logprobs in row["logprobs"]] for row in rows])
+    torch.testing.assert_close(kept, computed, rtol=1e-4, atol=1e-3)
+
+
+def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
+    folder = world.build(world.selection)
+    easy, hard, everything = (read_table(folder / f"{name}.parquet") for name in ("easy", "hard", "all"))
+    assert len(easy) + len(hard) == len(everything) == 64
+    assert min(row["gap"] for row in easy) > max(row["gap"] for row in hard)
+    for row in everything:
+        assert row["scores"][0] >= row["scores"][1]
+        assert row["gap"] == pytest.approx(row["scores"][0] - row["scores"][1])
+    identical = [row for row in everything if row["tokens"][0] == row["tokens"][1]]
+    assert all(row["gap"] < 1e-4 for row in identical)
+
+
+@pytest.mark.parametrize("threshold", [1e-9, 1e9])
+def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, threshold: float) -> None:
+    world.build(world.samples)
+    with pytest.raises(InputError, match=r"selection.threshold: .* leaves no (easy|hard) pair; the gaps run from"):
+        world.engine.compute(
+            Selection(samples=world.samples, threshold=threshold if threshold > 1 else 0.0).model_copy(
+                update={"threshold": threshold if threshold > 1 else -1.0}
+            )
+        )
+
+
+def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    original = dpo_module.sequence_logprobs
+
+    def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
+        counted.append(len(prompts))
+        return original(lm, prompts, completions, **settings)
+
+    world.build(world.selection)
+    monkeypatch.setattr(dpo_module, "sequence_logprobs", counting)
+    folder = world.build(world.dpo(epochs=4))
+    rows = rows_of(folder)
+    assert counted == [dpo_module.CHECKED_PAIRS], "only a few pairs are checked, the rest is free"
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
+    assert rows[0]["margin"] == pytest.approx(0.0, abs=0.01)
+    assert rows[-1]["accuracy"] > 0.8
+    assert rows[-1]["margin"] > rows[0]["margin"]
+    assert "sampled_end_rate" in rows[-1]
+    assert (folder / "samples.jsonl").exists()
+
+
+def test_dpo_computes_reference_logprobs_where_the_reference_did_not_sample(world: World) -> None:
+    """Both roads to the reference's log-probs give the same first loss and the same gradients."""
+    other = world.dpo(epochs=1, policy=world.build and world.sft, pairs=world.data.train_pairs)
+    rows = rows_of(world.build(other))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.build(world.selection)
+    monkeypatch.setattr(
+        dpo_module, "sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
+    )
+    with pytest.raises(RuntimeError, match="kept from sampling differ from a forward pass"):
+        world.engine.compute(world.dpo(seed=77))
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_ppo_starts_at_its_reference_and_raises_the_score(world: World, advantage: str) -> None:
+    group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
+    stage = world.ppo(advantage=advantage, epochs=6, kl_coef=0.02, prompts=world.selection.all, **group)
+    rows = rows_of(world.build(stage))
+    assert rows[0]["kl_abs_per_token"] < 1e-4
+    assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert rows[0]["clip_fraction"] == 0.0
+    third = len(rows) // 3
+    assert sum(row["score"] for row in rows[-third:]) > sum(row["score"] for row in rows[:third])
+    assert rows[-1]["kl"] > 0
+    assert ("value_explained_variance" in rows[0]) == (advantage == "gae")
+
+
+@pytest.mark.parametrize("value_init", ["reward", "policy", "shared"])
+def test_value_model_starts_where_it_says(world: World, value_init: str) -> None:
+    stage = world.ppo(value_init=value_init)
+    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    policy = load_policy(model_in(folders["policy"]), device=CPU)
+    reward = load_reward_model(model_in(folders["reward"]), device=CPU)
+    learner = ppo_module._learner(stage, policy, model_in(folders["policy"]), reward, model_in(folders["reward"]), CPU)
+    assert learner.value is not None
+    assert learner.shared == (value_init == "shared")
+    if value_init == "reward":
+        assert torch.equal(learner.value_head.weight, reward.model.score.weight)
+        assert learner.value_head is not reward.model.score
+    assert (world.build(stage) / "model").exists()
+
+
+def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World) -> None:
+    stage = world.ppo(learning_rate=0.03, kl_coef=0.0, epochs=8, max_kl=0.3)
+    with pytest.raises(
+        Diverged, match=r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
+    ):
+        world.build(stage)
+    stopped = world.engine.folder(stage) / "stopped"
+    load_policy(stopped, device=CPU)
+    assert not world.engine.is_done(stage)
+
+
+def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ppo_module.token_logprobs
+    monkeypatch.setattr(ppo_module, "token_logprobs", lambda *args, **kwargs: original(*args, **kwargs) + 0.1)
+    with pytest.raises(RuntimeError, match="the policy starts as its own reference, yet"):
+        world.build(world.ppo(seed=78))
+
+
+def test_ppo_with_lora_keeps_the_reference_it_was_given(world: World) -> None:
+    """The start is a DPO model: with adapters on top, the KL at step 0 is 0 to the DPO model and not to its base."""
+    anchor = world.dpo(epochs=4)
+    stage = world.ppo(policy=anchor, reference=anchor, lora={"rank": 4})
+    rows = rows_of(world.build(stage))
+    assert rows[0]["kl_abs_per_token"] < 1e-4
+    before, after = weights(world.build(anchor)), weights(world.build(stage))
+    assert before.keys() == after.keys(), "adapters are merged"
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_ppo_cannot_truncate_the_distribution_it_learns_from(world: World) -> None:
+    for key in ("temperature", "top_p", "top_k"):
+        with pytest.raises(ValueError, match=key):
+            world.ppo(**{key: 0.9})
+
+
+def test_evaluation_reports_true_reward_and_kl(world: World) -> None:
+    def evaluate(policy: Stage) -> dict[str, Any]:
+        stage = Evaluation(
+            policy=policy, sft=world.sft, reward=world.reward, data=world.data, max_completion_tokens=LIMIT
+        )
+        return read_summary(world.build(stage))
+
+    sft, tuned = evaluate(world.sft), evaluate(world.dpo(epochs=4))
+    assert sft["kl_from_sft"]["mean"] == 0.0
+    assert tuned["kl_from_sft"]["mean"] > 0.0
+    assert tuned["score"]["mean"] > sft["score"]["mean"]
+    assert sft["true_reward"]["low"] <= sft["true_reward"]["mean"] <= sft["true_reward"]["high"]
+
+
+def test_identity_follows_settings_and_content_but_not_the_runtime(world: World, tmp_path: Path) -> None:
+    other = World(world.engine.cache)
+    assert other.engine.folder(other.ppo()) == world.engine.folder(world.ppo())
+    assert world.engine.folder(world.ppo(kl_coef=0.3)) != world.engine.folder(world.ppo())
+    moved = Engine(world.engine.cache, Runtime(microbatch_tokens=7, threads=1))
+    assert moved.folder(world.ppo()) == world.engine.folder(world.ppo())
+    row = json.dumps({"prompt": "a?", "chosen": "b", "rejected": "c"}) + "\n"
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text(row)
+    one, two = (Data(base=world.base, format="preference", train=str(tmp_path / f"{n}.jsonl")) for n in ("one", "two"))
+    assert world.engine.folder(one) == world.engine.folder(two)
+    (tmp_path / "two.jsonl").write_text(row + row.replace("a?", "d?"))
+    two = Data(base=world.base, format="preference", train=str(tmp_path / "two.jsonl"))
+    assert world.engine.folder(one) != world.engine.folder(two)
+
+
+def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = world.build(world.sft)
+    stamp = (folder / "summary.json").stat().st_mtime_ns
+
+    def fail(*args: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(SFT, "work", fail)
+    assert Engine(world.engine.cache, RUNTIME).compute(world.sft) == folder
+    assert (folder / "summary.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "rloo"])
+def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    stage: Stage = {
+        "sft": world.sft.model_copy(update={"epochs": 1}),
+        "reward": world.reward,
+        "dpo": world.dpo(epochs=2),
+        "ppo": world.ppo(epochs=2, minibatches=2, kl_target=1.0),
+        "rloo": world.ppo(advantage="rloo", completions_per_prompt=2),
+    }[kind]
+    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    runtime = Runtime(threads=2, checkpoint_minutes=0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    stage.work(stage.paths(folders), whole, runtime)
+    original = Metrics.add
+
+    def die(self: Metrics, step: int, total: int, metrics: Any) -> None:
+        original(self, step, total, metrics)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Metrics, "add", die)
+    with pytest.raises(KeyboardInterrupt):
+        stage.work(stage.paths(folders), killed, runtime)
+    monkeypatch.setattr(Metrics, "add", original)
+    stage.work(stage.paths(folders), killed, runtime)
+    one, other = weights(whole), weights(killed)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [row["loss"] for row in rows_of(whole)] == [row["loss"] for row in rows_of(killed)]
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
+def test_microbatches_and_threads_change_nothing_but_rounding(world: World, tmp_path: Path, kind: str) -> None:
+    stage: Stage = {
+        "sft": world.sft.model_copy(update={"epochs": 1}),
+        "reward": world.reward,
+        "dpo": world.dpo(epochs=1),
+        "ppo": world.ppo(prompts=world.selection.easy),
+    }[kind]
+    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    found = []
+    for tokens in (64, 100_000):
+        out = tmp_path / str(tokens)
+        out.mkdir()
+        stage.work(stage.paths(folders), out, Runtime(threads=2, microbatch_tokens=tokens))
+        found.append(rows_of(out))
+    for one, other in zip(*found, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), (name, one["step"])
+
+
+def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
+    from mixpo.data.world import build_tokenizer
+
+    policy = load_policy(model_in(world.build(world.sft)), device=CPU)
+    reward = load_reward_model(model_in(world.build(world.reward)), device=CPU)
+    asked = [[{"role": "user", "content": "Any advice on chess?"}]]
+    prompts = [policy.tokenizer.encode("<|user|>Any advice on chess?<|assistant|>")]
+    completion = [*policy.tokenizer.encode("Castle soon."), policy.end_token]
+    cut = policy.tokenizer.encode("Castle soon")
+    assert retokenised(reward, policy, asked, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
+    reward.tokenizer = build_tokenizer(512)
+    assert not same_tokens(reward.tokenizer, policy.tokenizer)
+    again_prompts, again = retokenised(reward, policy, asked, prompts, [[completion, cut]])
+    assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
+    assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
+    assert reward.tokenizer.decode(again[0][1]) == "Castle soon"
