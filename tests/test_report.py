@@ -156,8 +156,9 @@ def shifted(by: list[float]) -> list[float]:
 
 
 CLEAR = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8])}
-EVEN = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 0.1, 1.8, 0.0, 1.5, 0.6])}
+EVEN = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 0.1, 1.9, 0.0, 1.6, 0.6])}
 REVERSED = {"ppo": CLEAR["mpo"], "mpo": CLEAR["ppo"]}
+EVEN_BELOW = {"ppo": EVEN["mpo"], "mpo": EVEN["ppo"]}
 
 
 def test_page_has_every_section(tmp_path: Path) -> None:
@@ -200,7 +201,8 @@ def test_failed_arm_is_shown_with_its_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"), [(CLEAR, "lies above zero"), (REVERSED, "lies below zero"), (EVEN, "holds zero")]
+    ("scores", "said"),
+    [(CLEAR, "lies above zero"), (REVERSED, "lies below zero"), (EVEN, "holds zero"), (EVEN_BELOW, "holds zero")],
 )
 def test_first_sentence_claims_what_the_paired_interval_holds(
     tmp_path: Path, scores: dict[str, list[float]], said: str
@@ -233,6 +235,14 @@ def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
     assert rows["mpo"][5] == "100% / 0% / 0%"
     assert rows["sft"][5] == "0% / 0% / 100%"
     assert rows["dpo-base"][1] == "failed"
+
+
+def test_differences_are_against_the_arm_of_the_first_sentence(tmp_path: Path) -> None:
+    results = section(page(run_folder(tmp_path, CLEAR)), "results")
+    found = dict(re.findall(r"<td>(\w+ − \w+)</td><td>([^<]*)</td>", results))
+    assert found["sft − ppo"] == "-1.00 [-1.00, -1.00]"
+    assert found["mpo − ppo"].startswith("1.00 [0.9")
+    assert len(found) == 2
 
 
 def test_openings_hold_the_figures(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     folder = world.build(world.sft)
     losses = [row["loss"] for row in rows_of(folder)]
     assert losses[0] == pytest.approx(math.log(1024), abs=0.3)
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     summary = read_summary(folder)
     assert summary["cost"]["tokens_trained"] > 0
     assert summary["model"] == model_digest(model_in(folder))

@@ -130,6 +130,7 @@ def write_page(results: Results) -> Path:
         asked=asked,
         completions_opening=_completions_opening(results, asked),
         answering=[answer.arm for answer in asked[0].answers] if asked else [],
+        pair=compared(results) or ("", ""),
         failed=[arm for arm in results.arms if arm.status == "failed"],
         failures=_failures(results),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
