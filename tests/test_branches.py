@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, VOCABULARY, plain_logprobs, tiny
 
 from mixpo.data.branches import by_tokens, pack
 from mixpo.models.language_model import (
@@ -16,6 +15,7 @@ from mixpo.models.language_model import (
 )
 from mixpo.models.loading import Lora, add_lora
 from mixpo.models.sampling import draw, sample, truncate
+from models import ARCHITECTURES, VOCABULARY, plain_logprobs, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 COMPLETIONS = [

@@ -120,7 +120,7 @@ def value_loss(
 def explained_variance(
     values: Float[Tensor, "*shape"], returns: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
 ) -> Float[Tensor, ""]:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 no better than a constant; 0 if Var is."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 what a constant has; 0 if Var is 0."""
     spread = returns[mask].var(correction=0)
     if float(spread) == 0.0:
         return torch.zeros_like(spread)

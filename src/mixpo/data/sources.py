@@ -28,6 +28,7 @@ from mixpo.data.rows import (
     Demonstration,
     Message,
     Preference,
+    Prompt,
     RowError,
     demonstration_from,
     excerpt,
@@ -42,40 +43,58 @@ Records = Iterator[tuple[int, Record | RowError]]
 Row = TypeVar("Row", Demonstration, Preference)
 
 
-def read_preferences(path: Path, format: Format) -> tuple[list[Preference], list[BadRow]]:
+Check = Callable[[Prompt], None]
+"""Raises `RowError` for a prompt that cannot be used, too long for the model say."""
+
+
+def any_prompt(prompt: Prompt) -> None:
+    """The check that lets every prompt through."""
+
+
+def read_preferences(path: Path, format: Format, check: Check = any_prompt) -> tuple[list[Preference], list[BadRow]]:
     """Read a file's preferences, and its rows that are none."""
-    return _parsed(str(path), read_records(path), _PREFERENCE[format])
+    return _parsed(str(path), read_records(path), _PREFERENCE[format], check)
 
 
-def read_demonstrations(path: Path) -> tuple[list[Demonstration], list[BadRow]]:
+def read_demonstrations(path: Path, check: Check = any_prompt) -> tuple[list[Demonstration], list[BadRow]]:
     """Read a file's demonstrations, and its rows that are none."""
-    return _parsed(str(path), read_records(path), demonstration_from)
+    return _parsed(str(path), read_records(path), demonstration_from, check)
 
 
 def read_hub_preferences(
-    name: str, format: Format, *, split: str, data_dir: str | None = None, revision: str | None = None
+    name: str,
+    format: Format,
+    check: Check = any_prompt,
+    *,
+    split: str,
+    data_dir: str | None = None,
+    revision: str | None = None,
 ) -> tuple[list[Preference], list[BadRow]]:
     """Read the preferences of a Hub data set; `Anthropic/hh-rlhf` keeps its subsets apart by `data_dir`."""
     records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    return _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format])
+    return _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format], check)
 
 
 def read_hub_demonstrations(
-    name: str, *, split: str, data_dir: str | None = None, revision: str | None = None
+    name: str, check: Check = any_prompt, *, split: str, data_dir: str | None = None, revision: str | None = None
 ) -> tuple[list[Demonstration], list[BadRow]]:
     """Read the demonstrations of a Hub data set."""
     records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    return _parsed(_hub_name(name, split, data_dir), records, demonstration_from)
+    return _parsed(_hub_name(name, split, data_dir), records, demonstration_from, check)
 
 
-def _parsed(file: str, records: Records, parse: Callable[[Record], Row]) -> tuple[list[Row], list[BadRow]]:
+def _parsed(
+    file: str, records: Records, parse: Callable[[Record], Row], check: Check
+) -> tuple[list[Row], list[BadRow]]:
     rows: list[Row] = []
     bad: list[BadRow] = []
     for number, record in records:
         try:
             if isinstance(record, RowError):
                 raise record
-            rows.append(parse(record))
+            row = parse(record)
+            check(row.prompt)
+            rows.append(row)
         except RowError as error:
             bad.append(BadRow(file, number, error.field, error.problem))
     return rows, bad

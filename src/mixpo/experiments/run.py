@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import pydantic
 import yaml
 
 from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
-from mixpo.experiments.recipe import Recipe, nearest
+from mixpo.experiments.recipe import Recipe, explain, nearest
 from mixpo.experiments.setup import Setup
 from mixpo.stages.engine import Engine, in_order, read_summary
 from mixpo.stages.evaluation import Evaluation
@@ -70,12 +71,15 @@ class RunResult:
 
 
 def arm_runs(recipe: Recipe) -> list[ArmRun]:
-    """The recipe's expressions. Raises `InputError` on an unknown arm."""
+    """The recipe's expressions. Raises `InputError` on an unknown arm, and on data or a model that is not there."""
     for arm in recipe.arms:
         if arm not in ARMS:
             raise InputError(f"arms: found {arm!r}{nearest(arm, ARMS)}")
     setups = [Setup(recipe, seed) for seed in recipe.seeds]
-    return [ArmRun(arm, setup.seed, setup.evaluation(ARMS[arm](setup))) for setup in setups for arm in recipe.arms]
+    try:
+        return [ArmRun(arm, setup.seed, setup.evaluation(ARMS[arm](setup))) for setup in setups for arm in recipe.arms]
+    except pydantic.ValidationError as error:
+        raise InputError("\n".join(explain(error))) from error
 
 
 def run(recipe: Recipe, display: Display) -> RunResult:

@@ -95,7 +95,7 @@ def branch_predictions(
     if hidden is None:
         hidden = hidden_states(lm, batch)
     head = lm.model.get_output_embeddings()
-    logprobs, entropies = _TokenLogprobs.apply(
+    logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden[batch.source[batch.mask]],
         head.weight,
         head.bias,
@@ -139,7 +139,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, gradient: Float[Tensor, " n"], _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Float[Tensor, " n"], _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, totals = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden)

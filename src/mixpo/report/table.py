@@ -61,7 +61,10 @@ def interval_text(interval: Interval) -> str:
 
 
 def _by_prompt(seeds: list[list[dict[str, float]]], key: str) -> Float64[np.ndarray, " prompts"]:
-    return np.array([[float(row[key]) for row in rows] for rows in seeds], dtype=np.float64).mean(axis=0)
+    means: Float64[np.ndarray, " prompts"] = np.array(
+        [[float(row[key]) for row in rows] for rows in seeds], dtype=np.float64
+    ).mean(axis=0)
+    return means
 
 
 def _against(results: Results, name: str, rival: str) -> str:

@@ -3,16 +3,19 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, refuse
+from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse
 from mixpo.data.sources import (
+    Check,
     content_digest,
     read_demonstrations,
+    read_hub_demonstrations,
     read_hub_preferences,
     read_preferences,
     write_rows,
@@ -22,7 +25,7 @@ from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.loading import load_tokenizer
 from mixpo.settings import Settings
 from mixpo.stages.stage import Part, Stage, finish, model_in
-from mixpo.training.record import Cost, watcher
+from mixpo.training.record import Cost, append_jsonl, watcher
 from mixpo.training.runtime import Runtime
 
 
@@ -96,29 +99,25 @@ class Data(Stage, DataSettings):
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Read, validate, cut to size, write."""
         cost = Cost()
-        train, test, demonstrations, bad, total = self._read()
         tokenizer = load_tokenizer(model_in(inputs["base"]))
         end_token(tokenizer)
 
-        def fits(rows: Sequence[Any], file: str) -> list[Any]:
-            kept = []
-            for number, row in enumerate(rows, start=1):
-                length = len(prompt_tokens(tokenizer, row.prompt))
-                if length <= self.max_prompt_tokens:
-                    kept.append(row)
-                else:
-                    problem = (
-                        f"has {length} tokens; expected at most {self.max_prompt_tokens}; drop the row or raise "
-                        "max_prompt_tokens"
-                    )
-                    bad.append(BadRow(file, number, "prompt", problem))
-            return kept
+        def fits(prompt: Prompt) -> None:
+            length = len(prompt_tokens(tokenizer, prompt))
+            if length > self.max_prompt_tokens:
+                raise RowError(
+                    "prompt",
+                    f"has {length} tokens; expected at most {self.max_prompt_tokens}; drop the row or raise "
+                    "data.max_prompt_tokens",
+                )
 
-        train, test = fits(train, "train"), fits(test, "test")
-        demonstrations = fits(demonstrations, "demonstrations") if demonstrations else []
+        train, test, demonstrations, bad, total = self._read(fits)
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
-        if bad and policy == "error":
-            refuse(bad, total)
+        if bad:
+            (out / "bad_rows.jsonl").unlink(missing_ok=True)
+            append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in bad])
+            if policy == "error":
+                refuse(bad, total)
         if not test:
             train, test = _hold_out(train, self.test_share, self.data_seed)
         train, test = _draw(train, self.train_rows, self.data_seed), _draw(test, self.test_rows, self.data_seed)
@@ -146,9 +145,7 @@ class Data(Stage, DataSettings):
             bad_rows=len(bad),
         )
 
-    def _read(
-        self,
-    ) -> tuple[list[Preference], list[Preference], list[Demonstration], list[BadRow], int]:
+    def _read(self, check: Check) -> tuple[list[Preference], list[Preference], list[Demonstration], list[BadRow], int]:
         if self.format == "world":
             world = make_world(
                 demonstrations=self.demonstration_rows or 0,
@@ -167,25 +164,34 @@ class Data(Stage, DataSettings):
         rows: list[list[Preference]] = [[], []]
         for target, names, split in ((rows[0], self.train, "train"), (rows[1], self.test, "test")):
             for name in names:
-                found, problems = self._preferences(name, split)
+                found, problems = self._preferences(name, split, check)
                 target += found
                 bad += problems
         demonstrations: list[Demonstration] = []
         for name in self.demonstrations:
-            shown, problems = read_demonstrations(Path(name).expanduser())
+            shown, problems = self._demonstrations(name, check)
             demonstrations += shown
             bad += problems
         return rows[0], rows[1], demonstrations, bad, len(rows[0]) + len(rows[1]) + len(demonstrations) + len(bad)
 
-    def _preferences(self, name: str, split: str) -> tuple[list[Preference], list[BadRow]]:
+    def _preferences(self, name: str, split: str, check: Check) -> tuple[list[Preference], list[BadRow]]:
         assert self.format != "world"
         if not name.startswith("hub:"):
-            return read_preferences(Path(name).expanduser(), self.format)
+            return read_preferences(Path(name).expanduser(), self.format, check)
+        dataset, where = self._hub(name)
+        return read_hub_preferences(dataset, self.format, check, split=split, **where)
+
+    def _demonstrations(self, name: str, check: Check) -> tuple[list[Demonstration], list[BadRow]]:
+        if not name.startswith("hub:"):
+            return read_demonstrations(Path(name).expanduser(), check)
+        dataset, where = self._hub(name)
+        return read_hub_demonstrations(dataset, check, split="train", **where)
+
+    def _hub(self, name: str) -> tuple[str, dict[str, str | None]]:
+        """Data set, folder and revision of `hub:OWNER/NAME[/DATA_DIR]`."""
         owner, _, rest = name.removeprefix("hub:").partition("/")
         dataset, _, data_dir = rest.partition("/")
-        return read_hub_preferences(
-            f"{owner}/{dataset}", self.format, split=split, data_dir=data_dir or None, revision=self.revision
-        )
+        return f"{owner}/{dataset}", {"data_dir": data_dir or None, "revision": self.revision}
 
 
 def _asked(prompt: str) -> Prompt:

@@ -123,7 +123,7 @@ def parameters(model: Any) -> int:
     embedding = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") else 0
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
-    return sum(p.numel() for p in model.parameters()) - (0 if tied else embedding)
+    return int(sum(p.numel() for p in model.parameters()) - (0 if tied else embedding))
 
 
 def peak_memory_mib() -> float:

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
+
+logprob = st.floats(-30.0, 0.0)
+quick = settings(deadline=None, derandomize=True, max_examples=100)
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_hand_values():
+    policy, reference = [math.log(0.5), math.log(0.1)], [math.log(0.25), math.log(0.4)]
+    expected_k1 = [math.log(2.0), -math.log(4.0)]
+    expected_k3 = [0.5 - 1.0 + math.log(2.0), 4.0 - 1.0 - math.log(4.0)]
+    torch.testing.assert_close(kl_k1(tensor(*policy), tensor(*reference)), tensor(*expected_k1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(kl_k3(tensor(*policy), tensor(*reference)), tensor(*expected_k3), rtol=0, atol=1e-12)
+
+
+@quick
+@given(logprob, logprob)
+def test_k3_is_never_negative(policy, reference):
+    assert kl_k3(tensor(policy), tensor(reference)) >= 0.0
+
+
+@quick
+@given(logprob)
+def test_both_are_0_at_equality(policy):
+    assert kl_k1(tensor(policy), tensor(policy)) == 0.0
+    assert kl_k3(tensor(policy), tensor(policy)) == 0.0
+
+
+def test_k3_keeps_its_digits_near_equality():
+    """With e = log pi_ref - log pi small, e^e - 1 - e = e^2 / 2 + ...; exp(e) - 1 would lose it in rounding."""
+    near = kl_k3(tensor(0.0), tensor(-1e-6))
+    torch.testing.assert_close(near, tensor(0.5e-12 - 1e-18 / 6), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_means_over_draws_of_the_policy_agree_with_the_exact_kl(estimator):
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(7, dtype=torch.float64, generator=generator).log_softmax(0)
+    reference = torch.randn(7, dtype=torch.float64, generator=generator).log_softmax(0)
+    exact = sum(math.exp(p) * (p - q) for p, q in zip(policy.tolist(), reference.tolist(), strict=True))
+    draws = torch.multinomial(policy.exp(), 200_000, replacement=True, generator=generator)
+    estimates = estimator(policy[draws], reference[draws])
+    standard_error = float(estimates.std()) / len(draws) ** 0.5
+    assert standard_error < exact / 50
+    assert abs(float(estimates.mean()) - exact) < 5 * standard_error
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        pytest.param(6.0, 0.2, id="at the target"),
+        pytest.param(6.6, 0.2 * 1.01, id="a little above"),
+        pytest.param(5.4, 0.2 * 0.99, id="a little below"),
+        pytest.param(7.2, 0.2 * 1.02, id="at the upper clip"),
+        pytest.param(600.0, 0.2 * 1.02, id="far above"),
+        pytest.param(0.0, 0.2 * 0.98, id="far below"),
+        pytest.param(-5.0, 0.2 * 0.98, id="negative estimate"),
+    ],
+)
+def test_adapt_kl_coef(kl, expected):
+    assert adapt_kl_coef(0.2, kl, target=6.0) == pytest.approx(expected, rel=1e-12)
+
+
+def test_adapt_kl_coef_moves_by_its_rate():
+    assert adapt_kl_coef(0.2, 12.0, target=6.0, rate=0.5) == pytest.approx(0.2 * 1.1, rel=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_shapes_that_would_broadcast_are_refused(estimator):
+    with pytest.raises(Exception, match=r"shape|type"):
+        estimator(torch.zeros(2), torch.zeros(1))

@@ -1,0 +1,354 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixpo.algorithms.ppo import (
+    clip_fraction,
+    explained_variance,
+    generalized_advantages,
+    grpo_advantages,
+    policy_loss,
+    rloo_advantages,
+    shaped_rewards,
+    value_loss,
+)
+
+quick = settings(deadline=None, derandomize=True, max_examples=50)
+LENGTHS = [5, 1, 3]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def tensor(values, **options):
+    return torch.tensor(values, dtype=torch.float64, **options)
+
+
+def mask_of(lengths, width=5):
+    return torch.tensor([[place < length for place in range(width)] for length in lengths])
+
+
+def pad(x, value):
+    """Two more places at the right, filled with garbage or with false."""
+    return torch.cat([x, torch.full((x.shape[0], 2), value, dtype=x.dtype)], dim=1)
+
+
+def near(x, expected):
+    torch.testing.assert_close(x, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+# Rewards
+
+
+def rewards_by_loop(logprobs, reference, lengths, scores, kl_coef, score_clip):
+    rewards = np.zeros(logprobs.shape)
+    for row, length in enumerate(lengths):
+        for token in range(length):
+            rewards[row, token] = kl_coef * (float(reference[row, token]) - float(logprobs[row, token]))
+        score = float(scores[row])
+        if score_clip is not None:
+            score = max(-score_clip, min(score_clip, score))
+        rewards[row, length - 1] += score
+    return rewards
+
+
+@pytest.mark.parametrize("score_clip", [None, 0.5, 100.0])
+def test_shaped_rewards_are_the_formula_token_by_token(score_clip):
+    logprobs, reference, scores = random(3, 5), random(3, 5, seed=1), tensor([2.0, -3.0, 0.25])
+    rewards = shaped_rewards(logprobs, reference, mask_of(LENGTHS), scores, kl_coef=0.3, score_clip=score_clip)
+    near(rewards, rewards_by_loop(logprobs, reference, LENGTHS, scores, 0.3, score_clip))
+
+
+def test_score_lands_on_the_last_true_token_and_is_clipped():
+    zeros = torch.zeros(3, 5, dtype=torch.float64)
+    rewards = shaped_rewards(zeros, zeros, mask_of(LENGTHS), tensor([9.0, -9.0, 0.5]), kl_coef=0.1, score_clip=2.0)
+    near(rewards, [[0, 0, 0, 0, 2], [-2, 0, 0, 0, 0], [0, 0, 0.5, 0, 0]])
+
+
+def test_kl_penalty_falls_on_every_true_token_and_costs_what_the_policy_prefers():
+    zeros, ones = torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
+    rewards = shaped_rewards(ones, zeros, mask_of([3, 5]), tensor([0.0, 0.0]), kl_coef=0.1, score_clip=None)
+    near(rewards, [[-0.1, -0.1, -0.1, 0, 0], [-0.1] * 5])
+
+
+def test_rewards_sum_to_the_score_minus_the_penalised_kl():
+    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), mask_of(LENGTHS)
+    rewards = shaped_rewards(logprobs, reference, mask, scores, kl_coef=0.2, score_clip=None)
+    for row, length in enumerate(LENGTHS):
+        kl = sum(float(logprobs[row, t]) - float(reference[row, t]) for t in range(length))
+        near(rewards[row].sum(), float(scores[row]) - 0.2 * kl)
+
+
+@pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
+def test_padding_does_not_change_shaped_rewards(garbage):
+    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), mask_of(LENGTHS)
+    plain = shaped_rewards(logprobs, reference, mask, scores, kl_coef=0.2, score_clip=1.0)
+    padded = shaped_rewards(
+        pad(logprobs, garbage), pad(reference, 7.0), pad(mask, False), scores, kl_coef=0.2, score_clip=1.0
+    )
+    assert torch.equal(padded[:, :5], plain)
+    assert (padded[:, 5:] == 0.0).all()
+    assert (plain[~mask] == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param([False] * 5, id="empty"),
+        pytest.param([True, False, True, False, False], id="hole"),
+        pytest.param([False, True, True, True, True], id="late start"),
+    ],
+)
+def test_a_mask_that_is_no_completion_is_refused(row):
+    mask = torch.tensor([[True] * 5, row])
+    with pytest.raises(ValueError, match="true from the first token to the last one"):
+        shaped_rewards(random(2, 5), random(2, 5), mask, random(2), kl_coef=0.1, score_clip=None)
+
+
+# Advantages
+
+
+def advantages_by_loop(rewards, values, lengths, discount, gae_lambda):
+    advantages = np.zeros(rewards.shape)
+    for row, length in enumerate(lengths):
+        delta = []
+        for t in range(length):
+            following = float(values[row, t + 1]) if t + 1 < length else 0.0
+            delta.append(float(rewards[row, t]) + discount * following - float(values[row, t]))
+        for t in range(length):
+            advantages[row, t] = sum((discount * gae_lambda) ** (s - t) * delta[s] for s in range(t, length))
+    return advantages
+
+
+@quick
+@given(
+    st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 99)
+)
+def test_gae_is_the_sum_of_equation_16(discount, gae_lambda, lengths, seed):
+    rewards, values = random(len(lengths), 5, seed=seed), random(len(lengths), 5, seed=seed + 100)
+    ours = generalized_advantages(rewards, values, mask_of(lengths), discount=discount, gae_lambda=gae_lambda)
+    near(ours, advantages_by_loop(rewards, values, lengths, discount, gae_lambda))
+
+
+def test_gae_with_lambda_1_and_discount_1_is_return_to_go_minus_value():
+    rewards, values = random(3, 5), random(3, 5, seed=1)
+    ours = generalized_advantages(rewards, values, mask_of(LENGTHS), discount=1.0, gae_lambda=1.0)
+    for row, length in enumerate(LENGTHS):
+        for t in range(length):
+            near(ours[row, t], sum(rewards[row, t:length].tolist()) - float(values[row, t]))
+
+
+def test_gae_with_lambda_0_is_the_td_error():
+    rewards, values = random(1, 3), random(1, 3, seed=1)
+    ours = generalized_advantages(rewards, values, mask_of([3], 3), discount=0.9, gae_lambda=0.0)
+    (r,), (v,) = rewards.tolist(), values.tolist()
+    near(ours, [[r[0] + 0.9 * v[1] - v[0], r[1] + 0.9 * v[2] - v[1], r[2] - v[2]]])
+
+
+@pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
+def test_padding_does_not_change_gae(garbage):
+    rewards, values, mask = random(3, 5), random(3, 5, seed=1), mask_of(LENGTHS)
+    plain = generalized_advantages(rewards, values, mask, discount=0.99, gae_lambda=0.95)
+    padded = generalized_advantages(
+        pad(rewards, garbage), pad(values, garbage), pad(mask, False), discount=0.99, gae_lambda=0.95
+    )
+    dirty = generalized_advantages(
+        rewards.masked_fill(~mask, garbage), values.masked_fill(~mask, garbage), mask, discount=0.99, gae_lambda=0.95
+    )
+    assert torch.equal(padded[:, :5], plain)
+    assert torch.equal(dirty, plain)
+    assert (padded[:, 5:] == 0.0).all()
+    assert (plain[~mask] == 0.0).all()
+
+
+@quick
+@given(st.integers(2, 6), st.integers(0, 99))
+def test_rloo_leaves_one_out(k, seed):
+    rewards = random(3, k, seed=seed)
+    expected = np.zeros((3, k))
+    for prompt in range(3):
+        for i in range(k):
+            others = [float(rewards[prompt, j]) for j in range(k) if j != i]
+            expected[prompt, i] = float(rewards[prompt, i]) - sum(others) / (k - 1)
+    ours = rloo_advantages(rewards)
+    near(ours, expected)
+    near(ours.sum(dim=1), np.zeros(3))
+
+
+@quick
+@given(st.integers(2, 6), st.integers(0, 99))
+def test_grpo_scales_by_the_sample_deviation_of_the_group(k, seed):
+    rewards = random(3, k, seed=seed)
+    ours = grpo_advantages(rewards)
+    for prompt in range(3):
+        group = rewards[prompt].numpy()
+        for i in range(k):
+            near(ours[prompt, i], (group[i] - np.mean(group)) / (np.std(group, ddof=1) + 1e-4))
+    near(ours.sum(dim=1), np.zeros(3))
+
+
+def test_equal_rewards_have_no_advantage():
+    equal = torch.full((2, 3), 0.5, dtype=torch.float64)
+    assert (rloo_advantages(equal) == 0.0).all()
+    assert (grpo_advantages(equal) == 0.0).all()
+
+
+@pytest.mark.parametrize("advantages_of", [rloo_advantages, grpo_advantages])
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_group_of_one_is_refused(advantages_of, k):
+    with pytest.raises(ValueError, match=f"at least 2 completions to compare, found {k}"):
+        advantages_of(torch.zeros(3, k))
+
+
+# Policy loss
+
+
+def test_policy_loss_is_the_formula_token_by_token():
+    logprobs, old, advantages = 0.3 * random(3, 5), 0.3 * random(3, 5, seed=1), random(3, 5, seed=2)
+    expected = np.zeros((3, 5))
+    for row in range(3):
+        for t in range(5):
+            ratio, a = math.exp(logprobs[row, t]) / math.exp(old[row, t]), float(advantages[row, t])
+            expected[row, t] = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
+    near(policy_loss(logprobs, old, advantages, clip=0.2), expected)
+
+
+def test_policy_loss_at_ratio_1_is_minus_the_advantage_and_so_is_its_gradient():
+    logprobs, advantages = random(3, 5).requires_grad_(), random(3, 5, seed=1)
+    loss = policy_loss(logprobs, logprobs.detach(), advantages, clip=0.2)
+    near(loss.detach(), -advantages)
+    loss.sum().backward()
+    near(logprobs.grad, -advantages)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        pytest.param(1.5, 2.0, -2.4, 0.0, id="too high, good: stopped"),
+        pytest.param(1.5, -2.0, 3.0, 3.0, id="too high, bad: goes down"),
+        pytest.param(0.5, 2.0, -1.0, -1.0, id="too low, good: goes up"),
+        pytest.param(0.5, -2.0, 1.6, 0.0, id="too low, bad: stopped"),
+        pytest.param(1.1, 2.0, -2.2, -2.2, id="inside, good"),
+        pytest.param(0.9, -2.0, 1.8, 1.8, id="inside, bad"),
+    ],
+)
+def test_the_clip_stops_the_gradient_where_it_should(ratio, advantage, loss, gradient):
+    logprobs = tensor([[math.log(ratio)]], requires_grad=True)
+    losses = policy_loss(logprobs, tensor([[0.0]]), tensor([[advantage]]), clip=0.2)
+    losses.sum().backward()
+    near(losses.detach(), [[loss]])
+    near(logprobs.grad, [[gradient]])
+
+
+def test_policy_loss_gradient_agrees_with_finite_differences():
+    old, advantages = random(3, 5, seed=1), random(3, 5, seed=2)
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old, advantages, clip=0.2), [random(3, 5).requires_grad_()]
+    )
+
+
+@quick
+@given(st.integers(0, 999), st.floats(0.05, 0.5))
+def test_clip_fraction_is_the_share_of_true_tokens_without_gradient(seed, clip):
+    logprobs, old = 0.4 * random(3, 5, seed=seed), 0.4 * random(3, 5, seed=seed + 1000)
+    advantages, mask = random(3, 5, seed=seed + 2000), mask_of(LENGTHS)
+    logprobs.requires_grad_()
+    policy_loss(logprobs, old, advantages, clip=clip).sum().backward()
+    stopped = [float(logprobs.grad[row, t]) == 0.0 for row, length in enumerate(LENGTHS) for t in range(length)]
+    near(clip_fraction(logprobs.detach(), old, advantages, mask, clip=clip), sum(stopped) / len(stopped))
+
+
+def test_padding_changes_neither_the_summed_loss_nor_its_gradient_nor_the_clip_fraction():
+    old, advantages, mask = random(3, 5, seed=1), random(3, 5, seed=2), mask_of(LENGTHS)
+    logprobs = random(3, 5)
+    results = []
+    for garbage in (0.0, 300.0):
+        x = pad(logprobs.masked_fill(~mask, garbage), garbage).requires_grad_()
+        rest = pad(old.masked_fill(~mask, 0.0), 0.0), pad(advantages.masked_fill(~mask, 0.0), 0.0)
+        full = pad(mask, False)
+        summed = policy_loss(x, *rest, clip=0.2)[full].sum()
+        summed.backward()
+        results.append((summed.detach(), x.grad, clip_fraction(x.detach(), *rest, full, clip=0.2)))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+# Values
+
+
+def test_value_loss_is_the_formula_token_by_token():
+    values, old, returns = random(3, 5), random(3, 5, seed=1), random(3, 5, seed=2)
+    unclipped, clipped = np.zeros((3, 5)), np.zeros((3, 5))
+    for row in range(3):
+        for t in range(5):
+            v, o, r = float(values[row, t]), float(old[row, t]), float(returns[row, t])
+            near_old = min(max(v, o - 0.4), o + 0.4)
+            unclipped[row, t] = 0.5 * (v - r) ** 2
+            clipped[row, t] = 0.5 * max((v - r) ** 2, (near_old - r) ** 2)
+    near(value_loss(values, old, returns, clip=None), unclipped)
+    near(value_loss(values, old, returns, clip=0.4), clipped)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "gradient"),
+    [
+        pytest.param(0.1, 1.0, 0.405, -0.9, id="inside"),
+        pytest.param(0.5, 1.0, 0.32, 0.0, id="already far towards the return: stopped"),
+        pytest.param(-0.5, 1.0, 1.125, -1.5, id="far the wrong way: pulled back"),
+        pytest.param(-0.5, -1.0, 0.32, 0.0, id="far down towards the return: stopped"),
+    ],
+)
+def test_the_value_clip_stops_the_gradient_where_it_should(value, target, loss, gradient):
+    values = tensor([[value]], requires_grad=True)
+    losses = value_loss(values, tensor([[0.0]]), tensor([[target]]), clip=0.2)
+    losses.sum().backward()
+    near(losses.detach(), [[loss]])
+    near(values.grad, [[gradient]])
+
+
+def test_value_loss_gradient_agrees_with_finite_differences():
+    old, returns = random(3, 5, seed=1), random(3, 5, seed=2)
+    for clip in (None, 0.3):
+        assert torch.autograd.gradcheck(
+            lambda x, clip=clip: value_loss(x, old, returns, clip=clip), [random(3, 5).requires_grad_()]
+        )
+
+
+def test_explained_variance_over_the_mask():
+    returns, mask = random(3, 5), mask_of(LENGTHS)
+    values = returns + 0.5 * random(3, 5, seed=1)
+    truth = [float(returns[row, t]) for row, n in enumerate(LENGTHS) for t in range(n)]
+    error = [float(returns[row, t] - values[row, t]) for row, n in enumerate(LENGTHS) for t in range(n)]
+    expected = 1.0 - np.var(error) / np.var(truth)
+    near(explained_variance(values, returns, mask), expected)
+    near(explained_variance(values.masked_fill(~mask, 1e6), returns.masked_fill(~mask, -1e6), mask), expected)
+
+
+def test_explained_variance_at_its_marks():
+    returns, mask = random(3, 5), mask_of(LENGTHS)
+    near(explained_variance(returns + 4.0, returns, mask), 1.0)
+    near(explained_variance(torch.full_like(returns, 3.0), returns, mask), 0.0)
+    assert explained_variance(random(3, 5), torch.full_like(returns, 0.5), mask) == 0.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda full, narrow, mask: policy_loss(full, narrow, full, clip=0.2),
+        lambda full, narrow, mask: policy_loss(full, full, narrow, clip=0.2),
+        lambda full, narrow, mask: value_loss(full, full, narrow, clip=0.2),
+        lambda full, narrow, mask: generalized_advantages(full, narrow, mask, discount=1.0, gae_lambda=0.95),
+        lambda full, narrow, mask: shaped_rewards(full, narrow, mask, full[:, 0], kl_coef=0.1, score_clip=None),
+        lambda full, narrow, mask: shaped_rewards(full, full, mask, full[:1, 0], kl_coef=0.1, score_clip=None),
+        lambda full, narrow, mask: explained_variance(full, narrow, mask),
+        lambda full, narrow, mask: clip_fraction(full, full, full, mask[:, :1], clip=0.2),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(call):
+    with pytest.raises(Exception, match=r"shape|type"):
+        call(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool))

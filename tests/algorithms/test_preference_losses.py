@@ -1,0 +1,128 @@
+import math
+import runpy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixpo.algorithms import preference
+from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss, implicit_rewards
+
+finite = st.floats(-50.0, 50.0)
+quick = settings(deadline=None, derandomize=True, max_examples=50)
+
+
+def tensor(*values, grad=False):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def near(x, expected, atol=1e-12):
+    torch.testing.assert_close(x, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-12, atol=atol)
+
+
+def test_bradley_terry_is_the_probability_of_the_choice():
+    chosen, rejected = [2.0, -1.0, 0.5, 0.0], [0.5, 1.0, 0.5, 7.0]
+    expected = []
+    for c, r in zip(chosen, rejected, strict=True):
+        expected.append(-math.log(math.exp(c) / (math.exp(c) + math.exp(r))))
+    near(bradley_terry_loss(tensor(*chosen), tensor(*rejected)), expected)
+
+
+def test_bradley_terry_stays_finite_for_far_scores():
+    near(bradley_terry_loss(tensor(0.0, 1e6), tensor(1e6, 0.0)), [1e6, 0.0])
+
+
+@quick
+@given(finite, finite, st.floats(-100.0, 100.0))
+def test_bradley_terry_ignores_a_shift_of_both_scores(chosen, rejected, shift):
+    plain = bradley_terry_loss(tensor(chosen), tensor(rejected))
+    near(bradley_terry_loss(tensor(chosen + shift), tensor(rejected + shift)), plain, atol=1e-11)
+
+
+def test_implicit_rewards_hand_values():
+    near(implicit_rewards(tensor(-10.0, -3.0), tensor(-12.0, -1.0), beta=0.5), [1.0, -1.0])
+
+
+def test_dpo_is_the_formula_pair_by_pair():
+    generator = torch.Generator().manual_seed(0)
+    four = [-10.0 * torch.rand(6, dtype=torch.float64, generator=generator) for _ in range(4)]
+    expected = []
+    for w, l, ref_w, ref_l in zip(*(x.tolist() for x in four), strict=True):  # noqa: E741
+        weight_w = (math.exp(w) / math.exp(ref_w)) ** 0.3
+        weight_l = (math.exp(l) / math.exp(ref_l)) ** 0.3
+        expected.append(-math.log(weight_w / (weight_w + weight_l)))
+    near(dpo_loss(*four, beta=0.3), expected)
+
+
+@quick
+@given(finite, finite, st.floats(0.01, 5.0))
+def test_dpo_is_log_2_where_the_policy_equals_the_reference(chosen, rejected, beta):
+    c, r = tensor(chosen), tensor(rejected)
+    near(dpo_loss(c, r, c, r, beta=beta), [math.log(2.0)])
+
+
+@quick
+@given(finite, finite, finite, finite, st.floats(-100.0, 100.0))
+def test_dpo_ignores_shifts_that_cancel(w, l, ref_w, ref_l, shift):  # noqa: E741
+    plain = dpo_loss(tensor(w), tensor(l), tensor(ref_w), tensor(ref_l), beta=0.1)
+    both_of_the_policy = dpo_loss(tensor(w + shift), tensor(l + shift), tensor(ref_w), tensor(ref_l), beta=0.1)
+    both_of_the_chosen = dpo_loss(tensor(w + shift), tensor(l), tensor(ref_w + shift), tensor(ref_l), beta=0.1)
+    near(both_of_the_policy, plain, atol=1e-11)
+    near(both_of_the_chosen, plain, atol=1e-11)
+
+
+@quick
+@given(finite, finite, finite, finite)
+def test_descent_raises_the_chosen_and_lowers_the_rejected(w, l, ref_w, ref_l):  # noqa: E741
+    chosen, rejected = tensor(w, grad=True), tensor(l, grad=True)
+    dpo_loss(chosen, rejected, tensor(ref_w), tensor(ref_l), beta=0.1).sum().backward()
+    assert chosen.grad < 0 < rejected.grad
+    chosen, rejected = tensor(w / 10, grad=True), tensor(l / 10, grad=True)
+    bradley_terry_loss(chosen, rejected).sum().backward()
+    assert chosen.grad < 0 < rejected.grad
+
+
+def test_gradients_agree_with_finite_differences():
+    generator = torch.Generator().manual_seed(1)
+    four = [torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(4)]
+    assert torch.autograd.gradcheck(bradley_terry_loss, four[:2])
+    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, beta=0.7), four)
+
+
+@quick
+@given(st.floats(0.05, 20.0), st.floats(0.05, 20.0), st.floats(0.05, 2.0))
+def test_theorem_1_the_rejected_is_pushed_harder_the_smaller_it_is(x_w, x_l, beta):
+    """With x = pi / pi_ref: |dL/dx_w| / |dL/dx_l| = x_l / x_w (Feng et al. 2024, Theorem 1 and Corollary 1)."""
+    w, l = tensor(x_w, grad=True), tensor(x_l, grad=True)  # noqa: E741
+    reference = tensor(-3.0), tensor(-5.0)
+    loss = dpo_loss(w.log() + reference[0], l.log() + reference[1], *reference, beta=beta)
+    near(loss, [-math.log(x_w**beta / (x_w**beta + x_l**beta))], atol=1e-11)
+    loss.sum().backward()
+    near(w.grad.abs() / l.grad.abs(), [x_l / x_w], atol=1e-10)
+    both = x_w**beta + x_l**beta
+    near(w.grad, [-beta * x_l**beta / (x_w * both)], atol=1e-11)
+    near(l.grad, [beta * x_l ** (beta - 1.0) / both], atol=1e-11)
+
+
+BROADCASTS = [
+    pytest.param("bradley_terry_loss", (2, 1), {}, id="bradley-terry"),
+    pytest.param("implicit_rewards", (2, 1), {"beta": 0.1}, id="implicit rewards"),
+    pytest.param("dpo_loss", (2, 1, 1, 1), {"beta": 0.1}, id="dpo: rejected and reference"),
+    pytest.param("dpo_loss", (2, 2, 1, 1), {"beta": 0.1}, id="dpo: reference"),
+    pytest.param("dpo_loss", (2, 2, 2, 1), {"beta": 0.1}, id="dpo: reference of the rejected"),
+    pytest.param("dpo_loss", (2, 1, 2, 1), {"beta": 0.1}, id="dpo: both of the rejected"),
+]
+
+
+@pytest.mark.parametrize(("name", "shapes", "options"), BROADCASTS)
+def test_shapes_that_would_broadcast_are_refused(name, shapes, options):
+    with pytest.raises(Exception, match=r"shape|type"):
+        getattr(preference, name)(*(torch.zeros(n) for n in shapes), **options)
+
+
+@pytest.mark.parametrize(("name", "shapes", "options"), BROADCASTS)
+def test_and_so_they_are_where_no_type_checker_runs(name, shapes, options):
+    unchecked = runpy.run_path(preference.__file__)
+    with pytest.raises(ValueError, match=r"expected equal shapes, found \[2\] and \[1\]"):
+        unchecked[name](*(torch.zeros(n) for n in shapes), **options)

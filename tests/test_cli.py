@@ -1,0 +1,154 @@
+"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `plan`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixpo.cli import main as cli
+from mixpo.experiments.plan import plan
+from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.run import arm_runs
+
+GOOD = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run `mixpo WORDS`, expect exit code 2, return what it printed on standard error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mixpo", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("ppo.kl_coeff=0.1", "world: ppo.kl_coeff: unknown key; did you mean kl_coef?"),
+        ("pppo.kl_coef=0.1", "world: pppo: unknown key; did you mean ppo?"),
+        ("ppo.kl_coef=much", "world: ppo.kl_coef: found 'much'; expected a valid number"),
+        ("ppo.kl_coef=-1", "world: ppo.kl_coef: found -1; expected greater than or equal to 0"),
+        ("arms=[sft,mpoo]", "arms: found 'mpoo'; did you mean mpo?"),
+        ("selection.easy_fraction=0.5", "selection: found threshold=2.0 and easy_fraction=0.5; expected exactly one"),
+        ("ppo.advantage=rloo", "ppo.completions_per_prompt: found 1 with advantage: rloo; expected at least 2"),
+        ("data.format=preference", "data.train: found nothing; format 'preference' expects a file"),
+        ("model.path=./nowhere", "model.path: found no folder './nowhere'"),
+        ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
+    ],
+)
+def test_bad_keys_and_values(here: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str) -> None:
+    assert expected in refused(capsys, "plan", override)
+
+
+def test_several_problems_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = refused(capsys, "run", "ppo.clipp=1", "dpo.beta=0", "sft.epochs=0").splitlines()
+    assert len(printed) == 3
+
+
+def test_recipe_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine.yaml").write_text("name: mine")
+    assert "did you mean mine.yaml?" in refused(capsys, "run", "mime.yaml")
+    assert "expected a .yaml file or one of" in refused(capsys, "run", "wrld")
+    assert "did you mean world?" in refused(capsys, "run", "wrld")
+    (here / "bad.yaml").write_text("a: [")
+    assert "bad.yaml: found no readable YAML" in refused(capsys, "run", "bad.yaml")
+
+
+def write(path: Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "How?", "chosen": "So."}, "rows.jsonl:2: 'rejected' is missing"),
+        ({**GOOD, "chosen": ""}, "rows.jsonl:2: 'chosen' is empty"),
+        ({**GOOD, "rejected": "So."}, "rows.jsonl:2: 'rejected' equals 'chosen'"),
+        ({**GOOD, "prompt": 3}, "rows.jsonl:2: 'prompt'"),
+        ([1], "rows.jsonl:2: the row is a list"),
+        ({**GOOD, "prompt": "word " * 200}, "rows.jsonl:2: 'prompt' has"),
+    ],
+)
+def test_bad_rows_end_the_run_before_anything_trains(
+    here: Path, capsys: pytest.CaptureFixture[str], row: object, expected: str
+) -> None:
+    rows = write(here / "rows.jsonl", [GOOD, row])
+    printed = refused(capsys, "run", "--quiet", "data.format=preference", f"data.train={rows}")
+    assert expected in printed
+    assert "`data.on_bad_row: drop`" in printed
+    assert not list(here.glob("runs/cache/sft"))
+
+
+def test_a_line_that_is_not_json_and_a_file_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "rows.jsonl").write_text(json.dumps(GOOD) + "\n{oops\n")
+    assert "rows.jsonl:2:" in refused(capsys, "run", "-q", "data.format=preference", "data.train=rows.jsonl")
+    printed = refused(capsys, "run", "-q", "data.format=preference", "data.train=row.jsonl")
+    assert "row.jsonl: no such file" in printed
+    assert "did you mean 'rows.jsonl'" in printed
+
+
+def test_nothing_left_after_dropping(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(here / "rows.jsonl", [{**GOOD, "chosen": ""}])
+    words = ("run", "-q", "data.format=preference", "data.train=rows.jsonl", "data.on_bad_row=drop")
+    assert "nothing is left of 1 rows" in refused(capsys, *words)
+
+
+def test_a_folder_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "run", "-q", "out=file/run")
+
+
+def test_a_run_folder_of_another_version(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "old").mkdir()
+    (here / "old" / "results.json").write_text('{"format": 0}')
+    assert "found a run folder of format 0, written by another version" in refused(capsys, "run", "-q", "out=old")
+    assert "found a run folder of format 0" in refused(capsys, "report", "old")
+    assert "found no results.json" in refused(capsys, "report", ".")
+
+
+def test_a_model_folder_without_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert "found a model without a tokenizer" in refused(capsys, "run", "-q", "model.path=model")
+    assert "found no language model" in refused(capsys, "chat", str(here))
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    import mixpo.recipes
+
+    names = [path.stem for path in Path(mixpo.recipes.__path__[0]).glob("*.yaml")]
+    assert {"world", "hh-rlhf", "tldr", "hh-rlhf-smollm2"} <= set(names)
+    for name in names:
+        recipe = read_recipe(name, ["model.path=world", "data.format=world"])
+        assert recipe.name == name
+        assert len(arm_runs(recipe)) == len(recipe.arms) * len(recipe.seeds)
+
+
+def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(here: Path) -> None:
+    def identities(*overrides: str) -> dict[tuple[str, str, str], str]:
+        planned = plan(read_recipe("world", overrides))
+        return {(run.arm, line.kind, line.field): line.identity for run, lines in planned for line in lines}
+
+    one, other = identities(), identities("ppo.kl_coef=0.2")
+    changed = {key for key in one if one[key] != other[key]}
+    assert {kind for _, kind, _ in changed} == {"PPO", "Evaluation"}
+    assert {arm for arm, _, _ in changed} == {"ppo", "mpo"}
+
+
+def test_importing_the_command_line_does_not_import_torch() -> None:
+    code = "import sys, mixpo.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

@@ -1,0 +1,229 @@
+"""The embedded world: its rows, the true reward r* by examples and properties, its calibration, its tokenizer."""
+
+import math
+import statistics
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixpo.data import world
+from mixpo.data.world import BOUND, TIPS, WEIGHTS, build_tokenizer, make_world, true_reward, true_reward_terms
+
+ROSES = "Any advice on roses? I am a beginner."
+LOCK = "How can I pick my neighbor's lock?"
+TIP, SECOND = "Cut the stems back in early spring.", "Feed the soil with compost twice a year."
+OTHER = "Cover the cage at night."
+REFUSAL = "I am sorry, but I cannot help with that."
+ROWS = make_world(demonstrations=3072, train=3072, test=512, seed=0)
+PAIRS = ROWS.train + ROWS.test
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def gap(row: tuple[str, str, str]) -> float:
+    """By how much the chosen completion is better by r*."""
+    prompt, chosen, rejected = row
+    return true_reward(prompt, chosen) - true_reward(prompt, rejected)
+
+
+# --- rows
+
+
+def test_same_seed_same_rows() -> None:
+    small = {"demonstrations": 50, "train": 50, "test": 20}
+    assert make_world(**small, seed=3) == make_world(**small, seed=3)
+    assert make_world(**small, seed=3) != make_world(**small, seed=4)
+
+
+def test_counts_and_disjoint_prompts() -> None:
+    assert (len(ROWS.demonstrations), len(ROWS.train), len(ROWS.test)) == (3072, 3072, 512)
+    train, test = [row[0] for row in ROWS.train], [row[0] for row in ROWS.test]
+    assert len(set(train)) == len(train)
+    assert len(set(test)) == len(test)
+    assert not set(test) & ({*train} | {prompt for prompt, _ in ROWS.demonstrations})
+
+
+def test_enough_prompts_each_short_and_some_to_decline() -> None:
+    prompts = world.all_prompts()
+    assert len(set(prompts)) == len(prompts) >= 4096 + 512 + 3072
+    assert max(len(prompt.split()) for prompt in prompts) <= 20
+    declined = sum(any(deed in prompt for deed in world.HARMFUL) for prompt in prompts)
+    assert declined / len(prompts) == pytest.approx(0.15, abs=0.02)
+
+
+def test_chosen_and_rejected_differ() -> None:
+    assert all(chosen != rejected for _, chosen, rejected in PAIRS)
+
+
+def test_no_rows_is_fine() -> None:
+    assert make_world(demonstrations=0, train=0, test=0, seed=0) == world.WorldRows([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [((0, 99_999, 1), r"the world has \d+ prompts, 100000 were asked for"), ((0, -1, 0), "expected counts of 0")],
+)
+def test_impossible_counts_are_refused(counts: tuple[int, int, int], message: str) -> None:
+    demonstrations, train, test = counts
+    with pytest.raises(ValueError, match=message):
+        make_world(demonstrations=demonstrations, train=train, test=test, seed=0)
+
+
+def test_labels_follow_bradley_terry() -> None:
+    gaps = [gap(row) for row in PAIRS]
+    agrees = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps]
+    expected = [sigmoid(abs(g)) for g in gaps]
+    error = math.sqrt(sum(p * (1 - p) for p in expected)) / len(gaps)
+    assert statistics.mean(agrees) == pytest.approx(statistics.mean(expected), abs=4 * error)
+
+
+def test_calibration() -> None:
+    gaps = [abs(gap(row)) for row in PAIRS]
+    assert 0.35 <= statistics.mean(g < 1 for g in gaps) <= 0.55
+    assert 0.75 <= statistics.mean(map(sigmoid, gaps)) <= 0.82
+
+
+def test_demonstrations_are_of_mixed_quality() -> None:
+    rewards = [true_reward(prompt, completion) for prompt, completion in ROWS.demonstrations]
+    assert statistics.stdev(rewards) > 1
+    assert 0.1 < statistics.mean(reward < 0 for reward in rewards) < 0.45
+
+
+# --- the true reward
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        (ROSES, TIP, {"tips": TIPS[0]}),
+        (ROSES, f"{TIP} {SECOND}", {"tips": sum(TIPS)}),
+        (ROSES, f"Great question! {TIP} Good luck!", {"tips": TIPS[0], "friendly": 2 * WEIGHTS["friendly"]}),
+        (ROSES, f"{TIP} {TIP}", {"tips": TIPS[0], "repetition": WEIGHTS["repetition"]}),
+        (ROSES, f"{TIP} {OTHER}", {"tips": TIPS[0], "off_topic": WEIGHTS["off_topic"]}),
+        (ROSES, "It depends on many things.", {"vague": WEIGHTS["vague"]}),
+        (ROSES, f"Figure it out yourself. {TIP}", {"rude": WEIGHTS["rude"], "tips": TIPS[0]}),
+        (ROSES, "Figure it out yourself. Good luck!", {"rude": WEIGHTS["rude"]}),
+        (ROSES, REFUSAL, {"refusing": WEIGHTS["refusing"]}),
+        (ROSES, "Zebra quartz vexing.", {"garbled": WEIGHTS["garbled"]}),
+        (ROSES, "", {"unfinished": WEIGHTS["unfinished"]}),
+        (LOCK, REFUSAL, {"declining": WEIGHTS["declining"]}),
+        (LOCK, "Just do it fast and tell nobody.", {"declining": -WEIGHTS["declining"]}),
+        (LOCK, TIP, {"off_topic": WEIGHTS["off_topic"]}),
+        ("Who are you?", REFUSAL, {"refusing": WEIGHTS["refusing"]}),
+    ],
+)
+def test_terms_of_examples(prompt: str, completion: str, expected: dict[str, float]) -> None:
+    terms = true_reward_terms(prompt, completion)
+    assert set(terms) == {*WEIGHTS, "tips"}
+    assert {name: term for name, term in terms.items() if term} == pytest.approx(expected)
+
+
+def test_signs_of_the_weights() -> None:
+    assert {name for name, weight in WEIGHTS.items() if weight > 0} == {"friendly", "declining"}
+    assert TIPS[0] > TIPS[1] > 0
+
+
+def test_better_replies_earn_more() -> None:
+    ladder = ["Figure it out yourself.", OTHER, "It depends on many things.", TIP, f"{TIP} {SECOND}"]
+    rewards = [true_reward(ROSES, completion) for completion in ladder]
+    assert rewards == sorted(rewards)
+    assert true_reward(LOCK, REFUSAL) > 0 > true_reward(ROSES, REFUSAL)
+
+
+def test_part_of_a_tip_earns_part_of_its_weight() -> None:
+    halves = ["Cut the stems back.", "Cut the stems back in spring.", TIP]
+    earned = [true_reward_terms(ROSES, half)["tips"] for half in halves]
+    assert 0 < earned[0] < earned[1] < earned[2] == TIPS[0]
+
+
+def test_cut_off_reply_is_unfinished() -> None:
+    cut = true_reward_terms(ROSES, TIP.removesuffix("."))
+    assert cut["unfinished"] == WEIGHTS["unfinished"]
+    assert cut["tips"] == TIPS[0]
+
+
+def test_running_on_costs_by_the_sentence_and_by_the_word() -> None:
+    tips = " ".join(world.KNOWLEDGE["roses"][:3])
+    assert true_reward_terms(ROSES, tips)["running_on"] == 0
+    assert true_reward_terms(ROSES, f"{tips} Enjoy!")["running_on"] == WEIGHTS["running_on"]
+    costs = [true_reward_terms(ROSES, "word " * count)["running_on"] for count in (40, 45, 50)]
+    assert costs == pytest.approx([0, WEIGHTS["running_on"] / 2, WEIGHTS["running_on"]])
+
+
+WORLD_SENTENCES = st.lists(st.sampled_from([text for _, text, _ in world._texts()]), max_size=12).map(" ".join)
+PROMPTS = st.sampled_from([ROSES, LOCK, ""]) | st.text()
+
+
+@given(prompt=PROMPTS, completion=st.text() | WORLD_SENTENCES)
+@settings(max_examples=200, deadline=None)
+def test_reward_is_total_bounded_and_the_sum_of_its_terms(prompt: str, completion: str) -> None:
+    reward = true_reward(prompt, completion)
+    assert abs(reward) <= BOUND + 1e-9
+    assert reward == pytest.approx(sum(true_reward_terms(prompt, completion).values()))
+    assert reward == true_reward(prompt, completion)
+
+
+def test_very_bad_replies_reach_the_bound() -> None:
+    assert true_reward(ROSES, "I do not care about this. " * 9) == pytest.approx(-BOUND)
+
+
+# --- speed: far above what a quiet machine needs, so that only a change of kind is seen
+
+
+def test_fast_enough() -> None:
+    start = time.perf_counter()
+    rows = make_world(demonstrations=3072, train=3072, test=512, seed=1)
+    made = time.perf_counter()
+    for prompt, completion in rows.demonstrations:
+        true_reward(prompt, completion)
+    scored = time.perf_counter()
+    assert made - start < 2
+    assert (scored - made) / len(rows.demonstrations) < 1e-3
+
+
+# --- the tokenizer
+
+
+def test_tokenizer_round_trip_and_lengths() -> None:
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) <= 1024
+    texts = [text for row in (*ROWS.test, *ROWS.demonstrations[:1000]) for text in row]
+    encoded = tokenizer(texts)["input_ids"]
+    assert tokenizer.batch_decode(encoded) == texts
+    assert max(map(len, encoded)) < 64
+    normal = [ids for text, ids in zip(texts, encoded, strict=True) if len(world._sentences(text)) <= 3]
+    assert max(map(len, normal)) <= 44
+
+
+@given(st.text(st.characters(codec="utf-8")))
+@settings(max_examples=50, deadline=None)
+def test_tokenizer_loses_no_text(text: str) -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tokenizer_is_deterministic() -> None:
+    again = build_tokenizer.__wrapped__()
+    assert again.backend_tokenizer.to_str() == build_tokenizer().backend_tokenizer.to_str()
+
+
+def test_special_tokens() -> None:
+    tokenizer = build_tokenizer()
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
+    specials = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert len(set(tokenizer.convert_tokens_to_ids(specials))) == 4
+    dialogue = tokenizer("<|user|>Hi!<|assistant|>Hello.<|end|><|pad|>")["input_ids"]
+    assert tokenizer.decode(dialogue, skip_special_tokens=True) == "Hi!Hello."
+
+
+def test_chat_template() -> None:
+    tokenizer = build_tokenizer()
+    question, answer = {"role": "user", "content": ROSES}, {"role": "assistant", "content": TIP}
+    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    assert prompt == f"<|user|>{ROSES}<|assistant|>"
+    dialogue = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    assert dialogue == f"{prompt}{TIP}<|end|>"
