@@ -16,6 +16,17 @@ def bradley_terry_loss(
     return -logsigmoid(chosen_scores - rejected_scores)
 
 
+def centering_loss(
+    chosen_scores: Float[Tensor, " pairs"], rejected_scores: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """(chosen + rejected)^2, a pair each: draws the scores' mean, which Bradley-Terry leaves open, to 0.
+
+    Eisenstein et al. 2023, section 2. Raises ValueError on unequal shapes.
+    """
+    _same_shape(chosen_scores, rejected_scores)
+    return (chosen_scores + rejected_scores) ** 2
+
+
 def implicit_rewards(
     policy_logprobs: Float[Tensor, " pairs"], reference_logprobs: Float[Tensor, " pairs"], *, beta: float
 ) -> Float[Tensor, " pairs"]:
@@ -37,7 +48,6 @@ def dpo_loss(
     All four are sequence log-probs in nats, summed over a completion's tokens with its end token, not averaged.
     Log 2 where the policy equals the reference. Raises ValueError on unequal shapes, which would broadcast.
     """
-    _same_shape(policy_chosen, policy_rejected)
     return bradley_terry_loss(
         implicit_rewards(policy_chosen, reference_chosen, beta=beta),
         implicit_rewards(policy_rejected, reference_rejected, beta=beta),

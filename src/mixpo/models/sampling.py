@@ -2,7 +2,7 @@
 
 Prompts are padded on the right, so the prefill is plain causal attention; drawn tokens are written behind the longest
 prompt, and the mask leaves the padding between out. Keys and values stand in tensors allocated once; finished rows are
-dropped from the batch.
+dropped from the batch when there are enough of them to be worth the copy.
 
 A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
 drawn before the first token, so a completion does not depend on which others share its batch.
@@ -19,6 +19,9 @@ from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import by_tokens
 from mixpo.models.language_model import LanguageModel, by_layer_type
+
+DROP_AT = 0.8
+"""Finished rows are dropped when the share of unfinished ones is less."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,12 @@ def _sample_batch(
     for step in range(max_tokens):
         tokens, logprobs = choose(logits, uniforms[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
-        going = tokens != lm.end_token
-        ended_at[active[~going]] = step + 1
-        if step == max_tokens - 1 or not bool(going.any()):
+        ended_at[active] = torch.where(tokens == lm.end_token, ended_at[active].clamp(max=step + 1), ended_at[active])
+        going = ended_at[active] > step + 1
+        left = int(going.sum())
+        if left == 0 or step == max_tokens - 1:
             break
-        if int(going.sum()) < len(going):
+        if left < DROP_AT * len(active):
             kept = going.nonzero()[:, 0]
             _take(cache, kept)
             active, tokens, visible, key_positions = active[kept], tokens[kept], visible[kept], key_positions[kept]

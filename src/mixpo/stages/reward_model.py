@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from mixpo.algorithms.preference import bradley_terry_loss
+from mixpo.algorithms.preference import bradley_terry_loss, centering_loss
 from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch
 from mixpo.models.language_model import branch_scores
@@ -37,12 +37,14 @@ class RewardModelSettings(Seeded, SupervisedSettings):
     weight_decay: float = pydantic.Field(0.1, ge=0)
     validation_share: float = pydantic.Field(0.05, gt=0, lt=1)
     """Share of the train pairs held out for validation."""
+    center_coef: float = pydantic.Field(0.0, ge=0)
+    """Weight of the loss that keeps the scores' mean near 0, where PPO's score_clip is even-handed; 0.01 is usual."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     lora: Lora | None = None
 
 
 class RewardModel(Stage, RewardModelSettings):
-    """Minimises -log sigmoid(score of chosen - score of rejected), the score read at the last completion token."""
+    """Minimises equation 1 of the paper on the scores, each read at its completion's last token."""
 
     policy: Stage
     """Whose weights it starts from."""
@@ -75,7 +77,10 @@ class RewardModel(Stage, RewardModelSettings):
                 "margin": ((chosen - rejected).sum().detach(), number),
                 "score": ((chosen + rejected).sum().detach() / 2, number),
             }
-            return bradley_terry_loss(chosen, rejected).sum(), metrics
+            losses = bradley_terry_loss(chosen, rejected)
+            if self.center_coef:
+                losses = losses + self.center_coef * centering_loss(chosen, rejected)
+            return losses.sum(), metrics
 
         for step, metrics in supervised(
             lm,
