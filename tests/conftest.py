@@ -1,5 +1,20 @@
-"""Shapes and types of every signature are checked while the tests run."""
+"""Shapes and types of every signature are checked while the tests run; a small world is computed once for all."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("mixpo.algorithms", "beartype.beartype")
+
+if TYPE_CHECKING:
+    from worlds import World
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    from worlds import World
+
+    cache: Path = tmp_path_factory.mktemp("cache")
+    return World(cache)

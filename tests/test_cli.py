@@ -53,6 +53,13 @@ def test_bad_keys_and_values(here: Path, capsys: pytest.CaptureFixture[str], ove
     assert expected in refused(capsys, "plan", override)
 
 
+def test_what_a_recipe_leaves_open_must_be_given(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "plan", "pairs").splitlines() == [
+        "pairs: data.train: not given; expected for example data.train=PATH",
+        "pairs: model.path: not given; expected for example model.path=PATH",
+    ]
+
+
 def test_several_problems_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = refused(capsys, "run", "ppo.clipp=1", "dpo.beta=0", "sft.epochs=0").splitlines()
     assert len(printed) == 3
@@ -131,9 +138,9 @@ def test_every_shipped_recipe_is_valid() -> None:
     import mixpo.recipes
 
     names = [path.stem for path in Path(mixpo.recipes.__path__[0]).glob("*.yaml")]
-    assert {"world", "hh-rlhf", "tldr", "hh-rlhf-smollm2"} <= set(names)
+    assert {"world", "pairs", "hh-rlhf", "tldr", "hh-rlhf-smollm2"} <= set(names)
     for name in names:
-        recipe = read_recipe(name, ["model.path=world", "data.format=world"])
+        recipe = read_recipe(name, ["model.path=world", "data.format=world", "data.train=pairs.jsonl"])
         assert recipe.name == name
         assert len(arm_runs(recipe)) == len(recipe.arms) * len(recipe.seeds)
 

@@ -9,78 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Samples, Selection
+from mixpo import SFT, Data, Engine, Evaluation, Selection
 from mixpo.data.errors import InputError
 from mixpo.models.loading import load_policy, load_reward_model, model_digest, same_tokens
 from mixpo.models.scoring import retokenised, sequence_logprobs
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import ppo as ppo_module
-from mixpo.stages.engine import in_order, read_summary
+from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
+from worlds import LIMIT, RUNTIME, World
 
 CPU = torch.device("cpu")
-RUNTIME = Runtime(threads=2, checkpoint_minutes=100)
-LIMIT = 40
-
-
-class World:
-    """A small world's stages, computed once for all tests of this file."""
-
-    def __init__(self, cache: Path) -> None:
-        self.engine = Engine(cache, RUNTIME)
-        self.base = Pretrained()
-        self.data = Data(base=self.base, train_rows=256, test_rows=48, demonstration_rows=256)
-        self.sft = SFT(
-            base=self.base,
-            data=self.data,
-            learning_rate=2e-3,
-            batch_size=32,
-            epochs=3,
-            warmup_steps=2,
-            max_completion_tokens=LIMIT,
-        )
-        self.reward = RewardModel(
-            policy=self.sft,
-            pairs=self.data.train_pairs,
-            data=self.data,
-            learning_rate=5e-4,
-            batch_size=32,
-            warmup_steps=2,
-            max_completion_tokens=LIMIT,
-        )
-        self.samples = Samples(
-            policy=self.sft,
-            reward=self.reward,
-            rows=self.data.train_pairs,
-            prompts=64,
-            max_completion_tokens=LIMIT,
-        )
-        self.selection = Selection(samples=self.samples, easy_fraction=0.5)
-
-    def dpo(self, **settings: Any) -> DPO:
-        common = {"learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0, "samplings": 1}
-        values = {"policy": self.sft, "reference": self.sft, "pairs": self.selection.easy, **common, **settings}
-        return DPO(max_completion_tokens=LIMIT, **values)
-
-    def ppo(self, **settings: Any) -> PPO:
-        common = {"learning_rate": 3e-4, "value_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0}
-        values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard, **common, **settings}
-        return PPO(reward=self.reward, max_completion_tokens=LIMIT, **values)
-
-    def build(self, stage: Stage) -> Path:
-        for needed in in_order(stage):
-            if not self.engine.is_done(needed):
-                self.engine.compute(needed)
-        return self.engine.folder(stage)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("cache"))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -138,15 +81,13 @@ def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
     assert all(row["gap"] < 1e-4 for row in identical)
 
 
-@pytest.mark.parametrize("threshold", [1e-9, 1e9])
-def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, threshold: float) -> None:
-    world.build(world.samples)
-    with pytest.raises(InputError, match=r"selection.threshold: .* leaves no (easy|hard) pair; the gaps run from"):
-        world.engine.compute(
-            Selection(samples=world.samples, threshold=threshold if threshold > 1 else 0.0).model_copy(
-                update={"threshold": threshold if threshold > 1 else -1.0}
-            )
-        )
+@pytest.mark.parametrize("empty", ["easy", "hard"])
+def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: str) -> None:
+    samples = world.build(world.samples)
+    gaps = [abs(one - other) for one, other in (row["scores"] for row in read_table(samples / "samples.parquet"))]
+    threshold = {"easy": max(gaps), "hard": min(gaps) / 2}[empty]
+    with pytest.raises(InputError, match=rf"selection.threshold: .* leaves no {empty} pair; the gaps run from"):
+        world.engine.compute(Selection(samples=world.samples, threshold=threshold))
 
 
 def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(
@@ -173,9 +114,7 @@ def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(
 
 
 def test_dpo_computes_reference_logprobs_where_the_reference_did_not_sample(world: World) -> None:
-    """Both roads to the reference's log-probs give the same first loss and the same gradients."""
-    other = world.dpo(epochs=1, policy=world.build and world.sft, pairs=world.data.train_pairs)
-    rows = rows_of(world.build(other))
+    rows = rows_of(world.build(world.dpo(epochs=1, pairs=world.data.train_pairs)))
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 

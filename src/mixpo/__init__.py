@@ -1,6 +1,6 @@
 """Mixed Preference Optimization of language models: SFT, reward model, resampling, DPO and PPO as one experiment.
 
-from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Samples, Selection
+from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
 """
 
 from importlib.metadata import version
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mixpo.stages.samples import Samples
     from mixpo.stages.selection import Selection
     from mixpo.stages.sft import SFT
+    from mixpo.training.runtime import Runtime
 
 __version__ = version("mixpo")
 __all__ = [
@@ -28,11 +29,12 @@ __all__ = [
     "Evaluation",
     "Pretrained",
     "RewardModel",
+    "Runtime",
     "Samples",
     "Selection",
 ]
 
-_HOMES = {"RewardModel": "reward_model"}
+_HOMES = {"RewardModel": "stages.reward_model", "Runtime": "training.runtime"}
 
 
 def __getattr__(name: str) -> Any:
@@ -41,4 +43,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mixpo' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"mixpo.stages.{_HOMES.get(name, name.lower())}"), name)
+    return getattr(import_module(f"mixpo.{_HOMES.get(name, f'stages.{name.lower()}')}"), name)

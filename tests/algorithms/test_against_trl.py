@@ -37,24 +37,6 @@ WORDS = [
     "to",
     "read",
 ]
-WORDS = [
-    "how",
-    "are",
-    "you",
-    "what",
-    "is",
-    "it",
-    "fine",
-    "thanks",
-    "bad",
-    "no",
-    "a",
-    "very",
-    "long",
-    "answer",
-    "to",
-    "read",
-]
 PAIRS = [
     {"prompt": "how are you", "chosen": " fine thanks", "rejected": " bad"},
     {"prompt": "what is it", "chosen": " a answer", "rejected": " no no no a very long answer to read"},

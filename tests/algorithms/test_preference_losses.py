@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixpo.algorithms import preference
-from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss, implicit_rewards
+from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, dpo_loss, implicit_rewards
 
 finite = st.floats(-50.0, 50.0)
 quick = settings(deadline=None, derandomize=True, max_examples=50)
@@ -38,6 +38,10 @@ def test_bradley_terry_stays_finite_for_far_scores():
 def test_bradley_terry_ignores_a_shift_of_both_scores(chosen, rejected, shift):
     plain = bradley_terry_loss(tensor(chosen), tensor(rejected))
     near(bradley_terry_loss(tensor(chosen + shift), tensor(rejected + shift)), plain, atol=1e-11)
+
+
+def test_centering_has_its_least_at_mean_0_and_does_not_mind_the_gap():
+    near(centering_loss(tensor(2.0, 3.0, 1.0), tensor(-2.0, 1.0, -5.0)), [0.0, 16.0, 16.0])
 
 
 def test_implicit_rewards_hand_values():

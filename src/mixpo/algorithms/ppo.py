@@ -83,7 +83,10 @@ def policy_loss(
     *,
     clip: float,
 ) -> Float[Tensor, "batch tokens"]:
-    """max(-A r, -A clip(r, 1 - clip, 1 + clip)) with r = pi / pi_old, a token each. Schulman et al. 2017, eq. 7."""
+    """max(-A r, -A clip(r, 1 - clip, 1 + clip)) with r = pi / pi_old, a token each. Schulman et al. 2017, eq. 7.
+
+    Finite wherever both log-probs are; what stands outside a mask must be finite too, since it is only multiplied by 0.
+    """
     ratio = (logprobs - old_logprobs).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
 

@@ -15,7 +15,10 @@ def easy_mask(gaps: Float64[np.ndarray, " pairs"], threshold: float) -> Bool[np.
 
 
 def threshold_for_easy_fraction(gaps: Float64[np.ndarray, " pairs"], easy_fraction: float) -> float:
-    """The threshold that makes round(easy_fraction * pairs) pairs easy, fewer where gaps tie at the boundary."""
+    """The threshold that makes round(easy_fraction * pairs) pairs easy, fewer where gaps tie at the boundary.
+
+    It is itself one of the gaps, so at least the pair with the smallest gap is hard.
+    """
     if not 0.0 < easy_fraction < 1.0:
         raise ValueError(f"easy_fraction must lie between 0 and 1, found {easy_fraction}")
     count = round(easy_fraction * len(gaps))

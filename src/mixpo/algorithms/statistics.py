@@ -54,7 +54,7 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Inte
     share = successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
-    return Interval(share, centre - half, centre + half)
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def win_tie_lose(
@@ -83,9 +83,11 @@ def accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) 
     """Accuracy and count per bin of |margin|, margin = score of chosen - score of rejected. Figure 2 of the paper.
 
     `edges` are the bins' lower bounds, from 0 up; the last bin is open, so every pair is in exactly one. A margin of
-    exactly 0 decides nothing and counts as wrong.
+    exactly 0 decides nothing and counts as wrong. Raises ValueError on edges that do not rise from 0.
     """
     bounds = [*edges, float("inf")]
+    if bounds[0] != 0.0 or any(low >= high for low, high in pairwise(bounds)):
+        raise ValueError(f"expected edges that rise from 0, found {list(edges)}")
     bins = []
     for low, high in pairwise(bounds):
         inside = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]

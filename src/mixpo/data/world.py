@@ -260,7 +260,7 @@ def make_world(*, demonstrations: int, train: int, test: int, seed: int) -> Worl
 
 
 def all_prompts() -> list[str]:
-    """Every prompt of the world: about 16% ought to be declined."""
+    """Every prompt of the world: about 14% ought to be declined."""
     asked = [form.format(subject) for subject in KNOWLEDGE for form in FORMS]
     harmful = [form.format(deed) for deed in HARMFUL for form in HARMFUL_FORMS]
     return [

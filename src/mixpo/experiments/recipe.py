@@ -93,11 +93,16 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
             if not equals or not key:
                 raise InputError(f"{override!r}: found no key=value; expected for example ppo.kl_coef=0.2")
         overridden = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        missing = OmegaConf.missing_keys(overridden)
         values = OmegaConf.to_container(overridden, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: found no readable YAML ({' '.join(str(error).split())[:200]})") from error
+    if missing:
+        raise InputError(
+            "\n".join(f"{source}: {key}: not given; expected for example {key}=PATH" for key in sorted(missing))
+        )
     if not isinstance(values, dict):
         raise InputError(f"{source}: found {type(values).__name__}; expected keys and values")
     try:

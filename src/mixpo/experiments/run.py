@@ -45,7 +45,7 @@ class ArmRun:
 
 @dataclass
 class ArmResult:
-    """What became of an arm at a seed. Folders are absolute."""
+    """What became of an arm at a seed."""
 
     arm: str
     seed: int
@@ -53,9 +53,10 @@ class ArmResult:
     reason: str | None = None
     bad_input: bool = False
     model: str | None = None
+    """The aligned model: a link in the run's folder to where it is in the cache."""
     evaluation: str | None = None
     stages: dict[str, str] = field(default_factory=dict)
-    """The folder of every stage that the arm stands on, by kind and identity: `DPO-1a2b3c4d`."""
+    """The absolute folder of every stage that the arm stands on, by kind and identity: `DPO-1a2b3c4d`."""
 
 
 @dataclass
@@ -117,7 +118,8 @@ def run(recipe: Recipe, display: Display) -> RunResult:
             if stage in failures:
                 display.note(f"failed: {failures[stage][0]}")
 
-    result = RunResult(recipe.name, [_result(run, engine, failures) for run in runs], len(computed), len(known))
+    arms = [_result(run, engine, failures, folder / "models") for run in runs]
+    result = RunResult(recipe.name, arms, len(computed), len(known))
     write_json(
         folder / "results.json",
         {"format": FORMAT, "mixpo": __version__, "recipe": recipe.model_dump(mode="json"), **asdict(result)},
@@ -151,7 +153,7 @@ def _users(stage: Stage, runs: list[ArmRun]) -> str:
     return ", ".join(dict.fromkeys(users))
 
 
-def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]]) -> ArmResult:
+def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]], models: Path) -> ArmResult:
     stages = {
         f"{type(stage).__name__}-{engine.identity(stage)}": str(engine.folder(stage))
         for stage in in_order(run.evaluation)
@@ -164,10 +166,17 @@ def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, boo
         run.arm,
         run.seed,
         "done",
-        model=str(model_in(engine.folder(run.evaluation.policy))),
+        model=str(_link(models / f"{run.arm}-{run.seed}", model_in(engine.folder(run.evaluation.policy)))),
         evaluation=str(engine.folder(run.evaluation)),
         stages=stages,
     )
+
+
+def _link(link: Path, target: Path) -> Path:
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target, target_is_directory=True)
+    return link
 
 
 def claim_folder(recipe: Recipe) -> Path:

@@ -363,7 +363,8 @@ def _training(results: Results) -> Section | None:
         summary = read_summary(stage.folder)
         users = ", ".join(stage.arms)
         size = " · ".join(f"{summary[key]:,} {key}" for key in ("pairs", "prompts", "steps") if key in summary)
-        groups.append(Group(f"{stage.kind} of {users}", plots, notes=[f"{stage.key} · {size}"]))
+        alarms = [f"Alarm: {alarm}." for alarm in summary.get("alarms", ())]
+        groups.append(Group(f"{stage.kind} of {users}", plots, notes=[f"{stage.key} · {size}", *alarms]))
         if stage.kind == "DPO" and summary.get("accuracy") is not None:
             said.append(f"DPO of {users} orders {_share(summary['accuracy'])} of its pairs as labelled")
         if stage.kind == "PPO" and summary.get("score") is not None and summary.get("kl") is not None:

@@ -18,6 +18,7 @@ from mixpo.models.scoring import sequence_logprobs
 from mixpo.stages.rows import Pairs, read_pairs, read_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.training.health import mean_of_last, policy_alarms, tell
 from mixpo.training.record import Cost, Metrics, append_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, make_optimizer
@@ -109,9 +110,10 @@ class DPO(Stage, DPOSettings):
             checkpoint.maybe_write(step + 1, cost.counts())
 
         digest = save_model(lm, model_in(out), adapters)
-        last = log.rows()[-max(1, total // 10) :]
-        figures = {name: sum(row[name] for row in last) / len(last) for name in ("loss", "accuracy", "margin")}
-        finish(out, cost, model=digest, pairs=len(pairs.prompts), steps=total, **figures)
+        rows = log.rows()
+        figures = {name: mean_of_last(rows, name) for name in ("loss", "accuracy", "margin")}
+        alarms = tell(policy_alarms(rows))
+        finish(out, cost, model=digest, pairs=len(pairs.prompts), steps=total, alarms=alarms, **figures)
         checkpoint.remove()
 
 

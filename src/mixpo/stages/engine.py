@@ -4,7 +4,6 @@ A stage's folder is named by its identity in a cache that all runs share. A stag
 the same folder, where it finds its checkpoint; a failed one is tried again.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -64,8 +63,8 @@ class Engine:
         return Path(folder)
 
     def identity(self, stage: Stage) -> str:
-        """Eight hex digits that stand for the stage's settings, inputs and data."""
-        return hashlib.sha256(self.folder(stage).name.encode()).hexdigest()[:8]
+        """Eight hex digits that stand for the stage's settings, inputs and data: the end of its folder's name."""
+        return self.folder(stage).name[-8:]
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage's folder is complete."""
@@ -84,6 +83,13 @@ class Engine:
                 f"{self.folder(stage)}: the folder was written by another version of mixpo "
                 f"({str(error).splitlines()[0]}); delete it or choose another `cache`"
             ) from error
+        return self.folder(stage)
+
+    def build(self, stage: Stage) -> Path:
+        """The stage's folder, complete, after what is missing upstream and the stage itself were computed."""
+        for needed in in_order(stage):
+            if not self.is_done(needed):
+                self.compute(needed)
         return self.folder(stage)
 
 

@@ -47,6 +47,7 @@ from mixpo.models.scoring import read_all, retokenised, scores, token_logprobs
 from mixpo.stages.rows import read_table, unique_prompts
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
+from mixpo.training.health import mean_of_last, policy_alarms, tell
 from mixpo.training.record import Cost, Metrics, append_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, update
@@ -239,10 +240,11 @@ class PPO(Stage, PPOSettings):
             checkpoint.maybe_write(step + 1, {"cost": cost.counts(), "kl_coef": learner.kl_coef})
 
         digest = save_model(policy, model_in(out), adapters)
-        last = log.rows()[-max(1, total // 10) :]
+        metrics_rows = log.rows()
         names = ("score", "reward", "kl", "entropy", "end_rate", "completion_tokens")
-        figures = {name: sum(row[name] for row in last) / len(last) for name in names}
-        finish(out, cost, model=digest, prompts=len(prompts), steps=total, **figures)
+        figures = {name: mean_of_last(metrics_rows, name) for name in names}
+        alarms = tell(policy_alarms(metrics_rows))
+        finish(out, cost, model=digest, prompts=len(prompts), steps=total, alarms=alarms, **figures)
         checkpoint.remove()
 
 

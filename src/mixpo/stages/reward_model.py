@@ -19,6 +19,7 @@ from mixpo.models.scoring import scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.training.health import reward_model_alarms, tell
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, make_optimizer
@@ -111,7 +112,8 @@ class RewardModel(Stage, RewardModelSettings):
             )
             judged[name] = _judge(found)
         digest = save_model(lm, model_in(out), adapters)
-        finish(out, cost, model=digest, pairs=len(train), steps=total, **judged)
+        alarms = tell(reward_model_alarms(judged["test"]["accuracy"], judged["test"]["accuracy_interval"][0]))
+        finish(out, cost, model=digest, pairs=len(train), steps=total, alarms=alarms, **judged)
         checkpoint.remove()
 
 

@@ -14,6 +14,7 @@ from mixpo.models.language_model import branch_logprobs
 from mixpo.models.loading import Lora, add_lora, load_policy, save_model
 from mixpo.stages.stage import Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.training.health import mean_of_last
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, make_optimizer
@@ -76,14 +77,13 @@ class SFT(Stage, SFTSettings):
             checkpoint.maybe_write(step + 1, cost.counts())
 
         digest = save_model(lm, model_in(out), adapters)
-        last = log.rows()[-max(1, total // 10) :]
         finish(
             out,
             cost,
             model=digest,
             rows=len(rows),
             steps=total,
-            loss=sum(row["loss"] for row in last) / len(last),
+            loss=mean_of_last(log.rows(), "loss"),
             truncated=sum(completion[0][-1] != lm.end_token for completion in completions),
         )
         checkpoint.remove()

@@ -1,0 +1,65 @@
+"""Alarms: what somebody who reads a stage's curves would stop at, in one line each with what to try."""
+
+from collections.abc import Mapping, Sequence
+
+from mixpo.training.record import watcher
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def mean_of_last(rows: Rows, name: str) -> float | None:
+    """The mean of a metric over the last tenth of the steps that have it; None where none has."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    last = values[-max(1, len(values) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def policy_alarms(rows: Rows) -> list[str]:
+    """Alarms on a policy's training: completions that do not end, are all alike, grow, or all score the same."""
+    found = []
+    ended = mean_of_last(rows, "end_rate")
+    if ended is None:
+        ended = mean_of_last(rows, "sampled_end_rate")
+    if ended is not None and ended < 0.5:
+        found.append(
+            f"only {ended:.0%} of the completions end by themselves: raise max_completion_tokens, or set "
+            "ppo.missing_end_penalty"
+        )
+    distinct = mean_of_last(rows, "distinct")
+    if distinct is not None and distinct < 0.5:
+        found.append(f"only {distinct:.0%} of the completions differ: the policy collapsed; raise kl_coef")
+    for name, share, text in (
+        ("entropy", 0.2, "the policy hardly varies; raise kl_coef or lower learning_rate"),
+        ("score_std", 0.1, "all completions score alike; compare them by reading"),
+    ):
+        first, last = _first(rows, name), mean_of_last(rows, name)
+        if first and last is not None and last < share * first:
+            found.append(f"{name} fell from {first:.3g} to {last:.3g}: {text}")
+    first, last = _first(rows, "completion_tokens"), mean_of_last(rows, "completion_tokens")
+    if first and last is not None and last > 2 * first:
+        found.append(
+            f"completions grew from {first:.0f} to {last:.0f} tokens: look whether the reward is for length; read the "
+            "completions"
+        )
+    return found
+
+
+def reward_model_alarms(accuracy: float, low: float) -> list[str]:
+    """An alarm on a reward model whose accuracy on test pairs, or its interval's lower end, is not above chance."""
+    if low > 0.5:
+        return []
+    return [
+        f"test accuracy {accuracy:.0%} is not above chance (its interval starts at {low:.0%}): what is optimised for "
+        "this score may be noise; use more or cleaner pairs, or train longer"
+    ]
+
+
+def tell(alarms: Sequence[str]) -> list[str]:
+    """Tell whoever watches, and hand the alarms on for the stage's summary."""
+    for alarm in alarms:
+        watcher.get().note(f"alarm: {alarm}")
+    return list(alarms)
+
+
+def _first(rows: Rows, name: str) -> float | None:
+    return next((row[name] for row in rows if row.get(name) is not None), None)
