@@ -20,7 +20,7 @@ from mixpo.report.table import main_table
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
-SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate", "tokens_per_second")
+SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
 PLAIN_SECONDS = 10.0
 """Time between two plain lines of one stage."""
 
@@ -107,7 +107,9 @@ def watch(*, plain: bool) -> Iterator[Display]:
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    shown = [f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
+    shown = [
+        f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics and (name != "loss" or "kl" not in metrics)
+    ]
     if metrics.get("seconds") and metrics.get("tokens"):
         shown.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
     return "  ".join(shown)

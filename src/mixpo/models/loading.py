@@ -221,11 +221,6 @@ def resolve_package_file(reference: str) -> Path:
     return path
 
 
-def count_parameters(model: nn.Module) -> int:
-    """All weights, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def read_architectures(folder: Path) -> Sequence[str]:
     """The architectures that a model folder's config.json names; empty if there is none."""
     file = folder / "config.json"

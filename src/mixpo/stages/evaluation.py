@@ -14,7 +14,7 @@ from mixpo.models.sampling import sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages.rows import read_table, unique_prompts, write_table
 from mixpo.stages.stage import Seeded, Stage, finish, model_in
-from mixpo.training.record import Cost, watcher
+from mixpo.training.record import Cost, progress
 from mixpo.training.runtime import Runtime
 
 
@@ -46,13 +46,6 @@ class Evaluation(Stage, EvaluationSettings):
         lm = load_policy(policy_folder, device=device, precision=self.precision)
         asked = unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
         prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            watcher.get().step(done, len(prompts), {})
-
         drawn = sample(
             lm,
             prompts,
@@ -60,7 +53,7 @@ class Evaluation(Stage, EvaluationSettings):
             max_tokens=self.max_completion_tokens,
             seed=self.seed,
             token_budget=runtime.sampling_tokens,
-            advance=advance,
+            advance=progress(len(prompts)),
         )
         completions = [row.completions for row in drawn]
         logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])

@@ -215,6 +215,7 @@ class PPO(Stage, PPOSettings):
                 )
                 _refuse_runaway(self, metrics, first_of_all=step == 0 and starts_at_reference)
                 metrics |= _learn(self, learner, rollout, step=step, total=total, runtime=runtime, cost=cost)
+                metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             except Diverged as error:
                 checkpoint.write(step, {"cost": cost.counts(), "kl_coef": learner.kl_coef})
                 stopped = out / "stopped"

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import completion_tokens, prompt_tokens
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import model_digest
 
 SAMPLER = b"mixpo.sampler"
 """Key of the Parquet metadata that names the digest of the model that drew the completions."""
@@ -84,8 +83,3 @@ def unique_prompts(rows: Sequence[dict[str, Any]], limit: int | None = None) -> 
         if limit is not None and len(seen) == limit:
             break
     return list(seen.values())
-
-
-def sampled_by(path: Path, reference: Path) -> bool:
-    """Whether the completions in a file were drawn by the model in a folder."""
-    return read_sampler(path) == model_digest(reference)

@@ -12,7 +12,7 @@ from mixpo.models.sampling import sample
 from mixpo.models.scoring import retokenised, scores
 from mixpo.stages.rows import read_table, unique_prompts, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
-from mixpo.training.record import Cost, watcher
+from mixpo.training.record import Cost, progress
 from mixpo.training.runtime import Runtime
 
 
@@ -43,13 +43,6 @@ class Samples(Stage, SamplesSettings):
         reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
         asked = unique_prompts(read_table(inputs["rows"]), self.prompts)
         prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            watcher.get().step(done, len(prompts), {})
-
         drawn = sample(
             lm,
             prompts,
@@ -60,7 +53,7 @@ class Samples(Stage, SamplesSettings):
             top_p=self.top_p,
             top_k=self.top_k,
             token_budget=runtime.sampling_tokens,
-            advance=advance,
+            advance=progress(len(prompts)),
         )
         completions = [row.completions for row in drawn]
         cost.sampled(lm.model, _count(completions), sum(map(len, prompts)))

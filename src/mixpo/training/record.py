@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,6 +33,18 @@ class _Nobody:
 
 
 watcher: ContextVar[Watcher] = ContextVar("watcher", default=_Nobody())  # noqa: B039
+
+
+def progress(total: int) -> Callable[[int], None]:
+    """Something to call with the number of things just done, which tells the watcher how many of `total` are."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        watcher.get().step(done, total, {})
+
+    return advance
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
