@@ -14,7 +14,6 @@ from typing import Any
 
 import pydantic
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
