@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,6 +22,8 @@ from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
 SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
+WIDE = 110
+"""Columns from which an interval stands beside its mean, not under it."""
 PLAIN_SECONDS = 10.0
 """Time between two plain lines of one stage."""
 
@@ -119,11 +122,12 @@ def show_results(results: Results, page: Path, *, computed: int | None = None, f
     """The main table, the report's path and the aligned models' paths."""
     console = Console()
     table = main_table(results)
-    shown = Table(title=f"{results.name}: means with 95% intervals", title_justify="left")
+    title = f"{results.name}: means with 95% intervals"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, heading in enumerate(table.headings):
         shown.add_column(heading, justify="left" if place == 0 else "right")
     for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*(Text(cell.replace(" [", "\n[") if console.width < WIDE else cell) for cell in row))
     console.print(shown)
     for line in table.notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

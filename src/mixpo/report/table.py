@@ -25,7 +25,7 @@ def main_table(results: Results) -> TableText:
     """Means over test prompts and seeds, with bootstrap 95% intervals over prompts.
 
     Seeds share their test prompts, so a prompt's values are averaged over seeds before prompts are resampled: the
-    interval speaks of prompts; the spread over seeds is a column of its own where there are several.
+    interval speaks of prompts; the deviation over seeds is a column of its own where there are several.
     """
     done = {name: [arm for arm in results.of(name) if arm.status == "done"] for name in results.names}
     rows_of = {name: [completions(arm) for arm in arms] for name, arms in done.items()}
@@ -34,7 +34,7 @@ def main_table(results: Results) -> TableText:
     rival = "ppo" if "ppo" in results.names else results.names[0]
     headings = ["arm", *(heading for _, heading in keys), "end rate", f"win/tie/lose vs {rival}"]
     if several:
-        headings.insert(2, "reward by seed")
+        headings.insert(2, "sd over seeds")
     body, notes = [], []
     for name in results.names:
         failed = [arm for arm in results.of(name) if arm.status == "failed"]
@@ -43,12 +43,16 @@ def main_table(results: Results) -> TableText:
             body.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
         values = {key: _by_prompt(rows_of[name], key) for key, _ in keys}
-        cells = [interval_text(bootstrap_mean(values[key])) for key, _ in keys]
+        cells = [
+            f"{values[key].mean():.1f}" if key == "tokens" else interval_text(bootstrap_mean(values[key]))
+            for key, _ in keys
+        ]
         ended = float(_by_prompt(rows_of[name], "ended").mean())
         row = [name, *cells, f"{ended:.0%}", "" if name == rival else _against(results, name, rival)]
         if several:
             means = [float(np.mean([r["score"] for r in rows])) for rows in rows_of[name]]
-            row.insert(2, " ".join(f"{mean:.2f}" for mean in means))
+            row.insert(2, f"{np.std(means, ddof=1):.2f}" if len(means) > 1 else "")
+            notes.append(f"{name}, reward by seed: {' '.join(f'{mean:.2f}' for mean in means)}")
         body.append(row)
     if not several:
         notes.append("one seed: the intervals are over test prompts only")
@@ -78,4 +82,4 @@ def _against(results: Results, name: str, rival: str) -> str:
     if not ours:
         return ""
     win, tie, lose = win_tie_lose(np.array(ours, dtype=np.float64), np.array(theirs, dtype=np.float64), tie=TIE)
-    return f"{win:.0%} / {tie:.0%} / {lose:.0%}"
+    return f"{win:.0%}/{tie:.0%}/{lose:.0%}"
