@@ -102,6 +102,7 @@ def main() -> None:
     """The entry point of `mixpo`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except InputError as error:
