@@ -12,6 +12,7 @@ from mixpo.models.language_model import (
     branch_predictions,
     branch_scores,
     branch_values,
+    learn,
 )
 from mixpo.models.loading import Lora, add_lora
 from mixpo.models.sampling import draw, sample, truncate
@@ -190,3 +191,34 @@ def test_draw_never_takes_an_impossible_token() -> None:
     uniforms = torch.tensor([0.0, 0.4999, 0.5, 0.9999, 1.0])
     assert draw(probabilities, uniforms).tolist()[:4] == [1, 1, 3, 3]
     assert draw(probabilities, uniforms).tolist()[4] in (1, 3)
+    assert draw(torch.tensor([[0.3, 0.7]]), torch.tensor([1.0])).tolist() == [1], "float32 rounds uniforms up to 1"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_an_update_sees_the_model_that_sampled(name: str) -> None:
+    """The base model's dropout is off; the adapters' own is on."""
+    lm = tiny(name)
+    batch = pack(PROMPTS, COMPLETIONS)
+    with torch.no_grad():
+        before = branch_logprobs(lm, batch)
+        lm.model.train()
+        assert not torch.allclose(branch_logprobs(lm, batch), before), "the test's model has dropout"
+        learn(lm)
+        assert torch.equal(branch_logprobs(lm, batch), before)
+    add_lora(lm, Lora(rank=2, dropout=0.5))
+    learn(lm)
+    dropouts = [module for module in lm.model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    assert dropouts
+    assert {module.p for module in dropouts} == {0.5}
+
+
+def test_scalar_heads_compute_in_float32() -> None:
+    lm = tiny("llama")
+    lm.model.score = torch.nn.Linear(32, 1, bias=False)
+    lm.precision = "bfloat16"
+    batch = pack(PROMPTS, COMPLETIONS)
+    with torch.no_grad():
+        scores = branch_scores(lm, batch)
+        values = branch_values(lm, batch, lm.model.score)
+    assert scores.dtype == values.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())

@@ -39,6 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         ("ppo.kl_coeff=0.1", "world: ppo.kl_coeff: unknown key; did you mean kl_coef?"),
         ("pppo.kl_coef=0.1", "world: pppo: unknown key; did you mean ppo?"),
+        ("ppo.lora.rnk=8", "world: ppo.lora.rnk: unknown key; did you mean rank?"),
         ("ppo.kl_coef=much", "world: ppo.kl_coef: found 'much'; expected a valid number"),
         ("ppo.kl_coef=-1", "world: ppo.kl_coef: found -1; expected greater than or equal to 0"),
         ("arms=[sft,mpoo]", "arms: found 'mpoo'; did you mean mpo?"),
@@ -98,6 +99,60 @@ def test_bad_rows_end_the_run_before_anything_trains(
     assert expected in printed
     assert "`data.on_bad_row: drop`" in printed
     assert not list(here.glob("runs/cache/sft"))
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "select"])
+def test_every_command_refuses_bad_input(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    printed = refused(capsys, command, "data.format=preference", "data.train=nowhere/rows.jsonl")
+    assert "nowhere/rows.jsonl: no such file" in printed
+
+
+def test_text_and_messages_in_one_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write(here / "rows.jsonl", [GOOD, {**GOOD, "prompt": [{"role": "user", "content": "How?"}]}])
+    printed = refused(capsys, "run", "-q", "data.format=preference", f"data.train={rows}")
+    assert "rows.jsonl:2: 'prompt' is a list, the first row's is not; expected one kind" in printed
+
+
+def test_a_prompt_that_the_chat_template_refuses(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [{"role": "user", "content": "How?"}]
+    system = [{"role": "system", "content": "Be brief."}]
+    rows = write(here / "rows.jsonl", [{**GOOD, "prompt": asked}, {**GOOD, "prompt": system + asked}])
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (here / "recipe.yaml").write_text(
+        "name: mine\narms: [sft]\nselection: {threshold: 1}\n"
+        f'model: {{chat_template: "{template}x"}}\ndata: {{format: preference, train: {rows}}}\n'
+    )
+    printed = refused(capsys, "run", "-q", "recipe.yaml")
+    assert "rows.jsonl:2: 'prompt' is refused by the tokenizer's chat template (no system)" in printed
+
+
+def test_a_data_file_given_as_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "rows.json").write_text(json.dumps([GOOD]))
+    assert "rows.json: found a list; expected a recipe: keys and values" in refused(capsys, "run", "rows.json")
+
+
+def test_lengths_beyond_the_models_context(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = refused(capsys, "run", "-q", "max_completion_tokens=500")
+    assert "data.max_prompt_tokens: found 64 beside max_completion_tokens 500; expected at most 512 together" in printed
+    assert not list(here.glob("runs/cache/sft"))
+
+
+def test_a_cache_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "cache").write_text("")
+    assert "cannot be written" in refused(capsys, "run", "-q", "cache=cache")
+
+
+def test_ctrl_c_says_that_nothing_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixpo.stages.data import Data
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Data, "work", interrupt)
+    monkeypatch.setattr(sys, "argv", ["mixpo", "run", "-q"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
 
 
 def test_a_line_that_is_not_json_and_a_file_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from mixpo.cli import main as cli
+from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.run import run
+from mixpo.experiments.setup import Setup
 from mixpo.report.results import completions, evaluation, load
 
 SMALL = [
@@ -102,6 +104,23 @@ def test_the_aligned_model_loads_without_us(home: Path) -> None:
     inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_the_written_recipe_is_the_same_recipe(home: Path) -> None:
+    """Seeds that were not set stay unset, so that `seeds=` still works on it."""
+    again = read_recipe(str(home / "run" / "recipe.yaml"), ["seeds=[0,1]"])
+    given = recipe(home, "seeds=[0,1]")
+    assert again == given
+    assert [Setup(again, seed).sft.seed for seed in again.seeds] == [0, 1]
+    assert [Setup(again, seed).sft for seed in again.seeds] == [Setup(given, seed).sft for seed in given.seeds]
+
+
+def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) -> None:
+    content = json.loads((home / "run" / "results.json").read_text())
+    content["arms"][0]["stages"]["SFT-0"] = str(tmp_path / "gone")
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="gone: found no finished stage there"):
+        load(tmp_path)
 
 
 def test_a_second_run_computes_nothing(home: Path) -> None:

@@ -1,7 +1,10 @@
 """The stages on a small world: what they leave behind, that nothing is computed twice, and exact resume."""
 
+import fcntl
 import json
 import math
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixpo import SFT, Data, Engine, Evaluation, Selection
+from mixpo import SFT, Data, Engine, Evaluation, Pretrained, Selection
 from mixpo.data.errors import InputError
-from mixpo.models.loading import load_policy, load_reward_model, model_digest, same_tokens
+from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
+from mixpo.models.sampling import sample
 from mixpo.models.scoring import retokenised, sequence_logprobs
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import ppo as ppo_module
 from mixpo.stages.engine import read_summary
+from mixpo.stages.ppo import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Metrics
@@ -76,9 +81,9 @@ def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
     assert min(row["gap"] for row in easy) > max(row["gap"] for row in hard)
     for row in everything:
         assert row["scores"][0] >= row["scores"][1]
-        assert row["gap"] == pytest.approx(row["scores"][0] - row["scores"][1])
+        assert row["gap"] == pytest.approx(row["scores"][0] - row["scores"][1], abs=1e-6)
     identical = [row for row in everything if row["tokens"][0] == row["tokens"][1]]
-    assert all(row["gap"] < 1e-4 for row in identical)
+    assert all(row["gap"] == 0.0 for row in identical)
 
 
 @pytest.mark.parametrize("empty", ["easy", "hard"])
@@ -118,6 +123,38 @@ def test_dpo_computes_reference_logprobs_where_the_reference_did_not_sample(worl
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_dpo_computes_reference_logprobs_that_were_kept_in_another_precision(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    original = dpo_module.sequence_logprobs
+
+    def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
+        counted.append(len(prompts))
+        return original(lm, prompts, completions, **settings)
+
+    world.build(world.selection)
+    monkeypatch.setattr(dpo_module, "sequence_logprobs", counting)
+    rows = rows_of(world.build(world.dpo(precision="bfloat16")))
+    assert counted == [len(read_table(world.build(world.selection) / "easy.parquet"))]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
+
+
+def test_dpo_with_lora_starts_at_its_reference_and_moves(world: World) -> None:
+    rows = rows_of(world.build(world.dpo(epochs=4, lora={"rank": 4})))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
+    assert rows[-1]["margin"] > rows[0]["margin"] + 0.01
+
+
+def test_sft_and_the_reward_model_learn_with_lora(world: World) -> None:
+    sft = world.sft.model_copy(update={"lora": Lora(rank=8), "epochs": 1, "base": world.sft})
+    reward = world.reward.model_copy(update={"lora": Lora(rank=8)})
+    for stage, base in ((sft, world.sft), (reward, world.reward)):
+        assert weights(world.build(stage)).keys() == weights(world.build(base)).keys(), "adapters are merged"
+    losses = [row["loss"] for row in rows_of(world.build(reward))]
+    assert losses[-1] != losses[0]
+
+
 def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.build(world.selection)
     monkeypatch.setattr(
@@ -141,6 +178,34 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(world: World, advantag
     assert ("value_explained_variance" in rows[0]) == (advantage == "gae")
 
 
+def test_the_reward_that_is_trained_on_is_the_score_minus_the_logged_kl(world: World) -> None:
+    for row in rows_of(world.build(world.ppo(score_clip=None, kl_coef=0.3, seed=5))):
+        assert row["reward"] == pytest.approx(row["score"] - 0.3 * row["kl"], abs=1e-4)
+
+
+def test_a_completion_without_its_end_is_penalised(world: World) -> None:
+    stage = world.ppo(score_clip=None, missing_end_penalty=4.0, seed=6)
+    cut = stage.model_copy(update={"max_completion_tokens": 12})
+    for row in rows_of(world.build(cut)):
+        assert row["end_rate"] < 1.0
+        expected = row["score"] - row["kl_coef"] * row["kl"] - 4.0 * (1.0 - row["end_rate"])
+        assert row["reward"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("value_init", ["reward", "shared"])
+def test_only_the_value_model_learns_while_it_warms_up(world: World, value_init: str) -> None:
+    stage = world.ppo(value_init=value_init, value_warmup_steps=99, seed=7)
+    before, after = weights(world.build(world.sft)), weights(world.build(stage))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len({row["value_loss"] for row in rows_of(world.build(stage))}) > 1
+
+
+def test_deepspeed_chat_preset_and_keys_beside_it() -> None:
+    preset = PPOSettings(preset="deepspeed-chat", clip=0.1)
+    assert (preset.whiten_advantages, preset.epochs_per_batch, preset.score_clip) == (False, 1, 5.0)
+    assert (preset.gae_lambda, preset.discount, preset.warmup_steps, preset.clip) == (0.95, 1.0, 100, 0.1)
+
+
 @pytest.mark.parametrize("value_init", ["reward", "policy", "shared"])
 def test_value_model_starts_where_it_says(world: World, value_init: str) -> None:
     stage = world.ppo(value_init=value_init)
@@ -162,8 +227,15 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
         Diverged, match=r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
     ):
         world.build(stage)
-    stopped = world.engine.folder(stage) / "stopped"
-    load_policy(stopped, device=CPU)
+    stopped = load_policy(world.engine.folder(stage) / "stopped", device=CPU)
+    reference = load_policy(model_in(world.build(world.sft)), device=CPU)
+    prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
+    drawn = sample(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
+    completions = [row.completions for row in drawn]
+    difference = sum(sum(sum(kept) for kept in row.logprobs) for row in drawn) - float(
+        sequence_logprobs(reference, prompts, completions, token_budget=4096).sum()
+    )
+    assert difference / sum(len(c) for branches in completions for c in branches) < 0.3, "the last policy within max_kl"
     assert not world.engine.is_done(stage)
 
 
@@ -221,6 +293,42 @@ def test_identity_follows_settings_and_content_but_not_the_runtime(world: World,
     assert world.engine.folder(one) != world.engine.folder(two)
 
 
+def test_identity_tells_train_from_test_and_keeps_the_order(world: World) -> None:
+    def folder(**sources: Any) -> Path:
+        return world.engine.folder(Data(base=world.base, format="preference", **sources))
+
+    both = folder(train=("hub:a/a", "hub:b/b"))
+    assert both != folder(train="hub:a/a", test="hub:b/b")
+    assert both != folder(train="hub:a/a", demonstrations="hub:b/b")
+    assert both != folder(train=("hub:b/b", "hub:a/a"))
+
+
+def test_a_local_model_is_copied_and_may_be_moved(world: World, tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    shutil.copytree(model_in(world.build(world.sft)), source)
+    stage = Pretrained(path=str(source))
+    folder = Engine(tmp_path / "cache", RUNTIME).build(stage)
+    source.rename(tmp_path / "moved")
+    load_policy(model_in(folder), device=CPU)
+    moved = Pretrained(path=str(tmp_path / "moved"))
+    assert Engine(tmp_path / "cache", RUNTIME).folder(moved) == folder
+
+
+def test_two_runs_never_compute_a_stage_at_once(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, RUNTIME)
+    stage = Pretrained()
+    (tmp_path / "locks").mkdir()
+    with (tmp_path / "locks" / engine.identity(stage)).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        other = threading.Thread(target=engine.compute, args=(stage,))
+        other.start()
+        other.join(timeout=1.0)
+        assert other.is_alive(), "it waits"
+        assert not engine.is_done(stage)
+    other.join(timeout=60)
+    assert engine.is_done(stage)
+
+
 def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = world.build(world.sft)
     stamp = (folder / "summary.json").stat().st_mtime_ns
@@ -233,7 +341,7 @@ def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytes
     assert (folder / "summary.json").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "rloo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "dpo-lora", "ppo", "ppo-lora", "rloo"])
 def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -241,7 +349,9 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
         "sft": world.sft.model_copy(update={"epochs": 1}),
         "reward": world.reward,
         "dpo": world.dpo(epochs=2),
+        "dpo-lora": world.dpo(epochs=2, lora={"rank": 4, "dropout": 0.1}),
         "ppo": world.ppo(epochs=2, minibatches=2, kl_target=1.0),
+        "ppo-lora": world.ppo(epochs=2, lora={"rank": 4}),
         "rloo": world.ppo(advantage="rloo", completions_per_prompt=2),
     }[kind]
     folders = {name: world.build(source) for name, source in stage.inputs().items()}
@@ -267,24 +377,26 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     assert [row["loss"] for row in rows_of(whole)] == [row["loss"] for row in rows_of(killed)]
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "shared", "rloo"])
 def test_microbatches_and_threads_change_nothing_but_rounding(world: World, tmp_path: Path, kind: str) -> None:
     stage: Stage = {
         "sft": world.sft.model_copy(update={"epochs": 1}),
         "reward": world.reward,
         "dpo": world.dpo(epochs=1),
         "ppo": world.ppo(prompts=world.selection.easy),
+        "shared": world.ppo(prompts=world.selection.easy, value_init="shared"),
+        "rloo": world.ppo(prompts=world.selection.easy, advantage="rloo", completions_per_prompt=2),
     }[kind]
     folders = {name: world.build(source) for name, source in stage.inputs().items()}
     found = []
-    for tokens in (64, 100_000):
+    for tokens, threads in ((64, 1), (100_000, 2)):
         out = tmp_path / str(tokens)
         out.mkdir()
-        stage.work(stage.paths(folders), out, Runtime(threads=2, microbatch_tokens=tokens))
+        stage.work(stage.paths(folders), out, Runtime(threads=threads, microbatch_tokens=tokens))
         found.append(rows_of(out))
     for one, other in zip(*found, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), (name, one["step"])
+        for name in one.keys() - {"seconds", "sampling_seconds", "updating_seconds", "tokens"}:
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=5e-4), (name, one["step"])
 
 
 def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:

@@ -70,6 +70,13 @@ def test_score_lands_on_the_last_true_token_and_is_clipped():
     near(rewards, [[0, 0, 0, 0, 2], [-2, 0, 0, 0, 0], [0, 0, 0.5, 0, 0]])
 
 
+def test_penalties_are_taken_off_the_clipped_score():
+    zeros = torch.zeros(2, 5, dtype=torch.float64)
+    options = {"kl_coef": 0.1, "score_clip": 5.0, "penalties": tensor([0.0, 3.0])}
+    rewards = shaped_rewards(zeros, zeros, mask_of([5, 2]), tensor([8.0, 8.0]), **options)
+    near(rewards, [[0, 0, 0, 0, 5], [0, 2, 0, 0, 0]])
+
+
 def test_kl_penalty_falls_on_every_true_token_and_costs_what_the_policy_prefers():
     zeros, ones = torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
     rewards = shaped_rewards(ones, zeros, mask_of([3, 5]), tensor([0.0, 0.0]), kl_coef=0.1, score_clip=None)

@@ -18,15 +18,19 @@ def shaped_rewards(
     *,
     kl_coef: float,
     score_clip: float | None,
+    penalties: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """Per token -kl_coef * (log pi - log pi_ref), plus the score, clipped to +-score_clip, on the last true token.
 
-    In reward units; 0 where the mask is false. Raises ValueError on a row whose mask is empty or has holes.
+    `penalties` are taken off the clipped scores. In reward units; 0 where the mask is false. Raises ValueError on a row
+    whose mask is empty or has holes.
     """
     lengths = mask.sum(dim=1)
     if not bool((lengths > 0).all()) or not bool((mask == (_places(mask) < lengths[:, None])).all()):
         raise ValueError("every row's mask must be true from the first token to the last one, and then false")
     clipped = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
+    if penalties is not None:
+        clipped = clipped - penalties
     rewards = (-kl_coef * kl_k1(logprobs, reference_logprobs)).masked_fill(~mask, 0.0)
     return rewards.scatter_add(1, (lengths - 1)[:, None], clipped[:, None])
 

@@ -94,7 +94,17 @@ def watch(*, plain: bool) -> Iterator[Display]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     console = Console()
-    if plain or not console.is_terminal:
+    try:
+        with _display(console, plain=plain or not console.is_terminal) as display:
+            yield display
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on where this one was")
+        raise
+
+
+@contextmanager
+def _display(console: Console, *, plain: bool) -> Iterator[Display]:
+    if plain:
         yield Plain(console)
         return
     columns = (
@@ -133,8 +143,9 @@ def show_results(results: Results, page: Path, *, computed: int | None = None, f
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if computed is not None:
         console.print(f"{computed} stages computed, {found} found in the cache", highlight=False)
-    for arm in results.arms:
-        if arm.status == "done" and arm.arm == results.arms[-1].arm and arm.model:
+    aligned = "mpo" if "mpo" in results.names else results.names[-1]
+    for arm in results.of(aligned):
+        if arm.model:
             console.print(f"model ({arm.arm}, seed {arm.seed}): {arm.model}", highlight=False, soft_wrap=True)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 

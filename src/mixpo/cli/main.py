@@ -59,11 +59,10 @@ def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Sample, score and split as a recipe says; print sizes, the gap histogram, and samples from both ends."""
     from mixpo.cli.display import show_selection, watch
     from mixpo.experiments.run import run_stage
-    from mixpo.experiments.setup import Setup
 
     recipe = _recipe(words)
     with watch(plain=quiet) as display:
-        folder = run_stage(recipe, Setup(recipe, recipe.seeds[0]).selection, display)
+        folder = run_stage(recipe, lambda setup: setup.selection, display)
     show_selection(folder)
 
 
@@ -108,9 +107,6 @@ def main() -> None:
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

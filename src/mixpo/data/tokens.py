@@ -7,8 +7,10 @@ ids, because many tokenizers pad with their end token.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt
+from mixpo.data.rows import FIX, Prompt, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -20,7 +22,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, up to where the completion starts.
 
     Messages go through the tokenizer's chat template, with its generation prompt; a string is taken as it is, after
-    the tokenizer's own start token if it has one.
+    the tokenizer's own start token if it has one. Raises `RowError` on messages that the template refuses.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -29,7 +31,10 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
             f"{tokenizer.name_or_path}: the prompts are lists of messages, but the tokenizer has no chat template; "
             "set `model.chat_template` to a Jinja template, or use prompts that are plain strings"
         )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise RowError("prompt", f"is refused by the tokenizer's chat template ({error}); {FIX}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

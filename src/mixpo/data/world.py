@@ -1,6 +1,6 @@
 """The embedded world: short English assistant dialogues in which the true reward r* is known.
 
-A user asks about one of eighteen subjects, or for something that ought to be declined; a reply is one to three
+A user asks about one of some twenty subjects, or for something that ought to be declined; a reply is one to three
 sentences. What makes a reply good is written down in `TIPS` and `WEIGHTS` and measured by `true_reward`, so that
 every result can be held against the truth. Demonstrations are good, mediocre and poor replies mixed; preference
 labels are drawn from the Bradley-Terry model on r* (section 3.1 of the paper), so that close pairs are noisy.

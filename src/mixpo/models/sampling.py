@@ -93,7 +93,8 @@ def draw(probabilities: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor
     """One token a row: the first whose cumulative probability exceeds the uniform number. Need not be normalised."""
     cumulative = probabilities.cumsum(dim=-1)
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    possible = probabilities.gather(-1, tokens.clamp(max=probabilities.shape[-1] - 1)[:, None])[:, 0] > 0
+    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
+    possible = probabilities.gather(-1, tokens[:, None])[:, 0] > 0
     return torch.where(possible, tokens, probabilities.argmax(dim=-1))
 
 
@@ -119,7 +120,6 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), k, max_tokens, generator=generator, dtype=torch.float64)
     sampled: list[Sampled | None] = [None] * len(prompts)
-    training = lm.model.training
     lm.model.eval()
     lengths = [len(prompt) + max_tokens for prompt in prompts]
     with lm.autocast():
@@ -130,7 +130,6 @@ def sample(
                 sampled[row] = completions
             if advance is not None:
                 advance(len(rows))
-    lm.model.train(training)
     return [completions for completions in sampled if completions is not None]
 
 

@@ -183,7 +183,8 @@ def _main(results: Results) -> Section:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
     notes = [
         "Reward is the mean score of the run's own reward model. An arm at a larger KL from SFT was on a longer leash: "
-        "it went further from SFT for its reward, so compare rewards at about the same KL."
+        "it went further from SFT for its reward, so compare rewards at about the same KL.",
+        *_data_notes(results),
     ]
     planes = []
     for key, label in (("score", "reward (score)"), ("true_reward", "true reward r*")):
@@ -200,6 +201,19 @@ def _main(results: Results) -> Section:
     return Section("results", "Results", _main_opening(results, done), groups)
 
 
+def _data_notes(results: Results) -> list[str]:
+    """What the rows were, and how many were left out."""
+    notes = []
+    for _, folder, data in _of_seeds(results, "Data"):
+        dropped = f"; {data['bad_rows']:,} rows were left out, listed in {folder / 'bad_rows.jsonl'}"
+        notes.append(
+            f"Data: {data['train_rows']:,} pairs to train, {data['test_rows']:,} to test, "
+            f"{data['demonstration_rows']:,} demonstrations; prompts of at most "
+            f"{results.recipe['data']['max_prompt_tokens']} tokens{dropped if data['bad_rows'] else ''}."
+        )
+    return notes
+
+
 def _main_opening(results: Results, done: list[str]) -> str:
     pair = compared(results)
     if pair is None:
@@ -211,10 +225,11 @@ def _main_opening(results: Results, done: list[str]) -> str:
     if not len(found):
         return f"{one} and {other} finished no seed in common, so they cannot be compared prompt by prompt."
     interval = bootstrap_mean(found)
-    over = "" if len(results.seeds) > 1 else "; one seed, so the interval is over prompts only"
+    shared = {arm.seed for arm in _done(results, one)} & {arm.seed for arm in _done(results, other)}
+    over = f", each averaged over {len(shared)} seeds" if len(shared) > 1 else "; one seed"
     return (
         f"Over {len(found)} test prompts the score of {one} minus the score of {other} is on average "
-        f"{interval_text(interval)} (paired by prompt, 95% interval), {verdict(interval)}{over}."
+        f"{interval_text(interval)} (paired by prompt, 95% interval over prompts), {verdict(interval)}{over}."
     )
 
 

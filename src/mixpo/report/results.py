@@ -57,6 +57,9 @@ def load(folder: Path) -> Results:
             f"expected format {FORMAT}; run the recipe again with out=PATH"
         )
     arms = tuple(ArmResult(**arm) for arm in content["arms"])
+    for place in {place for arm in arms for place in arm.stages.values()}:
+        if not (Path(place) / "summary.json").exists():
+            raise InputError(f"{place}: found no finished stage there; it was moved or deleted; run the recipe again")
     return Results(folder, content["name"], content["recipe"], arms, content["mixpo"])
 
 

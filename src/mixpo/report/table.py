@@ -54,8 +54,7 @@ def main_table(results: Results) -> TableText:
             row.insert(2, f"{np.std(means, ddof=1):.2f}" if len(means) > 1 else "")
             notes.append(f"{name}, reward by seed: {' '.join(f'{mean:.2f}' for mean in means)}")
         body.append(row)
-    if not several:
-        notes.append("one seed: the intervals are over test prompts only")
+    notes.append("the intervals are over test prompts" + ("" if several else "; one seed says nothing of other seeds"))
     return TableText(headings, body, notes)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse
+from mixpo.data.rows import FIX, BadRow, Demonstration, Preference, Prompt, RowError, kind_of, refuse
 from mixpo.data.sources import (
     Check,
     content_digest,
@@ -83,10 +83,11 @@ class Data(Stage, DataSettings):
         if not settings.train:
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
         groups = [settings.train, settings.test, settings.demonstrations]
-        files = [[name for name in group if not name.startswith("hub:")] for group in groups]
-        hubs = [name for group in groups for name in group if name.startswith("hub:")]
-        digests = [content_digest([Path(name).expanduser() for name in group]) for group in files]
-        return {**values, "content": "-".join([*digests, *hubs])}
+        digests = [
+            [name if name.startswith("hub:") else content_digest([Path(name).expanduser()]) for name in group]
+            for group in groups
+        ]
+        return {**values, "content": " | ".join(" ".join(group) for group in digests)}
 
     def _exclude_from_cls_uid(self) -> list[str]:
         return ["train", "test", "demonstrations"]
@@ -102,7 +103,12 @@ class Data(Stage, DataSettings):
         tokenizer = load_tokenizer(model_in(inputs["base"]))
         end_token(tokenizer)
 
+        kinds: list[type] = []
+
         def fits(prompt: Prompt) -> None:
+            kinds.append(type(prompt))
+            if kinds[-1] is not kinds[0]:
+                raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
             length = len(prompt_tokens(tokenizer, prompt))
             if length > self.max_prompt_tokens:
                 raise RowError(

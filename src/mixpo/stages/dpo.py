@@ -15,11 +15,11 @@ from mixpo.models.language_model import LanguageModel, branch_logprobs
 from mixpo.models.loading import Lora, add_lora, load_policy, model_digest, save_model
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import sequence_logprobs
-from mixpo.stages.rows import Pairs, read_pairs, read_table
+from mixpo.stages.rows import Pairs, read_pairs, read_table, sampler_name
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
 from mixpo.training.health import mean_of_last, policy_alarms, tell
-from mixpo.training.record import Cost, Metrics, append_jsonl
+from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, make_optimizer
 from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
@@ -66,6 +66,7 @@ class DPO(Stage, DPOSettings):
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
         )
         first, spent = checkpoint.resume()
+        trim_jsonl(out / "samples.jsonl", first)
         if first:
             cost = Cost(spent)
         log, total = Metrics(out, resumed_at=first), steps_of(len(pairs.prompts), self)
@@ -129,7 +130,7 @@ def _reference_logprobs(
     digest = model_digest(reference_folder)
     same = digest == model_digest(policy_folder)
     reference = lm if same else load_policy(reference_folder, device=lm.device, precision=stage.precision)
-    kept = pairs.logprobs if pairs.sampler == digest else None
+    kept = pairs.logprobs if pairs.sampler == sampler_name(digest, stage.precision) else None
     checked = range(len(pairs.prompts)) if kept is None else range(min(CHECKED_PAIRS, len(pairs.prompts)))
     prompts, completions = [pairs.prompts[row] for row in checked], [pairs.completions[row] for row in checked]
     computed = sequence_logprobs(reference, prompts, completions, token_budget=runtime.microbatch_tokens)

@@ -4,9 +4,11 @@ A stage's folder is named by its identity in a cache that all runs share. A stag
 the same folder, where it finds its checkpoint; a failed one is tried again.
 """
 
+import fcntl
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +21,7 @@ from mixpo.stages.stage import Stage
 from mixpo.training.record import reset_peak_memory
 from mixpo.training.runtime import Runtime
 
-VERSION = "1"
+VERSION = "2"
 """Bump when stages compute something else from the same config: folders of other versions are left alone."""
 
 
@@ -72,10 +74,14 @@ class Engine:
         return (folder / "summary.json").exists() and self._task(stage).infra.status() == "completed"
 
     def compute(self, stage: Stage) -> Path:
-        """The stage's folder, complete; what is upstream must be complete. Raises what the stage raises."""
+        """The stage's folder, complete; what is upstream must be complete. Raises what the stage raises.
+
+        Two runs on one cache never compute a stage at once: the second waits, and finds it done.
+        """
         task = self._task(stage)
         try:
-            task.compute()
+            with _alone(self.cache / "locks" / self.identity(stage)):
+                task.compute()
         except RuntimeError as error:
             if "seems incompatible" not in str(error):
                 raise
@@ -91,6 +97,15 @@ class Engine:
             if not self.is_done(needed):
                 self.compute(needed)
         return self.folder(stage)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold a lock between processes; it falls when the process ends, however it ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def in_order(stage: Stage) -> Iterator[Stage]:

@@ -31,7 +31,7 @@ from mixpo.data.branches import by_tokens, pack, row_lengths
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import completion_text, prompt_tokens
-from mixpo.models.language_model import LanguageModel, branch_predictions, branch_values, hidden_states
+from mixpo.models.language_model import LanguageModel, branch_predictions, branch_values, hidden_states, learn
 from mixpo.models.loading import (
     Lora,
     add_lora,
@@ -48,7 +48,7 @@ from mixpo.stages.rows import read_table, unique_prompts
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
 from mixpo.training.health import mean_of_last, policy_alarms, tell
-from mixpo.training.record import Cost, Metrics, append_jsonl
+from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, update
 
@@ -100,8 +100,8 @@ class PPOSettings(Seeded, OptimizerSettings):
     kl_target: float | None = pydantic.Field(None, gt=0)
     """Nats a completion that an adaptive controller steers the KL to by changing kl_coef (Ziegler et al. 2019)."""
     score_clip: float | None = pydantic.Field(5.0, gt=0)
-    missing_end_penalty: float | None = None
-    """Taken off the score of a completion that was cut off."""
+    missing_end_penalty: float = pydantic.Field(0.0, ge=0)
+    """Taken off the clipped score of a completion that was cut off."""
     discount: float = pydantic.Field(1.0, gt=0, le=1)
     gae_lambda: float = pydantic.Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
@@ -194,9 +194,12 @@ class PPO(Stage, PPOSettings):
         total = self.epochs * per_epoch
         checkpoint = Checkpoint(out, _parts(learner), every_minutes=runtime.checkpoint_minutes)
         first, extra = checkpoint.resume()
+        trim_jsonl(out / "completions.jsonl", first)
         cost, log = Cost(extra.get("cost")), Metrics(out, resumed_at=first)
         learner.kl_coef = extra.get("kl_coef", self.kl_coef)
 
+        weights = Trainable(policy.model)
+        sound = {name: weight.to("cpu", copy=True) for name, weight in weights.state_dict().items()}
         for step in range(first, total):
             epoch, place = divmod(step, per_epoch)
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
@@ -214,16 +217,17 @@ class PPO(Stage, PPOSettings):
                     cost=cost,
                 )
                 _refuse_runaway(self, metrics, first_of_all=step == 0 and starts_at_reference)
+                sound = {name: weight.to("cpu", copy=True) for name, weight in weights.state_dict().items()}
                 metrics |= _learn(self, learner, rollout, step=step, total=total, runtime=runtime, cost=cost)
                 metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             except Diverged as error:
-                checkpoint.write(step, {"cost": cost.counts(), "kl_coef": learner.kl_coef})
                 stopped = out / "stopped"
+                weights.load_state_dict(sound)
                 save_model(policy, stopped, adapters)
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}. Try a lower learning_rate (now {self.learning_rate:g}), a "
-                    f"higher kl_coef (now {self.kl_coef:g}) or value_warmup_steps; the policy as it was before this "
-                    f"step is in {stopped}"
+                    f"higher kl_coef (now {self.kl_coef:g}) or value_warmup_steps; the last policy "
+                    f"before that is in {stopped}"
                 ) from error
             if self.kl_target is not None:
                 learner.kl_coef = adapt_kl_coef(learner.kl_coef, metrics["kl"], target=self.kl_target)
@@ -337,14 +341,14 @@ def _roll_out(
     reference_logprobs = token_logprobs(reference, prompts, completions, token_budget=budget)
     cost.scored(reward.model, sampled_tokens + prompted)
     cost.scored(reference.model, sampled_tokens + prompted)
-    penalised = found if stage.missing_end_penalty is None else found - stage.missing_end_penalty * (~ended).float()
     rewards = shaped_rewards(
         logprobs.flatten(0, 1),
         reference_logprobs.flatten(0, 1),
         mask.flatten(0, 1),
-        penalised.flatten(),
+        found.flatten(),
         kl_coef=learner.kl_coef,
         score_clip=stage.score_clip,
+        penalties=stage.missing_end_penalty * (~ended.flatten()).float(),
     ).view_as(mask)
 
     values = returns = None
@@ -463,15 +467,15 @@ def _policy_step(
                 "ratio": (((logprobs - kept).exp() * mask).sum(), number),
                 "clip_fraction": (clip_fraction(*flat, clip=stage.clip) * number, number),
             }
-        if warming:
-            summed = 0.0 * summed
         if learner.shared and head is not None:
-            value_summed = _value_losses(stage, branch_values(lm, batch, head, hidden), rollout, chosen, mask)
+            read = hidden.detach() if warming else hidden
+            value_summed = _value_losses(stage, branch_values(lm, batch, head, read), rollout, chosen, mask)
             metrics["value_loss"] = (value_summed.detach(), number)
-            summed = summed + stage.shared_value_coef * value_summed
+            value_summed = stage.shared_value_coef * value_summed
+            summed = value_summed if warming else summed + value_summed
         return summed, metrics
 
-    lm.model.train()
+    learn(lm)
     return update(
         learner.policy_optimizer,
         _portions(rollout, rows, runtime),
@@ -495,7 +499,7 @@ def _value_step(
         cost.trained(lm.model, batch.tokens)
         return _value_losses(stage, branch_values(lm, batch, head), rollout, chosen, batch.mask), {}
 
-    lm.model.train()
+    learn(lm)
     return update(
         optimizer,
         _portions(rollout, rows, runtime),

@@ -1,5 +1,6 @@
 """Pretrained: the model that everything starts from, as a plain Hugging Face folder."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class PretrainedSettings(Settings):
 
 
 class Pretrained(Stage, PretrainedSettings):
-    """A model folder to start from. A local folder is linked, not copied; its identity is its content."""
+    """A model folder to start from. A local folder is copied, so that it can be moved or trained further."""
 
     content: str = ""
     """Digest of the files behind a local path; found out here."""
@@ -48,6 +49,8 @@ class Pretrained(Stage, PretrainedSettings):
         if not isinstance(values, dict) or values.get("content"):
             return values
         path = values.get("path", "world")
+        if path == "world":
+            return values
         if path.startswith("package:"):
             return {**values, "content": content_digest([resolve_package_file(path)])}
         local = Path(path).expanduser()
@@ -56,7 +59,7 @@ class Pretrained(Stage, PretrainedSettings):
         if local.is_dir():
             _check_folder(local)
             return {**values, "content": model_digest(local)}
-        if path != "world" and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
 
@@ -64,12 +67,14 @@ class Pretrained(Stage, PretrainedSettings):
         return ["path", "revision"] if self.content else []
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write or link `model/`."""
+        """Write `model/`."""
         cost, model = Cost(), model_in(out)
         local = Path(self.path).expanduser()
-        if local.is_dir() and self.chat_template is None:
-            model.unlink(missing_ok=True)
-            model.symlink_to(local.resolve(), target_is_directory=True)
+        if self.path != "world" and local.is_dir() and self.chat_template is None:
+            model.mkdir(exist_ok=True)
+            for file in local.iterdir():
+                if file.is_file() and file.suffix not in (".pt", ".pth"):
+                    shutil.copy2(file, model)
         else:
             network, tokenizer = self._load(local)
             if self.chat_template is not None:
@@ -95,7 +100,7 @@ class Pretrained(Stage, PretrainedSettings):
                 f"model.path: found neither a folder nor a reachable Hugging Face model {self.path!r} "
                 f"({str(error).splitlines()[0][:120]}); check the name, the network, or give a local folder"
             ) from error
-        return network, load_tokenizer(self.path)
+        return network, load_tokenizer(self.path, self.revision)
 
 
 def _check_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss
 from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
-from mixpo.data.branches import BranchBatch
+from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.models.language_model import branch_scores
 from mixpo.models.loading import Lora, add_lora, new_reward_model, save_model
 from mixpo.models.scoring import scores
@@ -61,7 +61,7 @@ class RewardModel(Stage, RewardModelSettings):
         adapters = add_lora(lm, self.lora) if self.lora else None
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         held = _held_out(len(pairs.prompts), self.validation_share, self.seed)
-        train = [row for row in range(len(pairs.prompts)) if row not in held]
+        train = sorted(set(range(len(pairs.prompts))) - set(held))
         optimizer = make_optimizer(lm.model.parameters(), self)
         checkpoint = Checkpoint(
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
@@ -105,7 +105,7 @@ class RewardModel(Stage, RewardModelSettings):
             ("test", test.prompts, test.completions),
         ):
             found = scores(lm, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
-            cost.scored(lm.model, sum(len(c) for branches in completions for c in branches))
+            cost.scored(lm.model, sum(row_lengths(prompts, completions)))
             write_table(
                 out / f"{name}_scores.parquet",
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in found],

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import completion_tokens, prompt_tokens
-from mixpo.models.language_model import LanguageModel
+from mixpo.models.language_model import LanguageModel, Precision
 
 SAMPLER = b"mixpo.sampler"
-"""Key of the Parquet metadata that names the digest of the model that drew the completions."""
+"""Key of the Parquet metadata that names who drew the completions."""
 
 
 class _HasPrompt(Protocol):
@@ -28,7 +28,7 @@ class Pairs:
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     sampler: str | None
-    """Digest of the model that drew the completions; None for human pairs."""
+    """`sampler_name` of the model that drew the completions; None for human pairs."""
     logprobs: list[list[float]] | None
     """The sampler's own sequence log-probs of both, kept from sampling."""
 
@@ -40,15 +40,20 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | None = None) -> None:
-    """Write rows as Parquet, with the sampler's digest if they were sampled."""
+    """Write rows as Parquet, with the `sampler_name` if they were sampled."""
     table = pa.Table.from_pylist(list(rows))
     if sampler is not None:
         table = table.replace_schema_metadata({SAMPLER: sampler})
     pq.write_table(table, path)
 
 
+def sampler_name(digest: str, precision: Precision) -> str:
+    """Who drew completions: log-probs kept from sampling are those of this model in this precision."""
+    return f"{digest} {precision}"
+
+
 def read_sampler(path: Path) -> str | None:
-    """The digest of the model that drew a file's completions."""
+    """The `sampler_name` of the model that drew a file's completions."""
     metadata = pq.read_schema(path).metadata or {}
     return metadata[SAMPLER].decode() if SAMPLER in metadata else None
 

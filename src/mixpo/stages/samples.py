@@ -10,7 +10,7 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model, model_digest
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import retokenised, scores
-from mixpo.stages.rows import read_table, unique_prompts, write_table
+from mixpo.stages.rows import read_table, sampler_name, unique_prompts, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.record import Cost, progress
 from mixpo.training.runtime import Runtime
@@ -71,7 +71,8 @@ class Samples(Stage, SamplesSettings):
             }
             for prompt, row, score in zip(asked, drawn, found.double().tolist(), strict=True)
         ]
-        write_table(out / "samples.parquet", rows, sampler=model_digest(model_in(inputs["policy"])))
+        sampler = sampler_name(model_digest(model_in(inputs["policy"])), self.precision)
+        write_table(out / "samples.parquet", rows, sampler=sampler)
         finish(out, cost, prompts=len(rows), end_rate=_end_rate(lm, completions))
 
 

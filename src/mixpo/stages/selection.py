@@ -59,7 +59,8 @@ class Selection(Stage, SelectionSettings):
         source = inputs["samples"] / "samples.parquet"
         rows = read_table(source)
         found = np.array([row["scores"] for row in rows], dtype=np.float64)
-        gaps = score_gaps(found)
+        same = np.array([row["tokens"][0] == row["tokens"][1] for row in rows])
+        gaps = np.where(same, 0.0, score_gaps(found))
         threshold = self.threshold
         if threshold is None:
             assert self.easy_fraction is not None
@@ -87,7 +88,7 @@ class Selection(Stage, SelectionSettings):
             pairs=len(rows),
             easy=int(easy.sum()),
             hard=int((~easy).sum()),
-            identical=sum(row["tokens"][0] == row["tokens"][1] for row in rows),
+            identical=int(same.sum()),
             gap_mean=float(gaps.mean()),
             gap_median=float(np.median(gaps)),
             gap_under_1=float((gaps < 1).mean()),

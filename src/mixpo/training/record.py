@@ -67,13 +67,7 @@ class Metrics:
 
     def __init__(self, folder: Path, *, resumed_at: int) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] < resumed_at]
-        self.path.write_text("".join(kept), encoding="utf8")
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]
+        trim_jsonl(self.path, resumed_at)
 
     def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step (counted from 0) and tell the watcher."""
@@ -83,7 +77,7 @@ class Metrics:
 
     def rows(self) -> list[dict[str, float]]:
         """All lines so far."""
-        return [json.loads(line) for line in self._lines()]
+        return [json.loads(line) for line in _whole_lines(self.path)]
 
 
 class Cost:
@@ -161,3 +155,15 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a JSON Lines file."""
     with path.open("a", encoding="utf8") as file:
         file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def trim_jsonl(path: Path, step: int) -> None:
+    """Drop the lines of `step` and later ones, and a last line that was not finished."""
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
+    path.write_text("".join(kept), encoding="utf8")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]

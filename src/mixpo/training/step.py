@@ -27,7 +27,7 @@ class OptimizerSettings(Settings):
     warmup_steps: int = pydantic.Field(0, ge=0)
     """Optimizer steps in which the learning rate rises linearly to its peak; at most half of all steps."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up, to a tenth of the peak at the last step."""
+    """How the learning rate falls after the warm-up, towards a tenth of the peak."""
     weight_decay: float = pydantic.Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = pydantic.Field(1.0, gt=0)

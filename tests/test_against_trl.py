@@ -1,7 +1,6 @@
-"""Losses of one batch as TRL's trainers compute them, against ours on plain forward passes of the same tiny models.
+"""Losses of one batch as TRL's trainers compute them, against ours on branch batches of the same tiny models.
 
-Every sequence here is passed through the model alone and unpadded; TRL batches, pads and masks by its own code.
-Models are float64; TRL's causal trainers take log-probs in float32, hence their wider tolerance.
+TRL tokenises, batches, pads and masks by its own code, each completion in a row of its own.
 """
 
 import warnings
@@ -10,10 +9,13 @@ import pytest
 import torch
 
 from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss
+from mixpo.data.branches import pack
+from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    trl = pytest.importorskip("trl", exc_type=ImportError)
+    import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -70,7 +72,7 @@ def tiny(architecture, tokenizer, seed):
         eos_token_id=tokenizer.eos_token_id,
         num_labels=1,
     )
-    return architecture(config).double()
+    return architecture(config).eval()
 
 
 def options(tmp_path):
@@ -91,36 +93,25 @@ def loss_of_trl(trainer):
     return trainer.compute_loss(trainer.model, batch).detach().double()
 
 
-def encoded(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def batch_of(tokenizer, pairs, sides):
+    prompts = [prompt_tokens(tokenizer, pair["prompt"]) for pair in pairs]
+    completions = [[completion_tokens(tokenizer, pair[side], limit=64) for side in sides] for pair in pairs]
+    return pack(prompts, completions)
+
+
+def wrapped(model, tokenizer):
+    return LanguageModel(model, tokenizer, tokenizer.eos_token_id, shares_prompts=True)
 
 
 @torch.no_grad()
-def completion_logprobs(model, tokenizer, prompt, completion):
-    """Log-probs of the completion's tokens and of its end token, in nats, one by one."""
-    prompt_ids = encoded(tokenizer, prompt)
-    ids = [*prompt_ids, *encoded(tokenizer, completion), tokenizer.eos_token_id]
-    logprobs = model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return [float(logprobs[place - 1, ids[place]]) for place in range(len(prompt_ids), len(ids))]
-
-
-@torch.no_grad()
-def score(model, tokenizer, text):
-    return float(model.eval()(torch.tensor([[*encoded(tokenizer, text), tokenizer.eos_token_id]])).logits[0, 0])
-
-
-def column(values):
-    return torch.tensor(list(values), dtype=torch.float64)
-
-
 def test_dpo_loss_is_that_of_trl(tokenizer, tmp_path):
     policy, reference = (tiny(LlamaForCausalLM, tokenizer, seed) for seed in (0, 1))
-    four = [
-        column(sum(completion_logprobs(model, tokenizer, p["prompt"], p[side])) for p in PAIRS)
-        for model in (policy, reference)
-        for side in ("chosen", "rejected")
-    ]
-    ours = dpo_loss(*four, beta=0.3)
+    batch = batch_of(tokenizer, PAIRS, ("chosen", "rejected"))
+    ours = dpo_loss(
+        *branch_logprobs(wrapped(policy, tokenizer), batch).sum(dim=-1).unbind(dim=1),
+        *branch_logprobs(wrapped(reference, tokenizer), batch).sum(dim=-1).unbind(dim=1),
+        beta=0.3,
+    )
     trainer = trl.DPOTrainer(
         model=policy,
         ref_model=reference,
@@ -128,37 +119,34 @@ def test_dpo_loss_is_that_of_trl(tokenizer, tmp_path):
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=tokenizer,
     )
-    theirs = loss_of_trl(trainer)
     assert ours.std() > 0.1
-    torch.testing.assert_close(ours.mean(), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.mean().double(), loss_of_trl(trainer), rtol=1e-5, atol=0)
 
 
+@torch.no_grad()
 def test_bradley_terry_loss_is_that_of_trl(tokenizer, tmp_path):
     model = tiny(LlamaForSequenceClassification, tokenizer, 2)
-    chosen, rejected = (
-        column(score(model, tokenizer, p["prompt"] + p[side]) for p in PAIRS) for side in ("chosen", "rejected")
-    )
-    ours = bradley_terry_loss(chosen, rejected)
+    batch = batch_of(tokenizer, PAIRS, ("chosen", "rejected"))
+    ours = bradley_terry_loss(*branch_scores(wrapped(model, tokenizer), batch).unbind(dim=1))
     trainer = trl.RewardTrainer(
         model=model,
         args=trl.RewardConfig(**options(tmp_path)),
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=tokenizer,
     )
-    theirs = loss_of_trl(trainer)
     assert ours.std() > 0.1
-    torch.testing.assert_close(ours.mean(), theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.mean().double(), loss_of_trl(trainer), rtol=1e-5, atol=0)
 
 
+@torch.no_grad()
 def test_mean_nll_of_completion_tokens_is_the_sft_loss_of_trl(tokenizer, tmp_path):
     model = tiny(LlamaForCausalLM, tokenizer, 3)
-    rows = [{"prompt": p["prompt"], "completion": p["rejected"]} for p in PAIRS]
-    tokens = [x for row in rows for x in completion_logprobs(model, tokenizer, row["prompt"], row["completion"])]
+    batch = batch_of(tokenizer, PAIRS, ("rejected",))
+    ours = -branch_logprobs(wrapped(model, tokenizer), batch).sum() / batch.mask.sum()
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(completion_only_loss=True, **options(tmp_path)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([{"prompt": p["prompt"], "completion": p["rejected"]} for p in PAIRS]),
         processing_class=tokenizer,
     )
-    theirs = loss_of_trl(trainer)
-    torch.testing.assert_close(-column(tokens).mean(), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.double(), loss_of_trl(trainer), rtol=1e-5, atol=0)

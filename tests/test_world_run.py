@@ -1,0 +1,40 @@
+"""The embedded recipe as it is: the world's calibration, and what the arms reach. Minutes long."""
+
+from pathlib import Path
+
+import pytest
+
+from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.run import run
+from mixpo.report.results import evaluation, load
+from mixpo.stages.engine import read_summary
+from mixpo.training.record import Watcher
+
+
+class Silent(Watcher):
+    def begin(self, stage: str, identity: str, arms: str) -> None: ...
+
+    def step(self, done: int, total: int, metrics: object) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def end(self, seconds: float) -> None: ...
+
+
+@pytest.mark.heavy
+def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
+    run(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Silent())
+    results = load(tmp_path / "run")
+    judged = read_summary(results.stage("RewardModel", 0))["test"]
+    assert 0.70 <= judged["accuracy"] <= 0.80
+    assert 0.35 <= judged["gap_under_1"] <= 0.60
+    score, true_reward = (
+        {arm.arm: evaluation(arm)[key]["mean"] for arm in results.arms} for key in ("score", "true_reward")
+    )
+    assert score["sft"] < score["dpo"] < score["ppo"]
+    assert score["dpo"] < score["mpo"]
+    assert true_reward["sft"] < min(true_reward[arm] for arm in ("dpo", "ppo", "mpo"))
+    peaks = [
+        read_summary(Path(place))["cost"]["peak_memory_mib"] for arm in results.arms for place in arm.stages.values()
+    ]
+    assert max(peaks) < 2048
