@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("mixpo.algorithms", "beartype.beartype")
+settings.register_profile("no timings", deadline=None)
+settings.load_profile("no timings")
 
 if TYPE_CHECKING:
     from worlds import World

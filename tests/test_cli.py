@@ -119,7 +119,7 @@ def test_a_prompt_that_the_chat_template_refuses(here: Path, capsys: pytest.Capt
     rows = write(here / "rows.jsonl", [{**GOOD, "prompt": asked}, {**GOOD, "prompt": system + asked}])
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     (here / "recipe.yaml").write_text(
-        "name: mine\narms: [sft]\nselection: {threshold: 1}\n"
+        "name: mine\narms: [sft]\nselection: {threshold: 1}\nmax_completion_tokens: 64\n"
         f'model: {{chat_template: "{template}x"}}\ndata: {{format: preference, train: {rows}}}\n'
     )
     printed = refused(capsys, "run", "-q", "recipe.yaml")

@@ -213,7 +213,8 @@ def test_first_sentence_claims_what_the_paired_interval_holds(
     assert f"{paired.mean():.2f} [{interval.low:.2f}, {interval.high:.2f}]" in sentence
     assert said in sentence
     assert sum(claim in sentence for claim in ("lies above zero", "lies below zero", "holds zero")) == 1
-    assert "over prompts only" in sentence
+    assert "interval over prompts), " in sentence
+    assert sentence.endswith("; one seed.")
     assert not re.search(r"\b(wins?|better|beats?|outperforms?)\b", sentence)
 
 
@@ -280,7 +281,7 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert "Seed 0 only" in section(text, "training")
     assert "DPO-10000005" not in section(text, "training")
     assert "DPO-10000005" in section(text, "cost")
-    assert "over prompts only" not in opening(text, "results")
+    assert "each averaged over 2 seeds" in opening(text, "results")
     assert "2 of 8 runs of arms failed" in opening(text, "failed")
     table = main_table(load(tmp_path))
     assert next(row for row in table.rows if row[0] == "sft")[2] == "0.71"

@@ -127,10 +127,10 @@ def run(recipe: Recipe, display: Display) -> RunResult:
             else:
                 computed.add(stage)
                 display.end(float(seconds))
-        if isinstance(stage, Pretrained) and stage not in failures:
-            _refuse_too_long(recipe, model_in(engine.folder(stage)))
             if stage in failures:
                 display.note(f"failed: {failures[stage][0]}")
+        if isinstance(stage, Pretrained) and stage not in failures:
+            _refuse_too_long(recipe, model_in(engine.folder(stage)))
 
     arms = [_result(run, engine, failures, folder / "models") for run in runs]
     result = RunResult(recipe.name, arms, len(computed), len(known))

@@ -4,6 +4,7 @@ Every model that mixpo writes is a folder that `AutoModelForCausalLM` (policies)
 `AutoModelForSequenceClassification` (reward models) loads without any code of ours.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -180,7 +181,7 @@ def _check(lm: LanguageModel, folder: Path) -> None:
 
 def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded world's starting point: a 1.2M-parameter Llama with random weights, and the world's tokenizer."""
-    tokenizer = build_tokenizer()
+    tokenizer = copy.deepcopy(build_tokenizer())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
