@@ -118,12 +118,17 @@ def test_a_prompt_that_the_chat_template_refuses(here: Path, capsys: pytest.Capt
     system = [{"role": "system", "content": "Be brief."}]
     rows = write(here / "rows.jsonl", [{**GOOD, "prompt": asked}, {**GOOD, "prompt": system + asked}])
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template += "{% for message in messages %}{{ message.content }}{% endfor %}"
     (here / "recipe.yaml").write_text(
         "name: mine\narms: [sft]\nselection: {threshold: 1}\nmax_completion_tokens: 64\n"
-        f'model: {{chat_template: "{template}x"}}\ndata: {{format: preference, train: {rows}}}\n'
+        f'model: {{chat_template: "{template}"}}\ndata: {{format: preference, max_prompt_tokens: 64, train: {rows}}}\n'
     )
     printed = refused(capsys, "run", "-q", "recipe.yaml")
     assert "rows.jsonl:2: 'prompt' is refused by the tokenizer's chat template (no system)" in printed
+
+
+def test_a_chat_template_that_prints_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not print an assistant's message" in refused(capsys, "run", "-q", "model.chat_template=x")
 
 
 def test_a_data_file_given_as_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

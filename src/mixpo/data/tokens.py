@@ -67,6 +67,11 @@ def _end_token(tokenizer: Tokenizer) -> int:
         content = "mixpo"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
+        if content not in text:
+            raise InputError(
+                f"{tokenizer.name_or_path}: the chat template does not print an assistant's message; expected a "
+                "template of the messages' roles and contents; set another as `model.chat_template`"
+            )
         after = tokenizer(text[text.rindex(content) + len(content) :], add_special_tokens=False)["input_ids"]
         special = [token for token in after if token in tokenizer.all_special_ids]
         if special:
