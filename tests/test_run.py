@@ -16,16 +16,16 @@ from mixpo.report.results import completions, evaluation, load
 
 SMALL = [
     "arms=[sft,dpo-base,dpo,ppo,mpo]",
-    "data.train_rows=320",
-    "data.test_rows=48",
-    "data.demonstration_rows=512",
-    "samples.prompts=64",
+    "data.train_rows=768",
+    "data.test_rows=64",
+    "data.demonstration_rows=1024",
+    "samples.prompts=96",
     "selection.threshold=null",
     "selection.easy_fraction=0.5",
     "ppo.batch_size=16",
-    "ppo.epochs=3",
+    "ppo.epochs=4",
     "dpo.epochs=3",
-    "evaluation.prompts=24",
+    "evaluation.prompts=64",
     "max_completion_tokens=40",
 ]
 
@@ -72,7 +72,7 @@ def test_every_arm_is_done_and_evaluated(home: Path) -> None:
     assert [arm.arm for arm in results.arms] == ["sft", "dpo-base", "dpo", "ppo", "mpo"]
     for arm in results.arms:
         assert arm.status == "done"
-        assert len(completions(arm)) == 24
+        assert len(completions(arm)) == 64
         assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= evaluation(arm).keys()
     page = (home / "run" / "report.html").read_text()
     assert all(f">{arm.arm}<" in page for arm in results.arms)
@@ -102,8 +102,8 @@ def test_the_aligned_model_loads_without_us(home: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     asked = [{"role": "user", "content": "Any advice on chess?"}]
     inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    assert answer.shape[1] > inputs["input_ids"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert generated.shape[1] > inputs["input_ids"].shape[1]
 
 
 def test_the_written_recipe_is_the_same_recipe(home: Path) -> None:

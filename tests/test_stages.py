@@ -395,7 +395,8 @@ def test_microbatches_and_threads_change_nothing_but_rounding(world: World, tmp_
         stage.work(stage.paths(folders), out, Runtime(threads=threads, microbatch_tokens=tokens))
         found.append(rows_of(out))
     for one, other in zip(*found, strict=True):
-        for name in one.keys() - {"seconds", "sampling_seconds", "updating_seconds", "tokens"}:
+        unlike = {"seconds", "sampling_seconds", "updating_seconds"} | ({"accuracy"} if kind == "dpo" else set())
+        for name in one.keys() - unlike:  # rounding decides DPO's accuracy while policy and reference are one
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=5e-4), (name, one["step"])
 
 

@@ -50,7 +50,7 @@ class World:
         return DPO(max_completion_tokens=LIMIT, **values)
 
     def ppo(self, **settings: Any) -> PPO:
-        common = {"learning_rate": 3e-4, "value_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0}
+        common = {"learning_rate": 1e-4, "value_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0}
         values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard, **common, **settings}
         return PPO(reward=self.reward, max_completion_tokens=LIMIT, **values)
 

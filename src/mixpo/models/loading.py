@@ -99,6 +99,7 @@ def add_lora(lm: LanguageModel, lora: Lora) -> Any:
         lora_dropout=lora.dropout,
         target_modules="all-linear",
         exclude_modules=["score"] if hasattr(lm.model, "score") else None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in lm.model.modules()),  # GPT-2
     )
     adapters = get_peft_model(lm.model, config)
     lm.model = adapters.get_base_model()
