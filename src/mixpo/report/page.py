@@ -70,7 +70,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ArmCompletion:
     """An arm's completion of a prompt."""
 
     arm: str
@@ -86,7 +86,7 @@ class Asked:
     number: int
     earlier: list[Turn]
     last: str
-    answers: list[Answer]
+    completions: list[ArmCompletion]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def write_page(results: Results) -> Path:
         ],
         asked=asked,
         completions_opening=_completions_opening(results, asked),
-        answering=[answer.arm for answer in asked[0].answers] if asked else [],
+        shown_arms=[one.arm for one in asked[0].completions] if asked else [],
         pair=compared(results) or ("", ""),
         failed=[arm for arm in results.arms if arm.status == "failed"],
         failures=_failures(results),
@@ -298,7 +298,11 @@ def _reward(results: Results) -> Section | None:
     )
     headings = ["seed", "pairs of", "count", "accuracy", "gap under 1", "score (mean ± sd)"]
     notes = ["Accuracy by gap with Wilson 95% intervals; n is the number of pairs in the bin. Dotted: chance."]
-    groups = [Group(table=TableText(headings, rows, [])), Group("Accuracy by gap" + seed_text, plots, notes=notes)]
+    alarms = [f"Alarm, seed {seed}: {alarm}." for seed, _, summary in stages for alarm in summary.get("alarms", ())]
+    groups = [
+        Group(table=TableText(headings, rows, []), notes=alarms),
+        Group("Accuracy by gap" + seed_text, plots, notes=notes),
+    ]
     return Section("reward-model", "Reward model", opening, groups)
 
 
@@ -498,11 +502,11 @@ def _asked(results: Results) -> list[Asked]:
             if isinstance(prompt, str)
             else [Turn(turn["role"], turn["content"]) for turn in prompt]
         )
-        answers = [
-            Answer(arm, row["completion"], float(row["score"]), row.get("true_reward"))
+        shown_completions = [
+            ArmCompletion(arm, row["completion"], float(row["score"]), row.get("true_reward"))
             for arm, row in ((arm, found[number]) for arm, found in rows.items())
         ]
-        shown.append(Asked(number + 1, turns[:-1], turns[-1].content, answers))
+        shown.append(Asked(number + 1, turns[:-1], turns[-1].content, shown_completions))
     return shown
 
 
@@ -510,8 +514,8 @@ def _completions_opening(results: Results, asked: list[Asked]) -> str:
     if not asked:
         return "No arm finished, so there are no completions."
     opening = f"These are the first {len(asked)} test prompts with the completions of "
-    opening += ", ".join(answer.arm for answer in asked[0].answers)
-    scores = [{answer.arm: answer.score for answer in one.answers} for one in asked]
+    opening += ", ".join(one.arm for one in asked[0].completions)
+    scores = [{shown.arm: shown.score for shown in one.completions} for one in asked]
     pair = compared(results)
     if pair is None or not set(pair) <= set(scores[0]):
         return f"{opening}."
