@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 from transformers.utils import logging as transformers_logging
@@ -69,7 +69,7 @@ class Bars:
 
     def begin(self, stage: str, identity: str, arms: str) -> None:
         """A stage starts to compute."""
-        self.stage = f"{stage:<12} {identity}"
+        self.stage = f"{stage} {identity}"
         self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {arms}")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -108,24 +108,23 @@ def _display(console: Console, *, plain: bool) -> Iterator[Display]:
         yield Plain(console)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[metrics]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, expand=True) as progress:
         yield Bars(progress)
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    shown = [
-        f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics and (name != "loss" or "kl" not in metrics)
-    ]
+    """The speed, then what there is of `SHOWN`; PPO's loss is about 0 whatever happens, so it is left out."""
+    shown = []
     if metrics.get("seconds") and metrics.get("tokens"):
         shown.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
-    return "  ".join(shown)
+    names = [name for name in SHOWN if name in metrics and (name != "loss" or "kl" not in metrics)]
+    return "  ".join([*shown, *(f"{name} {metrics[name]:.3g}" for name in names)])
 
 
 def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:
