@@ -21,7 +21,7 @@ from mixpo.stages import dpo as dpo_module
 from mixpo.stages import ppo as ppo_module
 from mixpo.stages.engine import read_summary
 from mixpo.stages.ppo import PPOSettings
-from mixpo.stages.rows import read_pairs, read_table
+from mixpo.stages.rows import read_pairs, read_table, write_table
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Metrics
 from mixpo.training.runtime import Runtime
@@ -84,6 +84,18 @@ def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
         assert row["gap"] == pytest.approx(row["scores"][0] - row["scores"][1], abs=1e-6)
     identical = [row for row in everything if row["tokens"][0] == row["tokens"][1]]
     assert all(row["gap"] == 0.0 for row in identical)
+
+
+def test_identical_completions_are_hard_whatever_rounding_made_of_their_scores(world: World, tmp_path: Path) -> None:
+    same, other = [1, 2], [1, 3]
+    rows = [
+        {"prompt": "?", "completions": ["", ""], "tokens": tokens, "logprobs": [[0.0] * 2] * 2, "scores": scores}
+        for tokens, scores in (([same, same], [0.5, 0.25]), ([same, other], [0.5, 0.25]))
+    ]
+    write_table(tmp_path / "samples.parquet", rows, sampler="x")
+    Selection(samples=world.samples, threshold=0.0).work({"samples": tmp_path}, tmp_path, RUNTIME)
+    (hard,) = read_table(tmp_path / "hard.parquet")
+    assert (hard["gap"], hard["tokens"]) == (0.0, [same, same])
 
 
 @pytest.mark.parametrize("empty", ["easy", "hard"])
@@ -179,7 +191,9 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(world: World, advantag
 
 
 def test_the_reward_that_is_trained_on_is_the_score_minus_the_logged_kl(world: World) -> None:
-    for row in rows_of(world.build(world.ppo(score_clip=None, kl_coef=0.3, seed=5))):
+    rows = rows_of(world.build(world.ppo(score_clip=None, kl_coef=0.3, seed=5, epochs=4)))
+    assert abs(rows[-1]["kl"]) > 0.05
+    for row in rows:
         assert row["reward"] == pytest.approx(row["score"] - 0.3 * row["kl"], abs=1e-4)
 
 
