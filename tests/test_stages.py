@@ -107,18 +107,22 @@ def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: 
         world.engine.compute(Selection(samples=world.samples, threshold=threshold))
 
 
-def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted: list[int] = []
+@pytest.fixture
+def counted(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs went through the reference, call by call, from here on."""
+    counts: list[int] = []
     original = dpo_module.sequence_logprobs
 
     def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
-        counted.append(len(prompts))
+        counts.append(len(prompts))
         return original(lm, prompts, completions, **settings)
 
     world.build(world.selection)
     monkeypatch.setattr(dpo_module, "sequence_logprobs", counting)
+    return counts
+
+
+def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(world: World, counted: list[int]) -> None:
     folder = world.build(world.dpo(epochs=4))
     rows = rows_of(folder)
     assert counted == [dpo_module.CHECKED_PAIRS], "only a few pairs are checked, the rest is free"
@@ -135,18 +139,7 @@ def test_dpo_computes_reference_logprobs_where_the_reference_did_not_sample(worl
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_dpo_computes_reference_logprobs_that_were_kept_in_another_precision(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted: list[int] = []
-    original = dpo_module.sequence_logprobs
-
-    def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
-        counted.append(len(prompts))
-        return original(lm, prompts, completions, **settings)
-
-    world.build(world.selection)
-    monkeypatch.setattr(dpo_module, "sequence_logprobs", counting)
+def test_dpo_computes_reference_logprobs_that_were_kept_in_another_precision(world: World, counted: list[int]) -> None:
     rows = rows_of(world.build(world.dpo(precision="bfloat16")))
     assert counted == [len(read_table(world.build(world.selection) / "easy.parquet"))]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)

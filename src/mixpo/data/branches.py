@@ -26,8 +26,8 @@ Tokens = Sequence[int]
 class BranchBatch:
     """Prompts with k completions each, laid out in rows.
 
-    What is read from a model's output at `source`, `column` or `last` has the shape of the completions, whatever the
-    layout of the rows: these three index the rows flattened to one dimension.
+    What is read from a model's output at `source` or `last` has the shape of the completions, whatever the layout of
+    the rows: both index the rows flattened to one dimension.
     """
 
     input_ids: Int[Tensor, "rows length"]

@@ -1,5 +1,6 @@
 """Running a recipe: every stage once, shared by the arms; what fails takes only the arms that need it along."""
 
+import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -233,8 +234,6 @@ def claim_folder(recipe: Recipe) -> Path:
 
 
 def _format_of(results: Path) -> Any:
-    import json
-
     if not results.exists():
         return None
     try:

@@ -1,5 +1,6 @@
 """Evaluation: completions of a policy on held-out prompts, with their scores and their distance from SFT."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,8 +97,6 @@ class Evaluation(Stage, EvaluationSettings):
 
 
 def _is_world(data: Path) -> bool:
-    import json
-
     return bool(json.loads((data / "summary.json").read_text(encoding="utf8"))["format"] == "world")
 
 

@@ -199,7 +199,7 @@ class PPO(Stage, PPOSettings):
         learner.kl_coef = extra.get("kl_coef", self.kl_coef)
 
         weights = Trainable(policy.model)
-        sound = {name: weight.to("cpu", copy=True) for name, weight in weights.state_dict().items()}
+        sound = weights.copy()
         for step in range(first, total):
             epoch, place = divmod(step, per_epoch)
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
@@ -217,7 +217,7 @@ class PPO(Stage, PPOSettings):
                     cost=cost,
                 )
                 _refuse_runaway(self, metrics, first_of_all=step == 0 and starts_at_reference)
-                sound = {name: weight.to("cpu", copy=True) for name, weight in weights.state_dict().items()}
+                sound = weights.copy()
                 metrics |= _learn(self, learner, rollout, step=step, total=total, runtime=runtime, cost=cost)
                 metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             except Diverged as error:

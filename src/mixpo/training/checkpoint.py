@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FORMAT = 1
 
@@ -30,6 +30,10 @@ class Trainable:
     def state_dict(self) -> dict[str, Any]:
         """The weights by name."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def copy(self) -> dict[str, Tensor]:
+        """The weights by name, on the CPU and apart from the model's."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy the weights back; every one must be there."""
