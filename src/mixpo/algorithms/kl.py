@@ -1,4 +1,6 @@
-"""Estimators of the KL divergence between policy and reference, and the controller of its coefficient."""
+"""Estimators of the KL divergence between policy and reference, and the controllers of its coefficient."""
+
+import math
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,9 +23,36 @@ def kl_k3(logprobs: Float[Tensor, "*shape"], reference_logprobs: Float[Tensor, "
     return log_ratio.expm1() - log_ratio
 
 
+def kl_of_best_of(n: int) -> float:
+    """KL of the best of n samples from their sampler, in nats: log n - (n - 1) / n, an upper bound (Beirami 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, rate: float = 0.1) -> float:
     """The coefficient for the next iteration: raised where the KL exceeds its target. Ziegler et al. 2019, section 2.2.
 
     kl_coef * (1 + rate * clip(kl / target - 1, -0.2, 0.2)).
     """
     return kl_coef * (1.0 + rate * min(max(kl / target - 1.0, -0.2), 0.2))
+
+
+def steer(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, float]:
+    """The multiplier of kl_coef for the next iteration, and the sum of errors so far: a controller of the KL from SFT.
+
+    exp(3 e + 0.3 sum of e) with e = log(kl_from_sft / budget), cut to +-1; an error that is cut is not summed, so that
+    the long way from 0 to the budget does not wind the sum up. Proportional and integral, in the log of the KL.
+    """
+    error = math.log(max(kl_from_sft, 1e-9) / budget)
+    if abs(error) < 1.0:
+        total += error
+    return math.exp(3.0 * min(max(error, -1.0), 1.0) + 0.3 * total), total
+
+
+def sft_weight(multiplier: float) -> float:
+    """How far the anchor is moved from the reference to SFT: max(0, 1 - 1 / multiplier).
+
+    log pi_anchor = (1 - w) log pi_ref + w log pi_SFT at the coefficient kl_coef * multiplier is the penalty
+    kl_coef * min(1, m) on the KL to the reference plus kl_coef * max(0, m - 1) on the KL to SFT: up to 1 the multiplier
+    loosens the anchor, beyond it pulls to SFT, whatever the reference is.
+    """
+    return max(0.0, 1.0 - 1.0 / multiplier)

@@ -1,6 +1,7 @@
 """Losses on preference pairs: Bradley-Terry and DPO."""
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -52,6 +53,21 @@ def dpo_loss(
         implicit_rewards(policy_chosen, reference_chosen, beta=beta),
         implicit_rewards(policy_rejected, reference_rejected, beta=beta),
     )
+
+
+def dpo_gradients(
+    log_x_chosen: Float64[Tensor, ""], log_x_rejected: Float64[Tensor, ""], *, beta: float
+) -> tuple[float, float]:
+    """dL/dx_w and dL/dx_l of one pair's DPO loss, x = pi / pi_ref, by automatic differentiation.
+
+    What Theorem 1 of the paper (Feng et al. 2024) gives in closed form: -beta x_l^beta / (x_w (x_w^beta + x_l^beta))
+    and beta x_l^(beta - 1) / (x_w^beta + x_l^beta), whose ratio is x_l / x_w (Corollary 1).
+    """
+    x = [log_x.detach().exp().requires_grad_() for log_x in (log_x_chosen, log_x_rejected)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    loss = dpo_loss(x[0].log()[None], x[1].log()[None], zero, zero, beta=beta).sum()
+    by_chosen, by_rejected = torch.autograd.grad(loss, x)
+    return float(by_chosen), float(by_rejected)
 
 
 def _same_shape(one: Tensor, other: Tensor) -> None:

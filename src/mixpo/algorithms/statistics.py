@@ -1,5 +1,6 @@
-"""Figures with their uncertainty: bootstrap and Wilson intervals, win/tie/lose, accuracy by gap."""
+"""Figures with their uncertainty: intervals, p-values, win/tie/lose, accuracy by gap, calibration."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,6 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float64
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 CHUNK = 1 << 22
 """Resampled values held at once."""
@@ -46,8 +48,113 @@ def bootstrap_mean(
     return Interval(float(array.mean()), float(low), float(high))
 
 
-def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Interval:
-    """A share and its score interval (Wilson 1927). Raises ValueError without trials."""
+def resampled_means(
+    values: Float64[np.ndarray, "items seeds prompts"], *, seed: int = 0, resamples: int = 10_000
+) -> Float64[np.ndarray, "items resamples"]:
+    """Means of every item in `resamples` crossed resamples: the pigeonhole bootstrap (Owen 2007).
+
+    A resample draws S - 1 of S seeds with replacement, so that the variance between seeds is unbiased (Rao and Wu
+    1988), and, independently, as many prompts as there are; a value counts as often as its seed times its prompt was
+    drawn. The same draws serve every item, so a difference of two rows is paired. Of a single seed only prompts vary,
+    of a single prompt only seeds. Raises ValueError without values or resamples.
+    """
+    items, seeds, prompts = values.shape
+    if values.size == 0:
+        raise ValueError(f"a mean needs at least one value, found {items} items of {seeds} seeds and {prompts} prompts")
+    if resamples < 1:
+        raise ValueError(f"expected at least one resample, found {resamples}")
+    drawn = max(1, seeds - 1)
+    seed_generator, prompt_generator = np.random.default_rng(seed).spawn(2)
+    flat = values.reshape(items * seeds, prompts)
+    rows = max(1, CHUNK // max(items * seeds, prompts))
+    means = np.empty((items, resamples))
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        seed_counts = seed_generator.multinomial(drawn, np.full(seeds, 1.0 / seeds), size).astype(np.float64)
+        prompt_counts = prompt_generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), size).astype(np.float64)
+        sums = (flat @ prompt_counts.T).reshape(items, seeds, size)
+        means[:, start : start + size] = np.einsum("isr,rs->ir", sums, seed_counts) / (drawn * prompts)
+    return means
+
+
+def degrees_of_freedom(values: Float64[np.ndarray, "seeds prompts"]) -> float:
+    """Of the crossed mean's variance, v_seeds + v_prompts (Satterthwaite 1946): few where a few seeds are most of it.
+
+    (v_seeds + v_prompts)^2 / (v_seeds^2 / (S - 1) + v_prompts^2 / (P - 1)), v the variance of an axis's means over its
+    length. Infinite where nothing varies.
+    """
+    total, weighted = 0.0, 0.0
+    for means in (values.mean(axis=1), values.mean(axis=0)):
+        if len(means) > 1:
+            variance = float(means.var(ddof=1)) / len(means)
+            total, weighted = total + variance, weighted + variance**2 / (len(means) - 1)
+    return total**2 / weighted if weighted else math.inf
+
+
+def percentile_interval(
+    mean: float, means: Float64[np.ndarray, " resamples"], *, level: float = 0.95, df: float = math.inf
+) -> Interval:
+    """`mean` between the percentiles of its resamples, expanded for few degrees of freedom.
+
+    The tails are Phi(t) with t Student's quantile at `df` (Efron 1979; Hesterberg 2015, section 4.3.3). Raises
+    ValueError on no resample or a nan one.
+    """
+    check_resamples(means)
+    tail = (1.0 - level) / 2.0
+    if math.isfinite(df):
+        tail = float(ndtr(stdtrit(df, tail)))
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def check_resamples(means: Float64[np.ndarray, " resamples"]) -> None:
+    """Raises ValueError where there is no resample or one is nan."""
+    if means.size == 0:
+        raise ValueError("expected at least one resample, found none")
+    if missing := int(np.isnan(means).sum()):
+        raise ValueError(f"{missing} of {means.size} resamples are nan; drop them or fix the values they come from")
+
+
+def crossed_interval(
+    values: Float64[np.ndarray, "seeds prompts"], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """The mean over seeds and prompts with the percentile interval of `resampled_means`, expanded for few seeds.
+
+    It speaks of other seeds and other prompts alike. One seed of one prompt has no spread: its bounds are nan.
+    """
+    mean = float(values.mean())
+    if values.size == 1:
+        return Interval(mean, float("nan"), float("nan"))
+    means = resampled_means(values[None], seed=seed, resamples=resamples)[0]
+    return percentile_interval(mean, means, level=level, df=degrees_of_freedom(values))
+
+
+def two_sided_p(means: Float64[np.ndarray, " resamples"], *, df: float = math.inf) -> float:
+    """The bootstrap p-value of "the mean is 0": twice the rarer side of 0, at most 1, expanded as the interval is.
+
+    p = min(1, 2 (min(#{means <= 0}, #{means >= 0}) + 1) / (n + 1)): the values themselves count as one more resample
+    (Davison and Hinkley 1997, chapter 4), so p is never 0. With few degrees of freedom its normal quantile is read as
+    Student's. Raises ValueError on no resample or a nan one.
+    """
+    check_resamples(means)
+    rarer = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    tail = min(0.5, (rarer + 1) / (means.size + 1))
+    return 2.0 * (float(stdtr(df, ndtri(tail))) if math.isfinite(df) else tail)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number (Holm 1979), in the order given. Raises ValueError on one outside [0, 1]."""
+    if wrong := [p for p in p_values if not 0.0 <= p <= 1.0]:
+        raise ValueError(f"expected p-values from 0 to 1, found {wrong}")
+    if not p_values:
+        return []
+    from statsmodels.stats.multitest import multipletests  # slow to import
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+
+
+def wilson_interval(successes: int | float, trials: int, *, level: float = 0.95) -> Interval:
+    """A share and its score interval (Wilson 1927); a tie may count half. Raises ValueError without trials."""
     if trials < 1:
         raise ValueError("a share needs at least one trial")
     z = NormalDist().inv_cdf(0.5 + level / 2.0)
@@ -96,3 +203,77 @@ def accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) 
         interval = wilson_interval(correct, len(inside)) if len(inside) else None
         bins.append(AccuracyBin(low, high, len(inside), accuracy, interval))
     return bins
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Pairs whose confidence lies in [low, high), the last bin's in [low, 1]: what was predicted and what was seen."""
+
+    low: float
+    high: float
+    count: int
+    predicted: float | None
+    """The mean confidence. None in an empty bin."""
+    observed: float | None
+    """The share of pairs that the reward model orders as people did, a margin of 0 counting half."""
+    interval: Interval | None
+    """Of the observed share (Wilson)."""
+
+
+def calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[CalibrationBin]:
+    """Predicted and observed accuracy per bin of sigma(|margin|), the Bradley-Terry probability of the order given.
+
+    margin = score of chosen - score of rejected. `edges` are the bins' lower bounds, from 0.5 up; the last bin is
+    closed at 1, so every pair is in exactly one. Raises ValueError on edges that do not rise from 0.5 to below 1 and
+    on a margin of nan.
+    """
+    bounds = [*edges, 1.0]
+    if bounds[0] != 0.5 or any(low >= high for low, high in pairwise(bounds)):
+        raise ValueError(f"expected edges that rise from 0.5 to below 1, found {list(edges)}")
+    if missing := int(np.isnan(margins).sum()):
+        raise ValueError(f"{missing} of {margins.size} margins are nan; drop them or fix the scores they come from")
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
+    index = np.searchsorted(edges, confidence, side="right") - 1
+    bins = []
+    for number, (low, high) in enumerate(pairwise(bounds)):
+        inside = index == number
+        count = int(inside.sum())
+        if count == 0:
+            bins.append(CalibrationBin(low, high, 0, None, None, None))
+            continue
+        ordered = float((np.sign(margins[inside]) + 1.0).sum() / 2.0)
+        interval = wilson_interval(ordered, count)
+        bins.append(CalibrationBin(low, high, count, float(confidence[inside].mean()), interval.mean, interval))
+    return bins
+
+
+def calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """Expected calibration error: the mean |predicted - observed|, weighted by count (Naeini et al. 2015).
+
+    Raises ValueError where every bin is empty.
+    """
+    total = sum(b.count for b in bins)
+    if total == 0:
+        raise ValueError("a calibration error needs at least one pair")
+    gaps = (b.count * abs(b.predicted - b.observed) for b in bins if b.predicted is not None and b.observed is not None)
+    return sum(gaps) / total
+
+
+def value_at(
+    x: Float64[np.ndarray, "points n"], y: Float64[np.ndarray, "points n"], at: Float64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """Column by column, y where x is `at`, on straight lines between the points in order of x; nan outside them.
+
+    Of points with the same x the last one given counts. Raises ValueError without points.
+    """
+    if len(x) == 0:
+        raise ValueError("a line needs at least one point")
+    order = np.argsort(x, axis=0, kind="stable")
+    x, y = np.take_along_axis(x, order, axis=0), np.take_along_axis(y, order, axis=0)
+    columns = np.arange(x.shape[1])
+    left = np.maximum((x <= at).sum(axis=0) - 1, 0)
+    right = np.minimum(left + 1, len(x) - 1)
+    width = x[right, columns] - x[left, columns]
+    weight = np.divide(at - x[left, columns], width, out=np.zeros_like(at), where=width > 0.0)
+    value = y[left, columns] + weight * (y[right, columns] - y[left, columns])
+    return np.where((at >= x[0]) & (at <= x[-1]), value, np.nan)

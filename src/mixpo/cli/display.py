@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from mixpo.experiments.plan import Planned
 from mixpo.experiments.run import ArmRun, Display
+from mixpo.report.arms import main_table
 from mixpo.report.results import Results
-from mixpo.report.table import main_table
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
@@ -127,11 +127,11 @@ def _brief(metrics: Mapping[str, float]) -> str:
     return "  ".join([*shown, *(f"{name} {metrics[name]:.3g}" for name in names)])
 
 
-def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:
-    """The main table, the report's path and the aligned models' paths."""
+def show_table(results: Results) -> None:
+    """The main table."""
     console = Console()
-    table = main_table(results)
-    title = f"{results.name}: means with 95% intervals"
+    table = main_table(results, paper=False)
+    title = f"{results.title}: means with 95% intervals"
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, heading in enumerate(table.headings):
         shown.add_column(heading, justify="left" if place == 0 else "right")
@@ -140,6 +140,12 @@ def show_results(results: Results, page: Path, *, computed: int | None = None, f
     console.print(shown)
     for line in table.notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:
+    """The main table, the report's path and the aligned models' paths."""
+    console = Console()
+    show_table(results)
     if computed is not None:
         console.print(f"{computed} stages computed, {found} found in the cache", highlight=False)
     aligned = "mpo" if "mpo" in results.names else results.names[-1]
@@ -153,7 +159,7 @@ def show_plan(planned: list[tuple[ArmRun, list[Planned]]]) -> None:
     """A tree an arm."""
     console = Console()
     for run, lines in planned:
-        root = Tree(Text(f"{run.arm} (seed {run.seed})", style="bold"))
+        root = Tree(Text(f"{run.name} (seed {run.seed})", style="bold"))
         branches = [root]
         for line in lines:
             name = f"{line.field}: {line.kind}" if line.field else line.kind
@@ -175,11 +181,13 @@ def show_selection(folder: Path) -> None:
     """Sizes, gap histogram and samples from both ends of a selection."""
     console = Console()
     summary = read_summary(folder)
-    rows = sorted(read_table(folder / "all.parquet"), key=lambda row: float(row["gap"]))
+    both = [row for part in ("easy", "hard") for row in read_table(folder / f"{part}.parquet")]
+    rows = sorted(both, key=lambda row: float(row["gap"]))
+    identical = sum(row["tokens"][0] == row["tokens"][1] for row in rows)
+    spread = float(np.std([row["scores"] for row in rows]))
     console.print(
         f"{summary['pairs']} pairs: {summary['easy']} easy (gap > {summary['threshold']:.4g}), {summary['hard']} hard, "
-        f"{summary['identical']} identical; median gap {summary['gap_median']:.3g}, spread of scores "
-        f"{summary['score_std']:.3g}",
+        f"{identical} identical; median gap {np.median([row['gap'] for row in rows]):.3g}, score spread {spread:.3g}",
         highlight=False,
     )
     counts, edges = np.histogram([row["gap"] for row in rows], bins=12)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     with watch(plain=quiet) as display:
         result = run_recipe(recipe, display)
     results = load(recipe.folder)
-    show_results(results, write_page(results), computed=result.computed, found=result.found)
+    show_results(results, write_page(results, recipe.folder), computed=result.computed, found=result.found)
     failed = [arm for arm in result.arms if arm.status == "failed"]
     if failed:
         raise typer.Exit(2 if all(arm.bad_input for arm in failed) else 1)
@@ -66,15 +67,51 @@ def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     show_selection(folder)
 
 
+RunFolders = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, such as runs/world.")
+]
+
+
+class Form(StrEnum):
+    """What a report is written as."""
+
+    HTML = "html"
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+
+
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
-    """Print a finished run's table and write its report again."""
-    from mixpo.cli.display import show_results
-    from mixpo.report.page import write_page
+def report(
+    runs: RunFolders,
+    form: Annotated[Form, typer.Option("--format", help="html is a page; csv holds the means alone.")] = Form.HTML,
+    out: Annotated[Path | None, typer.Option(help="The file; for html report.html in the first run's folder.")] = None,
+) -> None:
+    """Write the report of finished runs, side by side if there are several; md, csv and json go to standard output."""
+    from mixpo.report.page import text
     from mixpo.report.results import load
 
-    results = load(run_folder)
-    show_results(results, write_page(results))
+    written = text(load(*runs), form.value)
+    if out is None and form is not Form.HTML:
+        sys.stdout.write(written)
+        return
+    path = out or runs[0] / "report.html"
+    try:
+        path.write_text(written, encoding="utf8")
+    except OSError as error:
+        raise InputError(
+            f"{path}: found a place that cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    print(f"report: {path}")
+
+
+@app.command()
+def compare(runs: RunFolders) -> None:
+    """Print the main table of finished runs, side by side."""
+    from mixpo.cli.display import show_table
+    from mixpo.report.results import load
+
+    show_table(load(*runs))
 
 
 @app.command()

@@ -1,12 +1,12 @@
 """The arms: what the paper compares, each an expression over stages. Add one here and name it in a recipe."""
 
 from collections.abc import Callable
-from typing import Any
 
 from mixpo.experiments.setup import Setup
 from mixpo.stages.dpo import DPO
+from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.ppo import PPO
-from mixpo.stages.stage import Stage
+from mixpo.stages.stage import Part, Stage
 
 
 def sft(r: Setup) -> Stage:
@@ -14,25 +14,102 @@ def sft(r: Setup) -> Stage:
     return r.sft
 
 
+def best_of_n(r: Setup) -> Evaluation:
+    """SFT, of whose completions the one with the highest score is taken: what selection alone gives."""
+    return r.evaluation(r.sft, best_of=r.recipe.best_of)
+
+
 def dpo_base(r: Setup) -> DPO:
     """DPO on the human-labelled pairs as given."""
-    return DPO(policy=r.sft, reference=r.sft, pairs=r.data.train_pairs, **r.dpo)
+    return _dpo(r, r.pairs)
 
 
 def dpo(r: Setup) -> DPO:
     """DPO on all pairs resampled from SFT and ordered by the reward model."""
-    return DPO(policy=r.sft, reference=r.sft, pairs=r.selection.all, **r.dpo)
+    return _dpo(r, r.samples.pairs)
+
+
+def dpo_easy(r: Setup) -> DPO:
+    """DPO on the easy pairs: MPO's first stage, and a bar of Figure 4."""
+    return _dpo(r, r.selection.easy)
+
+
+def dpo_hard(r: Setup) -> DPO:
+    """DPO on the hard pairs. Figure 4."""
+    return _dpo(r, r.selection.hard)
 
 
 def ppo(r: Setup) -> PPO:
     """PPO on all prompts, anchored to SFT."""
-    return PPO(policy=r.sft, reference=r.sft, reward=r.reward, prompts=r.selection.all, **r.ppo)
+    return PPO(policy=r.sft, reference=r.sft, prompts=r.samples.pairs, **r.ppo)
+
+
+def ppo_easy(r: Setup) -> PPO:
+    """PPO on the easy prompts. Figure 4."""
+    return PPO(policy=r.sft, reference=r.sft, prompts=r.selection.easy, **r.ppo)
+
+
+def ppo_hard(r: Setup) -> PPO:
+    """PPO on the hard prompts: MPO-reverse's first stage, and a bar of Figure 4."""
+    return PPO(policy=r.sft, reference=r.sft, prompts=r.selection.hard, **r.ppo)
 
 
 def mpo(r: Setup) -> PPO:
     """DPO on the easy pairs, then PPO on the hard prompts, started from and anchored to the DPO model. Figure 3."""
-    anchor = DPO(policy=r.sft, reference=r.sft, pairs=r.selection.easy, **r.dpo)
-    return PPO(policy=anchor, reference=anchor, reward=r.reward, prompts=r.selection.hard, **r.ppo)
+    anchor = dpo_easy(r)
+    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.ppo)
 
 
-ARMS: dict[str, Callable[[Setup], Any]] = {"sft": sft, "dpo-base": dpo_base, "dpo": dpo, "ppo": ppo, "mpo": mpo}
+def mpo_sft_kl(r: Setup) -> PPO:
+    """MPO, whose PPO is anchored to SFT instead. Table 6."""
+    return PPO(policy=dpo_easy(r), reference=r.sft, prompts=r.selection.hard, **r.ppo)
+
+
+def mpo_reverse(r: Setup) -> DPO:
+    """PPO on the hard prompts, then DPO on the easy pairs, started from and anchored to the PPO model. Table 6."""
+    anchor = ppo_hard(r)
+    return DPO(policy=anchor, reference=anchor, pairs=r.selection.easy, **r.dpo)
+
+
+def mpo_reverse_sft(r: Setup) -> DPO:
+    """MPO-reverse, whose DPO is anchored to SFT instead. Table 6."""
+    return DPO(policy=ppo_hard(r), reference=r.sft, pairs=r.selection.easy, **r.dpo)
+
+
+def mpo_rloo(r: Setup) -> PPO:
+    """MPO with a second stage that compares completions of one prompt instead of using a value model."""
+    anchor = dpo_easy(r)
+    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped("rloo"))
+
+
+def mpo_grpo(r: Setup) -> PPO:
+    """As mpo_rloo, with GRPO's advantages."""
+    anchor = dpo_easy(r)
+    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped("grpo"))
+
+
+def _dpo(r: Setup, pairs: Part) -> DPO:
+    return DPO(policy=r.sft, reference=r.sft, pairs=pairs, **r.dpo)
+
+
+ARMS: dict[str, Callable[[Setup], Stage]] = {
+    arm.__name__.replace("_", "-"): arm
+    for arm in (
+        sft,
+        best_of_n,
+        dpo_base,
+        dpo,
+        dpo_easy,
+        dpo_hard,
+        ppo,
+        ppo_easy,
+        ppo_hard,
+        mpo,
+        mpo_sft_kl,
+        mpo_reverse,
+        mpo_reverse_sft,
+        mpo_rloo,
+        mpo_grpo,
+    )
+}
+"""By name. What an arm returns is its policy, or, where no weights are its result, its evaluation."""

@@ -1,6 +1,8 @@
-"""Recipes: a YAML file that fixes model, data, hyper-parameters and arms, with dotted overrides."""
+"""Recipes: a YAML file that fixes model, data, hyper-parameters, arms and sweeps, with dotted overrides."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +20,8 @@ from mixpo.settings import Settings
 from mixpo.stages.data import DataSettings
 from mixpo.stages.dpo import DPOSettings
 from mixpo.stages.evaluation import EvaluationSettings
+from mixpo.stages.gradients import GradientsSettings
+from mixpo.stages.label_noise import LabelNoiseSettings
 from mixpo.stages.ppo import PPOSettings
 from mixpo.stages.pretrained import PretrainedSettings
 from mixpo.stages.reward_model import RewardModelSettings
@@ -31,6 +35,45 @@ SHARED = ("precision", "max_completion_tokens", "lora")
 """Keys that a recipe may set once for all its sections."""
 
 
+class Sweep(Settings):
+    """Arms again at other settings: at every combination of the values given.
+
+    Written as `{arms: [ppo, mpo], ppo.kl_coef: [0.05, 0.2]}`; all arms of the recipe if none are named.
+    """
+
+    arms: tuple[str, ...] | None = None
+    values: dict[str, tuple[Any, ...]] = pydantic.Field(min_length=1)
+    """By dotted key."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or "values" in given:
+            return given
+        keys = {key: value for key, value in given.items() if key != "arms"}
+        return {"arms": given.get("arms"), "values": dict(_flat(keys))}
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of values, by key."""
+        return [dict(zip(self.values, point, strict=True)) for point in itertools.product(*self.values.values())]
+
+
+def _flat(keys: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in keys.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+class TraceSettings(Settings):
+    """Arms that are evaluated along their PPO, for curves of reward against KL and against samples."""
+
+    arms: tuple[str, ...] = ()
+    snapshots: int = pydantic.Field(4, ge=1)
+    """How often on the way; start and end are evaluated besides."""
+
+
 class Recipe(Settings):
     """A whole experiment."""
 
@@ -38,6 +81,13 @@ class Recipe(Settings):
     arms: tuple[str, ...] = pydantic.Field(min_length=1)
     seeds: tuple[int, ...] = pydantic.Field((0,), min_length=1)
     """Every arm is run once for each; a section's own `seed` stands for all of them."""
+    sweep: tuple[Sweep, ...] = ()
+    """One sweep or a list of them."""
+    trace: TraceSettings = TraceSettings()
+    best_of: int = pydantic.Field(16, ge=2)
+    """Completions that the arm best-of-n chooses from."""
+    group_size: int = pydantic.Field(4, ge=2)
+    """Completions a prompt that mpo-rloo and mpo-grpo compare."""
     out: Path | None = None
     """The run's folder; runs/NAME if not given."""
     cache: Path = Path("runs/cache")
@@ -46,6 +96,7 @@ class Recipe(Settings):
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     model: PretrainedSettings = PretrainedSettings()
     data: DataSettings = DataSettings()
+    label_noise: LabelNoiseSettings = LabelNoiseSettings()
     sft: SFTSettings = SFTSettings()
     reward: RewardModelSettings = RewardModelSettings()
     samples: SamplesSettings = SamplesSettings()
@@ -53,6 +104,7 @@ class Recipe(Settings):
     dpo: DPOSettings = DPOSettings()
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    gradients: GradientsSettings = GradientsSettings()
     runtime: Runtime = Runtime()
 
     @pydantic.model_validator(mode="before")
@@ -65,6 +117,8 @@ class Recipe(Settings):
             given = values.get(name) or {}
             if isinstance(given, Mapping):
                 values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **given}
+        if isinstance(values.get("sweep"), Mapping):
+            values["sweep"] = [values["sweep"]]
         return values
 
     @property
@@ -76,6 +130,30 @@ class Recipe(Settings):
         """All keys and values, from which the same recipe is read again; a section's seed only if it was set."""
         unset = {name: {"seed"} for name in _sections() if "seed" not in getattr(self, name).model_fields_set}
         return self.model_dump(mode="json", exclude=unset)
+
+    def changed(self, changes: Mapping[str, Any]) -> "Recipe":
+        """The same recipe with other values of dotted keys. Raises `InputError` on a key that a sweep cannot change."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        for key, value in changes.items():
+            *path, last = key.split(".")
+            if not path or path[0] not in _sections():
+                raise InputError(
+                    f"sweep: found key {key!r}; expected a key of a section, such as ppo.kl_coef"
+                    f"{nearest(key, self.sweepable())}"
+                )
+            section = values
+            for part in path:
+                section = section.setdefault(part, {})
+            section[last] = copy.deepcopy(value)
+        try:
+            return Recipe(**values)
+        except pydantic.ValidationError as error:
+            raise InputError("\n".join(f"sweep: {line}" for line in explain(error))) from error
+
+    @staticmethod
+    def sweepable() -> list[str]:
+        """The dotted keys that a sweep may change."""
+        return [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
 
 
 def _sections() -> dict[str, type[Settings]]:

@@ -2,7 +2,7 @@
 
 import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,18 +14,22 @@ import yaml
 
 from mixpo import __version__
 from mixpo.data.errors import InputError
-from mixpo.experiments.arms import ARMS
+from mixpo.experiments.arms import ARMS, dpo, dpo_easy, dpo_hard
 from mixpo.experiments.recipe import Recipe, explain, nearest
 from mixpo.experiments.setup import Setup
 from mixpo.models.loading import read_context
+from mixpo.stages.data import Data
 from mixpo.stages.engine import Engine, in_order, read_summary
 from mixpo.stages.evaluation import Evaluation
+from mixpo.stages.gradients import Gradients
+from mixpo.stages.ppo import PPO
 from mixpo.stages.pretrained import Pretrained
-from mixpo.stages.stage import Stage, model_in
+from mixpo.stages.stage import Snapshot, Stage, model_in
 from mixpo.training.record import Watcher, watcher, write_json
 from mixpo.training.step import Diverged
 
-FORMAT = 1
+ARMS_OF_DPO = {"dpo-easy": dpo_easy, "dpo-hard": dpo_hard, "dpo": dpo}
+FORMAT = 2
 """Of `results.json`."""
 
 
@@ -41,11 +45,35 @@ class Display(Watcher, Protocol):
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One arm at one seed."""
+    """One arm at one seed, as the recipe has it or at a point of a sweep."""
 
     arm: str
     seed: int
     evaluation: Evaluation
+    changes: dict[str, Any] = field(default_factory=dict)
+    """The settings, by dotted key, in which the point of a sweep differs from the recipe."""
+    trace: tuple[Evaluation, ...] = ()
+    """Of the policy that its PPO starts from, and of the snapshots on the way."""
+
+    @property
+    def name(self) -> str:
+        """What the arm is called in tables."""
+        return arm_name(self.arm, self.changes)
+
+
+@dataclass(frozen=True)
+class GradientsRun:
+    """Gradients of a DPO model on a part of the sampled pairs."""
+
+    arm: str
+    part: str
+    seed: int
+    stage: Gradients
+
+
+def arm_name(arm: str, changes: Mapping[str, Any]) -> str:
+    """`mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
+    return " ".join([arm, *(f"{key}={value}" for key, value in changes.items())])
 
 
 @dataclass
@@ -60,8 +88,27 @@ class ArmResult:
     model: str | None = None
     """The aligned model: a link in the run's folder to where it is in the cache."""
     evaluation: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    trace: list[str] = field(default_factory=list)
+    """Folders of the evaluations of its PPO's start and snapshots."""
     stages: dict[str, str] = field(default_factory=dict)
     """The absolute folder of every stage that the arm stands on, by kind and identity: `DPO-1a2b3c4d`."""
+
+    @property
+    def name(self) -> str:
+        """What the arm is called in tables."""
+        return arm_name(self.arm, self.changes)
+
+
+@dataclass
+class GradientsResult:
+    """What became of a measurement of gradients."""
+
+    arm: str
+    part: str
+    seed: int
+    folder: str | None
+    reason: str | None = None
 
 
 @dataclass
@@ -70,6 +117,7 @@ class RunResult:
 
     name: str
     arms: list[ArmResult]
+    gradients: list[GradientsResult]
     computed: int
     """Stages computed in this run."""
     found: int
@@ -77,13 +125,66 @@ class RunResult:
 
 
 def arm_runs(recipe: Recipe) -> list[ArmRun]:
-    """The recipe's expressions. Raises `InputError` on an unknown arm, and on data or a model that is not there."""
-    for arm in recipe.arms:
-        if arm not in ARMS:
-            raise InputError(f"arms: found {arm!r}{nearest(arm, ARMS)}")
-    setups = [Setup(recipe, seed) for seed in recipe.seeds]
+    """The recipe's expressions, seed by seed: its arms, then the points of its sweeps that differ from them.
+
+    Raises `InputError` on an unknown arm or key, and on data or a model that is not there.
+    """
+    for key, arms in [
+        ("arms", recipe.arms),
+        ("trace.arms", recipe.trace.arms),
+        *(("sweep.arms", sweep.arms or ()) for sweep in recipe.sweep),
+    ]:
+        for arm in arms:
+            if arm not in ARMS:
+                raise InputError(f"{key}: found {arm!r}{nearest(arm, ARMS)}")
+    for arm in recipe.trace.arms:
+        if arm not in recipe.arms:
+            raise InputError(f"trace.arms: found {arm!r}, which is not among the arms; expected one of them")
     with _explained():
-        return [ArmRun(arm, setup.seed, setup.evaluation(ARMS[arm](setup))) for setup in setups for arm in recipe.arms]
+        return [run for seed in recipe.seeds for run in _arm_runs_at(recipe, seed)]
+
+
+def _arm_runs_at(recipe: Recipe, seed: int) -> list[ArmRun]:
+    plain = Setup(recipe, seed)
+    kept = recipe.ppo.model_copy(update={"snapshots": recipe.trace.snapshots})
+    traced = Setup(recipe.model_copy(update={"ppo": kept}), seed)
+    runs = [_arm_run(arm, traced if arm in recipe.trace.arms else plain, recipe.trace.arms) for arm in recipe.arms]
+    ends = {run.arm: _arm_run(run.arm, plain).evaluation for run in runs}
+    for sweep in recipe.sweep:
+        for changes in sweep.points():
+            setup = Setup(recipe.changed(changes), seed)
+            for arm in sweep.arms or recipe.arms:
+                run = _arm_run(arm, setup, changes=changes)
+                if run.evaluation != ends.get(arm) and all(run.name != other.name for other in runs):
+                    runs.append(run)
+    return runs
+
+
+def _arm_run(arm: str, setup: Setup, traced: Collection[str] = (), changes: Mapping[str, Any] | None = None) -> ArmRun:
+    made, trace = ARMS[arm](setup), list[Evaluation]()
+    if arm in traced:
+        if not isinstance(made, PPO):
+            raise InputError(f"trace.arms: found {arm!r}, which ends with {type(made).__name__}; expected one with PPO")
+        passed: list[Stage | Snapshot] = [
+            made.policy,
+            *(Snapshot(stage=made, number=number + 1) for number in range(made.snapshots)),
+        ]
+        trace = [setup.evaluation(policy) for policy in passed]
+    evaluation = made if isinstance(made, Evaluation) else setup.evaluation(made)
+    return ArmRun(arm, setup.seed, evaluation, dict(changes or {}), tuple(trace))
+
+
+def gradients_runs(recipe: Recipe) -> list[GradientsRun]:
+    """Gradients of the DPO models trained on easy, hard and all pairs, each on easy and on hard pairs, if asked for."""
+    if not recipe.gradients.pairs:
+        return []
+    setups = [Setup(recipe, seed) for seed in recipe.seeds]
+    return [
+        GradientsRun(arm, part.of, setup.seed, setup.gradients(ARMS_OF_DPO[arm](setup), part))
+        for setup in setups
+        for arm in ARMS_OF_DPO
+        for part in (setup.selection.easy, setup.selection.hard)
+    ]
 
 
 @contextmanager
@@ -97,14 +198,15 @@ def _explained() -> Iterator[None]:
 
 def run(recipe: Recipe, display: Display) -> RunResult:
     """Compute what is missing, and write `recipe.yaml` and `results.json` to the run's folder."""
-    runs = arm_runs(recipe)
+    runs, measured = arm_runs(recipe), gradients_runs(recipe)
+    uses = _uses(runs, measured)
     folder = claim_folder(recipe)
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     failures: dict[Stage, tuple[str, bool]] = {}
     computed: set[Stage] = set()
     known: set[Stage] = set()
     watcher.set(display)
-    for stage in _all_stages(runs):
+    for stage in _early_first(uses):
         upstream = [source for source in stage.inputs().values() if source in failures]
         if upstream:
             failures[stage] = failures[upstream[0]]
@@ -112,7 +214,7 @@ def run(recipe: Recipe, display: Display) -> RunResult:
             known.add(stage)
         else:
             kind, identity = type(stage).__name__, engine.identity(stage)
-            display.begin(kind, identity, _users(stage, runs))
+            display.begin(kind, identity, ", ".join(uses[stage]))
             try:
                 seconds = read_summary(engine.compute(stage))["cost"]["seconds"]
             except InputError as error:
@@ -134,7 +236,8 @@ def run(recipe: Recipe, display: Display) -> RunResult:
             _refuse_too_long(recipe, model_in(engine.folder(stage)))
 
     arms = [_result(run, engine, failures, folder / "models") for run in runs]
-    result = RunResult(recipe.name, arms, len(computed), len(known))
+    gradients = [_gradients_result(run, engine, failures) for run in measured]
+    result = RunResult(recipe.name, arms, gradients, len(computed), len(known))
     write_json(
         folder / "results.json",
         {"format": FORMAT, "mixpo": __version__, "recipe": recipe.resolved(), **asdict(result)},
@@ -170,18 +273,22 @@ def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display
     return engine.folder(stage)
 
 
-def _all_stages(runs: list[ArmRun]) -> Iterator[Stage]:
-    """Every stage once, inputs first; what reads the user's input comes before anything trains."""
-    stages = list(dict.fromkeys(stage for run in runs for stage in in_order(run.evaluation)))
-    early = [stage for stage in stages if type(stage).__name__ in ("Pretrained", "Data")]
-    yield from early
-    yield from (stage for stage in stages if stage not in set(early))
+def _uses(runs: list[ArmRun], measured: list[GradientsRun]) -> dict[Stage, list[str]]:
+    """Every stage once, inputs first, with the names of the arms and measurements that stand on it."""
+    uses: dict[Stage, dict[str, None]] = {}
+    for run in runs:
+        for root in (run.evaluation, *run.trace):
+            for stage in in_order(root):
+                uses.setdefault(stage, {})[run.name] = None
+    for gradients in measured:
+        for stage in in_order(gradients.stage):
+            uses.setdefault(stage, {})[f"gradients of {gradients.arm}"] = None
+    return {stage: list(names) for stage, names in uses.items()}
 
 
-def _users(stage: Stage, runs: list[ArmRun]) -> str:
-    """The arms that stand on a stage, for display."""
-    users = [run.arm for run in runs if any(stage == other for other in in_order(run.evaluation))]
-    return ", ".join(dict.fromkeys(users))
+def _early_first(stages: Iterable[Stage]) -> list[Stage]:
+    """What reads the user's input comes before anything trains."""
+    return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 
 def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]], models: Path) -> ArmResult:
@@ -192,15 +299,29 @@ def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, boo
     }
     if run.evaluation in failures:
         reason, bad_input = failures[run.evaluation]
-        return ArmResult(run.arm, run.seed, "failed", reason, bad_input, stages=stages)
+        return ArmResult(run.arm, run.seed, "failed", reason, bad_input, changes=run.changes, stages=stages)
+    lost = [failures[stage][0] for stage in run.trace if stage in failures]
+    model = None
+    if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
+        name = f"{run.name.replace(' ', '-')}-{run.seed}"
+        model = str(_link(models / name, model_in(engine.folder(run.evaluation.policy))))
     return ArmResult(
         run.arm,
         run.seed,
         "done",
-        model=str(_link(models / f"{run.arm}-{run.seed}", model_in(engine.folder(run.evaluation.policy)))),
+        reason=f"along its training: {lost[0]}" if lost else None,
+        model=model,
         evaluation=str(engine.folder(run.evaluation)),
+        changes=run.changes,
+        trace=[str(engine.folder(stage)) for stage in run.trace] if not lost else [],
         stages=stages,
     )
+
+
+def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]]) -> GradientsResult:
+    failed = failures.get(run.stage)
+    folder = None if failed else str(engine.folder(run.stage))
+    return GradientsResult(run.arm, run.part, run.seed, folder, failed[0] if failed else None)
 
 
 def _link(link: Path, target: Path) -> Path:

@@ -2,18 +2,22 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
+from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe
 from mixpo.settings import Settings
 from mixpo.stages.data import Data
+from mixpo.stages.dpo import DPO
 from mixpo.stages.evaluation import Evaluation
+from mixpo.stages.gradients import Gradients
+from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.samples import Samples
 from mixpo.stages.selection import Selection
 from mixpo.stages.sft import SFT
-from mixpo.stages.stage import Stage
+from mixpo.stages.stage import Part, Snapshot, Stage
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,40 @@ class Setup:
         return SFT(base=self.base, data=self.data, **self._settings(self.recipe.sft))
 
     @cached_property
+    def pairs(self) -> Part:
+        """The human pairs, a share of their labels flipped where the recipe says so."""
+        if self.recipe.label_noise.share == 0:
+            return self.data.train_pairs
+        return LabelNoise(pairs=self.data.train_pairs, **self._settings(self.recipe.label_noise)).train_pairs
+
+    @cached_property
     def reward(self) -> RewardModel:
         """The reward model, trained on the human pairs."""
-        settings = self._settings(self.recipe.reward)
-        return RewardModel(policy=self.sft, pairs=self.data.train_pairs, data=self.data, **settings)
+        return self._reward_model(self.pairs)
+
+    @cached_property
+    def clean_reward(self) -> RewardModel:
+        """The reward model of the labels as given, by which arms are evaluated: `reward`, but for label noise."""
+        return self._reward_model(self.data.train_pairs)
+
+    @cached_property
+    def second_reward(self) -> RewardModel | None:
+        """A reward model of the pairs that were kept apart, for a second opinion."""
+        return self._reward_model(self.data.second_pairs) if self.data.second_rows else None
+
+    def _reward_model(self, pairs: Part) -> RewardModel:
+        return RewardModel(policy=self.sft, pairs=pairs, data=self.data, **self._settings(self.recipe.reward))
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Pairs sampled from SFT and scored."""
+        settings = self._settings(self.recipe.samples)
+        return Samples(policy=self.sft, reward=self.reward, rows=self.data.train_pairs, **settings)
 
     @cached_property
     def selection(self) -> Selection:
-        """Pairs sampled from SFT, scored and split."""
-        rows = self.data.train_pairs
-        samples = Samples(policy=self.sft, reward=self.reward, rows=rows, **self._settings(self.recipe.samples))
-        return Selection(samples=samples, **self._settings(self.recipe.selection))
+        """The sampled pairs, split."""
+        return Selection(samples=self.samples, **self._settings(self.recipe.selection))
 
     @cached_property
     def dpo(self) -> dict[str, Any]:
@@ -65,10 +92,36 @@ class Setup:
 
     @cached_property
     def ppo(self) -> dict[str, Any]:
-        """PPO's settings."""
-        return self._settings(self.recipe.ppo)
+        """PPO's settings, and what it always reads."""
+        return {"sft": self.sft, "reward": self.reward, **self._settings(self.recipe.ppo)}
 
-    def evaluation(self, policy: Stage) -> Evaluation:
+    def grouped(self, advantage: Literal["rloo", "grpo"]) -> dict[str, Any]:
+        """PPO without a value model: `group_size` completions a prompt, as many completions and iterations as `ppo`."""
+        k, values = self.recipe.group_size, self.ppo
+        if values["batch_size"] % k:
+            raise InputError(f"group_size: found {k}; expected a divisor of ppo.batch_size, {values['batch_size']}")
+        grouped = {"completions_per_prompt": k, "batch_size": values["batch_size"] // k, "epochs": values["epochs"] / k}
+        return {**values, "advantage": advantage, **grouped}
+
+    def evaluation(self, policy: Stage | Snapshot, *, best_of: int = 1) -> Evaluation:
         """The evaluation of an arm's policy."""
-        settings = self._settings(self.recipe.evaluation)
-        return Evaluation(policy=policy, sft=self.sft, reward=self.reward, data=self.data, **settings)
+        return Evaluation(
+            policy=policy,
+            sft=self.sft,
+            reward=self.clean_reward,
+            second=self.second_reward,
+            data=self.data,
+            best_of=best_of,
+            **self._settings(self.recipe.evaluation),
+        )
+
+    def gradients(self, policy: DPO, pairs: Part) -> Gradients:
+        """What a DPO step would do to a model that DPO trained."""
+        return Gradients(
+            policy=policy,
+            reference=policy.reference,
+            pairs=pairs,
+            beta=policy.beta,
+            count=self.recipe.gradients.pairs,
+            max_completion_tokens=policy.max_completion_tokens,
+        )

@@ -1,52 +1,164 @@
-"""A finished run as the report reads it: `results.json` and the folders that it names."""
+"""Finished runs as the report reads them: their `results.json` and the folders that it names."""
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float64
+
 from mixpo.data.errors import InputError
-from mixpo.experiments.run import FORMAT, ArmResult
+from mixpo.experiments.run import FORMAT, ArmResult, GradientsResult
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
+MEASURES = {"score": "reward", "true_reward": "true r*", "second_score": "second reward"}
+"""What is measured of a completion: the column of an evaluation, and its name in the report."""
+
 
 @dataclass(frozen=True)
-class Results:
-    """A run. Everything else is read from its stages' folders when it is asked for."""
+class Run:
+    """A finished run as `mixpo run` left it."""
 
     folder: Path
     name: str
     recipe: dict[str, Any]
     arms: tuple[ArmResult, ...]
+    gradients: tuple[GradientsResult, ...]
     mixpo: str
+
+    @property
+    def is_world(self) -> bool:
+        """Whether the true reward of any text is known."""
+        return bool(self.recipe["data"]["format"] == "world")
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A stage of the runs, with the arms and seeds that stand on it."""
+
+    key: str
+    """Such as `DPO-1a2b3c4d`."""
+    folder: Path
+    label: str
+    """What tells it from others of its kind: its seed and, at points of a sweep, the settings that differ."""
+    arms: list[str]
+    seeds: list[int]
+    run: Run
+
+    @property
+    def kind(self) -> str:
+        """Such as DPO."""
+        return self.key.partition("-")[0]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Its `summary.json`."""
+        return read_summary(self.folder)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run or several on the same test prompts. An arm is known by its name, in the order of the recipes."""
+
+    runs: tuple[Run, ...]
+    arms: tuple[ArmResult, ...]
+    """Of all runs; where there are several, their names begin with the run's."""
+
+    @property
+    def title(self) -> str:
+        """The runs' names."""
+        return ", ".join(run.name for run in self.runs)
 
     @cached_property
     def names(self) -> list[str]:
-        """The arms in the recipe's order."""
-        return list(dict.fromkeys(arm.arm for arm in self.arms))
+        """All arms."""
+        return list(dict.fromkeys(arm.name for arm in self.arms))
+
+    @cached_property
+    def finished(self) -> list[str]:
+        """The arms that finished at one seed or more."""
+        return [name for name in self.names if self.done(name)]
+
+    @cached_property
+    def plain(self) -> list[str]:
+        """The finished arms as the recipes have them, without the points of sweeps."""
+        return [name for name in self.finished if not next(iter(self.done(name).values())).changes]
 
     @cached_property
     def seeds(self) -> list[int]:
-        """The seeds in the recipe's order."""
+        """All seeds."""
         return list(dict.fromkeys(arm.seed for arm in self.arms))
 
     def of(self, name: str) -> list[ArmResult]:
         """An arm at every seed."""
-        return [arm for arm in self.arms if arm.arm == name]
+        return [arm for arm in self.arms if arm.name == name]
 
-    def stage(self, kind: str, seed: int) -> Path | None:
-        """The folder of a stage that all arms of a seed share, such as RewardModel; None if it is not there."""
-        for arm in self.arms:
-            for key, folder in arm.stages.items():
-                if arm.seed == seed and key.startswith(f"{kind}-") and (Path(folder) / "summary.json").exists():
-                    return Path(folder)
-        return None
+    def done(self, name: str) -> dict[int, ArmResult]:
+        """An arm at the seeds at which it finished."""
+        return {arm.seed: arm for arm in self.of(name) if arm.status == "done"}
+
+    def has(self, names: Sequence[str], key: str) -> bool:
+        """Whether every evaluation of these finished arms has a column."""
+        return all(key in columns(arm.evaluation) for name in names for arm in self.done(name).values())
+
+    def values(self, name: str, key: str, seeds: Sequence[int] | None = None) -> Float64[np.ndarray, "seeds prompts"]:
+        """A column of an arm's evaluations at the seeds at which it finished, or at those given."""
+        done = self.done(name)
+        return np.stack([columns(done[seed].evaluation)[key] for seed in (done if seeds is None else seeds)])
+
+    def common_seeds(self, *names: str) -> list[int]:
+        """The seeds at which all these arms finished."""
+        return [seed for seed in self.seeds if all(seed in self.done(name) for name in names)]
+
+    def measures(self, names: Sequence[str]) -> dict[str, str]:
+        """The measures that all these arms have, with their names."""
+        return {key: label for key, label in MEASURES.items() if self.has(names, key)}
+
+    @cached_property
+    def stages(self) -> list[StageFolder]:
+        """Every complete stage of the runs once, inputs first."""
+        found: dict[str, StageFolder] = {}
+        for run in self.runs:
+            for arm in run.arms:
+                for key, place in arm.stages.items():
+                    folder = Path(place)
+                    if key not in found and (folder / "summary.json").exists():
+                        changed = [f"{name}={value}" for name, value in arm.changes.items()]
+                        label = ", ".join([f"seed {arm.seed}", *changed])
+                        found[key] = StageFolder(key, folder, label, [], [], run)
+                    if key in found:
+                        _add(found[key].arms, arm.name)
+                        _add(found[key].seeds, arm.seed)
+        return list(found.values())
+
+    def stages_of(self, kind: str) -> list[StageFolder]:
+        """The complete stages of a kind."""
+        return [stage for stage in self.stages if stage.kind == kind]
 
 
-def load(folder: Path) -> Results:
-    """Read a run's folder. Raises `InputError` if it is none, or of another version."""
+def _add(items: list[Any], item: Any) -> None:
+    if item not in items:
+        items.append(item)
+
+
+def load(*folders: Path) -> Results:
+    """Read finished runs. Raises `InputError` if one is none, or of another version, or has other test prompts."""
+    runs = [_load(folder) for folder in folders]
+    if len(runs) == 1:
+        return Results((runs[0],), runs[0].arms)
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        runs = [replace(run, name=str(run.folder)) for run in runs]
+    runs = [replace(run, arms=tuple(replace(arm, arm=f"{run.name}: {arm.arm}") for arm in run.arms)) for run in runs]
+    _refuse_other_prompts(runs)
+    return Results(tuple(runs), tuple(arm for run in runs for arm in run.arms))
+
+
+def _load(folder: Path) -> Run:
     file = folder / "results.json"
     if not file.exists():
         raise InputError(f"{folder}: found no results.json; expected the folder of a finished run, such as runs/world")
@@ -57,10 +169,30 @@ def load(folder: Path) -> Results:
             f"expected format {FORMAT}; run the recipe again with out=PATH"
         )
     arms = tuple(ArmResult(**arm) for arm in content["arms"])
-    for place in {place for arm in arms for place in arm.stages.values()}:
+    gradients = tuple(GradientsResult(**one) for one in content["gradients"])
+    places = {place for arm in arms for place in [*arm.stages.values(), *arm.trace]}
+    for place in places | {one.folder for one in gradients if one.folder}:
         if not (Path(place) / "summary.json").exists():
             raise InputError(f"{place}: found no finished stage there; it was moved or deleted; run the recipe again")
-    return Results(folder, content["name"], content["recipe"], arms, content["mixpo"])
+    return Run(folder, content["name"], content["recipe"], arms, gradients, content["mixpo"])
+
+
+def _refuse_other_prompts(runs: Sequence[Run]) -> None:
+    """Arms are compared prompt by prompt, so all runs must have asked the same ones."""
+    asked = {
+        run.folder: [str(row["prompt"]) for row in completions(next(arm for arm in run.arms if arm.evaluation))]
+        for run in runs
+        if any(arm.evaluation for arm in run.arms)
+    }
+    for folder, prompts in asked.items():
+        first, expected = next(iter(asked.items()))
+        if prompts != expected:
+            place = next((n for n, (a, b) in enumerate(zip(prompts, expected, strict=False)) if a != b), None)
+            where = "the longer begins with the shorter" if place is None else f"they differ from prompt {place + 1} on"
+            raise InputError(
+                f"{folder}: found {len(prompts)} test prompts, {first} has {len(expected)}, and {where}; expected the "
+                "same prompts in all runs; run them with the same data and evaluation.prompts"
+            )
 
 
 def evaluation(arm: ArmResult) -> dict[str, Any]:
@@ -73,6 +205,15 @@ def completions(arm: ArmResult) -> list[dict[str, Any]]:
     """The rows of a finished arm's evaluation, in the order of the test prompts."""
     assert arm.evaluation is not None
     return read_table(Path(arm.evaluation) / "completions.parquet")
+
+
+@lru_cache(maxsize=4096)
+def columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"]]:
+    """The numbers of an evaluation by column, in the order of the test prompts."""
+    assert folder is not None
+    rows = read_table(Path(folder) / "completions.parquet")
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

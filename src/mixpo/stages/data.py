@@ -47,6 +47,9 @@ class DataSettings(Settings):
     test_rows: int | None = pydantic.Field(None, ge=1)
     demonstration_rows: int | None = pydantic.Field(None, ge=1)
     test_share: float = pydantic.Field(0.1, gt=0, lt=1)
+    second_rows: int = pydantic.Field(0, ge=0)
+    """About so many preference rows are kept apart for a second reward model, which only measures; none of their
+    prompts is in train."""
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     """A longer prompt is a bad row."""
     on_bad_row: Literal["error", "drop"] | None = None
@@ -97,6 +100,11 @@ class Data(Stage, DataSettings):
         """The human pairs as given."""
         return Part(stage=self, of="train")
 
+    @property
+    def second_pairs(self) -> Part:
+        """The human pairs kept apart for a second reward model."""
+        return Part(stage=self, of="second")
+
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Read, validate, cut to size, write."""
         cost = Cost()
@@ -126,11 +134,21 @@ class Data(Stage, DataSettings):
                 refuse(bad, total)
         if not test:
             train, test = _hold_out(train, self.test_share, self.data_seed)
+        second: list[Preference] = []
+        if self.second_rows:
+            train, second = _hold_out(train, self.second_rows / max(1, len(train)), self.data_seed + 1)
         train, test = _draw(train, self.train_rows, self.data_seed), _draw(test, self.test_rows, self.data_seed)
         if not demonstrations:
             demonstrations = [Demonstration(row.prompt, row.chosen) for row in train]
         demonstrations = _draw(demonstrations, self.demonstration_rows, self.data_seed)
-        for name, rows in (("train", train), ("test", test), ("demonstrations", demonstrations)):
+        kept: dict[str, list[Preference] | list[Demonstration]] = {
+            "train": train,
+            "test": test,
+            "demonstrations": demonstrations,
+        }
+        if self.second_rows:
+            kept["second"] = second
+        for name, rows in kept.items():
             if not rows:
                 raise InputError(
                     f"data.{name}: nothing is left of {total} rows after {len(bad)} bad ones were dropped; "
@@ -148,6 +166,7 @@ class Data(Stage, DataSettings):
             train_rows=len(train),
             test_rows=len(test),
             demonstration_rows=len(demonstrations),
+            second_rows=len(second),
             bad_rows=len(bad),
         )
 
@@ -155,7 +174,7 @@ class Data(Stage, DataSettings):
         if self.format == "world":
             world = make_world(
                 demonstrations=self.demonstration_rows or 0,
-                train=self.train_rows or 0,
+                train=(self.train_rows or 0) + self.second_rows,
                 test=self.test_rows or 0,
                 seed=self.data_seed,
             )

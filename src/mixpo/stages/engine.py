@@ -21,7 +21,7 @@ from mixpo.stages.stage import Stage
 from mixpo.training.record import reset_peak_memory
 from mixpo.training.runtime import Runtime
 
-VERSION = "2"
+VERSION = "3"
 """Bump when stages compute something else from the same config: folders of other versions are left alone."""
 
 

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pydantic
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from mixpo.algorithms.kl import kl_of_best_of
 from mixpo.algorithms.statistics import bootstrap_mean
+from mixpo.data.errors import InputError
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.data.world import true_reward
 from mixpo.models.loading import load_policy, load_reward_model, model_digest
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages.rows import read_table, unique_prompts, write_table
-from mixpo.stages.stage import Seeded, Stage, finish, model_in
+from mixpo.stages.stage import Seeded, Snapshot, Stage, finish, model_in
 from mixpo.training.record import Cost, progress
 from mixpo.training.runtime import Runtime
 
@@ -34,11 +38,15 @@ class EvaluationSettings(Seeded):
 class Evaluation(Stage, EvaluationSettings):
     """Writes `completions.parquet`, a row a prompt, and the means with bootstrap 95% intervals."""
 
-    policy: Stage
+    policy: Stage | Snapshot
     sft: Stage
     """The KL is measured from it, whatever the policy was anchored to."""
     reward: Stage
+    second: Stage | None = None
+    """A reward model trained on other pairs, which nothing was optimised for."""
     data: Stage
+    best_of: int = pydantic.Field(1, ge=1)
+    """Draw so many completions a prompt and keep the one with the highest score; SFT only."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample, score, measure."""
@@ -50,26 +58,35 @@ class Evaluation(Stage, EvaluationSettings):
         drawn = sample(
             lm,
             prompts,
-            k=1,
+            k=self.best_of,
             max_tokens=self.max_completion_tokens,
             seed=self.seed,
             token_budget=runtime.sampling_tokens,
             advance=progress(len(prompts)),
         )
         completions = [row.completions for row in drawn]
-        logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
-        tokens = sum(len(branches[0]) for branches in completions)
-        cost.sampled(lm.model, tokens, sum(map(len, prompts)))
-        budget = runtime.microbatch_tokens
+        prompted, budget = sum(map(len, prompts)), runtime.microbatch_tokens
+        tokens = sum(len(completion) for branches in completions for completion in branches)
+        cost.sampled(lm.model, tokens, prompted)
+
+        def scored(reward_folder: Path) -> Float[Tensor, "prompts k"]:
+            reward = load_reward_model(model_in(reward_folder), device=device, precision=self.precision)
+            cost.scored(reward.model, prompted + sum(len(c) for branches in completions for c in branches))
+            return scores(reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=budget)
+
+        found, best = scored(inputs["reward"]).max(dim=1)
+        kept = best.tolist()
+        completions = [[branches[place]] for branches, place in zip(completions, kept, strict=True)]
+        second = scored(inputs["second"])[:, 0] if self.second is not None else None
         if model_digest(policy_folder) == model_digest(sft_folder):
-            kl = torch.zeros(len(prompts))
+            kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
+        elif self.best_of > 1:
+            raise InputError("evaluation.best_of: found another policy than SFT; its KL from SFT is known for SFT only")
         else:
+            logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
             sft = load_policy(sft_folder, device=device, precision=self.precision)
             kl = logprobs - sequence_logprobs(sft, prompts, completions, token_budget=budget)[:, 0]
-            cost.scored(sft.model, tokens + sum(map(len, prompts)))
-        reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
-        found = scores(reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=budget)[:, 0]
-        cost.scored(reward.model, tokens + sum(map(len, prompts)))
+            cost.scored(sft.model, tokens + prompted)
 
         texts = [completion_text(lm.tokenizer, branches[0]) for branches in completions]
         columns: dict[str, list[float]] = {
@@ -78,6 +95,8 @@ class Evaluation(Stage, EvaluationSettings):
             "tokens": [float(len(branches[0])) for branches in completions],
             "ended": [float(branches[0][-1] == lm.end_token) for branches in completions],
         }
+        if second is not None:
+            columns["second_score"] = second.double().tolist()
         if _is_world(inputs["data"]):
             columns["true_reward"] = [
                 true_reward(_question(prompt), text) for prompt, text in zip(asked, texts, strict=True)

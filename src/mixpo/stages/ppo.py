@@ -3,6 +3,7 @@
 One iteration is read from top to bottom in `_roll_out` and `_learn`: sample, score, shape rewards, advantages, update.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
+from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3, sft_weight, steer
 from mixpo.algorithms.masked import masked_mean, whiten
 from mixpo.algorithms.ppo import (
     clip_fraction,
@@ -45,7 +46,7 @@ from mixpo.models.loading import (
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import read_all, retokenised, scores, token_logprobs
 from mixpo.stages.rows import read_table, unique_prompts
-from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
+from mixpo.stages.stage import Part, Seeded, Snapshot, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
 from mixpo.training.health import mean_of_last, policy_alarms, tell
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
@@ -83,8 +84,8 @@ class PPOSettings(Seeded, OptimizerSettings):
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """`gae` uses a value model; the others compare `completions_per_prompt` completions and use none."""
     completions_per_prompt: int = pydantic.Field(1, ge=1)
-    epochs: int = pydantic.Field(1, ge=1)
-    """Passes over the prompts."""
+    epochs: float = pydantic.Field(1.0, gt=0)
+    """Passes over the prompts; the last may be a part of one."""
     batch_size: int = pydantic.Field(64, ge=1)
     """Prompts of an iteration."""
     minibatches: int = pydantic.Field(1, ge=1)
@@ -99,6 +100,9 @@ class PPOSettings(Seeded, OptimizerSettings):
     """The paper's beta: reward units a nat of KL to the reference."""
     kl_target: float | None = pydantic.Field(None, gt=0)
     """Nats a completion that an adaptive controller steers the KL to by changing kl_coef (Ziegler et al. 2019)."""
+    kl_budget: float | None = pydantic.Field(None, gt=0)
+    """Nats a completion to which a controller holds the KL from SFT, whatever the reference is, by a multiplier of
+    kl_coef: under 1 it loosens the anchor, above 1 it moves the anchor from the reference to SFT."""
     score_clip: float | None = pydantic.Field(5.0, gt=0)
     missing_end_penalty: float = pydantic.Field(0.0, ge=0)
     """Taken off the clipped score of a completion that was cut off."""
@@ -116,6 +120,8 @@ class PPOSettings(Seeded, OptimizerSettings):
     max_kl: float = pydantic.Field(1.0, gt=0)
     """Mean KL to the reference, in nats a token, above which the stage stops."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
+    snapshots: int = pydantic.Field(0, ge=0)
+    """Policies kept on the way, at even distances, to see how they came where they are."""
     lora: Lora | None = None
 
     @pydantic.model_validator(mode="before")
@@ -126,7 +132,12 @@ class PPOSettings(Seeded, OptimizerSettings):
         return values
 
     @pydantic.model_validator(mode="after")
-    def _check_group(self) -> "PPOSettings":
+    def _check_together(self) -> "PPOSettings":
+        if self.kl_budget is not None and (self.kl_target is not None or self.kl_coef == 0):
+            raise InputError(
+                f"ppo.kl_budget: found beside kl_target {self.kl_target} and kl_coef {self.kl_coef:g}; expected no "
+                "kl_target and a kl_coef above 0, which the budget's controller multiplies"
+            )
         if self.advantage != "gae" and self.completions_per_prompt < 2:
             raise InputError(
                 f"ppo.completions_per_prompt: found {self.completions_per_prompt} with advantage: {self.advantage}; "
@@ -159,6 +170,10 @@ class Learner:
     value_head: nn.Module | None
     value_optimizer: torch.optim.Optimizer | None
     kl_coef: float
+    multiplier: float = 1.0
+    """Of kl_coef; kl_budget's controller changes it."""
+    errors: float = 0.0
+    """The sum that the controller keeps."""
 
     @property
     def shared(self) -> bool:
@@ -171,6 +186,8 @@ class PPO(Stage, PPOSettings):
 
     policy: Stage
     reference: Stage
+    sft: Stage
+    """The KL from it is logged, and held to kl_budget."""
     reward: Stage
     prompts: Part
 
@@ -181,6 +198,8 @@ class PPO(Stage, PPOSettings):
         policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
         policy = load_policy(policy_folder, device=device, precision=self.precision)
         reference = load_policy(reference_folder, device=device, precision=self.precision)
+        at_sft = model_digest(reference_folder) == model_digest(model_in(inputs["sft"]))
+        sft = reference if at_sft else load_policy(model_in(inputs["sft"]), device=device, precision=self.precision)
         reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
         if not same_tokens(reference.tokenizer, policy.tokenizer):
             raise InputError("ppo.reference: its tokenizer differs from the policy's; expected the same tokens in both")
@@ -191,12 +210,14 @@ class PPO(Stage, PPOSettings):
         asked = unique_prompts(read_table(inputs["prompts"]))
         prompts = [prompt_tokens(policy.tokenizer, prompt) for prompt in asked]
         per_epoch = -(-len(prompts) // self.batch_size)
-        total = self.epochs * per_epoch
+        total = max(1, round(self.epochs * per_epoch))
+        kept = _snapshot_steps(self.snapshots, total)
         checkpoint = Checkpoint(out, _parts(learner), every_minutes=runtime.checkpoint_minutes)
         first, extra = checkpoint.resume()
         trim_jsonl(out / "completions.jsonl", first)
         cost, log = Cost(extra.get("cost")), Metrics(out, resumed_at=first)
         learner.kl_coef = extra.get("kl_coef", self.kl_coef)
+        learner.multiplier, learner.errors = extra.get("multiplier", 1.0), extra.get("errors", 0.0)
 
         weights = Trainable(policy.model)
         sound = weights.copy()
@@ -209,6 +230,7 @@ class PPO(Stage, PPOSettings):
                     self,
                     learner,
                     reference,
+                    sft,
                     reward,
                     [asked[row] for row in rows],
                     [prompts[row] for row in rows],
@@ -231,6 +253,10 @@ class PPO(Stage, PPOSettings):
                 ) from error
             if self.kl_target is not None:
                 learner.kl_coef = adapt_kl_coef(learner.kl_coef, metrics["kl"], target=self.kl_target)
+            if self.kl_budget is not None:
+                learner.multiplier, learner.errors = steer(
+                    learner.errors, metrics["kl_from_sft"], budget=self.kl_budget
+                )
             append_jsonl(
                 out / "completions.jsonl",
                 [
@@ -242,15 +268,28 @@ class PPO(Stage, PPOSettings):
                 ],
             )
             log.add(step, total, metrics)
-            checkpoint.maybe_write(step + 1, {"cost": cost.counts(), "kl_coef": learner.kl_coef})
+            if step + 1 in kept:
+                folder = Snapshot(stage=self, number=kept.index(step + 1) + 1).path_in(out)
+                save_model(policy, model_in(folder), copy.deepcopy(adapters))
+            state = {"kl_coef": learner.kl_coef, "multiplier": learner.multiplier, "errors": learner.errors}
+            checkpoint.maybe_write(step + 1, {"cost": cost.counts(), **state})
 
         digest = save_model(policy, model_in(out), adapters)
         metrics_rows = log.rows()
-        names = ("score", "reward", "kl", "entropy", "end_rate", "completion_tokens")
+        names = ("score", "reward", "kl", "kl_from_sft", "entropy", "end_rate", "completion_tokens")
         figures = {name: mean_of_last(metrics_rows, name) for name in names}
         alarms = tell(policy_alarms(metrics_rows))
-        finish(out, cost, model=digest, prompts=len(prompts), steps=total, alarms=alarms, **figures)
+        finish(out, cost, model=digest, prompts=len(prompts), steps=total, snapshots=kept, alarms=alarms, **figures)
         checkpoint.remove()
+
+
+def _snapshot_steps(count: int, total: int) -> list[int]:
+    """After which steps a snapshot is kept: the ends of the first `count` of count + 1 equal parts."""
+    if count >= total:
+        raise InputError(
+            f"ppo.snapshots: found {count}, but there are {total} iterations; expected fewer snapshots than iterations"
+        )
+    return [round(total * number / (count + 1)) for number in range(1, count + 1)]
 
 
 def _learner(
@@ -308,6 +347,7 @@ def _roll_out(
     stage: PPOSettings,
     learner: Learner,
     reference: LanguageModel,
+    sft: LanguageModel,
     reward: LanguageModel,
     asked: Sequence[Prompt],
     prompts: list[list[int]],
@@ -341,12 +381,18 @@ def _roll_out(
     reference_logprobs = token_logprobs(reference, prompts, completions, token_budget=budget)
     cost.scored(reward.model, sampled_tokens + prompted)
     cost.scored(reference.model, sampled_tokens + prompted)
+    sft_logprobs = reference_logprobs
+    if sft is not reference:
+        sft_logprobs = token_logprobs(sft, prompts, completions, token_budget=budget)
+        cost.scored(sft.model, sampled_tokens + prompted)
+    kl_coef = learner.kl_coef * learner.multiplier
+    anchor_logprobs = reference_logprobs.lerp(sft_logprobs, sft_weight(learner.multiplier))
     rewards = shaped_rewards(
         logprobs.flatten(0, 1),
-        reference_logprobs.flatten(0, 1),
+        anchor_logprobs.flatten(0, 1),
         mask.flatten(0, 1),
         found.flatten(),
-        kl_coef=learner.kl_coef,
+        kl_coef=kl_coef,
         score_clip=stage.score_clip,
         penalties=stage.missing_end_penalty * (~ended.flatten()).float(),
     ).view_as(mask)
@@ -383,11 +429,13 @@ def _roll_out(
         "kl_per_token": float(masked_mean(kl, mask)),
         "kl_k3": float((kl_k3(logprobs, reference_logprobs) * mask).sum(dim=-1).mean()),
         "kl_abs_per_token": float(masked_mean(kl.abs(), mask)),
-        "kl_coef": learner.kl_coef,
+        "kl_from_sft": float((kl_k1(logprobs, sft_logprobs) * mask).sum(dim=-1).mean()),
+        "kl_coef": kl_coef,
         "completion_tokens": float(lengths.float().mean()),
         "end_rate": float(ended.float().mean()),
         "distinct": len({tuple(c) for branches in completions for c in branches}) / ended.numel(),
         "tokens": float(sampled_tokens),
+        "completions": float(ended.numel()),
         "sampling_seconds": time.perf_counter() - started,
     }
     if values is not None and returns is not None:

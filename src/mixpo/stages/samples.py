@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pydantic
 
+from mixpo.algorithms.selection import order_by_score, score_gaps
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model, model_digest
@@ -29,12 +31,20 @@ class SamplesSettings(Seeded):
 
 
 class Samples(Stage, SamplesSettings):
-    """Writes `samples.parquet`: prompt, completions, tokens, logprobs, scores (two of each)."""
+    """Writes `pairs.parquet`, scored pairs: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
+
+    The higher score is chosen. Two completions of the same tokens have the gap 0, whatever rounding made of it.
+    """
 
     policy: Stage
     reward: Stage
     rows: Part
     """Whose prompts are used, each once."""
+
+    @property
+    def pairs(self) -> Part:
+        """All scored pairs."""
+        return Part(stage=self, of="pairs")
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample and score."""
@@ -61,19 +71,35 @@ class Samples(Stage, SamplesSettings):
             reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=runtime.microbatch_tokens
         )
         cost.scored(reward.model, _count(completions) + sum(map(len, prompts)))
+        numbers = found.double().numpy()
+        same = np.array([row.completions[0] == row.completions[1] for row in drawn])
+        gaps = np.where(same, 0.0, score_gaps(numbers))
         rows = [
             {
                 "prompt": prompt,
-                "completions": [completion_text(lm.tokenizer, completion) for completion in row.completions],
-                "tokens": row.completions,
-                "logprobs": row.logprobs,
-                "scores": score,
+                "gap": gap,
+                "completions": [completion_text(lm.tokenizer, row.completions[place]) for place in order],
+                "tokens": [row.completions[place] for place in order],
+                "logprobs": [row.logprobs[place] for place in order],
+                "scores": [scored[place] for place in order],
             }
-            for prompt, row, score in zip(asked, drawn, found.double().tolist(), strict=True)
+            for prompt, row, scored, gap, order in zip(
+                asked, drawn, numbers.tolist(), gaps.tolist(), order_by_score(numbers).tolist(), strict=True
+            )
         ]
         sampler = sampler_name(model_digest(model_in(inputs["policy"])), self.precision)
-        write_table(out / "samples.parquet", rows, sampler=sampler)
-        finish(out, cost, prompts=len(rows), end_rate=_end_rate(lm, completions))
+        write_table(out / "pairs.parquet", rows, sampler=sampler)
+        finish(
+            out,
+            cost,
+            pairs=len(rows),
+            identical=int(same.sum()),
+            gap_mean=float(gaps.mean()),
+            gap_median=float(np.median(gaps)),
+            gap_under_1=float((gaps < 1).mean()),
+            score_std=float(numbers.std()),
+            end_rate=_end_rate(lm, completions),
+        )
 
 
 def _count(completions: list[list[list[int]]]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from mixpo.algorithms.selection import easy_mask, order_by_score, score_gaps, threshold_for_easy_fraction
+from mixpo.algorithms.selection import easy_mask, threshold_for_easy_fraction
 from mixpo.data.errors import InputError
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_sampler, read_table, write_table
@@ -34,7 +34,7 @@ class SelectionSettings(Settings):
 
 
 class Selection(Stage, SelectionSettings):
-    """Writes `easy.parquet`, `hard.parquet` and `all.parquet`: scored pairs, the higher score first (chosen)."""
+    """Writes `easy.parquet` and `hard.parquet`: the scored pairs of `samples`, split."""
 
     samples: Stage
 
@@ -48,19 +48,12 @@ class Selection(Stage, SelectionSettings):
         """All other pairs, identical completions among them."""
         return Part(stage=self, of="hard")
 
-    @property
-    def all(self) -> Part:
-        """Easy and hard together."""
-        return Part(stage=self, of="all")
-
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Order and split."""
+        """Split."""
         cost = Cost()
-        source = inputs["samples"] / "samples.parquet"
+        source = inputs["samples"] / "pairs.parquet"
         rows = read_table(source)
-        found = np.array([row["scores"] for row in rows], dtype=np.float64)
-        same = np.array([row["tokens"][0] == row["tokens"][1] for row in rows])
-        gaps = np.where(same, 0.0, score_gaps(found))
+        gaps = np.array([row["gap"] for row in rows], dtype=np.float64)
         threshold = self.threshold
         if threshold is None:
             assert self.easy_fraction is not None
@@ -72,25 +65,7 @@ class Selection(Stage, SelectionSettings):
                 f"selection.threshold: {threshold:g} leaves no {empty} pair; the gaps run from {gaps.min():.3g} to "
                 f"{gaps.max():.3g} with median {np.median(gaps):.3g}; choose a threshold between, or easy_fraction"
             )
-        ordered = []
-        for row, gap, order in zip(rows, gaps.tolist(), order_by_score(found).tolist(), strict=True):
-            pair = {
-                name: [row[name][place] for place in order] for name in ("completions", "tokens", "logprobs", "scores")
-            }
-            ordered.append({"prompt": row["prompt"], "gap": gap, **pair})
         sampler = read_sampler(source)
-        for name, mask in (("easy", easy), ("hard", ~easy), ("all", np.ones_like(easy))):
-            write_table(out / f"{name}.parquet", [ordered[place] for place in np.flatnonzero(mask)], sampler=sampler)
-        finish(
-            out,
-            cost,
-            threshold=threshold,
-            pairs=len(rows),
-            easy=int(easy.sum()),
-            hard=int((~easy).sum()),
-            identical=int(same.sum()),
-            gap_mean=float(gaps.mean()),
-            gap_median=float(np.median(gaps)),
-            gap_under_1=float((gaps < 1).mean()),
-            score_std=float(found.std()),
-        )
+        for name, mask in (("easy", easy), ("hard", ~easy)):
+            write_table(out / f"{name}.parquet", [rows[place] for place in np.flatnonzero(mask)], sampler=sampler)
+        finish(out, cost, threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))

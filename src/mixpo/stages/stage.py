@@ -24,19 +24,19 @@ class Stage(exca.helpers.DiscriminatedModel):
 
     def inputs(self) -> dict[str, "Stage"]:
         """The upstream stages by the name of the field that holds them."""
-        return {name: part.stage if isinstance(part, Part) else part for name, part in self._upstream()}
+        return {name: part if isinstance(part, Stage) else part.stage for name, part in self._upstream()}
 
     def paths(self, folders: Mapping[str, Path]) -> dict[str, Path]:
-        """What each upstream field stands for on disk: the stage's folder, or the file of one part of it."""
+        """What each upstream field stands for on disk: the stage's folder, or one part or snapshot of it."""
         return {
-            name: folders[name] / f"{part.of}.parquet" if isinstance(part, Part) else folders[name]
+            name: folders[name] if isinstance(part, Stage) else part.path_in(folders[name])
             for name, part in self._upstream()
         }
 
-    def _upstream(self) -> Iterator[tuple[str, "Stage | Part"]]:
+    def _upstream(self) -> Iterator[tuple[str, "Stage | Part | Snapshot"]]:
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, Stage | Part):
+            if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
@@ -49,6 +49,21 @@ class Part(Settings):
 
     stage: Stage
     of: str
+
+    def path_in(self, folder: Path) -> Path:
+        """The file in the stage's folder."""
+        return folder / f"{self.of}.parquet"
+
+
+class Snapshot(Settings):
+    """A policy on the way of a stage that keeps some: `PPO(..., snapshots=3)` keeps numbers 1, 2 and 3."""
+
+    stage: Stage
+    number: int
+
+    def path_in(self, folder: Path) -> Path:
+        """The folder in the stage's folder that holds `model/`."""
+        return folder / "snapshots" / str(self.number)
 
 
 class Seeded(Settings):

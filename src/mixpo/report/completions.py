@@ -1,0 +1,42 @@
+"""What do they say? Every arm's completions of the test prompts, side by side."""
+
+from mixpo.report.arms import compared
+from mixpo.report.document import ArmCompletion, Asked, Turn
+from mixpo.report.results import Results, completions
+
+MOST = 256
+"""Prompts shown."""
+
+
+def asked(results: Results) -> list[Asked]:
+    """The first test prompts with the completions of the arms that finished the first seed at which any did."""
+    seed = next((arm.seed for arm in results.arms if arm.status == "done"), None)
+    rows = {arm.name: completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
+    if not rows:
+        return []
+    shown = []
+    for number, row in enumerate(next(iter(rows.values()))[:MOST]):
+        prompt = row["prompt"]
+        turns = [Turn("user", prompt)] if isinstance(prompt, str) else [Turn(t["role"], t["content"]) for t in prompt]
+        said = [
+            ArmCompletion(arm, one["completion"], one["score"], one.get("true_reward"), one.get("second_score"))
+            for arm, one in ((arm, found[number]) for arm, found in rows.items())
+        ]
+        shown.append(Asked(number + 1, turns[:-1], turns[-1].content, said))
+    return shown
+
+
+def opening(results: Results, asked: list[Asked]) -> str:
+    """What they are, and on how many the compared arms differ."""
+    if not asked:
+        return "No arm finished, so there are no completions."
+    seed = next(arm.seed for arm in results.arms if arm.status == "done")
+    said = f"The first {len(asked)} test prompts and what {len(asked[0].completions)} arms say to them at seed {seed}"
+    scores = [{shown.arm: shown.score for shown in one.completions} for one in asked]
+    pair = compared(results)
+    if pair is None or not set(pair) <= set(scores[0]):
+        return f"{said}."
+    one, other = pair
+    higher = sum(score[one] > score[other] for score in scores)
+    lower = sum(score[one] < score[other] for score in scores)
+    return f"{said}; the score of {one} is above that of {other} on {higher} of them and below it on {lower}."

@@ -1,0 +1,90 @@
+"""Gradients: what one DPO step does to a pair's two completions, against Theorem 1 and Corollary 1 of the paper."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import torch
+from torch import Tensor
+
+from mixpo.algorithms.preference import dpo_gradients
+from mixpo.data.branches import pack
+from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
+from mixpo.models.loading import load_policy
+from mixpo.models.scoring import sequence_logprobs
+from mixpo.settings import Settings
+from mixpo.stages.rows import read_pairs, write_table
+from mixpo.stages.stage import Part, Stage, finish, model_in
+from mixpo.training.record import Cost, progress
+from mixpo.training.runtime import Runtime
+
+
+class GradientsSettings(Settings):
+    """How many pairs are measured."""
+
+    pairs: int = pydantic.Field(0, ge=0)
+    """Of each part; 0 measures none."""
+
+
+class Gradients(Stage):
+    """Writes `gradients.parquet`, a row a pair, measured on a DPO model. Everything runs in float32.
+
+    `log_x_chosen`, `log_x_rejected`: log(pi / pi_ref) of both completions (x_w and x_l of Theorem 1). `by_chosen`,
+    `by_rejected`: dL/dx_w and dL/dx_l by automatic differentiation of the DPO loss. `chosen_chosen`,
+    `rejected_rejected`, `chosen_rejected`: inner products of the gradients, over all weights, of the completions'
+    log-probs: what a small step does to both is their combination.
+    """
+
+    policy: Stage
+    """The DPO model."""
+    reference: Stage
+    pairs: Part
+    beta: float
+    count: int = pydantic.Field(ge=1)
+    """The first so many pairs."""
+    max_completion_tokens: int
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Measure pair by pair."""
+        device, cost = runtime.start(), Cost()
+        lm = load_policy(model_in(inputs["policy"]), device=device)
+        reference = load_policy(model_in(inputs["reference"]), device=device)
+        pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
+        prompts, completions = pairs.prompts[: self.count], pairs.completions[: self.count]
+        anchored = sequence_logprobs(reference, prompts, completions, token_budget=runtime.microbatch_tokens).double()
+        advance = progress(len(prompts))
+        rows = []
+        for prompt, branches, (reference_chosen, reference_rejected) in zip(
+            prompts, completions, anchored.tolist(), strict=True
+        ):
+            (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompt, branches)
+            cost.trained(lm.model, 2 * len(prompt) + sum(map(len, branches)))
+            log_x = torch.tensor([chosen - reference_chosen, rejected - reference_rejected], dtype=torch.float64)
+            by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
+            rows.append(
+                {
+                    "log_x_chosen": float(log_x[0]),
+                    "log_x_rejected": float(log_x[1]),
+                    "by_chosen": by_chosen,
+                    "by_rejected": by_rejected,
+                    "chosen_chosen": float(chosen_gradient @ chosen_gradient),
+                    "rejected_rejected": float(rejected_gradient @ rejected_gradient),
+                    "chosen_rejected": float(chosen_gradient @ rejected_gradient),
+                }
+            )
+            advance(1)
+        write_table(out / "gradients.parquet", rows)
+        finish(out, cost, pairs=len(rows))
+
+
+def _gradients(lm: LanguageModel, prompt: list[int], branches: list[list[int]]) -> tuple[list[float], list[Tensor]]:
+    """The log-prob of each completion, and its gradient over all weights as one vector."""
+    learn(lm)
+    parameters = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    logprobs, gradients = [], []
+    for completion in branches:
+        logprob = branch_logprobs(lm, pack([prompt], [[completion]]).to(lm.device)).sum()
+        logprobs.append(float(logprob.detach()))
+        found = torch.autograd.grad(logprob, parameters)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    return logprobs, gradients

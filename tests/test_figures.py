@@ -1,0 +1,132 @@
+"""Figures: their numbers are those given, their pictures are well-formed, hostile names are text."""
+
+import math
+import warnings
+from collections.abc import Callable
+from xml.etree import ElementTree
+
+import pytest
+
+from mixpo.algorithms.statistics import Interval
+from mixpo.report import figures
+from mixpo.report.document import Figure
+from mixpo.report.figures import Point, Share
+
+HOSTILE = "</svg><script>alert(1)</script>--> ]]> \"'&\n$x_1$ 漢 #010203"
+NAN = math.nan
+POINT = Point(HOSTILE, Interval(1.0, 0.5, 1.5), Interval(2.0, 1.75, 2.25))
+BARE = Point("_bare", Interval(0.0, NAN, NAN), Interval(1.0, NAN, NAN))
+SHARE = Interval(0.75, 0.5, 0.9)
+
+
+def every() -> dict[str, Callable[[], Figure]]:
+    return {
+        "plane": lambda: figures.plane([POINT, BARE], name="a", x=HOSTILE, y="y", title=HOSTILE),
+        "paths": lambda: figures.paths(
+            {f"ppo, {HOSTILE}": [BARE, POINT], "ppo, r*": [POINT], "none": []},
+            name="a",
+            x="x",
+            y="y",
+            dashed={"ppo, r*"},
+        ),
+        "dots": lambda: figures.dots({HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", y="y", title=HOSTILE),
+        "shares": lambda: figures.shares(
+            [Share(HOSTILE, 3, SHARE), Share("2", 0, None)], name="a", title=HOSTILE, x="x", y="y"
+        ),
+        "calibration": lambda: figures.calibration([(0.6, SHARE, 9), (0.9, BARE.y, 0)], name="a", title=HOSTILE),
+        "histogram": lambda: figures.histogram(
+            [0.0, 1.0, 2.0, 2.0], cut=1.0, name="a", x=HOSTILE, left=HOSTILE, right="r"
+        ),
+        "lines": lambda: figures.lines({HOSTILE: [(0, 1.0), (1, 2.0)], "_b": [(0, 1.0)]}, name="a", title=HOSTILE),
+    }
+
+
+@pytest.mark.parametrize("kind", every())
+def test_a_figure_is_well_formed_and_the_same_twice(kind: str) -> None:
+    figure = every()[kind]()
+    tree = ElementTree.fromstring(figure.svg)
+    assert tree.tag == "{http://www.w3.org/2000/svg}svg"
+    assert tree.get("role") == "img"
+    assert "alert(1)" in tree.get("aria-label", "")
+    assert not tree.findall(".//{*}script")
+    assert not tree.findall(".//{*}image")
+    addresses = [value for one in tree.iter() for key, value in one.items() if key.endswith("href")]
+    assert all(address.startswith("#") for address in addresses)
+    assert "currentColor" in figure.svg
+    assert all(len(row) == len(figure.columns) for row in figure.rows)
+    assert figure.rows
+    assert all(cell is None or isinstance(cell, str) or math.isfinite(cell) for row in figure.rows for cell in row)
+    assert every()[kind]() == figure
+
+
+def test_ids_of_two_figures_do_not_clash() -> None:
+    def ids(name: str) -> set[str]:
+        svg = figures.plane([POINT, BARE], name=name, x="x", y="y").svg
+        return {one.get("id", "") for one in ElementTree.fromstring(svg).iter() if one.get("id")}
+
+    assert ids("a")
+    assert not ids("a") & ids("b")
+
+
+def test_rows_are_the_numbers_given() -> None:
+    plane = figures.plane([POINT, BARE], name="a", x="KL", y="score")
+    assert plane.columns == ("name", "KL", "KL, low", "KL, high", "score", "score, low", "score, high")
+    assert plane.rows == [(HOSTILE, 1.0, 0.5, 1.5, 2.0, 1.75, 2.25), ("_bare", 0.0, None, None, 1.0, None, None)]
+    paths = figures.paths({"one": [POINT, BARE], "two": [BARE]}, name="a", x="KL", y="score")
+    assert paths.rows == [("one", *plane.rows[0]), ("one", *plane.rows[1]), ("two", *plane.rows[1])]
+    dots = figures.dots({"DPO": [POINT]}, name="a", y="score")
+    assert dots.rows == [("DPO", HOSTILE, 2.0, 1.75, 2.25)]
+    shares = figures.shares([Share("1", 3, SHARE), Share("2", 0, None)], name="a", title="t", x="gap", y="right")
+    assert shares.rows == [("1", 3, 0.75, 0.5, 0.9), ("2", 0, None, None, None)]
+    calibration = figures.calibration([(0.6, SHARE, 9)], name="a", title="t")
+    assert calibration.rows == [(0.6, 9, 0.75, 0.5, 0.9)]
+    assert figures.lines({"a": [(0, 1.0), (1, 2.0)]}, name="a", title="t").rows == [("a", 0.0, 1.0), ("a", 1.0, 2.0)]
+
+
+def test_histogram_counts_every_value_on_its_side_of_the_cut() -> None:
+    values = [0.0, 0.5, 1.0, 1.01, 4.0]
+    rows = figures.histogram(values, cut=1.0, name="a", x="gap", left="hard", right="easy").rows
+    assert len(rows) == 40
+    assert [sum(int(row[side] or 0) for row in rows) for side in (2, 3)] == [3, 2]
+    assert (rows[0][0], rows[-1][1]) == (0.0, 4.0)
+
+
+def test_lines_of_many_steps_are_averaged() -> None:
+    figure = figures.lines({"a": [(step, float(step)) for step in range(1000)]}, name="a", title="t")
+    assert len(figure.rows) == figures.MAX_POINTS
+    assert figure.rows[0] == ("a", 2.0, 2.0)
+
+
+def test_paths_of_a_stem_share_a_colour_and_only_the_dashed_are_dashed() -> None:
+    series = {"ppo, reward": [BARE, POINT], "ppo, r*": [BARE, POINT], "mpo, reward": [BARE, POINT]}
+    plain = figures.paths(series, name="a", x="x", y="y").svg
+    dashed = figures.paths(series, name="a", x="x", y="y", dashed={"ppo, r*"}).svg
+    assert "stroke-dasharray" not in plain
+    assert "stroke-dasharray" in dashed
+    assert [colour in plain for colour in figures.COLOURS[:3]] == [True, True, False]
+
+
+def test_no_bar_is_drawn_without_bounds() -> None:
+    def drawn(low: float, high: float) -> int:
+        point = Point("a", BARE.x, Interval(1.0, low, high))
+        tree = ElementTree.fromstring(figures.plane([point], name="a", x="x", y="y").svg)
+        return sum(figures.COLOURS[0] in one.get("style", "") for one in tree.iterfind(".//{*}use"))
+
+    assert drawn(NAN, NAN) == 2  # the arm, and its mark in the legend
+    assert drawn(0.5, 1.5) == 4  # and the two ends of its bar
+
+
+def test_every_arm_of_many_has_its_own_look() -> None:
+    looks = {(figures._colour(place), figures._marker(place)) for place in range(64)}
+    assert len(looks) == 64
+
+
+@pytest.mark.parametrize("count", [0, 1, 25])
+def test_any_number_of_arms_draws_without_warnings(count: int) -> None:
+    points = [Point(f"{place} of a long name that goes on and on and on", POINT.x, POINT.y) for place in range(count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(figures.plane(points, name="a", x="x", y="y").rows) == count
+        assert len(figures.paths({"a": points}, name="a", x="x", y="y").rows) == count
+        assert len(figures.dots({"a": points[:5]}, name="a", y="y").rows) == min(5, count)
+    assert not figures.calibration([], name="a", title="t").rows
