@@ -39,13 +39,14 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, rate: float = 0.1
 def steer(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, float]:
     """The multiplier of kl_coef for the next iteration, and the sum of errors so far: a controller of the KL from SFT.
 
-    exp(3 e + 0.3 sum of e) with e = log(kl_from_sft / budget), cut to +-1; an error that is cut is not summed, so that
-    the long way from 0 to the budget does not wind the sum up. Proportional and integral, in the log of the KL.
+    exp(3 e + sum of e / 2) with e = log(kl_from_sft / budget), cut to +-1/2: proportional and integral, in the log of
+    the KL. An error cut from below is not summed, so that the way from 0 to the budget does not wind the sum up.
     """
     error = math.log(max(kl_from_sft, 1e-9) / budget)
-    if abs(error) < 1.0:
-        total += error
-    return math.exp(3.0 * min(max(error, -1.0), 1.0) + 0.3 * total), total
+    cut = min(max(error, -0.5), 0.5)
+    if error > -0.5:
+        total += cut
+    return math.exp(3.0 * cut + 0.5 * total), total
 
 
 def sft_weight(multiplier: float) -> float:

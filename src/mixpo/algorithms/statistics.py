@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, UInt16
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 CHUNK = 1 << 22
@@ -63,18 +64,28 @@ def resampled_means(
         raise ValueError(f"a mean needs at least one value, found {items} items of {seeds} seeds and {prompts} prompts")
     if resamples < 1:
         raise ValueError(f"expected at least one resample, found {resamples}")
-    drawn = max(1, seeds - 1)
-    seed_generator, prompt_generator = np.random.default_rng(seed).spawn(2)
     flat = values.reshape(items * seeds, prompts)
-    rows = max(1, CHUNK // max(items * seeds, prompts))
-    means = np.empty((items, resamples))
+    means = []
+    for seed_counts, prompt_counts in _draws(seeds, prompts, seed, resamples):
+        sums = (flat @ prompt_counts.T.astype(np.float64)).reshape(items, seeds, len(seed_counts))
+        means.append(np.einsum("isr,rs->ir", sums, seed_counts.astype(np.float64)))
+    return np.asarray(np.concatenate(means, axis=1) / (max(1, seeds - 1) * prompts))
+
+
+@lru_cache(maxsize=4)
+def _draws(
+    seeds: int, prompts: int, seed: int, resamples: int
+) -> list[tuple[UInt16[np.ndarray, "resamples seeds"], UInt16[np.ndarray, "resamples prompts"]]]:
+    """How often each seed and prompt is drawn in each resample, in chunks; kept, since a report asks for them often."""
+    seed_generator, prompt_generator = np.random.default_rng(seed).spawn(2)
+    rows = max(1, CHUNK // max(seeds, prompts))
+    chunks = []
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
-        seed_counts = seed_generator.multinomial(drawn, np.full(seeds, 1.0 / seeds), size).astype(np.float64)
-        prompt_counts = prompt_generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), size).astype(np.float64)
-        sums = (flat @ prompt_counts.T).reshape(items, seeds, size)
-        means[:, start : start + size] = np.einsum("isr,rs->ir", sums, seed_counts) / (drawn * prompts)
-    return means
+        seed_counts = seed_generator.multinomial(max(1, seeds - 1), np.full(seeds, 1.0 / seeds), size)
+        prompt_counts = prompt_generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), size)
+        chunks.append((seed_counts.astype(np.uint16), prompt_counts.astype(np.uint16)))
+    return chunks
 
 
 def degrees_of_freedom(values: Float64[np.ndarray, "seeds prompts"]) -> float:

@@ -169,12 +169,9 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
 
     Raises `InputError` with a line for every problem.
     """
-    source, text = _find(name or EMBEDDED)
+    source = name or EMBEDDED
     try:
-        given = yaml.safe_load(text) or {}
-        if not isinstance(given, dict):
-            raise InputError(f"{source}: found {kind_of(given)}; expected a recipe: keys and values")
-        merged = OmegaConf.create(given)
+        merged = OmegaConf.create(_read(source))
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not key:
@@ -195,6 +192,22 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
         return Recipe(**{str(key): value for key, value in values.items()})
     except pydantic.ValidationError as error:
         raise InputError("\n".join(f"{source}: {line}" for line in explain(error))) from error
+
+
+def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's keys and values, over those of the recipe that it names as its `base`."""
+    source, text = _find(name)
+    given = yaml.safe_load(text) or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{source}: found {kind_of(given)}; expected a recipe: keys and values")
+    base = given.pop("base", None)
+    if base is None:
+        return given
+    if base in (name, *above):
+        raise InputError(f"{source}: found itself at the end of its bases {' → '.join((*above, name, base))}")
+    merged = OmegaConf.to_container(OmegaConf.merge(_read(str(base), (*above, name)), given))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
 
 
 def _find(name: str) -> tuple[str, str]:

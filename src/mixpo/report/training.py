@@ -1,74 +1,89 @@
 """How did training go? Curves of every DPO and PPO of the first seed, and their alarms."""
 
-from collections.abc import Iterator
-
 from mixpo.report import figures
-from mixpo.report.document import Figure, Group, Section
+from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.results import Results, StageFolder, metrics
 
-PLOTS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
-    "DPO": (
-        ("loss", {"loss": "loss"}),
-        ("accuracy on its pairs", {"accuracy": "accuracy"}),
-        ("log-prob of a completion", {"chosen": "chosen_logprob", "rejected": "rejected_logprob"}),
-        ("implicit reward", {"chosen": "chosen_reward", "rejected": "rejected_reward"}),
-    ),
-    "PPO": (
-        ("score", {"score": "score"}),
-        ("KL from its reference", {"kl": "kl"}),
-        ("KL from SFT", {"kl_from_sft": "kl_from_sft"}),
-        ("kl_coef", {"kl_coef": "kl_coef"}),
-        ("entropy", {"entropy": "entropy"}),
-        ("end rate", {"end_rate": "end_rate"}),
-        ("completion tokens", {"completion_tokens": "completion_tokens"}),
-        ("value: explained variance", {"value_explained_variance": "value_explained_variance"}),
-    ),
+PLOTS: dict[str, dict[str, str]] = {
+    "DPO": {
+        "loss": "loss",
+        "accuracy": "accuracy on its pairs",
+        "chosen_logprob": "log-prob of chosen",
+        "rejected_logprob": "log-prob of rejected",
+        "chosen_reward": "implicit reward of chosen",
+        "rejected_reward": "implicit reward of rejected",
+    },
+    "PPO": {
+        "score": "score",
+        "kl": "KL from its reference",
+        "kl_from_sft": "KL from SFT",
+        "kl_coef": "kl_coef",
+        "entropy": "entropy",
+        "end_rate": "end rate",
+        "completion_tokens": "completion tokens",
+        "value_explained_variance": "value: explained variance",
+    },
 }
-"""By kind of stage: a plot's title, and its lines' names with their keys in metrics.jsonl."""
+"""By kind of stage: what is plotted, by its key in metrics.jsonl."""
 
 
 def section(results: Results) -> Section | None:
-    """A group a stage."""
-    stages = [stage for stage in results.stages if stage.kind in PLOTS and results.seeds[0] in stage.seeds]
+    """A figure a metric, with a line a stage."""
+    stages = [stage for stage in results.stages if stage.kind in PLOTS and stage.label == f"seed {results.seeds[0]}"]
     if not stages:
         return None
     groups = []
-    for stage in stages:
-        size = " · ".join(
-            f"{stage.summary[key]:,} {key}" for key in ("pairs", "prompts", "steps") if key in stage.summary
-        )
-        groups.append(
-            Group(f"{stage.kind} of {', '.join(stage.arms)}", list(_plots(stage)), notes=[f"{stage.key} · {size}"])
-        )
+    for kind, plots in PLOTS.items():
+        own = {stage.arms[0]: metrics(stage.folder) for stage in stages if stage.kind == kind}
+        if own:
+            pictures = [picture for key, title in plots.items() if (picture := _picture(own, kind, key, title))]
+            groups.append(Group(kind, pictures, _table(results, kind)))
     notes = [
-        "DPO's loss counts only the difference of chosen and rejected, so both log-probs may fall. "
-        f"Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
+        "DPO's loss counts only the difference of chosen and rejected, so both log-probs may fall. A stage that many "
+        f"arms share bears the name of the first. Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
-    alarmed = [
+    alarms = [
         f"Alarm, {stage.kind} of {', '.join(stage.arms)}, {stage.label}: {alarm}."
         for stage in results.stages
-        for alarm in (stage.summary.get("alarms", ()) if stage.kind in PLOTS else ())
+        if stage.kind in PLOTS
+        for alarm in stage.summary.get("alarms", ())
     ]
     return Section(
-        "training", "Training", _opening(results, stages, len(alarmed)), [Group(notes=[*alarmed, *notes]), *groups]
+        "training", "Training", _opening(results, stages, len(alarms)), [Group(notes=[*alarms, *notes]), *groups]
     )
+
+
+def _picture(own: dict[str, list[dict[str, float]]], kind: str, key: str, title: str) -> Figure | None:
+    series = {
+        arm: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+        for arm, rows in own.items()
+    }
+    series = {arm: points for arm, points in series.items() if points}
+    return figures.lines(series, name=f"{kind.lower()}-{key.replace('_', '-')}", title=title) if series else None
+
+
+def _table(results: Results, kind: str) -> Table:
+    """The last tenth of the steps of every stage, averaged over seeds."""
+    keys = {
+        "DPO": ("pairs", "steps", "loss", "accuracy", "margin"),
+        "PPO": ("prompts", "steps", "score", "kl", "kl_from_sft", "entropy", "end_rate"),
+    }
+    found: dict[str, list[dict[str, float]]] = {}
+    for stage in results.stages_of(kind):
+        found.setdefault(stage.arms[0], []).append(stage.summary)
+    rows = []
+    for arm, summaries in found.items():
+        cells = []
+        for key in keys[kind]:
+            values = [one[key] for one in summaries if one.get(key) is not None]
+            cells.append(f"{sum(values) / len(values):.4g}" if values else "")
+        rows.append([arm, *cells])
+    return Table(["stage of", *keys[kind]], rows, ["Averaged over the last tenth of the steps, and over seeds."])
 
 
 def _opening(results: Results, stages: list[StageFolder], alarms: int) -> str:
     kinds = {kind: sum(stage.kind == kind for stage in stages) for kind in PLOTS}
     counted = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     seed = f" of seed {results.seeds[0]}" if len(results.seeds) > 1 else ""
-    said = "no stage raised an alarm" if not alarms else f"{alarms} alarms were raised at all seeds together"
+    said = "no stage raised an alarm" if not alarms else f"{alarms} alarms were raised, all seeds and sweeps together"
     return f"The curves of {counted} stages{seed}; {said}."
-
-
-def _plots(stage: StageFolder) -> Iterator[Figure]:
-    rows = metrics(stage.folder)
-    for title, keys in PLOTS[stage.kind]:
-        series = {
-            name: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
-            for name, key in keys.items()
-        }
-        if all(series.values()):
-            slug = "-".join(title.lower().replace(":", "").replace("_", "-").split())
-            yield figures.lines(series, name=f"{stage.key.lower()}-{slug}", title=title)
