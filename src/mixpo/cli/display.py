@@ -1,7 +1,7 @@
 """What a run looks like in a terminal: progress bars, or plain lines in a pipe; then the table."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rich.tree import Tree
 from transformers.utils import logging as transformers_logging
 
 from mixpo.experiments.plan import Planned
-from mixpo.experiments.run import ArmRun, Display
+from mixpo.experiments.run import Display
 from mixpo.report.arms import main_table
 from mixpo.report.results import Results
 from mixpo.stages.engine import read_summary
@@ -36,10 +36,10 @@ class Plain:
         self.stage = ""
         self.printed = 0.0
 
-    def begin(self, stage: str, identity: str, arms: str) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
         """A stage starts to compute."""
         self.stage, self.printed = f"{stage} {identity}", time.monotonic()
-        self._print(f"{self.stage}: begins (for {arms})")
+        self._print(f"{self.stage}: begins (for {_few(arms)})")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps of the stage are over."""
@@ -67,10 +67,10 @@ class Bars:
         self.task: int | None = None
         self.stage = ""
 
-    def begin(self, stage: str, identity: str, arms: str) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
         """A stage starts to compute."""
         self.stage = f"{stage} {identity}"
-        self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {arms}")
+        self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {_few(arms)}")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps of the stage are over."""
@@ -118,6 +118,11 @@ def _display(console: Console, *, plain: bool) -> Iterator[Display]:
         yield Bars(progress)
 
 
+def _few(arms: Sequence[str]) -> str:
+    """The first arms, and how many more there are."""
+    return ", ".join(arms) if len(arms) <= 3 else f"{', '.join(arms[:2])} and {len(arms) - 2} more"
+
+
 def _brief(metrics: Mapping[str, float]) -> str:
     """The speed, then what there is of `SHOWN`; PPO's loss is about 0 whatever happens, so it is left out."""
     shown = []
@@ -155,11 +160,11 @@ def show_results(results: Results, page: Path, *, computed: int | None = None, f
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
-def show_plan(planned: list[tuple[ArmRun, list[Planned]]]) -> None:
+def show_plan(planned: list[tuple[str, list[Planned]]]) -> None:
     """A tree an arm."""
     console = Console()
-    for run, lines in planned:
-        root = Tree(Text(f"{run.name} (seed {run.seed})", style="bold"))
+    for heading, lines in planned:
+        root = Tree(Text(heading, style="bold"))
         branches = [root]
         for line in lines:
             name = f"{line.field}: {line.kind}" if line.field else line.kind

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mixpo.experiments.recipe import Recipe
-from mixpo.experiments.run import ArmRun, arm_runs
+from mixpo.experiments.run import arm_runs, gradients_runs
 from mixpo.stages.engine import Engine
 from mixpo.stages.stage import Stage
 
@@ -28,11 +28,24 @@ class Planned:
     """Whether an earlier line shows this stage with its inputs."""
 
 
-def plan(recipe: Recipe) -> list[tuple[ArmRun, list[Planned]]]:
-    """The tree of every arm, root first. Computes nothing."""
+def plan(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
+    """The tree of every arm and measurement by its name, root first. Computes nothing."""
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
-    return [(run, _tree(run.evaluation, "", 0, engine, seen)) for run in arm_runs(recipe)]
+    roots: list[tuple[str, dict[str, Stage]]] = [
+        (
+            f"{run.name} (seed {run.seed})",
+            {"": run.evaluation, **{f"along {n}": one for n, one in enumerate(run.trace)}},
+        )
+        for run in arm_runs(recipe)
+    ]
+    roots += [
+        (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage}) for run in gradients_runs(recipe)
+    ]
+    return [
+        (name, [line for field, stage in stages.items() for line in _tree(stage, field, 0, engine, seen)])
+        for name, stages in roots
+    ]
 
 
 def _tree(stage: Stage, field: str, depth: int, engine: Engine, seen: set[Stage]) -> list[Planned]:

@@ -2,7 +2,7 @@
 
 import json
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ FORMAT = 2
 class Display(Watcher, Protocol):
     """Whoever watches a run."""
 
-    def begin(self, stage: str, identity: str, arms: str) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
         """A stage starts to compute."""
 
     def end(self, seconds: float) -> None:
@@ -214,7 +214,7 @@ def run(recipe: Recipe, display: Display) -> RunResult:
             known.add(stage)
         else:
             kind, identity = type(stage).__name__, engine.identity(stage)
-            display.begin(kind, identity, ", ".join(uses[stage]))
+            display.begin(kind, identity, uses[stage])
             try:
                 seconds = read_summary(engine.compute(stage))["cost"]["seconds"]
             except InputError as error:
@@ -268,7 +268,7 @@ def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display
     watcher.set(display)
     for needed in in_order(stage):
         if not engine.is_done(needed):
-            display.begin(type(needed).__name__, engine.identity(needed), "select")
+            display.begin(type(needed).__name__, engine.identity(needed), ["select"])
             display.end(read_summary(engine.compute(needed))["cost"]["seconds"])
     return engine.folder(stage)
 

@@ -1,11 +1,10 @@
 """Who wins? Every arm's means, the differences that count, and the paper's order held against ours."""
 
-import numpy as np
-
 from mixpo.algorithms.statistics import crossed_interval, win_tie_lose
 from mixpo.experiments.run import ArmResult
 from mixpo.report.comparison import (
     Difference,
+    counted,
     difference_text,
     differences,
     interval_text,
@@ -159,13 +158,14 @@ def _win_tie_lose(results: Results, name: str, rival: str) -> str:
 
 def _differences_table(results: Results) -> Table | None:
     rivals = [rival for rival in ("ppo", "mpo") if rival in results.plain] or results.plain[:1]
+    names = [name for name in results.finished if name in results.plain or role(results, name) in PAPER]
     pairs = [
         (name, rival)
         for rival in rivals
-        for name in results.finished
+        for name in names
         if name != rival and (rival, name) != tuple(rivals) and results.common_seeds(name, rival)
     ]
-    measures = results.measures(results.finished)
+    measures = results.measures(names)
     if not pairs:
         return None
     found = {key: differences(results, pairs, key) for key in measures}
@@ -179,7 +179,7 @@ def _differences_table(results: Results) -> Table | None:
         rows,
         [
             "Paired by prompt and seed. Each p is of no difference (two-sided, from the same bootstrap), corrected for "
-            f"the {len(pairs)} differences of its column (Holm).",
+            f"the {counted(len(pairs), 'difference')} of its column (Holm).",
         ],
     )
 
@@ -201,7 +201,7 @@ def _order_table(results: Results) -> Table | None:
         for place, (one, other, where) in enumerate(claims)
     ]
     headings = ["the paper finds", "in", *(text for label in measures.values() for text in (f"our {label}", "here"))]
-    note = f"p corrected for the {len(claims)} claims (Holm). The paper's own figures stand in the first table."
+    note = f"p corrected for {counted(len(claims), 'claim')} (Holm). The paper's own figures stand in the first table."
     return Table(headings, rows, [note])
 
 
@@ -224,9 +224,9 @@ def _opening(results: Results) -> str:
     for key, label in results.measures(pair).items():
         values = results.values(one, key, seeds) - results.values(other, key, seeds)
         interval = crossed_interval(values)
-        said.append(f"in {label} {interval_text(interval)}, {verdict(interval)}")
-    best = _best(results)
-    return f"{one} minus {other} is {'; '.join(said)} (95% interval {over(results, seeds)}). {best}"
+        said.append(f"{label} {interval_text(interval)}, {verdict(interval)}")
+    text = f"{one} minus {other}: {'; '.join(said)} (95% interval {over(results, seeds)}). {_best(results)}"
+    return text.rstrip()
 
 
 def _best(results: Results) -> str:
@@ -244,8 +244,3 @@ def _best(results: Results) -> str:
         f"Of all arms {top} has the highest mean reward, {means[top]:.2f}; not told apart from it (p corrected for "
         f"{len(found)} comparisons): {', '.join(close)}."
     )
-
-
-def correct_share(margins: np.ndarray) -> float:
-    """The share of margins above 0."""
-    return float((margins > 0).mean())

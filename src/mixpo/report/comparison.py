@@ -66,6 +66,11 @@ def difference_text(difference: Difference) -> str:
     return f"{interval_text(difference.interval)} (p {p_text(difference.p)})"
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 claim`, `3 claims`."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def sign(difference: Difference) -> int:
     """1 or -1 where the interval excludes zero and the corrected p is small; 0 where the two are not told apart."""
     low, high = difference.interval.low, difference.interval.high

@@ -50,11 +50,7 @@ def document(results: Results) -> Document:
         ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds))),
     ]
     facts += [("data", _data_text(stage.summary)) for stage in results.stages_of("Data")]
-    facts += [
-        (f"model of {arm.name} (seed {arm.seed})", arm.model)
-        for arm in results.arms
-        if arm.model and not arm.changes and arm.seed == results.seeds[0]
-    ]
+    facts += [("models", f"{run.folder / 'models'}/ARM-SEED") for run in results.runs]
     failed = [
         (f"{arm.name} (seed {arm.seed})", arm.reason or "no reason was kept")
         for arm in results.arms
