@@ -1,18 +1,24 @@
 """The whole: a small embedded world through `mixpo run`, all arms; what is computed again, and what a failure takes."""
 
 import json
+import re
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
+from mixpo.experiments.arms import ARMS
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.run import run
+from mixpo.experiments.run import arm_runs, gradients_runs, run
 from mixpo.experiments.setup import Setup
 from mixpo.report.results import completions, evaluation, load
+from mixpo.stages.engine import in_order
+from mixpo.stages.stage import Snapshot
 
 SMALL = [
     "arms=[sft,dpo-base,dpo,ppo,mpo]",
@@ -37,8 +43,8 @@ class Recorder:
         self.begun: list[str] = []
         self.notes: list[str] = []
 
-    def begin(self, stage: str, identity: str, arms: str) -> None:
-        self.begun.append(f"{stage} for {arms}")
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
+        self.begun.append(f"{stage} for {', '.join(arms)}")
 
     def step(self, done: int, total: int, metrics: object) -> None:
         assert 0 < done <= total
@@ -150,3 +156,159 @@ def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: P
     assert any("ran away" in note for note in recorder.notes)
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")
+
+
+def test_every_arm_is_the_expression_that_the_paper_describes() -> None:
+    """By hand from NOTES: what each arm's last stage starts from, is anchored to, and learns from."""
+    r = Setup(read_recipe("world"), 0)
+    easy, hard, everything = r.selection.easy, r.selection.hard, r.samples.pairs
+    made = {name: arm(r) for name, arm in ARMS.items()}
+    assert [made[name].pairs for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard")] == [
+        r.data.train_pairs,
+        everything,
+        easy,
+        hard,
+    ]
+    assert [made[name].prompts for name in ("ppo", "ppo-easy", "ppo-hard")] == [everything, easy, hard]
+    for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard", "ppo", "ppo-easy", "ppo-hard"):
+        assert made[name].policy == made[name].reference == r.sft
+    for name in ("mpo", "mpo-rloo", "mpo-grpo"):
+        assert made[name].policy == made[name].reference == made["dpo-easy"]
+        assert made[name].prompts == hard
+    assert (made["mpo-sft-kl"].policy, made["mpo-sft-kl"].reference) == (made["dpo-easy"], r.sft)
+    for name, anchor in (("mpo-reverse", made["ppo-hard"]), ("mpo-reverse-sft", r.sft)):
+        assert (made[name].policy, made[name].reference, made[name].pairs) == (made["ppo-hard"], anchor, easy)
+    assert (made["best-of-n"].policy, made["best-of-n"].best_of) == (r.sft, 16)
+
+
+def test_grouped_arms_sample_as_many_completions_as_ppo() -> None:
+    r = Setup(read_recipe("world", ["group_size=4"]), 0)
+    for name in ("mpo-rloo", "mpo-grpo"):
+        grouped, plain = ARMS[name](r), ARMS["mpo"](r)
+        assert grouped.advantage == name.removeprefix("mpo-")
+        assert grouped.batch_size * grouped.completions_per_prompt == plain.batch_size
+        assert grouped.epochs * grouped.completions_per_prompt == plain.epochs
+    with pytest.raises(InputError, match=r"group_size: found 5; expected a divisor of ppo.batch_size, 128"):
+        ARMS["mpo-rloo"](Setup(read_recipe("world", ["group_size=5"]), 0))
+
+
+def names(*overrides: str) -> list[str]:
+    return [run.name for run in arm_runs(read_recipe("world", list(overrides)))]
+
+
+def test_a_sweep_is_every_combination_at_which_an_arm_differs() -> None:
+    found = names("arms=[sft,ppo,mpo]", "sweep={selection.threshold: [1.0, 2.0], ppo.kl_coef: [0.05, 0.1]}")
+    assert found == [
+        "sft",
+        "ppo",
+        "mpo",
+        "ppo ppo.kl_coef=0.05",
+        "mpo selection.threshold=1.0 ppo.kl_coef=0.05",
+        "mpo selection.threshold=1.0",
+        "mpo ppo.kl_coef=0.05",
+    ]
+
+
+def test_sweeps_of_some_arms_and_nested_keys() -> None:
+    found = names("arms=[ppo,mpo]", "sweep=[{arms: [mpo], selection: {threshold: [1]}}, {label_noise.share: [0.2]}]")
+    assert found == [
+        "ppo",
+        "mpo",
+        "mpo selection.threshold=1",
+        "ppo label_noise.share=0.2",
+        "mpo label_noise.share=0.2",
+    ]
+
+
+def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
+    overrides = ["arms=[sft,dpo-base,ppo,mpo]", "sweep={selection.threshold: [0.5, 1.0], ppo.kl_coef: [0.05, 0.4]}"]
+    runs = arm_runs(read_recipe("world", overrides))
+    stages = {stage for run in runs for stage in in_order(run.evaluation)}
+    counted = Counter(type(stage).__name__ for stage in stages)
+    assert counted == {
+        "Pretrained": 1,
+        "Data": 1,
+        "SFT": 1,
+        "RewardModel": 1,
+        "Samples": 1,
+        "Selection": 3,
+        "DPO": 1 + 3,
+        "PPO": 3 + 1 + 2 * 2,
+        "Evaluation": 2 + 3 + 1 + 2 * 2,
+    }
+
+
+def test_label_noise_reaches_what_learns_from_labels_but_not_sft_nor_what_scores() -> None:
+    r = Setup(read_recipe("world", ["label_noise.share=0.2"]), 0)
+    clean = Setup(read_recipe("world"), 0)
+    assert r.sft == clean.sft
+    assert r.clean_reward == clean.reward != r.reward
+    assert r.samples != clean.samples
+    assert r.evaluation(r.sft) == clean.evaluation(clean.sft)
+    assert ARMS["dpo-base"](r).pairs != clean.data.train_pairs
+
+
+def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it() -> None:
+    r = Setup(read_recipe("world", ["data.second_rows=64"]), 0)
+    assert r.second_reward is not None
+    assert (r.second_reward.pairs, r.reward.pairs) == (r.data.second_pairs, r.data.train_pairs)
+    mpo = ARMS["mpo"](r)
+    assert r.second_reward not in set(in_order(mpo))
+    assert r.evaluation(mpo).second == r.second_reward
+
+
+def test_traced_arms_are_evaluated_from_their_start_on() -> None:
+    runs = arm_runs(read_recipe("world", ["arms=[ppo,mpo,dpo]", "trace={arms: [mpo], snapshots: 2}"]))
+    by_name = {run.name: run for run in runs}
+    mpo = by_name["mpo"].evaluation.policy
+    assert mpo.snapshots == 2
+    assert [one.policy for one in by_name["mpo"].trace] == [
+        mpo.policy,
+        Snapshot(stage=mpo, number=1),
+        Snapshot(stage=mpo, number=2),
+    ]
+    assert by_name["ppo"].trace == ()
+    assert by_name["ppo"].evaluation.policy.snapshots == 0
+    with pytest.raises(InputError, match=r"trace.arms: found 'dpo', which ends with DPO; expected one with PPO"):
+        arm_runs(read_recipe("world", ["arms=[dpo]", "trace.arms=[dpo]"]))
+    with pytest.raises(InputError, match=r"trace.arms: found 'ppo', which is not among the arms"):
+        arm_runs(read_recipe("world", ["arms=[dpo]", "trace.arms=[ppo]"]))
+
+
+def test_gradients_are_measured_on_both_parts_of_each_dpo_model() -> None:
+    assert gradients_runs(read_recipe("world")) == []
+    runs = gradients_runs(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
+    r = Setup(read_recipe("world"), 3)
+    assert [(run.arm, run.part, run.seed) for run in runs] == [
+        (arm, part, 3) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
+    ]
+    assert runs[0].stage.policy == ARMS["dpo-easy"](r)
+    assert (runs[1].stage.pairs, runs[1].stage.count) == (r.selection.hard, 8)
+
+
+def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: world\nname: mine\nppo: {kl_coef: 0.3}\narms: [sft]\n")
+    (tmp_path / "again.yaml").write_text(f"base: {tmp_path / 'mine.yaml'}\nname: again\n")
+    mine, world = read_recipe(str(tmp_path / "again.yaml")), read_recipe("world")
+    assert (mine.name, mine.arms, mine.ppo.kl_coef) == ("again", ("sft",), 0.3)
+    assert mine.ppo.batch_size == world.ppo.batch_size
+    assert mine.sft == world.sft
+    (tmp_path / "loop.yaml").write_text(f"base: {tmp_path / 'loop.yaml'}\nname: loop\n")
+    with pytest.raises(InputError, match="found itself at the end of its bases"):
+        read_recipe(str(tmp_path / "loop.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sweep={ppo.kl_coeff: [0.1]}", "sweep: ppo.kl_coeff: unknown key; did you mean kl_coef?"),
+        ("sweep={kl_coef: [0.1]}", "sweep: found key 'kl_coef'; expected a key of a section, such as ppo.kl_coef"),
+        ("sweep={ppo.kl_coef: [much]}", "sweep: ppo.kl_coef: found 'much'; expected a valid number"),
+        ("sweep=[{arms: [mpoo], ppo.kl_coef: [0.1]}]", "sweep.arms: found 'mpoo'; did you mean mpo?"),
+        ("trace.arms=[mpoo]", "trace.arms: found 'mpoo'; did you mean mpo?"),
+        ("sweep={seeds: [1]}", "sweep: found key 'seeds'; expected a key of a section"),
+    ],
+)
+def test_bad_sweeps_are_named(override: str, expected: str) -> None:
+    with pytest.raises(InputError, match=re.escape(expected)):
+        arm_runs(read_recipe("world", [override]))

@@ -13,16 +13,23 @@ import torch
 from safetensors.torch import load_file
 
 from mixpo import SFT, Data, Engine, Evaluation, Pretrained, Selection
+from mixpo.algorithms.preference import dpo_loss
+from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
+from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.models.language_model import branch_logprobs
 from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
 from mixpo.models.sampling import sample
-from mixpo.models.scoring import retokenised, sequence_logprobs
+from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import ppo as ppo_module
+from mixpo.stages import samples as samples_module
 from mixpo.stages.engine import read_summary
+from mixpo.stages.gradients import Gradients
+from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
-from mixpo.stages.rows import read_pairs, read_table, write_table
-from mixpo.stages.stage import Stage, model_in
+from mixpo.stages.rows import read_pairs, read_table
+from mixpo.stages.stage import Snapshot, Stage, model_in
 from mixpo.training.record import Metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -66,9 +73,9 @@ def test_reward_model_orders_pairs(world: World) -> None:
 def test_samples_keep_the_samplers_logprobs(world: World) -> None:
     folder = world.build(world.samples)
     lm = load_policy(model_in(world.build(world.sft)), device=CPU)
-    rows = read_table(folder / "samples.parquet")
+    rows = read_table(folder / "pairs.parquet")
     assert len(rows) == 64
-    prompts = read_pairs(folder / "samples.parquet", lm, max_completion_tokens=LIMIT).prompts
+    prompts = read_pairs(folder / "pairs.parquet", lm, max_completion_tokens=LIMIT).prompts
     computed = sequence_logprobs(lm, prompts, [row["tokens"] for row in rows], token_budget=4096)
     kept = torch.tensor([[sum(logprobs) for logprobs in row["logprobs"]] for row in rows])
     torch.testing.assert_close(kept, computed, rtol=1e-4, atol=1e-3)
@@ -76,8 +83,10 @@ def test_samples_keep_the_samplers_logprobs(world: World) -> None:
 
 def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
     folder = world.build(world.selection)
-    easy, hard, everything = (read_table(folder / f"{name}.parquet") for name in ("easy", "hard", "all"))
-    assert len(easy) + len(hard) == len(everything) == 64
+    easy, hard = (read_table(folder / f"{name}.parquet") for name in ("easy", "hard"))
+    everything = read_table(world.build(world.samples) / "pairs.parquet")
+    assert sorted(map(str, easy + hard)) == sorted(map(str, everything))
+    assert len(everything) == 64
     assert min(row["gap"] for row in easy) > max(row["gap"] for row in hard)
     for row in everything:
         assert row["scores"][0] >= row["scores"][1]
@@ -86,22 +95,30 @@ def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
     assert all(row["gap"] == 0.0 for row in identical)
 
 
-def test_identical_completions_are_hard_whatever_rounding_made_of_their_scores(world: World, tmp_path: Path) -> None:
-    same, other = [1, 2], [1, 3]
-    rows = [
-        {"prompt": "?", "completions": ["", ""], "tokens": tokens, "logprobs": [[0.0] * 2] * 2, "scores": scores}
-        for tokens, scores in (([same, same], [0.5, 0.25]), ([same, other], [0.5, 0.25]))
-    ]
-    write_table(tmp_path / "samples.parquet", rows, sampler="x")
-    Selection(samples=world.samples, threshold=0.0).work({"samples": tmp_path}, tmp_path, RUNTIME)
-    (hard,) = read_table(tmp_path / "hard.parquet")
-    assert (hard["gap"], hard["tokens"]) == (0.0, [same, same])
+def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_scores(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {name: world.build(stage) for name, stage in world.samples.inputs().items()}
+
+    def scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
+        return torch.tensor([[0.25, 0.5]]).repeat(len(prompts), 1)
+
+    monkeypatch.setattr(samples_module, "scores", scores)
+    many = world.samples.model_copy(update={"max_completion_tokens": 1})
+    many.work(many.paths(folders), tmp_path, RUNTIME)
+    rows = read_table(tmp_path / "pairs.parquet")
+    same = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
+    assert 0 < len(same) < len(rows)
+    assert {row["gap"] for row in same} == {0.0}
+    assert {row["gap"] for row in rows if row not in same} == {0.25}
+    assert {tuple(row["scores"]) for row in rows} == {(0.5, 0.25)}
+    assert read_summary(tmp_path)["identical"] == len(same)
 
 
 @pytest.mark.parametrize("empty", ["easy", "hard"])
 def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: str) -> None:
     samples = world.build(world.samples)
-    gaps = [abs(one - other) for one, other in (row["scores"] for row in read_table(samples / "samples.parquet"))]
+    gaps = [abs(one - other) for one, other in (row["scores"] for row in read_table(samples / "pairs.parquet"))]
     threshold = {"easy": max(gaps), "hard": min(gaps) / 2}[empty]
     with pytest.raises(InputError, match=rf"selection.threshold: .* leaves no {empty} pair; the gaps run from"):
         world.engine.compute(Selection(samples=world.samples, threshold=threshold))
@@ -172,7 +189,7 @@ def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, mon
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 def test_ppo_starts_at_its_reference_and_raises_the_score(world: World, advantage: str) -> None:
     group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
-    stage = world.ppo(advantage=advantage, epochs=6, kl_coef=0.02, prompts=world.selection.all, **group)
+    stage = world.ppo(advantage=advantage, epochs=6, kl_coef=0.02, prompts=world.samples.pairs, **group)
     rows = rows_of(world.build(stage))
     assert rows[0]["kl_abs_per_token"] < 1e-4
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
@@ -264,20 +281,165 @@ def test_ppo_with_lora_keeps_the_reference_it_was_given(world: World) -> None:
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
+def test_kl_from_sft_is_measured_from_sft_whatever_the_reference_is(world: World) -> None:
+    anchor = world.dpo(epochs=4)
+    one, other = (rows_of(world.build(world.ppo(policy=anchor, reference=r))) for r in (anchor, world.sft))
+    assert abs(one[0]["kl"]) < 0.01
+    assert one[0]["kl_from_sft"] == pytest.approx(other[0]["kl_from_sft"], abs=1e-4) == other[0]["kl"]
+    assert one[0]["kl_from_sft"] > 0.05
+
+
+def test_a_kl_budget_holds_the_kl_from_sft(world: World) -> None:
+    """Free, PPO goes far beyond; on the leash it stays near, also with another reference than SFT."""
+    common = {"epochs": 12, "kl_coef": 0.01, "learning_rate": 3e-4, "score_clip": None, "prompts": world.samples.pairs}
+    anchor = world.dpo(epochs=4)
+    free = rows_of(world.build(world.ppo(**common)))
+    held = rows_of(world.build(world.ppo(**common, kl_budget=1.0)))
+    anchored = rows_of(world.build(world.ppo(**common, kl_budget=1.0, policy=anchor, reference=anchor)))
+
+    def end(rows: list[dict[str, Any]]) -> float:
+        return sum(row["kl_from_sft"] for row in rows[-12:]) / 12
+
+    assert end(free) > 2.0
+    assert end(held) == pytest.approx(1.0, abs=0.4)
+    assert end(anchored) == pytest.approx(1.0, abs=0.4)
+    assert len({row["kl_coef"] for row in held}) > 10
+
+
+def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> None:
+    stage = world.ppo(epochs=2, snapshots=3)
+    folder = world.build(stage)
+    summary = read_summary(folder)
+    assert summary["steps"] == 4
+    assert summary["snapshots"] == [1, 2, 3]
+    plain = world.build(world.ppo(epochs=2))
+    assert model_digest(model_in(folder)) == model_digest(model_in(plain)), "keeping them changes nothing"
+    one, other = (load_file(folder / "snapshots" / str(n) / "model" / "model.safetensors") for n in (1, 3))
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+    evaluated = evaluation(world, Snapshot(stage=stage, number=1))
+    assert evaluated.paths({**dict.fromkeys(evaluated.inputs(), tmp_path), "policy": folder})["policy"] == (
+        folder / "snapshots" / "1"
+    )
+    assert read_summary(world.build(evaluated))["kl_from_sft"]["mean"] > 0
+    with pytest.raises(InputError, match=r"ppo.snapshots: found 4, but there are 4 iterations"):
+        world.build(world.ppo(epochs=2, snapshots=4))
+
+
+def test_lora_snapshots_are_merged_and_training_goes_on(world: World) -> None:
+    folder = world.build(world.ppo(epochs=2, snapshots=1, lora={"rank": 4}))
+    plain = world.build(world.ppo(epochs=2, lora={"rank": 4}))
+    assert model_digest(model_in(folder)) == model_digest(model_in(plain))
+    snapshot = load_file(folder / "snapshots" / "1" / "model" / "model.safetensors")
+    assert snapshot.keys() == weights(folder).keys()
+
+
+def test_a_part_of_an_epoch(world: World) -> None:
+    rows = rows_of(world.build(world.ppo(epochs=1.5)))
+    assert len(rows) == 3
+
+
 def test_ppo_cannot_truncate_the_distribution_it_learns_from(world: World) -> None:
     for key in ("temperature", "top_p", "top_k"):
         with pytest.raises(ValueError, match=key):
             world.ppo(**{key: 0.9})
 
 
-def test_evaluation_reports_true_reward_and_kl(world: World) -> None:
-    def evaluate(policy: Stage) -> dict[str, Any]:
-        stage = Evaluation(
-            policy=policy, sft=world.sft, reward=world.reward, data=world.data, max_completion_tokens=LIMIT
-        )
-        return read_summary(world.build(stage))
+def evaluation(world: World, policy: Stage | Snapshot, **settings: Any) -> Evaluation:
+    common = {"sft": world.sft, "reward": world.reward, "data": world.data, "max_completion_tokens": LIMIT}
+    return Evaluation(policy=policy, **{**common, **settings})
 
-    sft, tuned = evaluate(world.sft), evaluate(world.dpo(epochs=4))
+
+def test_best_of_n_is_the_best_of_n(world: World) -> None:
+    one, best = (world.build(evaluation(world, world.sft, best_of=n)) for n in (1, 8))
+    summary = read_summary(best)
+    assert summary["score"]["mean"] > read_summary(one)["score"]["mean"] + 0.1
+    assert summary["kl_from_sft"]["mean"] == pytest.approx(math.log(8) - 7 / 8)
+    assert summary["cost"]["tokens_sampled"] > 6 * read_summary(one)["cost"]["tokens_sampled"]
+    lm = load_policy(model_in(world.build(world.sft)), device=CPU)
+    reward = load_reward_model(model_in(world.build(world.reward)), device=CPU)
+    rows = read_table(best / "completions.parquet")[:4]
+    for row in rows:
+        prompt = prompt_tokens(lm.tokenizer, row["prompt"])
+        completion = completion_tokens(lm.tokenizer, row["completion"])
+        again = scores(reward, [prompt], [[completion]], token_budget=4096)
+        assert row["score"] == pytest.approx(float(again), abs=1e-3)
+    with pytest.raises(InputError, match="found another policy than SFT"):
+        world.build(evaluation(world, world.dpo(epochs=4), best_of=2))
+
+
+def test_a_second_reward_model_scores_the_same_completions(world: World) -> None:
+    data = Data(base=world.base, train_rows=128, second_rows=128, test_rows=48, demonstration_rows=256)
+    rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "second", "test")}
+    prompts = {name: {str(row["prompt"]) for row in found} for name, found in rows.items()}
+    assert (len(rows["train"]), len(rows["second"]), len(rows["test"])) == (128, 128, 48)
+    assert not prompts["second"] & (prompts["train"] | prompts["test"])
+    second = world.reward.model_copy(update={"pairs": data.second_pairs})
+    folder = world.build(evaluation(world, world.sft, second=second))
+    alone = read_table(world.build(evaluation(world, world.sft)) / "completions.parquet")
+    swapped = read_table(world.build(evaluation(world, world.sft, reward=second)) / "completions.parquet")
+    for row, first, other in zip(read_table(folder / "completions.parquet"), alone, swapped, strict=True):
+        assert row["completion"] == first["completion"]
+        assert (row["score"], row["second_score"]) == (first["score"], other["score"])
+
+
+def test_label_noise_flips_a_share_and_more_of_it_flips_the_same_and_others(world: World) -> None:
+    clean = read_table(world.build(world.data) / "train.parquet")
+    flipped: dict[float, set[int]] = {}
+    for share in (0.1, 0.3):
+        folder = world.build(LabelNoise(pairs=world.data.train_pairs, share=share))
+        rows = read_table(folder / "train.parquet")
+        assert len(rows) == len(clean)
+        flipped[share] = {n for n, (row, old) in enumerate(zip(rows, clean, strict=True)) if row != old}
+        assert read_summary(folder)["flipped"] == len(flipped[share]) == round(share * len(clean))
+        for n in flipped[share]:
+            assert rows[n] == {**clean[n], "chosen": clean[n]["rejected"], "rejected": clean[n]["chosen"]}
+    assert flipped[0.1] < flipped[0.3]
+    other = read_table(world.build(LabelNoise(pairs=world.data.train_pairs, share=0.1, seed=1)) / "train.parquet")
+    assert {n for n, (row, old) in enumerate(zip(other, clean, strict=True)) if row != old} != flipped[0.1]
+
+
+def test_gradients_are_those_of_a_step(world: World) -> None:
+    """A small step of plain gradient descent moves both log-probs as the kept inner products say."""
+    policy = world.dpo(epochs=4)
+    stage = Gradients(
+        policy=policy,
+        reference=world.sft,
+        pairs=world.selection.easy,
+        beta=0.1,
+        count=3,
+        max_completion_tokens=LIMIT,
+    )
+    folder = world.build(stage)
+    rows = read_table(folder / "gradients.parquet")
+    assert len(rows) == 3
+    row = rows[0]
+    lm = load_policy(model_in(world.build(policy)), device=CPU)
+    pairs = read_pairs(world.build(world.selection) / "easy.parquet", lm, max_completion_tokens=LIMIT)
+    prompts, completions = pairs.prompts[:1], pairs.completions[:1]
+    reference = load_policy(model_in(world.build(world.sft)), device=CPU)
+    before = sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
+    anchored = sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
+    assert [row["log_x_chosen"], row["log_x_rejected"]] == pytest.approx((before - anchored).tolist(), abs=1e-4)
+    batch = pack(prompts, completions)
+    chosen, rejected = branch_logprobs(lm, batch).sum(dim=-1)[0]
+    loss = dpo_loss(chosen[None], rejected[None], anchored[:1], anchored[1:], beta=0.1)
+    loss.sum().backward()
+    rate, weight = 1e-4, 0.1 * float(torch.sigmoid(-0.1 * ((chosen - rejected) - (anchored[0] - anchored[1]))))
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad
+    moved = sequence_logprobs(lm, prompts, completions, token_budget=4096)[0] - before
+    expected = [
+        rate * weight * (row["chosen_chosen"] - row["chosen_rejected"]),
+        rate * weight * (row["chosen_rejected"] - row["rejected_rejected"]),
+    ]
+    assert moved.tolist() == pytest.approx(expected, rel=0.1)
+    assert moved[0] > 0 > moved[1]
+
+
+def test_evaluation_reports_true_reward_and_kl(world: World) -> None:
+    sft, tuned = (read_summary(world.build(evaluation(world, one))) for one in (world.sft, world.dpo(epochs=4)))
     assert sft["kl_from_sft"]["mean"] == 0.0
     assert tuned["kl_from_sft"]["mean"] > 0.0
     assert tuned["score"]["mean"] > sft["score"]["mean"]
@@ -348,7 +510,7 @@ def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytes
     assert (folder / "summary.json").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "dpo-lora", "ppo", "ppo-lora", "rloo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "dpo-lora", "ppo", "budget", "ppo-lora", "rloo"])
 def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -357,7 +519,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
         "reward": world.reward,
         "dpo": world.dpo(epochs=2),
         "dpo-lora": world.dpo(epochs=2, lora={"rank": 4, "dropout": 0.1}),
-        "ppo": world.ppo(epochs=2, minibatches=2, kl_target=1.0),
+        "ppo": world.ppo(epochs=2, minibatches=2, kl_target=1.0, snapshots=2),
+        "budget": world.ppo(epochs=2, kl_budget=0.5),
         "ppo-lora": world.ppo(epochs=2, lora={"rank": 4}),
         "rloo": world.ppo(advantage="rloo", completions_per_prompt=2),
     }[kind]

@@ -12,7 +12,7 @@ from mixpo.training.record import Watcher
 
 
 class Silent(Watcher):
-    def begin(self, stage: str, identity: str, arms: str) -> None: ...
+    def begin(self, stage: str, identity: str, arms: object) -> None: ...
 
     def step(self, done: int, total: int, metrics: object) -> None: ...
 
@@ -25,7 +25,7 @@ class Silent(Watcher):
 def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
     run(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Silent())
     results = load(tmp_path / "run")
-    judged = read_summary(results.stage("RewardModel", 0))["test"]
+    judged = results.stages_of("RewardModel")[0].summary["test"]
     assert 0.70 <= judged["accuracy"] <= 0.80
     assert 0.35 <= judged["gap_under_1"] <= 0.60
     score, true_reward = (

@@ -52,7 +52,7 @@ class World:
     def ppo(self, **settings: Any) -> PPO:
         common = {"learning_rate": 1e-4, "value_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0}
         values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard, **common, **settings}
-        return PPO(reward=self.reward, max_completion_tokens=LIMIT, **values)
+        return PPO(sft=self.sft, reward=self.reward, max_completion_tokens=LIMIT, **values)
 
     def build(self, stage: Stage) -> Path:
         return self.engine.build(stage)

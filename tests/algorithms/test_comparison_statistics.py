@@ -91,8 +91,8 @@ def test_resamples_have_the_variance_of_the_crossed_bootstrap(seeds, prompts, no
     mean = values.mean()
     by_seed, by_prompt = values.mean(axis=1) - mean, values.mean(axis=0) - mean
     rest = values - mean - by_seed[:, None] - by_prompt[None]
-    # Shares of a multinomial draw of n from S have covariance (1[s = s'] - 1 / S) / (S n); each part sums to 0 along its
-    # axes.
+    # Shares of a multinomial draw of n from S have covariance (1[s = s'] - 1 / S) / (S n); each part sums to 0 along
+    # its axes.
     seed_pairs, prompt_pairs = seeds * max(1, seeds - 1), prompts**2
     variance = (by_seed**2).sum() / seed_pairs + (by_prompt**2).sum() / prompt_pairs
     variance += (rest**2).sum() / (seed_pairs * prompt_pairs)

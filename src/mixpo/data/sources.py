@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -169,9 +170,21 @@ def content_digest(paths: Sequence[Path]) -> str:
     whole = hashlib.sha256()
     for path in paths:
         _must_be_file(path)
-        with _readable(path), path.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
+        with _readable(path):
+            whole.update(file_digest(path))
     return whole.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file, remembered while its size and time of change stay as they are."""
+    status = path.stat()
+    return _file_digest(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, size: int, changed: int) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _must_be_file(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -145,33 +145,49 @@ def arm_runs(recipe: Recipe) -> list[ArmRun]:
 
 
 def _arm_runs_at(recipe: Recipe, seed: int) -> list[ArmRun]:
-    plain = Setup(recipe, seed)
     kept = recipe.ppo.model_copy(update={"snapshots": recipe.trace.snapshots})
     traced = Setup(recipe.model_copy(update={"ppo": kept}), seed)
-    runs = [_arm_run(arm, traced if arm in recipe.trace.arms else plain, recipe.trace.arms) for arm in recipe.arms]
-    ends = {run.arm: _arm_run(run.arm, plain).evaluation for run in runs}
+    setups: dict[str, Setup] = {}
+
+    def at(changes: Mapping[str, Any]) -> Setup:
+        return setups.setdefault(str(changes), Setup(recipe.changed(changes), seed))
+
+    runs = [
+        _traced_run(arm, traced) if arm in recipe.trace.arms else ArmRun(arm, seed, _evaluation(arm, at({})))
+        for arm in recipe.arms
+    ]
     for sweep in recipe.sweep:
-        for changes in sweep.points():
-            setup = Setup(recipe.changed(changes), seed)
+        for point in sweep.points():
             for arm in sweep.arms or recipe.arms:
-                run = _arm_run(arm, setup, changes=changes)
-                if run.evaluation != ends.get(arm) and all(run.name != other.name for other in runs):
+                changes = _needed(arm, point, at)
+                run = ArmRun(arm, seed, _evaluation(arm, at(changes)), changes)
+                if run.name not in {other.name for other in runs}:
                     runs.append(run)
     return runs
 
 
-def _arm_run(arm: str, setup: Setup, traced: Collection[str] = (), changes: Mapping[str, Any] | None = None) -> ArmRun:
-    made, trace = ARMS[arm](setup), list[Evaluation]()
-    if arm in traced:
-        if not isinstance(made, PPO):
-            raise InputError(f"trace.arms: found {arm!r}, which ends with {type(made).__name__}; expected one with PPO")
-        passed: list[Stage | Snapshot] = [
-            made.policy,
-            *(Snapshot(stage=made, number=number + 1) for number in range(made.snapshots)),
-        ]
-        trace = [setup.evaluation(policy) for policy in passed]
-    evaluation = made if isinstance(made, Evaluation) else setup.evaluation(made)
-    return ArmRun(arm, setup.seed, evaluation, dict(changes or {}), tuple(trace))
+def _evaluation(arm: str, setup: Setup) -> Evaluation:
+    made = ARMS[arm](setup)
+    return made if isinstance(made, Evaluation) else setup.evaluation(made)
+
+
+def _traced_run(arm: str, setup: Setup) -> ArmRun:
+    made = ARMS[arm](setup)
+    if not isinstance(made, PPO):
+        raise InputError(f"trace.arms: found {arm!r}, which ends with {type(made).__name__}; expected one with PPO")
+    passed: list[Stage | Snapshot] = [made.policy]
+    passed += [Snapshot(stage=made, number=number + 1) for number in range(made.snapshots)]
+    return ArmRun(arm, setup.seed, setup.evaluation(made), trace=tuple(setup.evaluation(policy) for policy in passed))
+
+
+def _needed(arm: str, point: Mapping[str, Any], at: Callable[[Mapping[str, Any]], Setup]) -> dict[str, Any]:
+    """The changes at a point of a sweep without which an arm would be another expression."""
+    needed = dict(point)
+    for key in point:
+        fewer = {other: value for other, value in needed.items() if other != key}
+        if _evaluation(arm, at(fewer)) == _evaluation(arm, at(needed)):
+            needed = fewer
+    return needed
 
 
 def gradients_runs(recipe: Recipe) -> list[GradientsRun]:

@@ -28,6 +28,7 @@ from transformers import (
 
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
+from mixpo.data.sources import file_digest
 from mixpo.data.tokens import end_token
 from mixpo.data.world import build_tokenizer
 from mixpo.models.language_model import LanguageModel, Precision, branch_logprobs, hidden_states
@@ -125,9 +126,7 @@ def model_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted({file for name in names for file in folder.glob(name)}):
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest.update(file_digest(file))
     return digest.hexdigest()[:16]
 
 
