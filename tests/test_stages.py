@@ -586,3 +586,18 @@ def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
     assert reward.tokenizer.decode(again[0][1]) == "Castle soon"
+
+
+def test_rows_for_a_second_reward_model_may_be_files_of_their_own(world: World, tmp_path: Path) -> None:
+    def write(name: str, prompts: range) -> str:
+        rows = [{"prompt": f"Q{n}?", "chosen": "a", "rejected": "b"} for n in prompts]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    files = {"train": write("train.jsonl", range(20)), "test": write("test.jsonl", range(20, 30))}
+    second = write("second.jsonl", range(15, 60))
+    data = Data(base=world.base, format="preference", **files, second=second, second_rows=12)
+    rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "test", "second")}
+    assert [len(rows[name]) for name in ("train", "test", "second")] == [20, 10, 12]
+    assert {int(row["prompt"][1:-1]) for row in rows["second"]} <= set(range(30, 60))
+    assert world.engine.folder(data) != world.engine.folder(Data(base=world.base, format="preference", **files))

@@ -205,9 +205,17 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         return given
     if base in (name, *above):
         raise InputError(f"{source}: found itself at the end of its bases {' → '.join((*above, name, base))}")
-    merged = OmegaConf.to_container(OmegaConf.merge(_read(str(base), (*above, name)), given))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+    return _over(_read(str(base), (*above, name)), given)
+
+
+def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given over what it stands on, section by section. A `???` leaves open again what the base gave."""
+    both = {key: _over(base[key], value) for key, value in given.items() if _are_sections(base.get(key), value)}
+    return {**base, **given, **both}
+
+
+def _are_sections(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def _find(name: str) -> tuple[str, str]:

@@ -40,6 +40,8 @@ class DataSettings(Settings):
     """The same for held-out rows; if empty, `test_share` of the train prompts is held out."""
     demonstrations: tuple[str, ...] = ()
     """Files with `prompt` and `completion` for SFT; if empty, the chosen completions of train."""
+    second: tuple[str, ...] = ()
+    """The same as train for a second reward model, which only measures; see `second_rows`."""
     revision: str | None = None
     """The commit of a hub data set."""
     train_rows: int | None = pydantic.Field(None, ge=1)
@@ -48,8 +50,8 @@ class DataSettings(Settings):
     demonstration_rows: int | None = pydantic.Field(None, ge=1)
     test_share: float = pydantic.Field(0.1, gt=0, lt=1)
     second_rows: int = pydantic.Field(0, ge=0)
-    """About so many preference rows are kept apart for a second reward model, which only measures; none of their
-    prompts is in train."""
+    """So many preference rows for a second reward model, none of whose prompts is in train or test: drawn from
+    `second`, or, if that is empty, about so many kept apart from train. With 0 there is no second reward model."""
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     """A longer prompt is a bad row."""
     on_bad_row: Literal["error", "drop"] | None = None
@@ -57,7 +59,7 @@ class DataSettings(Settings):
     If not given: `drop` for hh-rlhf, whose raw rows hold a few uneven ones, `error` for all else."""
     data_seed: int = pydantic.Field(0, ge=0)
 
-    @pydantic.field_validator("train", "test", "demonstrations", mode="before")
+    @pydantic.field_validator("train", "test", "demonstrations", "second", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -86,6 +88,7 @@ class Data(Stage, DataSettings):
         if not settings.train:
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
         groups = [settings.train, settings.test, settings.demonstrations]
+        groups += [settings.second] if settings.second else []
         digests = [
             [name if name.startswith("hub:") else content_digest([Path(name).expanduser()]) for name in group]
             for group in groups
@@ -93,7 +96,7 @@ class Data(Stage, DataSettings):
         return {**values, "content": " | ".join(" ".join(group) for group in digests)}
 
     def _exclude_from_cls_uid(self) -> list[str]:
-        return ["train", "test", "demonstrations"]
+        return ["train", "test", "demonstrations", "second"]
 
     @property
     def train_pairs(self) -> Part:
@@ -125,7 +128,7 @@ class Data(Stage, DataSettings):
                     "data.max_prompt_tokens",
                 )
 
-        train, test, demonstrations, bad, total = self._read(fits)
+        train, test, second, demonstrations, bad, total = self._read(fits)
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
         if bad:
             (out / "bad_rows.jsonl").unlink(missing_ok=True)
@@ -134,8 +137,7 @@ class Data(Stage, DataSettings):
                 refuse(bad, total)
         if not test:
             train, test = _hold_out(train, self.test_share, self.data_seed)
-        second: list[Preference] = []
-        if self.second_rows:
+        if self.second_rows and not self.second:
             train, second = _hold_out(train, self.second_rows / max(1, len(train)), self.data_seed + 1)
         train, test = _draw(train, self.train_rows, self.data_seed), _draw(test, self.test_rows, self.data_seed)
         if not demonstrations:
@@ -147,7 +149,9 @@ class Data(Stage, DataSettings):
             "demonstrations": demonstrations,
         }
         if self.second_rows:
-            kept["second"] = second
+            seen = {json.dumps(row.prompt) for row in train + test}
+            second = [row for row in second if json.dumps(row.prompt) not in seen]
+            kept["second"] = second = _draw(second, self.second_rows, self.data_seed)
         for name, rows in kept.items():
             if not rows:
                 raise InputError(
@@ -170,7 +174,9 @@ class Data(Stage, DataSettings):
             bad_rows=len(bad),
         )
 
-    def _read(self, check: Check) -> tuple[list[Preference], list[Preference], list[Demonstration], list[BadRow], int]:
+    def _read(
+        self, check: Check
+    ) -> tuple[list[Preference], list[Preference], list[Preference], list[Demonstration], list[BadRow], int]:
         if self.format == "world":
             world = make_world(
                 demonstrations=self.demonstration_rows or 0,
@@ -181,13 +187,16 @@ class Data(Stage, DataSettings):
             return (
                 [Preference(_asked(prompt), chosen, rejected) for prompt, chosen, rejected in world.train],
                 [Preference(_asked(prompt), chosen, rejected) for prompt, chosen, rejected in world.test],
+                [],
                 [Demonstration(_asked(prompt), completion) for prompt, completion in world.demonstrations],
                 [],
                 len(world.train) + len(world.test) + len(world.demonstrations),
             )
         bad: list[BadRow] = []
-        rows: list[list[Preference]] = [[], []]
-        for target, names, split in ((rows[0], self.train, "train"), (rows[1], self.test, "test")):
+        rows: list[list[Preference]] = [[], [], []]
+        for target, names, split in zip(
+            rows, (self.train, self.test, self.second), ("train", "test", "train"), strict=True
+        ):
             for name in names:
                 found, problems = self._preferences(name, split, check)
                 target += found
@@ -197,7 +206,8 @@ class Data(Stage, DataSettings):
             shown, problems = self._demonstrations(name, check)
             demonstrations += shown
             bad += problems
-        return rows[0], rows[1], demonstrations, bad, len(rows[0]) + len(rows[1]) + len(demonstrations) + len(bad)
+        train, test, second = rows
+        return train, test, second, demonstrations, bad, sum(map(len, rows)) + len(demonstrations) + len(bad)
 
     def _preferences(self, name: str, split: str, check: Check) -> tuple[list[Preference], list[BadRow]]:
         assert self.format != "world"
