@@ -293,7 +293,7 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
     assert (mine.name, mine.arms, mine.ppo.kl_coef) == ("again", ("sft",), 0.3)
     assert mine.ppo.batch_size == world.ppo.batch_size
     assert mine.sft == world.sft
-    (tmp_path / "open.yaml").write_text("base: world\nname: open\ndata: {train_rows: ???}\n")
+    (tmp_path / "open.yaml").write_text("base: world\nname: open\ndata:\n  train_rows: ???\n")
     with pytest.raises(InputError, match=r"open\.yaml: data\.train_rows: not given"):
         read_recipe(str(tmp_path / "open.yaml"))
     (tmp_path / "loop.yaml").write_text(f"base: {tmp_path / 'loop.yaml'}\nname: loop\n")
