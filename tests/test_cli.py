@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from mixpo.cli import main as cli
+from mixpo.experiments.expressions import arm_runs
 from mixpo.experiments.plan import plan
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.run import arm_runs
 
 GOOD = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
 
@@ -198,24 +198,40 @@ def test_every_shipped_recipe_is_valid() -> None:
     import mixpo.recipes
 
     names = [path.stem for path in Path(mixpo.recipes.__path__[0]).glob("*.yaml")]
-    assert {"world", "pairs", "hh-rlhf", "tldr", "hh-rlhf-smollm2"} <= set(names)
+    assert {"world", "paper-world", "noise-world", "pairs", "hh-rlhf", "hh-rlhf-smollm2", "tldr-smollm2"} <= set(names)
+    overrides = ["model.path=world", "data.format=world", "data.train=pairs.jsonl", "data.test=pairs.jsonl"]
     for name in names:
-        recipe = read_recipe(name, ["model.path=world", "data.format=world", "data.train=pairs.jsonl"])
+        recipe = read_recipe(name, overrides)
         assert recipe.name == name
-        assert len(arm_runs(recipe)) == len(recipe.arms) * len(recipe.seeds)
+        runs = arm_runs(recipe)
+        assert [run.arm for run in runs if not run.changes] == list(recipe.arms) * len(recipe.seeds)
+        assert any(run.changes for run in runs) == bool(recipe.sweep)
 
 
 def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(here: Path) -> None:
     def identities(*overrides: str) -> dict[tuple[str, str, str], str]:
         planned = plan(read_recipe("world", overrides))
-        return {(run.arm, line.kind, line.field): line.identity for run, lines in planned for line in lines}
+        return {(arm, line.kind, line.field): line.identity for arm, lines in planned for line in lines}
 
     one, other = identities(), identities("ppo.kl_coef=0.2")
     changed = {key for key in one if one[key] != other[key]}
     assert {kind for _, kind, _ in changed} == {"PPO", "Evaluation"}
-    assert {arm for arm, _, _ in changed} == {"ppo", "mpo"}
+    assert {arm for arm, _, _ in changed} == {"ppo (seed 0)", "mpo (seed 0)"}
 
 
 def test_importing_the_command_line_does_not_import_torch() -> None:
     code = "import sys, mixpo.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+def test_plan_shows_sweeps_traces_and_gradients(here: Path) -> None:
+    overrides = [
+        "arms=[sft,mpo]",
+        "sweep={ppo.kl_coef: [0.2]}",
+        "trace={arms: [mpo], snapshots: 1}",
+        "gradients.pairs=2",
+    ]
+    planned = dict(plan(read_recipe("world", overrides)))
+    assert list(planned)[:3] == ["sft (seed 0)", "mpo (seed 0)", "mpo ppo.kl_coef=0.2 (seed 0)"]
+    assert "gradients of dpo-easy on hard (seed 0)" in planned
+    assert {line.field for line in planned["mpo (seed 0)"] if line.depth == 0} == {"", "along 0", "along 1"}

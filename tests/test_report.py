@@ -1,7 +1,11 @@
-"""The report of a run folder that is written here by hand."""
+"""The report as a whole, of run folders that are written by hand: what is shown, in every form; what is refused."""
 
+import csv
+import io
 import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -10,288 +14,203 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from mixpo.algorithms.statistics import Interval, bootstrap_mean
 from mixpo.data.errors import InputError
-from mixpo.experiments.run import FORMAT
-from mixpo.report.page import verdict, write_page
-from mixpo.report.results import load
-from mixpo.report.table import main_table
-from mixpo.stages.rows import write_table
+from mixpo.report.arms import main_table
+from mixpo.report.page import document, numbers, text, write_page
+from mixpo.report.render import html, markdown
+from mixpo.report.results import Results, load
+from report_runs import HOSTILE, SFT_SCORES, Arm, Writer, plain, rows, scores, shifted
 
-HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
-COST = {"seconds": 10.0, "tokens_sampled": 100, "tokens_trained": 200, "tokens_scored": 0, "flops": 1e9}
-BIN = {"count": 4, "accuracy": 0.75, "interval": {"mean": 0.75, "low": 0.3, "high": 0.95}}
-JUDGED = {
-    "pairs": 8,
-    "accuracy": 0.75,
-    "accuracy_interval": [0.41, 0.93],
-    "gap_under_1": 0.25,
-    "score_mean": 0.0,
-    "score_std": 1.0,
-    "by_gap": [
-        {"low": 0.0, "high": 1.0, **BIN},
-        {"low": 1.0, "high": 2.0, "count": 0, "accuracy": None, "interval": None},
-        {"low": 2.0, "high": None, **BIN},
-    ],
+CLEAR = {
+    "sft": SFT_SCORES,
+    "ppo": shifted([1.0] * 6),
+    "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8]),
 }
-SELECTION = {
-    "threshold": 1.0,
-    "pairs": 4,
-    "easy": 1,
-    "hard": 3,
-    "identical": 1,
-    "gap_mean": 0.9,
-    "gap_median": 0.75,
-    "gap_under_1": 0.75,
-    "score_std": 1.5,
-}
-SFT_SCORES = [0.0, 1.0, 2.0, 1.0, 0.0, 2.0]
+RAN_AWAY = "PPO 1a2b3c4d: the KL ran away: <nan> & more"
+FAILED = Arm("dpo-base", failed={0: RAN_AWAY})
+VECTORS = {"chosen_chosen": 2.0, "rejected_rejected": 1.0, "chosen_rejected": 0.5}
+GRADIENTS = {"log_x_chosen": 0.0, "log_x_rejected": 0.0, "by_chosen": -0.5, "by_rejected": 0.5, **VECTORS}
 
 
-def stage(
-    folder: Path, name: str, summary: dict[str, Any], steps: list[dict[str, Any]] | None = None
-) -> dict[str, str]:
-    place = folder / "cache" / name
-    place.mkdir(parents=True, exist_ok=True)
-    content = {**summary, "cost": {**COST, "peak_memory_mib": 50.0}}
-    (place / "summary.json").write_text(json.dumps(content), encoding="utf8")
-    if steps is not None:
-        lines = [json.dumps({"step": number, **row}) + "\n" for number, row in enumerate(steps)]
-        (place / "metrics.jsonl").write_text("".join(lines), encoding="utf8")
-    return {name: str(place)}
+def world(columns: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    return {**columns, "true_reward": shifted([0.5] * 6, list(columns["score"]))}
 
 
-def evaluation(folder: Path, name: str, scores: list[float]) -> dict[str, str]:
-    made = stage(folder, name, {})
-    earlier = [{"role": "user", "content": "earlier turn"}, {"role": "assistant", "content": "a reply"}]
-    rows = [
-        {
-            "prompt": [*earlier, {"role": "user", "content": f"question {number} & <b>more</b>"}],
-            "completion": HOSTILE if number == 0 else f"answer {number} of {name}",
-            "score": score,
-            "kl_from_sft": 0.5 * number,
-            "tokens": 3.0,
-            "ended": float(number % 2 == 0),
-        }
-        for number, score in enumerate(scores)
+def everything(folder: Path) -> Results:
+    """A run that has every section."""
+    arms = [Arm(arm.name, {0: world(arm.done[0])}) for arm in plain(CLEAR)]
+    for arm, values in {"dpo": 0.4, "dpo-easy": 0.5, "dpo-hard": 0.2}.items():
+        arms.append(Arm(arm, {0: world(scores(shifted([values] * 6)))}))
+    arms[1].trace = {0: [world(scores(SFT_SCORES)), world(scores(shifted([0.5] * 6)))]}
+    arms += [
+        Arm("ppo", {0: world(scores(shifted([0.1] * 6), kl=0.5))}, changes={"ppo.kl_coef": 0.2}),
+        Arm("ppo", {0: world(scores(SFT_SCORES))}, changes={"label_noise.share": 0.3}),
+        FAILED,
     ]
-    write_table(Path(made[name]) / "completions.parquet", rows)
-    return made
+    writer = Writer(folder / "run", world=True)
+    gradients = [writer.gradients("dpo", part, 0, [GRADIENTS, GRADIENTS]) for part in ("easy", "hard")]
+    return writer.load(arms, gradients)
 
 
-def run_folder(
-    folder: Path,
-    scores: dict[str, list[float]],
-    *,
-    failed: bool = True,
-    full: bool = True,
-    seeds: tuple[int, ...] = (0,),
-) -> Path:
-    arms = [arm for seed in seeds for arm in arms_of(folder, scores, failed=failed, full=full, seed=seed)]
-    content = {
-        "format": FORMAT,
-        "mixpo": "9.9.9",
-        "name": "tiny",
-        "recipe": {"name": "tiny", "note": "</pre><script>"},
-        "arms": arms,
-    }
-    (folder / "results.json").write_text(json.dumps(content), encoding="utf8")
-    return folder
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return everything(tmp_path_factory.mktemp("whole"))
 
 
-def arms_of(
-    folder: Path, scores: dict[str, list[float]], *, failed: bool, full: bool, seed: int
-) -> list[dict[str, Any]]:
-    dpo = {"loss": 0.7, "accuracy": 0.6, "chosen_logprob": -9.0, "rejected_logprob": None, "chosen_reward": 0.1}
-    ppo = {"score": 0.4, "kl": 1.0, "entropy": 2.0, "end_rate": 1.0, "completion_tokens": 7.0}
-    shared = stage(folder, f"SFT-{seed}0000001", {"loss": 1.0})
-    sampled: dict[str, str] = {}
-    if full:
-        shared |= stage(folder, f"RewardModel-{seed}0000002", {"validation": JUDGED, "test": JUDGED})
-        sampled |= stage(folder, f"Samples-{seed}0000003", {})
-        sampled |= stage(folder, f"Selection-{seed}0000004", SELECTION)
-        pairs = [{"prompt": "p", "gap": gap} for gap in (0.0, 0.5, 1.0, 2.1)]
-        write_table(Path(sampled[f"Selection-{seed}0000004"]) / "all.parquet", pairs)
-    arms = []
-    for arm, values in scores.items():
-        stages = shared | (sampled if arm != "sft" else {})
-        if arm in ("mpo", "dpo"):
-            stages |= stage(folder, f"DPO-{seed}0000005", {"pairs": 2, "accuracy": 0.9, "steps": 3}, [dpo] * 3)
-        if arm in ("mpo", "ppo"):
-            stages |= stage(folder, f"PPO-{seed}{arm}", {"score": 0.4, "kl": 1.0, "steps": 450}, [ppo] * 450)
-        made = evaluation(folder, f"Evaluation-{seed}{arm}", [value + seed for value in values])
-        model = str(folder / "cache" / arm / "model")
-        (found,) = made.values()
-        arms.append(result(arm, seed, "done", model=model, evaluation=found, stages=stages | made))
-    if failed:
-        reason = "PPO 1a2b3c4d: the KL ran away: <nan> & more"
-        arms.append(result("dpo-base", seed, "failed", reason=reason, stages=shared))
-    return arms
-
-
-def result(arm: str, seed: int, status: str, **rest: Any) -> dict[str, Any]:
-    return {"arm": arm, "seed": seed, "status": status, **rest}
-
-
-def page(folder: Path) -> str:
-    path = write_page(load(folder))
-    assert path == folder / "report.html"
+@pytest.fixture(scope="module")
+def page(whole: Results) -> str:
+    path = write_page(whole, whole.runs[0].folder)
+    assert path == whole.runs[0].folder / "report.html"
     return path.read_text(encoding="utf8")
 
 
-def section(text: str, name: str) -> str:
-    found = re.search(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)
+def section(page: str, name: str) -> str:
+    found = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
     assert found is not None
     return found[1]
 
 
-def opening(text: str, name: str) -> str:
-    found = re.search(r"<p>(.*?)</p>", section(text, name), re.DOTALL)
-    assert found is not None
-    return unescape(found[1])
+def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
+    names = re.findall(r'<section id="([^"]*)">', page)
+    assert names == [
+        *("results", "reward-model", "selection", "distance", "over-optimisation", "cost", "subsets", "noise"),
+        *("theorem", "training", "completions", "failed", "reproduce"),
+    ]
+    assert re.findall(r'<li><a href="#([^"]*)">', page) == names
+    assert "9.9.9" in page
+    assert "1,280 pairs to train, 8 to test, 7 demonstrations; 1 rows were left out" in page
 
 
-def shifted(by: list[float]) -> list[float]:
-    return [score + difference for score, difference in zip(SFT_SCORES, by, strict=True)]
-
-
-CLEAR = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8])}
-EVEN = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 0.1, 1.9, 0.0, 1.6, 0.6])}
-REVERSED = {"ppo": CLEAR["mpo"], "mpo": CLEAR["ppo"]}
-EVEN_BELOW = {"ppo": EVEN["mpo"], "mpo": EVEN["ppo"]}
-
-
-def test_page_has_every_section(tmp_path: Path) -> None:
-    text = page(run_folder(tmp_path, CLEAR))
-    names = re.findall(r'<section id="([^"]*)">', text)
-    expected = ["results", "reward-model", "selection", "training", "cost", "completions", "failed", "reproduce"]
-    assert names == expected
-    assert re.findall(r'<li><a href="#([^"]*)">', text) == expected
-    assert "9.9.9" in text
-    assert str(tmp_path / "cache" / "mpo" / "model") in text
-
-
-def test_page_needs_no_network(tmp_path: Path) -> None:
-    text = page(run_folder(tmp_path, CLEAR))
-    loads = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', text.replace(str(escape(HOSTILE)), ""))
+def test_page_needs_no_network(page: str) -> None:
+    loads = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', page.replace(str(escape(HOSTILE)), ""))
     assert loads
-    assert all(load.startswith("#") for load in loads), loads
-    assert "@import" not in text
-    assert not re.search(r"url\((?!#)", text)
+    assert all(load.startswith(("#", "data:text/csv")) for load in loads), loads
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
 
 
-def test_completions_prompts_reasons_and_recipe_are_text(tmp_path: Path) -> None:
-    text = page(run_folder(tmp_path, CLEAR))
-    assert "<script>alert" not in text
-    assert "<img" not in text
-    assert "&lt;script&gt;alert" in text
-    assert text.count("<script>") == 1  # the page's own
-    assert "question 0 &amp; &lt;b&gt;more" in text
-    assert "earlier turn" in text
-    assert unescape(section(text, "completions")).count(HOSTILE) == 3
+def test_completions_prompts_reasons_and_recipe_are_text(whole: Results, page: str) -> None:
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert" in page
+    assert page.count("<script>") == 1  # the page's own
+    assert "question 0 &amp; &lt;b&gt;more" in page
+    assert "earlier turn" in page
+    assert unescape(section(page, "completions")).count(HOSTILE) == len(whole.finished)
+    assert RAN_AWAY in unescape(section(page, "failed"))
 
 
-def test_failed_arm_is_shown_with_its_reason(tmp_path: Path) -> None:
-    text = page(run_folder(tmp_path, CLEAR))
-    failed = unescape(section(text, "failed"))
-    assert "dpo-base" in failed
-    assert "the KL ran away: <nan> & more" in failed
-    assert "1 of 4 arms failed" in failed
-    assert 'id="failed"' not in page(run_folder(tmp_path, CLEAR, failed=False))
+def test_page_is_the_same_twice(whole: Results, page: str) -> None:
+    again = load(whole.runs[0].folder)
+    assert text(again, "html") == page
 
 
-@pytest.mark.parametrize(
-    ("scores", "said"),
-    [(CLEAR, "lies above zero"), (REVERSED, "lies below zero"), (EVEN, "holds zero"), (EVEN_BELOW, "holds zero")],
-)
-def test_first_sentence_claims_what_the_paired_interval_holds(
-    tmp_path: Path, scores: dict[str, list[float]], said: str
-) -> None:
-    sentence = opening(page(run_folder(tmp_path, scores)), "results")
-    paired = np.array(scores["mpo"]) - np.array(scores["ppo"])
-    interval = bootstrap_mean(paired)
-    assert f"{paired.mean():.2f} [{interval.low:.2f}, {interval.high:.2f}]" in sentence
-    assert said in sentence
-    assert sum(claim in sentence for claim in ("lies above zero", "lies below zero", "holds zero")) == 1
-    assert "interval over prompts), " in sentence
-    assert sentence.endswith("; one seed.")
-    assert not re.search(r"\b(wins?|better|beats?|outperforms?)\b", sentence)
+def test_whatever_failed_is_told_with_its_reason(tmp_path: Path) -> None:
+    arms = plain(CLEAR, seeds=(0, 1))
+    arms[2] = Arm("mpo", {0: arms[2].done[0]}, failed={1: RAN_AWAY})
+    arms[1].reason = "along its training: Evaluation 77: disk full"
+    writer = Writer(tmp_path / "run")
+    lost = writer.gradients("dpo-easy", "hard", 1, None, "Gradients 88: out of memory")
+    results = writer.load([*arms, FAILED], [lost])
+    assert list(document(results).failed) == [
+        ("dpo-base (seed 0)", RAN_AWAY),
+        ("mpo (seed 1)", RAN_AWAY),
+        ("ppo (seed 0)", "along its training: Evaluation 77: disk full"),
+        ("ppo (seed 1)", "along its training: Evaluation 77: disk full"),
+        ("gradients of dpo-easy on hard pairs (seed 1)", "Gradients 88: out of memory"),
+    ]
+    table = main_table(results)
+    assert rows(table)["dpo-base"][1] == "failed"
+    assert rows(table)["mpo (failed at 1 of 2 seeds)"][1].startswith("3.00 [")  # of seed 0 alone
+    assert f"dpo-base failed at seed 0: {RAN_AWAY}" in table.notes
+    assert f"mpo failed at seed 1: {RAN_AWAY}" in table.notes
 
 
-def test_verdict_at_the_edge() -> None:
-    assert "holds zero" in verdict(Interval(0.1, 0.0, 0.2))
-    assert "no interval" in verdict(Interval(0.1, float("nan"), float("nan")))
+ONE = {0: scores([1.0])}
+TWICE = {0: [ONE[0], ONE[0]]}
+LITTLE = {
+    "one arm": [Arm("sft", {0: scores(SFT_SCORES)})],
+    "one prompt": [Arm("sft", ONE), Arm("ppo", ONE, trace=TWICE), Arm("mpo", ONE, trace=TWICE)],
+    "one prompt of two seeds": [Arm(name, {seed: scores([seed]) for seed in (0, 1)}) for name in ("sft", "ppo", "mpo")],
+    "no mpo": plain({"sft": SFT_SCORES, "dpo-base": SFT_SCORES}),
+    "no ppo": plain({"sft": SFT_SCORES, "mpo": SFT_SCORES}),
+    "no sft": plain({"mpo": SFT_SCORES, "ppo": SFT_SCORES}),
+    "all failed": [FAILED, Arm("mpo", failed={0: "lost", 1: "lost"})],
+    "no seed in common": [Arm("mpo", {0: scores([1.0, 2.0])}, {1: "x"}), Arm("ppo", {1: scores([1.0, 2.0])}, {0: "y"})],
+    "only a point of a sweep": [
+        Arm("mpo", failed={0: "lost"}),
+        Arm("mpo", {0: scores(SFT_SCORES)}, changes={"ppo.kl_budget": 2.0}),
+    ],
+    "sweep of one arm": [
+        *plain({"sft": SFT_SCORES, "mpo": SFT_SCORES}),
+        Arm("mpo", {0: scores(SFT_SCORES)}, changes={"ppo.kl_coef": 0.0}),
+        Arm("mpo", failed={0: "lost"}, changes={"label_noise.share": 0.3}),
+    ],
+}
 
 
-def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
-    table = main_table(load(run_folder(tmp_path, CLEAR)))
-    rows = {row[0]: row for row in table.rows}
-    headings = table.headings
-    assert headings == ["arm", "reward", "KL from SFT", "tokens", "end rate", "win/tie/lose vs ppo"]
-    for arm, mean in (("sft", "1.00"), ("ppo", "2.00"), ("mpo", "3.00")):
-        assert rows[arm][1].startswith(f"{mean} [")
-        assert rows[arm][2].startswith("1.25 [")  # (0 + 0.5 + ... + 2.5) / 6
-        assert rows[arm][3] == "3.0"
-        assert rows[arm][4] == "50%"
-    assert rows["mpo"][5] == "100%/0%/0%"
-    assert rows["sft"][5] == "0%/0%/100%"
-    assert rows["dpo-base"][1] == "failed"
+def with_second(arm: Arm) -> Arm:
+    """The same arm, scored by a second reward model too."""
+    done = {seed: {**columns, "second_score": columns["score"]} for seed, columns in arm.done.items()}
+    trace = {seed: [{**one, "second_score": one["score"]} for one in many] for seed, many in arm.trace.items()}
+    return replace(arm, done=done, trace=trace)
 
 
-def test_differences_are_against_the_arm_of_the_first_sentence(tmp_path: Path) -> None:
-    results = section(page(run_folder(tmp_path, CLEAR)), "results")
-    found = dict(re.findall(r"<td>(\w+ − \w+)</td><td>([^<]*)</td>", results))
-    assert found["sft − ppo"] == "-1.00 [-1.00, -1.00]"
-    assert found["mpo − ppo"].startswith("1.00 [0.9")
-    assert len(found) == 2
+LITTLE |= {f"{case}, scored twice": [with_second(arm) for arm in LITTLE[case]] for case in ("one prompt", "no sft")}
 
 
-def test_openings_hold_the_figures(tmp_path: Path) -> None:
-    text = page(run_folder(tmp_path, CLEAR))
-    assert "75% [41%, 93%] of 8 test pairs" in opening(text, "reward-model")
-    assert "1 (25%) have a gap above the threshold of 1" in opening(text, "selection")
-    assert "0.50 of the scores' spread" in opening(text, "selection")
-    assert "DPO of mpo orders 90%" in opening(text, "training")
-    assert "above that of ppo on 6 of them and below it on 0" in opening(text, "completions")
-    assert "from 10 s (sft) to 60 s (mpo)" in opening(text, "cost")
+@pytest.mark.parametrize("case", LITTLE)
+def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
+    arms = LITTLE[case]
+    made = document(Writer(tmp_path / "run", second="twice" in case).load(arms))
+    assert made.sections[0].id == "results"
+    assert ("selection" in [part.id for part in made.sections]) == any(arm.name == "mpo" for arm in arms)
+    assert len(made.failed) == sum(len(arm.failed) for arm in arms)
+    for part in made.sections:
+        assert not re.search(r"\bnan\b", part.opening)
+        for group in part.groups:
+            for row in group.table.rows if group.table else ():
+                assert group.table is not None
+                assert len(row) == len(group.table.headings), part.id
+                assert not any(re.search(r"\bnan\b", cell) for cell in row), row
+    assert html(made, mixpo="9.9.9", date="today").endswith("</html>")
+    assert markdown(made).startswith("# tiny")
 
 
-def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Path) -> None:
-    scores = {**CLEAR, "dpo": SFT_SCORES}
-    training = section(page(run_folder(tmp_path, scores)), "training")
-    assert training.count("DPO-00000005") == 1
-    assert "DPO of mpo, dpo" in training
-    labels = re.findall(r'aria-label="([^"]*) by step', training)
-    assert labels.count("score") == 2
-    assert labels.count("loss") == 1
-    assert "log-prob of a completion" not in labels
+def strictly(content: str) -> Any:
+    return json.loads(content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-@pytest.mark.parametrize("scores", [{"sft": SFT_SCORES}, {"sft": [1.0]}, {}])
-def test_page_of_a_run_with_little_in_it(tmp_path: Path, scores: dict[str, list[float]]) -> None:
-    text = page(run_folder(tmp_path, scores, full=False))
-    names = re.findall(r'<section id="([^"]*)">', text)
-    assert "results" in names
-    assert "selection" not in names
-    assert "failed" in names
+def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
+    table = rows(main_table(whole))
+    read = list(csv.DictReader(io.StringIO(text(whole, "csv"))))
+    content = strictly(text(whole, "json"))
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in content["arms"]] == read
+    for row in read:
+        if row["seed"] == "all":
+            shown = [f"{float(row[key]):.2f}" for key in ("score", "score_low", "score_high")]
+            assert table[row["arm"]][1] == f"{shown[0]} [{shown[1]}, {shown[2]}]"
+            assert float(row["score"]) == pytest.approx(float(np.mean(whole.values(row["arm"], "score"))))
+            assert row["prompts"] == "6"
+    assert [row["status"] for row in read if row["arm"] == "dpo-base"] == ["failed"]
+    parts = {part["id"]: part for part in content["sections"]}
+    assert parts["results"]["groups"][0]["table"]["rows"] == [list(row) for row in table.values()]
+    assert content["failed"] == [{"what": "dpo-base (seed 0)", "why": RAN_AWAY}]
+    assert content["recipes"]["tiny"]["note"] == "</pre><script>"
+    markdown = text(whole, "md")
+    assert re.search(rf"\| mpo \| {re.escape(table['mpo'][1])} \|", markdown)
+    assert all(f"## {part['title']}\n" in markdown for part in content["sections"])
+    assert "the KL ran away: <nan> & more" in markdown  # within a fence
 
 
-def test_several_seeds(tmp_path: Path) -> None:
-    text = page(run_folder(tmp_path, CLEAR, seeds=(0, 1)))
-    assert "Seed 0 only" in section(text, "training")
-    assert "DPO-10000005" not in section(text, "training")
-    assert "DPO-10000005" in section(text, "cost")
-    assert "each averaged over 2 seeds" in opening(text, "results")
-    assert "2 of 8 runs of arms failed" in opening(text, "failed")
-    table = main_table(load(tmp_path))
-    assert next(row for row in table.rows if row[0] == "sft")[2] == "0.71"
-    assert "sft, reward by seed: 1.00 2.00" in table.notes
-    assert next(row for row in table.rows if row[0] == "sft")[1].startswith("1.50 [")
-
-
-def test_page_is_the_same_twice(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, CLEAR)
-    assert page(folder) == page(folder)
+def test_numbers_of_a_failed_seed_are_empty(tmp_path: Path) -> None:
+    done = {seed: scores(SFT_SCORES) for seed in (0, 2)}
+    names, found = numbers(Writer(tmp_path / "run").load([Arm("sft", done, failed={1: "lost"})]))
+    read = [dict(zip(names, row, strict=True)) for row in found]
+    assert [row["seed"] for row in read] == [0, 2, 1, "all"]
+    assert [row["status"] for row in read] == ["done", "done", "failed", "done at 2 of 3 seeds"]
+    assert read[2]["score"] is None
+    assert read[3]["score"] == 1.0
 
 
 def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
@@ -300,3 +219,92 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"format": -1}', encoding="utf8")
     with pytest.raises(InputError, match="format -1"):
         load(tmp_path)
+
+
+def test_load_refuses_a_run_whose_stages_were_deleted(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "run").run(plain(CLEAR))
+    (tmp_path / "cache" / "PPO-0all" / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"PPO-0all: found no finished stage there"):
+        load(folder)
+
+
+def test_load_refuses_a_run_twice(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "run").run(plain(CLEAR))
+    with pytest.raises(InputError, match="found this run twice"):
+        load(folder, tmp_path / "x" / ".." / "run")
+
+
+ASKED = [[{"role": "user", "content": f"question {number}"}] for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "difference"),
+    [
+        ([*ASKED[:2], ASKED[0], *ASKED[3:]], "6 test prompts.* has 6, and they differ from prompt 3 on"),
+        (ASKED[:4], "4 test prompts.* has 6, and one begins with the other"),
+    ],
+)
+def test_load_refuses_other_test_prompts(tmp_path: Path, asked: list[Any], difference: str) -> None:
+    one = Writer(tmp_path / "one", name="a", prompts=ASKED).run(plain(CLEAR))
+    fewer = {name: values[: len(asked)] for name, values in CLEAR.items()}
+    other = Writer(tmp_path / "other", name="b", cache="others", prompts=asked).run(plain(fewer))
+    with pytest.raises(InputError, match=f"other, sft at seed 0: found {difference}"):
+        load(one, other)
+
+
+def test_load_refuses_other_test_prompts_within_a_run(tmp_path: Path) -> None:
+    arms = [*plain(CLEAR), Arm("mpo", {0: scores(SFT_SCORES[:5])}, changes={"evaluation.prompts": 5})]
+    with pytest.raises(InputError, match=r"mpo evaluation\.prompts=5 at seed 0: found 5 test prompts"):
+        Writer(tmp_path / "run").load(arms)
+
+
+def test_completions_are_of_the_seed_at_which_most_arms_finished(tmp_path: Path) -> None:
+    arms = plain(CLEAR, seeds=(1,))
+    arms[0] = Arm("sft", {seed: scores(SFT_SCORES) for seed in (0, 1)})
+    arms[2] = Arm("mpo", {1: arms[2].done[1]}, failed={0: "lost"})
+    made = document(Writer(tmp_path / "run").load(arms))
+    assert made.completions_opening == (
+        "The first 6 test prompts, and completions of 3 arms at seed 1; the score of mpo is above that of ppo on 6 of "
+        "them and below it on 0."
+    )
+    assert [len(asked.completions) for asked in made.asked] == [3] * 6
+    assert made.asked[1].last == "question 1 & <b>more</b>"
+    assert [turn.content for turn in made.asked[1].earlier] == ["earlier turn", "a reply"]
+    assert {shown.arm: shown.text for shown in made.asked[1].completions}["mpo"] == "answer 1 of mpo"
+    assert made.pair == ("mpo", "ppo")
+
+
+def test_two_runs_side_by_side(tmp_path: Path) -> None:
+    one = Writer(tmp_path / "one", name="a").run(plain(CLEAR, seeds=(0, 1)))
+    better = {**CLEAR, "mpo": shifted([3.0] * 6)}
+    two = Writer(tmp_path / "two", name="b", cache="others").run([*plain(better), FAILED])
+    results = load(one, two)
+    assert results.names == ["a: sft", "a: ppo", "a: mpo", "b: sft", "b: ppo", "b: mpo", "b: dpo-base"]
+    made = document(results)
+    assert made.title == "a, b"
+    assert made.pair == ("b: mpo", "a: mpo")
+    assert made.sections[0].opening.startswith("b: mpo minus a: mpo: reward 1.00 [0.87, 1.13], and")
+    assert "at one seed" in made.sections[0].opening
+    assert ("b: dpo-base (seed 0)", RAN_AWAY) in made.failed
+    assert [name for name, _ in made.recipes] == ["a", "b"]
+    text(results, "html")
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    one, two = (Writer(tmp_path / name, cache=f"{name}-cache").run(plain({"sft": SFT_SCORES})) for name in ("x", "y"))
+    assert load(one, two).names == [f"{one}: sft", f"{two}: sft"]
+
+
+def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None:
+    arms = [Arm(arm.name, {0: world(arm.done[0])}) for arm in plain(CLEAR)]
+    one = Writer(tmp_path / "one", name="a", world=True).run(arms)
+    two = Writer(tmp_path / "two", name="b", world=True, cache="others", reward="other").run(arms)
+    results = load(one, two)
+    opening = document(results).sections[0].opening
+    assert "reward was given by other models and is not compared; true r* 0.00 [" in opening
+    assert "Of all arms" not in opening
+    table = main_table(results)
+    assert rows(table)["b: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == ""
+    assert rows(table)["a: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == "100%/0%/0%"
+    assert any("not all rewards are on one scale" in note for note in table.notes)
+    assert document(results).completions_opening.endswith("6 arms at seed 0.")

@@ -1,5 +1,7 @@
 """The whole: a small embedded world through `mixpo run`, all arms; what is computed again, and what a failure takes."""
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -13,16 +15,22 @@ import pytest
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
+from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.run import arm_runs, gradients_runs, run
+from mixpo.experiments.run import run
 from mixpo.experiments.setup import Setup
 from mixpo.report.results import completions, evaluation, load
 from mixpo.stages.engine import in_order
 from mixpo.stages.stage import Snapshot
 
 SMALL = [
-    "arms=[sft,dpo-base,dpo,ppo,mpo]",
+    "arms=[sft,best-of-n,dpo-base,dpo,ppo,mpo]",
+    "sweep={arms: [ppo], ppo.kl_coef: [0.03]}",
+    "trace={arms: [mpo], snapshots: 1}",
+    "gradients.pairs=4",
+    "best_of=4",
     "data.train_rows=768",
+    "data.second_rows=64",
     "data.test_rows=64",
     "data.demonstration_rows=1024",
     "samples.prompts=96",
@@ -75,17 +83,34 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_arm_is_done_and_evaluated(home: Path) -> None:
     results = load(home / "run")
-    assert [arm.arm for arm in results.arms] == ["sft", "dpo-base", "dpo", "ppo", "mpo"]
+    assert results.names == ["sft", "best-of-n", "dpo-base", "dpo", "ppo", "mpo", "ppo ppo.kl_coef=0.03"]
     for arm in results.arms:
         assert arm.status == "done"
         assert len(completions(arm)) == 64
-        assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= evaluation(arm).keys()
+        assert {"score", "true_reward", "second_score", "kl_from_sft", "tokens", "ended"} <= evaluation(arm).keys()
+        assert (arm.model is None) == (arm.arm == "best-of-n")
+    (mpo,) = results.of("mpo")
+    assert len(mpo.trace) == 2
+    assert [(one.arm, one.part) for one in results.runs[0].gradients if one.folder] == [
+        (arm, part) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
+    ]
     page = (home / "run" / "report.html").read_text()
-    assert all(f">{arm.arm}<" in page for arm in results.arms)
+    assert all(f">{arm.name}<" in page for arm in results.arms)
+    for name in (
+        "results",
+        "reward-model",
+        "selection",
+        "distance",
+        "over-optimisation",
+        "cost",
+        "theorem",
+        "training",
+    ):
+        assert f'<section id="{name}"' in page
 
 
 def test_dpo_ppo_and_mpo_score_above_sft(home: Path) -> None:
-    score = {arm.arm: evaluation(arm)["score"]["mean"] for arm in load(home / "run").arms}
+    score = {arm.name: evaluation(arm)["score"]["mean"] for arm in load(home / "run").arms}
     assert min(score["dpo"], score["ppo"], score["mpo"]) > score["sft"]
 
 
@@ -129,6 +154,35 @@ def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) ->
         load(tmp_path)
 
 
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What `mixpo WORDS` prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mixpo", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert not stopped.value.code
+    return capsys.readouterr().out
+
+
+def test_report_in_every_form(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = str(home / "run")
+    results = load(home / "run")
+    expected = {arm.name: evaluation(arm)["score"]["mean"] for arm in results.arms}
+    rows = list(csv.DictReader(io.StringIO(said(capsys, "report", folder, "--format", "csv"))))
+    assert {row["arm"]: float(row["score"]) for row in rows if row["seed"] == "all"} == pytest.approx(expected)
+    content = json.loads(said(capsys, "report", folder, "--format", "json"))
+    assert {row["arm"]: row["score"] for row in content["arms"] if row["seed"] == 0} == pytest.approx(expected)
+    assert "| mpo | " in said(capsys, "report", folder, "--format", "md")
+    said(capsys, "report", folder, "--out", str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").read_text() == (home / "run" / "report.html").read_text()
+
+
+def test_compare_prints_runs_side_by_side(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(home / "run", tmp_path / "again", symlinks=True)
+    printed = said(capsys, "compare", str(home / "run"), str(tmp_path / "again"))
+    assert printed.count(": mpo") == 2
+
+
 def test_a_second_run_computes_nothing(home: Path) -> None:
     result = run(recipe(home), Recorder())
     assert result.computed == 0
@@ -141,6 +195,7 @@ def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Pa
     run(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), recorder)
     assert sorted(recorder.begun) == [
         "Evaluation for mpo",
+        "Evaluation for mpo",
         "Evaluation for ppo",
         "PPO for mpo",
         "PPO for ppo",
@@ -151,8 +206,10 @@ def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: P
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
     recorder = Recorder()
     result = run(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), recorder)
-    status = {arm.arm: arm.status for arm in result.arms}
-    assert status == {"sft": "done", "dpo-base": "done", "dpo": "done", "ppo": "failed", "mpo": "failed"}
+    failed = {arm.name for arm in result.arms if arm.status == "failed"}
+    assert failed == {"ppo", "mpo", "ppo ppo.kl_coef=0.03"}
+    assert {arm.name for arm in result.arms} - failed == {"sft", "best-of-n", "dpo-base", "dpo"}
+    assert all(one.folder for one in result.gradients)
     assert any("ran away" in note for note in recorder.notes)
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")

@@ -85,9 +85,12 @@ class Form(StrEnum):
 def report(
     runs: RunFolders,
     form: Annotated[Form, typer.Option("--format", help="html is a page; csv holds the means alone.")] = Form.HTML,
-    out: Annotated[Path | None, typer.Option(help="The file; for html report.html in the first run's folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A file instead of report.html in the run's folder.")] = None,
 ) -> None:
-    """Write the report of finished runs, side by side if there are several; md, csv and json go to standard output."""
+    """Write the report of finished runs, side by side if there are several (then to report.html right here).
+
+    md, csv and json go to standard output unless --out names a file.
+    """
     from mixpo.report.page import text
     from mixpo.report.results import load
 
@@ -95,7 +98,7 @@ def report(
     if out is None and form is not Form.HTML:
         sys.stdout.write(written)
         return
-    path = out or runs[0] / "report.html"
+    path = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     try:
         path.write_text(written, encoding="utf8")
     except OSError as error:

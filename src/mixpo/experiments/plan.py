@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe
-from mixpo.experiments.run import arm_runs, gradients_runs
 from mixpo.stages.engine import Engine
 from mixpo.stages.stage import Stage
 

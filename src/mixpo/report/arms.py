@@ -1,13 +1,17 @@
 """Who wins? Every arm's means, the differences that count, and the paper's order held against ours."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 from mixpo.algorithms.statistics import crossed_interval, win_tie_lose
 from mixpo.experiments.run import ArmResult
 from mixpo.report.comparison import (
     Difference,
-    counted,
     difference_text,
     differences,
+    fewer,
     interval_text,
+    label,
     mean_of,
     over,
     p_text,
@@ -38,6 +42,7 @@ ORDER: tuple[tuple[str, str, str], ...] = (
     ("mpo", "ppo", "Table 3"),
     ("mpo", "mpo at a weaker split", "Table 3"),
     ("mpo", "mpo-reverse", "Table 6"),
+    ("mpo", "mpo-sft-kl", "Table 6"),
     ("ppo", "mpo-reverse", "Table 6"),
     ("ppo", "mpo-sft-kl", "Table 6"),
     ("mpo-reverse", "mpo-reverse-sft", "Table 6"),
@@ -62,10 +67,17 @@ def section(results: Results) -> Section:
 
 
 def compared(results: Results) -> tuple[str, str] | None:
-    """The two arms that first sentences compare: mpo and ppo, else the last and the first that finished."""
+    """The two arms that first sentences compare.
+
+    Of several runs mpo of the second and of the first; else mpo and ppo, else the last and the first that finished.
+    """
     names = results.plain
-    if "mpo" in names and "ppo" in names:
-        return "mpo", "ppo"
+    runs = [name for run in results.runs if (name := results.named(run, "mpo")) in names]
+    if len(runs) > 1:
+        return runs[1], runs[0]
+    mpo, ppo = results.first("mpo"), results.first("ppo")
+    if mpo is not None and ppo is not None:
+        return mpo, ppo
     return (names[-1], names[0]) if len(names) > 1 else None
 
 
@@ -73,7 +85,7 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
     """A row an arm: means with bootstrap 95% intervals over test prompts and seeds."""
     measures = {key: label for key, label in MEASURES.items() if any(results.has([n], key) for n in results.finished)}
     several = len(results.seeds) > 1
-    rival = "ppo" if "ppo" in results.plain else next(iter(results.plain), "")
+    rival = results.first("ppo") or results.finished[0]
     headings = ["arm", *measures.values(), "KL from SFT", "tokens", "end rate", f"win/tie/lose vs {rival}"]
     if several:
         headings.insert(2, "sd over seeds")
@@ -87,7 +99,6 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
         if not done:
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
-        shown = f"{name} (failed at {len(failed)} of {len(failed) + len(done)} seeds)" if failed else name
         cells = [interval_text(mean_of(results, name, key)) if results.has([name], key) else "" for key in measures]
         if several:
             by_seed = results.values(name, "score").mean(axis=1)
@@ -97,14 +108,14 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
         cells.append("" if name == rival else _win_tie_lose(results, name, rival))
         if paper:
             cells += PAPER.get(role(results, name), ("", ""))
-        rows.append([shown, *cells])
+        rows.append([label(results, name), *cells])
     return Table(headings, rows, [*notes, *_notes(results, measures)])
 
 
 def role(results: Results, name: str) -> str:
     """What the paper compares an arm as: its own name, but for MPO with more easy pairs than the recipe's."""
     first = next(iter(results.done(name).values()))
-    plain = first.arm.rpartition(": ")[2]
+    plain = first.arm.rpartition(": ")[2]  # after the name of its run
     if not first.changes:
         return plain
     if plain == "mpo" and _is_weaker(results, first):
@@ -113,7 +124,7 @@ def role(results: Results, name: str) -> str:
 
 
 def _is_weaker(results: Results, arm: ArmResult) -> bool:
-    own = next(run.recipe["selection"] for run in results.runs if any(one.name == arm.name for one in run.arms))
+    own = results.run_of(arm.name).recipe["selection"]
     if list(arm.changes) == ["selection.threshold"] and own["threshold"] is not None:
         return bool(arm.changes["selection.threshold"] < own["threshold"])
     if list(arm.changes) == ["selection.easy_fraction"] and own["easy_fraction"] is not None:
@@ -131,7 +142,7 @@ def _notes(results: Results, measures: dict[str, str]) -> list[str]:
             else ""
         ),
         "KL from SFT in nats a completion"
-        + ("; of best-of-n its upper bound log n - (n - 1) / n." if "best-of-n" in results.finished else ".")
+        + ("; of best-of-n its upper bound log n - (n - 1) / n." if results.first("best-of-n") else ".")
         + " An arm further from SFT was on a longer leash: see the section on distance.",
     ]
     if len(results.seeds) > 1:
@@ -141,73 +152,97 @@ def _notes(results: Results, measures: dict[str, str]) -> list[str]:
         )
     else:
         notes.append("One seed: the intervals are over test prompts and say nothing of other seeds.")
-    models = {stage.key for stage in results.stages_of("RewardModel") if "label_noise" not in stage.label}
-    if len(results.runs) > 1 and len(models) > len(results.seeds):
-        notes.append("The runs have different reward models, so their rewards are not on one scale.")
+    if not _one_scale(results, results.finished):
+        notes.append(
+            "Not all arms were scored by the same reward model, so not all rewards are on one scale; no difference is "
+            "given of two that are not."
+        )
     return notes
+
+
+def _one_scale(results: Results, names: Sequence[str]) -> bool:
+    """Whether these arms' scores may be compared wherever two of them finished the same seed."""
+    return all(results.comparable("score", names[0], name) == results.common_seeds(names[0], name) for name in names)
 
 
 def _win_tie_lose(results: Results, name: str, rival: str) -> str:
     """Shares of test prompts, over all seeds that both finished, on which the score is higher, equal, lower."""
-    seeds = results.common_seeds(name, rival) if rival else []
+    seeds = results.comparable("score", name, rival)
     if not seeds:
         return ""
     ours, theirs = (results.values(arm, "score", seeds).ravel() for arm in (name, rival))
-    return "/".join(f"{share:.0%}" for share in win_tie_lose(ours, theirs))
+    return "/".join(f"{share:.0%}" for share in win_tie_lose(ours, theirs)) + fewer(results, len(seeds), name, rival)
 
 
 def _differences_table(results: Results) -> Table | None:
-    rivals = [rival for rival in ("ppo", "mpo") if rival in results.plain] or results.plain[:1]
+    rivals = [rival for arm in ("ppo", "mpo") if (rival := results.first(arm)) is not None] or results.plain[:1]
     names = [name for name in results.finished if name in results.plain or role(results, name) in PAPER]
-    pairs = [
-        (name, rival)
-        for rival in rivals
-        for name in names
-        if name != rival and (rival, name) != tuple(rivals) and results.common_seeds(name, rival)
-    ]
+    pairs = [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
     measures = results.measures(names)
     if not pairs:
         return None
-    found = {key: differences(results, pairs, key) for key in measures}
+    found = {key: by_pair(differences(results, pairs, key)) for key in measures}
     rows = []
-    for place, (one, other) in enumerate(pairs):
-        cells = [(found[key][place].interval, found[key][place].p) for key in measures]
-        rows.append([f"{one} − {other}", *(text for i, p in cells for text in (interval_text(i), p_text(p)))])
+    for one, other in pairs:
+        told = [found[key].get((one, other)) for key in measures]
+        cells = [(interval_text(each.interval), p_text(each.p)) if each is not None else ("", "") for each in told]
+        seeds = len(results.common_seeds(one, other))
+        rows.append([f"{one} − {other}{fewer(results, seeds, one, other)}", *(text for pair in cells for text in pair)])
     headings = ["arms", *(text for label in measures.values() for text in (label, "p"))]
     return Table(
         headings,
         rows,
         [
             "Paired by prompt and seed. Each p is of no difference (two-sided, from the same bootstrap), corrected for "
-            f"the {counted(len(pairs), 'difference')} of its column (Holm).",
+            "the differences of its column (Holm)."
         ],
     )
 
 
+def by_pair(found: Sequence[Difference]) -> dict[tuple[str, str], Difference]:
+    """Differences by their two arms."""
+    return {(one.one, one.other): one for one in found}
+
+
 def _order_table(results: Results) -> Table | None:
-    by_role = {role(results, name): name for name in reversed(results.finished)}
-    claims = [(by_role[one], by_role[other], where) for one, other, where in ORDER if {one, other} <= by_role.keys()]
-    claims = [claim for claim in claims if results.common_seeds(*claim[:2])]
+    claims: list[tuple[str, str]] = []
+    where: list[str] = []
+    for run in results.runs:
+        own = [name for name in results.finished if results.run_of(name) is run]
+        by_role = {role(results, name): name for name in reversed(own)}
+        for one, other, place in ORDER:
+            if {one, other} <= by_role.keys():
+                claims.append((by_role[one], by_role[other]))
+                where.append(place)
     if not claims:
         return None
     measures = results.measures(results.finished)
-    found = {key: differences(results, [claim[:2] for claim in claims], key) for key in measures}
-    rows = [
-        [
-            f"{one} > {other}",
-            where,
-            *(text for key in measures for text in (difference_text(found[key][place]), borne_out(found[key][place]))),
-        ]
-        for place, (one, other, where) in enumerate(claims)
-    ]
-    headings = ["the paper finds", "in", *(text for label in measures.values() for text in (f"our {label}", "here"))]
-    note = f"p corrected for {counted(len(claims), 'claim')} (Holm). The paper's own figures stand in the first table."
-    return Table(headings, rows, [note])
+    found = claims_table(results, claims, measures)
+    headings = [found.headings[0], "in", *found.headings[1:]]
+    rows = [[row[0], place, *row[1:]] for row, place in zip(found.rows, where, strict=True)]
+    return Table(headings, rows, [*found.notes, "The paper's own figures stand in the first table."])
 
 
-def borne_out(difference: Difference) -> str:
+def claims_table(results: Results, claims: Sequence[tuple[str, str]], measures: Mapping[str, str]) -> Table:
+    """A row a claim that the first arm is above the second: our difference, and whether the order appears."""
+    found = {key: by_pair(differences(results, claims, key)) for key in measures}
+    rows = []
+    for claim in claims:
+        cells = []
+        for key in measures:
+            each = found[key].get(claim)
+            cells += [difference_text(results, each) if each is not None else "", borne_out(results, claim, each)]
+        rows.append([" > ".join(claim), *cells])
+    headings = ["the paper finds", *(text for label in measures.values() for text in (f"our {label}", "here"))]
+    return Table(headings, rows, [f"p corrected for the claims of the column, {len(claims)} at most (Holm)."])
+
+
+def borne_out(results: Results, claim: tuple[str, str], difference: Difference | None) -> str:
     """Whether a claimed order appears."""
-    return {1: "appears", -1: "reversed", 0: "not told apart"}[sign(difference)]
+    if difference is not None:
+        return {1: "appears", -1: "reversed", 0: "not told apart"}[sign(difference)]
+    failed = [name for name in claim if not results.done(name)]
+    return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
 
 def _opening(results: Results) -> str:
@@ -215,32 +250,38 @@ def _opening(results: Results) -> str:
     if pair is None:
         name = results.finished[0]
         text = interval_text(mean_of(results, name, "score"))
-        return f"One arm finished: {name}, with a mean reward of {text} {over(results, list(results.done(name)))}."
+        only = "One arm finished" if len(results.finished) == 1 else "There are no two arms to compare first"
+        return f"{only}: {name} has a mean reward of {text} {over(results, list(results.done(name)))}."
     one, other = pair
     seeds = results.common_seeds(one, other)
     if not seeds:
         return f"{one} and {other} finished no seed in common, so they cannot be compared prompt by prompt."
     said = []
-    for key, label in results.measures(pair).items():
-        values = results.values(one, key, seeds) - results.values(other, key, seeds)
-        interval = crossed_interval(values)
-        said.append(f"{label} {interval_text(interval)}, {verdict(interval)}")
-    text = f"{one} minus {other}: {'; '.join(said)} (95% interval {over(results, seeds)}). {_best(results)}"
-    return text.rstrip()
+    for key, name in results.measures(pair).items():
+        if results.comparable(key, one, other) != seeds:
+            said.append(f"{name} was given by other models and is not compared")
+            continue
+        interval = crossed_interval(results.values(one, key, seeds) - results.values(other, key, seeds))
+        said.append(f"{name} {interval_text(interval)}, {verdict(interval)}")
+    whose = f"95% interval {over(results, seeds)}{fewer(results, len(seeds), one, other)}"
+    return f"{one} minus {other}: {'; '.join(said)} ({whose}). {_best(results)}".rstrip()
 
 
 def _best(results: Results) -> str:
-    """The arm with the highest reward, and which others are not told apart from it."""
-    complete = [name for name in results.finished if len(results.done(name)) == len(results.seeds)]
-    if len(complete) < 3:
+    """The arm with the highest reward, and which others are not told apart from it.
+
+    That it is the highest was not known before, so p is corrected for all pairs of arms (Bonferroni).
+    """
+    complete = [name for name in results.finished if results.ran(name) == list(results.done(name)) == results.seeds]
+    if len(complete) < 3 or not _one_scale(results, complete):
         return ""
     means = {name: float(results.values(name, "score").mean()) for name in complete}
     top = max(means, key=means.__getitem__)
-    found = differences(results, [(top, name) for name in complete if name != top], "score")
-    close = [one.other for one in found if sign(one) == 0]
+    pairs = len(complete) * (len(complete) - 1) // 2
+    found = [one for name in complete if name != top for one in differences(results, [(top, name)], "score")]
+    close = [one.other for one in found if sign(replace(one, p=min(1.0, one.p * pairs))) == 0]
+    whole = "all arms" if complete == results.names else f"the {len(complete)} arms that finished every seed"
+    said = f"Of {whole} {top} has the highest mean reward, {means[top]:.2f}"
     if not close:
-        return f"Of all arms {top} has the highest mean reward, {means[top]:.2f}, and is told apart from every other."
-    return (
-        f"Of all arms {top} has the highest mean reward, {means[top]:.2f}; not told apart from it (p corrected for "
-        f"{len(found)} comparisons): {', '.join(close)}."
-    )
+        return f"{said}, and is told apart from every other (p corrected for all {pairs} pairs)."
+    return f"{said}; not told apart from it (p corrected for all {pairs} pairs): {', '.join(close)}."

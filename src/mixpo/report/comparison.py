@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
+from scipy.special import ndtr, stdtr
 
 from mixpo.algorithms.statistics import (
     Interval,
     crossed_interval,
     degrees_of_freedom,
     holm,
+    percentile_interval,
     resampled_means,
     two_sided_p,
 )
@@ -37,16 +40,53 @@ def mean_of(results: Results, name: str, key: str) -> Interval:
 
 
 def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) -> list[Difference]:
-    """Paired differences of a column, in the order of `pairs`; those without a common seed are left out."""
+    """Paired differences of a column, in the order of `pairs`; those without a comparable seed are left out."""
     found: list[tuple[str, str, int, Interval, float]] = []
     for one, other in pairs:
-        seeds = results.common_seeds(one, other)
+        seeds = results.comparable(key, one, other)
         if seeds:
             values = results.values(one, key, seeds) - results.values(other, key, seeds)
-            p = two_sided_p(resampled_means(values[None])[0], df=degrees_of_freedom(values))
-            found.append((one, other, len(seeds), crossed_interval(values), p))
+            means = resampled_means(values[None])[0]
+            found.append((one, other, len(seeds), *estimate(float(values.mean()), means, values)))
     corrected = holm([p for *_, p in found])
     return [Difference(*found[place][:4], p) for place, p in enumerate(corrected)]
+
+
+def estimate(
+    mean: float, means: Float64[np.ndarray, " resamples"], values: Float64[np.ndarray, "seeds prompts"]
+) -> tuple[Interval, float]:
+    """A mean's 95% interval and the p of "it is 0", from its resamples and the values that decide its freedom.
+
+    Where all resamples lie on one side, the tail that they cannot resolve is Student's, at the resamples' own spread:
+    without it no p of a few seeds would survive a correction. One value has no interval and tells nothing, p 1.
+    """
+    if values.size == 1:
+        return Interval(mean, math.nan, math.nan), 1.0
+    df, spread = degrees_of_freedom(values), float(means.std())
+    p = two_sided_p(means, df=df)
+    if spread and not means.min() <= 0 <= means.max():
+        t = -abs(mean) / spread
+        p = min(p, 2 * float(stdtr(df, t) if math.isfinite(df) else ndtr(t)))
+    return percentile_interval(mean, means, df=df), p
+
+
+def mean_text(results: Results, name: str, key: str) -> str:
+    """An arm's mean with its interval; how many seeds it is of where some failed, `failed` where all did."""
+    if not results.done(name):
+        return "failed"
+    return interval_text(mean_of(results, name, key)) + fewer(results, len(results.done(name)), name)
+
+
+def fewer(results: Results, seeds: int, *names: str) -> str:
+    """` (2 of 3 seeds)` where so many seeds are not all at which the arms were run."""
+    ran = len(results.ran(*names))
+    return f" ({seeds} of {counted(ran, 'seed')})" if seeds < ran else ""
+
+
+def label(results: Results, name: str) -> str:
+    """An arm's name, with the number of seeds at which it failed."""
+    ran, done = results.of(name), results.done(name)
+    return name if len(done) == len(ran) else f"{name} (failed at {len(ran) - len(done)} of {len(ran)} seeds)"
 
 
 def interval_text(interval: Interval) -> str:
@@ -61,9 +101,10 @@ def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def difference_text(difference: Difference) -> str:
-    """`0.12 [0.05, 0.19] (p 0.002)`."""
-    return f"{interval_text(difference.interval)} (p {p_text(difference.p)})"
+def difference_text(results: Results, difference: Difference) -> str:
+    """`0.12 [0.05, 0.19] (p 0.002)`, and how many seeds it is of where some failed."""
+    said = f"{interval_text(difference.interval)} (p {p_text(difference.p)})"
+    return said + fewer(results, difference.seeds, difference.one, difference.other)
 
 
 def counted(count: int, thing: str) -> str:
@@ -99,27 +140,18 @@ def over(results: Results, seeds: Sequence[int]) -> str:
 
 
 def along(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
-    """An arm of the recipe and its points of the sweep of one setting alone: that setting's value, and the name."""
-    own = next((one for one in results.arms if one.name == arm), None)
-    if own is None:
+    """An arm of the recipe and its points of the sweep of one setting alone, finished or not: value and name."""
+    if arm not in results.names:
         return []
-    run = next(run for run in results.runs if any(one is own or one.name == arm for one in run.arms))
     section, _, last = key.partition(".")
-    points = {arm: run.recipe[section].get(last)}
-    for name in results.finished:
-        first = next(iter(results.done(name).values()))
-        if first.arm == own.arm and list(first.changes) == [key]:
-            points[name] = first.changes[key]
-    return sorted(
-        (float(value), name) for name, value in points.items() if value is not None and name in results.finished
-    )
+    points = {arm: results.run_of(arm).recipe[section].get(last)}
+    for one in results.arms:
+        if one.arm == arm and list(one.changes) == [key]:
+            points[one.name] = one.changes[key]
+    return sorted((float(value), name) for name, value in points.items() if value is not None)
 
 
 def swept(results: Results, key: str) -> list[str]:
-    """The plain arms that have points in the sweep of one setting alone."""
-    return [arm for arm in results.plain if len(along(results, arm, key)) > 1]
-
-
-def finite(values: np.ndarray) -> bool:
-    """Whether no value is missing."""
-    return bool(np.isfinite(values).all())
+    """The arms of the recipe that have points in the sweep of one setting alone."""
+    plain = [name for name in results.names if not results.of(name)[0].changes]
+    return [arm for arm in plain if len(along(results, arm, key)) > 1]

@@ -1,6 +1,7 @@
 """What do they say? Every arm's completions of the test prompts, side by side."""
 
 from mixpo.report.arms import compared
+from mixpo.report.comparison import counted
 from mixpo.report.document import ArmCompletion, Asked, Turn
 from mixpo.report.results import Results, completions
 
@@ -9,8 +10,8 @@ MOST = 256
 
 
 def asked(results: Results) -> list[Asked]:
-    """The first test prompts with the completions of the arms that finished the first seed at which any did."""
-    seed = next((arm.seed for arm in results.arms if arm.status == "done"), None)
+    """The first test prompts with the completions of the arms that finished the seed of `_seed`."""
+    seed = _seed(results)
     rows = {arm.name: completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     if not rows:
         return []
@@ -26,15 +27,20 @@ def asked(results: Results) -> list[Asked]:
     return shown
 
 
+def _seed(results: Results) -> int:
+    """The first seed at which most arms finished."""
+    return max(results.seeds, key=lambda seed: sum(seed in results.done(name) for name in results.finished))
+
+
 def opening(results: Results, asked: list[Asked]) -> str:
     """What they are, and on how many the compared arms differ."""
     if not asked:
         return "No arm finished, so there are no completions."
-    seed = next(arm.seed for arm in results.arms if arm.status == "done")
-    said = f"The first {len(asked)} test prompts and what {len(asked[0].completions)} arms say to them at seed {seed}"
+    arms = counted(len(asked[0].completions), "arm")
+    said = f"The first {counted(len(asked), 'test prompt')}, and completions of {arms} at seed {_seed(results)}"
     scores = [{shown.arm: shown.score for shown in one.completions} for one in asked]
     pair = compared(results)
-    if pair is None or not set(pair) <= set(scores[0]):
+    if pair is None or _seed(results) not in results.comparable("score", *pair):
         return f"{said}."
     one, other = pair
     higher = sum(score[one] > score[other] for score in scores)

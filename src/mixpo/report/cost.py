@@ -4,15 +4,23 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mixpo.algorithms.statistics import Interval, percentile_interval, resampled_means
+from mixpo.algorithms.statistics import (
+    Interval,
+    crossed_interval,
+    degrees_of_freedom,
+    percentile_interval,
+    resampled_means,
+)
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
-from mixpo.report.comparison import mean_of
+from mixpo.report.comparison import fewer, interval_text, label, mean_of
 from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.results import Results, StageFolder
 from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")
+SEEN = 0.95
+"""Share of resamples in which MPO must come to PPO's reward for an interval to be given."""
 HEADINGS = ("seconds", "tokens sampled", "tokens trained", "FLOPs", "peak memory (MiB)")
 
 
@@ -21,7 +29,7 @@ def section(results: Results) -> Section | None:
     stages = {stage.key: stage for stage in results.stages}
     if not stages:
         return None
-    spent = {arm.name: _mean_cost(results, arm.name, stages) for arm in results.arms if results.done(arm.name)}
+    spent = {name: _mean_cost(results, name, stages) for name in results.finished}
     groups = [Group("By arm", _pictures(results, spent), _arm_table(results, spent))]
     needed = _samples_needed(results)
     if needed:
@@ -30,10 +38,11 @@ def section(results: Results) -> Section | None:
     groups.append(
         Group(
             notes=[
-                "An arm's cost is the sum over the stages that it stands on, averaged over seeds: shared stages count "
-                "for each arm, its evaluation does not, nor the reward model where only the evaluation reads it. "
-                "Tokens and FLOPs are counted (2 a weight and token forward, 6 forward and backward); seconds and "
-                "memory are this machine's."
+                "An arm's cost is the sum over the stages that it needs, averaged over the seeds at which it finished: "
+                "shared stages count for each arm; evaluations do not, nor a reward model that only they read, nor "
+                "sampled pairs of which only the prompts are read (ppo). best-of-n pays at every use instead. Tokens "
+                "and FLOPs are counted (2 a weight and token forward, 6 forward and backward); seconds and memory are "
+                "this machine's."
             ]
         )
     )
@@ -41,10 +50,21 @@ def section(results: Results) -> Section | None:
 
 
 def stands_on(arm: ArmResult) -> list[str]:
-    """The stages that an arm's model needs: not its evaluation, nor a reward model that only the evaluation reads."""
-    kinds = {key.partition("-")[0] for key in arm.stages}
-    spare = {"Evaluation"} if kinds & {"Samples", "PPO"} else {"Evaluation", "RewardModel"}
-    return [key for key in arm.stages if key.partition("-")[0] not in spare]
+    """The stages that an arm needs.
+
+    Stages stand in the order in which they are computed: what comes after the model's own is read by the evaluation
+    alone, but for the reward model by which best-of-n chooses. PPO that stands on samples but on nothing that reads
+    their pairs takes only their prompts.
+    """
+    keys = list(arm.stages)
+    kinds = [key.partition("-")[0] for key in keys]
+    own = max((place for place, kind in enumerate(kinds) if kind in ("SFT", "DPO", "PPO")), default=-1)
+    needed, after = keys[: own + 1], keys[own + 1 :]
+    if arm.arm.endswith("best-of-n"):
+        needed += [key for key in after if key.startswith("RewardModel-")][:1]
+    if not {"Selection", "DPO"} & set(kinds[: own + 1]):
+        needed = [key for key in needed if not key.startswith("Samples-")]
+    return needed
 
 
 def _mean_cost(results: Results, name: str, stages: Mapping[str, StageFolder]) -> dict[str, float]:
@@ -57,38 +77,47 @@ def _mean_cost(results: Results, name: str, stages: Mapping[str, StageFolder]) -
 
 
 def _arm_table(results: Results, spent: Mapping[str, Mapping[str, float]]) -> Table:
-    base = spent.get("sft")
+    most = max((cost["flops"] for cost in spent.values()), default=1.0)
+    unit = 10 ** (3 * int(np.log10(max(most, 1.0)) // 3))
+    headings = ["arm", *HEADINGS, f"gain in reward over SFT per {unit:.0e} FLOPs", "per hour"]
+    units = {"flops": unit, "seconds": 3600.0}
     rows = []
-    for name, cost in spent.items():
-        cells = _cells(cost)
-        if base is not None:
-            gain = float(results.values(name, "score").mean() - results.values("sft", "score").mean())
-            more = {key: cost[key] - base[key] for key in ("flops", "seconds")}
-            cells.append(f"{gain / more['flops'] * 1e15:.2f}" if more["flops"] > 0 else "")
-            cells.append(f"{gain / more['seconds'] * 60:.2f}" if more["seconds"] > 0 else "")
-        rows.append([name, *cells])
     for name in results.names:
         if name not in spent:
-            rows.append([name, "failed", *[""] * (len(rows[0]) - 2 if rows else 0)])
-    per = ["gain in reward over SFT per 1e15 FLOPs", "per minute"] if base is not None else []
-    notes = ["What an arm gains over SFT is divided by what it costs more than SFT."] if base is not None else []
-    return Table(["arm", *HEADINGS, *per], rows, notes)
+            rows.append([name, "failed", *[""] * (len(headings) - 2)])
+            continue
+        base = results.named(results.run_of(name), "sft")
+        seeds = results.comparable("score", name, base)
+        per = ["", ""]
+        if seeds and name != base and not name.endswith("best-of-n"):
+            gain = crossed_interval(results.values(name, "score", seeds) - results.values(base, "score", seeds))
+            per = [_per(gain, (spent[name][key] - spent[base][key]) / unit) for key, unit in units.items()]
+        rows.append([label(results, name), *_cells(spent[name]), *per])
+    note = "What an arm gains over SFT is divided by what it costs more than SFT; intervals are of the gain."
+    return Table(headings, rows, [note])
+
+
+def _per(gain: Interval, cost: float) -> str:
+    return interval_text(Interval(gain.mean / cost, gain.low / cost, gain.high / cost)) if cost > 0 else ""
 
 
 def _pictures(results: Results, spent: Mapping[str, Mapping[str, float]]) -> list[Figure]:
     points = []
     for name in results.plain:
         flops = spent[name]["flops"] / 1e12
-        points.append(figures.Point(name, Interval(flops, flops, flops), mean_of(results, name, "score")))
+        points.append(figures.Point(label(results, name), figures.exactly(flops), mean_of(results, name, "score")))
     return [figures.plane(points, name="reward-by-flops", x="model FLOPs (1e12), all stages of the arm", y="reward")]
 
 
 def _samples_needed(results: Results) -> tuple[str, Group] | None:
     """How many completions MPO's PPO samples until it reaches the reward with which PPO ends (v2's claim)."""
     traces = {trace.arm: trace for trace in traced(results)}
-    if not {"mpo", "ppo"} <= traces.keys() or traces["mpo"].seeds != traces["ppo"].seeds:
+    if not {"mpo", "ppo"} <= traces.keys():
         return None
-    mpo, ppo = traces["mpo"], traces["ppo"]
+    seeds = [seed for seed in traces["mpo"].seeds if seed in traces["ppo"].seeds]
+    if not seeds:
+        return None
+    mpo, ppo = traces["mpo"].at(seeds), traces["ppo"].at(seeds)
     values = np.stack(
         [mpo.values("score", point) for point in range(mpo.points)] + [ppo.values("score", ppo.points - 1)]
     )
@@ -96,25 +125,29 @@ def _samples_needed(results: Results) -> tuple[str, Group] | None:
     reached = np.array([first_reached(mpo.sampled, column[:-1], column[-1]) for column in drawn.T])
     mean = first_reached(mpo.sampled, values.mean(axis=(1, 2))[:-1], float(values[-1].mean()))
     share = float(np.isfinite(reached).mean())
-    pairs = sum(2 * stage.summary["pairs"] for stage in results.stages_of("Samples") if stage.seeds[0] == mpo.seeds[0])
-    text = f"PPO samples {ppo.sampled[-1]:,.0f} completions"
-    if np.isfinite(mean) and share >= 0.95:
-        interval = percentile_interval(mean, reached[np.isfinite(reached)])
+    own = [key for seed in seeds for key in results.done("mpo")[seed].stages]
+    pairs = sum(2 * stage.summary["pairs"] for stage in results.stages_of("Samples") if stage.key in own) / len(seeds)
+    text = f"PPO samples {ppo.sampled[-1]:,.0f} completions{fewer(results, len(seeds), 'mpo', 'ppo')}"
+    if np.isfinite(mean):
+        bounds = ""
+        if share >= SEEN and values[0].size > 1:
+            df = degrees_of_freedom(values[-2] - values[-1])
+            interval = percentile_interval(mean, reached[np.isfinite(reached)], df=df)
+            bounds = f" [{interval.low:,.0f}, {interval.high:,.0f}]"
         text += (
-            f"; mpo's PPO comes to the reward with which it ends after {mean:,.0f} [{interval.low:,.0f}, "
-            f"{interval.high:,.0f}], besides {pairs:,} sampled for its pairs"
+            f"; mpo's PPO comes to the reward with which it ends after {mean:,.0f}{bounds}, besides {pairs:,.0f} "
+            "sampled for its pairs"
         )
-    elif np.isfinite(mean):
-        text += (
-            f"; mpo's PPO comes to the reward with which it ends after {mean:,.0f}, besides {pairs:,} sampled for its "
-            f"pairs, but in {1 - share:.0%} of the resamples it does not come to it at all"
-        )
+        if share < 1:
+            text += f", but in {1 - share:.1%} of the resamples it does not come to it at all"
     else:
-        text += f"; mpo's PPO does not come to the reward with which it ends in its {mpo.sampled[-1]:,.0f}"
+        text += (
+            f"; mpo's PPO does not come to the reward with which it ends in its {mpo.sampled[-1]:,.0f} completions, "
+            f"besides {pairs:,.0f} sampled for its pairs"
+        )
     paths = {
         trace.arm: [
-            figures.Point("", Interval(float(x), float(x), float(x)), trace.mean("score", point))
-            for point, x in enumerate(trace.sampled)
+            figures.Point("", figures.exactly(x), trace.mean("score", point)) for point, x in enumerate(trace.sampled)
         ]
         for trace in (ppo, mpo)
     }
@@ -137,7 +170,7 @@ def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
 def _stage_table(results: Results) -> Table:
     first = [stage for stage in results.stages if results.seeds[0] in stage.seeds]
     rows = [[stage.key, ", ".join(stage.arms), *_cells(stage.summary["cost"])] for stage in first]
-    notes = [f"Seed {results.seeds[0]}; the others' are alike."] if len(results.seeds) > 1 else []
+    notes = [f"Seed {results.seeds[0]} only."] if len(results.seeds) > 1 else []
     return Table(["stage", "arms", *HEADINGS], rows, notes)
 
 
@@ -153,11 +186,11 @@ def _opening(
     needed: tuple[str, Group] | None,
 ) -> str:
     total = sum(stage.summary["cost"]["seconds"] for stage in stages)
-    said = f"The {len(stages)} stages took {time_text(total)}"
+    said = f"The {len(stages)} stages that the arms stand on took {time_text(total)}, all seeds together"
     if {"mpo", "ppo"} <= spent.keys():
         mpo, ppo = spent["mpo"], spent["ppo"]
         said += (
-            f"; mpo, with all that it stands on, takes {mpo['flops'] / ppo['flops']:.2f} times the FLOPs of ppo and "
+            f"; mpo, with all that it needs, takes {mpo['flops'] / ppo['flops']:.2f} times the FLOPs of ppo and "
             f"{mpo['seconds'] / ppo['seconds']:.2f} times its time, and samples {mpo['tokens_sampled']:,.0f} tokens "
             f"to its {ppo['tokens_sampled']:,.0f}"
         )

@@ -3,29 +3,27 @@
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import (
-    Interval,
-    degrees_of_freedom,
-    holm,
-    percentile_interval,
-    resampled_means,
-    two_sided_p,
-    value_at,
-)
+from mixpo.algorithms.statistics import Interval, holm, resampled_means, value_at
 from mixpo.report import figures
 from mixpo.report.comparison import (
     along,
     difference_text,
     differences,
+    estimate,
+    fewer,
     interval_text,
+    label,
     mean_of,
+    mean_text,
+    over,
     p_text,
     swept,
     verdict,
 )
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import MEASURES, Results
+from mixpo.report.results import MEASURES, Results, Run
 from mixpo.report.traces import traced
 
 KL_AXIS = "KL from SFT (nats a completion)"
@@ -53,9 +51,12 @@ def section(results: Results) -> Section | None:
     return Section("distance", "Distance", _opening(results, equal), groups)
 
 
-def _plane(results: Results, key: str, label: str) -> Figure:
-    points = [figures.Point(n, mean_of(results, n, "kl_from_sft"), mean_of(results, n, key)) for n in results.plain]
-    return figures.plane(points, name=f"kl-{key.replace('_', '-')}", x=KL_AXIS, y=label)
+def _plane(results: Results, key: str, title: str) -> Figure:
+    points = [
+        figures.Point(label(results, name), mean_of(results, name, "kl_from_sft"), mean_of(results, name, key))
+        for name in results.plain
+    ]
+    return figures.plane(points, name=f"kl-{key.replace('_', '-')}", x=KL_AXIS, y=title)
 
 
 def _trail(results: Results, key: str, label: str) -> Figure | None:
@@ -71,9 +72,11 @@ def _curve(results: Results, key: str, label: str) -> Figure | None:
         arm: [
             figures.Point(f"{value:g}", mean_of(results, name, "kl_from_sft"), mean_of(results, name, key))
             for value, name in along(results, arm, "ppo.kl_coef")
+            if results.done(name)
         ]
         for arm in swept(results, "ppo.kl_coef")
     }
+    paths = {arm: points for arm, points in paths.items() if points}
     return figures.paths(paths, name=f"kl-{key.replace('_', '-')}-kl-coef", x=KL_AXIS, y=label) if paths else None
 
 
@@ -83,6 +86,8 @@ class EqualKL:
 
     arm: str
     rival: str
+    seeds: int
+    """At which the arm and every point of the rival's sweep finished."""
     kl: float
     coef: float
     """The rival's kl_coef there, between those that were run; nan if its sweep does not reach the arm's KL."""
@@ -92,21 +97,21 @@ class EqualKL:
     """By measure: the difference and its p, corrected for the number of arms; empty where it is not reached."""
 
 
-def at_equal_kl(results: Results, rival: str = "ppo") -> list[EqualKL]:
-    """Every arm against the rival's curve of reward over KL, which straight lines join between its kl_coefs.
+def at_equal_kl(results: Results) -> list[EqualKL]:
+    """Every arm against PPO's curve of reward over KL in its run, which straight lines join between its kl_coefs.
 
     All points are resampled together, KL and reward alike, so the interval holds the uncertainty of the distance too.
+    Without a seed at which the arm and all points finished, an arm is left out.
     """
-    curve = along(results, rival, "ppo.kl_coef")
-    if len(curve) < 2:
-        return []
-    names = [name for _, name in curve]
     measures = results.measures(results.finished)
-    found = [
-        _equal(results, arm, rival, curve, measures)
-        for arm in results.plain
-        if arm not in (rival, "sft") and results.common_seeds(arm, *names)
-    ]
+    found = []
+    for arm in results.plain:
+        run = results.run_of(arm)
+        rival, curve = results.named(run, "ppo"), _sweep_of_ppo(results, run)
+        names = [name for _, name in curve]
+        usual = arm not in (rival, results.named(run, "sft"))
+        if usual and len(curve) > 1 and results.comparable("score", arm, *names):
+            found.append(_equal(results, arm, rival, curve, measures))
     for key in measures:
         told = [one for one in found if key in one.found]
         for one, p in zip(told, holm([one.found[key][1] for one in told]), strict=True):
@@ -114,14 +119,21 @@ def at_equal_kl(results: Results, rival: str = "ppo") -> list[EqualKL]:
     return found
 
 
+def _sweep_of_ppo(results: Results, run: Run) -> list[tuple[float, str]]:
+    return [point for point in along(results, results.named(run, "ppo"), "ppo.kl_coef") if results.done(point[1])]
+
+
 def _equal(results: Results, arm: str, rival: str, curve: list[tuple[float, str]], measures: dict[str, str]) -> EqualKL:
     names = [name for _, name in curve]
-    seeds = results.common_seeds(arm, *names)
+    seeds = results.comparable("score", arm, *names)
     kls = np.stack([results.values(name, "kl_from_sft", seeds) for name in [*names, arm]])
     drawn = resampled_means(kls)
     means = kls.mean(axis=(1, 2))
-    coefs = np.log([[max(value, 1e-12)] for value, _ in curve])
-    coef = float(np.exp(value_at(means[:-1, None], coefs, means[-1:]))[0])
+    coefs = np.array([[value] for value, _ in curve])
+    if coefs.min() > 0:
+        coef = float(np.exp(value_at(means[:-1, None], np.log(coefs), means[-1:]))[0])
+    else:
+        coef = float(value_at(means[:-1, None], coefs, means[-1:])[0])
     told: dict[str, tuple[Interval, float]] = {}
     for key in measures:
         values = np.stack([results.values(name, key, seeds) for name in [*names, arm]])
@@ -131,15 +143,27 @@ def _equal(results: Results, arm: str, rival: str, curve: list[tuple[float, str]
         differences = again[-1] - value_at(drawn[:-1], again[:-1], drawn[-1])
         seen = differences[np.isfinite(differences)]
         if np.isfinite(mean) and len(seen) >= SEEN * len(differences):
-            df = degrees_of_freedom(values[-1] - values[int(np.argmin(np.abs(means[:-1] - means[-1])))])
-            told[key] = (percentile_interval(mean, seen, df=df), two_sided_p(seen, df=df))
+            told[key] = estimate(mean, seen, _linear(kls, values))
     reach = (float(means[:-1].min()), float(means[:-1].max()))
-    return EqualKL(arm, rival, float(means[-1]), coef, reach, told)
+    return EqualKL(arm, rival, len(seeds), float(means[-1]), coef, reach, told)
+
+
+def _linear(
+    kls: Float64[np.ndarray, "items seeds prompts"], values: Float64[np.ndarray, "items seeds prompts"]
+) -> Float64[np.ndarray, "seeds prompts"]:
+    """The last item's values over the line of its two neighbours in KL, to first order in all of them and in KL."""
+    x, y = kls.mean(axis=(1, 2)), values.mean(axis=(1, 2))
+    order = np.argsort(x[:-1])
+    place = int(np.clip(np.searchsorted(x[order], x[-1], side="right"), 1, len(order) - 1))
+    left, right = order[place - 1], order[place]
+    width = x[right] - x[left]
+    weight, slope = ((x[-1] - x[left]) / width, (y[right] - y[left]) / width) if width else (0.0, 0.0)
+    over, further = (z[-1] - (1 - weight) * z[left] - weight * z[right] for z in (values, kls))
+    return np.asarray(over - slope * further)
 
 
 def _equal_table(equal: list[EqualKL]) -> Table:
     keys = [key for key in MEASURES if any(key in one.found for one in equal)]
-    rival = equal[0].rival
     rows = []
     for one in equal:
         cells = [
@@ -150,47 +174,45 @@ def _equal_table(equal: list[EqualKL]) -> Table:
             )
         ]
         where = f"{one.coef:.3g}" if np.isfinite(one.coef) else "not reached"
-        rows.append([f"{one.arm} − {rival}", f"{one.kl:.2f}", where, *cells])
-    low, high = equal[0].reach
-    headings = ["arms", "at KL", f"{rival}'s kl_coef there", *(text for key in keys for text in (MEASURES[key], "p"))]
+        reach = f"{one.reach[0]:.2f} to {one.reach[1]:.2f}"
+        rows.append([f"{one.arm} − {one.rival}", str(one.seeds), f"{one.kl:.2f}", reach, where, *cells])
+    headings = ["arms", "seeds", "at KL", "reach of PPO's sweep", "PPO's kl_coef there"]
+    headings += [text for key in keys for text in (MEASURES[key], "p")]
     notes = [
-        f"{rival}'s sweep of kl_coef spans {low:.2f} to {high:.2f} nats; between its points straight lines are drawn, "
-        "and points and lines are resampled together. Nothing is said of an arm whose KL the sweep does not reach in "
-        f"{SEEN:.0%} of the resamples. p corrected for the number of arms (Holm)."
+        "Of the seeds at which the arm and all points of the sweep finished. Between the points straight lines are "
+        "drawn, and points and lines are resampled together. Nothing is said of an arm whose KL the sweep does not "
+        f"reach in {SEEN:.0%} of the resamples. p corrected for the number of arms (Holm)."
     ]
+    if any(one.arm.endswith("best-of-n") for one in equal):
+        notes.append(
+            "best-of-n stands at the upper bound of its KL: it may be nearer to SFT than the PPO it is held to."
+        )
     return Table(headings, rows, notes)
 
 
 def _budget_table(results: Results) -> Table | None:
-    names = [
-        name for name in results.finished if list(next(iter(results.done(name).values())).changes) == ["ppo.kl_budget"]
-    ]
-    if not names:
+    budgets = {one.name: one for one in results.arms if list(one.changes) == ["ppo.kl_budget"]}
+    finished = [name for name in budgets if results.done(name)]
+    if not finished:
         return None
-    measures = results.measures(names)
-    rows, pairs = [], []
-    rivals: dict[float, str] = {}
-    for name in names:
-        arm = next(iter(results.done(name).values()))
-        if arm.arm.rpartition(": ")[2] == "ppo":
-            rivals[arm.changes["ppo.kl_budget"]] = name
-    for name in names:
-        rival = rivals.get(next(iter(results.done(name).values())).changes["ppo.kl_budget"])
-        if rival not in (None, name) and results.common_seeds(name, rival):
-            pairs.append((name, rival))
-    found = {key: differences(results, pairs, key) for key in measures}
-    for name in names:
-        budget = next(iter(results.done(name).values())).changes["ppo.kl_budget"]
-        means = [interval_text(mean_of(results, name, key)) for key in ("kl_from_sft", *measures)]
-        against = [difference_text(one) for key in measures for one in found[key] if one.one == name]
-        rows.append([name, f"{budget:g}", *means, *(against or [""] * len(measures))])
-    headings = [
-        "arm",
-        "budget",
-        "KL reached",
-        *measures.values(),
-        *(f"{label} minus ppo's" for label in measures.values()),
-    ]
+    rivals = {
+        name: other
+        for name, one in budgets.items()
+        for other, rival in budgets.items()
+        if rival.arm == results.named(results.run_of(name), "ppo") and rival.changes == one.changes and other != name
+    }
+    measures = results.measures(finished)
+    found = {
+        key: {one.one: difference_text(results, one) for one in differences(results, list(rivals.items()), key)}
+        for key in measures
+    }
+    rows = []
+    for name, one in budgets.items():
+        means = [mean_text(results, name, key) for key in ("kl_from_sft", *measures)]
+        against = [found[key].get(name, "") for key in measures]
+        rows.append([name, f"{one.changes['ppo.kl_budget']:g}", *means, *against])
+    headings = ["arm", "budget", "KL reached", *measures.values()]
+    headings += [f"{title} minus ppo's" for title in measures.values()]
     note = (
         "A controller steers the KL from SFT of every arm to the same budget while it trains; the KL reached is that "
         "of the final policy on test prompts. p corrected for the number of comparisons (Holm)."
@@ -199,23 +221,29 @@ def _budget_table(results: Results) -> Table | None:
 
 
 def _opening(results: Results, equal: list[EqualKL]) -> str:
-    mpo = next((one for one in equal if one.arm == "mpo"), None)
-    if mpo is None:
-        kls = {name: float(results.values(name, "kl_from_sft").mean()) for name in results.plain if name != "sft"}
+    mpo = results.first("mpo")
+    one = next((one for one in equal if one.arm == mpo), equal[0] if equal else None)
+    if one is None:
+        base = {results.named(run, "sft") for run in results.runs}
+        kls = {n: float(results.values(n, "kl_from_sft").mean()) for n in results.plain if n not in base}
         if not kls:
-            return "No arm but SFT finished."
+            return "No arm of the recipe but SFT finished, so there is no distance to compare."
         near, far = min(kls, key=kls.__getitem__), max(kls, key=kls.__getitem__)
+        said = f"{far} ends {kls[far]:.2f} nats from SFT"
+        if near != far:
+            said = f"The arms end between {kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT"
         return (
-            f"The arms end between {kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT, so their rewards "
-            "are not at equal distance; a sweep of ppo.kl_coef lets them be compared at the same KL."
+            f"{said}; the rewards are not of one distance, and no sweep of PPO's kl_coef compares them at the same KL."
         )
-    if not mpo.found:
+    where = f"{one.arm} ends {one.kl:.2f} nats from SFT"
+    if not one.found:
         return (
-            f"mpo ends {mpo.kl:.2f} nats from SFT; PPO's sweep of kl_coef spans {mpo.reach[0]:.2f} to "
-            f"{mpo.reach[1]:.2f}, which does not reach it often enough to compare the two at equal KL."
+            f"{where}; PPO's sweep of kl_coef spans {one.reach[0]:.2f} to {one.reach[1]:.2f}, which does not reach it "
+            "often enough to compare the two at equal KL."
         )
-    said = [f"{interval_text(i)} in {MEASURES[key]}, {verdict(i)}" for key, (i, _) in mpo.found.items()]
+    said = "; ".join(f"{interval_text(i)} in {MEASURES[key]}, {verdict(i)}" for key, (i, _) in one.found.items())
+    seeds = results.common_seeds(one.arm, *(name for _, name in _sweep_of_ppo(results, results.run_of(one.arm))))
     return (
-        f"At mpo's own distance from SFT, {mpo.kl:.2f} nats, which PPO reaches at a kl_coef of about {mpo.coef:.2g}, "
-        f"mpo minus ppo is {'; '.join(said)}."
+        f"{where}, which PPO reaches at a kl_coef of about {one.coef:.2g}; there {one.arm} minus {one.rival} is {said} "
+        f"(95% interval {over(results, seeds)}{fewer(results, one.seeds, one.arm, one.rival)})."
     )

@@ -270,7 +270,7 @@ def _legend(canvas: Any, drawn: Sequence[Any], labels: Sequence[str]) -> None:
     if drawn:
         columns = _columns(canvas.get_figwidth(), labels)
         canvas.legend(
-            [one.lines[0] for one in drawn],
+            [getattr(one, "lines", [one])[0] for one in drawn],  # of a line itself, of error bars theirs
             [_short(label) for label in labels],
             loc="outside lower center",
             ncols=columns,

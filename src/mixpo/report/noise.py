@@ -1,84 +1,100 @@
 """How do noisy labels matter? Every arm's fall as a share of the human labels is flipped."""
 
-from mixpo.algorithms.statistics import crossed_interval
+from mixpo.algorithms.statistics import Interval, crossed_interval
 from mixpo.report import figures
-from mixpo.report.comparison import (
-    along,
-    interval_text,
-    mean_of,
-    over,
-    swept,
-    verdict,
-)
+from mixpo.report.comparison import along, fewer, interval_text, mean_of, mean_text, over, swept, verdict
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.results import Results
 
 KEY = "label_noise.share"
+RIVALS = ("dpo-base", "dpo", "ppo")
+"""Whose change MPO's is held against."""
+
+Levels = dict[str, dict[float, str]]
+"""By arm and share of flipped labels: the name of that point."""
 
 
 def section(results: Results) -> Section | None:
-    """Means and falls by share."""
-    arms = swept(results, KEY)
-    if not arms:
+    """Means and changes by share."""
+    levels: Levels = {arm: dict(along(results, arm, KEY)) for arm in swept(results, KEY)}
+    finished = [name for points in levels.values() for name in points.values() if results.done(name)]
+    if not finished:
         return None
-    levels = {arm: along(results, arm, KEY) for arm in arms}
-    measures = results.measures([name for points in levels.values() for _, name in points])
+    shares = sorted({share for points in levels.values() for share in points})
+    measures = results.measures(finished)
     pictures = [
         figures.paths(
             {
-                arm: [figures.Point("", figures.exactly(share), mean_of(results, name, key)) for share, name in points]
+                arm: [
+                    figures.Point("", figures.exactly(share), mean_of(results, name, key))
+                    for share, name in points.items()
+                    if results.done(name)
+                ]
                 for arm, points in levels.items()
             },
             name=f"noise-{key.replace('_', '-')}",
             x="share of labels flipped",
-            y=label,
+            y=title,
         )
-        for key, label in measures.items()
+        for key, title in measures.items()
     ]
     tables = []
-    for key, label in measures.items():
-        shares = sorted({share for points in levels.values() for share, _ in points})
+    for key, title in measures.items():
         rows = []
         for arm, points in levels.items():
-            by_share = dict(points)
-            means = [interval_text(mean_of(results, by_share[s], key)) if s in by_share else "" for s in shares]
-            rows.append([arm, *means, _fall(results, points, key)])
-        headings = ["arm", *(f"{share:.0%} flipped" for share in shares), "change from first to last"]
-        tables.append(Group(label, table=Table(headings, rows)))
+            means = [mean_text(results, points[share], key) if share in points else "" for share in shares]
+            rows.append([arm, *means, _change_text(results, points, shares, key)])
+        headings = ["arm", *(f"{share:.0%} flipped" for share in shares)]
+        headings.append(f"change from {shares[0]:.0%} to {shares[-1]:.0%}")
+        tables.append(Group(title, table=Table(headings, rows)))
     notes = [
         "Labels of the human train pairs are flipped for the reward model, and for DPO-base directly; SFT and the test "
         "pairs stay clean, and every arm is scored by the reward model of the unflipped labels."
     ]
     return Section(
-        "noise", "Label noise", _opening(results, levels, measures), [Group(figures=pictures, notes=notes), *tables]
+        "noise",
+        "Label noise",
+        _opening(results, levels, shares, measures),
+        [Group(figures=pictures, notes=notes), *tables],
     )
 
 
-def _fall(results: Results, points: list[tuple[float, str]], key: str) -> str:
-    first, last = points[0][1], points[-1][1]
-    seeds = results.common_seeds(first, last)
-    return (
-        interval_text(crossed_interval(results.values(last, key, seeds) - results.values(first, key, seeds)))
-        if seeds
-        else ""
-    )
+def change(results: Results, points: dict[float, str], shares: list[float], key: str) -> tuple[Interval, int] | None:
+    """What a column of an arm changes by from the first share to the last, paired by prompt and seed; the seeds."""
+    if not {shares[0], shares[-1]} <= points.keys():
+        return None
+    first, last = points[shares[0]], points[shares[-1]]
+    seeds = results.comparable(key, first, last)
+    if not seeds:
+        return None
+    return crossed_interval(results.values(last, key, seeds) - results.values(first, key, seeds)), len(seeds)
 
 
-def _opening(results: Results, levels: dict[str, list[tuple[float, str]]], measures: dict[str, str]) -> str:
+def _change_text(results: Results, points: dict[float, str], shares: list[float], key: str) -> str:
+    found = change(results, points, shares, key)
+    if found is None:
+        return ""
+    return interval_text(found[0]) + fewer(results, found[1], points[shares[0]], points[shares[-1]])
+
+
+def _opening(results: Results, levels: Levels, shares: list[float], measures: dict[str, str]) -> str:
     key = "true_reward" if "true_reward" in measures else "score"
-    said = []
-    for arm, points in levels.items():
-        said.append(f"{arm} {_fall(results, points, key)}")
-    last = max(share for points in levels.values() for share, _ in points)
-    text = f"With {last:.0%} of the labels flipped {measures[key]} changes by: {', '.join(said)}"
-    if "mpo" in levels:
-        for rival in ("dpo-base", "dpo", "ppo"):
-            if rival in levels and levels[rival][-1][0] == levels["mpo"][-1][0] == last:
-                ends = [levels[arm][place][1] for arm in ("mpo", rival) for place in (-1, 0)]
-                seeds = results.common_seeds(*ends)
-                if seeds:
-                    a, b, c, d = (results.values(name, key, seeds) for name in ends)
-                    interval = crossed_interval((a - b) - (c - d))
-                    text += f"; mpo's change minus {rival}'s is {interval_text(interval)}, {verdict(interval)}"
-    seeds = results.common_seeds(*[name for points in levels.values() for _, name in points])
-    return f"{text} ({over(results, seeds or results.seeds)})."
+    changes = {arm: text for arm, points in levels.items() if (text := _change_text(results, points, shares, key))}
+    if not changes:
+        return f"No arm finished both with {shares[0]:.0%} and with {shares[-1]:.0%} of the labels flipped."
+    said = ", ".join(f"{arm} {text}" for arm, text in changes.items())
+    parts = [f"From {shares[0]:.0%} to {shares[-1]:.0%} of labels flipped {measures[key]} changes by: {said}"]
+    if missing := [arm for arm in levels if arm not in changes]:
+        parts.append(f"not measured at both: {', '.join(missing)}")
+    mpo = results.first("mpo")
+    for rival in (results.first(arm) for arm in RIVALS):
+        if mpo not in changes or rival not in changes or mpo is None or rival is None:
+            continue
+        ends = [levels[arm][share] for arm in (mpo, rival) for share in (shares[-1], shares[0])]
+        seeds = results.comparable(key, *ends)
+        if seeds:
+            a, b, c, d = (results.values(name, key, seeds) for name in ends)
+            apart = crossed_interval((a - b) - (c - d))
+            said = f"{interval_text(apart)}{fewer(results, len(seeds), *ends)}, {verdict(apart)}"
+            parts.append(f"{mpo}'s change minus {rival}'s is {said}")
+    return f"{'; '.join(parts)} (95% intervals {over(results, results.seeds)})."

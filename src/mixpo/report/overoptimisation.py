@@ -2,7 +2,7 @@
 
 from mixpo.algorithms.statistics import Interval, crossed_interval
 from mixpo.report import figures
-from mixpo.report.comparison import interval_text, over
+from mixpo.report.comparison import fewer, interval_text, over
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.results import MEASURES, Results
 from mixpo.report.traces import Trace, traced
@@ -11,14 +11,21 @@ from mixpo.report.traces import Trace, traced
 def section(results: Results) -> Section | None:
     """Gains over SFT in both rewards, of every arm and along training."""
     yardstick = next((key for key in ("true_reward", "second_score") if results.has(results.finished, key)), None)
-    if yardstick is None or "sft" not in results.plain:
+    if yardstick is None:
         return None
     label = MEASURES[yardstick]
-    arms = [name for name in results.plain if name != "sft" and results.common_seeds(name, "sft")]
-    points = [figures.Point(name, _gain(results, name, "score"), _gain(results, name, yardstick)) for name in arms]
-    plane = figures.plane(points, name="gains", x="gain in reward over SFT", y=f"gain in {label} over SFT")
-    groups = [Group("Both rewards of every arm", [plane])]
+    bases = {name: results.named(results.run_of(name), "sft") for name in results.plain}
+    points = [
+        figures.Point(name, _gain(results, name, base, "score"), _gain(results, name, base, yardstick))
+        for name, base in bases.items()
+        if name != base and results.comparable("score", name, base)
+    ]
     traces = traced(results)
+    groups = []
+    if points:
+        plane = figures.plane(points, name="gains", x="gain in reward over SFT", y=f"gain in {label} over SFT")
+        left = [f"{name}: {many[2:-1]}." for name, base in bases.items() if (many := _few(results, name, base))]
+        groups.append(Group("Both rewards of every arm", [plane], notes=left))
     if traces:
         paths = {
             f"{trace.arm}, {MEASURES[key]}": [
@@ -34,22 +41,29 @@ def section(results: Results) -> Section | None:
             y="reward",
             dashed=[path for path in paths if path.endswith(label)],
         )
-        groups.append(Group("Along training", [picture], _table(traces, yardstick)))
+        groups.append(Group("Along training", [picture], _table(results, traces, yardstick)))
+    if not groups:
+        return None
     return Section("over-optimisation", "Over-optimisation", _opening(results, traces, yardstick), groups)
 
 
-def _gain(results: Results, name: str, key: str) -> Interval:
-    seeds = results.common_seeds(name, "sft")
-    return crossed_interval(results.values(name, key, seeds) - results.values("sft", key, seeds))
+def _gain(results: Results, name: str, base: str, key: str) -> Interval:
+    seeds = results.comparable("score", name, base)
+    return crossed_interval(results.values(name, key, seeds) - results.values(base, key, seeds))
 
 
-def _table(traces: list[Trace], yardstick: str) -> Table:
+def _few(results: Results, name: str, base: str) -> str:
+    return fewer(results, len(results.comparable("score", name, base)), name, base) if name != base else ""
+
+
+def _table(results: Results, traces: list[Trace], yardstick: str) -> Table:
     rows = []
     for trace in traces:
         for point in range(trace.points):
             place = "start" if point == 0 else "end" if point == trace.points - 1 else f"snapshot {point}"
             cells = [interval_text(trace.mean(key, point)) for key in ("kl_from_sft", "score", yardstick)]
-            rows.append([trace.arm, place, f"{trace.sampled[point]:,.0f}", *cells])
+            name = trace.arm + fewer(results, len(trace.seeds), trace.arm)
+            rows.append([name, place, f"{trace.sampled[point]:,.0f}", *cells])
     return Table(["arm", "point", "completions sampled", "KL from SFT", "reward", MEASURES[yardstick]], rows)
 
 
@@ -70,17 +84,18 @@ def _opening(results: Results, traces: list[Trace], yardstick: str) -> str:
         reward, real = (_change(trace, key, 0) for key in ("score", yardstick))
         late_reward, late = (_change(trace, key, trace.points - 2) for key in ("score", yardstick))
         said.append(
-            f"along PPO of {trace.arm} the reward changes by {interval_text(reward)} and {label} by "
-            f"{interval_text(real)}, from the last snapshot to the end by {interval_text(late_reward)} and "
-            f"{interval_text(late)}{_hacked(late_reward, late)}"
+            f"along PPO of {trace.arm}{fewer(results, len(trace.seeds), trace.arm)} the reward changes by "
+            f"{interval_text(reward)} and {label} by {interval_text(real)}, from the last snapshot to the end by "
+            f"{interval_text(late_reward)} and {interval_text(late)}{_hacked(late_reward, late, label)}"
         )
     text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]} ({over(results, traces[0].seeds)})."
+    longest = max((trace.seeds for trace in traces), key=len)
+    return f"{text[0].upper()}{text[1:]} (95% intervals {over(results, longest)})."
 
 
-def _hacked(reward: Interval, real: Interval) -> str:
+def _hacked(reward: Interval, real: Interval, label: str) -> str:
     if reward.low > 0 and real.high < 0:
-        return ", so there the reward rises while what it stands for falls"
+        return f", so there the reward rises while {label} falls"
     if reward.low > 0 and real.low > 0:
         return ", so both still rise"
     return ""

@@ -66,7 +66,7 @@ def document(results: Results) -> Document:
         completions_opening=completions.opening(results, asked),
         asked=asked,
         pair=arms.compared(results),
-        failed=[*failed, *partly],
+        failed=[*failed, *partly, *theorem.failed(results)],
         recipes=[(run.name, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in results.runs],
     )
 
@@ -116,14 +116,15 @@ def numbers(results: Results) -> tuple[list[str], list[list[Any]]]:
     for name in results.names:
         done = results.done(name)
         for arm in results.of(name):
-            if arm.status == "failed":
+            if arm.seed not in done:
                 rows.append([name, arm.seed, "failed", None, *[None] * (3 * len(keys))])
-        for seed in done:
+                continue
             means = [
-                float(results.values(name, key, [seed]).mean()) if results.has([name], key) else None for key in keys
+                float(results.values(name, key, [arm.seed]).mean()) if results.has([name], key) else None
+                for key in keys
             ]
-            prompts = results.values(name, "score", [seed]).size
-            rows.append([name, seed, "done", prompts, *(cell for mean in means for cell in (mean, None, None))])
+            prompts = results.values(name, "score", [arm.seed]).size
+            rows.append([name, arm.seed, "done", prompts, *(cell for mean in means for cell in (mean, None, None))])
         if done:
             cells: list[float | None] = []
             for key in keys:

@@ -44,7 +44,10 @@ class StageFolder:
     """Such as `DPO-1a2b3c4d`."""
     folder: Path
     label: str
-    """What tells it from others of its kind: its seed and, at points of a sweep, the settings that differ."""
+    """What tells it from others of its kind: its run if there are several, its seed, the settings that differ from the
+    recipe at points of a sweep, and whether it is the second reward model, which only measures."""
+    plain: bool
+    """Whether it is of the recipe as it stands, and not the second reward model."""
     arms: list[str]
     seeds: list[int]
     run: Run
@@ -114,6 +117,32 @@ class Results:
         """The seeds at which all these arms finished."""
         return [seed for seed in self.seeds if all(seed in self.done(name) for name in names)]
 
+    def ran(self, *names: str) -> list[int]:
+        """The seeds at which all these arms were run, finished or failed."""
+        return [seed for seed in self.seeds if all(any(arm.seed == seed for arm in self.of(name)) for name in names)]
+
+    def comparable(self, key: str, *names: str) -> list[int]:
+        """The seeds at which these arms' values of a column are on one scale: all finished, scored by the same model.
+
+        Every seed has its own reward model, and so may a run, or a point of a sweep.
+        """
+        seeds = self.common_seeds(*names)
+        if key not in ("score", "second_score"):
+            return seeds
+        return [seed for seed in seeds if _one_scale([self.done(name)[seed] for name in names])]
+
+    def run_of(self, name: str) -> Run:
+        """The run of an arm."""
+        return next(run for run in self.runs if any(arm.name == name for arm in run.arms))
+
+    def named(self, run: Run, arm: str) -> str:
+        """What an arm of a run's recipe is called here."""
+        return arm if len(self.runs) == 1 else f"{run.name}: {arm}"
+
+    def first(self, arm: str) -> str | None:
+        """The name of an arm of the recipes in the first run in which it finished."""
+        return next((name for run in self.runs if (name := self.named(run, arm)) in self.plain), None)
+
     def measures(self, names: Sequence[str]) -> dict[str, str]:
         """The measures that all these arms have, with their names."""
         return {key: label for key, label in MEASURES.items() if self.has(names, key)}
@@ -123,21 +152,37 @@ class Results:
         """Every complete stage of the runs once, inputs first."""
         found: dict[str, StageFolder] = {}
         for run in self.runs:
+            second = {_second_reward_model(run, arm) for arm in run.arms}
             for arm in run.arms:
                 for key, place in arm.stages.items():
-                    folder = Path(place)
-                    if key not in found and (folder / "summary.json").exists():
-                        changed = [f"{name}={value}" for name, value in arm.changes.items()]
-                        label = ", ".join([f"seed {arm.seed}", *changed])
-                        found[key] = StageFolder(key, folder, label, [], [], run)
-                    if key in found:
-                        _add(found[key].arms, arm.name)
-                        _add(found[key].seeds, arm.seed)
+                    if key not in found:
+                        parts = [f"seed {arm.seed}", *(f"{name}={value}" for name, value in arm.changes.items())]
+                        parts = [run.name, *parts] if len(self.runs) > 1 else parts
+                        label = ", ".join([*parts, "second"] if key in second else parts)
+                        plain = not arm.changes and key not in second
+                        found[key] = StageFolder(key, Path(place), label, plain, [], [], run)
+                    _add(found[key].arms, arm.name)
+                    _add(found[key].seeds, arm.seed)
         return list(found.values())
 
     def stages_of(self, kind: str) -> list[StageFolder]:
         """The complete stages of a kind."""
         return [stage for stage in self.stages if stage.kind == kind]
+
+
+def _reward_models(arm: ArmResult) -> list[str]:
+    return [key for key in arm.stages if key.startswith("RewardModel-")]
+
+
+def _one_scale(arms: Sequence[ArmResult]) -> bool:
+    models = [set(_reward_models(arm)) for arm in arms]
+    return bool(set.intersection(*models)) or not any(models)
+
+
+def _second_reward_model(run: Run, arm: ArmResult) -> str | None:
+    """Nothing but the evaluation reads it, and that after the first: the last one that a finished arm stands on."""
+    known = run.recipe["data"].get("second_rows") and arm.status == "done"
+    return next(reversed(_reward_models(arm)), None) if known else None
 
 
 def _add(items: list[Any], item: Any) -> None:
@@ -147,14 +192,17 @@ def _add(items: list[Any], item: Any) -> None:
 
 def load(*folders: Path) -> Results:
     """Read finished runs. Raises `InputError` if one is none, or of another version, or has other test prompts."""
+    twice = next((folder for folder in folders if sum(one.resolve() == folder.resolve() for one in folders) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: found this run twice; expected different ones")
     runs = [_load(folder) for folder in folders]
+    _refuse_other_prompts(runs)
     if len(runs) == 1:
         return Results((runs[0],), runs[0].arms)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         runs = [replace(run, name=str(run.folder)) for run in runs]
     runs = [replace(run, arms=tuple(replace(arm, arm=f"{run.name}: {arm.arm}") for arm in run.arms)) for run in runs]
-    _refuse_other_prompts(runs)
     return Results(tuple(runs), tuple(arm for run in runs for arm in run.arms))
 
 
@@ -178,21 +226,23 @@ def _load(folder: Path) -> Run:
 
 
 def _refuse_other_prompts(runs: Sequence[Run]) -> None:
-    """Arms are compared prompt by prompt, so all runs must have asked the same ones."""
-    asked = {
-        run.folder: [str(row["prompt"]) for row in completions(next(arm for arm in run.arms if arm.evaluation))]
-        for run in runs
-        if any(arm.evaluation for arm in run.arms)
-    }
-    for folder, prompts in asked.items():
-        first, expected = next(iter(asked.items()))
-        if prompts != expected:
-            place = next((n for n, (a, b) in enumerate(zip(prompts, expected, strict=False)) if a != b), None)
-            where = "the longer begins with the shorter" if place is None else f"they differ from prompt {place + 1} on"
-            raise InputError(
-                f"{folder}: found {len(prompts)} test prompts, {first} has {len(expected)}, and {where}; expected the "
-                "same prompts in all runs; run them with the same data and evaluation.prompts"
-            )
+    """Arms are compared prompt by prompt, so all must have been asked the same ones."""
+    first, expected = "", list[str]()
+    for run in runs:
+        for arm in run.arms:
+            if arm.evaluation is None:
+                continue
+            here = f"{run.folder}, {arm.name} at seed {arm.seed}"
+            prompts = [str(row["prompt"]) for row in completions(arm)]
+            if not first:
+                first, expected = here, prompts
+            if prompts != expected:
+                place = next((n for n, (a, b) in enumerate(zip(prompts, expected, strict=False)) if a != b), None)
+                where = f"they differ from prompt {place + 1} on" if place is not None else "one begins with the other"
+                raise InputError(
+                    f"{here}: found {len(prompts)} test prompts, {first} has {len(expected)}, and {where}; expected "
+                    "the same prompts everywhere; run with the same data and evaluation.prompts"
+                )
 
 
 def evaluation(arm: ArmResult) -> dict[str, Any]:

@@ -84,21 +84,26 @@ def accuracy(judged: Mapping[str, Any]) -> str:
 
 
 def _opening(results: Results, stages: list[StageFolder]) -> str:
-    plain = [stage for stage in stages if stage.label == f"seed {stage.seeds[0]}"] or stages[:1]
-    by_seed = list({stage.seeds[0]: stage for stage in reversed(plain)}.values())
-    test = [margins(stage, "test") for stage in reversed(by_seed)]
+    by_seed: dict[int, StageFolder] = {}
+    for stage in stages:
+        if stage.plain and stage.run is stages[0].run:
+            by_seed.setdefault(stage.seeds[0], stage)
+    test = [margins(stage, "test") for stage in by_seed.values()]
     under = float(np.mean([np.abs(one) < 1 for one in test]))
     interval = crossed_interval(np.stack([one > 0 for one in test]).astype(np.float64))
-    many = f" (95% interval over pairs and {len(test)} seeds)" if len(test) > 1 else " (one seed)"
-    said = f"[{interval.low:.0%}, {interval.high:.0%}]{many} of {test[0].size:,} test pairs"
+    many = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"
+    said = f"[{interval.low:.0%}, {interval.high:.0%}] of {test[0].size:,} test pairs as labelled (95% interval {many})"
+    which = f" of {stages[0].run.name}" if len(results.runs) > 1 else ""
     return (
-        f"The reward model orders {interval.mean:.0%} {said} as labelled, "
+        f"The reward model{which} orders {interval.mean:.0%} {said}, "
         f"{_chance(interval)}; {under:.0%} of them have a gap under 1."
     )
 
 
 def _chance(interval: Interval) -> str:
-    return "which is above chance" if interval.low > 0.5 else "which is not told apart from chance"
+    if interval.low > 0.5:
+        return "which is above chance"
+    return "which is below chance" if interval.high < 0.5 else "which is not told apart from chance"
 
 
 def _bin(one: Mapping[str, Any]) -> figures.Share:

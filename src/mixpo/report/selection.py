@@ -58,12 +58,9 @@ def section(results: Results) -> Section | None:
 
 
 def _samples_of(results: Results, selection: StageFolder) -> StageFolder:
-    """The samples that a selection splits: of the same arms and seed."""
-    return next(
-        stage
-        for stage in results.stages_of("Samples")
-        if stage.seeds[0] in selection.seeds and set(selection.arms) <= set(stage.arms) and stage.run is selection.run
-    )
+    """The samples that a selection splits: an arm stands on those of its selection, and on no others."""
+    keys = next(arm.stages for arm in results.arms if selection.key in arm.stages)
+    return next(stage for stage in results.stages_of("Samples") if stage.key in keys)
 
 
 def _tally(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
@@ -96,8 +93,9 @@ def _right(rows: list[dict[str, Any]]) -> str:
 def _examples(rows: list[dict[str, Any]], *, known: bool) -> Table:
     """The pairs with the largest gaps, and some with the smallest that are not identical."""
     different = [row for row in rows if row["tokens"][0] != row["tokens"][1]]
+    largest = different[SHOWN:][-SHOWN:]
     body = []
-    for row in [*reversed(different[-SHOWN:]), *different[:SHOWN]]:
+    for row in [*reversed(largest), *different[:SHOWN]]:
         scores = [f"{score:+.2f}" for score in row["scores"]]
         if known:
             scores = [f"{score} (r* {true:+.1f})" for score, true in zip(scores, _true_rewards(row), strict=True)]
@@ -117,11 +115,11 @@ def _opening(first: StageFolder, samples: StageFolder, parts: dict[str, list[dic
         return f"{said}."
     easy, hard = (_tally(parts[part]) for part in ("easy", "hard"))
     return (
-        f"{said}. By the true r*, {_plain_share(easy)} of the easy labels and {_plain_share(hard)} of the hard ones "
-        "are right."
+        f"{said}. Of the labels that the true r* does not tie, {_plain_share(easy)} of the easy and "
+        f"{_plain_share(hard)} of the hard are right."
     )
 
 
 def _plain_share(tally: tuple[int, int, int]) -> str:
     right, wrong, _ = tally
-    return f"{right / (right + wrong):.0%}" if right + wrong else "none"
+    return f"{right / (right + wrong):.0%}" if right + wrong else "none of none"

@@ -1,11 +1,14 @@
 """Theorem 1 and Corollary 1 of the paper (Feng et al. 2024), measured on the DPO models of the run."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
+from scipy.special import stdtrit
 
 from mixpo.algorithms.statistics import Interval, bootstrap_mean, wilson_interval
 from mixpo.report import figures
@@ -23,13 +26,23 @@ class Measured:
 
     arm: str
     part: str
-    folders: tuple[Path, ...]
+    folders: Mapping[int, Path]
+    """By seed."""
 
     @cached_property
     def columns(self) -> dict[str, Values]:
         """The columns of `gradients.parquet`."""
-        rows = [row for folder in self.folders for row in read_table(folder / "gradients.parquet")]
+        rows = [row for seed in self.folders for row in self._rows[seed]]
         return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
+
+    @cached_property
+    def _rows(self) -> dict[int, list[dict[str, float]]]:
+        return {seed: read_table(folder / "gradients.parquet") for seed, folder in self.folders.items()}
+
+    def by_seed(self, values: Values) -> dict[int, Values]:
+        """A column's values, seed by seed."""
+        ends = np.cumsum([len(rows) for rows in self._rows.values()])
+        return dict(zip(self._rows, np.split(values, ends[:-1]), strict=True))
 
     @property
     def log_ratio(self) -> Values:
@@ -69,30 +82,33 @@ class Measured:
 
 def section(results: Results) -> Section | None:
     """The ratios, and how far the two gradients cancel on easy and on hard pairs."""
-    measured, failed = _measured(results)
+    measured, notes_of_failed = measurements(results), [f"{what}: {why}" for what, why in failed(results)]
     if not measured:
-        return None
+        said = "No gradients could be measured."
+        group = Group(notes=notes_of_failed)
+        return Section("theorem", "Theorem 1 and Remark 1", said, [group]) if notes_of_failed else None
     rows = []
     for one in measured:
-        together = one.both_ways
-        agree = one.log_step_ratio[np.isfinite(one.log_step_ratio)] + one.log_ratio[np.isfinite(one.log_step_ratio)]
-        share = wilson_interval(int(together.sum()), len(together))
+        told = np.isfinite(one.log_step_ratio)
+        agree = one.log_step_ratio[told] + one.log_ratio[told]
         rows.append(
             [
                 one.arm,
                 one.part,
+                f"{len(one.folders)}",
                 f"{len(one.log_ratio)}",
                 f"{np.exp(np.median(one.log_ratio)):.2g}",
                 f"{np.abs(one.log_gradient_ratio - one.log_ratio).max():.0e}",
-                interval_text(bootstrap_mean(one.cosine)),
-                interval_text(bootstrap_mean(one.left)),
-                f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]",
+                interval_text(over_pairs(list(one.by_seed(one.cosine).values()))),
+                interval_text(over_pairs(list(one.by_seed(one.left).values()))),
+                _share(list(one.by_seed(one.both_ways).values())),
                 f"{np.exp(np.median(agree)):.2f}" if len(agree) else "",
             ]
         )
     headings = [
         "DPO trained on",
         "measured on",
+        "seeds",
         "pairs",
         "median x_l / x_w",
         "largest error of Corollary 1 (log)",
@@ -109,7 +125,9 @@ def section(results: Results) -> Section | None:
         "order.",
         "Remark 1: DPO learns badly from hard pairs because the two gradients counteract each other, which is a large "
         "cosine and little left of them.",
-        *failed,
+        "Intervals: of one seed over its pairs (bootstrap; Wilson for the share), of several over seeds (Student's t "
+        "of the seeds' means).",
+        *notes_of_failed,
     ]
     picture = figures.scatter(
         {
@@ -123,7 +141,7 @@ def section(results: Results) -> Section | None:
     cosines = figures.dots(
         {
             arm: [
-                figures.Point(one.part, figures.exactly(0.0), bootstrap_mean(one.cosine))
+                figures.Point(one.part, figures.exactly(0.0), over_pairs(list(one.by_seed(one.cosine).values())))
                 for one in measured
                 if one.arm == arm
             ]
@@ -140,43 +158,100 @@ def section(results: Results) -> Section | None:
     )
 
 
-def _measured(results: Results) -> tuple[list[Measured], list[str]]:
-    ones = [one for run in results.runs for one in run.gradients]
-    failed = [f"{one.arm} on {one.part} pairs failed at seed {one.seed}: {one.reason}" for one in ones if one.reason]
-    folders: dict[tuple[str, str], list[Path]] = {}
-    for one in ones:
-        if one.folder:
-            folders.setdefault((one.arm, one.part), []).append(Path(one.folder))
-    return [Measured(arm, part, tuple(places)) for (arm, part), places in folders.items()], failed
+def failed(results: Results) -> list[tuple[str, str]]:
+    """What could not be measured, and why."""
+    return [
+        (f"gradients of {results.named(run, one.arm)} on {one.part} pairs (seed {one.seed})", one.reason)
+        for run in results.runs
+        for one in run.gradients
+        if one.reason
+    ]
+
+
+def measurements(results: Results) -> list[Measured]:
+    """Every DPO model on every part of the pairs."""
+    folders: dict[tuple[str, str], dict[int, Path]] = {}
+    for run in results.runs:
+        for one in run.gradients:
+            if one.folder:
+                folders.setdefault((results.named(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
+    return [Measured(arm, part, places) for (arm, part), places in folders.items()]
+
+
+def over_pairs(by_seed: Sequence[Values]) -> Interval:
+    """A mean over seeds of means over pairs: of one seed with its bootstrap interval, of several with Student's."""
+    if len(by_seed) == 1:
+        return bootstrap_mean(by_seed[0])
+    return _students([float(values.mean()) for values in by_seed])
+
+
+def _students(means: Sequence[float]) -> Interval:
+    mean, spread = float(np.mean(means)), float(np.std(means, ddof=1))
+    half = -float(stdtrit(len(means) - 1, 0.025)) * spread / math.sqrt(len(means))
+    return Interval(mean, mean - half, mean + half)
+
+
+def _share(by_seed: Sequence[Values]) -> str:
+    first = by_seed[0]
+    found = wilson_interval(int(first.sum()), len(first)) if len(by_seed) == 1 else over_pairs(by_seed)
+    return f"{found.mean:.0%} [{max(0.0, found.low):.0%}, {min(1.0, found.high):.0%}]"
 
 
 def _opening(measured: list[Measured]) -> str:
     error = max(float(np.abs(one.log_gradient_ratio - one.log_ratio).max()) for one in measured)
     ratios = np.concatenate([one.log_ratio for one in measured])
     said = (
-        f"On {len(ratios)} measurements x_l / x_w runs from {np.exp(ratios.min()):.1g} to {np.exp(ratios.max()):.1g} "
-        f"and the measured gradient ratio agrees with it to {error:.0e} (log)"
+        f"On {len(ratios)} measurements x_l / x_w runs from {np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, "
+        f"and the log of the measured gradient ratio differs from its log by at most {error:.0e}"
     )
-    easy, hard = (np.concatenate([one.cosine for one in measured if one.part == part]) for part in ("easy", "hard"))
-    if not len(easy) or not len(hard):
+    easy, hard = cosines(measured)
+    if not easy:
         return f"{said}."
-    difference = _apart(hard, easy)
-    word = (
-        "as Remark 1 has it"
-        if difference.low > 0
-        else "against Remark 1"
-        if difference.high < 0
-        else "which does not tell them apart"
-    )
+    difference = apart(hard, easy)
+    if math.isnan(difference.low):
+        word = "which has no interval"
+    elif difference.low > 0:
+        word = "as Remark 1 has it"
+    elif difference.high < 0:
+        word = "against Remark 1"
+    else:
+        word = "which does not tell them apart"
+    one, other = (float(np.mean([values.mean() for values in part])) for part in (easy, hard))
+    over = "pairs at one seed" if len(easy) == 1 else f"{len(easy)} seeds"
     return (
-        f"{said}; the cosine between the gradients of chosen and rejected is {easy.mean():.2f} on easy and "
-        f"{hard.mean():.2f} on hard pairs, a difference of {interval_text(difference)}, {word}."
+        f"{said}; the cosine between the gradients of chosen and rejected is {one:.2f} on easy and {other:.2f} on hard "
+        f"pairs, a difference of {interval_text(difference)} (95% interval over {over}), {word}."
     )
 
 
-def _apart(one: Values, other: Values) -> Interval:
-    """The difference of two means of unlike pairs, by resampling each."""
+def cosines(measured: Sequence[Measured]) -> tuple[list[Values], list[Values]]:
+    """Of easy and of hard pairs, seed by seed: every pair's cosine, averaged over the models measured on both parts.
+
+    The models are measured on the same pairs, which therefore count once.
+    """
+    found = {(one.arm, one.part): one.by_seed(one.cosine) for one in measured}
+    arms, seeds = dict.fromkeys(one.arm for one in measured), sorted({seed for one in measured for seed in one.folders})
+    easy, hard = list[Values](), list[Values]()
+    for seed in seeds:
+        own = [
+            (found[arm, "easy"][seed], found[arm, "hard"][seed])
+            for arm in arms
+            if all(seed in found.get((arm, part), {}) for part in ("easy", "hard"))
+        ]
+        if own:
+            easy.append(np.mean([one for one, _ in own], axis=0))
+            hard.append(np.mean([other for _, other in own], axis=0))
+    return easy, hard
+
+
+def apart(one: Sequence[Values], other: Sequence[Values]) -> Interval:
+    """The difference of two means: of one seed resampling either's pairs, of several by Student's of the seeds'."""
+    if len(one) > 1:
+        return _students([float(a.mean() - b.mean()) for a, b in zip(one, other, strict=True)])
+    mean = float(one[0].mean() - other[0].mean())
+    if min(len(one[0]), len(other[0])) == 1:
+        return Interval(mean, math.nan, math.nan)
     draw = np.random.default_rng(0)
-    again = [values[draw.integers(len(values), size=(4000, len(values)))].mean(axis=1) for values in (one, other)]
+    again = [values[draw.integers(len(values), size=(4000, len(values)))].mean(axis=1) for values in (one[0], other[0])]
     low, high = np.quantile(again[0] - again[1], [0.025, 0.975])
-    return Interval(float(one.mean() - other.mean()), float(low), float(high))
+    return Interval(mean, float(low), float(high))

@@ -23,6 +23,11 @@ class Trace:
     ppo: list[Path]
     """By seed: the folder of the PPO stage."""
 
+    def at(self, seeds: list[int]) -> "Trace":
+        """The same arm at some of its seeds."""
+        places = [self.seeds.index(seed) for seed in seeds]
+        return Trace(self.arm, seeds, [self.evaluations[n] for n in places], [self.ppo[n] for n in places])
+
     @property
     def points(self) -> int:
         """How many evaluations there are, start and end included."""

@@ -1,6 +1,7 @@
 """How did training go? Curves of every DPO and PPO of the first seed, and their alarms."""
 
 from mixpo.report import figures
+from mixpo.report.comparison import counted
 from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.results import Results, StageFolder, metrics
 
@@ -29,8 +30,10 @@ PLOTS: dict[str, dict[str, str]] = {
 
 def section(results: Results) -> Section | None:
     """A figure a metric, with a line a stage."""
-    stages = [stage for stage in results.stages if stage.kind in PLOTS and stage.label == f"seed {results.seeds[0]}"]
-    if not stages:
+    plain = [stage for stage in results.stages if stage.kind in PLOTS and stage.plain]
+    seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
+    stages = [stage for stage in plain if seed in stage.seeds]
+    if seed is None:
         return None
     groups = []
     for kind, plots in PLOTS.items():
@@ -43,13 +46,13 @@ def section(results: Results) -> Section | None:
         f"arms share bears the name of the first. Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
     alarms = [
-        f"Alarm, {stage.kind} of {', '.join(stage.arms)}, {stage.label}: {alarm}."
+        f"Alarm, {stage.kind} of {', '.join(stage.arms)} ({stage.label}): {alarm}."
         for stage in results.stages
         if stage.kind in PLOTS
         for alarm in stage.summary.get("alarms", ())
     ]
     return Section(
-        "training", "Training", _opening(results, stages, len(alarms)), [Group(notes=[*alarms, *notes]), *groups]
+        "training", "Training", _opening(results, stages, seed, len(alarms)), [Group(notes=[*alarms, *notes]), *groups]
     )
 
 
@@ -77,13 +80,14 @@ def _table(results: Results, kind: str) -> Table:
         for key in keys[kind]:
             values = [one[key] for one in summaries if one.get(key) is not None]
             cells.append(f"{sum(values) / len(values):.4g}" if values else "")
-        rows.append([arm, *cells])
-    return Table(["stage of", *keys[kind]], rows, ["Averaged over the last tenth of the steps, and over seeds."])
+        rows.append([arm, f"{len(summaries)}", *cells])
+    note = "Averaged over the last tenth of the steps, and over the seeds at which the stage finished."
+    return Table(["stage of", "seeds", *keys[kind]], rows, [note])
 
 
-def _opening(results: Results, stages: list[StageFolder], alarms: int) -> str:
+def _opening(results: Results, stages: list[StageFolder], seed: int, alarms: int) -> str:
     kinds = {kind: sum(stage.kind == kind for stage in stages) for kind in PLOTS}
-    counted = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
-    seed = f" of seed {results.seeds[0]}" if len(results.seeds) > 1 else ""
-    said = "no stage raised an alarm" if not alarms else f"{alarms} alarms were raised, all seeds and sweeps together"
-    return f"The curves of {counted} stages{seed}; {said}."
+    drawn = " and ".join(counted(count, f"{kind} stage") for kind, count in kinds.items() if count)
+    which = f" of seed {seed}" if len(results.seeds) > 1 else ""
+    said = f"finished stages raised {counted(alarms, 'alarm') if alarms else 'no alarm'}, all seeds and sweeps together"
+    return f"The curves of {drawn}{which}; {said}."

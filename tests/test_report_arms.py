@@ -1,0 +1,252 @@
+"""The report's first section, on hand-made runs: means, differences, p-values, claims, and what may be said of them."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interval
+from mixpo.report import arms, subsets
+from mixpo.report.comparison import differences, estimate, verdict
+from mixpo.report.results import load
+from report_runs import SFT_SCORES, Arm, Writer, plain, rows, scores, shifted, table
+
+CLEAR = {
+    "sft": SFT_SCORES,
+    "ppo": shifted([1.0] * 6),
+    "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8]),
+}
+EVEN = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 0.1, 1.9, 0.0, 1.6, 0.6])}
+REVERSED = {"ppo": CLEAR["mpo"], "mpo": CLEAR["ppo"]}
+EVEN_BELOW = {"ppo": EVEN["mpo"], "mpo": EVEN["ppo"]}
+CLAIMS = ("lies above zero", "lies below zero", "holds zero")
+
+
+def many(mean: float, *, seed: int, prompts: int = 40, spread: float = 1.0) -> list[float]:
+    """Values whose mean is `mean` exactly."""
+    drawn = spread * np.random.default_rng(seed).normal(size=prompts)
+    return [float(value) for value in drawn - drawn.mean() + mean]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [(CLEAR, "lies above zero"), (REVERSED, "lies below zero"), (EVEN, "holds zero"), (EVEN_BELOW, "holds zero")],
+)
+def test_first_sentence_claims_what_the_paired_interval_holds(
+    tmp_path: Path, values: dict[str, list[float]], said: str
+) -> None:
+    sentence = arms.section(Writer(tmp_path / "run").load(plain(values))).opening
+    paired = np.array(values["mpo"]) - np.array(values["ppo"])
+    interval = crossed_interval(paired[None])
+    assert f"mpo minus ppo: reward {paired.mean():.2f} [{interval.low:.2f}, {interval.high:.2f}]" in sentence
+    assert sentence.count(said) == 1
+    assert sum(claim in sentence for claim in CLAIMS) == 1
+    assert "over 6 prompts at one seed, so it says nothing of other seeds" in sentence
+    assert not re.search(r"\b(wins?|better|beats?|outperforms?)\b", sentence)
+
+
+def test_verdict_at_the_edge() -> None:
+    assert "holds zero" in verdict(Interval(0.1, 0.0, 0.2))
+    assert "holds zero" in verdict(Interval(-0.1, -0.2, 0.0))
+    assert "no interval" in verdict(Interval(0.1, math.nan, math.nan))
+
+
+def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
+    done = {name: scores(values, kl=[0.5 * n for n in range(6)]) for name, values in CLEAR.items()}
+    results = Writer(tmp_path / "run").load([Arm(name, {0: columns}) for name, columns in done.items()])
+    made = arms.main_table(results)
+    found = rows(made)
+    assert made.headings == [
+        *("arm", "reward", "KL from SFT", "tokens", "end rate", "win/tie/lose vs ppo", "paper: HH-RLHF"),
+        "paper: TL;DR",
+    ]
+    for arm, mean in (("sft", "1.00"), ("ppo", "2.00"), ("mpo", "3.00")):
+        assert found[arm][1].startswith(f"{mean} [")
+        assert found[arm][2].startswith("1.25 [")  # (0 + 0.5 + ... + 2.5) / 6
+        assert found[arm][3] == "3.0"
+        assert found[arm][4] == "50%"
+    assert found["mpo"][5] == "100%/0%/0%"
+    assert found["sft"][5] == "0%/0%/100%"
+    assert found["ppo"][5] == ""
+    assert found["mpo"][6:] == ["2.801", "3.784"]
+    assert any(note.startswith("One seed: ") for note in made.notes)
+    assert arms.main_table(results, paper=False).headings == made.headings[:6]
+
+
+def test_win_tie_lose_by_hand(tmp_path: Path) -> None:
+    values = {"ppo": SFT_SCORES, "mpo": shifted([1.0, 0.0, -1.0, 0.0, 2.0, 1.0])}
+    found = rows(arms.main_table(Writer(tmp_path / "run").load(plain(values))))
+    assert found["mpo"][5] == "50%/33%/17%"
+
+
+def test_several_seeds(tmp_path: Path) -> None:
+    results = Writer(tmp_path / "run").load(plain(CLEAR, seeds=(0, 1, 3)))
+    made = arms.main_table(results)
+    sft = rows(made)["sft"]
+    assert made.headings[1:3] == ["reward", "sd over seeds"]
+    assert sft[1].startswith("2.33 [")  # (1 + 2 + 4) / 3
+    assert sft[2] == f"{np.std([1.0, 2.0, 4.0], ddof=1):.2f}"
+    assert not any("One seed" in note for note in made.notes)
+    assert "(95% interval over 6 prompts and 3 seeds)" in arms.section(results).opening
+
+
+def test_differences_by_hand(tmp_path: Path) -> None:
+    made = table(arms.section(Writer(tmp_path / "run").load(plain(CLEAR))), "Differences")
+    found = rows(made)
+    assert list(found) == ["sft − ppo", "mpo − ppo", "sft − mpo"]
+    assert found["sft − ppo"][1] == "-1.00 [-1.00, -1.00]"
+    interval = bootstrap_mean([1.0, 1.2, 0.9, 1.1, 1.0, 0.8], resamples=40_000)
+    mean, low, high = map(float, re.findall(r"-?[\d.]+", found["mpo − ppo"][1]))
+    assert mean == 1.0
+    assert low < interval.low < interval.high < high  # few prompts: wider than the percentiles
+    assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.06)
+
+
+def test_p_values_are_students_and_survive_a_correction_at_few_seeds() -> None:
+    """Five seeds that all say the same: the resamples alone could not tell p below 0.02."""
+    by_seed = np.array([2.0, 2.1, 1.9, 2.2, 1.8])
+    values = np.repeat(by_seed[:, None], 50, axis=1)
+    means = np.random.default_rng(0).choice(by_seed, size=(10_000, 4)).mean(axis=1)
+    interval, p = estimate(2.0, means, values)
+    t = scipy.stats.ttest_1samp(by_seed, 0.0)
+    assert p == pytest.approx(t.pvalue, rel=0.3)
+    assert p < 0.001
+    expected = t.confidence_interval(0.95)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=0.03)
+
+
+def test_p_value_where_resamples_lie_on_both_sides_is_theirs() -> None:
+    values = np.array([many(0.25, seed=1, prompts=60)])
+    means = np.random.default_rng(0).choice(values[0], size=(10_000, 60)).mean(axis=1)
+    _, p = estimate(0.25, means, values)
+    assert p == pytest.approx(scipy.stats.ttest_1samp(values[0], 0.0).pvalue, abs=0.015)
+    assert 0.03 < p < 0.1
+
+
+def test_one_value_tells_nothing() -> None:
+    interval, p = estimate(3.0, np.full(100, 3.0), np.array([[3.0]]))
+    assert math.isnan(interval.low)
+    assert p == 1.0
+
+
+def test_p_values_are_corrected_for_their_number(tmp_path: Path) -> None:
+    values = {"ppo": [0.0] * 40, "mpo": many(0.4, seed=1), "dpo": many(0.3, seed=2), "sft": many(0.1, seed=3)}
+    results = Writer(tmp_path / "run").load(plain(values))
+    pairs = [(name, "ppo") for name in ("mpo", "dpo", "sft")]
+    single = sorted(differences(results, [pair], "score")[0].p for pair in pairs)
+    together = {one.one: one.p for one in differences(results, pairs, "score")}
+    stepped = [single[0] * 3, max(single[0] * 3, single[1] * 2), max(single[0] * 3, single[1] * 2, single[2])]
+    assert sorted(together.values()) == pytest.approx(stepped)
+
+
+def test_the_papers_order_is_held_against_ours(tmp_path: Path) -> None:
+    values = {"sft": many(1.0, seed=0), "ppo": many(2.0, seed=1), "mpo": many(2.05, seed=2)}
+    values |= {"dpo-base": many(0.0, seed=3), "mpo-reverse": many(1.0, seed=4)}
+    made = table(arms.section(Writer(tmp_path / "run").load(plain(values))), "The paper's order")
+    here = {row[0]: (row[1], row[3]) for row in made.rows}
+    assert here == {
+        "dpo-base > sft": ("Table 3", "reversed"),
+        "mpo > ppo": ("Table 3", "not told apart"),
+        "mpo > mpo-reverse": ("Table 6", "appears"),
+        "ppo > mpo-reverse": ("Table 6", "appears"),
+    }
+    assert "p corrected for the claims of the column, 4 at most" in made.notes[0]
+
+
+def test_the_papers_figures_bear_out_the_papers_claims() -> None:
+    for one, other, where in arms.ORDER:
+        for place, data in enumerate(("HH-RLHF", "TL;DR")):
+            figures = [arms.PAPER.get(arm, ("", ""))[place] for arm in (one, other)]
+            if all(figures) and (data in where or ", " not in where):
+                assert float(figures[0]) > float(figures[1]), (one, other, data)
+    assert ("mpo", "mpo-sft-kl", "Table 6") in arms.ORDER
+    assert arms.PAPER["dpo"][1] < arms.PAPER["dpo-base"][1]  # on TL;DR DPO on resampled pairs is below DPO-base
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "weaker"),
+    [
+        ({"threshold": 2.0, "easy_fraction": None}, {"selection.threshold": 1.0}, True),
+        ({"threshold": 2.0, "easy_fraction": None}, {"selection.threshold": 3.0}, False),
+        ({"threshold": None, "easy_fraction": 0.3}, {"selection.easy_fraction": 0.5}, True),
+        ({"threshold": None, "easy_fraction": 0.3}, {"selection.easy_fraction": 0.1}, False),
+        ({"threshold": 2.0, "easy_fraction": None}, {"ppo.kl_coef": 0.05}, False),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_mpo_with_more_easy_pairs_is_the_papers_weaker_split(
+    tmp_path: Path, own: dict[str, float], changes: dict[str, float], weaker: bool, several: bool
+) -> None:
+    point = Arm("mpo", {0: scores(SFT_SCORES)}, changes=changes)
+    run = Writer(tmp_path / "run", recipe={"selection": own}).run([*plain(CLEAR), point])
+    other = Writer(tmp_path / "other", name="other", cache="others").run(plain(CLEAR))
+    results = load(other, run) if several else load(run)
+    name = results.names[-1]
+    assert (arms.role(results, name) == "mpo at a weaker split") == weaker
+    assert (rows(arms.main_table(results))[name][-2:] == ["2.22", "3.569"]) == weaker
+    if several:
+        assert arms.role(results, "other: mpo") == "mpo"
+
+
+def test_the_best_arm_and_those_not_told_apart_from_it(tmp_path: Path) -> None:
+    base = many(0.0, seed=0)
+    values = {"sft": base, "ppo": shifted(many(1.0, seed=1), base), "mpo": shifted(many(1.1, seed=2), base)}
+    results = Writer(tmp_path / "run").load(plain(values))
+    assert arms.section(results).opening.endswith(
+        "Of all arms mpo has the highest mean reward, 1.10; not told apart from it (p corrected for all 3 pairs): ppo."
+    )
+    clear = {**values, "mpo": shifted(many(3.0, seed=2), base)}
+    opening = arms.section(Writer(tmp_path / "clear", cache="c").load(plain(clear))).opening
+    assert opening.endswith("3.00, and is told apart from every other (p corrected for all 3 pairs).")
+
+
+def test_the_best_arm_is_sought_among_those_with_every_seed(tmp_path: Path) -> None:
+    done = plain({**CLEAR, "dpo": SFT_SCORES}, seeds=(0, 1))
+    done[2] = Arm("mpo", {1: done[2].done[1]}, failed={0: "lost"})
+    results = Writer(tmp_path / "run").load(done)
+    opening = arms.section(results).opening
+    assert "Of the 3 arms that finished every seed ppo has the highest mean reward, 2.50" in opening
+    assert "over 6 prompts at one seed, so it says nothing of other seeds (1 of 2 seeds)" in opening
+    assert "mpo − ppo (1 of 2 seeds)" in rows(table(arms.section(results), "Differences"))
+
+
+def test_differences_are_of_the_seeds_that_both_finished(tmp_path: Path) -> None:
+    """Seeds lie far apart: an average over unlike seeds would differ by more than the arms do."""
+    one = Arm("mpo", {0: scores(shifted([1.0] * 6)), 2: scores(shifted([101.0] * 6))}, failed={1: "lost"})
+    other = Arm("ppo", {0: scores(SFT_SCORES), 1: scores(shifted([50.0] * 6))}, failed={2: "lost"})
+    results = Writer(tmp_path / "run").load([one, other])
+    (found,) = differences(results, [("mpo", "ppo")], "score")
+    assert (found.seeds, found.interval.mean) == (1, 1.0)
+    assert rows(arms.main_table(results))["mpo (failed at 1 of 3 seeds)"][-3] == "100%/0%/0% (1 of 3 seeds)"
+
+
+def test_orders_of_figure_4(tmp_path: Path) -> None:
+    base = many(0.0, seed=0)
+    means = {"dpo-easy": 1.0, "dpo-hard": 0.0, "dpo": 2.0, "ppo-easy": 1.0, "ppo-hard": 1.0, "ppo": 1.02}
+    values = {name: shifted(many(mean, seed=n), base) for n, (name, mean) in enumerate(means.items())}
+    section = subsets.section(Writer(tmp_path / "run").load(plain(values)))
+    here = {row[0]: row[2] for row in table(section).rows}
+    assert here == {
+        "dpo-easy > dpo-hard": "appears",
+        "dpo-easy > dpo": "reversed",
+        "ppo > ppo-easy": "not told apart",
+        "ppo > ppo-hard": "not told apart",
+    }
+    assert section is not None
+    assert section.opening == (
+        "Of the 4 orders of reward that the paper's Figure 4 shows, here: appears 1; reversed 1; not told apart 2."
+    )
+
+
+def test_a_subset_that_failed_stays_in_figure_4(tmp_path: Path) -> None:
+    done = plain({"dpo-easy": shifted([1.0] * 6), "dpo": SFT_SCORES})
+    section = subsets.section(Writer(tmp_path / "run").load([*done, Arm("dpo-hard", failed={0: "lost"})]))
+    found = rows(table(section))
+    assert found["dpo-easy > dpo-hard"] == ["dpo-easy > dpo-hard", "", "dpo-hard failed"]
+    assert found["dpo-easy > dpo"][2] == "appears"
+    assert section is not None
+    assert "could not be compared 1" in section.opening
+    assert section.groups[0].notes == ["dpo-hard (failed at 1 of 1 seeds)."]

@@ -1,0 +1,308 @@
+"""Reward against KL, along training and against cost, on hand-made runs whose answers are known."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixpo.experiments.run import ArmResult
+from mixpo.report import cost, distance, overoptimisation
+from mixpo.report.document import Section
+from mixpo.report.results import load
+from mixpo.report.traces import traced
+from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, plain, rows, scores, table
+
+NOISE = [0.3, -0.3, 0.5, -0.5, 0.1, -0.1, 0.7, -0.7]
+
+
+def around(mean: float, *, kl: float | Sequence[float] = 1.0, **means: float) -> Columns:
+    """A mean with noise that every arm shares, so that paired differences have none."""
+    others = {name: [other + noise for noise in NOISE] for name, other in means.items()}
+    return scores([mean + noise for noise in NOISE], kl=kl, **others)
+
+
+def ppo_curve(seeds: Sequence[int] = (0,)) -> list[Arm]:
+    """PPO at kl_coef 0.2, 0.1, 0.05: 1, 2, 3 nats from SFT at rewards 1, 1.6, 2 and true rewards 1, 1.2, 0.8."""
+    points = {0.2: (1.0, 1.0, 1.0), 0.1: (2.0, 1.6, 1.2), 0.05: (3.0, 2.0, 0.8)}
+    return [
+        Arm(
+            "ppo",
+            {seed: around(reward + seed, kl=kl, true_reward=true) for seed in seeds},
+            changes={} if coef == 0.1 else {"ppo.kl_coef": coef},
+        )
+        for coef, (kl, reward, true) in points.items()
+    ]
+
+
+def test_equal_kl_by_hand(tmp_path: Path) -> None:
+    """At 2.5 nats PPO's lines are at reward 1.8 and true reward 1.0, half way in the log of kl_coef."""
+    mpo = Arm("mpo", {0: around(2.0, kl=2.5, true_reward=0.9)})
+    near = Arm("dpo", {0: around(0.4, kl=1.25, true_reward=1.15)})
+    section = distance.section(Writer(tmp_path / "run").load([*ppo_curve(), mpo, near]))
+    found = rows(table(section, "At equal KL, by PPO's sweep"))
+    assert found["mpo − ppo"][1:6] == ["1", "2.50", "1.00 to 3.00", f"{(0.1 * 0.05) ** 0.5:.3g}", "0.20 [0.20, 0.20]"]
+    assert found["mpo − ppo"][7] == "-0.10 [-0.10, -0.10]"
+    assert found["dpo − ppo"][4:6] == [f"{0.2**0.75 * 0.1**0.25:.3g}", "-0.75 [-0.75, -0.75]"]
+    assert found["dpo − ppo"][7] == "0.10 [0.10, 0.10]"
+    assert section is not None
+    assert section.opening == (
+        "mpo ends 2.50 nats from SFT, which PPO reaches at a kl_coef of about 0.071; there mpo minus ppo is 0.20 "
+        "[0.20, 0.20] in reward, and the interval lies above zero; -0.10 [-0.10, -0.10] in true r*, and the interval "
+        "lies below zero (95% interval over 8 prompts at one seed, so it says nothing of other seeds)."
+    )
+
+
+def test_equal_kl_carries_the_uncertainty_of_the_distance(tmp_path: Path) -> None:
+    """Where only MPO's KL varies, its interval is that of PPO's reward along its line of slope 0.4."""
+    kls = [2.5 + noise for noise in NOISE]
+    results = Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kls)})])
+    (found,) = distance.at_equal_kl(results)
+    interval, _ = found.found["score"]
+    drawn = np.random.default_rng(1).choice(kls, size=(20_000, len(kls))).mean(axis=1)
+    low, high = np.quantile(2.0 - (1.6 + 0.4 * (drawn - 2.0)), [0.025, 0.975])
+    assert interval.mean == pytest.approx(0.2)
+    assert interval.low < low < high < interval.high
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.06)
+
+
+@pytest.mark.parametrize("kl", [0.5, 4.0, [3.05 + noise for noise in NOISE], [2.9 + noise for noise in NOISE]])
+def test_nothing_is_said_where_ppos_sweep_does_not_reach(tmp_path: Path, kl: float | list[float]) -> None:
+    section = distance.section(Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kl)})]))
+    (row,) = table(section, "At equal KL, by PPO's sweep").rows
+    assert row[3] == "1.00 to 3.00"
+    assert len(row) == 5  # no measure has a difference
+    assert section is not None
+    assert "spans 1.00 to 3.00, which does not reach it often enough" in section.opening
+    assert "zero" not in section.opening
+
+
+def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) -> None:
+    sweep = ppo_curve(seeds=(0, 1))
+    sweep[2] = Arm("ppo", {1: sweep[2].done[1]}, failed={0: "lost"}, changes=sweep[2].changes)
+    mpo = Arm("mpo", {0: around(50.0, kl=2.5), 1: around(3.0, kl=2.5)})
+    section = distance.section(Writer(tmp_path / "run").load([*sweep, mpo]))
+    (row,) = table(section, "At equal KL, by PPO's sweep").rows
+    assert (row[1], row[5]) == ("1", "0.20 [0.20, 0.20]")
+    assert section is not None
+    assert (
+        "(95% interval over 8 prompts at one seed, so it says nothing of other seeds (1 of 2 seeds))" in section.opening
+    )
+
+
+def test_equal_kl_within_each_of_two_runs(tmp_path: Path) -> None:
+    one = Writer(tmp_path / "one", name="a").run([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=2.5)})])
+    two = Writer(tmp_path / "two", name="b", cache="c").run([*ppo_curve(), Arm("mpo", {0: around(1.0, kl=2.5)})])
+    found = rows(table(distance.section(load(one, two)), "At equal KL, by PPO's sweep"))
+    assert {name: row[5] for name, row in found.items()} == {
+        "a: mpo − a: ppo": "0.20 [0.20, 0.20]",
+        "b: mpo − b: ppo": "-0.80 [-0.80, -0.80]",
+    }
+
+
+def test_a_sweep_to_no_penalty_has_a_kl_coef(tmp_path: Path) -> None:
+    sweep = [Arm("ppo", {0: around(2.0, kl=3.0)}, changes={"ppo.kl_coef": 0.0}), Arm("ppo", {0: around(1.0, kl=1.0)})]
+    (found,) = distance.at_equal_kl(Writer(tmp_path / "run").load([*sweep, Arm("mpo", {0: around(2.0, kl=2.0)})]))
+    assert found.coef == pytest.approx(0.05)
+
+
+def test_without_a_sweep_only_distances_are_told(tmp_path: Path) -> None:
+    done = [Arm("sft", {0: around(0.0, kl=0.0)}), Arm("ppo", {0: around(1.0, kl=1.5)})]
+    section = distance.section(Writer(tmp_path / "run").load([*done, Arm("mpo", {0: around(2.0, kl=2.5)})]))
+    assert section is not None
+    assert "between 1.50 (ppo) and 2.50 (mpo) nats from SFT" in section.opening
+    assert figure_rows(section, "kl-score")[2][:2] == ("mpo", 2.5)
+    assert "zero" not in section.opening
+
+
+def test_the_same_budget(tmp_path: Path) -> None:
+    budgets = [
+        Arm(name, {0: around(reward, kl=kl)}, changes={"ppo.kl_budget": 2.0})
+        for name, reward, kl in (("ppo", 1.0, 2.1), ("mpo", 1.5, 1.9))
+    ]
+    lost = Arm("mpo-sft-kl", failed={0: "lost"}, changes={"ppo.kl_budget": 2.0})
+    alone = Arm("mpo", {0: around(9.0)}, changes={"ppo.kl_budget": 3.0})
+    section = distance.section(Writer(tmp_path / "run").load([*plain({"sft": [0.0] * 8}), *budgets, lost, alone]))
+    found = rows(table(section, "On the same leash, by ppo.kl_budget"))
+    assert found["mpo ppo.kl_budget=2.0"][1:3] == ["2", "1.90 [1.90, 1.90]"]
+    assert found["mpo ppo.kl_budget=2.0"][4].startswith("0.50 [0.50, 0.50] (p ")
+    assert found["ppo ppo.kl_budget=2.0"][4] == ""
+    assert found["mpo-sft-kl ppo.kl_budget=2.0"][2:] == ["failed", "failed", ""]
+    assert found["mpo ppo.kl_budget=3.0"][4] == ""  # PPO has no such budget
+
+
+def path(*points: tuple[float, float, float]) -> list[Columns]:
+    return [around(reward, kl=kl, true_reward=true) for reward, kl, true in points]
+
+
+def test_over_optimisation_by_hand(tmp_path: Path) -> None:
+    points = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6)]
+    *way, end = path(*points)
+    section = overoptimisation.section(
+        Writer(tmp_path / "run").load([Arm("sft", {0: way[0]}), Arm("ppo", {0: end}, trace={0: way})])
+    )
+    assert [row[:3] for row in table(section, "Along training").rows] == [
+        ["ppo", "start", "0"],
+        ["ppo", "snapshot 1", "20"],  # after 2 of 4 iterations of 10 completions
+        ["ppo", "end", "40"],
+    ]
+    assert section is not None
+    assert section.opening == (
+        "Along PPO of ppo the reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60], from the last "
+        "snapshot to the end by 0.50 [0.50, 0.50] and -0.40 [-0.40, -0.40], so there the reward rises while true r* "
+        "falls (95% intervals over 8 prompts at one seed, so it says nothing of other seeds)."
+    )
+    ((name, *gains),) = figure_rows(section, "gains")
+    assert name == "ppo"
+    assert np.allclose(gains, [1.5] * 3 + [0.6] * 3)
+    drawn = [row[2::3] for row in figure_rows(section, "over-optimisation")]
+    assert np.allclose(drawn, [(kl, r) for r, kl, _ in points] + [(kl, true) for _, kl, true in points])
+
+
+@pytest.mark.parametrize(("reward", "true", "said"), [(1.6, 1.2, ", so both still rise"), (1.0, 0.5, "")])
+def test_nothing_is_called_hacked_that_does_not_rise_and_fall(
+    tmp_path: Path, reward: float, true: float, said: str
+) -> None:
+    *way, end = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (reward, 3.0, true))
+    made = overoptimisation.section(Writer(tmp_path / "run").load([Arm("ppo", {0: end}, trace={0: way})]))
+    assert made is not None
+    assert f"{said} (95% intervals" in made.opening
+    assert "rises while" not in made.opening
+
+
+def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
+    assert (
+        overoptimisation.section(Writer(tmp_path / "run").load(plain({"sft": SFT_SCORES, "ppo": SFT_SCORES}))) is None
+    )
+
+
+def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
+    folders = []
+    for name, base in (("a", 0.0), ("b", 5.0)):
+        arms = [Arm("sft", {0: around(base, true_reward=0.0)}), Arm("ppo", {0: around(7.0, true_reward=0.5)})]
+        folders.append(Writer(tmp_path / name, name=name, cache=f"{name}-cache").run(arms))
+    found = {row[0]: row[1] for row in figure_rows(overoptimisation.section(load(*folders)), "gains")}
+    assert found == pytest.approx({"a: ppo": 7.0, "b: ppo": 2.0})
+
+
+def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:
+    *way, end = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6))
+    arm = Arm("ppo", {0: end, 1: around(100.0, true_reward=1.0)}, trace={0: way}, reason="along its training: lost")
+    results = Writer(tmp_path / "run").load([arm])
+    (found,) = traced(results)
+    assert (found.seeds, found.points, found.sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
+    assert found.mean("score", 2).mean == pytest.approx(1.5)
+    section = overoptimisation.section(results)
+    assert section is not None
+    assert "along PPO of ppo (1 of 2 seeds)" in section.opening.replace("Along", "along")
+
+
+def samples(folder: Path, mpo: Sequence[float], ppo: float, *, noise: Sequence[float] = NOISE) -> str:
+    """What is said of samples of a run in which MPO's PPO passes these rewards and PPO ends at that one."""
+    *way, end = path(*((reward, 1.0, 0.0) for reward in mpo))
+    arms = [
+        Arm("mpo", {0: end}, trace={0: way}),
+        Arm("ppo", {0: scores([ppo + other for other in noise], true_reward=NOISE)}, trace={0: way}),
+    ]
+    section = cost.section(Writer(folder / "run").load(arms))
+    assert section is not None
+    return section.opening
+
+
+def test_samples_needed_by_hand(tmp_path: Path) -> None:
+    """MPO is at 0.5, 1, 2 after 0, 20, 40 completions: at 1.5 after 30. Its pairs are 4 of two completions."""
+    said = samples(tmp_path, [0.5, 1.0, 2.0], 1.5)
+    assert said.endswith(
+        "PPO samples 40 completions; mpo's PPO comes to the reward with which it ends after 30 [30, 30], besides 8 "
+        "sampled for its pairs."
+    )
+
+
+def test_samples_needed_where_the_start_is_above_and_where_none_is(tmp_path: Path) -> None:
+    assert "after 0 [0, 0], besides 8" in samples(tmp_path / "a", [1.6, 1.0, 2.0], 1.5)
+    never = samples(tmp_path / "b", [0.5, 1.0, 1.4], 1.5)
+    assert "does not come to the reward with which it ends in its 40 completions" in never
+    assert "[" not in never
+
+
+def test_samples_needed_where_some_resamples_never_come_there(tmp_path: Path) -> None:
+    said = samples(tmp_path, [0.5, 1.0, 1.6], 1.5, noise=[-noise for noise in NOISE])
+    found = re.search(r"after 37, besides 8 sampled for its pairs, but in ([\d.]+)% of the resamples", said)
+    assert found is not None  # 20 + 20 * 0.5 / 0.6 = 36.7
+    drawn = np.random.default_rng(1).choice(NOISE, size=(20_000, len(NOISE))).mean(axis=1)
+    never = 1 - sum(max(0.5 + d, 1.0 + d, 1.6 + d) >= 1.5 - d for d in drawn) / len(drawn)
+    assert float(found[1]) == pytest.approx(100 * never, abs=2.0)
+
+
+def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
+    *way, end = path((0.5, 1.0, 0.0), (1.0, 1.0, 0.0), (2.0, 1.0, 0.0))
+    arms = [
+        Arm("mpo", {0: end, 1: end}, trace={0: way, 1: way}),
+        Arm("ppo", {1: around(1.5, true_reward=0.0)}, failed={0: "lost"}, trace={1: way}),
+    ]
+    section = cost.section(Writer(tmp_path / "run").load(arms))
+    assert section is not None
+    assert "PPO samples 40 completions (1 of 2 seeds); mpo's PPO comes" in section.opening
+    assert "besides 8 sampled for its pairs" in section.opening
+
+
+@pytest.mark.parametrize(
+    ("arm", "needed"),
+    [
+        ("sft", "Data SFT"),
+        ("best-of-n", "Data SFT RewardModel"),
+        ("dpo-base", "Data SFT DPO"),
+        ("dpo", "Data SFT RewardModel Samples DPO"),
+        ("ppo", "Data SFT RewardModel PPO"),
+        ("ppo-hard", "Data SFT RewardModel Samples Selection PPO"),
+        ("mpo", "Data SFT RewardModel Samples Selection DPO PPO"),
+    ],
+)
+def test_what_an_arm_needs(tmp_path: Path, arm: str, needed: str) -> None:
+    """Neither its evaluation and what only that reads, nor sampled pairs of which it takes the prompts."""
+    writer = Writer(tmp_path / "run", second=True)
+    written = ArmResult(**writer.arm(Arm(arm, {0: around(1.0)}), 0))
+    assert [key.partition("-")[0] for key in cost.stands_on(written)] == needed.split()
+    assert not any("second" in key for key in cost.stands_on(written))
+
+
+def costs(folder: Path) -> tuple[Section, dict[str, Sequence[str]]]:
+    arms = [Arm(name, {0: around(n), 1: around(n + 1)}) for n, name in enumerate(("sft", "ppo", "mpo"))]
+    arms[1] = Arm("ppo", {1: around(2.0)}, failed={0: "lost"})
+    section = cost.section(Writer(folder / "run").load([*arms, Arm("dpo", failed={0: "lost", 1: "lost"})]))
+    assert section is not None
+    return section, rows(table(section, "By arm"))
+
+
+def test_costs_by_hand(tmp_path: Path) -> None:
+    section, found = costs(tmp_path)
+    assert list(found["sft"][1:6]) == ["11.0", "0", "1,000", "1.00e+09", "50"]
+    ppo = found["ppo (failed at 1 of 2 seeds)"]
+    assert list(ppo[1:5]) == ["131.0", "6,000", "10,000", "1.10e+10"]
+    assert list(found["mpo"][1:5]) == ["167.0", "6,540", "13,000", "1.80e+10"]
+    assert "mpo, with all that it needs, takes 1.64 times the FLOPs of ppo and 1.27 times its time" in section.opening
+    assert "samples 6,540 tokens to its 6,000" in section.opening
+    assert found["dpo"][1] == "failed"
+
+
+def test_gain_by_cost_is_of_common_seeds(tmp_path: Path) -> None:
+    """ppo at seed 1 gains 2 - 1 over SFT for 1e10 FLOPs and 120 s more."""
+    section, found = costs(tmp_path)
+    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+09 FLOPs", "per hour"]
+    assert found["ppo (failed at 1 of 2 seeds)"][6:] == ["0.10 [0.10, 0.10]", "30.00 [30.00, 30.00]"]
+    assert found["sft"][6:] == ["", ""]
+
+
+def test_costs_by_stage_and_all_time(tmp_path: Path) -> None:
+    section, _ = costs(tmp_path)
+    found = rows(table(section, "By stage"))
+    assert set(found["SFT-0"][1].split(", ")) == {"sft", "mpo", "ppo", "dpo"}
+    assert found["SFT-0"][2:6] == ["10.0", "0", "1,000", "1.00e+09"]
+    assert "SFT-1" not in found
+    assert table(section, "By stage").notes == ["Seed 0 only."]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(95.0, "95 s"), (720.0, "12 min"), (8640.0, "2.4 h")])
+def test_time_text(seconds: float, said: str) -> None:
+    assert cost.time_text(seconds) == said

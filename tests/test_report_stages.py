@@ -1,0 +1,387 @@
+"""What the report says of reward models, selections, label noise, gradients and training, on hand-made stages."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.proportion import proportion_confint
+
+from mixpo.data.world import true_reward
+from mixpo.report import noise, reward_model, selection, theorem, training
+from mixpo.report.results import load
+from report_runs import (
+    MARGINS,
+    SFT_SCORES,
+    Arm,
+    Writer,
+    figure_rows,
+    pairs_of,
+    plain,
+    rows,
+    scores,
+    shifted,
+    table,
+)
+
+ARMS = {"sft": SFT_SCORES, "mpo": SFT_SCORES}
+
+
+def test_calibration_by_hand(tmp_path: Path) -> None:
+    section = reward_model.section(Writer(tmp_path / "run").load(plain(ARMS)))
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for margin in MARGINS:
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        bins.setdefault(min(4, int(confidence * 10 - 5)), []).append((confidence, float(margin > 0)))
+    drawn = [(np.mean(pairs, axis=0).tolist(), len(pairs)) for _, pairs in sorted(bins.items())]
+    found = figure_rows(section, "calibration")
+    assert [row[1] for row in found] == [count for _, count in drawn]
+    assert np.allclose([(row[0], row[2]) for row in found], [means for means, _ in drawn])
+    error = sum(count * abs(predicted - seen) for (predicted, seen), count in drawn) / len(MARGINS)
+    made = table(section)
+    assert [(row[0], row[1], row[5]) for row in made.rows] == [
+        ("seed 0", "validation", f"{error:.3f}"),
+        ("seed 0", "test", f"{error:.3f}"),
+    ]
+    assert made.rows[1][3] == "75% [41%, 93%]"
+    assert [row[:3] for row in figure_rows(section, "accuracy-by-gap-test")] == [
+        ("0–1", 4, 0.75),
+        ("1–2", 0, None),
+        ("≥2", 4, 0.75),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("right", "said"), [(30, "above chance"), (10, "below chance"), (21, "not told apart from chance")]
+)
+def test_accuracy_is_held_against_chance(tmp_path: Path, right: int, said: str) -> None:
+    margins = {0: [0.5] * right + [-1.5] * (40 - right)}
+    section = reward_model.section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS)))
+    assert section is not None
+    found = re.match(
+        r"The reward model orders (\d+)% \[(\d+)%, (\d+)%\] of 40 test pairs as labelled \(95% interval over pairs at "
+        rf"one seed\), which is {said}; (\d+)% of them have a gap under 1\.",
+        section.opening,
+    )
+    assert found is not None
+    low, high = (100 * bound for bound in proportion_confint(right, 40, method="wilson"))
+    assert [int(text) for text in found.groups()] == pytest.approx(
+        [100 * right / 40, low, high, 100 * right / 40], abs=2.5
+    )
+
+
+def test_accuracy_over_seeds(tmp_path: Path) -> None:
+    margins = {0: [1.0] * 40, 1: [1.0] * 20 + [-1.0] * 20}
+    section = reward_model.section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1))))
+    assert section is not None
+    assert section.opening.startswith("The reward model orders 75% [")
+    assert "over pairs and 2 seeds), which is not told apart from chance" in section.opening
+    assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 1", "seed 1"]
+
+
+def test_the_second_reward_model_bears_its_name_and_is_not_the_first(tmp_path: Path) -> None:
+    arms = [Arm("sft", {0: scores(SFT_SCORES, second_score=SFT_SCORES)})]
+    margins = {0: [-1.0] * 40}  # the second has MARGINS
+    section = reward_model.section(Writer(tmp_path / "run", second=True, margins=margins).load(arms))
+    assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 0, second", "seed 0, second"]
+    assert section is not None
+    assert "of 40 test pairs" in section.opening
+
+
+def test_alarms_are_told(tmp_path: Path) -> None:
+    alarms = {"RewardModel-0": ["noise"], "PPO-0mpo": ["ran"], "DPO-0easy": ["fell", "grew"]}
+    results = Writer(tmp_path / "run", alarms=alarms).load(plain(ARMS))
+    section = reward_model.section(results)
+    assert section is not None
+    assert section.groups[0].notes == ["Alarm, seed 0: noise."]
+    trained = training.section(results)
+    assert trained is not None
+    assert "raised 3 alarms, all seeds" in trained.opening
+    assert trained.groups[0].notes[:3] == [
+        "Alarm, DPO of mpo (seed 0): fell.",
+        "Alarm, DPO of mpo (seed 0): grew.",
+        "Alarm, PPO of mpo (seed 0): ran.",
+    ]
+
+
+def shares(pairs: Sequence[dict[str, object]]) -> tuple[int, int, int]:
+    """Right, wrong and tied by the true reward."""
+    signs = []
+    for row in pairs:
+        (prompt,), (chosen, rejected) = row["prompt"], row["completions"]  # type: ignore[misc]
+        signs.append(np.sign(true_reward(prompt["content"], chosen) - true_reward(prompt["content"], rejected)))
+    return signs.count(1), signs.count(-1), signs.count(0)
+
+
+def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
+    easy, hard = pairs_of([2.5] * 30), pairs_of([0.0] * 5 + [0.1 + n / 20 for n in range(35)])
+    section = selection.section(Writer(tmp_path / "run", world=True, pairs=(easy, hard)).load(plain(ARMS)))
+    made = table(section)
+    row = dict(zip(made.headings, made.rows[0], strict=True))
+    assert [row[name] for name in ("selection", "pairs", "easy", "hard")] == ["seed 0", "70", "30", "40"]
+    assert row["median gap / score sd"] == "0.50"
+    for part, pairs in (("easy", easy), ("hard", hard)):
+        right, wrong, tied = shares(pairs)
+        assert right > wrong > 0
+        low, high = proportion_confint(right, right + wrong, method="wilson")
+        said = f"{right / (right + wrong):.0%} [{low:.0%}, {high:.0%}] ({tied} tied)"
+        assert row[f"{part} labels right"] == said
+        assert section is not None
+        assert f"{right / (right + wrong):.0%} of the {part}" in section.opening
+    assert shares(hard)[2] >= 5
+    assert "30 (43%) have a gap above 2 and are easy; the median gap is 0.75" in section.opening
+    assert sum(row[2] for row in figure_rows(section, "gaps")) == 40
+    assert sum(row[3] for row in figure_rows(section, "gaps")) == 30
+
+
+def test_labels_that_are_all_tied_have_no_share(tmp_path: Path) -> None:
+    pairs = pairs_of([2.5]), pairs_of([0.0] * 3)
+    section = selection.section(Writer(tmp_path / "run", world=True, pairs=pairs).load(plain(ARMS)))
+    assert table(section).rows[0][-1] == "none (3 tied)"
+    assert section is not None
+    assert "none of none of the hard" in section.opening
+
+
+def test_elsewhere_no_label_is_called_right(tmp_path: Path) -> None:
+    section = selection.section(Writer(tmp_path / "run").load(plain(ARMS)))
+    assert section is not None
+    assert "right" not in section.opening
+    assert "labels right" not in " ".join(table(section).headings)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(2, [1, 2]), (5, [5, 4, 1, 2, 3]), (9, [9, 8, 7, 1, 2, 3])])
+def test_pairs_from_both_ends_each_once(tmp_path: Path, count: int, shown: list[int]) -> None:
+    pairs = [], pairs_of([0.0, *(n / 10 for n in range(1, count + 1))])
+    results = Writer(tmp_path / "run", pairs=pairs).load(plain(ARMS))
+    found = [float(row[0]) for row in table(selection.section(results), "Pairs from both ends (seed 0)").rows]
+    assert found == pytest.approx([n / 10 for n in shown])
+
+
+def test_runs_that_share_samples_have_selections_of_their_own(tmp_path: Path) -> None:
+    """The second run's samples were found in the cache, where the first run's recipe put them."""
+    one = Writer(tmp_path / "one", name="a").run(plain({"mpo": SFT_SCORES}))
+    two = Writer(tmp_path / "two", name="b").run(plain({"dpo-easy": SFT_SCORES}))
+    results = (two / "results.json").read_text()
+    (tmp_path / "cache" / "Selection-0").rename(tmp_path / "cache" / "Selection-other")
+    (two / "results.json").write_text(results.replace("Selection-0", "Selection-other"))
+    Writer(tmp_path / "one", name="a").run(plain({"mpo": SFT_SCORES}))
+    section = selection.section(load(one, two))
+    assert [row[0] for row in table(section).rows] == ["a, seed 0", "b, seed 0"]
+
+
+def noisy(seeds: Sequence[int] = (0,)) -> list[Arm]:
+    """Rewards of two arms at three shares of flipped labels; prompts differ, falls do not but for mpo's last."""
+    means = {
+        "mpo": {0.0: [2.0] * 6, 0.1: [1.9] * 6, 0.3: [1.9, 1.7, 1.9, 1.7, 1.9, 1.7]},
+        "dpo-base": {0.0: [1.0] * 6, 0.1: [0.5] * 6, 0.3: [0.25] * 6},
+    }
+    return [
+        Arm(
+            name,
+            {seed: scores(shifted([value + 10 * seed for value in values])) for seed in seeds},
+            changes={"label_noise.share": share} if share else {},
+        )
+        for name, levels in means.items()
+        for share, values in levels.items()
+    ]
+
+
+def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
+    section = noise.section(Writer(tmp_path / "run").load(noisy()))
+    made = table(section, "reward")
+    found = rows(made)
+    assert made.headings[1:] == ["0% flipped", "10% flipped", "30% flipped", "change from 0% to 30%"]
+    assert [text.split()[0] for text in found["mpo"][1:]] == ["3.00", "2.90", "2.80", "-0.20"]
+    assert found["dpo-base"][4] == "-0.75 [-0.75, -0.75]"
+    assert section is not None
+    assert section.opening.startswith("From 0% to 30% of labels flipped reward changes by: mpo -0.20 [-0.")
+    assert "dpo-base -0.75 [-0.75, -0.75]; mpo's change minus dpo-base's is 0.55 [" in section.opening
+    assert section.opening.count("lies above zero") == 1
+    drawn = [(row[0], row[2], round(row[5], 6)) for row in figure_rows(section, "noise-score")]
+    assert drawn[:3] == [("mpo", 0.0, 3.0), ("mpo", 0.1, 2.9), ("mpo", 0.3, 2.8)]
+
+
+def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None:
+    arms = noisy(seeds=(0, 1))
+    lost = {0: "lost", 1: "lost"}
+    arms[2] = Arm("mpo", {0: arms[2].done[0]}, failed={1: "lost"}, changes=arms[2].changes)
+    arms[4] = Arm("dpo-base", failed=lost, changes=arms[4].changes)
+    arms += [Arm("dpo", {0: scores(SFT_SCORES)}), Arm("dpo", failed=lost, changes={"label_noise.share": 0.3})]
+    section = noise.section(Writer(tmp_path / "run").load(arms))
+    found = rows(table(section, "reward"))
+    assert found["mpo"][3].startswith("2.80 [")
+    assert found["mpo"][3].endswith("] (1 of 2 seeds)")
+    assert found["mpo"][4].startswith("-0.20 [")  # of seed 0, not -5.2 against the mean of both
+    assert found["mpo"][4].endswith("] (1 of 2 seeds)")
+    assert found["dpo-base"][2] == "failed"
+    assert found["dpo"][3:] == ["failed", ""]
+    assert section is not None
+    assert "mpo -0.20 [" in section.opening
+    assert "not measured at both: dpo" in section.opening
+    assert "(1 of 2 seeds), and the interval lies above zero" in section.opening
+
+
+def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> None:
+    short = [
+        Arm("ppo", {0: scores(SFT_SCORES)}),
+        Arm("ppo", {0: scores([0.0] * 6)}, changes={"label_noise.share": 0.1}),
+    ]
+    section = noise.section(Writer(tmp_path / "run").load([*noisy(), *short]))
+    found = rows(table(section, "reward"))
+    assert found["ppo"][2].startswith("0.00")
+    assert found["ppo"][3:] == ["", ""]
+    assert section is not None
+    assert "not measured at both: ppo" in section.opening
+    assert "minus ppo's" not in section.opening
+
+
+def gradients(one: tuple[float, float], other: tuple[float, float], *, x: tuple[float, float]) -> dict[str, float]:
+    """A row of two 2-vectors, x_w and x_l with the closed-form gradients of DPO's loss at beta 0.1."""
+    a, b, beta = np.array(one), np.array(other), 0.1
+    w, lost = x
+    total = w**beta + lost**beta
+    return {
+        "log_x_chosen": math.log(w),
+        "log_x_rejected": math.log(lost),
+        "by_chosen": -beta * lost**beta / (w * total),
+        "by_rejected": beta * lost ** (beta - 1) / total,
+        "chosen_chosen": float(a @ a),
+        "rejected_rejected": float(b @ b),
+        "chosen_rejected": float(a @ b),
+    }
+
+
+APART = gradients((2.0, 0.0), (0.0, 1.0), x=(2.0, 0.5))
+"""At right angles: a step moves both the right way, the log-probs as 4 to 1."""
+TOGETHER = gradients((2.0, 0.0), (1.0, 0.0), x=(1.0, 1.5))
+"""g_w = 2 g_l: a step along g_w - g_l raises the rejected log-prob too."""
+
+
+def test_gradients_by_hand(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    measured = [
+        writer.gradients("dpo-easy", "easy", 0, [APART, APART]),
+        writer.gradients("dpo-easy", "hard", 0, [TOGETHER, TOGETHER]),
+    ]
+    section = theorem.section(writer.load(plain(ARMS), measured))
+    made = table(section)
+    easy, hard = (dict(zip(made.headings, row, strict=True)) for row in made.rows)
+    assert (easy["measured on"], easy["seeds"], easy["pairs"]) == ("easy", "1", "2")
+    assert easy["median x_l / x_w"] == "0.25"
+    assert hard["median x_l / x_w"] == "1.5"
+    assert float(easy["largest error of Corollary 1 (log)"]) < 1e-12
+    assert easy["cosine of the two gradients"] == "0.00 [0.00, 0.00]"
+    assert hard["cosine of the two gradients"] == "1.00 [1.00, 1.00]"
+    left = f"{5**0.5 / 3:.2f}"  # |(2, -1)| / (2 + 1)
+    assert easy["left of them in DPO's"] == f"{left} [{left}, {left}]"
+    assert hard["left of them in DPO's"] == "0.33 [0.33, 0.33]"  # |(1, 0)| / (2 + 1)
+    assert easy["a step raises chosen and lowers rejected"].startswith("100% [")
+    assert hard["a step raises chosen and lowers rejected"].startswith("0% [")
+    assert easy["median rise / fall of log-probs"] == "4.00"
+    assert hard["median rise / fall of log-probs"] == ""
+    assert section is not None
+    assert "is 0.00 on easy and 1.00 on hard pairs, a difference of 1.00 [1.00, 1.00]" in section.opening
+    assert section.opening.endswith("(95% interval over pairs at one seed), as Remark 1 has it.")
+    assert "runs from 0.25 to 1.5" in section.opening
+
+
+def test_a_step_against_a_small_step_of_the_weights() -> None:
+    """x_w over x_l by the columns, and by moving the weights of two linear log-probs along g_w - g_l."""
+    one, other, x, rate = np.array([2.0, 0.3]), np.array([-0.4, 1.0]), (2.0, 0.5), 1e-6
+    row = gradients((2.0, 0.3), (-0.4, 1.0), x=x)
+    made = theorem.Measured("dpo", "easy", {})
+    vars(made)["columns"] = {name: np.array([value]) for name, value in row.items()}
+    step = rate * (one - other)
+    rise, fall = x[0] * math.expm1(one @ step), -x[1] * math.expm1(other @ step)
+    assert made.log_step_ratio[0] == pytest.approx(math.log(rise / fall), abs=1e-4)
+    assert made.both_ways[0] == 1.0
+
+
+def test_a_wrong_corollary_would_be_seen(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    wrong = {**APART, "by_chosen": 2 * APART["by_chosen"]}
+    section = theorem.section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, [APART, wrong])]))
+    assert table(section).rows[0][5] == f"{math.log(2):.0e}"
+    assert section is not None
+    assert "differs from its log by at most 7e-01" in section.opening
+    assert "Remark" not in section.opening  # no hard pairs were measured
+
+
+def cosine(value: float) -> dict[str, float]:
+    return gradients((1.0, 0.0), (value, math.sqrt(1 - value**2)), x=(1.0, 1.0))
+
+
+def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
+    """The three models are measured on the same pairs: many rows are no more evidence than the seeds they are of."""
+    writer, apart = Writer(tmp_path / "run"), [0.1, 0.3, 0.05]
+    measured = [
+        writer.gradients(arm, part, seed, [cosine(0.2 if part == "easy" else 0.2 + by)] * 30)
+        for arm in ("dpo", "dpo-easy", "dpo-hard")
+        for seed, by in enumerate(apart)
+        for part in ("easy", "hard")
+    ]
+    section = theorem.section(writer.load(plain(ARMS, seeds=(0, 1, 2)), measured))
+    expected = scipy.stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
+    assert section is not None
+    said = f"{np.mean(apart):.2f} [{expected.low:.2f}, {expected.high:.2f}] (95% interval over 3 seeds)"
+    assert section.opening.endswith(f"a difference of {said}, which does not tell them apart.")
+    assert rows_of(section, "dpo", "hard")[6].startswith(f"{0.2 + np.mean(apart):.2f} [{expected.low + 0.2:.2f}")
+    assert rows_of(section, "dpo", "hard")[2:4] == ["3", "90"]
+
+
+def rows_of(section: object, arm: str, part: str) -> list[str]:
+    return next(list(row) for row in table(section).rows if row[:2] == [arm, part])  # type: ignore[arg-type]
+
+
+def test_models_measured_on_one_part_only_do_not_move_the_difference(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    measured = [writer.gradients("dpo", part, 0, [cosine(0.5)] * 3) for part in ("easy", "hard")]
+    measured += [writer.gradients("dpo-hard", "easy", 0, [cosine(0.0)] * 3)]
+    lost = writer.gradients("dpo-hard", "hard", 0, None, "out of memory")
+    section = theorem.section(writer.load(plain(ARMS), [*measured, lost]))
+    assert section is not None
+    assert "is 0.50 on easy and 0.50 on hard" in section.opening
+    assert "gradients of dpo-hard on hard pairs (seed 0): out of memory" in table(section).notes
+
+
+def test_gradients_that_all_failed_are_told(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    results = writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, None, "out of memory")])
+    section = theorem.section(results)
+    assert section is not None
+    assert section.opening == "No gradients could be measured."
+    assert section.groups[0].notes == ["gradients of dpo on easy pairs (seed 0): out of memory"]
+    assert theorem.section(Writer(tmp_path / "none").load(plain(ARMS))) is None
+
+
+def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Path) -> None:
+    values = {**ARMS, "dpo-easy": SFT_SCORES, "ppo": SFT_SCORES}
+    results = Writer(tmp_path / "run").load(plain(values, seeds=(0, 1)))
+    section = training.section(results)
+    assert section is not None
+    assert section.opening == (
+        "The curves of 1 DPO stage and 2 PPO stages of seed 0; finished stages raised no alarm, all seeds and sweeps "
+        "together."
+    )
+    names = [figure.name for group in section.groups for figure in group.figures]
+    assert names == ["dpo-loss", "dpo-accuracy", "dpo-chosen-logprob", "ppo-score", "ppo-kl", "ppo-entropy"]
+    assert figure_rows(section, "dpo-loss") == [("mpo", float(step), 0.7) for step in range(4)]
+    assert rows(table(section, "PPO"))["ppo"][:4] == ["ppo", "2", "3", "4"]
+
+
+def test_curves_are_of_the_first_seed_that_has_any(tmp_path: Path) -> None:
+    arms = [Arm("sft", {0: scores(SFT_SCORES), 1: scores(SFT_SCORES)}), Arm("ppo", {1: scores(SFT_SCORES)})]
+    writer = Writer(tmp_path / "run")
+    results = writer.load(arms)
+    section = training.section(results)
+    assert section is not None
+    assert "of seed 1;" in section.opening
+    assert training.section(Writer(tmp_path / "sft", cache="c").load(plain({"sft": SFT_SCORES}))) is None
+
+
+def test_long_curves_are_averaged_in_groups(tmp_path: Path) -> None:
+    section = training.section(Writer(tmp_path / "run", steps=450).load(plain(ARMS)))
+    assert len(figure_rows(section, "ppo-score")) <= 200
