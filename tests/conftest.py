@@ -1,5 +1,6 @@
 """Shapes and types of every signature are checked while the tests run; a small world is computed once for all."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is there
 install_import_hook("mixpo.algorithms", "beartype.beartype")
 settings.register_profile("no timings", deadline=None)
 settings.load_profile("no timings")

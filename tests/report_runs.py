@@ -28,7 +28,7 @@ JUDGED = {
         {"low": 2.0, "high": None, **BIN},
     ],
 }
-MARGINS = [0.5, -0.5, 2.5, 3.0, 2.2, 0.9, 2.1, -2.0]
+MARGINS = [0.3, 0.5, -0.5, 2.5, 3.0, 2.2, 0.9, 2.1, -2.0]
 COSTS = {
     # seconds, tokens sampled, tokens trained, FLOPs
     "Data": (1.0, 0, 0, 0.0),

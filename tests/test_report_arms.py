@@ -10,7 +10,7 @@ import scipy.stats
 
 from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interval
 from mixpo.report import arms, subsets
-from mixpo.report.comparison import differences, estimate, verdict
+from mixpo.report.comparison import Difference, differences, estimate, sign, verdict
 from mixpo.report.results import load
 from report_runs import SFT_SCORES, Arm, Writer, plain, rows, scores, shifted, table
 
@@ -201,6 +201,27 @@ def test_the_best_arm_and_those_not_told_apart_from_it(tmp_path: Path) -> None:
     clear = {**values, "mpo": shifted(many(3.0, seed=2), base)}
     opening = arms.section(Writer(tmp_path / "clear", cache="c").load(plain(clear))).opening
     assert opening.endswith("3.00, and is told apart from every other (p corrected for all 3 pairs).")
+
+
+def test_the_best_arm_was_not_known_before(tmp_path: Path) -> None:
+    """Its interval against ppo excludes zero at p 0.03, but it was picked out of three pairs."""
+    base = many(0.0, seed=0)
+    values = {"sft": shifted(many(-2.0, seed=3), base), "ppo": base, "mpo": shifted(many(0.35, seed=1), base)}
+    results = Writer(tmp_path / "run").load(plain(values))
+    (apart,) = differences(results, [("mpo", "ppo")], "score")
+    assert 0.05 / 3 < apart.p < 0.05
+    assert apart.interval.low > 0
+    assert arms.section(results).opening.endswith("not told apart from it (p corrected for all 3 pairs): ppo.")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "expected"),
+    [(0.1, 0.3, 0.01, 1), (-0.3, -0.1, 0.01, -1), (0.1, 0.3, 0.05, 0), (-0.1, 0.3, 0.01, 0), (0.0, 0.3, 0.01, 0)],
+)
+def test_told_apart_takes_both_the_interval_and_the_corrected_p(
+    low: float, high: float, p: float, expected: int
+) -> None:
+    assert sign(Difference("mpo", "ppo", 1, Interval((low + high) / 2, low, high), p)) == expected
 
 
 def test_the_best_arm_is_sought_among_those_with_every_seed(tmp_path: Path) -> None:

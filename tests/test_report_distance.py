@@ -67,6 +67,21 @@ def test_equal_kl_carries_the_uncertainty_of_the_distance(tmp_path: Path) -> Non
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.06)
 
 
+def test_degrees_of_freedom_at_equal_kl_are_of_all_that_varies() -> None:
+    """The linear form's spread is that of the interpolated difference over resampled prompts, KL's part included."""
+    generator = np.random.default_rng(4)
+    prompts = 400
+    kls = np.array([3.0, 1.0, 2.0, 2.3])[:, None] + generator.normal(size=(4, prompts))
+    values = np.array([2.0, 0.0, 1.5, 1.9])[:, None] + 0.3 * generator.normal(size=(4, prompts))
+    drawn = generator.integers(prompts, size=(4000, prompts))
+    found = []
+    for places in drawn:
+        x, y = kls[:, places].mean(axis=1), values[:, places].mean(axis=1)
+        found.append(y[3] - np.interp(x[3], x[[1, 2, 0]], y[[1, 2, 0]]))
+    linear = distance._linear(kls[:, None], values[:, None])
+    assert np.std(linear) / prompts**0.5 == pytest.approx(np.std(found), rel=0.1)
+
+
 @pytest.mark.parametrize("kl", [0.5, 4.0, [3.05 + noise for noise in NOISE], [2.9 + noise for noise in NOISE]])
 def test_nothing_is_said_where_ppos_sweep_does_not_reach(tmp_path: Path, kl: float | list[float]) -> None:
     section = distance.section(Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kl)})]))

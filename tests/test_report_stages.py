@@ -382,6 +382,16 @@ def test_curves_are_of_the_first_seed_that_has_any(tmp_path: Path) -> None:
     assert training.section(Writer(tmp_path / "sft", cache="c").load(plain({"sft": SFT_SCORES}))) is None
 
 
+def test_points_of_a_sweep_stand_in_the_table_but_are_not_drawn(tmp_path: Path) -> None:
+    point = Arm("mpo", {0: scores(SFT_SCORES)}, changes={"ppo.kl_coef": 0.5})
+    writer = Writer(tmp_path / "run", alarms={"PPO-0mpo0.5": ["ran"]})
+    section = training.section(writer.load([*plain(ARMS), point]))
+    assert {row[0] for row in figure_rows(section, "ppo-score")} == {"mpo"}
+    assert list(rows(table(section, "PPO"))) == ["mpo", "mpo ppo.kl_coef=0.5"]
+    assert section is not None
+    assert section.groups[0].notes[0] == "Alarm, PPO of mpo ppo.kl_coef=0.5 (seed 0, ppo.kl_coef=0.5): ran."
+
+
 def test_long_curves_are_averaged_in_groups(tmp_path: Path) -> None:
     section = training.section(Writer(tmp_path / "run", steps=450).load(plain(ARMS)))
     assert len(figure_rows(section, "ppo-score")) <= 200

@@ -16,7 +16,7 @@ from mixpo import SFT, Data, Engine, Evaluation, Pretrained, Selection
 from mixpo.algorithms.preference import dpo_loss
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.models.language_model import branch_logprobs
 from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
 from mixpo.models.sampling import sample
@@ -289,21 +289,18 @@ def test_kl_from_sft_is_measured_from_sft_whatever_the_reference_is(world: World
     assert one[0]["kl_from_sft"] > 0.05
 
 
-def test_a_kl_budget_holds_the_kl_from_sft(world: World) -> None:
-    """Free, PPO goes far beyond; on the leash it stays near, also with another reference than SFT."""
-    common = {"epochs": 12, "kl_coef": 0.01, "learning_rate": 3e-4, "score_clip": None, "prompts": world.samples.pairs}
+def test_a_kl_budget_holds_the_kl_from_sft_with_another_reference(world: World) -> None:
     anchor = world.dpo(epochs=4)
-    free = rows_of(world.build(world.ppo(**common)))
-    held = rows_of(world.build(world.ppo(**common, kl_budget=1.0)))
-    anchored = rows_of(world.build(world.ppo(**common, kl_budget=1.0, policy=anchor, reference=anchor)))
+    common = {"epochs": 12, "kl_coef": 0.01, "learning_rate": 3e-4, "score_clip": None, "prompts": world.samples.pairs}
+    free = rows_of(world.build(world.ppo(**common, policy=anchor, reference=anchor)))
+    held = rows_of(world.build(world.ppo(**common, kl_budget=1.0, policy=anchor, reference=anchor)))
 
     def end(rows: list[dict[str, Any]]) -> float:
         return sum(row["kl_from_sft"] for row in rows[-12:]) / 12
 
     assert end(free) > 2.0
     assert end(held) == pytest.approx(1.0, abs=0.4)
-    assert end(anchored) == pytest.approx(1.0, abs=0.4)
-    assert len({row["kl_coef"] for row in held}) > 10
+    assert max(row["kl_coef"] for row in held) > 0.02, "beyond the budget SFT pulls"
 
 
 def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> None:
@@ -357,12 +354,12 @@ def test_best_of_n_is_the_best_of_n(world: World) -> None:
     assert summary["cost"]["tokens_sampled"] > 6 * read_summary(one)["cost"]["tokens_sampled"]
     lm = load_policy(model_in(world.build(world.sft)), device=CPU)
     reward = load_reward_model(model_in(world.build(world.reward)), device=CPU)
-    rows = read_table(best / "completions.parquet")[:4]
-    for row in rows:
-        prompt = prompt_tokens(lm.tokenizer, row["prompt"])
-        completion = completion_tokens(lm.tokenizer, row["completion"])
-        again = scores(reward, [prompt], [[completion]], token_budget=4096)
-        assert row["score"] == pytest.approx(float(again), abs=1e-3)
+    rows = read_table(best / "completions.parquet")
+    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows]
+    drawn = [row.completions for row in sample(lm, prompts, k=8, max_tokens=LIMIT, seed=0)]
+    for row, completions, found in zip(rows, drawn, scores(reward, prompts, drawn, token_budget=4096), strict=True):
+        assert row["score"] == pytest.approx(float(found.max()), abs=1e-4)
+        assert row["completion"] == completion_text(lm.tokenizer, completions[int(found.argmax())])
     with pytest.raises(InputError, match="found another policy than SFT"):
         world.build(evaluation(world, world.dpo(epochs=4), best_of=2))
 
@@ -424,7 +421,7 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     chosen, rejected = branch_logprobs(lm, batch).sum(dim=-1)[0]
     loss = dpo_loss(chosen[None], rejected[None], anchored[:1], anchored[1:], beta=0.1)
     loss.sum().backward()
-    rate, weight = 1e-4, 0.1 * float(torch.sigmoid(-0.1 * ((chosen - rejected) - (anchored[0] - anchored[1]))))
+    rate, weight = 1e-4, 0.1 * float(torch.sigmoid(-0.1 * ((chosen - rejected).detach() - (anchored[0] - anchored[1]))))
     with torch.no_grad():
         for parameter in lm.model.parameters():
             if parameter.grad is not None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3
+from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3, kl_of_best_of, sft_weight, steer
 
 logprob = st.floats(-30.0, 0.0)
 quick = settings(deadline=None, derandomize=True, max_examples=100)
@@ -79,3 +79,46 @@ def test_adapt_kl_coef_moves_by_its_rate():
 def test_shapes_that_would_broadcast_are_refused(estimator):
     with pytest.raises(Exception, match=r"shape|type"):
         estimator(torch.zeros(2), torch.zeros(1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_kl_of_best_of_n_by_integration(n):
+    """Of continuous scores: the best of n has the density n x^(n-1) over the scores' quantiles x."""
+    x = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    density = n * x ** (n - 1)
+    assert kl_of_best_of(n) == pytest.approx(float((density * density.log()).mean()), abs=1e-5)
+
+
+@quick
+@given(st.floats(0.05, 20.0), st.floats(0.01, 1.0), logprob, logprob, logprob)
+def test_moving_the_anchor_is_two_penalties(multiplier, kl_coef, policy, reference, sft):
+    weight = sft_weight(multiplier)
+    anchored = kl_coef * multiplier * (policy - ((1 - weight) * reference + weight * sft))
+    loosened, pulled = kl_coef * min(1.0, multiplier), kl_coef * max(0.0, multiplier - 1.0)
+    assert anchored == pytest.approx(loosened * (policy - reference) + pulled * (policy - sft), abs=1e-9)
+
+
+def steered(budget, start, needed, steps=200):
+    """A made-up policy whose KL follows, with a lag, a law in which a larger multiplier means less of it."""
+    kl, total, multiplier, seen = start, 0.0, 1.0, []
+    for _ in range(steps):
+        kl += 0.3 * (budget * (needed / multiplier) ** 0.5 - kl)
+        multiplier, total = steer(total, kl, budget=budget)
+        seen.append(kl)
+    return seen, multiplier
+
+
+@pytest.mark.parametrize("needed", [0.05, 1.0, 8.0])
+@pytest.mark.parametrize("start", [0.0, 1.0, 9.0])
+def test_the_budget_is_reached_from_anywhere_whatever_multiplier_it_needs(start, needed):
+    seen, multiplier = steered(2.0, start, needed)
+    assert seen[-1] == pytest.approx(2.0, rel=0.01)
+    assert multiplier == pytest.approx(needed, rel=0.05)
+
+
+def test_the_way_to_the_budget_counts_a_tenth():
+    assert steer(0.0, 0.0, budget=2.0) == (pytest.approx(math.exp(-1.525)), pytest.approx(-0.05))
+    assert steer(0.0, -0.1, budget=2.0)[1] == pytest.approx(-0.05)
+    assert steer(0.0, 1.9, budget=2.0)[1] == pytest.approx(math.log(0.95))
+    assert steer(0.5, 2.0, budget=2.0) == (pytest.approx(math.exp(0.25)), 0.5)
+    assert steer(0.0, 200.0, budget=2.0) == (pytest.approx(math.exp(1.75)), 0.5)

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixpo.algorithms import preference
-from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, dpo_loss, implicit_rewards
+from mixpo.algorithms.preference import (
+    bradley_terry_loss,
+    centering_loss,
+    dpo_gradients,
+    dpo_loss,
+    implicit_rewards,
+)
 
 finite = st.floats(-50.0, 50.0)
 quick = settings(deadline=None, derandomize=True, max_examples=50)
@@ -130,3 +136,16 @@ def test_and_so_they_are_where_no_type_checker_runs(name, shapes, options):
     unchecked = runpy.run_path(preference.__file__)
     with pytest.raises(ValueError, match=r"expected equal shapes, found \[2\] and \[1\]"):
         unchecked[name](*(torch.zeros(n) for n in shapes), **options)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_theorem_1_and_its_corollary(beta):
+    """Feng et al. 2024, in closed form: written from the paper, not by automatic differentiation."""
+    generator = torch.Generator().manual_seed(2)
+    for log_w, log_l in 3.0 * torch.randn(50, 2, generator=generator, dtype=torch.float64):
+        by_w, by_l = dpo_gradients(log_w, log_l, beta=beta)
+        w, l = math.exp(log_w), math.exp(log_l)  # noqa: E741
+        total = w**beta + l**beta
+        assert by_w == pytest.approx(-beta * l**beta / (w * total), rel=1e-9)
+        assert by_l == pytest.approx(beta * l ** (beta - 1) / total, rel=1e-9)
+        assert abs(by_w / by_l) == pytest.approx(l / w, rel=1e-9)

@@ -40,12 +40,11 @@ def steer(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, fl
     """The multiplier of kl_coef for the next iteration, and the sum of errors so far: a controller of the KL from SFT.
 
     exp(3 e + sum of e / 2) with e = log(kl_from_sft / budget), cut to +-1/2: proportional and integral, in the log of
-    the KL. An error cut from below is not summed, so that the way from 0 to the budget does not wind the sum up.
+    the KL. An error cut from below counts a tenth in the sum, so that the way from 0 to the budget does not wind it up.
     """
     error = math.log(max(kl_from_sft, 1e-9) / budget)
     cut = min(max(error, -0.5), 0.5)
-    if error > -0.5:
-        total += cut
+    total += cut if error > -0.5 else 0.1 * cut
     return math.exp(3.0 * cut + 0.5 * total), total
 
 
