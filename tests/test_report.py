@@ -291,8 +291,9 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
-    one, two = (Writer(tmp_path / name, cache=f"{name}-cache").run(plain({"sft": SFT_SCORES})) for name in ("x", "y"))
-    assert load(one, two).names == [f"{one}: sft", f"{two}: sft"]
+    one, two, three = (Writer(tmp_path / place).run(plain({"sft": SFT_SCORES})) for place in ("a/x", "a/y", "b/x"))
+    assert load(one, two).names == ["x: sft", "y: sft"]
+    assert load(one, three).names == [f"{one}: sft", f"{three}: sft"]
 
 
 def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ SMALL = [
     "gradients.pairs=4",
     "best_of=4",
     "data.train_rows=768",
-    "data.second_rows=64",
     "data.test_rows=64",
     "data.demonstration_rows=1024",
     "samples.prompts=96",
@@ -87,7 +86,7 @@ def test_every_arm_is_done_and_evaluated(home: Path) -> None:
     for arm in results.arms:
         assert arm.status == "done"
         assert len(completions(arm)) == 64
-        assert {"score", "true_reward", "second_score", "kl_from_sft", "tokens", "ended"} <= evaluation(arm).keys()
+        assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= evaluation(arm).keys()
         assert (arm.model is None) == (arm.arm == "best-of-n")
     (mpo,) = results.of("mpo")
     assert len(mpo.trace) == 2
@@ -180,7 +179,8 @@ def test_report_in_every_form(home: Path, capsys: pytest.CaptureFixture[str], tm
 def test_compare_prints_runs_side_by_side(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     shutil.copytree(home / "run", tmp_path / "again", symlinks=True)
     printed = said(capsys, "compare", str(home / "run"), str(tmp_path / "again"))
-    assert printed.count(": mpo") == 2
+    assert printed.count("mpo") == 2
+    assert "again" in printed
 
 
 def test_a_second_run_computes_nothing(home: Path) -> None:
@@ -197,8 +197,10 @@ def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Pa
         "Evaluation for mpo",
         "Evaluation for mpo",
         "Evaluation for ppo",
+        "Evaluation for ppo ppo.kl_coef=0.03",
         "PPO for mpo",
         "PPO for ppo",
+        "PPO for ppo ppo.kl_coef=0.03",
     ]
 
 

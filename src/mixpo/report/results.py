@@ -199,9 +199,9 @@ def load(*folders: Path) -> Results:
     _refuse_other_prompts(runs)
     if len(runs) == 1:
         return Results((runs[0],), runs[0].arms)
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        runs = [replace(run, name=str(run.folder)) for run in runs]
+    names = [[run.name for run in runs], [run.folder.resolve().name for run in runs], [str(run.folder) for run in runs]]
+    told = next(each for each in names if len(set(each)) == len(runs))
+    runs = [replace(run, name=name) for run, name in zip(runs, told, strict=True)]
     runs = [replace(run, arms=tuple(replace(arm, arm=f"{run.name}: {arm.arm}") for arm in run.arms)) for run in runs]
     return Results(tuple(runs), tuple(arm for run in runs for arm in run.arms))
 
