@@ -123,6 +123,7 @@ def section(results: Results) -> Section | None:
         "the loss as a function of x_w and x_l; what a step does to the two completions also depends on how their "
         "gradients over the weights lie to each other, which the other columns measure: for a small step, to first "
         "order.",
+        _of_a_step(measured),
         "Remark 1: DPO learns badly from hard pairs because the two gradients counteract each other, which is a large "
         "cosine and little left of them.",
         "Intervals: of one seed over its pairs (bootstrap; Wilson for the share), of several over seeds (Student's t "
@@ -137,6 +138,19 @@ def section(results: Results) -> Section | None:
         name="corollary-1",
         x="log(x_l / x_w)",
         y="log of the measured gradient ratio",
+    )
+    steps = figures.scatter(
+        {
+            f"{one.arm} on {one.part}": [
+                (x, y)
+                for x, y in zip(one.log_ratio.tolist(), one.log_step_ratio.tolist(), strict=True)
+                if math.isfinite(y)
+            ]
+            for one in measured
+        },
+        name="corollary-1-step",
+        x="log(x_l / x_w)",
+        y="log of rise of x_w over fall of x_l in a step",
     )
     cosines = figures.dots(
         {
@@ -154,7 +168,7 @@ def section(results: Results) -> Section | None:
         "theorem",
         "Theorem 1 and Remark 1",
         _opening(measured),
-        [Group(figures=[picture, cosines], table=Table(headings, rows, notes))],
+        [Group(figures=[picture, steps, cosines], table=Table(headings, rows, notes))],
     )
 
 
@@ -195,6 +209,20 @@ def _share(by_seed: Sequence[Values]) -> str:
     first = by_seed[0]
     found = wilson_interval(int(first.sum()), len(first)) if len(by_seed) == 1 else over_pairs(by_seed)
     return f"{found.mean:.0%} [{max(0.0, found.low):.0%}, {min(1.0, found.high):.0%}]"
+
+
+def _of_a_step(measured: list[Measured]) -> str:
+    """How the rise of x_w over the fall of x_l in a step goes with x_l / x_w."""
+    x, y = (np.concatenate([getattr(one, name) for one in measured]) for name in ("log_ratio", "log_step_ratio"))
+    told = np.isfinite(y)
+    if told.sum() < 3:
+        return "Too few pairs have a step that raises chosen and lowers rejected to compare its ratio with x_l / x_w."
+    found = float(np.corrcoef(x[told], y[told])[0, 1])
+    return (
+        f"A step in the weights changes x by x times the change of the log-prob: over {int(told.sum())} pairs whose "
+        "step raises chosen and lowers rejected, the log of the rise of x_w over the fall of x_l has a correlation of "
+        f"{found:.2f} with log(x_l / x_w)."
+    )
 
 
 def _opening(measured: list[Measured]) -> str:
