@@ -395,3 +395,16 @@ def test_points_of_a_sweep_stand_in_the_table_but_are_not_drawn(tmp_path: Path) 
 def test_long_curves_are_averaged_in_groups(tmp_path: Path) -> None:
     section = training.section(Writer(tmp_path / "run", steps=450).load(plain(ARMS)))
     assert len(figure_rows(section, "ppo-score")) <= 200
+
+
+def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path: Path) -> None:
+    """Orthogonal gradients of one length move both log-probs alike, so x_w rises by x_w / x_l of the fall of x_l."""
+    writer = Writer(tmp_path / "run")
+    pairs = [gradients((1.0, 0.0), (0.0, 1.0), x=(w, 1.0)) for w in (0.5, 2.0, 8.0)]
+    section = theorem.section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, pairs)]))
+    assert section is not None
+    (picture,) = [one for group in section.groups for one in group.figures if one.name == "corollary-1-step"]
+    assert [(row[1], row[2]) for row in picture.rows] == [
+        (pytest.approx(-math.log(w)), pytest.approx(math.log(w))) for w in (0.5, 2.0, 8.0)
+    ]
+    assert any("over 3 pairs" in note and "correlation of -1.00" in note for note in table(section).notes)

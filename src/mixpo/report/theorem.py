@@ -215,7 +215,7 @@ def _of_a_step(measured: list[Measured]) -> str:
     """How the rise of x_w over the fall of x_l in a step goes with x_l / x_w."""
     x, y = (np.concatenate([getattr(one, name) for one in measured]) for name in ("log_ratio", "log_step_ratio"))
     told = np.isfinite(y)
-    if told.sum() < 3:
+    if told.sum() < 3 or not x[told].std() or not y[told].std():
         return "Too few pairs have a step that raises chosen and lowers rejected to compare its ratio with x_l / x_w."
     found = float(np.corrcoef(x[told], y[told])[0, 1])
     return (
