@@ -71,8 +71,7 @@ class Measured:
         """log of the increase of x_w over the decrease of x_l in a small step; nan where one goes the other way."""
         one, other, both = (self.columns[n] for n in ("chosen_chosen", "rejected_rejected", "chosen_rejected"))
         with np.errstate(invalid="ignore", divide="ignore"):
-            up, down = np.log(one - both), np.log(other - both)
-        return np.asarray(up - down - self.log_ratio)
+            return np.asarray(np.log(one - both) - np.log(other - both) - self.log_ratio)
 
     @property
     def both_ways(self) -> Values:
