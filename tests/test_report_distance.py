@@ -168,7 +168,8 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
         "snapshot to the end by 0.50 [0.50, 0.50] and -0.40 [-0.40, -0.40], so there the reward rises while true r* "
         "falls (95% intervals over 8 prompts at one seed, so it says nothing of other seeds)."
     )
-    ((name, *gains),) = figure_rows(section, "gains")
+    (_, *origin), (name, *gains) = figure_rows(section, "gains")
+    assert np.allclose(origin, 0.0)
     assert name == "ppo"
     assert np.allclose(gains, [1.5] * 3 + [0.6] * 3)
     drawn = [row[2::3] for row in figure_rows(section, "over-optimisation")]
@@ -198,7 +199,7 @@ def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
         arms = [Arm("sft", {0: around(base, true_reward=0.0)}), Arm("ppo", {0: around(7.0, true_reward=0.5)})]
         folders.append(Writer(tmp_path / name, name=name, cache=f"{name}-cache").run(arms))
     found = {row[0]: row[1] for row in figure_rows(overoptimisation.section(load(*folders)), "gains")}
-    assert found == pytest.approx({"a: ppo": 7.0, "b: ppo": 2.0})
+    assert found == pytest.approx({"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0})
 
 
 def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:

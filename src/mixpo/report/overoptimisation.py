@@ -18,11 +18,11 @@ def section(results: Results) -> Section | None:
     points = [
         figures.Point(name, _gain(results, name, base, "score"), _gain(results, name, base, yardstick))
         for name, base in bases.items()
-        if name != base and results.comparable("score", name, base)
+        if results.comparable("score", name, base)
     ]
     traces = traced(results)
     groups = []
-    if points:
+    if len(points) > len(set(bases.values())):
         plane = figures.plane(points, name="gains", x="gain in reward over SFT", y=f"gain in {label} over SFT")
         left = [f"{name}: {many[2:-1]}." for name, base in bases.items() if (many := _few(results, name, base))]
         groups.append(Group("Both rewards of every arm", [plane], notes=left))
