@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from mixpo.experiments.plan import Planned
 from mixpo.experiments.run import Display
 from mixpo.report.arms import main_table
-from mixpo.report.results import Results
+from mixpo.report.results import Results, few
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
@@ -39,7 +39,7 @@ class Plain:
     def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
         """A stage starts to compute."""
         self.stage, self.printed = f"{stage} {identity}", time.monotonic()
-        self._print(f"{self.stage}: begins (for {_few(arms)})")
+        self._print(f"{self.stage}: begins (for {few(arms)})")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps of the stage are over."""
@@ -70,7 +70,7 @@ class Bars:
     def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
         """A stage starts to compute."""
         self.stage = f"{stage} {identity}"
-        self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {_few(arms)}")
+        self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {few(arms)}")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps of the stage are over."""
@@ -116,11 +116,6 @@ def _display(console: Console, *, plain: bool) -> Iterator[Display]:
     )
     with Progress(*columns, console=console, expand=True) as progress:
         yield Bars(progress)
-
-
-def _few(arms: Sequence[str]) -> str:
-    """The first arms, and how many more there are."""
-    return ", ".join(arms) if len(arms) <= 3 else f"{', '.join(arms[:2])} and {len(arms) - 2} more"
 
 
 def _brief(metrics: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import fewer, interval_text, label, mean_of
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import Results, StageFolder
+from mixpo.report.results import Results, StageFolder, few
 from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")
@@ -169,7 +169,7 @@ def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
 
 def _stage_table(results: Results) -> Table:
     first = [stage for stage in results.stages if results.seeds[0] in stage.seeds]
-    rows = [[stage.key, ", ".join(stage.arms), *_cells(stage.summary["cost"])] for stage in first]
+    rows = [[stage.key, few(stage.arms), *_cells(stage.summary["cost"])] for stage in first]
     notes = [f"Seed {results.seeds[0]} only."] if len(results.seeds) > 1 else []
     return Table(["stage", "arms", *HEADINGS], rows, notes)
 

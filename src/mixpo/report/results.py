@@ -185,6 +185,11 @@ def _second_reward_model(run: Run, arm: ArmResult) -> str | None:
     return next(reversed(_reward_models(arm)), None) if known else None
 
 
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
 def _add(items: list[Any], item: Any) -> None:
     if item not in items:
         items.append(item)

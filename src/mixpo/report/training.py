@@ -3,7 +3,7 @@
 from mixpo.report import figures
 from mixpo.report.comparison import counted
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import Results, StageFolder, metrics
+from mixpo.report.results import Results, StageFolder, few, metrics
 
 PLOTS: dict[str, dict[str, str]] = {
     "DPO": {
@@ -46,7 +46,7 @@ def section(results: Results) -> Section | None:
         f"arms share bears the name of the first. Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
     alarms = [
-        f"Alarm, {stage.kind} of {', '.join(stage.arms)} ({stage.label}): {alarm}."
+        f"Alarm, {stage.kind} of {few(stage.arms)} ({stage.label}): {alarm}."
         for stage in results.stages
         if stage.kind in PLOTS
         for alarm in stage.summary.get("alarms", ())
