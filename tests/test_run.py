@@ -374,3 +374,8 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
 def test_bad_sweeps_are_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=re.escape(expected)):
         arm_runs(read_recipe("world", [override]))
+
+
+def test_swept_settings_that_are_valid_only_together() -> None:
+    found = names("arms=[mpo]", "sweep={selection.threshold: [null], selection.easy_fraction: [0.3]}")
+    assert found == ["mpo", "mpo selection.threshold=None selection.easy_fraction=0.3"]

@@ -6,7 +6,7 @@ from mixpo.experiments.setup import Setup
 from mixpo.stages.dpo import DPO
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.ppo import PPO
-from mixpo.stages.stage import Part, Stage
+from mixpo.stages.stage import Stage
 
 
 def sft(r: Setup) -> Stage:
@@ -21,22 +21,22 @@ def best_of_n(r: Setup) -> Evaluation:
 
 def dpo_base(r: Setup) -> DPO:
     """DPO on the human-labelled pairs as given."""
-    return _dpo(r, r.pairs)
+    return DPO(policy=r.sft, reference=r.sft, pairs=r.pairs, **r.dpo)
 
 
 def dpo(r: Setup) -> DPO:
     """DPO on all pairs resampled from SFT and ordered by the reward model."""
-    return _dpo(r, r.samples.pairs)
+    return DPO(policy=r.sft, reference=r.sft, pairs=r.samples.pairs, **r.dpo)
 
 
 def dpo_easy(r: Setup) -> DPO:
     """DPO on the easy pairs: MPO's first stage, and a bar of Figure 4."""
-    return _dpo(r, r.selection.easy)
+    return DPO(policy=r.sft, reference=r.sft, pairs=r.selection.easy, **r.dpo)
 
 
 def dpo_hard(r: Setup) -> DPO:
     """DPO on the hard pairs. Figure 4."""
-    return _dpo(r, r.selection.hard)
+    return DPO(policy=r.sft, reference=r.sft, pairs=r.selection.hard, **r.dpo)
 
 
 def ppo(r: Setup) -> PPO:
@@ -86,10 +86,6 @@ def mpo_grpo(r: Setup) -> PPO:
     """As mpo_rloo, with GRPO's advantages."""
     anchor = dpo_easy(r)
     return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped("grpo"))
-
-
-def _dpo(r: Setup, pairs: Part) -> DPO:
-    return DPO(policy=r.sft, reference=r.sft, pairs=pairs, **r.dpo)
 
 
 ARMS: dict[str, Callable[[Setup], Stage]] = {

@@ -1,7 +1,7 @@
 """What a recipe asks for, as expressions over stages: its arms at every seed, points of sweeps, measurements."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,8 +117,9 @@ def _needed(arm: str, point: Mapping[str, Any], at: Callable[[Mapping[str, Any]]
     needed = dict(point)
     for key in point:
         fewer = {other: value for other, value in needed.items() if other != key}
-        if _evaluation(arm, at(fewer)) == _evaluation(arm, at(needed)):
-            needed = fewer
+        with suppress(InputError):  # without this key the others may not go together
+            if _evaluation(arm, at(fewer)) == _evaluation(arm, at(needed)):
+                needed = fewer
     return needed
 
 

@@ -1,6 +1,7 @@
 """Running a recipe: every stage once, shared by the arms; what fails takes only the arms that need it along."""
 
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -192,7 +193,7 @@ def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, boo
     lost = [failures[stage][0] for stage in run.trace if stage in failures]
     model = None
     if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
-        name = f"{run.name.replace(' ', '-')}-{run.seed}"
+        name = re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
         model = str(_link(models / name, model_in(engine.folder(run.evaluation.policy))))
     return ArmResult(
         run.arm,
@@ -214,7 +215,7 @@ def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage
 
 
 def _link(link: Path, target: Path) -> Path:
-    link.parent.mkdir(exist_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(target, target_is_directory=True)
     return link

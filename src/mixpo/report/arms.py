@@ -134,7 +134,12 @@ def _is_weaker(results: Results, arm: ArmResult) -> bool:
 
 def _notes(results: Results, measures: dict[str, str]) -> list[str]:
     notes = [
-        "Reward is the mean score of the run's own reward model, which DPO's pairs and PPO were made with."
+        "Reward is the mean score of the run's own reward model, which DPO's pairs and PPO were made with"
+        + (
+            ", but at points with label noise, which learnt from another one."
+            if any("label_noise" in name for name in results.names)
+            else "."
+        )
         + (" The true r* is what the labels were drawn from." if "true_reward" in measures else "")
         + (
             " The second reward model was trained on other pairs, and nothing was optimised for it."

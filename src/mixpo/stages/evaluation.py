@@ -55,6 +55,12 @@ class Evaluation(Stage, EvaluationSettings):
         lm = load_policy(policy_folder, device=device, precision=self.precision)
         asked = unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
         prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
+        from_sft = model_digest(policy_folder) == model_digest(sft_folder)
+        if self.best_of > 1 and not from_sft:
+            raise InputError(
+                f"best_of: found {self.best_of} with another policy than SFT; expected SFT, of whose best of n alone "
+                "the KL is known; evaluate the policy with best_of=1"
+            )
         drawn = sample(
             lm,
             prompts,
@@ -78,10 +84,8 @@ class Evaluation(Stage, EvaluationSettings):
         kept = best.tolist()
         completions = [[branches[place]] for branches, place in zip(completions, kept, strict=True)]
         second = scored(inputs["second"])[:, 0] if self.second is not None else None
-        if model_digest(policy_folder) == model_digest(sft_folder):
+        if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
-        elif self.best_of > 1:
-            raise InputError("evaluation.best_of: found another policy than SFT; its KL from SFT is known for SFT only")
         else:
             logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
             sft = load_policy(sft_folder, device=device, precision=self.precision)

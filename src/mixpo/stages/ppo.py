@@ -201,8 +201,11 @@ class PPO(Stage, PPOSettings):
         at_sft = model_digest(reference_folder) == model_digest(model_in(inputs["sft"]))
         sft = reference if at_sft else load_policy(model_in(inputs["sft"]), device=device, precision=self.precision)
         reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
-        if not same_tokens(reference.tokenizer, policy.tokenizer):
-            raise InputError("ppo.reference: its tokenizer differs from the policy's; expected the same tokens in both")
+        for name, other in (("reference", reference), ("sft", sft)):
+            if not same_tokens(other.tokenizer, policy.tokenizer):
+                raise InputError(
+                    f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both"
+                )
         starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
         adapters = add_lora(policy, self.lora) if self.lora else None
         learner = _learner(self, policy, policy_folder, reward, model_in(inputs["reward"]), device)
@@ -216,8 +219,10 @@ class PPO(Stage, PPOSettings):
         first, extra = checkpoint.resume()
         trim_jsonl(out / "completions.jsonl", first)
         cost, log = Cost(extra.get("cost")), Metrics(out, resumed_at=first)
-        learner.kl_coef = extra.get("kl_coef", self.kl_coef)
-        learner.multiplier, learner.errors = extra.get("multiplier", 1.0), extra.get("errors", 0.0)
+        if extra:
+            learner.kl_coef, learner.multiplier, learner.errors = (
+                extra[name] for name in ("kl_coef", "multiplier", "errors")
+            )
 
         weights = Trainable(policy.model)
         sound = weights.copy()
@@ -287,7 +292,8 @@ def _snapshot_steps(count: int, total: int) -> list[int]:
     """After which steps a snapshot is kept: the ends of the first `count` of count + 1 equal parts."""
     if count >= total:
         raise InputError(
-            f"ppo.snapshots: found {count}, but there are {total} iterations; expected fewer snapshots than iterations"
+            f"ppo.snapshots: found {count} for {total} iterations; expected fewer; lower trace.snapshots or "
+            "ppo.batch_size, or raise ppo.epochs"
         )
     return [round(total * number / (count + 1)) for number in range(1, count + 1)]
 
@@ -384,7 +390,8 @@ def _roll_out(
     sft_logprobs = reference_logprobs
     if sft is not reference:
         sft_logprobs = token_logprobs(sft, prompts, completions, token_budget=budget)
-        cost.scored(sft.model, sampled_tokens + prompted)
+        if stage.kl_budget is not None:  # else it is only looked at
+            cost.scored(sft.model, sampled_tokens + prompted)
     kl_coef = learner.kl_coef * learner.multiplier
     anchor_logprobs = reference_logprobs.lerp(sft_logprobs, sft_weight(learner.multiplier))
     rewards = shaped_rewards(
