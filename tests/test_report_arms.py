@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interval
+from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interval, estimate
 from mixpo.report import arms, subsets
-from mixpo.report.comparison import Difference, differences, estimate, sign, verdict
+from mixpo.report.comparison import Difference, differences, sign, verdict
 from mixpo.report.results import load
 from report_runs import SFT_SCORES, Arm, Writer, plain, rows, scores, shifted, table
 

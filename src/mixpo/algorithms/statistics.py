@@ -110,7 +110,7 @@ def percentile_interval(
     The tails are Phi(t) with t Student's quantile at `df` (Efron 1979; Hesterberg 2015, section 4.3.3). Raises
     ValueError on no resample or a nan one.
     """
-    check_resamples(means)
+    _check_resamples(means)
     tail = (1.0 - level) / 2.0
     if math.isfinite(df):
         tail = float(ndtr(stdtrit(df, tail)))
@@ -118,7 +118,7 @@ def percentile_interval(
     return Interval(mean, float(low), float(high))
 
 
-def check_resamples(means: Float64[np.ndarray, " resamples"]) -> None:
+def _check_resamples(means: Float64[np.ndarray, " resamples"]) -> None:
     """Raises ValueError where there is no resample or one is nan."""
     if means.size == 0:
         raise ValueError("expected at least one resample, found none")
@@ -147,10 +147,28 @@ def two_sided_p(means: Float64[np.ndarray, " resamples"], *, df: float = math.in
     (Davison and Hinkley 1997, chapter 4), so p is never 0. With few degrees of freedom its normal quantile is read as
     Student's. Raises ValueError on no resample or a nan one.
     """
-    check_resamples(means)
+    _check_resamples(means)
     rarer = min(int((means <= 0).sum()), int((means >= 0).sum()))
     tail = min(0.5, (rarer + 1) / (means.size + 1))
     return 2.0 * (float(stdtr(df, ndtri(tail))) if math.isfinite(df) else tail)
+
+
+def estimate(
+    mean: float, means: Float64[np.ndarray, " resamples"], values: Float64[np.ndarray, "seeds prompts"]
+) -> tuple[Interval, float]:
+    """A mean's 95% interval and the p of "it is 0", from its resamples and the values that decide its freedom.
+
+    Where all resamples lie on one side, the tail that they cannot resolve is Student's, at the resamples' own spread:
+    without it no p of a few seeds would survive a correction. One value has no interval and tells nothing, p 1.
+    """
+    if values.size == 1:
+        return Interval(mean, math.nan, math.nan), 1.0
+    df, spread = degrees_of_freedom(values), float(means.std())
+    p = two_sided_p(means, df=df)
+    if spread and not means.min() <= 0 <= means.max():
+        t = -abs(mean) / spread
+        p = min(p, 2 * float(stdtr(df, t) if math.isfinite(df) else ndtr(t)))
+    return percentile_interval(mean, means, df=df), p
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

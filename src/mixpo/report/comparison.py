@@ -4,19 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import Float64
-from scipy.special import ndtr, stdtr
-
-from mixpo.algorithms.statistics import (
-    Interval,
-    crossed_interval,
-    degrees_of_freedom,
-    holm,
-    percentile_interval,
-    resampled_means,
-    two_sided_p,
-)
+from mixpo.algorithms.statistics import Interval, crossed_interval, estimate, holm, resampled_means
 from mixpo.report.results import Results
 
 LEVEL = 0.05
@@ -50,24 +38,6 @@ def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) ->
             found.append((one, other, len(seeds), *estimate(float(values.mean()), means, values)))
     corrected = holm([p for *_, p in found])
     return [Difference(*found[place][:4], p) for place, p in enumerate(corrected)]
-
-
-def estimate(
-    mean: float, means: Float64[np.ndarray, " resamples"], values: Float64[np.ndarray, "seeds prompts"]
-) -> tuple[Interval, float]:
-    """A mean's 95% interval and the p of "it is 0", from its resamples and the values that decide its freedom.
-
-    Where all resamples lie on one side, the tail that they cannot resolve is Student's, at the resamples' own spread:
-    without it no p of a few seeds would survive a correction. One value has no interval and tells nothing, p 1.
-    """
-    if values.size == 1:
-        return Interval(mean, math.nan, math.nan), 1.0
-    df, spread = degrees_of_freedom(values), float(means.std())
-    p = two_sided_p(means, df=df)
-    if spread and not means.min() <= 0 <= means.max():
-        t = -abs(mean) / spread
-        p = min(p, 2 * float(stdtr(df, t) if math.isfinite(df) else ndtr(t)))
-    return percentile_interval(mean, means, df=df), p
 
 
 def mean_text(results: Results, name: str, key: str) -> str:

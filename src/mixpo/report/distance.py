@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, holm, resampled_means, value_at
+from mixpo.algorithms.statistics import Interval, estimate, holm, resampled_means, value_at
 from mixpo.report import figures
 from mixpo.report.comparison import (
     along,
     difference_text,
     differences,
-    estimate,
     fewer,
     interval_text,
     label,
