@@ -139,6 +139,8 @@ def test_a_data_file_given_as_a_recipe(here: Path, capsys: pytest.CaptureFixture
 def test_lengths_beyond_the_models_context(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = refused(capsys, "run", "-q", "max_completion_tokens=500")
     assert "data.max_prompt_tokens: found 64 beside max_completion_tokens 500; expected at most 512 together" in printed
+    printed = refused(capsys, "run", "-q", "sweep={ppo.max_completion_tokens: [501]}")
+    assert "data.max_prompt_tokens: found 64 beside max_completion_tokens 501; expected at most 512 together" in printed
     assert not list(here.glob("runs/cache/sft"))
 
 

@@ -305,6 +305,8 @@ def test_label_noise_reaches_what_learns_from_labels_but_not_sft_nor_what_scores
     assert r.samples != clean.samples
     assert r.evaluation(r.sft) == clean.evaluation(clean.sft)
     assert ARMS["dpo-base"](r).pairs != clean.data.train_pairs
+    best, best_clean = ARMS["best-of-n"](r), ARMS["best-of-n"](clean)
+    assert (best.chooser, best.reward, best_clean.chooser) == (r.reward, r.clean_reward, None)
 
 
 def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it() -> None:
@@ -364,16 +366,44 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("sweep={ppo.kl_coeff: [0.1]}", "sweep: ppo.kl_coeff: unknown key; did you mean kl_coef?"),
-        ("sweep={kl_coef: [0.1]}", "sweep: found key 'kl_coef'; expected a key of a section, such as ppo.kl_coef"),
+        (
+            "sweep={kl_coef: [0.1]}",
+            "sweep: found key 'kl_coef'; expected a key of a section that arms are",
+        ),
         ("sweep={ppo.kl_coef: [much]}", "sweep: ppo.kl_coef: found 'much'; expected a valid number"),
         ("sweep=[{arms: [mpoo], ppo.kl_coef: [0.1]}]", "sweep.arms: found 'mpoo'; did you mean mpo?"),
         ("trace.arms=[mpoo]", "trace.arms: found 'mpoo'; did you mean mpo?"),
         ("sweep={seeds: [1]}", "sweep: found key 'seeds'; expected a key of a section"),
+        ("sweep={runtime.threads: [1]}", "sweep: found key 'runtime.threads'; expected a key of a section that arms"),
+        ("sweep={ppo.kl_coef.x: [1]}", "sweep: ppo.kl_coef: found {'x': 1}; expected a valid number"),
     ],
 )
 def test_bad_sweeps_are_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=re.escape(expected)):
         arm_runs(read_recipe("world", [override]))
+
+
+def test_no_sweep_at_all(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: world\nname: mine\narms: [ppo]\nsweep: {ppo.kl_coef: [0.3]}\n")
+    swept = read_recipe(str(tmp_path / "mine.yaml"))
+    assert [run.name for run in arm_runs(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
+    assert read_recipe(str(tmp_path / "mine.yaml"), ["sweep=null"]).sweep == ()
+
+
+def test_sweeping_a_preset_takes_its_constants_along() -> None:
+    recipe = read_recipe("world", ["ppo={preset: deepspeed-chat, clip: 0.3, seed: 0}"])
+    assert (recipe.ppo.epochs_per_batch, recipe.ppo.value_init, recipe.ppo.decay) == (1, "reward", "cosine")
+    back = recipe.changed({"ppo.preset": "mixpo"})
+    assert back.ppo == read_recipe("world", ["ppo={preset: mixpo, clip: 0.3, seed: 0}"]).ppo
+    assert back.ppo.whiten_advantages != recipe.ppo.whiten_advantages
+
+
+def test_sweeping_a_key_below_a_section_that_is_not_there() -> None:
+    (rank,) = {
+        run.evaluation.policy.lora.rank
+        for run in arm_runs(read_recipe("world", ["arms=[ppo]"]).changed({"ppo.lora.rank": 4}))
+    }
+    assert rank == 4
 
 
 def test_swept_settings_that_are_valid_only_together() -> None:

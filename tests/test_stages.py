@@ -7,6 +7,7 @@ import shutil
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Snapshot, Stage, model_in
-from mixpo.training.record import Metrics
+from mixpo.training.record import Metrics, watcher
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
 from worlds import LIMIT, RUNTIME, World
@@ -318,7 +319,7 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
         folder / "snapshots" / "1"
     )
     assert read_summary(world.build(evaluated))["kl_from_sft"]["mean"] > 0
-    with pytest.raises(InputError, match=r"ppo.snapshots: found 4 for 4 iterations; expected fewer"):
+    with pytest.raises(InputError, match=r"trace.snapshots: found 4 for 4 iterations of PPO; expected fewer"):
         world.build(world.ppo(epochs=2, snapshots=4))
 
 
@@ -360,6 +361,17 @@ def test_best_of_n_is_the_best_of_n(world: World) -> None:
     for row, completions, found in zip(rows, drawn, scores(reward, prompts, drawn, token_budget=4096), strict=True):
         assert row["score"] == pytest.approx(float(found.max()), abs=1e-4)
         assert row["completion"] == completion_text(lm.tokenizer, completions[int(found.argmax())])
+    other = world.reward.model_copy(update={"center_coef": 1.0})
+    chosen_by_other = world.build(evaluation(world, world.sft, best_of=8, chooser=other))
+    second_opinion = scores(
+        load_reward_model(model_in(world.build(other)), device=CPU), prompts, drawn, token_budget=4096
+    ).argmax(dim=1)
+    kept = [row["completion"] for row in read_table(chosen_by_other / "completions.parquet")]
+    assert kept == [
+        completion_text(lm.tokenizer, completions[best])
+        for completions, best in zip(drawn, second_opinion.tolist(), strict=True)
+    ]
+    assert kept != [row["completion"] for row in rows]
     with pytest.raises(InputError, match="with another policy than SFT"):
         world.build(evaluation(world, world.dpo(epochs=4), best_of=2))
 
@@ -597,4 +609,16 @@ def test_rows_for_a_second_reward_model_may_be_files_of_their_own(world: World, 
     rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "test", "second")}
     assert [len(rows[name]) for name in ("train", "test", "second")] == [20, 10, 12]
     assert {int(row["prompt"][1:-1]) for row in rows["second"]} <= set(range(30, 60))
-    assert world.engine.folder(data) != world.engine.folder(Data(base=world.base, format="preference", **files))
+    without = world.engine.folder(Data(base=world.base, format="preference", **files))
+    assert world.engine.folder(data) != without
+    assert world.engine.folder(Data(base=world.base, format="preference", **files, second=second)) == without
+
+
+def test_fewer_rows_than_were_asked_for_are_told(world: World, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}?", "chosen": "a", "rejected": "b"} for n in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watching = Mock()
+    token = watcher.set(watching)
+    world.build(Data(base=world.base, format="preference", train=str(tmp_path / "train.jsonl"), train_rows=30))
+    watcher.reset(token)
+    watching.note.assert_called_once_with("data.train: 18 rows, where 30 were asked for: there are no more")

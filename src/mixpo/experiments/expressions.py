@@ -74,8 +74,7 @@ def arm_runs(recipe: Recipe) -> list[ArmRun]:
 
 
 def _arm_runs_at(recipe: Recipe, seed: int) -> list[ArmRun]:
-    kept = recipe.ppo.model_copy(update={"snapshots": recipe.trace.snapshots})
-    traced = Setup(recipe.model_copy(update={"ppo": kept}), seed)
+    traced = Setup(recipe, seed, snapshots=recipe.trace.snapshots)
     setups: dict[str, Setup] = {}
 
     def at(changes: Mapping[str, Any]) -> Setup:

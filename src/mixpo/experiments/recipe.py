@@ -33,6 +33,8 @@ from mixpo.training.runtime import Runtime
 EMBEDDED = "world"
 SHARED = ("precision", "max_completion_tokens", "lora")
 """Keys that a recipe may set once for all its sections."""
+UNSWEPT = ("trace", "gradients", "runtime")
+"""Sections that change nothing in an arm."""
 
 
 class Sweep(Settings):
@@ -119,6 +121,8 @@ class Recipe(Settings):
                 values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **given}
         if isinstance(values.get("sweep"), Mapping):
             values["sweep"] = [values["sweep"]]
+        elif values.get("sweep") is None:
+            values.pop("sweep", None)
         return values
 
     @property
@@ -134,26 +138,24 @@ class Recipe(Settings):
     def changed(self, changes: Mapping[str, Any]) -> "Recipe":
         """The same recipe with other values of dotted keys. Raises `InputError` on a key that a sweep cannot change."""
         values = self.model_dump(mode="json", exclude_unset=True)
+        swept = {name: section for name, section in _sections().items() if name not in UNSWEPT}
         for key, value in changes.items():
             *path, last = key.split(".")
-            if not path or path[0] not in _sections():
+            if not path or path[0] not in swept:
+                known = [f"{name}.{key}" for name, section in swept.items() for key in section.model_fields]
                 raise InputError(
-                    f"sweep: found key {key!r}; expected a key of a section, such as ppo.kl_coef"
-                    f"{nearest(key, self.sweepable())}"
+                    f"sweep: found key {key!r}; expected a key of a section that arms are made of, such as ppo.kl_coef"
+                    f"{nearest(key, known)}"
                 )
             section = values
             for part in path:
-                section = section.setdefault(part, {})
+                below = section.get(part)
+                section[part] = section = below if isinstance(below, dict) else {}
             section[last] = copy.deepcopy(value)
         try:
             return Recipe(**values)
         except pydantic.ValidationError as error:
             raise InputError("\n".join(f"sweep: {line}" for line in explain(error))) from error
-
-    @staticmethod
-    def sweepable() -> list[str]:
-        """The dotted keys that a sweep may change."""
-        return [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
 
 
 def _sections() -> dict[str, type[Settings]]:

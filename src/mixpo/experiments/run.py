@@ -123,7 +123,7 @@ def run(recipe: Recipe, display: Display) -> RunResult:
             if stage in failures:
                 display.note(f"failed: {failures[stage][0]}")
         if isinstance(stage, Pretrained) and stage not in failures:
-            _refuse_too_long(recipe, model_in(engine.folder(stage)))
+            _refuse_too_long(stage, model_in(engine.folder(stage)), uses)
 
     arms = [_result(run, engine, failures, folder / "models") for run in runs]
     gradients = [_gradients_result(run, engine, failures) for run in measured]
@@ -137,16 +137,19 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     return result
 
 
-def _refuse_too_long(recipe: Recipe, base: Path) -> None:
+def _refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
     """Raise `InputError` if prompts and completions together may be longer than the base model's context."""
-    context = read_context(base)
-    sections = (recipe.sft, recipe.reward, recipe.samples, recipe.dpo, recipe.ppo, recipe.evaluation)
-    completion = max(section.max_completion_tokens for section in sections)
-    if context is not None and recipe.data.max_prompt_tokens + completion > context:
-        raise InputError(
-            f"data.max_prompt_tokens: found {recipe.data.max_prompt_tokens} beside max_completion_tokens {completion}; "
-            f"expected at most {context} together, the model's context; lower one of the two"
-        )
+    context = read_context(folder)
+    if context is None:
+        return
+    for stage in stages:
+        completion = getattr(stage, "max_completion_tokens", 0)
+        prompts = [one.max_prompt_tokens for one in in_order(stage) if isinstance(one, Data) and one.base == base]
+        if prompts and max(prompts) + completion > context:
+            raise InputError(
+                f"data.max_prompt_tokens: found {max(prompts)} beside max_completion_tokens {completion}; expected at "
+                f"most {context} together, the model's context; lower one of the two"
+            )
 
 
 def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path:

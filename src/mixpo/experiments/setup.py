@@ -26,6 +26,8 @@ class Setup:
 
     recipe: Recipe
     seed: int
+    snapshots: int = 0
+    """Policies that PPO keeps on its way."""
 
     def _settings(self, section: Settings) -> dict[str, Any]:
         """A section's settings as keywords, at this seed unless the section sets its own."""
@@ -93,7 +95,8 @@ class Setup:
     @cached_property
     def ppo(self) -> dict[str, Any]:
         """PPO's settings, and what it always reads."""
-        return {"sft": self.sft, "reward": self.reward, **self._settings(self.recipe.ppo)}
+        read = {"sft": self.sft, "reward": self.reward}
+        return {**read, "snapshots": self.snapshots, **self._settings(self.recipe.ppo)}
 
     def grouped(self, advantage: Literal["rloo", "grpo"]) -> dict[str, Any]:
         """PPO without a value model: `group_size` completions a prompt, as many completions and iterations as `ppo`."""
@@ -112,6 +115,7 @@ class Setup:
             second=self.second_reward,
             data=self.data,
             best_of=best_of,
+            chooser=self.reward if best_of > 1 and self.reward != self.clean_reward else None,
             **self._settings(self.recipe.evaluation),
         )
 

@@ -88,7 +88,7 @@ class Data(Stage, DataSettings):
         if not settings.train:
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
         groups = [settings.train, settings.test, settings.demonstrations]
-        groups += [settings.second] if settings.second else []
+        groups += [settings.second] if settings.second and settings.second_rows else []
         digests = [
             [name if name.startswith("hub:") else content_digest([Path(name).expanduser()]) for name in group]
             for group in groups
@@ -160,6 +160,9 @@ class Data(Stage, DataSettings):
                     if bad
                     else f"data.{name}: found no rows; expected at least one"
                 )
+            asked = getattr(self, f"{name.removesuffix('s')}_rows")
+            if asked is not None and len(rows) < asked:
+                watcher.get().note(f"data.{name}: {len(rows)} rows, where {asked} were asked for: there are no more")
             write_rows(out / f"{name}.parquet", rows)
         if bad:
             watcher.get().note(f"{len(bad)} of {total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
@@ -194,9 +197,8 @@ class Data(Stage, DataSettings):
             )
         bad: list[BadRow] = []
         rows: list[list[Preference]] = [[], [], []]
-        for target, names, split in zip(
-            rows, (self.train, self.test, self.second), ("train", "test", "train"), strict=True
-        ):
+        second = self.second if self.second_rows else ()
+        for target, names, split in zip(rows, (self.train, self.test, second), ("train", "test", "train"), strict=True):
             for name in names:
                 found, problems = self._preferences(name, split, check)
                 target += found
@@ -206,8 +208,8 @@ class Data(Stage, DataSettings):
             shown, problems = self._demonstrations(name, check)
             demonstrations += shown
             bad += problems
-        train, test, second = rows
-        return train, test, second, demonstrations, bad, sum(map(len, rows)) + len(demonstrations) + len(bad)
+        train, test, held = rows
+        return train, test, held, demonstrations, bad, sum(map(len, rows)) + len(demonstrations) + len(bad)
 
     def _preferences(self, name: str, split: str, check: Check) -> tuple[list[Preference], list[BadRow]]:
         assert self.format != "world"

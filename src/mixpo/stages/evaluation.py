@@ -47,6 +47,8 @@ class Evaluation(Stage, EvaluationSettings):
     data: Stage
     best_of: int = pydantic.Field(1, ge=1)
     """Draw so many completions a prompt and keep the one with the highest score; SFT only."""
+    chooser: Stage | None = None
+    """The reward model by whose score best_of keeps one; `reward` if not given."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample, score, measure."""
@@ -80,9 +82,10 @@ class Evaluation(Stage, EvaluationSettings):
             cost.scored(reward.model, prompted + sum(len(c) for branches in completions for c in branches))
             return scores(reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=budget)
 
-        found, best = scored(inputs["reward"]).max(dim=1)
-        kept = best.tolist()
-        completions = [[branches[place]] for branches, place in zip(completions, kept, strict=True)]
+        if self.best_of > 1:
+            best = scored(inputs["reward" if self.chooser is None else "chooser"]).argmax(dim=1).tolist()
+            completions = [[branches[place]] for branches, place in zip(completions, best, strict=True)]
+        found = scored(inputs["reward"])[:, 0]
         second = scored(inputs["second"])[:, 0] if self.second is not None else None
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import torch
@@ -120,16 +120,16 @@ class PPOSettings(Seeded, OptimizerSettings):
     max_kl: float = pydantic.Field(1.0, gt=0)
     """Mean KL to the reference, in nats a token, above which the stage stops."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
-    snapshots: int = pydantic.Field(0, ge=0)
-    """Policies kept on the way, at even distances, to see how they came where they are."""
     lora: Lora | None = None
 
-    @pydantic.model_validator(mode="before")
+    @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") == "deepspeed-chat":
-            return {**DEEPSPEED_CHAT, **values}
-        return values
+    def _apply_preset(cls, values: Any, validate: pydantic.ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict) or values.get("preset") != "deepspeed-chat":
+            return validate(values)
+        settings = validate({**DEEPSPEED_CHAT, **values})
+        settings.model_fields_set.intersection_update(values)  # another preset takes the constants along
+        return settings
 
     @pydantic.model_validator(mode="after")
     def _check_together(self) -> "PPOSettings":
@@ -190,6 +190,8 @@ class PPO(Stage, PPOSettings):
     """The KL from it is logged, and held to kl_budget."""
     reward: Stage
     prompts: Part
+    snapshots: int = pydantic.Field(0, ge=0)
+    """Policies kept on the way, at even distances, to see how they came where they are."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/` and `completions.jsonl`, one completion of each iteration to read."""
@@ -292,7 +294,7 @@ def _snapshot_steps(count: int, total: int) -> list[int]:
     """After which steps a snapshot is kept: the ends of the first `count` of count + 1 equal parts."""
     if count >= total:
         raise InputError(
-            f"ppo.snapshots: found {count} for {total} iterations; expected fewer; lower trace.snapshots or "
+            f"trace.snapshots: found {count} for {total} iterations of PPO; expected fewer; lower it or "
             "ppo.batch_size, or raise ppo.epochs"
         )
     return [round(total * number / (count + 1)) for number in range(1, count + 1)]
