@@ -106,6 +106,17 @@ def test_paths_of_a_stem_share_a_colour_and_only_the_dashed_are_dashed() -> None
     assert [colour in plain for colour in figures.COLOURS[:3]] == [True, True, False]
 
 
+def test_a_scatter_shows_and_names_every_group() -> None:
+    groups = {"easy": [(1.0, 1.0), (2.0, 2.5)], "hard": [(3.0, 2.0)]}
+    figure = figures.scatter(groups, name="a", x="x", y="y")
+    assert figure.rows == [("easy", 1.0, 1.0), ("easy", 2.0, 2.5), ("hard", 3.0, 2.0)]
+    tree = ElementTree.fromstring(figure.svg)
+    texts = {"".join(one.itertext()).strip() for one in tree.iterfind(".//{*}text")}
+    assert {"easy", "hard"} <= texts
+    drawn = {colour: figure.svg.count(colour) for colour in figures.COLOURS[:2]}
+    assert all(count > 0 for count in drawn.values())
+
+
 def test_no_bar_is_drawn_without_bounds() -> None:
     def drawn(low: float, high: float) -> int:
         point = Point("a", BARE.x, Interval(1.0, low, high))

@@ -302,6 +302,13 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     assert found["dpo"][1] == "failed"
 
 
+def test_a_ratio_of_costs_is_of_common_seeds_with_its_range() -> None:
+    by_seed = {"mpo": {0: {"flops": 3.0}, 1: {"flops": 5.0}}, "ppo": {0: {"flops": 2.0}, 1: {"flops": 5.0}}}
+    assert cost._times(by_seed, "flops") == "1.14 (1.00 to 1.50 over the seeds) times"
+    assert cost._times({**by_seed, "ppo": {0: {"flops": 2.0}}}, "flops") == "1.50 times"
+    assert cost._times({**by_seed, "ppo": {2: {"flops": 2.0}}}, "flops") == "(at no common seed)"
+
+
 def test_gain_by_cost_is_of_common_seeds(tmp_path: Path) -> None:
     """ppo at seed 1 gains 2 - 1 over SFT for 1e10 FLOPs and 120 s more."""
     section, found = costs(tmp_path)

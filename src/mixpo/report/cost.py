@@ -19,6 +19,7 @@ from mixpo.report.results import Results, StageFolder, few
 from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")
+MEMORY = "peak_memory_mib"
 SEEN = 0.95
 """Share of resamples in which MPO must come to PPO's reward for an interval to be given."""
 HEADINGS = ("seconds", "tokens sampled", "tokens trained", "FLOPs", "peak memory (MiB)")
@@ -29,7 +30,11 @@ def section(results: Results) -> Section | None:
     stages = {stage.key: stage for stage in results.stages}
     if not stages:
         return None
-    spent = {name: _mean_cost(results, name, stages) for name in results.finished}
+    by_seed = {name: _costs(results, name, stages) for name in results.finished}
+    spent = {
+        name: {key: float(np.mean([cost[key] for cost in costs.values()])) for key in (*COUNTED, MEMORY)}
+        for name, costs in by_seed.items()
+    }
     groups = [Group("By arm", _pictures(results, spent), _arm_table(results, spent))]
     needed = _samples_needed(results)
     if needed:
@@ -46,7 +51,7 @@ def section(results: Results) -> Section | None:
             ]
         )
     )
-    return Section("cost", "Cost", _opening(results, list(stages.values()), spent, needed), groups)
+    return Section("cost", "Cost", _opening(list(stages.values()), by_seed, spent, needed), groups)
 
 
 def stands_on(arm: ArmResult) -> list[str]:
@@ -67,13 +72,14 @@ def stands_on(arm: ArmResult) -> list[str]:
     return needed
 
 
-def _mean_cost(results: Results, name: str, stages: Mapping[str, StageFolder]) -> dict[str, float]:
-    totals = []
-    for arm in results.done(name).values():
+def _costs(results: Results, name: str, stages: Mapping[str, StageFolder]) -> dict[int, dict[str, float]]:
+    """An arm's cost by seed: sums over its stages, and the peak of their memory."""
+    costs = {}
+    for seed, arm in results.done(name).items():
         own = [stages[key].summary["cost"] for key in stands_on(arm) if key in stages]
         total = {key: sum(float(cost[key]) for cost in own) for key in COUNTED}
-        totals.append({**total, "peak_memory_mib": max((float(cost["peak_memory_mib"]) for cost in own), default=0.0)})
-    return {key: float(np.mean([total[key] for total in totals])) for key in totals[0]}
+        costs[seed] = {**total, MEMORY: max((float(cost[MEMORY]) for cost in own), default=0.0)}
+    return costs
 
 
 def _arm_table(results: Results, spent: Mapping[str, Mapping[str, float]]) -> Table:
@@ -180,8 +186,8 @@ def _cells(cost: Mapping[str, float]) -> list[str]:
 
 
 def _opening(
-    results: Results,
     stages: list[StageFolder],
+    by_seed: Mapping[str, Mapping[int, Mapping[str, float]]],
     spent: Mapping[str, Mapping[str, float]],
     needed: tuple[str, Group] | None,
 ) -> str:
@@ -190,11 +196,22 @@ def _opening(
     if {"mpo", "ppo"} <= spent.keys():
         mpo, ppo = spent["mpo"], spent["ppo"]
         said += (
-            f"; mpo, with all that it needs, takes {mpo['flops'] / ppo['flops']:.2f} times the FLOPs of ppo and "
-            f"{mpo['seconds'] / ppo['seconds']:.2f} times its time, and samples {mpo['tokens_sampled']:,.0f} tokens "
-            f"to its {ppo['tokens_sampled']:,.0f}"
+            f"; mpo, with all that it needs, takes {_times(by_seed, 'flops')} the FLOPs of ppo and "
+            f"{_times(by_seed, 'seconds')} its time, and samples {mpo['tokens_sampled']:,.0f} tokens to its "
+            f"{ppo['tokens_sampled']:,.0f}"
         )
     return f"{said}. {needed[0]}." if needed else f"{said}."
+
+
+def _times(by_seed: Mapping[str, Mapping[int, Mapping[str, float]]], key: str) -> str:
+    """mpo's cost over ppo's: of the sums over the seeds at which both finished, and the range over them."""
+    both = [(cost[key], by_seed["ppo"][seed][key]) for seed, cost in by_seed["mpo"].items() if seed in by_seed["ppo"]]
+    if not both:
+        return "(at no common seed)"
+    each = [mpo / ppo for mpo, ppo in both]
+    mean = f"{sum(mpo for mpo, _ in both) / sum(ppo for _, ppo in both):.2f}"
+    span = f" ({min(each):.2f} to {max(each):.2f} over the seeds)" if len(each) > 1 else ""
+    return f"{mean}{span} times"
 
 
 def time_text(seconds: float) -> str:
