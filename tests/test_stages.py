@@ -169,6 +169,17 @@ def test_dpo_with_lora_starts_at_its_reference_and_moves(world: World) -> None:
     assert rows[-1]["margin"] > rows[0]["margin"] + 0.01
 
 
+def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> None:
+    def first_losses(**settings: Any) -> float:
+        stage = world.reward.model_copy(update={"learning_rate": 1e-6, **settings})
+        rows = Metrics(world.build(stage), resumed_at=10**6).rows()
+        return sum(row["loss"] for row in rows[:4]) / 4
+
+    fitted = first_losses(head="fitted")
+    assert fitted < math.log(2) - 0.02 < first_losses()
+    assert fitted < first_losses(head="fitted", head_ridge=1e4) == pytest.approx(math.log(2), abs=0.01)
+
+
 def test_sft_and_the_reward_model_learn_with_lora(world: World) -> None:
     sft = world.sft.model_copy(update={"lora": Lora(rank=8), "epochs": 1, "base": world.sft})
     reward = world.reward.model_copy(update={"lora": Lora(rank=8)})

@@ -12,6 +12,7 @@ from mixpo.algorithms.preference import (
     centering_loss,
     dpo_gradients,
     dpo_loss,
+    fit_bradley_terry,
     implicit_rewards,
 )
 
@@ -33,6 +34,30 @@ def test_bradley_terry_is_the_probability_of_the_choice():
     for c, r in zip(chosen, rejected, strict=True):
         expected.append(-math.log(math.exp(c) / (math.exp(c) + math.exp(r))))
     near(bradley_terry_loss(tensor(*chosen), tensor(*rejected)), expected)
+
+
+def test_a_fitted_head_is_where_the_gradient_vanishes_whatever_the_columns_scales():
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x + torch.tensor([0.5, -0.3, 0.0, 0.1, 0.0])) * torch.tensor([1.0, 10.0, 0.01, 1.0, 0.0])
+    weights = fit_bradley_terry(x, ridge=0.05).requires_grad_()
+    scale = x.std(dim=0, correction=0)
+    loss = bradley_terry_loss(x @ weights, torch.zeros(200, dtype=torch.float64)).mean()
+    loss = loss + 0.05 / 2 * (scale * weights).square().sum()
+    (gradient,) = torch.autograd.grad(loss, weights)
+    near(gradient[:4] / scale[:4], torch.zeros(4), atol=1e-7)
+    assert weights[4] == 0
+    assert weights[0] > 0 > weights[1]
+    scaled = fit_bradley_terry(x * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), ridge=0.05)
+    near(scaled[:4] * torch.tensor([1.0, 2.0, 3.0, 4.0]), weights[:4].detach(), atol=1e-5)
+
+
+def test_one_feature_fits_as_a_hand_calculation_says():
+    """Three of four differences are +1: without a penalty the weight is log 3; a ridge draws it to 0."""
+    x = torch.tensor([[1.0], [1.0], [1.0], [-1.0]], dtype=torch.float64)
+    near(fit_bradley_terry(x, ridge=1e-9), [math.log(3)], atol=1e-6)
+    assert 0 < fit_bradley_terry(x, ridge=1.0) < 0.5
+    with pytest.raises(ValueError, match="expected a ridge above 0, found 0"):
+        fit_bradley_terry(x, ridge=0.0)
 
 
 def test_bradley_terry_stays_finite_for_far_scores():

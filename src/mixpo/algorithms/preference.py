@@ -1,9 +1,16 @@
 """Losses on preference pairs: Bradley-Terry and DPO."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
+from scipy.optimize import minimize
+from scipy.special import expit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def bradley_terry_loss(
@@ -26,6 +33,30 @@ def centering_loss(
     """
     _same_shape(chosen_scores, rejected_scores)
     return (chosen_scores + rejected_scores) ** 2
+
+
+def fit_bradley_terry(differences: Float[Tensor, "pairs width"], *, ridge: float) -> Float[Tensor, " width"]:
+    """The weights w that minimise mean -log sigmoid(x @ w) + ridge/2 |s w|^2 over the rows x, chosen - rejected.
+
+    s is the standard deviation of each column, so that its scale does not matter; one that does not vary gets weight 0.
+    The loss is convex. Raises ValueError if ridge is not positive, without which separable pairs have no minimum.
+    """
+    if ridge <= 0:
+        raise ValueError(f"expected a ridge above 0, found {ridge}")
+    x = differences.double().numpy()
+    scale = x.std(axis=0)
+    varies = scale > 0
+    x = x[:, varies] / scale[varies]
+
+    def loss(weights: Vector) -> tuple[float, Vector]:
+        margins = x @ weights
+        value = np.logaddexp(0.0, -margins).mean() + ridge / 2 * weights @ weights
+        return float(value), ridge * weights - x.T @ expit(-margins) / len(x)
+
+    fitted = np.zeros_like(scale)
+    found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"gtol": 1e-8, "ftol": 0.0})
+    fitted[varies] = found.x / scale[varies]
+    return torch.from_numpy(fitted).to(differences.dtype)
 
 
 def implicit_rewards(

@@ -9,7 +9,7 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import completion_text, completion_tokens, prompt_tokens
-from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores
+from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores, hidden_states
 from mixpo.models.loading import same_tokens
 
 Completions = Sequence[Sequence[Tokens]]
@@ -70,6 +70,19 @@ def scores(
 ) -> Float[Tensor, "prompts k"]:
     """The reward model's score of every completion."""
     return read_all(reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget)
+
+
+@torch.no_grad()
+def last_states(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+) -> Float[Tensor, "prompts k width"]:
+    """The hidden state at the last token of every completion, which a reward model's head reads; on the CPU."""
+    width = lm.model.config.get_text_config().hidden_size
+    states = torch.zeros(len(prompts), len(completions[0]), width)
+    lm.model.eval()
+    for rows, batch in portions(lm, prompts, completions, token_budget):
+        states[rows] = hidden_states(lm, batch)[batch.last].float().cpu()
+    return states
 
 
 def retokenised(

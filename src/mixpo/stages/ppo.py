@@ -147,14 +147,46 @@ class PPOSettings(Seeded, OptimizerSettings):
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One iteration's completions with what was found out about them. Tensors are [prompts, k, tokens] on the CPU."""
+class Judges:
+    """The frozen models that look at completions."""
+
+    reference: LanguageModel
+    sft: LanguageModel
+    """The reference itself where that is SFT."""
+    reward: LanguageModel
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions of the current policy. Tensors are [prompts, k, tokens] on the CPU."""
 
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     mask: Bool[Tensor, "prompts k tokens"]
     logprobs: Float[Tensor, "prompts k tokens"]
     """Kept from sampling."""
+    ended: Bool[Tensor, "prompts k"]
+
+    @property
+    def tokens(self) -> int:
+        """Prompts once, completions all."""
+        return sum(map(len, self.prompts)) + int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the frozen models say of them."""
+
+    scores: Float[Tensor, "prompts k"]
+    reference_logprobs: Float[Tensor, "prompts k tokens"]
+    sft_logprobs: Float[Tensor, "prompts k tokens"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's completions, ready to learn from."""
+
+    drawn: Drawn
     advantages: Float[Tensor, "prompts k tokens"]
     values: Float[Tensor, "prompts k tokens"] | None
     returns: Float[Tensor, "prompts k tokens"] | None
@@ -199,18 +231,10 @@ class PPO(Stage, PPOSettings):
         torch.manual_seed(self.seed)
         policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
         policy = load_policy(policy_folder, device=device, precision=self.precision)
-        reference = load_policy(reference_folder, device=device, precision=self.precision)
-        at_sft = model_digest(reference_folder) == model_digest(model_in(inputs["sft"]))
-        sft = reference if at_sft else load_policy(model_in(inputs["sft"]), device=device, precision=self.precision)
-        reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
-        for name, other in (("reference", reference), ("sft", sft)):
-            if not same_tokens(other.tokenizer, policy.tokenizer):
-                raise InputError(
-                    f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both"
-                )
+        judges = _judges(self, inputs, policy)
         starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
         adapters = add_lora(policy, self.lora) if self.lora else None
-        learner = _learner(self, policy, policy_folder, reward, model_in(inputs["reward"]), device)
+        learner = _learner(self, policy, policy_folder, judges.reward, model_in(inputs["reward"]), device)
 
         asked = unique_prompts(read_table(inputs["prompts"]))
         prompts = [prompt_tokens(policy.tokenizer, prompt) for prompt in asked]
@@ -236,9 +260,7 @@ class PPO(Stage, PPOSettings):
                 rollout, metrics = _roll_out(
                     self,
                     learner,
-                    reference,
-                    sft,
-                    reward,
+                    judges,
                     [asked[row] for row in rows],
                     [prompts[row] for row in rows],
                     step=step,
@@ -264,16 +286,8 @@ class PPO(Stage, PPOSettings):
                 learner.multiplier, learner.errors = steer(
                     learner.errors, metrics["kl_from_sft"], budget=self.kl_budget
                 )
-            append_jsonl(
-                out / "completions.jsonl",
-                [
-                    {
-                        "step": step,
-                        "prompt": asked[rows[0]],
-                        "completion": completion_text(policy.tokenizer, rollout.completions[0][0]),
-                    }
-                ],
-            )
+            shown = completion_text(policy.tokenizer, rollout.drawn.completions[0][0])
+            append_jsonl(out / "completions.jsonl", [{"step": step, "prompt": asked[rows[0]], "completion": shown}])
             log.add(step, total, metrics)
             if step + 1 in kept:
                 folder = Snapshot(stage=self, number=kept.index(step + 1) + 1).path_in(out)
@@ -288,6 +302,20 @@ class PPO(Stage, PPOSettings):
         alarms = tell(policy_alarms(metrics_rows))
         finish(out, cost, model=digest, prompts=len(prompts), steps=total, snapshots=kept, alarms=alarms, **figures)
         checkpoint.remove()
+
+
+def _judges(stage: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel) -> Judges:
+    """Load the frozen models; SFT once where it is the reference."""
+    reference_folder, sft_folder = model_in(inputs["reference"]), model_in(inputs["sft"])
+    reference = load_policy(reference_folder, device=policy.device, precision=stage.precision)
+    sft = reference
+    if model_digest(reference_folder) != model_digest(sft_folder):
+        sft = load_policy(sft_folder, device=policy.device, precision=stage.precision)
+    for name, other in (("reference", reference), ("sft", sft)):
+        if not same_tokens(other.tokenizer, policy.tokenizer):
+            raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
+    reward = load_reward_model(model_in(inputs["reward"]), device=policy.device, precision=stage.precision)
+    return Judges(reference, sft, reward)
 
 
 def _snapshot_steps(count: int, total: int) -> list[int]:
@@ -354,9 +382,7 @@ def _parts(learner: Learner) -> dict[str, Stateful]:
 def _roll_out(
     stage: PPOSettings,
     learner: Learner,
-    reference: LanguageModel,
-    sft: LanguageModel,
-    reward: LanguageModel,
+    judges: Judges,
     asked: Sequence[Prompt],
     prompts: list[list[int]],
     *,
@@ -365,8 +391,29 @@ def _roll_out(
     cost: Cost,
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample, score, shape rewards, advantages."""
-    policy, budget, started = learner.policy, runtime.microbatch_tokens, time.perf_counter()
-    drawn = sample(
+    started = time.perf_counter()
+    drawn = _draw(stage, learner.policy, prompts, step=step, runtime=runtime, cost=cost)
+    judged = _judge(stage, learner.policy, judges, asked, drawn, runtime=runtime, cost=cost)
+    anchor_logprobs = judged.reference_logprobs.lerp(judged.sft_logprobs, sft_weight(learner.multiplier))
+    rewards = shaped_rewards(
+        drawn.logprobs.flatten(0, 1),
+        anchor_logprobs.flatten(0, 1),
+        drawn.mask.flatten(0, 1),
+        judged.scores.flatten(),
+        kl_coef=learner.kl_coef * learner.multiplier,
+        score_clip=stage.score_clip,
+        penalties=stage.missing_end_penalty * (~drawn.ended.flatten()).float(),
+    ).view_as(drawn.mask)
+    rollout = _with_advantages(stage, learner, drawn, rewards, runtime=runtime, cost=cost)
+    metrics = _rollout_metrics(drawn, judged, rewards, rollout)
+    metrics |= {"kl_coef": learner.kl_coef * learner.multiplier, "sampling_seconds": time.perf_counter() - started}
+    return rollout, metrics
+
+
+def _draw(
+    stage: PPOSettings, policy: LanguageModel, prompts: list[list[int]], *, step: int, runtime: Runtime, cost: Cost
+) -> Drawn:
+    sampled = sample(
         policy,
         prompts,
         k=stage.completions_per_prompt,
@@ -374,82 +421,97 @@ def _roll_out(
         seed=stage.seed * 1_000_003 + step,
         token_budget=runtime.sampling_tokens,
     )
-    completions = [row.completions for row in drawn]
-    longest = max(len(c) for branches in completions for c in branches)
+    completions = [row.completions for row in sampled]
     lengths = torch.tensor([[len(c) for c in branches] for branches in completions])
-    mask = torch.arange(longest) < lengths[..., None]
-    logprobs = torch.zeros(mask.shape).masked_scatter(
-        mask, torch.tensor([value for row in drawn for kept in row.logprobs for value in kept])
-    )
+    mask = torch.arange(int(lengths.max())) < lengths[..., None]
+    kept = torch.tensor([value for row in sampled for branch in row.logprobs for value in branch])
+    logprobs = torch.zeros(mask.shape).masked_scatter(mask, kept)
     ended = torch.tensor([[c[-1] == policy.end_token for c in branches] for branches in completions])
-    sampled_tokens, prompted = int(lengths.sum()), sum(map(len, prompts))
-    cost.sampled(policy.model, sampled_tokens, prompted)
+    cost.sampled(policy.model, int(lengths.sum()), sum(map(len, prompts)))
+    return Drawn(prompts, completions, mask, logprobs, ended)
 
-    found = scores(reward, *retokenised(reward, policy, asked, prompts, completions), token_budget=budget)
-    reference_logprobs = token_logprobs(reference, prompts, completions, token_budget=budget)
-    cost.scored(reward.model, sampled_tokens + prompted)
-    cost.scored(reference.model, sampled_tokens + prompted)
-    sft_logprobs = reference_logprobs
-    if sft is not reference:
-        sft_logprobs = token_logprobs(sft, prompts, completions, token_budget=budget)
-        if stage.kl_budget is not None:  # else it is only looked at
-            cost.scored(sft.model, sampled_tokens + prompted)
-    kl_coef = learner.kl_coef * learner.multiplier
-    anchor_logprobs = reference_logprobs.lerp(sft_logprobs, sft_weight(learner.multiplier))
-    rewards = shaped_rewards(
-        logprobs.flatten(0, 1),
-        anchor_logprobs.flatten(0, 1),
-        mask.flatten(0, 1),
-        found.flatten(),
-        kl_coef=kl_coef,
-        score_clip=stage.score_clip,
-        penalties=stage.missing_end_penalty * (~ended.flatten()).float(),
-    ).view_as(mask)
 
-    values = returns = None
-    if stage.advantage == "gae":
-        assert learner.value is not None
-        value, head = learner.value, learner.value_head
-        assert head is not None
-        values = read_all(
-            value, prompts, completions, lambda batch: branch_values(value, batch, head), token_budget=budget
-        )
-        cost.scored(value.model, sampled_tokens + prompted)
-        advantages = generalized_advantages(
-            rewards.flatten(0, 1),
-            values.flatten(0, 1),
-            mask.flatten(0, 1),
-            discount=stage.discount,
-            gae_lambda=stage.gae_lambda,
-        ).view_as(mask)
-        returns = advantages + values
-    else:
+def _judge(
+    stage: PPOSettings,
+    policy: LanguageModel,
+    judges: Judges,
+    asked: Sequence[Prompt],
+    drawn: Drawn,
+    *,
+    runtime: Runtime,
+    cost: Cost,
+) -> Judged:
+    prompts, completions, budget = drawn.prompts, drawn.completions, runtime.microbatch_tokens
+    found = scores(judges.reward, *retokenised(judges.reward, policy, asked, prompts, completions), token_budget=budget)
+    cost.scored(judges.reward.model, drawn.tokens)
+    reference_logprobs = token_logprobs(judges.reference, prompts, completions, token_budget=budget)
+    cost.scored(judges.reference.model, drawn.tokens)
+    if judges.sft is judges.reference:
+        return Judged(found, reference_logprobs, reference_logprobs)
+    sft_logprobs = token_logprobs(judges.sft, prompts, completions, token_budget=budget)
+    if stage.kl_budget is not None:  # else it is only looked at
+        cost.scored(judges.sft.model, drawn.tokens)
+    return Judged(found, reference_logprobs, sft_logprobs)
+
+
+def _with_advantages(
+    stage: PPOSettings,
+    learner: Learner,
+    drawn: Drawn,
+    rewards: Float[Tensor, "prompts k tokens"],
+    *,
+    runtime: Runtime,
+    cost: Cost,
+) -> Rollout:
+    if stage.advantage != "gae":
         compare = rloo_advantages if stage.advantage == "rloo" else grpo_advantages
-        advantages = compare(rewards.sum(dim=-1))[..., None] * mask
-    if stage.whiten_advantages and stage.advantage == "gae":
-        advantages = whiten(advantages, mask)
+        return Rollout(drawn, compare(rewards.sum(dim=-1))[..., None] * drawn.mask, None, None)
+    value, head = learner.value, learner.value_head
+    assert value is not None
+    assert head is not None
+    values = read_all(
+        value,
+        drawn.prompts,
+        drawn.completions,
+        lambda batch: branch_values(value, batch, head),
+        token_budget=runtime.microbatch_tokens,
+    )
+    cost.scored(value.model, drawn.tokens)
+    advantages = generalized_advantages(
+        rewards.flatten(0, 1),
+        values.flatten(0, 1),
+        drawn.mask.flatten(0, 1),
+        discount=stage.discount,
+        gae_lambda=stage.gae_lambda,
+    ).view_as(drawn.mask)
+    returns = advantages + values
+    return Rollout(drawn, whiten(advantages, drawn.mask) if stage.whiten_advantages else advantages, values, returns)
 
-    kl = kl_k1(logprobs, reference_logprobs) * mask
+
+def _rollout_metrics(
+    drawn: Drawn, judged: Judged, rewards: Float[Tensor, "prompts k tokens"], rollout: Rollout
+) -> dict[str, float]:
+    mask, logprobs = drawn.mask, drawn.logprobs
+    kl = kl_k1(logprobs, judged.reference_logprobs) * mask
+    lengths = mask.sum(dim=-1)
     metrics = {
-        "score": float(found.mean()),
-        "score_std": float(found.std(correction=0)),
+        "score": float(judged.scores.mean()),
+        "score_std": float(judged.scores.std(correction=0)),
         "reward": float(rewards.sum(dim=-1).mean()),
         "kl": float(kl.sum(dim=-1).mean()),
         "kl_per_token": float(masked_mean(kl, mask)),
-        "kl_k3": float((kl_k3(logprobs, reference_logprobs) * mask).sum(dim=-1).mean()),
+        "kl_k3": float((kl_k3(logprobs, judged.reference_logprobs) * mask).sum(dim=-1).mean()),
         "kl_abs_per_token": float(masked_mean(kl.abs(), mask)),
-        "kl_from_sft": float((kl_k1(logprobs, sft_logprobs) * mask).sum(dim=-1).mean()),
-        "kl_coef": kl_coef,
+        "kl_from_sft": float((kl_k1(logprobs, judged.sft_logprobs) * mask).sum(dim=-1).mean()),
         "completion_tokens": float(lengths.float().mean()),
-        "end_rate": float(ended.float().mean()),
-        "distinct": len({tuple(c) for branches in completions for c in branches}) / ended.numel(),
-        "tokens": float(sampled_tokens),
-        "completions": float(ended.numel()),
-        "sampling_seconds": time.perf_counter() - started,
+        "end_rate": float(drawn.ended.float().mean()),
+        "distinct": len({tuple(c) for branches in drawn.completions for c in branches}) / drawn.ended.numel(),
+        "tokens": float(lengths.sum()),
+        "completions": float(drawn.ended.numel()),
     }
-    if values is not None and returns is not None:
-        metrics["value_explained_variance"] = float(explained_variance(values, returns, mask))
-    return Rollout(prompts, completions, mask, logprobs, advantages, values, returns), metrics
+    if rollout.values is not None and rollout.returns is not None:
+        metrics["value_explained_variance"] = float(explained_variance(rollout.values, rollout.returns, mask))
+    return metrics
 
 
 def _refuse_runaway(stage: PPOSettings, metrics: Mapping[str, float], *, first_of_all: bool) -> None:
@@ -471,7 +533,7 @@ def _learn(
 ) -> dict[str, float]:
     """Update policy and value on a rollout."""
     started = time.perf_counter()
-    count = len(rollout.prompts)
+    count = len(rollout.drawn.prompts)
     rate = learning_rate(step, total=total, settings=stage)
     value_rate = learning_rate(step, total=total, settings=stage, peak=stage.value_learning_rate)
     warming = step < stage.value_warmup_steps and stage.advantage == "gae"
@@ -507,11 +569,11 @@ def _policy_step(
     lm, head = learner.policy, learner.value_head
 
     def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
-        batch = _pack(lm, rollout, chosen)
+        batch = _pack(lm, rollout.drawn, chosen)
         hidden = hidden_states(lm, batch)
         logprobs, entropy = branch_predictions(lm, batch, hidden)
         cost.trained(lm.model, batch.tokens)
-        kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.logprobs, rollout.advantages))
+        kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.drawn.logprobs, rollout.advantages))
         mask, number = batch.mask, batch.mask.sum()
         losses = policy_loss(logprobs.flatten(0, 1), kept.flatten(0, 1), advantages.flatten(0, 1), clip=stage.clip)
         summed = (losses.view_as(mask) * mask).sum()
@@ -535,9 +597,9 @@ def _policy_step(
     learn(lm)
     return update(
         learner.policy_optimizer,
-        _portions(rollout, rows, runtime),
+        _portions(rollout.drawn, rows, runtime),
         loss,
-        count=int(rollout.mask[rows].sum()),
+        count=int(rollout.drawn.mask[rows].sum()),
         max_grad_norm=stage.max_grad_norm,
         rate=rate,
     )
@@ -552,16 +614,16 @@ def _value_step(
     assert optimizer is not None
 
     def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
-        batch = _pack(lm, rollout, chosen)
+        batch = _pack(lm, rollout.drawn, chosen)
         cost.trained(lm.model, batch.tokens)
         return _value_losses(stage, branch_values(lm, batch, head), rollout, chosen, batch.mask), {}
 
     learn(lm)
     return update(
         optimizer,
-        _portions(rollout, rows, runtime),
+        _portions(rollout.drawn, rows, runtime),
         loss,
-        count=int(rollout.mask[rows].sum()),
+        count=int(rollout.drawn.mask[rows].sum()),
         max_grad_norm=stage.max_grad_norm,
         rate=rate,
     )
@@ -577,16 +639,16 @@ def _value_losses(
     return (losses.view_as(mask) * mask).sum()
 
 
-def _portions(rollout: Rollout, rows: list[int], runtime: Runtime) -> Iterator[list[int]]:
-    lengths = row_lengths([rollout.prompts[row] for row in rows], [rollout.completions[row] for row in rows])
+def _portions(drawn: Drawn, rows: list[int], runtime: Runtime) -> Iterator[list[int]]:
+    lengths = row_lengths([drawn.prompts[row] for row in rows], [drawn.completions[row] for row in rows])
     for part in by_tokens(lengths, runtime.microbatch_tokens):
         yield [rows[place] for place in part]
 
 
-def _pack(lm: LanguageModel, rollout: Rollout, chosen: list[int]) -> Any:
+def _pack(lm: LanguageModel, drawn: Drawn, chosen: list[int]) -> Any:
     return pack(
-        [rollout.prompts[row] for row in chosen],
-        [rollout.completions[row] for row in chosen],
+        [drawn.prompts[row] for row in chosen],
+        [drawn.completions[row] for row in chosen],
         share_prompt=lm.shares_prompts,
     ).to(lm.device)
 

@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 import torch
 from torch import Tensor
 
-from mixpo.algorithms.preference import bradley_terry_loss, centering_loss
+from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
 from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.models.language_model import branch_scores
 from mixpo.models.loading import Lora, add_lora, new_reward_model, save_model
-from mixpo.models.scoring import scores
+from mixpo.models.scoring import last_states, scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
@@ -40,6 +40,11 @@ class RewardModelSettings(Seeded, SupervisedSettings):
     """Share of the train pairs held out for validation."""
     center_coef: float = pydantic.Field(0.0, ge=0)
     """Weight of the loss that keeps the scores' mean near 0, where PPO's score_clip is even-handed; 0.01 is usual."""
+    head: Literal["random", "fitted"] = "random"
+    """`fitted` starts from the head that is best on the frozen model's states (a ridge regression, one forward pass):
+    worth it where pairs are few, since a random one has to be unlearnt (Kumar et al. 2022)."""
+    head_ridge: float = pydantic.Field(0.3, gt=0)
+    """Weight of the penalty on a fitted head."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     lora: Lora | None = None
 
@@ -68,6 +73,11 @@ class RewardModel(Stage, RewardModelSettings):
         )
         first, spent = checkpoint.resume()
         cost, log, total = Cost(spent), Metrics(out, resumed_at=first), steps_of(len(train), self)
+        prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
+        if self.head == "fitted" and first == 0:
+            states = last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
+            cost.scored(lm.model, sum(row_lengths(prompts, completions)))
+            lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             chosen, rejected = branch_scores(lm, batch).unbind(dim=1)
@@ -86,8 +96,8 @@ class RewardModel(Stage, RewardModelSettings):
         for step, metrics in supervised(
             lm,
             optimizer,
-            [pairs.prompts[row] for row in train],
-            [pairs.completions[row] for row in train],
+            prompts,
+            completions,
             loss,
             count=len,
             settings=self,
