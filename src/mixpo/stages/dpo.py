@@ -1,5 +1,6 @@
 """DPO: direct preference optimization on any pairs, from any start, against any reference (Rafailov et al. 2023)."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ class DPO(Stage, DPOSettings):
         lm = load_policy(model_in(inputs["policy"]), device=device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         cost = Cost()
+        started = time.perf_counter()
         reference = _reference_logprobs(self, inputs, lm, pairs, runtime, cost)
+        reference_seconds = time.perf_counter() - started
         adapters = add_lora(lm, self.lora) if self.lora else None
         optimizer = make_optimizer(lm.model.parameters(), self)
         checkpoint = Checkpoint(
@@ -114,6 +117,7 @@ class DPO(Stage, DPOSettings):
         rows = log.rows()
         figures = {name: mean_of_last(rows, name) for name in ("loss", "accuracy", "margin")}
         alarms = tell(policy_alarms(rows))
+        figures["reference_seconds"] = reference_seconds
         finish(out, cost, model=digest, pairs=len(pairs.prompts), steps=total, alarms=alarms, **figures)
         checkpoint.remove()
 

@@ -1,0 +1,1 @@
+"""Speed against the peers and against the machine: `python -m benchmarks --help`. Not part of the package."""

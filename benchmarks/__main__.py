@@ -1,0 +1,135 @@
+"""The command: `python -m benchmarks prepare`, then `python -m benchmarks run`."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.workloads import PEERS, WORKLOADS, Workload
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ENVIRONMENTS = {
+    "trl": ("trl==1.16.0", "transformers==5.23.0"),
+    "trl-ppo": ("trl==1.9.2", "transformers==5.23.0"),
+}
+"""What is installed for a peer; sampling runs in the first one's environment."""
+WORKERS = {"trl": ("trl", "trl.py"), "trl-ppo": ("trl-ppo", "trl_ppo.py")}
+"""Environment and script of a peer; the others are settings of `generate.py`."""
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+Work = Annotated[Path, typer.Option(help="Where models, rows and the peers' environments are kept.")]
+Names = Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(WORKLOADS)}; all if none is named.")]
+
+
+@app.command()
+def prepare(
+    names: Names = None, rows: str = "hub:Anthropic/hh-rlhf@helpful-base", work: Work = Path(".benchmarks")
+) -> None:
+    """Make models and rows, and install the peers. `--rows` is a file of HH-RLHF, or hub:NAME@FOLDER."""
+    from benchmarks.inputs import prepare_model, prepare_rows
+
+    for workload in _chosen(names):
+        prepare_model(workload.model, work / "inputs")
+        prepare_rows(workload, work / "inputs", rows)
+    for name, packages in ENVIRONMENTS.items():
+        if not (work / name).exists():
+            subprocess.run([sys.executable, "-m", "venv", work / name], check=True)
+            pip = [work / name / "bin" / "pip", "install", "--quiet"]
+            subprocess.run([*pip, f"torch=={_version('torch')}"], check=True)
+            subprocess.run([*pip, *packages], check=True)
+
+
+@app.command()
+def run(names: Names = None, repeats: int = 3, ours_only: bool = False, work: Work = Path(".benchmarks")) -> None:
+    """Run ours and every peer in turn, `repeats` times; print medians and ratios, save the raw figures."""
+    for workload in _chosen(names):
+        taken: dict[str, list[dict[str, Any]]] = {}
+        spec = workload.spec(str((work / "inputs").resolve()))
+        for _ in range(repeats):
+            taken.setdefault("machine", []).append(_machine(spec))
+            taken.setdefault("mixpo", []).append(_worker([sys.executable, "-m", "benchmarks.ours"], spec))
+            for peer, settings in ({} if ours_only else PEERS[workload.kind]).items():
+                environment, script = WORKERS.get(peer.split()[0], ("trl", "generate.py"))
+                python = str(work / environment / "bin" / "python")
+                found = _worker([python, str(HERE / "peers" / script)], {**spec, "settings": settings})
+                taken.setdefault(peer, []).append(found)
+        counts = json.loads((work / "inputs" / "rows" / workload.name / "counts.json").read_text(encoding="utf8"))
+        result = {
+            "workload": spec | {"inputs": None},
+            "counts": counts,
+            "taken": taken,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "when": datetime.now(UTC).date().isoformat(),
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{workload.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+        _tell(workload, result)
+
+
+def _tell(workload: Workload, result: dict[str, Any]) -> None:
+    taken = result["taken"]
+    unit = "tokens/s" if workload.kind == "sampling" else "rows/s"
+    print(f"{workload.name}, {unit}")
+    speeds = {
+        name: [_speed(workload, one) for one in runs if "seconds" in one]
+        for name, runs in taken.items()
+        if name != "machine"
+    }
+    for name, each in speeds.items():
+        if not each:
+            print(f"  {name:20s} failed: {taken[name][0].get('failed', '')[-200:]}")
+            continue
+        memory = statistics.median(one["peak_memory_mib"] for one in taken[name] if "seconds" in one)
+        losses = [round(loss, 4) for loss in taken[name][0].get("losses", [])[:3]]
+        ratio = ""
+        if name != "mixpo" and speeds["mixpo"]:
+            ratios = [ours / theirs for ours, theirs in zip(speeds["mixpo"], each, strict=False)]
+            ratio = f"ours/theirs {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"  {name:20s} {statistics.median(each):9.2f}  {memory:7,.0f} MiB  {losses}  {ratio}")
+    if workload.kind in ("sft", "reward", "dpo"):
+        rate = statistics.median(one["matmul_flops"] for one in taken["machine"])
+        seconds = statistics.median(one["seconds"] for one in taken["mixpo"])
+        share = result["counts"]["flops"] / seconds / rate
+        print(f"  {share:.0%} of the {rate / 1e9:,.0f} GFLOP/s of matrix products at the model's shapes")
+
+
+def _speed(workload: Workload, taken: dict[str, Any]) -> float:
+    return float(taken["tokens" if workload.kind == "sampling" else "rows"]) / float(taken["seconds"])
+
+
+def _machine(spec: dict[str, Any]) -> dict[str, Any]:
+    return _worker([sys.executable, "-m", "benchmarks.machine"], spec)
+
+
+def _worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
+    """What a worker process prints as its last line; why it failed, if it did."""
+    done = subprocess.run([*command, json.dumps(spec)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.stderr[-2000:]}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _chosen(names: list[str] | None) -> list[Workload]:
+    for name in names or ():
+        if name not in WORKLOADS:
+            raise typer.BadParameter(f"found {name!r}; expected of {', '.join(WORKLOADS)}")
+    return [WORKLOADS[name] for name in names or WORKLOADS]
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,57 @@
+"""What the machine can do, measured: `python -m benchmarks.machine SPEC` prints one line of JSON.
+
+The rate of matrix products at a model's own shapes, and the bandwidth of memory.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+ROWS = 2048
+"""Tokens of a matrix product: a microbatch's."""
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """FLOPs a second and bytes a second, medians."""
+    config = AutoConfig.from_pretrained(Path(spec["inputs"]) / "models" / spec["model"] / "model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, spec["precision"])
+    width, inner = config.hidden_size, config.intermediate_size
+    key = width * config.num_key_value_heads // config.num_attention_heads
+    shapes = [(width, width)] * 2 + [(width, key)] * 2 + [(width, inner)] * 2 + [(inner, width)]
+    products = [
+        (torch.randn(ROWS, a, device=device, dtype=dtype), torch.randn(b, a, device=device, dtype=dtype))
+        for a, b in shapes
+    ]
+    flops = sum(2 * ROWS * a * b for a, b in shapes)
+    seconds = _median(lambda: [torch.nn.functional.linear(x, weight) for x, weight in products], device)
+    source = torch.ones(1 << 28, device=device)  # 1 GiB
+    target = torch.empty_like(source)
+    copied = _median(lambda: target.copy_(source), device)
+    return {
+        "matmul_flops": flops / seconds,
+        "bandwidth": 2 * source.nbytes / copied,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
+def _median(work: Callable[[], Any], device: torch.device, repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[2:])[repeats // 2]
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

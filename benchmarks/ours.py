@@ -1,0 +1,89 @@
+"""One workload with mixpo, in a process of its own: `python -m benchmarks.ours SPEC`. Prints one line of JSON."""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixpo.models.loading import load_policy, load_tokenizer
+from mixpo.models.sampling import sample
+from mixpo.stages.dpo import DPO
+from mixpo.stages.ppo import PPO
+from mixpo.stages.pretrained import Pretrained
+from mixpo.stages.reward_model import RewardModel
+from mixpo.stages.sft import SFT
+from mixpo.stages.stage import Part
+from mixpo.training.runtime import Runtime
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Seconds, rows and tokens of the work; loading, tokenising and saving are not timed, on either side."""
+    inputs = Path(spec["inputs"])
+    if spec["kind"] == "sampling":
+        return _sampling(spec, inputs)
+    model, reward = inputs / "models" / spec["model"], inputs / "models" / f"{spec['model']}-reward"
+    base = Pretrained(path=str(model / "model"))
+    pairs = Part(stage=base, of="pairs")
+    common = {
+        "batch_size": spec["batch"],
+        "precision": spec["precision"],
+        "learning_rate": 1e-6,
+        "warmup_steps": 0,
+        "max_completion_tokens": spec["max_tokens"],
+    }
+    rows = inputs / "rows" / spec["name"]
+    folders = {"policy": model, "reference": model, "base": model, "sft": model, "reward": reward, "data": rows}
+    folders |= {"pairs": rows / "pairs.parquet", "prompts": rows / "pairs.parquet"}
+    stages = {
+        "sft": lambda: SFT(base=base, data=base, epochs=1, **common),
+        "reward": lambda: RewardModel(policy=base, pairs=pairs, data=base, validation_share=1e-9, **common),
+        "dpo": lambda: DPO(policy=base, reference=base, pairs=pairs, samplings=0, **common),
+        "ppo": lambda: PPO(
+            policy=base,
+            reference=base,
+            sft=base,
+            reward=base,
+            prompts=pairs,
+            **{**common, "max_completion_tokens": spec["new_tokens"]},
+        ),
+    }
+    stage = stages[spec["kind"]]()
+    with tempfile.TemporaryDirectory() as out:
+        stage.work({name: folders[name] for name in stage.inputs()}, Path(out), Runtime(**spec.get("runtime", {})))
+        steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
+        summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
+    before = summary.get("reference_seconds", 0.0)
+    return {
+        "seconds": before + sum(step["seconds"] for step in steps),
+        "rows": spec["rows"],
+        "tokens": sum(step["tokens"] for step in steps),
+        "losses": [step["loss"] for step in steps],
+        "steps": [step["seconds"] for step in steps],
+    }
+
+
+def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
+    device = Runtime(**spec.get("runtime", {})).start()
+    model = inputs / "models" / spec["model"] / "model"
+    lm = load_policy(model, device=device, precision=spec["precision"])
+    texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
+    tokenizer = load_tokenizer(model)
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    started = time.perf_counter()
+    drawn = sample(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(completion) for row in drawn for completion in row.completions)
+    return {"seconds": seconds, "rows": len(prompts), "tokens": tokens, "losses": []}
+
+
+if __name__ == "__main__":
+    found = main(json.loads(sys.argv[1]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps({**found, "peak_memory_mib": peak, "torch": torch.__version__}))
