@@ -150,12 +150,16 @@ class Writer:
             if kind in ("DPO", "PPO"):
                 own += "" if noisy else point
             stages |= self.stage(f"{kind}-{own}{self.reward if kind == 'RewardModel' else ''}")
-        result = {"arm": arm.name, "seed": seed, "changes": dict(arm.changes), "stages": stages}
-        if seed in arm.failed:
-            return {**result, "status": "failed", "reason": arm.failed[seed]}
-        stages |= self.stage(f"RewardModel-{seed}{self.reward}")
+        result = {"arm": arm.name, "seed": seed, "changes": dict(arm.changes), "needs": list(stages)}
+        judges = {"reward": f"RewardModel-{seed}{self.reward}"}
         if self.second:
-            stages |= self.stage(f"RewardModel-second{seed}{self.reward}")
+            judges["second"] = f"RewardModel-second{seed}{self.reward}"
+        if arm.name == "best-of-n":
+            result["needs"].append(judges["reward"])
+        if seed in arm.failed:
+            return {**result, "stages": stages, "status": "failed", "reason": arm.failed[seed]}
+        for key in judges.values():
+            stages |= self.stage(key)
         evaluated = self.evaluation(f"Evaluation-{seed}{arm.name}{point}{self.reward}", arm.name, arm.done[seed])
         trace = [
             next(iter(self.evaluation(f"Evaluation-{seed}{arm.name}at{n}", arm.name, columns).values()))
@@ -164,6 +168,7 @@ class Writer:
         return {
             **result,
             "status": "done",
+            "reward_models": judges,
             "reason": arm.reason,
             "model": str(self.folder / "cache" / arm.name / "model"),
             "evaluation": next(iter(evaluated.values())),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixpo.cli import main as cli
 from mixpo.experiments.expressions import arm_runs
@@ -46,6 +47,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("selection.easy_fraction=0.5", "selection: found threshold=2.0 and easy_fraction=0.5; expected exactly one"),
         ("ppo.advantage=rloo", "ppo.completions_per_prompt: found 1 with advantage: rloo; expected at least 2"),
         ("data.format=preference", "data.train: found nothing; format 'preference' expects a file"),
+        ("data.train=pairs.jsonl", "data.train: found 'pairs.jsonl' beside format 'world', whose rows are generated"),
+        (
+            "arms=[sft,dpo,dpo]",
+            "world: arms: found ['sft', 'dpo', 'dpo']; expected each once; 'dpo' stands there twice",
+        ),
+        ("seeds=[0,0]", "world: seeds: found [0, 0]; expected each once; 0 stands there twice"),
         ("model.path=./nowhere", "model.path: found no folder './nowhere'"),
         ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
     ],
@@ -98,6 +105,7 @@ def test_bad_rows_end_the_run_before_anything_trains(
     printed = refused(capsys, "run", "--quiet", "data.format=preference", f"data.train={rows}")
     assert expected in printed
     assert "`data.on_bad_row: drop`" in printed
+    assert "expected at most 512 together" in refused(capsys, "select", "-q", "max_completion_tokens=500")
     assert not list(here.glob("runs/cache/sft"))
 
 
@@ -176,6 +184,19 @@ def test_nothing_left_after_dropping(here: Path, capsys: pytest.CaptureFixture[s
     assert "nothing is left of 1 rows" in refused(capsys, *words)
 
 
+def test_a_second_share_that_leaves_nothing_to_train_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(here / "rows.jsonl", [{**GOOD, "prompt": f"How {number}?"} for number in range(8)])
+    words = ("run", "-q", "data.format=preference", "data.train=rows.jsonl", "data.test=rows.jsonl")
+    printed = refused(capsys, *words, "data.second_rows=20")
+    assert "data.second_rows: found 20 of 8 train rows, which leaves none to train on" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = refused(capsys, "run", "-q", "runtime.device=cuda")
+    assert "world: runtime.device: found 'cuda'; expected cpu or auto here: torch finds no CUDA device" in printed
+
+
 def test_a_folder_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "file").write_text("")
     assert "cannot be written" in refused(capsys, "run", "-q", "out=file/run")
@@ -187,6 +208,9 @@ def test_a_run_folder_of_another_version(here: Path, capsys: pytest.CaptureFixtu
     assert "found a run folder of format 0, written by another version" in refused(capsys, "run", "-q", "out=old")
     assert "found a run folder of format 0" in refused(capsys, "report", "old")
     assert "found no results.json" in refused(capsys, "report", ".")
+    for broken in ('{"form', '{"format": 3}', "[]"):
+        (here / "old" / "results.json").write_text(broken)
+        assert "results.json: found no results of mixpo" in refused(capsys, "compare", "old")
 
 
 def test_a_model_folder_without_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,9 +225,9 @@ def test_every_shipped_recipe_is_valid() -> None:
 
     names = [path.stem for path in Path(mixpo.recipes.__path__[0]).glob("*.yaml")]
     assert {"world", "paper-world", "noise-world", "pairs", "hh-rlhf", "hh-rlhf-smollm2", "tldr-smollm2"} <= set(names)
-    overrides = ["model.path=world", "data.format=world", "data.train=pairs.jsonl", "data.test=pairs.jsonl"]
+    generated = ["data.format=world", "data.train=[]", "data.test=[]", "data.demonstrations=[]", "data.second=[]"]
     for name in names:
-        recipe = read_recipe(name, overrides)
+        recipe = read_recipe(name, ["model.path=world", *generated])
         assert recipe.name == name
         runs = arm_runs(recipe)
         assert [run.arm for run in runs if not run.changes] == list(recipe.arms) * len(recipe.seeds)

@@ -221,7 +221,7 @@ def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None
     assert section is not None
     assert "mpo -0.20 [" in section.opening
     assert "not measured at both: dpo" in section.opening
-    assert "(1 of 2 seeds), and the interval lies above zero" in section.opening
+    assert "(p <0.001) (1 of 2 seeds), which lies above zero" in section.opening
 
 
 def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> None:

@@ -217,6 +217,24 @@ def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: P
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")
 
 
+def test_a_run_of_which_nothing_is_left_says_why(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
+    run(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), Recorder())
+    assert [link.name for link in (tmp_path / "run" / "models").iterdir()] == ["ppo-0"]
+    words = [*SMALL, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0", "ppo.max_kl=1e-6"]
+    words += [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", ["mixpo", "run", "--quiet", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "ppo failed at seed 0" in printed
+    assert "ran away" in printed
+    assert not list((tmp_path / "run" / "models").iterdir()), "the model of the earlier recipe is not this run's"
+
+
 def test_every_arm_is_the_expression_that_the_paper_describes() -> None:
     """By hand from NOTES: what each arm's last stage starts from, is anchored to, and learns from."""
     r = Setup(read_recipe("world"), 0)
@@ -315,6 +333,8 @@ def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it(
     assert (r.second_reward.pairs, r.reward.pairs) == (r.data.second_pairs, r.data.train_pairs)
     mpo = ARMS["mpo"](r)
     assert r.second_reward not in set(in_order(mpo))
+    grouped = [ARMS["mpo-rloo"](Setup(read_recipe("world", words), 0)) for words in ([], ["ppo.gae_lambda=0.5"])]
+    assert grouped[0] == grouped[1]
     assert r.evaluation(mpo).second == r.second_reward
 
 

@@ -482,6 +482,30 @@ def test_identity_follows_settings_and_content_but_not_the_runtime(world: World,
     assert world.engine.folder(one) != world.engine.folder(two)
 
 
+def test_another_default_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are named without defaults, so a default that changed must not find what the old one made."""
+    Engine(tmp_path, RUNTIME).build(Pretrained())
+    monkeypatch.setattr(Pretrained.model_fields["init_seed"], "default", 1)
+    Pretrained.model_rebuild(force=True)
+    try:
+        with pytest.raises(InputError, match="written by another version of mixpo"):
+            Engine(tmp_path, RUNTIME).is_done(Pretrained())
+    finally:
+        monkeypatch.undo()
+        Pretrained.model_rebuild(force=True)
+
+
+def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(model_in(world.build(world.sft)), folder)
+    digests = {model_digest(folder)}
+    for name in ("special_tokens_map.json", "chat_template.jinja", "added_tokens.json"):
+        (folder / name).write_text("{}")
+        digests.add(model_digest(folder))
+    (folder / "optimizer.pt").write_text("")
+    assert len(digests | {model_digest(folder)}) == 4
+
+
 def test_identity_tells_train_from_test_and_keeps_the_order(world: World) -> None:
     def folder(**sources: Any) -> Path:
         return world.engine.folder(Data(base=world.base, format="preference", **sources))
@@ -551,6 +575,9 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
         folder.mkdir()
     stage.work(stage.paths(folders), whole, runtime)
     original = Metrics.add
+    apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
+    monkeypatch.setattr("mixpo.stages.dpo.completion_text", lambda *_: apart)
+    monkeypatch.setattr("mixpo.stages.ppo.completion_text", lambda *_: apart)
 
     def die(self: Metrics, step: int, total: int, metrics: Any) -> None:
         original(self, step, total, metrics)

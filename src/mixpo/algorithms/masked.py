@@ -11,16 +11,11 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
     return x[mask].mean()
 
 
-def whiten(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, shift_mean: bool = True
-) -> Float[Tensor, "*shape"]:
-    """Scale `x` to population variance 1 over the mask, and shift it to mean 0 unless `shift_mean` is false.
+def whiten(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Shift and scale `x` to mean 0 and population variance 1 over the mask.
 
     0 where the mask is false. A variance below 1e-8 is raised to it, so equal values give 0 and not noise.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) * variance.clamp(min=1e-8).rsqrt()
-    if not shift_mean:
-        whitened = whitened + mean
-    return whitened.masked_fill(~mask, 0.0)
+    return ((x - mean) * variance.clamp(min=1e-8).rsqrt()).masked_fill(~mask, 0.0)

@@ -193,13 +193,9 @@ def wilson_interval(successes: int | float, trials: int, *, level: float = 0.95)
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def win_tie_lose(
-    one: Float64[np.ndarray, " n"], other: Float64[np.ndarray, " n"], *, tie: float = 0.0
-) -> tuple[float, float, float]:
-    """Shares of places at which `one` is greater than, within `tie` of, and less than `other`. They sum to 1."""
-    difference = one - other
-    wins, losses = float((difference > tie).mean()), float((difference < -tie).mean())
-    return wins, float((np.abs(difference) <= tie).mean()), losses
+def win_tie_lose(one: Float64[np.ndarray, " n"], other: Float64[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """Shares of places at which `one` is greater than, equal to, and less than `other`. They sum to 1."""
+    return float((one > other).mean()), float((one == other).mean()), float((one < other).mean())
 
 
 @dataclass(frozen=True)

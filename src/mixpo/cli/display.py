@@ -69,6 +69,7 @@ class Bars:
 
     def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
         """A stage starts to compute."""
+        self._clear()
         self.stage = f"{stage} {identity}"
         self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {few(arms)}")
 
@@ -83,9 +84,14 @@ class Bars:
 
     def end(self, seconds: float) -> None:
         """The stage is done."""
+        self._clear()
+        self.progress.console.print(f"{self.stage}  done in {seconds:.1f} s", highlight=False)
+
+    def _clear(self) -> None:
+        """Take away the bar of a stage that ended or failed."""
         if self.task is not None:
             self.progress.remove_task(self.task)  # type: ignore[arg-type]
-        self.progress.console.print(f"{self.stage}  done in {seconds:.1f} s", highlight=False)
+            self.task = None
 
 
 @contextmanager

@@ -125,6 +125,14 @@ class Recipe(Settings):
             values.pop("sweep", None)
         return values
 
+    @pydantic.field_validator("arms", "seeds")
+    @classmethod
+    def _refuse_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        twice = [value for place, value in enumerate(values) if value in values[:place]]
+        if twice:
+            raise ValueError(f"each once; {twice[0]!r} stands there twice")
+        return values
+
     @property
     def folder(self) -> Path:
         """The run's folder."""

@@ -4,7 +4,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal, Protocol
@@ -24,7 +24,7 @@ from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Watcher, watcher, write_json
 from mixpo.training.step import Diverged
 
-FORMAT = 2
+FORMAT = 3
 """Of `results.json`."""
 
 
@@ -54,7 +54,11 @@ class ArmResult:
     trace: list[str] = field(default_factory=list)
     """Folders of the evaluations of its PPO's start and snapshots."""
     stages: dict[str, str] = field(default_factory=dict)
-    """The absolute folder of every stage that the arm stands on, by kind and identity: `DPO-1a2b3c4d`."""
+    """The absolute folder of every stage behind its evaluation, by kind and identity: `DPO-1a2b3c4d`."""
+    needs: list[str] = field(default_factory=list)
+    """Those of them that the arm itself stands on: without what the evaluation alone reads."""
+    reward_models: dict[str, str] = field(default_factory=dict)
+    """Those that its evaluation reads, by the field that holds them: reward, second, chooser."""
 
     @property
     def name(self) -> str:
@@ -125,6 +129,9 @@ def run(recipe: Recipe, display: Display) -> RunResult:
         if isinstance(stage, Pretrained) and stage not in failures:
             _refuse_too_long(stage, model_in(engine.folder(stage)), uses)
 
+    for link in (folder / "models").glob("*"):
+        if link.is_symlink():  # of an earlier recipe
+            link.unlink()
     arms = [_result(run, engine, failures, folder / "models") for run in runs]
     gradients = [_gradients_result(run, engine, failures) for run in measured]
     result = RunResult(recipe.name, arms, gradients, len(computed), len(known))
@@ -159,10 +166,13 @@ def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display
         stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     watcher.set(display)
-    for needed in in_order(stage):
+    stages = list(in_order(stage))
+    for needed in stages:
         if not engine.is_done(needed):
             display.begin(type(needed).__name__, engine.identity(needed), ["select"])
             display.end(read_summary(engine.compute(needed))["cost"]["seconds"])
+        if isinstance(needed, Pretrained):
+            _refuse_too_long(needed, model_in(engine.folder(needed)), stages)
     return engine.folder(stage)
 
 
@@ -185,29 +195,38 @@ def _early_first(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]], models: Path) -> ArmResult:
-    stages = {
-        f"{type(stage).__name__}-{engine.identity(stage)}": str(engine.folder(stage))
+    keys = {
+        stage: f"{type(stage).__name__}-{engine.identity(stage)}"
         for stage in in_order(run.evaluation)
         if stage not in failures
     }
+    read = run.evaluation.inputs()
+    own = [read["policy"]]
+    if run.evaluation.best_of > 1:
+        own.append(read.get("chooser", read["reward"]))
+    result = ArmResult(
+        run.arm,
+        run.seed,
+        "done",
+        changes=run.changes,
+        stages={key: str(engine.folder(stage)) for stage, key in keys.items()},
+        needs=list(dict.fromkeys(keys[stage] for root in own for stage in in_order(root) if stage in keys)),
+        reward_models={name: keys[read[name]] for name in ("reward", "second", "chooser") if read.get(name) in keys},
+    )
     if run.evaluation in failures:
         reason, bad_input = failures[run.evaluation]
-        return ArmResult(run.arm, run.seed, "failed", reason, bad_input, changes=run.changes, stages=stages)
+        return replace(result, status="failed", reason=reason, bad_input=bad_input)
     lost = [failures[stage][0] for stage in run.trace if stage in failures]
     model = None
     if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
         name = re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
         model = str(_link(models / name, model_in(engine.folder(run.evaluation.policy))))
-    return ArmResult(
-        run.arm,
-        run.seed,
-        "done",
+    return replace(
+        result,
         reason=f"along its training: {lost[0]}" if lost else None,
         model=model,
         evaluation=str(engine.folder(run.evaluation)),
-        changes=run.changes,
         trace=[str(engine.folder(stage)) for stage in run.trace] if not lost else [],
-        stages=stages,
     )
 
 
@@ -219,7 +238,6 @@ def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage
 
 def _link(link: Path, target: Path) -> Path:
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
     link.symlink_to(target, target_is_directory=True)
     return link
 

@@ -12,6 +12,7 @@ from mixpo.stages.dpo import DPO
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
+from mixpo.stages.ppo import OF_GAE
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.samples import Samples
@@ -104,7 +105,8 @@ class Setup:
         if values["batch_size"] % k:
             raise InputError(f"group_size: found {k}; expected a divisor of ppo.batch_size, {values['batch_size']}")
         grouped = {"completions_per_prompt": k, "batch_size": values["batch_size"] // k, "epochs": values["epochs"] / k}
-        return {**values, "advantage": advantage, **grouped}
+        kept = {key: value for key, value in values.items() if key not in OF_GAE}
+        return {**kept, "advantage": advantage, **grouped}
 
     def evaluation(self, policy: Stage | Snapshot, *, best_of: int = 1) -> Evaluation:
         """The evaluation of an arm's policy."""

@@ -120,11 +120,16 @@ def save_model(lm: LanguageModel, folder: Path, adapters: Any = None) -> str:
     return model_digest(folder)
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that may change what it computes."""
+    kinds = (".safetensors", ".bin", ".model", ".json", ".txt", ".jinja")
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in kinds)
+
+
 def model_digest(folder: Path) -> str:
-    """Identity of a model by content: the weights and everything that changes what they compute; 16 hex digits."""
-    names = ("*.safetensors", "*.bin", "*.model", "*config.json", "tokenizer.json", "vocab.json", "*.txt", "*.jinja")
+    """Identity of a model by content: of its `model_files`; 16 hex digits."""
     digest = hashlib.sha256()
-    for file in sorted({file for name in names for file in folder.glob(name)}):
+    for file in model_files(folder):
         digest.update(file.name.encode())
         digest.update(file_digest(file))
     return digest.hexdigest()[:16]

@@ -83,6 +83,14 @@ def compared(results: Results) -> tuple[str, str] | None:
 
 def main_table(results: Results, *, paper: bool = True) -> Table:
     """A row an arm: means with bootstrap 95% intervals over test prompts and seeds."""
+    failures = [
+        f"{name} failed at seed {arm.seed}: {arm.reason}"
+        for name in results.names
+        for arm in results.of(name)
+        if arm.status == "failed"
+    ]
+    if not results.finished:
+        return Table(["arm", "reward"], [[name, "failed"] for name in results.names], failures)
     measures = {key: label for key, label in MEASURES.items() if any(results.has([n], key) for n in results.finished)}
     several = len(results.seeds) > 1
     rival = results.first("ppo") or results.finished[0]
@@ -91,12 +99,9 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
         headings.insert(2, "sd over seeds")
     if paper:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
-    rows, notes = [], []
+    rows = []
     for name in results.names:
-        failed = [arm for arm in results.of(name) if arm.status == "failed"]
-        notes += [f"{name} failed at seed {arm.seed}: {arm.reason}" for arm in failed]
-        done = results.done(name)
-        if not done:
+        if not results.done(name):
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
         cells = [interval_text(mean_of(results, name, key)) if results.has([name], key) else "" for key in measures]
@@ -109,7 +114,7 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
         if paper:
             cells += PAPER.get(role(results, name), ("", ""))
         rows.append([label(results, name), *cells])
-    return Table(headings, rows, [*notes, *_notes(results, measures)])
+    return Table(headings, rows, [*failures, *_notes(results, measures)])
 
 
 def role(results: Results, name: str) -> str:

@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float64
+
 from mixpo.algorithms.statistics import Interval, crossed_interval, estimate, holm, resampled_means
 from mixpo.report.results import Results
 
@@ -29,15 +32,21 @@ def mean_of(results: Results, name: str, key: str) -> Interval:
 
 def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) -> list[Difference]:
     """Paired differences of a column, in the order of `pairs`; those without a comparable seed are left out."""
-    found: list[tuple[str, str, int, Interval, float]] = []
+    found = []
     for one, other in pairs:
-        seeds = results.comparable(key, one, other)
-        if seeds:
-            values = results.values(one, key, seeds) - results.values(other, key, seeds)
-            means = resampled_means(values[None])[0]
-            found.append((one, other, len(seeds), *estimate(float(values.mean()), means, values)))
-    corrected = holm([p for *_, p in found])
-    return [Difference(*found[place][:4], p) for place, p in enumerate(corrected)]
+        if seeds := results.comparable(key, one, other):
+            found.append((one, other, results.values(one, key, seeds) - results.values(other, key, seeds)))
+    return estimated(found)
+
+
+def estimated(found: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
+    """Differences of two arms from their paired values, each p corrected for the number of them."""
+    made = []
+    for one, other, values in found:
+        means = resampled_means(values[None])[0]
+        made.append((one, other, len(values), *estimate(float(values.mean()), means, values)))
+    corrected = holm([p for *_, p in made])
+    return [Difference(*made[place][:4], p) for place, p in enumerate(corrected)]
 
 
 def mean_text(results: Results, name: str, key: str) -> str:
@@ -98,7 +107,7 @@ def verdict(interval: Interval) -> str:
         return "and the interval lies above zero"
     if interval.high < 0:
         return "and the interval lies below zero"
-    return "and the interval holds zero, so these prompts do not tell the two apart"
+    return "and the interval holds zero, so the two are not told apart"
 
 
 def over(results: Results, seeds: Sequence[int]) -> str:

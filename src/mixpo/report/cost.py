@@ -55,21 +55,10 @@ def section(results: Results) -> Section | None:
 
 
 def stands_on(arm: ArmResult) -> list[str]:
-    """The stages that an arm needs.
-
-    Stages stand in the order in which they are computed: what comes after the model's own is read by the evaluation
-    alone, but for the reward model by which best-of-n chooses. PPO that stands on samples but on nothing that reads
-    their pairs takes only their prompts.
-    """
-    keys = list(arm.stages)
-    kinds = [key.partition("-")[0] for key in keys]
-    own = max((place for place, kind in enumerate(kinds) if kind in ("SFT", "DPO", "PPO")), default=-1)
-    needed, after = keys[: own + 1], keys[own + 1 :]
-    if arm.arm.endswith("best-of-n"):
-        needed += [key for key in after if key.startswith("RewardModel-")][:1]
-    if not {"Selection", "DPO"} & set(kinds[: own + 1]):
-        needed = [key for key in needed if not key.startswith("Samples-")]
-    return needed
+    """The stages that an arm needs. PPO on samples of which nothing reads the pairs takes only their prompts."""
+    if {"Selection", "DPO"} & {key.partition("-")[0] for key in arm.needs}:
+        return arm.needs
+    return [key for key in arm.needs if not key.startswith("Samples-")]
 
 
 def _costs(results: Results, name: str, stages: Mapping[str, StageFolder]) -> dict[int, dict[str, float]]:
@@ -131,8 +120,8 @@ def _samples_needed(results: Results) -> tuple[str, Group] | None:
     reached = np.array([first_reached(mpo.sampled, column[:-1], column[-1]) for column in drawn.T])
     mean = first_reached(mpo.sampled, values.mean(axis=(1, 2))[:-1], float(values[-1].mean()))
     share = float(np.isfinite(reached).mean())
-    own = [key for seed in seeds for key in results.done("mpo")[seed].stages]
-    pairs = sum(2 * stage.summary["pairs"] for stage in results.stages_of("Samples") if stage.key in own) / len(seeds)
+    drawn_pairs = {stage.key: 2 * stage.summary["pairs"] for stage in results.stages_of("Samples")}
+    pairs = np.mean([sum(drawn_pairs.get(key, 0) for key in results.done("mpo")[seed].needs) for seed in seeds])
     text = f"PPO samples {ppo.sampled[-1]:,.0f} completions{fewer(results, len(seeds), 'mpo', 'ppo')}"
     if np.isfinite(mean):
         bounds = ""

@@ -2,7 +2,19 @@
 
 from mixpo.algorithms.statistics import Interval, crossed_interval
 from mixpo.report import figures
-from mixpo.report.comparison import along, fewer, interval_text, mean_of, mean_text, over, swept, verdict
+from mixpo.report.comparison import (
+    along,
+    counted,
+    difference_text,
+    estimated,
+    fewer,
+    interval_text,
+    mean_of,
+    mean_text,
+    over,
+    sign,
+    swept,
+)
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.results import Results
 
@@ -87,14 +99,16 @@ def _opening(results: Results, levels: Levels, shares: list[float], measures: di
     if missing := [arm for arm in levels if arm not in changes]:
         parts.append(f"not measured at both: {', '.join(missing)}")
     mpo = results.first("mpo")
+    found = []
     for rival in (results.first(arm) for arm in RIVALS):
         if mpo not in changes or rival not in changes or mpo is None or rival is None:
             continue
         ends = [levels[arm][share] for arm in (mpo, rival) for share in (shares[-1], shares[0])]
-        seeds = results.comparable(key, *ends)
-        if seeds:
+        if seeds := results.comparable(key, *ends):
             a, b, c, d = (results.values(name, key, seeds) for name in ends)
-            apart = crossed_interval((a - b) - (c - d))
-            said = f"{interval_text(apart)}{fewer(results, len(seeds), *ends)}, {verdict(apart)}"
-            parts.append(f"{mpo}'s change minus {rival}'s is {said}")
-    return f"{'; '.join(parts)} (95% intervals {over(results, results.seeds)})."
+            found.append((mpo, rival, (a - b) - (c - d)))
+    for apart in estimated(found):
+        said = {1: "which lies above zero", -1: "which lies below zero", 0: "not told apart from zero"}[sign(apart)]
+        parts.append(f"{apart.one}'s change minus {apart.other}'s is {difference_text(results, apart)}, {said}")
+    corrected = f"; p corrected for {counted(len(found), 'comparison')}" if found else ""
+    return f"{'; '.join(parts)} (95% intervals {over(results, results.seeds)}{corrected})."

@@ -127,9 +127,10 @@ class Results:
         Every seed has its own reward model, and so may a run, or a point of a sweep.
         """
         seeds = self.common_seeds(*names)
-        if key not in ("score", "second_score"):
+        judge = {"score": "reward", "second_score": "second"}.get(key)
+        if judge is None:
             return seeds
-        return [seed for seed in seeds if _one_scale([self.done(name)[seed] for name in names])]
+        return [seed for seed in seeds if len({self.done(name)[seed].reward_models.get(judge) for name in names}) == 1]
 
     def run_of(self, name: str) -> Run:
         """The run of an arm."""
@@ -152,7 +153,7 @@ class Results:
         """Every complete stage of the runs once, inputs first."""
         found: dict[str, StageFolder] = {}
         for run in self.runs:
-            second = {_second_reward_model(run, arm) for arm in run.arms}
+            second = {arm.reward_models.get("second") for arm in run.arms}
             for arm in run.arms:
                 for key, place in arm.stages.items():
                     if key not in found:
@@ -168,21 +169,6 @@ class Results:
     def stages_of(self, kind: str) -> list[StageFolder]:
         """The complete stages of a kind."""
         return [stage for stage in self.stages if stage.kind == kind]
-
-
-def _reward_models(arm: ArmResult) -> list[str]:
-    return [key for key in arm.stages if key.startswith("RewardModel-")]
-
-
-def _one_scale(arms: Sequence[ArmResult]) -> bool:
-    models = [set(_reward_models(arm)) for arm in arms]
-    return bool(set.intersection(*models)) or not any(models)
-
-
-def _second_reward_model(run: Run, arm: ArmResult) -> str | None:
-    """Nothing but the evaluation reads it, and that after the first: the last one that a finished arm stands on."""
-    known = run.recipe["data"].get("second_rows") and arm.status == "done"
-    return next(reversed(_reward_models(arm)), None) if known else None
 
 
 def few(names: Sequence[str]) -> str:
@@ -215,14 +201,20 @@ def _load(folder: Path) -> Run:
     file = folder / "results.json"
     if not file.exists():
         raise InputError(f"{folder}: found no results.json; expected the folder of a finished run, such as runs/world")
-    content = json.loads(file.read_text(encoding="utf8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf8"))
+        if content.get("format") == FORMAT:
+            arms = tuple(ArmResult(**arm) for arm in content["arms"])
+            gradients = tuple(GradientsResult(**one) for one in content["gradients"])
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: found no results of mixpo ({type(error).__name__}: {error}); run the recipe again"
+        ) from error
     if content.get("format") != FORMAT:
         raise InputError(
             f"{folder}: found a run folder of format {content.get('format')}, written by another version of mixpo; "
             f"expected format {FORMAT}; run the recipe again with out=PATH"
         )
-    arms = tuple(ArmResult(**arm) for arm in content["arms"])
-    gradients = tuple(GradientsResult(**one) for one in content["gradients"])
     places = {place for arm in arms for place in [*arm.stages.values(), *arm.trace]}
     for place in places | {one.folder for one in gradients if one.folder}:
         if not (Path(place) / "summary.json").exists():

@@ -43,7 +43,7 @@ class DataSettings(Settings):
     second: tuple[str, ...] = ()
     """The same as train for a second reward model, which only measures; see `second_rows`."""
     revision: str | None = None
-    """The commit of a hub data set."""
+    """The commit of a hub data set. Without it a cache knows the set by its name alone, whatever it held that day."""
     train_rows: int | None = pydantic.Field(None, ge=1)
     """Use so many preference rows (drawn by `data_seed`); all if not given. For the world: how many to make."""
     test_rows: int | None = pydantic.Field(None, ge=1)
@@ -83,6 +83,11 @@ class Data(Stage, DataSettings):
             return values
         settings = DataSettings(**{name: values[name] for name in DataSettings.model_fields if name in values})
         if settings.format == "world":
+            if given := [name for name in ("train", "test", "demonstrations", "second") if getattr(settings, name)]:
+                raise InputError(
+                    f"data.{given[0]}: found {getattr(settings, given[0])[0]!r} beside format 'world', whose rows are "
+                    "generated; expected data.format=preference, hh-rlhf or tldr with files"
+                )
             filled = {name: values.get(name) or default for name, default in WORLD_ROWS.items()}
             return {**values, **filled, "content": f"world-{WORLD_VERSION}"}
         if not settings.train:
@@ -138,7 +143,13 @@ class Data(Stage, DataSettings):
         if not test:
             train, test = _hold_out(train, self.test_share, self.data_seed)
         if self.second_rows and not self.second:
-            train, second = _hold_out(train, self.second_rows / max(1, len(train)), self.data_seed + 1)
+            found = len(train)
+            train, second = _hold_out(train, self.second_rows / max(1, found), self.data_seed + 1)
+            if second and not train:
+                raise InputError(
+                    f"data.second_rows: found {self.second_rows} of {found} train rows, which leaves none to train on; "
+                    "expected fewer, or files of their own in data.second"
+                )
         train, test = _draw(train, self.train_rows, self.data_seed), _draw(test, self.test_rows, self.data_seed)
         if not demonstrations:
             demonstrations = [Demonstration(row.prompt, row.chosen) for row in train]
@@ -164,6 +175,9 @@ class Data(Stage, DataSettings):
             if asked is not None and len(rows) < asked:
                 watcher.get().note(f"data.{name}: {len(rows)} rows, where {asked} were asked for: there are no more")
             write_rows(out / f"{name}.parquet", rows)
+        for name in (*self.train, *self.test, *self.demonstrations, *self.second):
+            if name.startswith("hub:") and self.revision is None:
+                watcher.get().note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
         if bad:
             watcher.get().note(f"{len(bad)} of {total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
         finish(

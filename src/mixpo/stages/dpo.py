@@ -55,11 +55,10 @@ class DPO(Stage, DPOSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`."""
-        device = runtime.start()
+        device, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = load_policy(model_in(inputs["policy"]), device=device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        cost = Cost()
         started = time.perf_counter()
         reference = _reference_logprobs(self, inputs, lm, pairs, runtime, cost)
         reference_seconds = time.perf_counter() - started
@@ -70,8 +69,7 @@ class DPO(Stage, DPOSettings):
         )
         first, spent = checkpoint.resume()
         trim_jsonl(out / "samples.jsonl", first)
-        if first:
-            cost = Cost(spent)
+        cost.resume(spent)
         log, total = Metrics(out, resumed_at=first), steps_of(len(pairs.prompts), self)
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:

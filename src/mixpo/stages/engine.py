@@ -21,7 +21,7 @@ from mixpo.stages.stage import Stage
 from mixpo.training.record import reset_peak_memory
 from mixpo.training.runtime import Runtime
 
-VERSION = "3"
+VERSION = "4"
 """Bump when stages compute something else from the same config: folders of other versions are left alone."""
 
 
@@ -69,19 +69,28 @@ class Engine:
         return self.folder(stage).name[-8:]
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's folder is complete."""
-        folder = self.folder(stage)
-        return (folder / "summary.json").exists() and self._task(stage).infra.status() == "completed"
+        """Whether the stage's folder is complete. Raises `InputError` if made with other defaults than today's."""
+        task = self._task(stage)
+        if not (self.folder(stage) / "summary.json").exists() or task.infra.status() != "completed":
+            return False
+        with self._told_apart(stage):
+            task.infra.job()  # a name leaves defaults out; this compares all settings
+        return True
 
     def compute(self, stage: Stage) -> Path:
         """The stage's folder, complete; what is upstream must be complete. Raises what the stage raises.
 
         Two runs on one cache never compute a stage at once: the second waits, and finds it done.
         """
-        task = self._task(stage)
+        with self._told_apart(stage), _alone(self.cache / "locks" / self.identity(stage)):
+            self._task(stage).compute()
+        return self.folder(stage)
+
+    @contextmanager
+    def _told_apart(self, stage: Stage) -> Iterator[None]:
+        """What exca finds wrong with a folder, as one line."""
         try:
-            with _alone(self.cache / "locks" / self.identity(stage)):
-                task.compute()
+            yield
         except RuntimeError as error:
             if "seems incompatible" not in str(error):
                 raise
@@ -89,7 +98,6 @@ class Engine:
                 f"{self.folder(stage)}: the folder was written by another version of mixpo "
                 f"({str(error).splitlines()[0]}); delete it or choose another `cache`"
             ) from error
-        return self.folder(stage)
 
     def build(self, stage: Stage) -> Path:
         """The stage's folder, complete, after what is missing upstream and the stage itself were computed."""

@@ -72,6 +72,18 @@ DEEPSPEED_CHAT: dict[str, Any] = {
 """The constants on which the paper ran (dschat/rlhf/ppo_trainer.py). Sampling stays at temperature 1 and the score on
 the last real token: DeepSpeed-Chat samples Llama greedily and scores one step past it where there is padding."""
 
+OF_GAE = (
+    "discount",
+    "gae_lambda",
+    "whiten_advantages",
+    "value_learning_rate",
+    "value_clip",
+    "value_init",
+    "shared_value_coef",
+    "value_warmup_steps",
+)
+"""Settings that do nothing with another advantage."""
+
 STEP_0_KL = {"float32": 1e-3, "bfloat16": 0.1}
 """Mean |log pi - log pi_ref| in nats a token allowed at step 0 when the policy starts as its own reference."""
 
@@ -227,7 +239,7 @@ class PPO(Stage, PPOSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/` and `completions.jsonl`, one completion of each iteration to read."""
-        device = runtime.start()
+        device, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
         policy = load_policy(policy_folder, device=device, precision=self.precision)
@@ -244,8 +256,9 @@ class PPO(Stage, PPOSettings):
         checkpoint = Checkpoint(out, _parts(learner), every_minutes=runtime.checkpoint_minutes)
         first, extra = checkpoint.resume()
         trim_jsonl(out / "completions.jsonl", first)
-        cost, log = Cost(extra.get("cost")), Metrics(out, resumed_at=first)
+        log = Metrics(out, resumed_at=first)
         if extra:
+            cost.resume(extra["cost"])
             learner.kl_coef, learner.multiplier, learner.errors = (
                 extra[name] for name in ("kl_coef", "multiplier", "errors")
             )

@@ -12,6 +12,7 @@ from mixpo.data.sources import content_digest
 from mixpo.models.loading import (
     load_tokenizer,
     model_digest,
+    model_files,
     new_world_model,
     read_architectures,
     read_gguf,
@@ -19,7 +20,7 @@ from mixpo.models.loading import (
 )
 from mixpo.settings import Settings
 from mixpo.stages.stage import Stage, finish, model_in
-from mixpo.training.record import Cost
+from mixpo.training.record import Cost, watcher
 from mixpo.training.runtime import Runtime
 
 
@@ -30,7 +31,7 @@ class PretrainedSettings(Settings):
     """`world` (random weights for the embedded world), a folder, a Hugging Face id, a `.gguf` file, or
     `package:NAME/FILE.gguf` inside an installed Python package."""
     revision: str | None = None
-    """The commit of a Hugging Face id."""
+    """The commit of a Hugging Face id. Without it a cache knows the model by its name alone."""
     chat_template: str | None = None
     """A Jinja template for prompts that are lists of messages, instead of the tokenizer's own."""
     init_seed: int = 0
@@ -72,9 +73,8 @@ class Pretrained(Stage, PretrainedSettings):
         local = Path(self.path).expanduser()
         if self.path != "world" and local.is_dir() and self.chat_template is None:
             model.mkdir(exist_ok=True)
-            for file in local.iterdir():
-                if file.is_file() and file.suffix not in (".pt", ".pth"):
-                    shutil.copy2(file, model)
+            for file in model_files(local):
+                shutil.copy2(file, model)
         else:
             network, tokenizer = self._load(local)
             if self.chat_template is not None:
@@ -100,6 +100,8 @@ class Pretrained(Stage, PretrainedSettings):
                 f"model.path: found neither a folder nor a reachable Hugging Face model {self.path!r} "
                 f"({str(error).splitlines()[0][:120]}); check the name, the network, or give a local folder"
             ) from error
+        if self.revision is None:
+            watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
         return network, load_tokenizer(self.path, self.revision)
 
 

@@ -60,7 +60,7 @@ class RewardModel(Stage, RewardModelSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, and the scores of validation and test pairs."""
-        device = runtime.start()
+        device, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = new_reward_model(model_in(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
         adapters = add_lora(lm, self.lora) if self.lora else None
@@ -72,7 +72,8 @@ class RewardModel(Stage, RewardModelSettings):
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
         )
         first, spent = checkpoint.resume()
-        cost, log, total = Cost(spent), Metrics(out, resumed_at=first), steps_of(len(train), self)
+        cost.resume(spent)
+        log, total = Metrics(out, resumed_at=first), steps_of(len(train), self)
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
         if self.head == "fitted" and first == 0:
             states = last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)

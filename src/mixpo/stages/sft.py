@@ -40,7 +40,7 @@ class SFT(Stage, SFTSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`."""
-        cost, device = Cost(), runtime.start()
+        device, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = load_policy(model_in(inputs["base"]), device=device, precision=self.precision)
         adapters = add_lora(lm, self.lora) if self.lora else None
@@ -54,7 +54,8 @@ class SFT(Stage, SFTSettings):
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
         )
         first, spent = checkpoint.resume()
-        cost, log, total = Cost(spent), Metrics(out, resumed_at=first), steps_of(len(rows), self)
+        cost.resume(spent)
+        log, total = Metrics(out, resumed_at=first), steps_of(len(rows), self)
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             logprobs = branch_logprobs(lm, batch)

@@ -83,16 +83,18 @@ class Metrics:
 class Cost:
     """What a stage costs. Counted in tokens and model FLOPs; seconds and peak memory are this machine's."""
 
-    def __init__(self, spent: Mapping[str, float] | None = None) -> None:
+    def __init__(self) -> None:
         self.seconds = 0.0
         self.tokens_sampled = 0.0
         self.tokens_trained = 0.0
         self.tokens_scored = 0.0
         self.flops = 0.0
-        for name, value in (spent or {}).items():
-            setattr(self, name, value)
-        self._before = self.seconds
         self._start = time.perf_counter()
+
+    def resume(self, spent: Mapping[str, float]) -> None:
+        """Go on from a checkpoint's counts; what was done since the start to come there costs seconds alone."""
+        for name, value in spent.items():
+            setattr(self, name, value)
 
     def sampled(self, model: nn.Module, tokens: int, prompt_tokens: int) -> None:
         """Count tokens drawn from a model and prompt tokens prefilled."""
@@ -112,7 +114,7 @@ class Cost:
     def counts(self) -> dict[str, float]:
         """Everything so far, for a checkpoint: what a resumed stage has already spent."""
         return {
-            "seconds": self._before + time.perf_counter() - self._start,
+            "seconds": self.seconds + time.perf_counter() - self._start,
             "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
             "tokens_scored": self.tokens_scored,
@@ -166,4 +168,4 @@ def trim_jsonl(path: Path, step: int) -> None:
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]
+    return [f"{line}\n" for line in path.read_text(encoding="utf8").split("\n")[:-1]]  # other separators are text

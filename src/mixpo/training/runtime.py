@@ -24,6 +24,13 @@ class Runtime(Settings):
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
     """Time between two checkpoints of a stage; 0 writes one after every step."""
 
+    @pydantic.field_validator("device")
+    @classmethod
+    def _is_there(cls, device: str) -> str:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("cpu or auto here: torch finds no CUDA device")
+        return device
+
     def start(self) -> torch.device:
         """Set the number of threads and return the device."""
         torch.set_num_threads(self.threads or os.cpu_count() or 1)
