@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -283,7 +284,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     made = document(results)
     assert made.title == "a, b"
     assert made.pair == ("b: mpo", "a: mpo")
-    assert made.sections[0].opening.startswith("b: mpo minus a: mpo: reward 1.00 [0.87, 1.13], and")
+    assert made.sections[0].opening.startswith("b: mpo minus a: mpo: reward 1.00 [0.87, 1.13] (p <0.001), above zero")
     assert "at one seed" in made.sections[0].opening
     assert ("b: dpo-base (seed 0)", RAN_AWAY) in made.failed
     assert [name for name, _ in made.recipes] == ["a", "b"]
@@ -309,3 +310,19 @@ def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None
     assert rows(table)["a: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == "100%/0%/0%"
     assert any("not all rewards are on one scale" in note for note in table.notes)
     assert document(results).completions_opening.endswith("6 arms at seed 0.")
+
+
+def test_damaged_rows_are_named(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "run").run(plain(CLEAR))
+    (place,) = (tmp_path / "cache").glob("Evaluation-0mpo/completions.parquet")
+    whole = place.read_bytes()
+    for broken in (whole[: len(whole) // 2], b""):
+        place.write_bytes(broken)
+        with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
+            document(load(folder))
+    place.unlink()
+    with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
+        document(load(folder))
+    Writer(tmp_path / "run").run(plain({**CLEAR, "mpo": [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]}))
+    with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: row 2: found score nan"):
+        document(load(folder))

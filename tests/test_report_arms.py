@@ -10,7 +10,7 @@ import scipy.stats
 
 from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interval, estimate
 from mixpo.report import arms, subsets
-from mixpo.report.comparison import Difference, differences, sign, verdict
+from mixpo.report.comparison import differences, sign, verdict
 from mixpo.report.results import load
 from report_runs import SFT_SCORES, Arm, Writer, plain, rows, scores, shifted, table
 
@@ -22,7 +22,7 @@ CLEAR = {
 EVEN = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 0.1, 1.9, 0.0, 1.6, 0.6])}
 REVERSED = {"ppo": CLEAR["mpo"], "mpo": CLEAR["ppo"]}
 EVEN_BELOW = {"ppo": EVEN["mpo"], "mpo": EVEN["ppo"]}
-CLAIMS = ("lies above zero", "lies below zero", "holds zero")
+CLAIMS = (", above zero", ", below zero", "does not tell the two apart")
 
 
 def many(mean: float, *, seed: int, prompts: int = 40, spread: float = 1.0) -> list[float]:
@@ -33,7 +33,7 @@ def many(mean: float, *, seed: int, prompts: int = 40, spread: float = 1.0) -> l
 
 @pytest.mark.parametrize(
     ("values", "said"),
-    [(CLEAR, "lies above zero"), (REVERSED, "lies below zero"), (EVEN, "holds zero"), (EVEN_BELOW, "holds zero")],
+    [(CLEAR, CLAIMS[0]), (REVERSED, CLAIMS[1]), (EVEN, CLAIMS[2]), (EVEN_BELOW, CLAIMS[2])],
 )
 def test_first_sentence_claims_what_the_paired_interval_holds(
     tmp_path: Path, values: dict[str, list[float]], said: str
@@ -49,9 +49,11 @@ def test_first_sentence_claims_what_the_paired_interval_holds(
 
 
 def test_verdict_at_the_edge() -> None:
-    assert "holds zero" in verdict(Interval(0.1, 0.0, 0.2))
-    assert "holds zero" in verdict(Interval(-0.1, -0.2, 0.0))
-    assert "no interval" in verdict(Interval(0.1, math.nan, math.nan))
+    assert CLAIMS[2] in verdict(Interval(0.1, 0.0, 0.2), 0.01)
+    assert CLAIMS[2] in verdict(Interval(-0.1, -0.2, 0.0), 0.01)
+    assert CLAIMS[2] in verdict(Interval(0.1, 0.05, 0.2), 0.05)
+    assert verdict(Interval(-0.1, -0.2, -0.05), 0.04) == "-0.10 [-0.20, -0.05] (p 0.040), below zero"
+    assert "no interval" in verdict(Interval(0.1, math.nan, math.nan), 1.0)
 
 
 def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert sft[1].startswith("2.33 [")  # (1 + 2 + 4) / 3
     assert sft[2] == f"{np.std([1.0, 2.0, 4.0], ddof=1):.2f}"
     assert not any("One seed" in note for note in made.notes)
-    assert "(95% interval over 6 prompts and 3 seeds)" in arms.section(results).opening
+    assert "(95% intervals over 6 prompts and 3 seeds;" in arms.section(results).opening
 
 
 def test_differences_by_hand(tmp_path: Path) -> None:
@@ -148,11 +150,12 @@ def test_the_papers_order_is_held_against_ours(tmp_path: Path) -> None:
     made = table(arms.section(Writer(tmp_path / "run").load(plain(values))), "The paper's order")
     here = {row[0]: (row[1], row[3]) for row in made.rows}
     assert here == {
-        "dpo-base > sft": ("Table 3", "reversed"),
+        "dpo-base > sft": ("Table 3", "reversed at this seed"),
         "mpo > ppo": ("Table 3", "not told apart"),
-        "mpo > mpo-reverse": ("Table 6", "appears"),
-        "ppo > mpo-reverse": ("Table 6", "appears"),
+        "mpo > mpo-reverse": ("Table 6", "appears at this seed"),
+        "ppo > mpo-reverse": ("Table 6", "appears at this seed"),
     }
+    assert "One seed: another may order the arms otherwise." in made.notes
     assert "p corrected for the claims of the column, 4 at most" in made.notes[0]
 
 
@@ -191,27 +194,31 @@ def test_mpo_with_more_easy_pairs_is_the_papers_weaker_split(
         assert arms.role(results, "other: mpo") == "mpo"
 
 
-def test_the_best_arm_and_those_not_told_apart_from_it(tmp_path: Path) -> None:
+def test_the_best_arm_stands_to_ppo_and_mpo_as_the_table_has_it(tmp_path: Path) -> None:
     base = many(0.0, seed=0)
     values = {"sft": base, "ppo": shifted(many(1.0, seed=1), base), "mpo": shifted(many(1.1, seed=2), base)}
-    results = Writer(tmp_path / "run").load(plain(values))
-    assert arms.section(results).opening.endswith(
-        "Of all arms mpo has the highest mean reward, 1.10; not told apart from it (p corrected for all 3 pairs): ppo."
-    )
+
+    def said(name: str, means: dict[str, list[float]]) -> str:
+        section = arms.section(Writer(tmp_path / name, cache=name).load(plain(means)))
+        found = rows(table(section, "Differences"))
+        assert f"reward {found['mpo − ppo'][1]} (p {found['mpo − ppo'][2]})" in section.opening
+        return section.opening.rpartition(". ")[2]
+
+    best = "Of the recipe's arms {} has the highest mean reward, "
+    assert said("even", values).startswith(best.format("mpo") + "1.10: not told apart from ppo")
     clear = {**values, "mpo": shifted(many(3.0, seed=2), base)}
-    opening = arms.section(Writer(tmp_path / "clear", cache="c").load(plain(clear))).opening
-    assert opening.endswith("3.00, and is told apart from every other (p corrected for all 3 pairs).")
+    assert said("clear", clear) == best.format("mpo") + "3.00: above ppo."
+    other = {**values, "dpo": shifted(many(3.0, seed=4), base)}
+    assert said("other", other) == best.format("dpo") + "3.00: above ppo, above mpo."
+    near = {**values, "dpo": shifted(many(1.05, seed=4), base)}
+    assert said("near", near) == best.format("mpo") + "1.10: not told apart from ppo, not told apart from dpo."
 
 
-def test_the_best_arm_was_not_known_before(tmp_path: Path) -> None:
-    """Its interval against ppo excludes zero at p 0.03, but it was picked out of three pairs."""
-    base = many(0.0, seed=0)
-    values = {"sft": shifted(many(-2.0, seed=3), base), "ppo": base, "mpo": shifted(many(0.35, seed=1), base)}
-    results = Writer(tmp_path / "run").load(plain(values))
-    (apart,) = differences(results, [("mpo", "ppo")], "score")
-    assert 0.05 / 3 < apart.p < 0.05
-    assert apart.interval.low > 0
-    assert arms.section(results).opening.endswith("not told apart from it (p corrected for all 3 pairs): ppo.")
+def test_an_arm_that_failed_everywhere_is_said_first(tmp_path: Path) -> None:
+    results = Writer(tmp_path / "run").load(
+        [*plain({"sft": SFT_SCORES, "mpo": SFT_SCORES}), Arm("ppo", failed={0: "lost"})]
+    )
+    assert arms.section(results).opening.startswith("ppo failed at every seed. mpo minus sft: ")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +228,7 @@ def test_the_best_arm_was_not_known_before(tmp_path: Path) -> None:
 def test_told_apart_takes_both_the_interval_and_the_corrected_p(
     low: float, high: float, p: float, expected: int
 ) -> None:
-    assert sign(Difference("mpo", "ppo", 1, Interval((low + high) / 2, low, high), p)) == expected
+    assert sign(Interval((low + high) / 2, low, high), p) == expected
 
 
 def test_the_best_arm_is_sought_among_those_with_every_seed(tmp_path: Path) -> None:
@@ -251,14 +258,15 @@ def test_orders_of_figure_4(tmp_path: Path) -> None:
     section = subsets.section(Writer(tmp_path / "run").load(plain(values)))
     here = {row[0]: row[2] for row in table(section).rows}
     assert here == {
-        "dpo-easy > dpo-hard": "appears",
-        "dpo-easy > dpo": "reversed",
+        "dpo-easy > dpo-hard": "appears at this seed",
+        "dpo-easy > dpo": "reversed at this seed",
         "ppo > ppo-easy": "not told apart",
         "ppo > ppo-hard": "not told apart",
     }
     assert section is not None
     assert section.opening == (
-        "Of the 4 orders of reward that the paper's Figure 4 shows, here: appears 1; reversed 1; not told apart 2."
+        "Of the 4 orders of reward that the paper's Figure 4 shows, here, at one seed: appears 1; reversed 1; not told "
+        "apart 2."
     )
 
 
@@ -267,7 +275,7 @@ def test_a_subset_that_failed_stays_in_figure_4(tmp_path: Path) -> None:
     section = subsets.section(Writer(tmp_path / "run").load([*done, Arm("dpo-hard", failed={0: "lost"})]))
     found = rows(table(section))
     assert found["dpo-easy > dpo-hard"] == ["dpo-easy > dpo-hard", "", "dpo-hard failed"]
-    assert found["dpo-easy > dpo"][2] == "appears"
+    assert found["dpo-easy > dpo"][2] == "appears at this seed"
     assert section is not None
     assert "could not be compared 1" in section.opening
     assert section.groups[0].notes == ["dpo-hard (failed at 1 of 1 seeds)."]

@@ -48,9 +48,9 @@ def test_equal_kl_by_hand(tmp_path: Path) -> None:
     assert found["dpo − ppo"][7] == "0.10 [0.10, 0.10]"
     assert section is not None
     assert section.opening == (
-        "mpo ends 2.50 nats from SFT, which PPO reaches at a kl_coef of about 0.071; there mpo minus ppo is 0.20 "
-        "[0.20, 0.20] in reward, and the interval lies above zero; -0.10 [-0.10, -0.10] in true r*, and the interval "
-        "lies below zero (95% interval over 8 prompts at one seed, so it says nothing of other seeds)."
+        "mpo ends 2.50 nats from SFT, which PPO reaches at a kl_coef of about 0.071; there mpo minus ppo is in "
+        "reward 0.20 [0.20, 0.20] (p <0.001), above zero; in true r* -0.10 [-0.10, -0.10] (p <0.001), below zero (95% "
+        "intervals over 8 prompts at one seed, so it says nothing of other seeds)."
     )
 
 
@@ -102,7 +102,8 @@ def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) 
     assert (row[1], row[5]) == ("1", "0.20 [0.20, 0.20]")
     assert section is not None
     assert (
-        "(95% interval over 8 prompts at one seed, so it says nothing of other seeds (1 of 2 seeds))" in section.opening
+        "(95% intervals over 8 prompts at one seed, so it says nothing of other seeds (1 of 2 seeds))"
+        in section.opening
     )
 
 
@@ -164,7 +165,8 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     ]
     assert section is not None
     assert section.opening == (
-        "Along PPO of ppo the reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60], from the last "
+        "At 0 of the 1 arms and seeds whose reward rises over SFT's, true r* falls below SFT's; along PPO of ppo the "
+        "reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60], from the last "
         "snapshot to the end by 0.50 [0.50, 0.50] and -0.40 [-0.40, -0.40], so there the reward rises while true r* "
         "falls (95% intervals over 8 prompts at one seed, so it says nothing of other seeds)."
     )
@@ -185,6 +187,19 @@ def test_nothing_is_called_hacked_that_does_not_rise_and_fall(
     assert made is not None
     assert f"{said} (95% intervals" in made.opening
     assert "rises while" not in made.opening
+
+
+def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -> None:
+    done = [
+        Arm("sft", {seed: around(0.0, true_reward=0.0) for seed in (0, 1)}),
+        Arm("ppo", {0: around(1.0, true_reward=1.0), 1: around(2.0, kl=6.0, true_reward=-0.5)}),
+        Arm("mpo", {0: around(-1.0, true_reward=-1.0), 1: around(0.5, true_reward=0.5)}),
+    ]
+    section = overoptimisation.section(Writer(tmp_path / "run").load(done))
+    assert section is not None
+    (fallen,) = table(section, "More reward, less true r*").rows
+    assert list(fallen) == ["ppo", "1", "2.00 [2.00, 2.00]", "-0.50 [-0.50, -0.50]", "6.00", "50%"]
+    assert section.opening.startswith("At 1 of the 3 arms and seeds whose reward rises over SFT's, true r* falls below")
 
 
 def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
@@ -230,21 +245,24 @@ def test_samples_needed_by_hand(tmp_path: Path) -> None:
     """MPO is at 0.5, 1, 2 after 0, 20, 40 completions: at 1.5 after 30. Its pairs are 4 of two completions."""
     said = samples(tmp_path, [0.5, 1.0, 2.0], 1.5)
     assert said.endswith(
-        "PPO samples 40 completions; mpo's PPO comes to the reward with which it ends after 30 [30, 30], besides 8 "
-        "sampled for its pairs."
+        "ppo samples 40 completions; mpo's PPO comes to the reward with which it ends after 30 [30, 30], and with the "
+        "8 sampled for its pairs mpo has then sampled 38."
     )
 
 
 def test_samples_needed_where_the_start_is_above_and_where_none_is(tmp_path: Path) -> None:
-    assert "after 0 [0, 0], besides 8" in samples(tmp_path / "a", [1.6, 1.0, 2.0], 1.5)
+    assert "after 0 [0, 0], and with the 8 sampled for its pairs mpo has then sampled 8" in samples(
+        tmp_path / "a", [1.6, 1.0, 2.0], 1.5
+    )
     never = samples(tmp_path / "b", [0.5, 1.0, 1.4], 1.5)
     assert "does not come to the reward with which it ends in its 40 completions" in never
+    assert "besides 8 sampled for its pairs" in never
     assert "[" not in never
 
 
 def test_samples_needed_where_some_resamples_never_come_there(tmp_path: Path) -> None:
     said = samples(tmp_path, [0.5, 1.0, 1.6], 1.5, noise=[-noise for noise in NOISE])
-    found = re.search(r"after 37, besides 8 sampled for its pairs, but in ([\d.]+)% of the resamples", said)
+    found = re.search(r"after 37, and with .* mpo has then sampled 45, but in ([\d.]+)% of the resamples", said)
     assert found is not None  # 20 + 20 * 0.5 / 0.6 = 36.7
     drawn = np.random.default_rng(1).choice(NOISE, size=(20_000, len(NOISE))).mean(axis=1)
     never = 1 - sum(max(0.5 + d, 1.0 + d, 1.6 + d) >= 1.5 - d for d in drawn) / len(drawn)
@@ -259,8 +277,8 @@ def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
     ]
     section = cost.section(Writer(tmp_path / "run").load(arms))
     assert section is not None
-    assert "PPO samples 40 completions (1 of 2 seeds); mpo's PPO comes" in section.opening
-    assert "besides 8 sampled for its pairs" in section.opening
+    assert "ppo samples 40 completions (1 of 2 seeds); mpo's PPO comes" in section.opening
+    assert "with the 8 sampled for its pairs mpo has then sampled 38" in section.opening
 
 
 @pytest.mark.parametrize(
@@ -297,24 +315,24 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     ppo = found["ppo (failed at 1 of 2 seeds)"]
     assert list(ppo[1:5]) == ["131.0", "6,000", "10,000", "1.10e+10"]
     assert list(found["mpo"][1:5]) == ["167.0", "6,540", "13,000", "1.80e+10"]
-    assert "mpo, with all that it needs, takes 1.64 times the FLOPs of ppo and 1.27 times its time" in section.opening
+    assert "mpo, with all that it needs, takes 1.64 times the FLOPs of ppo" in section.opening
     assert "samples 6,540 tokens to its 6,000" in section.opening
     assert found["dpo"][1] == "failed"
 
 
 def test_a_ratio_of_costs_is_of_common_seeds_with_its_range() -> None:
-    by_seed = {"mpo": {0: {"flops": 3.0}, 1: {"flops": 5.0}}, "ppo": {0: {"flops": 2.0}, 1: {"flops": 5.0}}}
-    assert cost._times(by_seed, "flops") == "1.14 (1.00 to 1.50 over the seeds) times"
-    assert cost._times({**by_seed, "ppo": {0: {"flops": 2.0}}}, "flops") == "1.50 times"
-    assert cost._times({**by_seed, "ppo": {2: {"flops": 2.0}}}, "flops") == "(at no common seed)"
+    mpo = {0: {"flops": 3.0}, 1: {"flops": 5.0}}
+    assert cost._times(mpo, {0: {"flops": 2.0}, 1: {"flops": 5.0}}) == "1.14 (1.00 to 1.50 over the seeds) times"
+    assert cost._times(mpo, {0: {"flops": 2.0}}) == "1.50 times"
+    assert cost._times(mpo, {2: {"flops": 2.0}}) == "(at no common seed)"
 
 
 def test_gain_by_cost_is_of_common_seeds(tmp_path: Path) -> None:
     """ppo at seed 1 gains 2 - 1 over SFT for 1e10 FLOPs and 120 s more."""
     section, found = costs(tmp_path)
-    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+09 FLOPs", "per hour"]
-    assert found["ppo (failed at 1 of 2 seeds)"][6:] == ["0.10 [0.10, 0.10]", "30.00 [30.00, 30.00]"]
-    assert found["sft"][6:] == ["", ""]
+    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+09 FLOPs"]
+    assert found["ppo (failed at 1 of 2 seeds)"][6:] == ["0.10 [0.10, 0.10]"]
+    assert found["sft"][6:] == [""]
 
 
 def test_costs_by_stage_and_all_time(tmp_path: Path) -> None:

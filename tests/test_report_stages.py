@@ -199,7 +199,7 @@ def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
     assert section is not None
     assert section.opening.startswith("From 0% to 30% of labels flipped reward changes by: mpo -0.20 [-0.")
     assert "dpo-base -0.75 [-0.75, -0.75]; mpo's change minus dpo-base's is 0.55 [" in section.opening
-    assert section.opening.count("lies above zero") == 1
+    assert section.opening.count("), above zero") == 1
     drawn = [(row[0], row[2], round(row[5], 6)) for row in figure_rows(section, "noise-score")]
     assert drawn[:3] == [("mpo", 0.0, 3.0), ("mpo", 0.1, 2.9), ("mpo", 0.3, 2.8)]
 
@@ -221,7 +221,7 @@ def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None
     assert section is not None
     assert "mpo -0.20 [" in section.opening
     assert "not measured at both: dpo" in section.opening
-    assert "(p <0.001) (1 of 2 seeds), which lies above zero" in section.opening
+    assert "(p <0.001), above zero (1 of 2 seeds)" in section.opening
 
 
 def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> None:
@@ -284,8 +284,8 @@ def test_gradients_by_hand(tmp_path: Path) -> None:
     assert hard["median rise / fall of log-probs"] == ""
     assert section is not None
     assert "is 0.00 on easy and 1.00 on hard pairs, a difference of 1.00 [1.00, 1.00]" in section.opening
-    assert section.opening.endswith("(95% interval over pairs at one seed), as Remark 1 has it.")
-    assert "runs from 0.25 to 1.5" in section.opening
+    assert section.opening.endswith("(95% interval over pairs at one seed), which has Remark 1's sign.")
+    assert "x_l / x_w from 0.25 to 1.5" in section.opening
 
 
 def test_a_step_against_a_small_step_of_the_weights() -> None:

@@ -1,9 +1,10 @@
 """Who wins? Every arm's means, the differences that count, and the paper's order held against ours."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from mixpo.algorithms.statistics import crossed_interval, win_tie_lose
+import numpy as np
+
+from mixpo.algorithms.statistics import win_tie_lose
 from mixpo.experiments.run import ArmResult
 from mixpo.report.comparison import (
     Difference,
@@ -19,7 +20,7 @@ from mixpo.report.comparison import (
     verdict,
 )
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import MEASURES, Results
+from mixpo.report.results import MEASURES, Results, few
 
 PAPER: dict[str, tuple[str, str]] = {
     "sft": ("0.938", "1.108"),
@@ -59,11 +60,13 @@ def section(results: Results) -> Section:
     if not results.finished:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
     groups = [Group("Every arm", table=main_table(results))]
-    if (table := _differences_table(results)) is not None:
-        groups.append(Group("Differences", table=table))
+    pairs = _compared_pairs(results)
+    found = {key: by_pair(differences(results, pairs, key)) for key in results.measures(_of_differences(results))}
+    if pairs:
+        groups.append(Group("Differences", table=_differences_table(results, pairs, found)))
     if (table := _order_table(results)) is not None:
         groups.append(Group("The paper's order", table=table))
-    return Section("results", "Results", _opening(results), groups)
+    return Section("results", "Results", _opening(results, found), groups)
 
 
 def compared(results: Results) -> tuple[str, str] | None:
@@ -94,9 +97,10 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
     measures = {key: label for key, label in MEASURES.items() if any(results.has([n], key) for n in results.finished)}
     several = len(results.seeds) > 1
     rival = results.first("ppo") or results.finished[0]
-    headings = ["arm", *measures.values(), "KL from SFT", "tokens", "end rate", f"win/tie/lose vs {rival}"]
-    if several:
-        headings.insert(2, "sd over seeds")
+    headings = ["arm"]
+    for title in measures.values():
+        headings += [title, "sd over seeds"] if several else [title]
+    headings += ["KL from SFT", "tokens", "end rate", f"win/tie/lose vs {rival}"]
     if paper:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
     rows = []
@@ -104,10 +108,13 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
         if not results.done(name):
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
-        cells = [interval_text(mean_of(results, name, key)) if results.has([name], key) else "" for key in measures]
-        if several:
-            by_seed = results.values(name, "score").mean(axis=1)
-            cells.insert(1, f"{by_seed.std(ddof=1):.2f}" if len(by_seed) > 1 else "")
+        cells = []
+        for key in measures:
+            known = results.has([name], key)
+            cells.append(interval_text(mean_of(results, name, key)) if known else "")
+            if several:
+                by_seed = results.values(name, key).mean(axis=1) if known else ()
+                cells.append(f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else "")
         cells.append(interval_text(mean_of(results, name, "kl_from_sft")))
         cells += [f"{results.values(name, 'tokens').mean():.1f}", f"{results.values(name, 'ended').mean():.0%}"]
         cells.append("" if name == rival else _win_tie_lose(results, name, rival))
@@ -184,21 +191,32 @@ def _win_tie_lose(results: Results, name: str, rival: str) -> str:
     return "/".join(f"{share:.0%}" for share in win_tie_lose(ours, theirs)) + fewer(results, len(seeds), name, rival)
 
 
-def _differences_table(results: Results) -> Table | None:
-    rivals = [rival for arm in ("ppo", "mpo") if (rival := results.first(arm)) is not None] or results.plain[:1]
-    names = [name for name in results.finished if name in results.plain or role(results, name) in PAPER]
-    pairs = [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
-    measures = results.measures(names)
-    if not pairs:
-        return None
-    found = {key: by_pair(differences(results, pairs, key)) for key in measures}
+def _of_differences(results: Results) -> list[str]:
+    return [name for name in results.finished if name in results.plain or role(results, name) in PAPER]
+
+
+def _rivals(results: Results) -> list[str]:
+    """Against which all others are held: ppo and mpo, or, where neither finished, the first arm."""
+    return [rival for arm in ("ppo", "mpo") if (rival := results.first(arm)) is not None] or results.plain[:1]
+
+
+def _compared_pairs(results: Results) -> list[tuple[str, str]]:
+    rivals, names = _rivals(results), _of_differences(results)
+    return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
+
+
+Found = Mapping[str, Mapping[tuple[str, str], Difference]]
+"""Differences by measure and pair of arms."""
+
+
+def _differences_table(results: Results, pairs: Sequence[tuple[str, str]], found: Found) -> Table:
     rows = []
     for one, other in pairs:
-        told = [found[key].get((one, other)) for key in measures]
+        told = [each.get((one, other)) for each in found.values()]
         cells = [(interval_text(each.interval), p_text(each.p)) if each is not None else ("", "") for each in told]
         seeds = len(results.common_seeds(one, other))
         rows.append([f"{one} − {other}{fewer(results, seeds, one, other)}", *(text for pair in cells for text in pair)])
-    headings = ["arms", *(text for label in measures.values() for text in (label, "p"))]
+    headings = ["arms", *(text for key in found for text in (MEASURES[key], "p"))]
     return Table(
         headings,
         rows,
@@ -244,54 +262,68 @@ def claims_table(results: Results, claims: Sequence[tuple[str, str]], measures: 
             cells += [difference_text(results, each) if each is not None else "", borne_out(results, claim, each)]
         rows.append([" > ".join(claim), *cells])
     headings = ["the paper finds", *(text for label in measures.values() for text in (f"our {label}", "here"))]
-    return Table(headings, rows, [f"p corrected for the claims of the column, {len(claims)} at most (Holm)."])
+    notes = [f"p corrected for the claims of the column, {len(claims)} at most (Holm)."]
+    if len(results.seeds) == 1:
+        notes.append("One seed: another may order the arms otherwise.")
+    return Table(headings, rows, notes)
 
 
 def borne_out(results: Results, claim: tuple[str, str], difference: Difference | None) -> str:
     """Whether a claimed order appears."""
     if difference is not None:
-        return {1: "appears", -1: "reversed", 0: "not told apart"}[sign(difference)]
+        found = sign(difference.interval, difference.p)
+        here = {1: "appears", -1: "reversed", 0: "not told apart"}[found]
+        return f"{here} at this seed" if found and difference.seeds == 1 else here
     failed = [name for name in claim if not results.done(name)]
     return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
 
-def _opening(results: Results) -> str:
+def _opening(results: Results, found: Found) -> str:
+    first = [results.named(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
+    lost = [name for name in first if name in results.names and not results.done(name)]
+    before = f"{' and '.join(lost)} failed at every seed. " if lost else ""
     pair = compared(results)
     if pair is None:
         name = results.finished[0]
         text = interval_text(mean_of(results, name, "score"))
         only = "One arm finished" if len(results.finished) == 1 else "There are no two arms to compare first"
-        return f"{only}: {name} has a mean reward of {text} {over(results, list(results.done(name)))}."
+        return f"{before}{only}: {name} has a mean reward of {text} {over(results, list(results.done(name)))}."
     one, other = pair
     seeds = results.common_seeds(one, other)
     if not seeds:
-        return f"{one} and {other} finished no seed in common, so they cannot be compared prompt by prompt."
+        return f"{before}{one} and {other} finished no seed in common, so they cannot be compared prompt by prompt."
     said = []
     for key, name in results.measures(pair).items():
         if results.comparable(key, one, other) != seeds:
             said.append(f"{name} was given by other models and is not compared")
             continue
-        interval = crossed_interval(results.values(one, key, seeds) - results.values(other, key, seeds))
-        said.append(f"{name} {interval_text(interval)}, {verdict(interval)}")
-    whose = f"95% interval {over(results, seeds)}{fewer(results, len(seeds), one, other)}"
-    return f"{one} minus {other}: {'; '.join(said)} ({whose}). {_best(results)}".rstrip()
+        told = found.get(key, {}).get(pair) or differences(results, [pair], key)[0]
+        said.append(f"{name} {verdict(told.interval, told.p)}")
+    whose = f"95% intervals {over(results, seeds)}{fewer(results, len(seeds), one, other)}"
+    corrected = "p corrected for all differences below" if any(pair in each for each in found.values()) else ""
+    whose = "; ".join(filter(None, (whose, corrected)))
+    return f"{before}{one} minus {other}: {'; '.join(said)} ({whose}). {_best(results, found)}".rstrip()
 
 
-def _best(results: Results) -> str:
-    """The arm with the highest reward, and which others are not told apart from it.
-
-    That it is the highest was not known before, so p is corrected for all pairs of arms (Bonferroni).
-    """
-    complete = [name for name in results.finished if results.ran(name) == list(results.done(name)) == results.seeds]
+def _best(results: Results, found: Found) -> str:
+    """The arm of the recipe with the highest reward, and how it stands to those that all are held against."""
+    complete = [name for name in results.plain if results.ran(name) == list(results.done(name)) == results.seeds]
     if len(complete) < 3 or not _one_scale(results, complete):
         return ""
     means = {name: float(results.values(name, "score").mean()) for name in complete}
     top = max(means, key=means.__getitem__)
-    pairs = len(complete) * (len(complete) - 1) // 2
-    found = [one for name in complete if name != top for one in differences(results, [(top, name)], "score")]
-    close = [one.other for one in found if sign(replace(one, p=min(1.0, one.p * pairs))) == 0]
-    whole = "all arms" if complete == results.names else f"the {len(complete)} arms that finished every seed"
-    said = f"Of {whole} {top} has the highest mean reward, {means[top]:.2f}"
-    if not close:
-        return f"{said}, and is told apart from every other (p corrected for all {pairs} pairs)."
-    return f"{said}; not told apart from it (p corrected for all {pairs} pairs): {', '.join(close)}."
+    whole = "the recipe's arms" if complete == results.plain else f"the {len(complete)} arms that finished every seed"
+    words = {1: "above {}", -1: "below {}", 0: "not told apart from {}"}
+    said = [
+        words[sign(each.interval, each.p)].format(each.other)
+        for each in found.get("score", {}).values()
+        if each.one == top
+    ]
+    close = [
+        each.one
+        for each in found.get("score", {}).values()
+        if each.other == top and each.one in complete and sign(each.interval, each.p) == 0
+    ]
+    if close:
+        said.append(f"not told apart from {few(close)}")
+    return f"Of {whole} {top} has the highest mean reward, {means[top]:.2f}{': ' if said else ''}{', '.join(said)}."

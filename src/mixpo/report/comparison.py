@@ -91,23 +91,19 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
-def sign(difference: Difference) -> int:
+def sign(interval: Interval, p: float) -> int:
     """1 or -1 where the interval excludes zero and the corrected p is small; 0 where the two are not told apart."""
-    low, high = difference.interval.low, difference.interval.high
-    if math.isnan(low) or difference.p >= LEVEL or low <= 0 <= high:
+    if math.isnan(interval.low) or p >= LEVEL or interval.low <= 0 <= interval.high:
         return 0
-    return 1 if low > 0 else -1
+    return 1 if interval.low > 0 else -1
 
 
-def verdict(interval: Interval) -> str:
-    """What a paired interval lets one say."""
+def verdict(interval: Interval, p: float) -> str:
+    """A paired difference, and what it lets one say: `0.12 [0.05, 0.19] (p 0.002), above zero`."""
     if math.isnan(interval.low):
-        return "of one prompt, which has no interval"
-    if interval.low > 0:
-        return "and the interval lies above zero"
-    if interval.high < 0:
-        return "and the interval lies below zero"
-    return "and the interval holds zero, so the two are not told apart"
+        return f"{interval_text(interval)}, of one prompt, which has no interval"
+    said = {1: "above zero", -1: "below zero", 0: "which does not tell the two apart"}[sign(interval, p)]
+    return f"{interval_text(interval)} (p {p_text(p)}), {said}"
 
 
 def over(results: Results, seeds: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """At what cost? Tokens, model FLOPs, seconds and memory by arm and by stage, and what a unit of them buys."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import fewer, interval_text, label, mean_of
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import Results, StageFolder, few
+from mixpo.report.results import Results, Run, StageFolder, evaluation, few
 from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")
@@ -36,22 +36,30 @@ def section(results: Results) -> Section | None:
         for name, costs in by_seed.items()
     }
     groups = [Group("By arm", _pictures(results, spent), _arm_table(results, spent))]
-    needed = _samples_needed(results)
-    if needed:
-        groups.append(needed[1])
+    needed = [found for run in results.runs if (found := _samples_needed(results, run)) is not None]
+    groups += [group for _, group in needed]
     groups.append(Group("By stage", table=_stage_table(results)))
     groups.append(
         Group(
             notes=[
                 "An arm's cost is the sum over the stages that it needs, averaged over the seeds at which it finished: "
                 "shared stages count for each arm; evaluations do not, nor a reward model that only they read, nor "
-                "sampled pairs of which only the prompts are read (ppo). best-of-n pays at every use instead. Tokens "
+                f"sampled pairs of which only the prompts are read (ppo). {_of_best(results)}Tokens "
                 "and FLOPs are counted (2 a weight and token forward, 6 forward and backward); seconds and memory are "
-                "this machine's."
+                "this machine's, with whatever else it was doing."
             ]
         )
     )
-    return Section("cost", "Cost", _opening(list(stages.values()), by_seed, spent, needed), groups)
+    return Section("cost", "Cost", _opening(results, by_seed, spent, [text for text, _ in needed]), groups)
+
+
+def _of_best(results: Results) -> str:
+    best = results.first("best-of-n")
+    if best is None:
+        return ""
+    summary = evaluation(next(iter(results.done(best).values())))
+    each = summary["cost"]["tokens_sampled"] / summary["prompts"]
+    return f"best-of-n pays at every use instead: {each:,.0f} tokens sampled a prompt. "
 
 
 def stands_on(arm: ArmResult) -> list[str]:
@@ -74,8 +82,7 @@ def _costs(results: Results, name: str, stages: Mapping[str, StageFolder]) -> di
 def _arm_table(results: Results, spent: Mapping[str, Mapping[str, float]]) -> Table:
     most = max((cost["flops"] for cost in spent.values()), default=1.0)
     unit = 10 ** (3 * int(np.log10(max(most, 1.0)) // 3))
-    headings = ["arm", *HEADINGS, f"gain in reward over SFT per {unit:.0e} FLOPs", "per hour"]
-    units = {"flops": unit, "seconds": 3600.0}
+    headings = ["arm", *HEADINGS, f"gain in reward over SFT per {unit:.0e} FLOPs"]
     rows = []
     for name in results.names:
         if name not in spent:
@@ -83,11 +90,11 @@ def _arm_table(results: Results, spent: Mapping[str, Mapping[str, float]]) -> Ta
             continue
         base = results.named(results.run_of(name), "sft")
         seeds = results.comparable("score", name, base)
-        per = ["", ""]
+        per = ""
         if seeds and name != base and not name.endswith("best-of-n"):
             gain = crossed_interval(results.values(name, "score", seeds) - results.values(base, "score", seeds))
-            per = [_per(gain, (spent[name][key] - spent[base][key]) / unit) for key, unit in units.items()]
-        rows.append([label(results, name), *_cells(spent[name]), *per])
+            per = _per(gain, (spent[name]["flops"] - spent[base]["flops"]) / unit)
+        rows.append([label(results, name), *_cells(spent[name]), per])
     note = "What an arm gains over SFT is divided by what it costs more than SFT; intervals are of the gain."
     return Table(headings, rows, [note])
 
@@ -98,21 +105,22 @@ def _per(gain: Interval, cost: float) -> str:
 
 def _pictures(results: Results, spent: Mapping[str, Mapping[str, float]]) -> list[Figure]:
     points = []
-    for name in results.plain:
+    for name in (name for name in results.plain if not name.endswith("best-of-n")):  # which pays at every use
         flops = spent[name]["flops"] / 1e12
         points.append(figures.Point(label(results, name), figures.exactly(flops), mean_of(results, name, "score")))
     return [figures.plane(points, name="reward-by-flops", x="model FLOPs (1e12), all stages of the arm", y="reward")]
 
 
-def _samples_needed(results: Results) -> tuple[str, Group] | None:
+def _samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
     """How many completions MPO's PPO samples until it reaches the reward with which PPO ends (v2's claim)."""
     traces = {trace.arm: trace for trace in traced(results)}
-    if not {"mpo", "ppo"} <= traces.keys():
+    one, other = results.named(run, "mpo"), results.named(run, "ppo")
+    if not {one, other} <= traces.keys():
         return None
-    seeds = [seed for seed in traces["mpo"].seeds if seed in traces["ppo"].seeds]
+    seeds = [seed for seed in traces[one].seeds if seed in traces[other].seeds]
     if not seeds:
         return None
-    mpo, ppo = traces["mpo"].at(seeds), traces["ppo"].at(seeds)
+    mpo, ppo = traces[one].at(seeds), traces[other].at(seeds)
     values = np.stack(
         [mpo.values("score", point) for point in range(mpo.points)] + [ppo.values("score", ppo.points - 1)]
     )
@@ -121,8 +129,8 @@ def _samples_needed(results: Results) -> tuple[str, Group] | None:
     mean = first_reached(mpo.sampled, values.mean(axis=(1, 2))[:-1], float(values[-1].mean()))
     share = float(np.isfinite(reached).mean())
     drawn_pairs = {stage.key: 2 * stage.summary["pairs"] for stage in results.stages_of("Samples")}
-    pairs = np.mean([sum(drawn_pairs.get(key, 0) for key in results.done("mpo")[seed].needs) for seed in seeds])
-    text = f"PPO samples {ppo.sampled[-1]:,.0f} completions{fewer(results, len(seeds), 'mpo', 'ppo')}"
+    pairs = np.mean([sum(drawn_pairs.get(key, 0) for key in results.done(one)[seed].needs) for seed in seeds])
+    text = f"{other} samples {ppo.sampled[-1]:,.0f} completions{fewer(results, len(seeds), one, other)}"
     if np.isfinite(mean):
         bounds = ""
         if share >= SEEN and values[0].size > 1:
@@ -130,14 +138,14 @@ def _samples_needed(results: Results) -> tuple[str, Group] | None:
             interval = percentile_interval(mean, reached[np.isfinite(reached)], df=df)
             bounds = f" [{interval.low:,.0f}, {interval.high:,.0f}]"
         text += (
-            f"; mpo's PPO comes to the reward with which it ends after {mean:,.0f}{bounds}, besides {pairs:,.0f} "
-            "sampled for its pairs"
+            f"; {one}'s PPO comes to the reward with which it ends after {mean:,.0f}{bounds}, and with the "
+            f"{pairs:,.0f} sampled for its pairs {one} has then sampled {mean + pairs:,.0f}"
         )
         if share < 1:
             text += f", but in {1 - share:.1%} of the resamples it does not come to it at all"
     else:
         text += (
-            f"; mpo's PPO does not come to the reward with which it ends in its {mpo.sampled[-1]:,.0f} completions, "
+            f"; {one}'s PPO does not come to the reward with which it ends in its {mpo.sampled[-1]:,.0f} completions, "
             f"besides {pairs:,.0f} sampled for its pairs"
         )
     paths = {
@@ -147,8 +155,12 @@ def _samples_needed(results: Results) -> tuple[str, Group] | None:
         for trace in (ppo, mpo)
     }
     picture = figures.paths(paths, name="reward-by-samples", x="completions sampled by PPO", y="reward")
-    note = "Rewards on test prompts at the start, at the snapshots and at the end; straight lines between."
-    return text, Group("Samples", [picture], notes=[f"{text}.", note])
+    notes = [
+        f"{text}.",
+        "The picture counts PPO's own samples. Rewards on test prompts at the start, at the snapshots and at the end; "
+        "straight lines between.",
+    ]
+    return text, Group("Samples", [picture], notes=notes)
 
 
 def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
@@ -175,26 +187,26 @@ def _cells(cost: Mapping[str, float]) -> list[str]:
 
 
 def _opening(
-    stages: list[StageFolder],
+    results: Results,
     by_seed: Mapping[str, Mapping[int, Mapping[str, float]]],
     spent: Mapping[str, Mapping[str, float]],
-    needed: tuple[str, Group] | None,
+    needed: Sequence[str],
 ) -> str:
-    total = sum(stage.summary["cost"]["seconds"] for stage in stages)
-    said = f"The {len(stages)} stages that the arms stand on took {time_text(total)}, all seeds together"
-    if {"mpo", "ppo"} <= spent.keys():
-        mpo, ppo = spent["mpo"], spent["ppo"]
-        said += (
-            f"; mpo, with all that it needs, takes {_times(by_seed, 'flops')} the FLOPs of ppo and "
-            f"{_times(by_seed, 'seconds')} its time, and samples {mpo['tokens_sampled']:,.0f} tokens to its "
-            f"{ppo['tokens_sampled']:,.0f}"
-        )
-    return f"{said}. {needed[0]}." if needed else f"{said}."
+    total = sum(stage.summary["cost"]["seconds"] for stage in results.stages)
+    said = f"The {len(results.stages)} stages that the arms stand on took {time_text(total)}, all seeds together"
+    for run in results.runs:
+        mpo, ppo = results.named(run, "mpo"), results.named(run, "ppo")
+        if {mpo, ppo} <= spent.keys():
+            said += (
+                f"; {mpo}, with all that it needs, takes {_times(by_seed[mpo], by_seed[ppo])} the FLOPs of {ppo}, and "
+                f"samples {spent[mpo]['tokens_sampled']:,.0f} tokens to its {spent[ppo]['tokens_sampled']:,.0f}"
+            )
+    return ". ".join([said, *needed]) + "."
 
 
-def _times(by_seed: Mapping[str, Mapping[int, Mapping[str, float]]], key: str) -> str:
-    """mpo's cost over ppo's: of the sums over the seeds at which both finished, and the range over them."""
-    both = [(cost[key], by_seed["ppo"][seed][key]) for seed, cost in by_seed["mpo"].items() if seed in by_seed["ppo"]]
+def _times(mpo: Mapping[int, Mapping[str, float]], ppo: Mapping[int, Mapping[str, float]]) -> str:
+    """mpo's FLOPs over ppo's: of the sums over the seeds at which both finished, and the range over them."""
+    both = [(cost["flops"], ppo[seed]["flops"]) for seed, cost in mpo.items() if seed in ppo]
     if not both:
         return "(at no common seed)"
     each = [mpo / ppo for mpo, ppo in both]

@@ -231,18 +231,22 @@ def _opening(results: Results, equal: list[EqualKL]) -> str:
         said = f"{far} ends {kls[far]:.2f} nats from SFT"
         if near != far:
             said = f"The arms end between {kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT"
-        return (
-            f"{said}; the rewards are not of one distance, and no sweep of PPO's kl_coef compares them at the same KL."
+        points = [along(results, results.named(run, "ppo"), "ppo.kl_coef") for run in results.runs]
+        why = (
+            "PPO's sweep of kl_coef has too few points that finished to compare"
+            if any(len(each) > 1 for each in points)
+            else "no sweep of PPO's kl_coef compares"
         )
+        return f"{said}; the rewards are not of one distance, and {why} them at the same KL."
     where = f"{one.arm} ends {one.kl:.2f} nats from SFT"
     if not one.found:
         return (
             f"{where}; PPO's sweep of kl_coef spans {one.reach[0]:.2f} to {one.reach[1]:.2f}, which does not reach it "
             "often enough to compare the two at equal KL."
         )
-    said = "; ".join(f"{interval_text(i)} in {MEASURES[key]}, {verdict(i)}" for key, (i, _) in one.found.items())
+    said = "; ".join(f"in {MEASURES[key]} {verdict(i, p)}" for key, (i, p) in one.found.items())
     seeds = results.common_seeds(one.arm, *(name for _, name in _sweep_of_ppo(results, results.run_of(one.arm))))
     return (
         f"{where}, which PPO reaches at a kl_coef of about {one.coef:.2g}; there {one.arm} minus {one.rival} is {said} "
-        f"(95% interval {over(results, seeds)}{fewer(results, one.seeds, one.arm, one.rival)})."
+        f"(95% intervals {over(results, seeds)}{fewer(results, one.seeds, one.arm, one.rival)})."
     )

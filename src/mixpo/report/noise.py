@@ -5,15 +5,14 @@ from mixpo.report import figures
 from mixpo.report.comparison import (
     along,
     counted,
-    difference_text,
     estimated,
     fewer,
     interval_text,
     mean_of,
     mean_text,
     over,
-    sign,
     swept,
+    verdict,
 )
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.results import Results
@@ -98,17 +97,16 @@ def _opening(results: Results, levels: Levels, shares: list[float], measures: di
     parts = [f"From {shares[0]:.0%} to {shares[-1]:.0%} of labels flipped {measures[key]} changes by: {said}"]
     if missing := [arm for arm in levels if arm not in changes]:
         parts.append(f"not measured at both: {', '.join(missing)}")
-    mpo = results.first("mpo")
     found = []
-    for rival in (results.first(arm) for arm in RIVALS):
-        if mpo not in changes or rival not in changes or mpo is None or rival is None:
+    for mpo, rival in ((results.named(run, "mpo"), results.named(run, arm)) for run in results.runs for arm in RIVALS):
+        if mpo not in changes or rival not in changes:
             continue
         ends = [levels[arm][share] for arm in (mpo, rival) for share in (shares[-1], shares[0])]
         if seeds := results.comparable(key, *ends):
             a, b, c, d = (results.values(name, key, seeds) for name in ends)
             found.append((mpo, rival, (a - b) - (c - d)))
     for apart in estimated(found):
-        said = {1: "which lies above zero", -1: "which lies below zero", 0: "not told apart from zero"}[sign(apart)]
-        parts.append(f"{apart.one}'s change minus {apart.other}'s is {difference_text(results, apart)}, {said}")
+        few = fewer(results, apart.seeds, apart.one, apart.other)
+        parts.append(f"{apart.one}'s change minus {apart.other}'s is {verdict(apart.interval, apart.p)}{few}")
     corrected = f"; p corrected for {counted(len(found), 'comparison')}" if found else ""
     return f"{'; '.join(parts)} (95% intervals {over(results, results.seeds)}{corrected})."

@@ -259,8 +259,16 @@ def columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"]]:
     """The numbers of an evaluation by column, in the order of the test prompts."""
     assert folder is not None
     rows = read_table(Path(folder) / "completions.parquet")
-    names = [name for name, value in rows[0].items() if isinstance(value, float)]
-    return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
+    names = [name for name, value in rows[0].items() if name not in ("prompt", "completion")]
+    found = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0]) + 1
+            raise InputError(
+                f"{folder}/completions.parquet: row {row}: found {name} {values[row - 1]}; expected a finite number; "
+                "delete the stage's folder and run again"
+            )
+    return found
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

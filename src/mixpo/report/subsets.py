@@ -49,11 +49,12 @@ def section(results: Results) -> Section | None:
     ]
     table = claims_table(results, claims, measures)
     here = [row[2] for row in table.rows]
-    told = {word: here.count(word) for word in ("appears", "reversed", "not told apart")}
+    told = {word: sum(cell.startswith(word) for cell in here) for word in ("appears", "reversed", "not told apart")}
     left = len(here) - sum(told.values())
     said = "; ".join(f"{word} {count}" for word, count in told.items())
     opening = (
-        f"Of the {len(claims)} orders of reward that the paper's Figure 4 shows, here: {said}"
+        f"Of the {len(claims)} orders of reward that the paper's Figure 4 shows, here"
+        + (f", at one seed: {said}" if len(results.seeds) == 1 else f": {said}")
         + (f"; could not be compared {left}" if left else "")
         + "."
     )

@@ -85,7 +85,7 @@ def section(results: Results) -> Section | None:
     if not measured:
         said = "No gradients could be measured."
         group = Group(notes=notes_of_failed)
-        return Section("theorem", "Theorem 1 and Remark 1", said, [group]) if notes_of_failed else None
+        return Section("theorem", "Theorem 1, Corollary 1 and Remark 1", said, [group]) if notes_of_failed else None
     rows = []
     for one in measured:
         told = np.isfinite(one.log_step_ratio)
@@ -165,7 +165,7 @@ def section(results: Results) -> Section | None:
     )
     return Section(
         "theorem",
-        "Theorem 1 and Remark 1",
+        "Theorem 1, Corollary 1 and Remark 1",
         _opening(measured),
         [Group(figures=[picture, steps, cosines], table=Table(headings, rows, notes))],
     )
@@ -210,17 +210,24 @@ def _share(by_seed: Sequence[Values]) -> str:
     return f"{found.mean:.0%} [{max(0.0, found.low):.0%}, {min(1.0, found.high):.0%}]"
 
 
-def _of_a_step(measured: list[Measured]) -> str:
-    """How the rise of x_w over the fall of x_l in a step goes with x_l / x_w."""
+def _correlation_of_a_step(measured: list[Measured]) -> tuple[float, int] | None:
+    """Of the log of the rise of x_w over the fall of x_l in a step with log(x_l / x_w), and over how many pairs."""
     x, y = (np.concatenate([getattr(one, name) for one in measured]) for name in ("log_ratio", "log_step_ratio"))
     told = np.isfinite(y)
     if told.sum() < 3 or not x[told].std() or not y[told].std():
+        return None
+    return float(np.corrcoef(x[told], y[told])[0, 1]), int(told.sum())
+
+
+def _of_a_step(measured: list[Measured]) -> str:
+    """How the rise of x_w over the fall of x_l in a step goes with x_l / x_w."""
+    found = _correlation_of_a_step(measured)
+    if found is None:
         return "Too few pairs have a step that raises chosen and lowers rejected to compare its ratio with x_l / x_w."
-    found = float(np.corrcoef(x[told], y[told])[0, 1])
     return (
-        f"A step in the weights changes x by x times the change of the log-prob: over {int(told.sum())} pairs whose "
+        f"A step in the weights changes x by x times the change of the log-prob: over {found[1]} pairs whose "
         "step raises chosen and lowers rejected, the log of the rise of x_w over the fall of x_l has a correlation of "
-        f"{found:.2f} with log(x_l / x_w)."
+        f"{found[0]:.2f} with log(x_l / x_w)."
     )
 
 
@@ -228,9 +235,15 @@ def _opening(measured: list[Measured]) -> str:
     error = max(float(np.abs(one.log_gradient_ratio - one.log_ratio).max()) for one in measured)
     ratios = np.concatenate([one.log_ratio for one in measured])
     said = (
-        f"On {len(ratios)} measurements x_l / x_w runs from {np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, "
-        f"and the log of the measured gradient ratio differs from its log by at most {error:.0e}"
+        f"Corollary 1 holds as the identity that it is: on {len(ratios)} measurements, x_l / x_w from "
+        f"{np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, the log of the measured gradient ratio differs "
+        f"from its log by at most {error:.0e}"
     )
+    if (found := _correlation_of_a_step(measured)) is not None:
+        said += (
+            f"; in a small step of the weights, though, the log of the rise of x_w over the fall of x_l has a "
+            f"correlation of {found[0]:.2f} with log(x_l / x_w)"
+        )
     easy, hard = cosines(measured)
     if not easy:
         return f"{said}."
@@ -238,7 +251,7 @@ def _opening(measured: list[Measured]) -> str:
     if math.isnan(difference.low):
         word = "which has no interval"
     elif difference.low > 0:
-        word = "as Remark 1 has it"
+        word = "which has Remark 1's sign"
     elif difference.high < 0:
         word = "against Remark 1"
     else:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import completion_tokens, prompt_tokens
 from mixpo.models.language_model import LanguageModel, Precision
@@ -34,8 +35,14 @@ class Pairs:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """All rows of a Parquet file."""
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    """All rows of a Parquet file that a stage wrote. Raises `InputError` if it is damaged."""
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(
+            f"{path}: found no readable rows ({str(error).splitlines()[0]}); expected those that the stage wrote; "
+            "delete the stage's folder and run again"
+        ) from error
     return rows
 
 
