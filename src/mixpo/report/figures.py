@@ -268,7 +268,7 @@ def calibration(
     """
     x, y = "predicted confidence", "observed share"
     with rc_context(STYLE):
-        canvas, axes = _axes(3.8, 3.1)
+        canvas, axes = _axes(4.2, 2.9)
         for part in each.values():
             _thin(axes, [(predicted, share.mean) for predicted, share, _ in part])
         most = max((count for _, _, count in bins), default=1)
@@ -480,7 +480,7 @@ def _bars(axes: Any, points: Sequence[Point], **look: Any) -> Any:
 
 def _thin(axes: Any, points: Sequence[tuple[float, float]]) -> None:
     """A line that stands behind what counts."""
-    axes.plot([x for x, _ in points], [y for _, y in points], color=_colour(0), linewidth=0.8, alpha=0.45)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=_colour(0), linewidth=0.8, alpha=0.55)
 
 
 def _apart(paths: Sequence[Sequence[Point]]) -> list[float]:
