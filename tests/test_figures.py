@@ -172,6 +172,19 @@ def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() ->
     assert [many.count(f"{place + 1} arm-{place}") for place in range(200)] == [1] * 200
 
 
+def test_numbers_stand_beside_their_points() -> None:
+    alone = [Point(f"{place}", figures.exactly(place), figures.exactly(place)) for place in (5.0, 10.0, 20.0)]
+    crowd = [Point("long " * 20, figures.exactly(0.0), figures.exactly(0.0))] * 30
+    tree = ElementTree.fromstring(figures.plane([*alone, *crowd], name="a", x="x", y="y", root=True).svg)
+    for number, colour in zip("123", figures.COLOURS, strict=False):
+        look = f"fill: {colour}"
+        mark = next(one for one in tree.iterfind(".//{*}use") if look in one.get("style", ""))
+        text = next(one for one in tree.iterfind(".//{*}text") if look in one.get("style", ""))
+        assert "".join(text.itertext()).strip() == number
+        places = [(float(one.get("x", "nan")), float(one.get("y", "nan"))) for one in (mark, text)]
+        assert math.dist(*places) < 15
+
+
 def test_a_root_axis_has_round_ticks_that_stand_apart() -> None:
     points = [Point("near", figures.exactly(0.5), POINT.y), Point("far", figures.exactly(20.0), POINT.y)]
     found = texts(figures.plane(points, name="a", x="x", y="y", root=True))

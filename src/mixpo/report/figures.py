@@ -390,7 +390,9 @@ def _plane(
     if key:
         _legend(canvas, drawn, key)
     with _of_any_script():
-        canvas.draw_without_rendering()  # lays it out
+        canvas.savefig(
+            io.BytesIO(), format="svg"
+        )  # lays it out as it will be drawn: no other renderer measures text alike
     seen = [place for place, one in enumerate(points) if math.isfinite(one.x.mean) and math.isfinite(one.y.mean)]
     found = placed(
         [_spot(axes, points[place].x.mean, points[place].y.mean) for place in seen],
