@@ -1,10 +1,12 @@
 """Figures: their numbers are those given, their pictures are well-formed, hostile names are text."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from mixpo.algorithms.statistics import Interval
@@ -30,12 +32,22 @@ def every() -> dict[str, Callable[[], Figure]]:
             dashed={"ppo, r*"},
         ),
         "dots": lambda: figures.dots({HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", y="y", title=HOSTILE),
-        "shares": lambda: figures.shares(
-            [Share(HOSTILE, 3, SHARE), Share("2", 0, None)], name="a", title=HOSTILE, x="x", y="y"
+        "forest": lambda: figures.forest(
+            {HOSTILE: {HOSTILE: SHARE, "b": BARE.y}, "r*": {"c": SHARE}}, name="a", title=HOSTILE, beside="b"
         ),
-        "calibration": lambda: figures.calibration([(0.6, SHARE, 9), (0.9, BARE.y, 0)], name="a", title=HOSTILE),
+        "shares": lambda: figures.shares(
+            [Share(HOSTILE, 3, SHARE), Share("2", 0, None)],
+            name="a",
+            title=HOSTILE,
+            x="x",
+            y="y",
+            each={HOSTILE: [Share("1", 2, SHARE), Share("2", 0, None)]},
+        ),
+        "calibration": lambda: figures.calibration(
+            [(0.6, SHARE, 9), (0.9, BARE.y, 0)], name="a", title=HOSTILE, each={HOSTILE: [(0.6, SHARE, 9)]}
+        ),
         "histogram": lambda: figures.histogram(
-            [0.0, 1.0, 2.0, 2.0], cut=1.0, name="a", x=HOSTILE, left=HOSTILE, right="r"
+            {HOSTILE: [0.0, 1.0], "r": [2.0, 2.0]}, cuts=[1.0, 1.5], name="a", x=HOSTILE
         ),
         "lines": lambda: figures.lines({HOSTILE: [(0, 1.0), (1, 2.0)], "_b": [(0, 1.0)]}, name="a", title=HOSTILE),
     }
@@ -76,16 +88,33 @@ def test_rows_are_the_numbers_given() -> None:
     assert paths.rows == [("one", *plane.rows[0]), ("one", *plane.rows[1]), ("two", *plane.rows[1])]
     dots = figures.dots({"DPO": [POINT]}, name="a", y="score")
     assert dots.rows == [("DPO", HOSTILE, 2.0, 1.75, 2.25)]
-    shares = figures.shares([Share("1", 3, SHARE), Share("2", 0, None)], name="a", title="t", x="gap", y="right")
-    assert shares.rows == [("1", 3, 0.75, 0.5, 0.9), ("2", 0, None, None, None)]
-    calibration = figures.calibration([(0.6, SHARE, 9)], name="a", title="t")
-    assert calibration.rows == [(0.6, 9, 0.75, 0.5, 0.9)]
+    forest = figures.forest({"reward": {"b": SHARE, "a": BARE.y}, "r*": {"c": SHARE, "b": BARE.y}}, name="a")
+    assert forest.columns == ("name", "reward", "reward, low", "reward, high", "r*", "r*, low", "r*, high")
+    assert forest.rows == [
+        ("b", 0.75, 0.5, 0.9, 1.0, None, None),
+        ("a", 1.0, None, None, None, None, None),
+        ("c", None, None, None, 0.75, 0.5, 0.9),
+    ]
+    bins, own = [Share("1", 3, SHARE), Share("2", 0, None)], {"seed 0": [Share("1", 2, SHARE)]}
+    shares = figures.shares(bins, name="a", title="t", x="gap", y="right", each=own)
+    assert shares.columns[-1] == "of"
+    assert shares.rows == [
+        ("1", 3, 0.75, 0.5, 0.9, ""),
+        ("2", 0, None, None, None, ""),
+        ("1", 2, 0.75, 0.5, 0.9, "seed 0"),
+    ]
+    calibration = figures.calibration([(0.6, SHARE, 9)], name="a", title="t", each={"seed 1": [(0.7, SHARE, 4)]})
+    assert calibration.rows == [(0.6, 9, 0.75, 0.5, 0.9, ""), (0.7, 4, 0.75, 0.5, 0.9, "seed 1")]
     assert figures.lines({"a": [(0, 1.0), (1, 2.0)]}, name="a", title="t").rows == [("a", 0.0, 1.0), ("a", 1.0, 2.0)]
 
 
-def test_histogram_counts_every_value_on_its_side_of_the_cut() -> None:
-    values = [0.0, 0.5, 1.0, 1.01, 4.0]
-    rows = figures.histogram(values, cut=1.0, name="a", x="gap", left="hard", right="easy").rows
+def test_histogram_counts_every_value_in_its_part() -> None:
+    parts = {"hard": [0.0, 0.5, 1.0], "easy": [1.01, 4.0]}
+    figure = figures.histogram(parts, cuts=[1.0, 1.0], name="a", x="gap")
+    rows = figure.rows
+    assert "threshold 1<" in figure.svg
+    assert "thresholds 1 to 2<" in figures.histogram(parts, cuts=[2.0, 1.0], name="a", x="gap").svg
+    assert figure.columns == ("gap, from", "gap, to", "hard", "easy")
     assert len(rows) == 40
     assert [sum(int(row[side] or 0) for row in rows) for side in (2, 3)] == [3, 2]
     assert (rows[0][0], rows[-1][1]) == (0.0, 4.0)
@@ -118,13 +147,84 @@ def test_a_scatter_shows_and_names_every_group() -> None:
 
 
 def test_no_bar_is_drawn_without_bounds() -> None:
-    def drawn(low: float, high: float) -> int:
+    def bars(low: float, high: float) -> int:
         point = Point("a", BARE.x, Interval(1.0, low, high))
-        tree = ElementTree.fromstring(figures.plane([point], name="a", x="x", y="y").svg)
-        return sum(figures.COLOURS[0] in one.get("style", "") for one in tree.iterfind(".//{*}use"))
+        return figures.plane([point], name="a", x="x", y="y").svg.count("stroke-opacity: 0.5")
 
-    assert drawn(NAN, NAN) == 2  # the arm, and its mark in the legend
-    assert drawn(0.5, 1.5) == 4  # and the two ends of its bar
+    assert bars(NAN, NAN) == 0
+    assert bars(0.5, 1.5) == 1
+
+
+def texts(figure: Figure) -> list[str]:
+    tree = ElementTree.fromstring(figure.svg)
+    return ["".join(one.itertext()).strip() for one in tree.iterfind(".//{*}text")]
+
+
+def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() -> None:
+    def named(count: int) -> list[str]:
+        points = [Point(f"arm-{place}", figures.exactly(0.0), figures.exactly(0.0)) for place in range(count)]
+        return texts(figures.plane(points, name="a", x="x", y="y"))
+
+    few, many = named(4), named(200)
+    assert [few.count(f"arm-{place}") for place in range(4)] == [1] * 4
+    assert "1" not in few
+    assert "arm-0" not in many
+    assert [many.count(f"{place + 1} arm-{place}") for place in range(200)] == [1] * 200
+
+
+def test_numbers_stand_beside_their_points() -> None:
+    alone = [Point(f"{place}", figures.exactly(place), figures.exactly(place)) for place in (5.0, 10.0, 20.0)]
+    crowd = [Point("long " * 20, figures.exactly(0.0), figures.exactly(0.0))] * 30
+    tree = ElementTree.fromstring(figures.plane([*alone, *crowd], name="a", x="x", y="y", root=True).svg)
+    for number, colour in zip("123", figures.COLOURS, strict=False):
+        look = f"fill: {colour}"
+        mark = next(one for one in tree.iterfind(".//{*}use") if look in one.get("style", ""))
+        text = next(one for one in tree.iterfind(".//{*}text") if look in one.get("style", ""))
+        assert "".join(text.itertext()).strip() == number
+        places = [(float(one.get("x", "nan")), float(one.get("y", "nan"))) for one in (mark, text)]
+        assert math.dist(*places) < 15
+
+
+def test_a_root_axis_has_round_ticks_that_stand_apart() -> None:
+    points = [Point("near", figures.exactly(0.5), POINT.y), Point("far", figures.exactly(20.0), POINT.y)]
+    found = texts(figures.plane(points, name="a", x="x", y="y", root=True))
+    assert [tick for tick in ("0", "0.2", "1", "2", "5", "10", "20") if tick not in found] == []
+    ticks = figures._root(np.array(figures._root_ticks(0.0, 100.0)))
+    assert np.diff(ticks).min() > 0.07 * 10
+
+
+def placed_x(figure: Figure, colour: str) -> list[float]:
+    tree = ElementTree.fromstring(figure.svg)
+    marks = [one for one in tree.iterfind(".//{*}use") if f"fill: {colour}" in one.get("style", "")]
+    return [float(one.get("x", "nan")) for one in marks][:-1]  # without that of the legend
+
+
+def test_paths_with_the_same_exact_x_stand_apart_and_their_rows_do_not_move() -> None:
+    def drawn(*x: Interval) -> tuple[list[float], list[float]]:
+        points = [Point("", one, POINT.y) for one in x]
+        figure = figures.paths({"a": points, "b": points}, name="a", x="x", y="y")
+        assert [row[2] for row in figure.rows] == [one.mean for one in x] * 2
+        one, other = (placed_x(figure, colour) for colour in figures.COLOURS[:2])
+        return one, other
+
+    one, other = drawn(*map(figures.exactly, (0.0, 0.1, 0.3)))
+    assert all(left < right for left, right in zip(one, other, strict=True))
+    one, other = drawn(POINT.x, Interval(2.0, 1.5, 2.5))
+    assert one == other
+
+
+def test_lines_keep_the_colours_of_their_shared_key() -> None:
+    names = [f"arm {place}" for place in range(10)]
+    svg = figures.lines({names[2]: [(0, 1.0), (1, 2.0)]}, name="a", title="t", shared=names).svg
+    assert figures.COLOURS[2] in svg
+    assert figures.COLOURS[0] not in svg
+    assert names[2] not in re.sub(r"aria-label=\S+ [^>]*>", "", svg)
+    key = figures.key([*names, HOSTILE])
+    swatches = re.findall(r'stroke="(\S+)".*?stroke-dasharray="([^"]*)"', key)
+    assert len(set(swatches)) == 11
+    assert swatches[2] == (figures.COLOURS[2], "")
+    assert "<script>" not in key
+    assert all(f"</svg>{name}</li>" in key for name in names)
 
 
 def test_every_arm_of_many_has_its_own_look() -> None:
@@ -139,5 +239,6 @@ def test_any_number_of_arms_draws_without_warnings(count: int) -> None:
         warnings.simplefilter("error")
         assert len(figures.plane(points, name="a", x="x", y="y").rows) == count
         assert len(figures.paths({"a": points}, name="a", x="x", y="y").rows) == count
+        assert len(figures.forest({"r": {point.name: point.y for point in points}}, name="a").rows) == count
         assert len(figures.dots({"a": points[:5]}, name="a", y="y").rows) == min(5, count)
     assert not figures.calibration([], name="a", title="t").rows

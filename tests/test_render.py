@@ -14,7 +14,7 @@ import pytest
 from markupsafe import Markup
 
 from mixpo.report.document import ArmCompletion, Asked, Document, Figure, Group, Section, Table, Turn
-from mixpo.report.render import csv_address, csv_text, html, markdown
+from mixpo.report.render import csv_address, csv_text, html, markdown, split
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror=hit=1>]]> \"'&{{ 1 }}|\n=1+1,`x` *b* @me"
 FORMULA = '=HYPERLINK("http://evil.example","a")'
@@ -35,7 +35,7 @@ def score(number: int, place: int) -> float:
 def asked(number: int) -> Asked:
     earlier = [Turn("user", f"earlier {HOSTILE}"), Turn("assistant", "a reply")] if number == 1 else []
     completions = [
-        ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place), 0.5, -0.25)
+        ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place), 0.5 - number, -0.25)
         for place, arm in enumerate(ARMS)
     ]
     return Asked(number, earlier, f"Question {number} {HOSTILE}", completions)
@@ -138,7 +138,11 @@ def test_downloads_hold_exactly_the_rows(page: Page) -> None:
     ((name, address),) = found.items()
     table = document().sections[0].groups[0].table
     assert table is not None
-    assert decoded(address) == as_text(table.headings, table.rows)
+    assert decoded(address) == [
+        ["arm", "reward", "reward, low", "reward, high", HOSTILE],
+        [HOSTILE, "-1.50", "-2.00", "-1.00", "a|b"],
+        [FORMULA, "2.00", "", "", "a long text " * 20],
+    ]
     assert re.fullmatch(r"results-[a-z0-9-]+\.csv", name or "")
 
 
@@ -147,6 +151,23 @@ def test_csv_of_awkward_cells() -> None:
     columns = ("a", "b", "", "d")
     assert decoded(csv_address(columns, rows)) == as_text(columns, rows)
     assert "0.30000000000000004" in csv_text(columns, rows)
+
+
+def test_numbers_with_bounds_become_columns() -> None:
+    rows = [
+        ["a", "0.10 [-0.12, 0.29] (p <0.001) (1 of 2 seeds)", "73% [70%, 76%]", "x [1, 2]"],
+        ["b", "failed", "none (3 tied)", "1"],
+        ["c", "1,200 [1,100, 1,300]", "", ""],
+    ]
+    assert split(Table(["arm", "r", "share", "text"], rows)) == (
+        ["arm", "r", "r, low", "r, high", "r, note", "share", "share, low", "share, high", "text"],
+        [
+            ["a", "0.10", "-0.12", "0.29", "(p <0.001) (1 of 2 seeds)", "73%", "70%", "76%", "x [1, 2]"],
+            ["b", "failed", "", "", "", "none (3 tied)", "", "", "1"],
+            ["c", "1,200", "1,100", "1,300", "", "", "", "", ""],
+        ],
+    )
+    assert split(Table(["arm"], [])) == (["arm"], [])
 
 
 def test_contents_lead_to_every_section(page: Page) -> None:
@@ -172,7 +193,7 @@ def test_page_is_whole_without_its_script(page: Page) -> None:
     assert len(blocks) == 30 * 8
     assert not [block for block in blocks if "hidden" in block]
     assert "answer 30 of arm 7" in page.text
-    assert "score 9.00 · r* 0.50 · second score -0.25" in " ".join(page.text.split())
+    assert "score 9.00 · r* -1.50 · second score -0.25" in " ".join(page.text.split())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +259,7 @@ def test_markdown_holds_the_pair_of_the_first_prompts() -> None:
     assert "answer 5 of arm 2" in text
     assert "answer 6" not in text
     assert "of arm 0" not in text
-    assert "mpo · score 9.00 · r\\* 0.50 · second score -0.25:" in text
+    assert "mpo · score 9.00 · r\\* -1.50 · second score -0.25:" in text
     assert "`````yaml\nname: x" in text
 
 
@@ -328,7 +349,7 @@ def test_orders_in_a_browser(tab: Any) -> None:
     tab.select_option("[name=order]", "gain")
     assert prompts(tab)[:4] == [2, 1, 3, 5]
     assert prompts(tab)[-1] == 4
-    assert "mpo over ppo: +8.80" in tab.locator(".asked").first.text_content()
+    assert "score of mpo over ppo: +8.80" in tab.locator(".asked").first.text_content()
     tab.select_option("[name=order]", "loss")
     assert prompts(tab)[0] == 4
     assert prompts(tab)[-1] == 2
@@ -340,8 +361,13 @@ def test_orders_in_a_browser(tab: Any) -> None:
     assert (prompts(tab)[0], prompts(tab)[-1]) == (5, 1)
     tab.select_option("[name=order]", "lowest")
     assert (prompts(tab)[0], prompts(tab)[-1]) == (1, 5)
+    tab.select_option("[name=measure]", label="r*")
+    assert prompts(tab)[:3] == [30, 29, 28]
+    tab.select_option("[name=order]", "highest")
+    assert prompts(tab)[:3] == [1, 2, 3]
     tab.select_option("[name=order]", "given")
     assert prompts(tab) == list(range(1, 31))
+    assert not tab.locator("[name=measure]").is_visible()
 
 
 def test_arms_shown_in_a_browser(tab: Any) -> None:
@@ -388,6 +414,20 @@ def test_no_width_scrolls_the_page_in_a_browser(tab: Any, width: int) -> None:
     tab.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
     tab.add_style_tag(content=".asked { content-visibility: visible; }")
     assert tab.evaluate("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_bounds_stand_on_one_line_in_a_browser(tab: Any, media: str) -> None:
+    tab.set_viewport_size({"width": 200, "height": 700})
+    tab.emulate_media(media=media)
+    rects = "all => all.map((one) => one.getClientRects().length)"
+    assert tab.locator(".whole").evaluate_all(rects) == [1]
+    assert tab.locator("td:has(.whole)").inner_text() == "-1.50 [-2.00, -1.00]"
+
+
+def test_names_leave_room_on_a_phone_in_a_browser(tab: Any) -> None:
+    tab.set_viewport_size({"width": 390, "height": 700})
+    assert tab.locator("tbody th").first.bounding_box()["width"] < 0.4 * 390
 
 
 def test_dark_scheme_in_a_browser(tab: Any) -> None:

@@ -347,3 +347,17 @@ def test_costs_by_stage_and_all_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(95.0, "95 s"), (720.0, "12 min"), (8640.0, "2.4 h")])
 def test_time_text(seconds: float, said: str) -> None:
     assert cost.time_text(seconds) == said
+
+
+def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Path) -> None:
+    def axis(far: float) -> str:
+        kls = {"sft": 0.0, "dpo": 1.0, "ppo": 1.2, "mpo": far}
+        arms = [Arm(name, {0: scores(SFT_SCORES, kl=kl)}) for name, kl in kls.items()]
+        section = distance.section(Writer(tmp_path / f"{far}", cache=f"cache-{far}").load(arms))
+        assert section is not None
+        figure = section.groups[0].figures[0]
+        assert figure.columns[1] == "KL from SFT (nats a completion)"  # the numbers are no roots
+        return re.findall(r">(KL [^<]*)<", figure.svg)[0]
+
+    assert axis(12.0) == "KL from SFT (nats a completion), root scale"
+    assert axis(1.5) == "KL from SFT (nats a completion)"

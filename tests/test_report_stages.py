@@ -408,3 +408,35 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
         (pytest.approx(-math.log(w)), pytest.approx(math.log(w))) for w in (0.5, 2.0, 8.0)
     ]
     assert any("over 3 pairs" in note and "correlation of -1.00" in note for note in table(section).notes)
+
+
+def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
+    margins = {0: [0.1, -0.1, 0.1, 0.1], 1: [0.1, -0.1, -0.1, 0.1]}
+    results = Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1)))
+    section = reward_model.section(results)
+    pooled, *each = figure_rows(section, "calibration")
+    assert (pooled[1], pooled[2], pooled[-1]) == (8, 5 / 8, "")
+    low, high = proportion_confint(2.5, 4, method="wilson")  # no narrower than for one seed's pairs
+    assert pooled[3:5] == pytest.approx((low, high))
+    assert [(row[1], row[2], row[-1]) for row in each] == [(4, 0.75, "seed 0"), (4, 0.5, "seed 1")]
+    rows = figure_rows(section, "accuracy-by-gap-test")
+    assert [row[:3] for row in rows[:3]] == [("0–1", 8, 0.75), ("1–2", 0, None), ("≥2", 8, 0.75)]
+    assert [row[-1] for row in rows] == ["", "", "", *["seed 0"] * 3, *["seed 1"] * 3]
+    assert section is not None
+    assert section.groups[1].notes[0].startswith("Bold: the pairs of 2 seeds together")
+
+
+def test_selections_of_seeds_are_told_as_ranges_and_drawn_together(tmp_path: Path) -> None:
+    easy, hard = pairs_of([2.5] * 30), pairs_of([0.5] * 40)
+    writer = Writer(tmp_path / "run", world=True, pairs=(easy, hard))
+    writer.run(plain(ARMS, seeds=(0, 1)))
+    file = tmp_path / "cache" / "Selection-1" / "summary.json"
+    file.write_text(file.read_text().replace('"easy": 30', '"easy": 21').replace('"threshold": 2.0', '"threshold": 1'))
+    section = selection.section(load(tmp_path / "run"))
+    assert section is not None
+    assert section.opening.startswith(
+        "Of 70 pairs sampled from SFT at each of 2 seeds, 21 to 30 (30% to 43%) have a gap above 1 to 2 and are easy; "
+        "the median gap is 0.75. Of the labels"
+    )
+    assert [sum(row[place] for row in figure_rows(section, "gaps")) for place in (2, 3)] == [80, 60]
+    assert section.groups[1].title == "Gaps (2 seeds together)"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -16,14 +18,17 @@ from transformers.utils import logging as transformers_logging
 
 from mixpo.experiments.plan import Planned
 from mixpo.experiments.run import Display
+from mixpo.report import document as report
 from mixpo.report.arms import main_table
 from mixpo.report.results import Results, few
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
 SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
-WIDE = 110
-"""Columns from which an interval stands beside its mean, not under it."""
+OPTIONAL = ("tokens", "end rate", "win/tie/lose", "sd over seeds")
+"""How the headings of columns begin that a narrow terminal does without, in this order."""
+NAME_WIDTH = 24
+"""Characters of a word of an arm's name that are not folded, but where nothing else is left to give way."""
 PLAIN_SECONDS = 10.0
 """Time between two plain lines of one stage."""
 
@@ -134,18 +139,39 @@ def _brief(metrics: Mapping[str, float]) -> str:
 
 
 def show_table(results: Results) -> None:
-    """The main table."""
+    """The main table, without the less important columns where the terminal is narrow."""
     console = Console()
     table = main_table(results, paper=False)
-    title = f"{results.title}: means with 95% intervals"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="left" if place == 0 else "right")
-    for row in table.rows:
-        shown.add_row(*(Text(cell.replace(" [", "\n[") if console.width < WIDE else cell) for cell in row))
+    optional = [heading for part in OPTIONAL for heading in table.headings if heading.startswith(part)]
+    tries = [([], True), *((optional[:count], False) for count in range(len(optional) + 1))]
+    for left_out, beside, name_width in [*((*one, NAME_WIDTH) for one in tries), (optional, False, NAME_WIDTH // 3)]:
+        shown = _table(results, table, left_out, beside=beside, name_width=name_width)
+        if Measurement.get(console, console.options.update_width(1000), shown).minimum <= console.width:
+            break
     console.print(shown)
+    if left_out:
+        named = f"Left out at this width: {', '.join(left_out)}; a wider terminal or `mixpo report` shows them."
+        console.print(named, markup=False, highlight=False, soft_wrap=True)
     for line in table.notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(results: Results, table: report.Table, left_out: Sequence[str], *, beside: bool, name_width: int) -> Table:
+    """Some columns, their intervals beside the means or below them; only the arms' names are folded."""
+    title = f"{results.title}: means with 95% intervals"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    kept = [place for place, heading in enumerate(table.headings) if heading not in left_out]
+    rows = [[Text(row[place] if beside else row[place].replace(" [", "\n[")) for place in kept] for row in table.rows]
+    for place, heading in enumerate(table.headings[place] for place in kept):
+        words = [word for row in rows for word in row[place].plain.split("\n" if place else None)]
+        width = max(map(cell_len, [*heading.split(), *words]))
+        if place == 0:
+            shown.add_column(heading, overflow="fold", min_width=min(width, name_width))
+        else:
+            shown.add_column(heading, justify="right", width=width)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:

@@ -26,6 +26,8 @@ from mixpo.report.results import MEASURES, Results, Run
 from mixpo.report.traces import traced
 
 KL_AXIS = "KL from SFT (nats a completion)"
+WIDE = 3.0
+"""Where the largest KL is that many times the median, the plane's axis shows roots (a distance in Gao et al. 2022)."""
 SEEN = 0.95
 """Share of resamples in which the rival's sweep must reach the arm's KL for an interval to be given."""
 
@@ -55,7 +57,9 @@ def _plane(results: Results, key: str, title: str) -> Figure:
         figures.Point(label(results, name), mean_of(results, name, "kl_from_sft"), mean_of(results, name, key))
         for name in results.plain
     ]
-    return figures.plane(points, name=f"kl-{key.replace('_', '-')}", x=KL_AXIS, y=title)
+    kls = [abs(point.x.mean) for point in points]
+    root = bool(kls) and max(kls) > WIDE * float(np.median(kls))
+    return figures.plane(points, name=f"kl-{key.replace('_', '-')}", x=KL_AXIS, y=title, root=root)
 
 
 def _trail(results: Results, key: str, label: str) -> Figure | None:

@@ -35,6 +35,8 @@ class Group:
     figures: Sequence[Figure] = ()
     table: Table | None = None
     notes: Sequence[str] = ()
+    key: Markup | None = None
+    """Whose line has which colour, where the figures share that."""
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,23 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from html import escape
+from textwrap import wrap
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
 from mixpo.algorithms.statistics import Interval
 from mixpo.report.document import Figure
+from mixpo.report.labels import Box, Label, placed
 
 COLOURS = ("#2f7ed8", "#d9622b", "#2a9d6e", "#b8479a", "#8468d8", "#9a7b16", "#1f97a8", "#cf4453")
 """Readable on white and on near-black."""
@@ -28,6 +33,10 @@ MAX_LABEL = 40
 """Characters of a name in a figure; its data and its description keep the whole name."""
 LEGEND_ROW = 0.17
 """Height of a row of names below a figure, in inches."""
+NAME_SIZE = 8.5
+"""Of the names beside points, in points of 1/72 inch."""
+FOREST_ROW, FOREST_LINE = 0.19, 0.13
+"""Height of a name's row, and of every further line of the name, in inches."""
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -69,40 +78,87 @@ def exactly(value: float) -> Interval:
     return Interval(float(value), float(value), float(value))
 
 
-def plane(points: Sequence[Point], *, name: str, x: str, y: str, title: str = "") -> Figure:
-    """Arms as points with their intervals in both directions."""
-    labels = [point.name for point in points]
+def plane(points: Sequence[Point], *, name: str, x: str, y: str, title: str = "", root: bool = False) -> Figure:
+    """Arms as points with their intervals in both directions, and their names beside them.
+
+    Where not every name finds room, numbers stand there and a key below. `root` draws x by its square root.
+    """
+    names = [_short(point.name) for point in points]
     with rc_context(STYLE):
-        canvas, axes = _axes(4.8, 3.1, labels)
-        drawn = [
-            _bars(axes, [point], color=_colour(place), marker=_marker(place), capsize=3, markersize=6)
-            for place, point in enumerate(points)
-        ]
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.margins(0.1)
-        _legend(canvas, drawn, labels)
+        canvas, complete = _plane(points, names, x=x, y=y, title=title, root=root)
+        if not complete:
+            key = [f"{place} {label}" for place, label in enumerate(names, 1)]
+            numbers = [f"{place}" for place, _ in enumerate(names, 1)]
+            canvas, _ = _plane(points, numbers, key, x=x, y=y, title=title, root=root)
         said = "; ".join(f"{point.name}: {point.x.mean:.2f}, {point.y.mean:.2f}" for point in points)
         svg = _svg(canvas, name, _sentence(title, f"{y} against {x}", said))
     rows = [(point.name, *_numbers(point.x), *_numbers(point.y)) for point in points]
     return Figure(name, svg, ("name", *_bounds(x), *_bounds(y)), rows)
 
 
+def forest(
+    panels: Mapping[str, Mapping[str, Interval]], *, name: str, title: str = "", beside: str | None = None
+) -> Figure:
+    """A row a name, from the top in the order in which names first come, with its mean and interval in every panel.
+
+    `panels` holds intervals by name, by what the panel measures; a name that a panel lacks has no mark there. A dotted
+    line runs down from the mean of the name `beside`.
+    """
+    names = list(dict.fromkeys(one for panel in panels.values() for one in panel))
+    folded = [_folded(one) for one in names]
+    lines = [one.count("\n") + 1 for one in folded]
+    ends = np.cumsum([FOREST_ROW + FOREST_LINE * (count - 1) for count in lines])
+    places = ends - np.diff(ends, prepend=0.0) / 2
+    height = float(ends[-1]) if names else FOREST_ROW
+    with rc_context(STYLE):
+        canvas = Canvas(figsize=(3.2 + 0.6 * len(panels), height + (0.75 if title else 0.55)), layout="constrained")
+        every = canvas.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+        for axes, (label, panel) in zip(every, panels.items(), strict=False):
+            found = [
+                Point("", panel[one], exactly(place)) for one, place in zip(names, places, strict=True) if one in panel
+            ]
+            _bars(axes, found, color=_colour(0), marker="o", markersize=4.5, elinewidth=1.4, capsize=0)
+            if beside is not None and beside in panel:
+                axes.axvline(panel[beside].mean, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+            axes.set_xlabel(label)
+            axes.locator_params(axis="x", nbins=5)
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        every[0].set_yticks(places, folded)
+        every[0].set_ylim(height, 0.0)
+        canvas.suptitle(title, fontsize=9.5)
+        said = "; ".join(
+            f"{label}: {', '.join(f'{one} {interval.mean:.2f}' for one, interval in panel.items())}"
+            for label, panel in panels.items()
+        )
+        svg = _svg(canvas, name, _sentence(title, "Means with their intervals", said))
+    rows = [(one, *(cell for panel in panels.values() for cell in _numbers(panel.get(one)))) for one in names]
+    return Figure(name, svg, ("name", *(text for label in panels for text in _bounds(label))), rows)
+
+
 def paths(
     paths: Mapping[str, Sequence[Point]], *, name: str, x: str, y: str, title: str = "", dashed: Collection[str] = ()
 ) -> Figure:
-    """Points joined in their order; paths whose names agree up to the last comma share a colour."""
+    """Points joined in their order; paths whose names agree up to the last comma share a colour.
+
+    Where all have the same exact x, each is drawn a little aside of the others.
+    """
     stems = list(dict.fromkeys(_stem(path) for path in paths))
     with rc_context(STYLE):
-        canvas, axes = _axes(4.8, 3.1, list(paths))
+        canvas, axes = _axes(4.2, 2.9, list(paths))
         drawn = []
-        for path, points in paths.items():
+        apart = _apart(list(paths.values()))
+        for (path, points), aside in zip(paths.items(), apart, strict=True):
             place, dash = stems.index(_stem(path)), path in dashed
             look = {"color": _colour(place), "marker": _marker(place), "markersize": 4, "linestyle": "-"}
             if dash:
                 look |= {"linestyle": "--", "markerfacecolor": "none"}
-            drawn.append(_bars(axes, points, linewidth=1.3, elinewidth=0.7, capsize=1.5, **look))
-            for point in points:
+            moved = [replace(point, x=_moved(point.x, aside)) for point in points]
+            drawn.append(_bars(axes, moved, linewidth=1.3, elinewidth=0.7, capsize=1.5, **look))
+            for point in moved:
                 _beside(axes, point, _colour(place), left=place % 2 == 1, below=dash)
+        if any(apart):
+            axes.set_xticks(sorted({point.x.mean for points in paths.values() for point in points}))
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.margins(0.1)
         _legend(canvas, drawn, list(paths))
@@ -167,12 +223,24 @@ def dots(groups: Mapping[str, Sequence[Point]], *, name: str, y: str, title: str
     return Figure(name, svg, ("group", "name", *_bounds(y)), rows)
 
 
-def shares(bins: Sequence[Share], *, name: str, title: str, x: str, y: str) -> Figure:
-    """Shares by bin with their intervals, and the count of each bin below it."""
+def shares(
+    bins: Sequence[Share],
+    *,
+    name: str,
+    title: str,
+    x: str,
+    y: str,
+    each: Mapping[str, Sequence[Share]] = MappingProxyType({}),
+) -> Figure:
+    """Shares by bin with their intervals, and the count of each bin below it; thin lines are of the parts in `each`."""
     with rc_context(STYLE):
         canvas, axes = _axes(4.2, 2.9)
+        for part in each.values():
+            found = [(place, one.share.mean) for place, one in enumerate(part) if one.share is not None]
+            _thin(axes, found)
         filled = [(place, one.share) for place, one in enumerate(bins) if one.share is not None]
-        _bars(axes, [_at(place, share) for place, share in filled], color=_colour(0), marker="o", capsize=3)
+        line = {"linestyle": "-" if each else ""}
+        _bars(axes, [_at(place, share) for place, share in filled], color=_colour(0), marker="o", capsize=3, **line)
         axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
         axes.set_xticks(range(len(bins)), [f"{one.label}\nn={one.count}" for one in bins])
         axes.set_xlim(-0.5, max(0, len(bins) - 1) + 0.5)
@@ -181,15 +249,28 @@ def shares(bins: Sequence[Share], *, name: str, title: str, x: str, y: str) -> F
         axes.set(title=title, xlabel=x, ylabel=y)
         said = "; ".join(f"{bins[place].label}: {share.mean:.2f} of {bins[place].count}" for place, share in filled)
         svg = _svg(canvas, name, _sentence(title, f"{y} by {x}", said))
-    rows = [(one.label, one.count, *_numbers(one.share)) for one in bins]
-    return Figure(name, svg, (x, "count", *_bounds(y)), rows)
+    rows = [
+        (one.label, one.count, *_numbers(one.share), part) for part, own in {"": bins, **each}.items() for one in own
+    ]
+    return Figure(name, svg, (x, "count", *_bounds(y), "of"), rows)
 
 
-def calibration(bins: Sequence[tuple[float, Interval, int]], *, name: str, title: str) -> Figure:
-    """The share observed against the confidence predicted, larger where a bin holds more; dotted where they agree."""
+Bin = tuple[float, Interval, int]
+"""The confidence predicted, the share observed, and the number of pairs."""
+
+
+def calibration(
+    bins: Sequence[Bin], *, name: str, title: str, each: Mapping[str, Sequence[Bin]] = MappingProxyType({})
+) -> Figure:
+    """The share observed against the confidence predicted, larger where a bin holds more; dotted where they agree.
+
+    Thin lines are of the parts in `each`.
+    """
     x, y = "predicted confidence", "observed share"
     with rc_context(STYLE):
-        canvas, axes = _axes(3.8, 3.1)
+        canvas, axes = _axes(4.2, 2.9)
+        for part in each.values():
+            _thin(axes, [(predicted, share.mean) for predicted, share, _ in part])
         most = max((count for _, _, count in bins), default=1)
         for predicted, share, count in bins:
             size = 3 + 6 * math.sqrt(count / max(1, most))
@@ -197,52 +278,68 @@ def calibration(bins: Sequence[tuple[float, Interval, int]], *, name: str, title
             _bars(axes, [point], color=_colour(0), marker="o", capsize=2, elinewidth=1, markersize=size)
             _beside(axes, Point(f"n={count}", point.x, share), INK, left=False, below=True)
         low = 0.5 if bins and min(predicted for predicted, _, _ in bins) >= 0.5 else 0.0
-        least = min((share.low for _, share, _ in bins if share.low < low), default=low)
+        seen = [share.low for _, share, _ in bins] + [share.mean for part in each.values() for _, share, _ in part]
+        least = min([low, *filter(math.isfinite, seen)])
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
         axes.set(title=title, xlabel=x, ylabel=y, xlim=(low - 0.01, 1.04), ylim=(least - 0.02, 1.04))
         said = "; ".join(f"{predicted:.2f}: {share.mean:.2f} of {count}" for predicted, share, count in bins)
         svg = _svg(canvas, name, _sentence(title, f"{y} by {x}", said))
-    rows = [(_number(predicted), count, *_numbers(share)) for predicted, share, count in bins]
-    return Figure(name, svg, (x, "count", *_bounds(y)), rows)
+    rows = [
+        (_number(predicted), count, *_numbers(share), part)
+        for part, own in {"": bins, **each}.items()
+        for predicted, share, count in own
+    ]
+    return Figure(name, svg, (x, "count", *_bounds(y), "of"), rows)
 
 
-def histogram(values: Sequence[float], *, cut: float, name: str, x: str, left: str, right: str) -> Figure:
-    """How often values fall where, and the cut between those on the left and those on the right."""
-    array = np.asarray(values, dtype=np.float64)
-    edges = np.histogram_bin_edges(array, bins=40)
-    below, above = (np.histogram(part, bins=edges)[0] for part in (array[array <= cut], array[array > cut]))
+def histogram(parts: Mapping[str, Sequence[float]], *, cuts: Sequence[float], name: str, x: str) -> Figure:
+    """How often values fall where, the parts on top of each other, and the thresholds between them."""
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values, float) for values in parts.values()]), bins=40)
+    counts = {part: np.histogram(values, bins=edges)[0] for part, values in parts.items()}
+    cuts = sorted(set(cuts))
+    said = f"threshold {min(cuts):.3g}" if len(cuts) == 1 else f"thresholds {min(cuts):.3g} to {max(cuts):.3g}"
     with rc_context(STYLE):
         canvas, axes = _axes(4.8, 2.8)
-        look = {"width": np.diff(edges), "align": "edge", "alpha": 0.85}
-        axes.bar(edges[:-1], below, label=left, **look)
-        axes.bar(edges[:-1], above, bottom=below, label=right, **look)
-        axes.axvline(cut, color=INK, linewidth=1.2, linestyle="--", label=f"threshold {cut:.3g}")
+        below = np.zeros(len(edges) - 1)
+        for part, found in counts.items():
+            axes.bar(edges[:-1], found, np.diff(edges), below, align="edge", alpha=0.85, label=part)
+            below += found
+        for place, cut in enumerate(cuts):
+            label = "" if place else said
+            axes.axvline(cut, color=INK, linewidth=1.2 / len(cuts) ** 0.5, linestyle="--", label=label)
         axes.grid(axis="x", visible=False)
         axes.set(xlabel=x, ylabel="pairs")
         canvas.legend(loc="outside lower center", ncols=3)
-        said = f"Histogram of {len(values)} values of {x}: {below.sum()} {left}, {above.sum()} {right}"
-        svg = _svg(canvas, name, f"{said}, with the threshold at {cut:.3g}")
-    rows = [
-        (float(low), float(high), int(one), int(other))
-        for low, high, one, other in zip(edges[:-1], edges[1:], below, above, strict=True)
-    ]
-    return Figure(name, svg, (f"{x}, from", f"{x}, to", left, right), rows)
+        sums = ", ".join(f"{found.sum()} {part}" for part, found in counts.items())
+        svg = _svg(canvas, name, f"Histogram of {int(below.sum())} values of {x}: {sums}; {said}")
+    columns = [edges[:-1].tolist(), edges[1:].tolist(), *(found.tolist() for found in counts.values())]
+    return Figure(name, svg, (f"{x}, from", f"{x}, to", *parts), list(zip(*columns, strict=True)))
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, name: str, title: str, x: str = "step") -> Figure:
-    """Values by step."""
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    name: str,
+    title: str,
+    x: str = "step",
+    shared: Sequence[str] = (),
+) -> Figure:
+    """Values by step. The names stand below, or in the `key` of all the names `shared` by several figures."""
     thinned = {line: _thinned(points) for line, points in series.items()}
+    places = [list(shared or series).index(line) for line in series]
+    below = list(series) if len(series) > 1 and not shared else []
     with rc_context(STYLE):
-        canvas, axes = _axes(2.9, 1.9)
+        canvas, axes = _axes(2.9, 1.9, below)
         drawn = []
-        for points in thinned.values():
+        for place, points in zip(places, thinned.values(), strict=True):
             steps, values = [step for step, _ in points], [value for _, value in points]
-            drawn += axes.plot(steps, values, linewidth=1.3, marker="" if len(steps) > 1 else "o")
+            look = {"color": _colour(place), "linestyle": (0, _dashes(place) or None), "linewidth": 1.3}
+            drawn += axes.plot(steps, values, marker="" if len(steps) > 1 else "o", **look)
         axes.set_title(title, loc="left")
         axes.set_xlabel(x, fontsize=8)
         axes.locator_params(nbins=5)
-        if len(series) > 1:
-            axes.legend(drawn, [_short(line) for line in series], fontsize=8)
+        if below:
+            _legend(canvas, drawn, below)
         said = "; ".join(
             f"{line} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for line, points in series.items() if points
         )
@@ -251,11 +348,109 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, name: str, tit
     return Figure(name, svg, ("line", x, "value"), rows)
 
 
+def key(names: Sequence[str]) -> Markup:
+    """Whose line has which colour, as a list, for figures that share it."""
+    entry = Markup(
+        '<li><svg viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4h24" fill="none" stroke="{}" stroke-width="2.5" '
+        'stroke-dasharray="{}"/></svg>{}</li>'
+    )
+    entries = [
+        entry.format(_colour(place), " ".join(f"{2.5 * length:g}" for length in _dashes(place)), _short(name))
+        for place, name in enumerate(names)
+    ]
+    return Markup('<ul class="key">') + Markup("").join(entries) + Markup("</ul>")
+
+
 def _axes(width: float, height: float, labels: Sequence[str] = ()) -> tuple[Any, Any]:
     """A canvas that is higher by the rows of its legend."""
     rows = -(-len(labels) // _columns(width, labels))
-    canvas = Canvas(figsize=(width, height + rows * LEGEND_ROW), layout="constrained")
+    canvas = Canvas(figsize=(width, height + rows * LEGEND_ROW), layout="constrained", dpi=72)
     return canvas, canvas.add_subplot()
+
+
+def _plane(
+    points: Sequence[Point], texts: Sequence[str], key: Sequence[str] = (), *, x: str, y: str, title: str, root: bool
+) -> tuple[Any, bool]:
+    """A plane with those of the texts that find room beside their points; whether all do."""
+    canvas, axes = _axes(4.2, 3.4, key)
+    drawn = [
+        _bars(axes, [point], color=_colour(place), marker=_marker(place), markersize=5.5, elinewidth=1, capsize=0)
+        for place, point in enumerate(points)
+    ]
+    for one in drawn:
+        for bar in one[2]:
+            bar.set_alpha(0.5)
+    if root:
+        axes.set_xscale("function", functions=(_root, _square))
+    axes.set(title=title, xlabel=f"{x}, root scale" if root else x, ylabel=y)
+    axes.margins(0.08)
+    if root:
+        ticks = _root_ticks(*axes.get_xlim())
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    if key:
+        _legend(canvas, drawn, key)
+    with _of_any_script():
+        canvas.savefig(
+            io.BytesIO(), format="svg"
+        )  # lays it out as it will be drawn: no other renderer measures text alike
+    seen = [place for place, one in enumerate(points) if math.isfinite(one.x.mean) and math.isfinite(one.y.mean)]
+    found = placed(
+        [_spot(axes, points[place].x.mean, points[place].y.mean) for place in seen],
+        [(NAME_SIZE * 0.57 * len(texts[place]), NAME_SIZE * 1.15) for place in seen],
+        frame=Box(*axes.bbox.extents),
+        lines=[line for place in seen for line in _crosses(axes, points[place])],
+    )
+    for place, label in zip(seen, found, strict=True):
+        if label is not None:
+            _write(axes, texts[place], label, _colour(place))
+    return canvas, all(label is not None for label in found)
+
+
+def _spot(axes: Any, x: float, y: float) -> tuple[float, float]:
+    """Where a place of the plane stands on the canvas, in points of 1/72 inch."""
+    across, up = axes.transData.transform((x, y))
+    return float(across), float(up)
+
+
+def _crosses(axes: Any, point: Point) -> list[Box]:
+    """What a point's error bars cover."""
+    x, y = point.x, point.y
+    bars = [((x.low, y.mean), (x.high, y.mean)), ((x.mean, y.low), (x.mean, y.high))]
+    known = [[_spot(axes, *end) for end in ends] for ends in bars if np.isfinite(ends).all()]
+    return [Box(left - 0.5, bottom - 0.5, right + 0.5, top + 0.5) for (left, bottom), (right, top) in known]
+
+
+def _write(axes: Any, text: str, label: Label, colour: str) -> None:
+    """A name where it was placed, and the line that leads to it."""
+    inches = axes.figure.dpi_scale_trans
+    box = label.box
+    x, align = {1: (box.left, "left"), 0: ((box.left + box.right) / 2, "center"), -1: (box.right, "right")}[label.side]
+    look = {"transform": inches, "color": colour, "fontsize": NAME_SIZE, "ha": align, "va": "center"}
+    axes.text(x / 72, (box.bottom + box.top) / 144, text, **look).set_in_layout(False)
+    if label.leader is not None:
+        (x, y), (to_x, to_y) = label.leader
+        line = Line2D([x / 72, to_x / 72], [y / 72, to_y / 72], transform=inches, color=colour, linewidth=0.6)
+        line.set(alpha=0.6, zorder=1.5, in_layout=False)
+        axes.add_artist(line)
+
+
+def _root(x: Any) -> Any:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _square(x: Any) -> Any:
+    return np.sign(x) * np.square(x)
+
+
+def _root_ticks(low: float, high: float) -> list[float]:
+    """0, and of 1, 2 and 5 times powers of ten those that stand apart on an axis of square roots."""
+    apart = 0.075 * (_root(high) - _root(low))
+    ticks: list[float] = []
+    for tick in sorted((digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)), reverse=True):
+        nearest = ticks[-1] if ticks else math.inf
+        if tick <= high and _root(nearest) - _root(tick) >= apart and _root(tick) >= apart:
+            ticks.append(tick)
+    return [*(-tick for tick in ticks if -tick >= low), 0.0, *reversed(ticks)]
 
 
 def _columns(width: float, labels: Sequence[str]) -> int:
@@ -283,6 +478,25 @@ def _bars(axes: Any, points: Sequence[Point], **look: Any) -> Any:
     look = {"linestyle": "", **look}
     means = [one.mean for one in x], [one.mean for one in y]
     return axes.errorbar(*means, xerr=_lengths(x), yerr=_lengths(y), **look)
+
+
+def _thin(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """A line that stands behind what counts."""
+    axes.plot([x for x, _ in points], [y for _, y in points], color=_colour(0), linewidth=0.8, alpha=0.55)
+
+
+def _apart(paths: Sequence[Sequence[Point]]) -> list[float]:
+    """What each path is drawn aside by, so that bars at the same exact x do not cover each other."""
+    x = sorted({point.x.mean for points in paths for point in points})
+    exact = all(point.x.low == point.x.high for points in paths for point in points)
+    if not exact or len(x) < 2 or max(map(len, paths)) < len(x):
+        return [0.0] * len(paths)
+    step = min(0.015 * (x[-1] - x[0]), 0.4 * float(np.diff(x).min()) / len(paths))
+    return [step * (place - (len(paths) - 1) / 2) for place in range(len(paths))]
+
+
+def _moved(interval: Interval, by: float) -> Interval:
+    return Interval(interval.mean + by, interval.low + by, interval.high + by)
 
 
 def _lengths(intervals: Sequence[Interval]) -> list[list[float]] | None:
@@ -319,6 +533,11 @@ def _marker(place: int) -> str:
     return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
 
 
+def _dashes(place: int) -> tuple[float, ...]:
+    """Lengths of dashes and gaps that tell lines of the same colour apart; none of a solid line."""
+    return ((), (4.0, 1.5), (1.0, 1.5))[place // len(COLOURS) % 3]
+
+
 def _stem(path: str) -> str:
     return path.rpartition(", ")[0] or path
 
@@ -326,6 +545,11 @@ def _stem(path: str) -> str:
 def _short(label: str) -> str:
     line = " ".join(label.split())
     return line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 1]}…"
+
+
+def _folded(label: str) -> str:
+    """A name in lines of few words."""
+    return "\n".join(wrap(_short(label), 18, break_long_words=False, break_on_hyphens=False))
 
 
 def _number(value: float) -> float | None:
@@ -352,11 +576,18 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(float(group[:, 0].mean()), float(group[:, 1].mean())) for group in groups]
 
 
+@contextmanager
+def _of_any_script() -> Iterator[None]:
+    """No warning of what matplotlib's own font lacks: the page's fonts draw the text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
 def _svg(canvas: Any, name: str, description: str) -> Markup:
     """The figure as an `svg` element that scales with the page and takes its text's colour."""
     file = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page's own fonts draw the text
+    with rc_context({**STYLE, "svg.hashsalt": name}), _of_any_script():
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     view = re.search(r'viewBox="([^"]*)"', text)

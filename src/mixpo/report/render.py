@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 import jinja2
+from markupsafe import Markup, escape
 
 from mixpo.report.document import ArmCompletion, Asked, Document, Figure, Group, Section, Table
 
@@ -19,6 +20,9 @@ MARKDOWN_ROWS = 12
 """Rows of a figure's data that Markdown still holds."""
 MARKDOWN_PROMPTS = 5
 """Prompts whose completions Markdown holds."""
+
+INTERVAL = re.compile(r"([+\-−]?[\d.,]+%?) \[(\S+), (\S+)\](?: (.+))?", re.DOTALL)
+"""A number with its bounds, and what stands behind."""
 
 Cell = str | float | int | None
 
@@ -32,7 +36,8 @@ def html(document: Document, *, mixpo: str, date: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"slug": _slug, "wordy": _wordy, "scores": _scores}
+    environment.filters |= {"slug": _slug, "wordy": _wordy, "scores": _scores, "split": split}
+    environment.filters |= {"whole": _whole, "foldable": _foldable}
     arms = _arms(document.asked)
     one, other = _pair(document)
     shown = list(dict.fromkeys([*filter(None, (one, other)), *arms]))[:SHOWN_ARMS]
@@ -41,6 +46,9 @@ def html(document: Document, *, mixpo: str, date: str) -> str:
         facts=[*document.facts, ("mixpo", mixpo), ("date", date)],
         contents=_contents(document),
         arms=arms,
+        measures=list(
+            dict.fromkeys(name for one in document.asked for shown in one.completions for name, _ in _scores(shown))
+        ),
         one=one,
         other=other,
         shown=shown,
@@ -80,6 +88,35 @@ def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def csv_address(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """A table as the address of a download."""
     return "data:text/csv;charset=utf-8," + quote(csv_text(columns, rows), safe=",;:()")
+
+
+def split(table: Table) -> tuple[list[str], list[list[str]]]:
+    """A table whose cells hold one number each: `0.10 [-0.12, 0.29] (p 0.03)` becomes four columns."""
+    columns = list(zip(table.headings, *table.rows, strict=True))
+    found = [column for heading, *cells in columns for column in _split(heading, cells)]
+    return [heading for heading, *_ in found], [list(row) for row in zip(*(cells for _, *cells in found), strict=True)]
+
+
+def _split(heading: str, cells: list[str]) -> list[list[str]]:
+    """The columns of a column's estimates, bounds and what stands behind them; itself where no cell has bounds."""
+    found = [INTERVAL.fullmatch(cell) for cell in cells]
+    if not any(found):
+        return [[heading, *cells]]
+    parts = [one.groups("") if one else (cell, "", "", "") for one, cell in zip(found, cells, strict=True)]
+    headings = [heading, f"{heading}, low", f"{heading}, high", f"{heading}, note"]
+    columns = [[name, *own] for name, own in zip(headings, zip(*parts, strict=True), strict=True)]
+    return columns if any(columns[-1][1:]) else columns[:-1]
+
+
+def _whole(text: str) -> Markup:
+    """Text in which no line breaks within a number's bounds, nor before the few words behind them."""
+    bounds = r"\[[^][,]{1,16}, [^][,]{1,16}\](?: \([^()]{1,16}\))?"
+    return Markup(re.sub(bounds, r'<span class="whole">\g<0></span>', str(escape(text))))
+
+
+def _foldable(text: str) -> Markup:
+    """An arm's name that may break before the words of a setting and before its value."""
+    return Markup(re.sub(r"(?<=\w)(?:[._](?=[a-z])|=)", r"\g<0><wbr>", str(escape(text))))
 
 
 def _arms(asked: Sequence[Asked]) -> list[str]:

@@ -1,12 +1,18 @@
 """Does the reward model know its business? Accuracy, accuracy by gap (Figure 2 of the paper), calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, calibration, calibration_error, crossed_interval
+from mixpo.algorithms.statistics import (
+    Interval,
+    calibration,
+    calibration_error,
+    crossed_interval,
+    wilson_interval,
+)
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.results import Results, StageFolder
@@ -16,11 +22,10 @@ CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def section(results: Results) -> Section | None:
-    """Every reward model of the runs, the first in pictures."""
+    """Every reward model of the runs, those of the first run's recipe in pictures, all seeds together."""
     stages = results.stages_of("RewardModel")
     if not stages:
         return None
-    first = stages[0]
     rows = []
     for stage in stages:
         for part in ("validation", "test"):
@@ -38,27 +43,36 @@ def section(results: Results) -> Section | None:
         "calibration error",
         "score (mean ± sd)",
     ]
-    pictures = []
-    for part in ("validation", "test"):
-        bins = [_bin(one) for one in first.summary[part]["by_gap"]]
-        pictures.append(
-            figures.shares(
-                bins,
-                name=f"accuracy-by-gap-{part}",
-                title=f"{part} pairs",
-                x="gap between the two scores",
-                y="ordered as labelled",
-            )
+    drawn = each_seed(stages)
+    one = len(drawn) == 1
+    pictures = [
+        figures.shares(
+            pooled_shares([stage.summary[part]["by_gap"] for stage in drawn]),
+            name=f"accuracy-by-gap-{part}",
+            title=f"{part} pairs",
+            x="gap between the two scores",
+            y="ordered as labelled",
+            each={} if one else {stage.label: pooled_shares([stage.summary[part]["by_gap"]]) for stage in drawn},
         )
-    found = calibration(margins(first, "test"), CONFIDENCE_EDGES)
-    drawn = [
-        (one.predicted, one.interval, one.count)
-        for one in found
-        if one.predicted is not None and one.interval is not None
+        for part in ("validation", "test")
     ]
-    pictures.append(figures.calibration(drawn, name="calibration", title="calibration on test pairs"))
+    tested = {stage.label: margins(stage, "test") for stage in drawn}
+    pictures.append(
+        figures.calibration(
+            pooled_calibration(list(tested.values())),
+            name="calibration",
+            title="calibration on test pairs",
+            each={} if one else {label: pooled_calibration([own]) for label, own in tested.items()},
+        )
+    )
+    whose = (
+        f"Of {drawn[0].label}, with Wilson 95% intervals"
+        if one
+        else f"Bold: the pairs of {len(drawn)} seeds together; thin: each seed's. Wilson 95% intervals, as wide as if "
+        "a bin held one seed's mean count, since all seeds judge the same test pairs"
+    )
     notes = [
-        f"Of {first.label}, with Wilson 95% intervals; n is the number of pairs in the bin, dotted is chance. "
+        f"{whose}; n is the number of pairs in the bin, dotted is chance. "
         "Calibration holds sigma(gap), which the model takes for the probability of its order, against the share that "
         "is ordered so; its error is the mean distance of the two, weighted by count.",
         "The paper: 73% on HH-RLHF, 78% on TL;DR; over half of its pairs have a gap under 1 (Figure 2).",
@@ -68,7 +82,16 @@ def section(results: Results) -> Section | None:
         Group(table=Table(headings, rows), notes=alarms),
         Group("Accuracy by gap, and calibration", pictures, notes=notes),
     ]
-    return Section("reward-model", "Reward model", _opening(results, stages), groups)
+    return Section("reward-model", "Reward model", _opening(results, stages, drawn), groups)
+
+
+def each_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
+    """Of the first run's recipe as it stands, one stage a seed."""
+    by_seed: dict[int, StageFolder] = {}
+    for stage in stages:
+        if stage.plain and stage.run is stages[0].run:
+            by_seed.setdefault(stage.seeds[0], stage)
+    return list(by_seed.values()) or [stages[0]]
 
 
 def margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:
@@ -83,12 +106,35 @@ def accuracy(judged: Mapping[str, Any]) -> str:
     return f"{judged['accuracy']:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def _opening(results: Results, stages: list[StageFolder]) -> str:
-    by_seed: dict[int, StageFolder] = {}
-    for stage in stages:
-        if stage.plain and stage.run is stages[0].run:
-            by_seed.setdefault(stage.seeds[0], stage)
-    test = [margins(stage, "test") for stage in by_seed.values()]
+def pooled_shares(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures.Share]:
+    """The bins of several seeds together."""
+    found = []
+    for bins in zip(*by_gap, strict=True):
+        count = sum(one["count"] for one in bins)
+        right = sum(one["count"] * one["interval"]["mean"] for one in bins if one["interval"])
+        low, high = bins[0]["low"], bins[0]["high"]
+        label = f"≥{low:g}" if high is None else f"{low:g}–{high:g}"
+        found.append(figures.Share(label, count, _pooled(right / count, count, len(bins)) if count else None))
+    return found
+
+
+def pooled_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[figures.Bin]:
+    """The filled bins of the pairs of several seeds together."""
+    return [
+        (one.predicted, _pooled(one.observed, one.count, len(margins)), one.count)
+        for one in calibration(np.concatenate(margins), CONFIDENCE_EDGES)
+        if one.predicted is not None and one.observed is not None
+    ]
+
+
+def _pooled(share: float, count: int, seeds: int) -> Interval:
+    """A share of the pairs of several seeds, its interval that of a seed's mean count: they may be the same pairs."""
+    trials = max(1, round(count / seeds))
+    return wilson_interval(share * trials, trials)
+
+
+def _opening(results: Results, stages: list[StageFolder], drawn: list[StageFolder]) -> str:
+    test = [margins(stage, "test") for stage in drawn]
     under = float(np.mean([np.abs(one) < 1 for one in test]))
     interval = crossed_interval(np.stack([one > 0 for one in test]).astype(np.float64))
     many = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"
@@ -104,8 +150,3 @@ def _chance(interval: Interval) -> str:
     if interval.low > 0.5:
         return "which is above chance"
     return "which is below chance" if interval.high < 0.5 else "which is not told apart from chance"
-
-
-def _bin(one: Mapping[str, Any]) -> figures.Share:
-    label = f"≥{one['low']:g}" if one["high"] is None else f"{one['low']:g}–{one['high']:g}"
-    return figures.Share(label, one["count"], Interval(**one["interval"]) if one["interval"] else None)

@@ -1,5 +1,6 @@
 """What did selection do? The gaps and where they are cut, sizes, right and wrong labels, pairs from both ends."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mixpo.algorithms.statistics import wilson_interval
@@ -7,6 +8,7 @@ from mixpo.data.world import true_reward
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.results import Results, StageFolder
+from mixpo.report.reward_model import each_seed
 from mixpo.stages.rows import read_table
 
 SHOWN = 3
@@ -14,7 +16,7 @@ SHOWN = 3
 
 
 def section(results: Results) -> Section | None:
-    """Every selection of the runs, the first in pictures."""
+    """Every selection of the runs, those of the first run's recipe in a picture, all seeds together."""
     stages = results.stages_of("Selection")
     if not stages:
         return None
@@ -33,16 +35,16 @@ def section(results: Results) -> Section | None:
         row += [f"{summary['threshold']:.3g}", f"{drawn['gap_median']:.3g}"]
         row.append(f"{drawn['gap_median'] / drawn['score_std']:.2f}" if drawn["score_std"] else "")
         rows.append(row + ([_right(parts[stage.key][part]) for part in ("easy", "hard")] if known else []))
-    first = stages[0]
-    rows_of_first = sorted(parts[first.key]["easy"] + parts[first.key]["hard"], key=lambda row: float(row["gap"]))
+    shown = each_seed(stages)
     picture = figures.histogram(
-        [float(row["gap"]) for row in rows_of_first],
-        cut=first.summary["threshold"],
+        {part: [float(row["gap"]) for stage in shown for row in parts[stage.key][part]] for part in ("hard", "easy")},
+        cuts=[stage.summary["threshold"] for stage in shown],
         name="gaps",
         x="gap between the two scores",
-        left="hard",
-        right="easy",
     )
+    first = shown[0]
+    rows_of_first = sorted(parts[first.key]["easy"] + parts[first.key]["hard"], key=lambda row: float(row["gap"]))
+    which = first.label if len(shown) == 1 else f"{len(shown)} seeds together"
     notes = ["Identical: both completions are the same, so the gap is 0."]
     if known:
         notes.append(
@@ -51,10 +53,11 @@ def section(results: Results) -> Section | None:
         )
     groups = [
         Group(table=Table(headings, rows, notes)),
-        Group(f"Gaps ({first.label})", [picture]),
+        Group(f"Gaps ({which})", [picture]),
         Group(f"Pairs from both ends ({first.label})", table=_examples(rows_of_first, known=known)),
     ]
-    return Section("selection", "Selection", _opening(first, samples[first.key], parts[first.key], known), groups)
+    opening = _opening(shown, [samples[stage.key] for stage in shown], [parts[stage.key] for stage in shown], known)
+    return Section("selection", "Selection", opening, groups)
 
 
 def _samples_of(results: Results, selection: StageFolder) -> StageFolder:
@@ -104,22 +107,33 @@ def _examples(rows: list[dict[str, Any]], *, known: bool) -> Table:
     return Table(["gap", "prompt", "chosen", "its score", "rejected", "its score"], body)
 
 
-def _opening(first: StageFolder, samples: StageFolder, parts: dict[str, list[dict[str, Any]]], known: bool) -> str:
-    summary = first.summary
+def _opening(
+    drawn: list[StageFolder], samples: list[StageFolder], parts: list[dict[str, list[dict[str, Any]]]], known: bool
+) -> str:
+    """What the selections did, as ranges over their seeds."""
+    summaries = [stage.summary for stage in drawn]
+    where = f"({drawn[0].label})" if len(drawn) == 1 else f"at each of {len(drawn)} seeds"
+    easy = [one["easy"] / one["pairs"] for one in summaries]
     said = (
-        f"Of {summary['pairs']:,} pairs sampled from SFT ({first.label}), {summary['easy']:,} "
-        f"({summary['easy'] / summary['pairs']:.0%}) have a gap above {summary['threshold']:.3g} and are easy; the "
-        f"median gap is {samples.summary['gap_median']:.2f}"
+        f"Of {_range([one['pairs'] for one in summaries], ',')} pairs sampled from SFT {where}, "
+        f"{_range([one['easy'] for one in summaries], ',')} ({_range(easy, '.0%')}) have a gap above "
+        f"{_range([one['threshold'] for one in summaries], '.3g')} and are easy; the median gap is "
+        f"{_range([one.summary['gap_median'] for one in samples], '.2f')}"
     )
     if not known:
         return f"{said}."
-    easy, hard = (_tally(parts[part]) for part in ("easy", "hard"))
-    return (
-        f"{said}. Of the labels that the true r* does not tie, {_plain_share(easy)} of the easy and "
-        f"{_plain_share(hard)} of the hard are right."
-    )
+    right = {part: [share for one in parts for share in _share(one[part])] for part in ("easy", "hard")}
+    told = [f"{_range(shares, '.0%') if shares else 'none of none'} of the {part}" for part, shares in right.items()]
+    return f"{said}. Of the labels that the true r* does not tie, {told[0]} and {told[1]} are right."
 
 
-def _plain_share(tally: tuple[int, int, int]) -> str:
-    right, wrong, _ = tally
-    return f"{right / (right + wrong):.0%}" if right + wrong else "none of none"
+def _share(rows: list[dict[str, Any]]) -> list[float]:
+    """The share of labels that the true reward calls right, if it calls any right or wrong."""
+    right, wrong, _ = _tally(rows)
+    return [right / (right + wrong)] if right + wrong else []
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """`5`, or `4 to 6` where they are not all the same."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"

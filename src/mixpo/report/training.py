@@ -29,7 +29,7 @@ PLOTS: dict[str, dict[str, str]] = {
 
 
 def section(results: Results) -> Section | None:
-    """A figure a metric, with a line a stage."""
+    """A figure a metric, with a line a stage of the same colour in all."""
     plain = [stage for stage in results.stages if stage.kind in PLOTS and stage.plain]
     seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
     stages = [stage for stage in plain if seed in stage.seeds]
@@ -40,7 +40,9 @@ def section(results: Results) -> Section | None:
         own = {stage.arms[0]: metrics(stage.folder) for stage in stages if stage.kind == kind}
         if own:
             pictures = [picture for key, title in plots.items() if (picture := _picture(own, kind, key, title))]
-            groups.append(Group(kind, pictures, _table(results, kind)))
+            groups.append(
+                Group(kind, pictures, _table(results, kind), key=figures.key(list(own)) if len(own) > 1 else None)
+            )
     notes = [
         "DPO's loss counts only the difference of chosen and rejected, so both log-probs may fall. A stage that many "
         f"arms share bears the name of the first. Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
@@ -62,7 +64,8 @@ def _picture(own: dict[str, list[dict[str, float]]], kind: str, key: str, title:
         for arm, rows in own.items()
     }
     series = {arm: points for arm, points in series.items() if points}
-    return figures.lines(series, name=f"{kind.lower()}-{key.replace('_', '-')}", title=title) if series else None
+    name = f"{kind.lower()}-{key.replace('_', '-')}"
+    return figures.lines(series, name=name, title=title, shared=list(own)) if series else None
 
 
 def _table(results: Results, kind: str) -> Table:

@@ -1,0 +1,53 @@
+"""The main table in terminals of several widths: no cell is cut, and what is left out is said."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mixpo.cli.display import show_table
+from report_runs import SFT_SCORES, Arm, Writer, scores
+
+SETTING = "selection.easy_fraction"
+
+
+def printed(folder: Path, capsys: pytest.CaptureFixture[str], width: int) -> list[str]:
+    """Lines of the table of arms with long names and two measures, then what stands below it."""
+    values = {seed: scores(SFT_SCORES, second_score=SFT_SCORES) for seed in (0, 1)}
+    arms = [Arm("sft", values), Arm("ppo", values), Arm("mpo-sft-kl", values, changes={SETTING: 0.25})]
+    results = Writer(folder / "run", second=True).load(arms)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        show_table(results)
+    return capsys.readouterr().out.splitlines()
+
+
+def left_out(lines: list[str]) -> str:
+    found = [line for line in lines if line.startswith("Left out")]
+    return found[0].removeprefix("Left out at this width: ").partition(";")[0] if found else ""
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [
+        (200, ""),
+        (108, ""),
+        (100, "tokens"),
+        (85, "tokens, end rate, win/tie/lose vs ppo"),
+        (77, "tokens, end rate, win/tie/lose vs ppo, sd over seeds"),
+        (62, "tokens, end rate, win/tie/lose vs ppo, sd over seeds"),
+    ],
+)
+def test_no_cell_is_cut_at_any_width(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], width: int, missing: str
+) -> None:
+    lines = printed(tmp_path, capsys, width)
+    assert left_out(lines) == missing
+    end = next(place for place, line in enumerate(lines) if line.startswith(("Left", "Reward")))
+    table = lines[:end]
+    assert max(map(len, table)) <= width
+    assert "…" not in "".join(table)
+    whole = re.findall(r"\[-?\d+\.\d\d, -?\d+\.\d\d\]", "\n".join(table))
+    assert len(whole) == 3 * 3
+    names = "".join(re.split(r" {2,}|\[", line[1:])[0] for line in table).replace(" ", "")
+    assert f"mpo-sft-kl{SETTING}=0.25" in names
