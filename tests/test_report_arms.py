@@ -12,7 +12,7 @@ from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interv
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import differences, sign, verdict
 from mixpo.report.results import load
-from report_runs import SFT_SCORES, Arm, Writer, plain, rows, scores, shifted, table
+from report_runs import SFT_SCORES, Arm, Writer, figure_rows, plain, rows, scores, shifted, table
 
 CLEAR = {
     "sft": SFT_SCORES,
@@ -82,6 +82,16 @@ def test_win_tie_lose_by_hand(tmp_path: Path) -> None:
     values = {"ppo": SFT_SCORES, "mpo": shifted([1.0, 0.0, -1.0, 0.0, 2.0, 1.0])}
     found = rows(arms.main_table(Writer(tmp_path / "run").load(plain(values))))
     assert found["mpo"][5] == "50%/33%/17%"
+
+
+def test_the_picture_of_every_arm_is_the_tables(tmp_path: Path) -> None:
+    true = {"sft": [0.0] * 6, "ppo": [1.0] * 6, "mpo": [2.0] * 6}
+    done = [Arm(name, {0: scores(values, true_reward=true[name])}) for name, values in CLEAR.items()]
+    section = arms.section(Writer(tmp_path / "run").load([*done, Arm("dpo", failed={0: "lost"})]))
+    drawn = figure_rows(section, "every-arm")
+    assert [row[0] for row in drawn] == ["sft", "ppo", "mpo"]
+    assert [round(row[1], 6) for row in drawn] == [round(float(np.mean(CLEAR[row[0]])), 6) for row in drawn]
+    assert [row[4] for row in drawn] == [0.0, 1.0, 2.0]
 
 
 def test_several_seeds(tmp_path: Path) -> None:

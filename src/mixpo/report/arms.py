@@ -6,6 +6,7 @@ import numpy as np
 
 from mixpo.algorithms.statistics import win_tie_lose
 from mixpo.experiments.run import ArmResult
+from mixpo.report import figures
 from mixpo.report.comparison import (
     Difference,
     difference_text,
@@ -19,7 +20,7 @@ from mixpo.report.comparison import (
     sign,
     verdict,
 )
-from mixpo.report.document import Group, Section, Table
+from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.results import MEASURES, Results, few
 
 PAPER: dict[str, tuple[str, str]] = {
@@ -59,7 +60,7 @@ def section(results: Results) -> Section:
     """The main table and the differences."""
     if not results.finished:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
-    groups = [Group("Every arm", table=main_table(results))]
+    groups = [Group("Every arm", [_picture(results)], main_table(results))]
     pairs = _compared_pairs(results)
     found = {key: by_pair(differences(results, pairs, key)) for key in results.measures(_of_differences(results))}
     if pairs:
@@ -84,6 +85,19 @@ def compared(results: Results) -> tuple[str, str] | None:
     return (names[-1], names[0]) if len(names) > 1 else None
 
 
+def _picture(results: Results) -> Figure:
+    panels = {
+        title: {name: mean_of(results, name, key) for name in results.finished if results.has([name], key)}
+        for key, title in _measures(results).items()
+    }
+    return figures.forest(panels, name="every-arm", beside=results.first("ppo"))
+
+
+def _measures(results: Results) -> dict[str, str]:
+    """What is known of one arm or more."""
+    return {key: title for key, title in MEASURES.items() if any(results.has([one], key) for one in results.finished)}
+
+
 def main_table(results: Results, *, paper: bool = True) -> Table:
     """A row an arm: means with bootstrap 95% intervals over test prompts and seeds."""
     failures = [
@@ -94,7 +108,7 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
     ]
     if not results.finished:
         return Table(["arm", "reward"], [[name, "failed"] for name in results.names], failures)
-    measures = {key: label for key, label in MEASURES.items() if any(results.has([n], key) for n in results.finished)}
+    measures = _measures(results)
     several = len(results.seeds) > 1
     rival = results.first("ppo") or results.finished[0]
     headings = ["arm"]
