@@ -130,10 +130,12 @@ def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
-    parts = list(by_tokens(lengths, budget))
-    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
-    for part in parts:
-        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
+    for padded in (False, True):
+        parts = list(by_tokens(lengths, budget, padded=padded))
+        assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+        for part in parts:
+            sizes = [lengths[row] for row in part]
+            assert len(part) == 1 or (len(part) * max(sizes) if padded else sum(sizes)) <= budget
 
 
 @pytest.mark.parametrize(

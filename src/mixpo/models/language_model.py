@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.branches import BranchBatch
+from mixpo.models.attention import NAME as ATTENTION
+from mixpo.models.attention import attending
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -33,6 +35,9 @@ class LanguageModel:
     shares_prompts: bool
     """Whether branches of one row see exactly what they would see alone; found out when the model is loaded."""
     precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        self.model.set_attn_implementation(ATTENTION)
 
     @property
     def device(self) -> torch.device:
@@ -60,8 +65,9 @@ def learn(lm: LanguageModel) -> None:
 
 def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "places width"]:
     """The last hidden state at every place of the batch's rows, flattened."""
-    mask = None if batch.is_plain else by_layer_type(lm.model, batch.attends)
-    with lm.autocast():
+    unread = torch.empty(1, 1, 1, 1)  # of four dimensions, so that no mask is made in its place
+    mask = by_layer_type(lm.model, lambda _: unread) if batch.spans else None
+    with lm.autocast(), attending(batch.spans):
         output = lm.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         )
