@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from mixpo.models.attention import NAME
 from mixpo.models.language_model import LanguageModel
 
 ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "qwen3", "gemma3", "mistral", "opt", "phi3")
@@ -66,7 +67,9 @@ def tiny(name: str) -> LanguageModel:
 
 
 def plain_logprobs(lm: LanguageModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """One forward pass of one sequence through transformers, softmax over everything."""
+    """One forward pass of one sequence through transformers' own attention, softmax over everything."""
+    lm.model.set_attn_implementation("eager")
     logits = lm.model(input_ids=torch.tensor([prompt + completion])).logits[0]
+    lm.model.set_attn_implementation(NAME)
     places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
     return torch.stack([logits[place].log_softmax(-1)[token] for place, token in zip(places, completion, strict=True)])

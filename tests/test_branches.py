@@ -60,15 +60,17 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
         )
 
 
-def test_fused_logprobs_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_fused_logprobs_pass_gradcheck(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 14)
+    monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
     weight = torch.randn(7, 3, generator=generator, requires_grad=True)
     bias = torch.randn(7, generator=generator, requires_grad=True)
     targets = torch.tensor([0, 6, 3, 3, 1])
     upstream = torch.randn(5, generator=generator)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, torch.float32, True)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, torch.float32, True, True)
     logits = (hidden @ weight.T + bias).double()
     expected = logits.log_softmax(-1)[range(5), targets]
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
@@ -128,10 +130,12 @@ def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
-    parts = list(by_tokens(lengths, budget))
-    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
-    for part in parts:
-        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
+    for padded in (False, True):
+        parts = list(by_tokens(lengths, budget, padded=padded))
+        assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+        for part in parts:
+            sizes = [lengths[row] for row in part]
+            assert len(part) == 1 or (len(part) * max(sizes) if padded else sum(sizes)) <= budget
 
 
 @pytest.mark.parametrize(

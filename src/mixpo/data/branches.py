@@ -1,25 +1,32 @@
-"""Branch batches: a prompt and its k completions, the one batch format of everything that is done to a model.
+"""Branch batches: prompts and their k completions, the one batch format of everything that is done to a model.
 
-A row holds a prompt followed by its completions (branches). Positions restart after the prompt for every branch, and a
-branch attends to the prompt and to itself only, so the prompt is computed once however many completions it has.
+One row holds every prompt of the batch followed by its completions (branches), without padding. Positions restart
+after the prompt for every branch, and a branch attends to its prompt and to itself only, so a prompt is computed once
+however many completions it has.
 
-    row       p0 p1 p2 | a0 a1 a2 | b0 b1 | padding
-    position   0  1  2    3  4  5    3  4
-    branch     0  0  0    1  1  1    2  2    -1
+    row       p0 p1 p2 | a0 a1 a2 | b0 b1 | q0 q1 | c0 | d0 d1
+    position   0  1  2    3  4  5    3  4    0  1    2    2  3
 
 This module alone decides where a completion starts, where it ends and where its score stands: from explicit lengths,
 never from padding ids.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import accumulate
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Lengths of a prompt and of its completions, which follow it in the row."""
+
+    prompt: int
+    completions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,6 @@ class BranchBatch:
 
     input_ids: Int[Tensor, "rows length"]
     position_ids: Int[Tensor, "rows length"]
-    branch: Int[Tensor, "rows length"]
-    """0 for the prompt, 1 to k for its completions, -1 for padding."""
     completions: Int[Tensor, "prompts k tokens"]
     mask: Bool[Tensor, "prompts k tokens"]
     """True for a completion's tokens, its end token included."""
@@ -41,36 +46,18 @@ class BranchBatch:
     """Where a completion token is predicted: the place of the token before it."""
     last: Int[Tensor, "prompts k"]
     """Where a completion's score stands: the place of its last token."""
+    tokens: int
+    """Tokens computed, without padding."""
+    spans: tuple[Span, ...] = ()
+    """What the one row holds; empty where every completion has a row of its own, padded on the right."""
 
     def __len__(self) -> int:
         return len(self.completions)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens computed, without padding."""
-        return int((self.branch >= 0).sum())
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every row is one ordinary sequence, for which causal attention is enough."""
-        return int(self.branch.max()) <= 1
-
-    def attends(self, window: int | None = None) -> Bool[Tensor, "rows 1 length length"]:
-        """Which token (third axis) attends to which (fourth axis): to its prompt and to its own branch, backwards.
-
-        With a window only to the last `window` positions, as sliding-window attention does.
-        """
-        query, key = self.branch[:, :, None], self.branch[:, None, :]
-        length = self.branch.shape[1]
-        backwards = torch.ones(length, length, dtype=torch.bool, device=self.branch.device).tril()
-        allowed = backwards & ((key == query) | (key == 0))
-        if window is not None:
-            allowed &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
-        return allowed[:, None]
-
     def to(self, device: torch.device) -> "BranchBatch":
         """The same batch on another device."""
-        return BranchBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 def pack(
@@ -79,65 +66,71 @@ def pack(
     """Lay out prompts and their completions (k for each, none empty) as a branch batch.
 
     With `share_prompt=False` every completion has a row and a copy of the prompt of its own: the layout for models
-    whose attention cannot be masked (state-space layers). What is computed from the batch is the same.
+    whose attention is not ours to choose (state-space layers). What is computed from the batch is the same.
     """
     k = len(completions[0])
     if any(len(branches) != k for branches in completions):
         raise ValueError(f"every prompt needs the same number of completions; found {sorted({*map(len, completions)})}")
     if any(len(prompt) == 0 for prompt in prompts) or any(len(c) == 0 for branches in completions for c in branches):
         raise ValueError("a prompt or a completion without tokens cannot be predicted or scored")
+    pairs = list(zip(prompts, completions, strict=True))
     if share_prompt:
-        rows = [(prompt, branches) for prompt, branches in zip(prompts, completions, strict=True)]
+        spans = tuple(Span(len(prompt), tuple(map(len, branches))) for prompt, branches in pairs)
+        length, rows = sum(row_lengths(prompts, completions)), 1
     else:
-        rows = [(prompt, [c]) for prompt, branches in zip(prompts, completions, strict=True) for c in branches]
-    length = max(len(prompt) + sum(map(len, branches)) for prompt, branches in rows)
+        spans = ()
+        length, rows = max(len(prompt) + max(map(len, branches)) for prompt, branches in pairs), len(prompts) * k
     longest = max(len(c) for branches in completions for c in branches)
-
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    position_ids = torch.arange(length).repeat(len(rows), 1)
-    branch = torch.full((len(rows), length), -1)
-    source, last = [], []
-    for row, (prompt, branches) in enumerate(rows):
-        input_ids[row, : len(prompt)] = torch.as_tensor(prompt)
-        branch[row, : len(prompt)] = 0
-        starts = list(accumulate((len(c) for c in branches), initial=len(prompt)))
-        for number, (completion, start) in enumerate(zip(branches, starts, strict=False), start=1):
-            end = start + len(completion)
-            input_ids[row, start:end] = torch.as_tensor(completion)
-            position_ids[row, start:end] = torch.arange(len(prompt), len(prompt) + len(completion))
-            branch[row, start:end] = number
-            places = torch.zeros(longest, dtype=torch.long)
-            places[: len(completion)] = torch.arange(start - 1, end - 1)
-            places[0] = len(prompt) - 1
-            source.append(places + row * length)
-            last.append(row * length + end - 1)
+    input_ids = torch.zeros(rows * length, dtype=torch.long)
+    position_ids = torch.arange(length).repeat(rows)
+    source = torch.zeros(len(prompts) * k, longest, dtype=torch.long)
+    last = []
+    place = tokens = 0
+    for row, (prompt, completion) in enumerate((prompt, c) for prompt, branches in pairs for c in branches):
+        if not share_prompt or row % k == 0:
+            place = place if share_prompt else row * length
+            prompt_end = place + len(prompt)
+            input_ids[place:prompt_end] = torch.as_tensor(prompt)
+            position_ids[place:prompt_end] = torch.arange(len(prompt))
+            place, tokens = prompt_end, tokens + len(prompt)
+        end = place + len(completion)
+        input_ids[place:end] = torch.as_tensor(completion)
+        position_ids[place:end] = torch.arange(len(prompt), len(prompt) + len(completion))
+        source[row, : len(completion)] = torch.arange(place - 1, end - 1)
+        source[row, 0] = prompt_end - 1
+        last.append(end - 1)
+        place, tokens = end, tokens + len(completion)
 
     lengths = torch.tensor([[len(c) for c in branches] for branches in completions])
     padded = torch.zeros(len(prompts), k, longest, dtype=torch.long)
     mask = torch.arange(longest) < lengths[..., None]
     padded[mask] = torch.tensor([token for branches in completions for c in branches for token in c])
     return BranchBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        branch=branch,
+        input_ids=input_ids.view(rows, length),
+        position_ids=position_ids.view(rows, length),
         completions=padded,
         mask=mask,
-        source=torch.stack(source).view(len(prompts), k, longest),
+        source=source.view(len(prompts), k, longest),
         last=torch.tensor(last).view(len(prompts), k),
+        tokens=tokens,
+        spans=spans,
     )
 
 
-def by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Split rows into microbatches of at most `budget` tokens, padding included; a longer row stands alone.
+def by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:
+    """Split rows into microbatches of at most `budget` tokens, padded to the longest or not; a longer row stands alone.
 
     Rows of like length go together. Yields lists of row numbers; every row is in exactly one.
     """
     batch: list[int] = []
+    size = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+        counted = lengths[batch[0]] if batch and padded else lengths[row]
+        if batch and size + counted > budget:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(row)
+        size += counted
     if batch:
         yield batch
 

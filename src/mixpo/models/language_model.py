@@ -1,7 +1,6 @@
 """A language model as the stages see it, and what is read from it: log-probs, scores and values of branch batches.
 
-Logits are computed only where a completion token is predicted, in chunks, so the softmax over the vocabulary is never
-kept for a whole batch.
+Logits are computed only where a completion token is predicted, in chunks.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.branches import BranchBatch
+from mixpo.models.attention import NAME as ATTENTION
+from mixpo.models.attention import attending
 
 Precision = Literal["float32", "bfloat16"]
 
 CHUNK_ELEMENTS = 1 << 25
-"""Logits held at once: 128 MiB in float32. Every chunk adds to the head's whole gradient, so small ones cost time."""
+"""Logits held at once: 128 MiB in float32."""
+KEPT_ELEMENTS = 1 << 27
+"""Gradients of logits kept for the backward pass: 256 MiB in bfloat16."""
 
 
 @dataclass
@@ -32,6 +35,9 @@ class LanguageModel:
     shares_prompts: bool
     """Whether branches of one row see exactly what they would see alone; found out when the model is loaded."""
     precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        self.model.set_attn_implementation(ATTENTION)
 
     @property
     def device(self) -> torch.device:
@@ -59,8 +65,9 @@ def learn(lm: LanguageModel) -> None:
 
 def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "places width"]:
     """The last hidden state at every place of the batch's rows, flattened."""
-    mask = None if batch.is_plain else by_layer_type(lm.model, batch.attends)
-    with lm.autocast():
+    unread = torch.empty(1, 1, 1, 1)  # of four dimensions, so that no mask is made in its place
+    mask = by_layer_type(lm.model, lambda _: unread) if batch.spans else None
+    with lm.autocast(), attending(batch.spans):
         output = lm.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         )
@@ -113,15 +120,18 @@ def branch_predictions(
         batch.completions[batch.mask],
         torch.bfloat16 if lm.precision == "bfloat16" else torch.float32,
         with_entropy,
+        torch.is_grad_enabled(),
     )
     empty = torch.zeros(batch.mask.shape, device=hidden.device)
     return empty.masked_scatter(batch.mask, logprobs), empty.masked_scatter(batch.mask, entropies)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight^T + bias)[target] a row, in chunks: no softmax is kept, logits are made twice.
+    """log softmax(hidden @ weight^T + bias)[target] a row, in chunks: a whole batch's logits are never held at once.
 
-    d logprob / d logits = onehot(target) - softmax.
+    d logprob / d logits = onehot(target) - softmax. What follows from it for `hidden` needs no gradient from above but
+    a factor a row, so the forward pass computes it while the logits are there. The weights' gradient needs all rows'
+    d logits again: kept in `dtype` where they are few, made again where they are many.
     """
 
     @staticmethod
@@ -133,41 +143,63 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Int[Tensor, " n"],
         dtype: torch.dtype,
         with_entropy: bool,
+        learning: bool,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         narrow, narrow_weight = hidden.to(dtype), weight.to(dtype)
-        totals = torch.empty(len(targets), device=hidden.device)
-        logprobs, entropies = torch.empty_like(totals), torch.zeros_like(totals)
+        logprobs = torch.empty(len(targets), device=hidden.device)
+        entropies = torch.zeros_like(logprobs)
+        directions = torch.empty_like(narrow) if learning else None
+        weights_learn = learning and any(ctx.needs_input_grad[1:3])
+        few = len(targets) * len(weight) <= KEPT_ELEMENTS
+        kept = narrow.new_empty(len(targets), len(weight)) if weights_learn and few else None
         for rows in _chunks(len(targets), len(weight)):
             logits = _logits(narrow[rows], narrow_weight, bias)
-            totals[rows] = logits.logsumexp(dim=-1)
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - totals[rows]
+            logits -= logits.amax(dim=-1, keepdim=True)
+            target = logits.gather(-1, targets[rows, None])[:, 0]
+            odds = logits.exp() if with_entropy else logits.exp_()
+            total = odds.sum(dim=-1)
+            logprobs[rows] = target - total.log()
             if with_entropy:
-                probabilities = (logits - totals[rows, None]).exp_()
-                entropies[rows] = totals[rows] - torch.linalg.vecdot(probabilities, logits)
-        ctx.save_for_backward(narrow, narrow_weight, bias, targets, totals)
+                entropies[rows] = total.log() - torch.linalg.vecdot(odds, logits) / total
+            if directions is not None:
+                of_logits = _of_logits(odds, total, targets[rows]).to(dtype)
+                directions[rows] = of_logits @ narrow_weight
+                if kept is not None:
+                    kept[rows] = of_logits
+        ctx.save_for_backward(narrow, narrow_weight, bias, targets, directions, kept)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, gradient: Float[Tensor, " n"], _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, totals = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
-        of_bias = torch.zeros_like(bias) if wanted[2] else None
-        for rows in _chunks(len(targets), len(weight)):
-            of_logits = (_logits(hidden[rows], weight, bias) - totals[rows, None]).exp_().mul_(-gradient[rows, None])
-            of_logits.scatter_add_(1, targets[rows, None], gradient[rows, None])
-            if of_bias is not None:
-                of_bias += of_logits.sum(dim=0)
-            narrow = of_logits.to(hidden.dtype)
-            of_hidden[rows] = narrow @ weight
-            if of_weight is not None:
-                of_weight += narrow.T @ hidden[rows]
+        hidden, weight, bias, targets, directions, kept = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
+        wanted = ctx.needs_input_grad[:3]
+        of_hidden = (directions * gradient[:, None]).to(hidden_dtype)
+        of_weight = torch.zeros(weight.shape, device=weight.device) if wanted[1] else None
+        of_bias = torch.zeros_like(bias) if wanted[2] else None
+        if of_weight is None and of_bias is None:
+            return of_hidden, *[None] * 7
+        scaled = (hidden * gradient[:, None]).to(hidden.dtype)
+        for rows in _chunks(len(targets), len(weight)) if kept is None else [slice(None)]:
+            of_logits = kept
+            if of_logits is None:
+                softmax = _logits(hidden[rows], weight, bias).softmax(dim=-1)
+                of_logits = _of_logits(softmax, torch.ones_like(gradient[rows]), targets[rows]).to(hidden.dtype)
+            if of_weight is not None:
+                of_weight += of_logits.T @ scaled[rows]
+            if of_bias is not None:
+                of_bias += of_logits.T.float() @ gradient[rows]
         of_weight = None if of_weight is None else of_weight.to(weight_dtype)
-        return of_hidden.to(hidden_dtype), of_weight, of_bias, None, None, None
+        return of_hidden, of_weight, of_bias, *[None] * 5
+
+
+def _of_logits(
+    odds: Float[Tensor, "n vocabulary"], total: Float[Tensor, " n"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, "n vocabulary"]:
+    """d logprob / d logits, written over the odds, whose sums are `total`."""
+    return odds.mul_(-1 / total[:, None]).scatter_add_(1, targets[:, None], torch.ones_like(total)[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "n vocabulary"]:

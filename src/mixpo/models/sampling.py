@@ -123,7 +123,7 @@ def sample(
     lm.model.eval()
     lengths = [len(prompt) + max_tokens for prompt in prompts]
     with lm.autocast():
-        for rows in by_tokens(lengths, max(1, token_budget // k)):
+        for rows in by_tokens(lengths, max(1, token_budget // k), padded=True):
             choose = _chooser(temperature=temperature, top_p=top_p, top_k=top_k)
             part = _sample_batch(lm, [prompts[row] for row in rows], uniforms[rows].to(lm.device), choose)
             for row, completions in zip(rows, part, strict=True):
