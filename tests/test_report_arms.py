@@ -98,7 +98,7 @@ def test_several_seeds(tmp_path: Path) -> None:
     results = Writer(tmp_path / "run").load(plain(CLEAR, seeds=(0, 1, 3)))
     made = arms.main_table(results)
     sft = rows(made)["sft"]
-    assert made.headings[1:3] == ["reward", "sd over seeds"]
+    assert made.headings[1:3] == ["reward", "sd of reward"]
     assert sft[1].startswith("2.33 [")  # (1 + 2 + 4) / 3
     assert sft[2] == f"{np.std([1.0, 2.0, 4.0], ddof=1):.2f}"
     assert not any("One seed" in note for note in made.notes)

@@ -25,7 +25,7 @@ from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
 SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
-OPTIONAL = ("tokens", "end rate", "win/tie/lose", "sd over seeds")
+OPTIONAL = ("tokens", "end rate", "win/tie/lose", "sd of")
 """How the headings of columns begin that a narrow terminal does without, in this order."""
 NAME_WIDTH = 24
 """Characters of a word of an arm's name that are not folded, but where nothing else is left to give way."""

@@ -1,18 +1,19 @@
 """Attention of branch batches: a prompt over itself, a completion over its prompt and itself, and nothing else.
 
 Transformers' models call whatever attention is registered under the name that they were loaded with. Ours is
-PyTorch's, but while a branch batch goes through the model it is called piece by piece, so that what no token may see
-is not computed, and no mask over the whole row is made.
+PyTorch's; while a branch batch goes through the model it is called twice a layer, on all prompts under each other and
+on all completions under each other, so that hardly anything is computed that no token may see.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,76 +23,150 @@ from transformers.masking_utils import sdpa_mask
 from mixpo.data.branches import Span
 
 NAME = "mixpo_branches"
-_spans: ContextVar[Sequence[Span]] = ContextVar("spans", default=())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the tokens of a row stand once its prompts, and its completions, lie under each other, padded."""
+
+    prompts: Int[Tensor, "prompts longest_prompt"]
+    """Places in the row, 0 where there is padding."""
+    completions: Int[Tensor, "completions longest_completion"]
+    """None where every prompt has one completion: both are one sequence then, and stand among the prompts."""
+    lengths: Int[Tensor, " prompts"]
+    places: Int[Tensor, " length"]
+    """Of the row's tokens in both blocks, flattened one behind the other."""
+    real: Bool[Tensor, " places"]
+    """False for padding."""
+    masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """What every layer adds to the scores of either block, by window and precision."""
+
+
+def lay_out(spans: Sequence[Span], device: torch.device) -> Blocks:
+    """The blocks of a row that holds these prompts and completions."""
+    whole = all(len(span.completions) == 1 for span in spans)
+    pieces = [(span.prompt + span.completions[0],) if whole else (span.prompt, *span.completions) for span in spans]
+    sizes = torch.tensor(pieces, device=device)
+    starts = torch.tensor(list(accumulate((size for piece in pieces for size in piece), initial=0))[:-1], device=device)
+    starts = starts.view_as(sizes)
+    prompts, real_prompts = _padded(starts[:, 0], sizes[:, 0])
+    completions, real_completions = _padded(starts[:, 1:].flatten(), sizes[:, 1:].flatten())
+    real = torch.cat([real_prompts.flatten(), real_completions.flatten()])
+    order = torch.cat([prompts.flatten(), completions.flatten()])[real]
+    places = torch.empty_like(order)
+    places[order] = real.nonzero()[:, 0]
+    return Blocks(prompts, completions, sizes[:, 0], places, real)
+
+
+def _padded(
+    starts: Int[Tensor, " pieces"], sizes: Int[Tensor, " pieces"]
+) -> tuple[Int[Tensor, "pieces longest"], Bool[Tensor, "pieces longest"]]:
+    within = torch.arange(int(sizes.max()) if len(sizes) else 0, device=starts.device)
+    real = within < sizes[:, None]
+    return (starts[:, None] + within) * real, real
+
+
+def _masks(blocks: Blocks, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """For prompts (None: plain causal attention), and for completions, whose keys are the prompt's, then their own."""
+    device = blocks.prompts.device
+    before, own = (torch.arange(block.shape[1], device=device) for block in (blocks.prompts, blocks.completions))
+    lengths = blocks.lengths.repeat_interleave(len(blocks.completions) // len(blocks.prompts))[:, None, None]
+    distance = torch.cat(
+        [
+            (lengths + own[:, None] - before).masked_fill(before >= lengths, -1),
+            (own[:, None] - own).expand(len(lengths), -1, -1),
+        ],
+        dim=2,
+    )
+    of_prompts = None if window is None or window >= len(before) else _added(before[:, None] - before, window, dtype)
+    return of_prompts, _added(distance, window, dtype)[:, None]
+
+
+def _added(distance: Int[Tensor, "*shape"], window: int | None, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """0 where a key stands at its query or before it, within the window; minus infinity elsewhere."""
+    seen = (distance >= 0) & (True if window is None else distance < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+class _Reorder(torch.autograd.Function):
+    """x[to], where the rows of x that are used at all are used once: so the way back is a gather too, not a sum.
+
+    `back` says where in the result each row of x stands, `used` whether it does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "n heads width"], to: Tensor, back: Tensor, used: Tensor | None
+    ) -> Float[Tensor, "m heads width"]:
+        ctx.save_for_backward(back, used)
+        return x.index_select(0, to)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "m heads width"]) -> tuple[Tensor | None, ...]:
+        back, used = ctx.saved_tensors
+        found = gradient.index_select(0, back)
+        return found if used is None else found * used[:, None, None], None, None, None
+
+
+_blocks: ContextVar[Blocks | None] = ContextVar("blocks", default=None)
 
 
 @contextmanager
-def attending(spans: Sequence[Span]) -> Iterator[None]:
-    """What goes through a model meanwhile is one row that holds these prompts and completions."""
-    token = _spans.set(spans)
+def attending(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
+    """What goes through a model meanwhile is one row that holds these prompts and completions, if there are any."""
+    token = _blocks.set(lay_out(spans, device) if spans else None)
     try:
         yield
     finally:
-        _spans.reset(token)
+        _blocks.reset(token)
 
 
 def _attention(
     module: nn.Module,
-    query: Float[Tensor, "1 heads length width"],
-    key: Float[Tensor, "1 kv_heads length width"],
-    value: Float[Tensor, "1 kv_heads length width"],
+    query: Float[Tensor, "rows heads length width"],
+    key: Float[Tensor, "rows kv_heads keys width"],
+    value: Float[Tensor, "rows kv_heads keys width"],
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "1 length heads width"], None]:
-    spans = _spans.get()
-    if not spans:
+) -> tuple[Float[Tensor, "rows length heads width"], None]:
+    blocks = _blocks.get()
+    if blocks is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
     groups = query.shape[1] // key.shape[1]
-    sizes = [size for span in spans for size in (span.prompt, *span.completions)]
-    queries, keys, values = (
-        iter(whole.split(sizes, dim=2)) for whole in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    )
-    pieces = []
-    for span in spans:
-        prompt = next(queries), next(keys), next(values)
-        pieces.append(_attend(*prompt, sliding_window, dropout, scaling))
-        for _ in span.completions:
-            seen = torch.cat([prompt[1], next(keys)], dim=2), torch.cat([prompt[2], next(values)], dim=2)
-            pieces.append(_attend(next(queries), *seen, sliding_window, dropout, scaling))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
-
-
-def _attend(
-    query: Float[Tensor, "1 heads queries width"],
-    key: Float[Tensor, "1 heads keys width"],
-    value: Float[Tensor, "1 heads keys width"],
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-) -> Float[Tensor, "1 heads queries width"]:
-    """The queries stand at the end of the keys, and none sees what comes after it."""
-    length, seen = query.shape[2], key.shape[2]
-    whole = length == seen and (window is None or window >= seen)
-    mask = None if whole else _mask(length, seen, window, query.dtype, query.device)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=whole
+    to = torch.cat([blocks.prompts.flatten(), blocks.completions.flatten()])
+    parts = [_split(x, to, blocks) for x in (query, key, value)]
+    mask, branch_mask = blocks.masks.get((sliding_window, query.dtype)) or blocks.masks.setdefault(
+        (sliding_window, query.dtype), _masks(blocks, sliding_window, query.dtype)
     )
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Float[Tensor, "pieces length heads width"]:
+        k, v = repeat_kv(k.transpose(1, 2), groups), repeat_kv(v.transpose(1, 2), groups)
+        return scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=added, dropout_p=dropout, scale=scaling, is_causal=added is None
+        ).transpose(1, 2)
 
-@lru_cache(maxsize=64)
-def _mask(
-    queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "queries keys"]:
-    """What is added to the scores; every layer asks for the same few."""
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    if window is not None:
-        seen = seen.triu(keys - queries - window + 1)
-    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+    (q, own_q), (k, own_k), (v, own_v) = parts
+    out = attend(q, k, v, mask).flatten(0, 1)
+    if len(own_q):
+        times = len(own_q) // len(q)
+        keys, values = (
+            torch.cat([shared.repeat_interleave(times, dim=0), own], dim=1) for shared, own in ((k, own_k), (v, own_v))
+        )
+        out = torch.cat([out, attend(own_q, keys, values, branch_mask).flatten(0, 1)])
+    return _Reorder.apply(out, blocks.places, to, blocks.real)[None], None  # type: ignore[no-untyped-call]
+
+
+def _split(
+    x: Float[Tensor, "1 heads length width"], to: Int[Tensor, " places"], blocks: Blocks
+) -> tuple[Float[Tensor, "prompts longest_prompt heads width"], Float[Tensor, "completions longest heads width"]]:
+    reordered: Tensor = _Reorder.apply(x.transpose(1, 2)[0], to, blocks.places, None)  # type: ignore[no-untyped-call]
+    prompts, completions = reordered.split([blocks.prompts.numel(), blocks.completions.numel()])
+    return prompts.unflatten(0, blocks.prompts.shape), completions.unflatten(0, blocks.completions.shape)
 
 
 AttentionInterface.register(NAME, _attention)

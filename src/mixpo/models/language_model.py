@@ -67,7 +67,7 @@ def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "place
     """The last hidden state at every place of the batch's rows, flattened."""
     unread = torch.empty(1, 1, 1, 1)  # of four dimensions, so that no mask is made in its place
     mask = by_layer_type(lm.model, lambda _: unread) if batch.spans else None
-    with lm.autocast(), attending(batch.spans):
+    with lm.autocast(), attending(batch.spans, lm.device):
         output = lm.model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         )

@@ -113,7 +113,7 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
     rival = results.first("ppo") or results.finished[0]
     headings = ["arm"]
     for title in measures.values():
-        headings += [title, "sd over seeds"] if several else [title]
+        headings += [title, f"sd of {title}"] if several else [title]
     headings += ["KL from SFT", "tokens", "end rate", f"win/tie/lose vs {rival}"]
     if paper:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
@@ -179,7 +179,7 @@ def _notes(results: Results, measures: dict[str, str]) -> list[str]:
     if len(results.seeds) > 1:
         notes.append(
             "Intervals are bootstrap 95% intervals over test prompts and seeds, both resampled; a few seeds make them "
-            "rather too narrow than too wide."
+            "rather too narrow than too wide. sd: of an arm's means, over seeds."
         )
     else:
         notes.append("One seed: the intervals are over test prompts and say nothing of other seeds.")

@@ -16,9 +16,8 @@ class Runtime(Settings):
     """`auto` takes the GPU where there is one."""
     threads: int | None = pydantic.Field(None, ge=1)
     """CPU threads; all cores if not given."""
-    microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 1024, ge=1)
-    """Tokens, padding included, of one backward pass; if not given, 1,024 on a CPU (its caches are small, and rows of
-    like length go together) and 16,384 on a GPU."""
+    microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 2048, ge=1)
+    """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
     sampling_tokens: int = pydantic.Field(65_536, ge=1)
     """Tokens in the key-value cache at once while sampling."""
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
