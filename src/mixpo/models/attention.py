@@ -5,6 +5,7 @@ PyTorch's; while a branch batch goes through the model it is called twice a laye
 on all completions under each other, so that hardly anything is computed that no token may see.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,15 +30,17 @@ NAME = "mixpo_branches"
 class Blocks:
     """Where the tokens of a row stand once its prompts, and its completions, lie under each other, padded."""
 
-    prompts: Int[Tensor, "prompts longest_prompt"]
-    """Places in the row, 0 where there is padding."""
-    completions: Int[Tensor, "completions longest_completion"]
+    prompts: torch.Size
+    """How many there are, and the longest one's tokens."""
+    completions: torch.Size
     """None where every prompt has one completion: both are one sequence then, and stand among the prompts."""
     lengths: Int[Tensor, " prompts"]
-    places: Int[Tensor, " length"]
-    """Of the row's tokens in both blocks, flattened one behind the other."""
+    order: Int[Tensor, " places"]
+    """The place in the row of what stands in both blocks, flattened one behind the other; 0 for padding."""
     real: Bool[Tensor, " places"]
     """False for padding."""
+    places: Int[Tensor, " length"]
+    """The way back: where in the blocks each token of the row stands."""
     masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     """What every layer adds to the scores of either block, by window and precision."""
 
@@ -52,10 +55,10 @@ def lay_out(spans: Sequence[Span], device: torch.device) -> Blocks:
     prompts, real_prompts = _padded(starts[:, 0], sizes[:, 0])
     completions, real_completions = _padded(starts[:, 1:].flatten(), sizes[:, 1:].flatten())
     real = torch.cat([real_prompts.flatten(), real_completions.flatten()])
-    order = torch.cat([prompts.flatten(), completions.flatten()])[real]
-    places = torch.empty_like(order)
-    places[order] = real.nonzero()[:, 0]
-    return Blocks(prompts, completions, sizes[:, 0], places, real)
+    order = torch.cat([prompts.flatten(), completions.flatten()])
+    places = torch.empty_like(order[real])
+    places[order[real]] = real.nonzero()[:, 0]
+    return Blocks(prompts.shape, completions.shape, sizes[:, 0], order, real, places)
 
 
 def _padded(
@@ -68,9 +71,9 @@ def _padded(
 
 def _masks(blocks: Blocks, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """For prompts (None: plain causal attention), and for completions, whose keys are the prompt's, then their own."""
-    device = blocks.prompts.device
-    before, own = (torch.arange(block.shape[1], device=device) for block in (blocks.prompts, blocks.completions))
-    lengths = blocks.lengths.repeat_interleave(len(blocks.completions) // len(blocks.prompts))[:, None, None]
+    (prompts, longest), (completions, longest_own) = blocks.prompts, blocks.completions
+    before, own = (torch.arange(length, device=blocks.order.device) for length in (longest, longest_own))
+    lengths = blocks.lengths.repeat_interleave(completions // prompts)[:, None, None]
     distance = torch.cat(
         [
             (lengths + own[:, None] - before).masked_fill(before >= lengths, -1),
@@ -137,12 +140,11 @@ def _attention(
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
-    groups = query.shape[1] // key.shape[1]
-    to = torch.cat([blocks.prompts.flatten(), blocks.completions.flatten()])
-    parts = [_split(x, to, blocks) for x in (query, key, value)]
-    mask, branch_mask = blocks.masks.get((sliding_window, query.dtype)) or blocks.masks.setdefault(
-        (sliding_window, query.dtype), _masks(blocks, sliding_window, query.dtype)
-    )
+    groups, dtype = query.shape[1] // key.shape[1], value.dtype  # rotations leave queries and keys wider than autocast
+    (q, own_q), (k, own_k), (v, own_v) = (_split(x.to(dtype), blocks) for x in (query, key, value))
+    if (sliding_window, dtype) not in blocks.masks:
+        blocks.masks[sliding_window, dtype] = _masks(blocks, sliding_window, dtype)
+    mask, branch_mask = blocks.masks[sliding_window, dtype]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Float[Tensor, "pieces length heads width"]:
         k, v = repeat_kv(k.transpose(1, 2), groups), repeat_kv(v.transpose(1, 2), groups)
@@ -150,7 +152,6 @@ def _attention(
             q.transpose(1, 2), k, v, attn_mask=added, dropout_p=dropout, scale=scaling, is_causal=added is None
         ).transpose(1, 2)
 
-    (q, own_q), (k, own_k), (v, own_v) = parts
     out = attend(q, k, v, mask).flatten(0, 1)
     if len(own_q):
         times = len(own_q) // len(q)
@@ -158,15 +159,16 @@ def _attention(
             torch.cat([shared.repeat_interleave(times, dim=0), own], dim=1) for shared, own in ((k, own_k), (v, own_v))
         )
         out = torch.cat([out, attend(own_q, keys, values, branch_mask).flatten(0, 1)])
-    return _Reorder.apply(out, blocks.places, to, blocks.real)[None], None  # type: ignore[no-untyped-call]
+    return _Reorder.apply(out, blocks.places, blocks.order, blocks.real)[None], None  # type: ignore[no-untyped-call]
 
 
 def _split(
-    x: Float[Tensor, "1 heads length width"], to: Int[Tensor, " places"], blocks: Blocks
+    x: Float[Tensor, "1 heads length width"], blocks: Blocks
 ) -> tuple[Float[Tensor, "prompts longest_prompt heads width"], Float[Tensor, "completions longest heads width"]]:
-    reordered: Tensor = _Reorder.apply(x.transpose(1, 2)[0], to, blocks.places, None)  # type: ignore[no-untyped-call]
-    prompts, completions = reordered.split([blocks.prompts.numel(), blocks.completions.numel()])
-    return prompts.unflatten(0, blocks.prompts.shape), completions.unflatten(0, blocks.completions.shape)
+    flat = x.transpose(1, 2)[0]
+    reordered: Tensor = _Reorder.apply(flat, blocks.order, blocks.places, None)  # type: ignore[no-untyped-call]
+    prompts, completions = reordered.split([math.prod(blocks.prompts), math.prod(blocks.completions)])
+    return prompts.view(*blocks.prompts, *x.shape[1::2]), completions.view(*blocks.completions, *x.shape[1::2])
 
 
 AttentionInterface.register(NAME, _attention)

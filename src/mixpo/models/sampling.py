@@ -45,8 +45,8 @@ class _Preallocated(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = (*key_states.shape[:2], self.capacity)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(*shape, key_states.shape[-1])
+        self.dtype, self.device = value_states.dtype, value_states.device  # rotated keys may be wider than attention is
+        self.keys = value_states.new_empty(*shape, key_states.shape[-1])
         self.values = value_states.new_empty(*shape, value_states.shape[-1])
         self.is_initialized = True
 
