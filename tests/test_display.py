@@ -31,11 +31,11 @@ def left_out(lines: list[str]) -> str:
     ("width", "missing"),
     [
         (200, ""),
-        (108, ""),
-        (100, "tokens"),
-        (85, "tokens, end rate, win/tie/lose vs ppo"),
-        (77, "tokens, end rate, win/tie/lose vs ppo, sd over seeds"),
-        (62, "tokens, end rate, win/tie/lose vs ppo, sd over seeds"),
+        (120, ""),
+        (108, "tokens"),
+        (90, "tokens, end rate, win/tie/lose vs ppo"),
+        (85, "tokens, end rate, win/tie/lose vs ppo, sd of reward"),
+        (62, "tokens, end rate, win/tie/lose vs ppo, sd of reward, sd of second reward"),
     ],
 )
 def test_no_cell_is_cut_at_any_width(
