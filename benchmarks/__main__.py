@@ -21,8 +21,8 @@ ENVIRONMENTS = {
     "trl-ppo": ("trl==1.9.2", "transformers==5.23.0"),
 }
 """What is installed for a peer; sampling runs in the first one's environment."""
-WORKERS = {"trl": ("trl", "trl.py"), "trl-ppo": ("trl-ppo", "trl_ppo.py")}
-"""Environment and script of a peer; the others are settings of `generate.py`."""
+WORKERS = {"trl": ("trl", "benchmarks.peers.trl"), "trl-ppo": ("trl-ppo", "benchmarks.peers.trl_ppo")}
+"""Environment and module of a peer; the others are settings of `generate`."""
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 Work = Annotated[Path, typer.Option(help="Where models, rows and the peers' environments are kept.")]
@@ -57,9 +57,9 @@ def run(names: Names = None, repeats: int = 3, ours_only: bool = False, work: Wo
             taken.setdefault("machine", []).append(_machine(spec))
             taken.setdefault("mixpo", []).append(_worker([sys.executable, "-m", "benchmarks.ours"], spec))
             for peer, settings in ({} if ours_only else PEERS[workload.kind]).items():
-                environment, script = WORKERS.get(peer.split()[0], ("trl", "generate.py"))
-                python = str(work / environment / "bin" / "python")
-                found = _worker([python, str(HERE / "peers" / script)], {**spec, "settings": settings})
+                environment, module = WORKERS.get(peer.split()[0], ("trl", "benchmarks.peers.generate"))
+                python = str(work.absolute() / environment / "bin" / "python")
+                found = _worker([python, "-m", module], {**spec, "settings": settings})
                 taken.setdefault(peer, []).append(found)
         counts = json.loads((work / "inputs" / "rows" / workload.name / "counts.json").read_text(encoding="utf8"))
         result = {
@@ -111,7 +111,7 @@ def _machine(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
     """What a worker process prints as its last line; why it failed, if it did."""
-    done = subprocess.run([*command, json.dumps(spec)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, json.dumps(spec)], cwd=HERE.parent, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": done.stderr[-2000:]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

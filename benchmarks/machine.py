@@ -3,8 +3,6 @@
 The rate of matrix products at a model's own shapes, and the bandwidth of memory.
 """
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+
+from benchmarks.worker import answer
 
 ROWS = 2048
 """Tokens of a matrix product: a microbatch's."""
@@ -54,4 +54,4 @@ def _median(work: Callable[[], Any], device: torch.device, repeats: int = 15) ->
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    answer(main)

@@ -1,15 +1,12 @@
 """One workload with mixpo, in a process of its own: `python -m benchmarks.ours SPEC`. Prints one line of JSON."""
 
 import json
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.worker import answer
 from mixpo.models.loading import load_policy, load_tokenizer
 from mixpo.models.sampling import sample
 from mixpo.stages.dpo import DPO
@@ -82,8 +79,4 @@ def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(json.loads(sys.argv[1]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**found, "peak_memory_mib": peak, "torch": torch.__version__}))
+    answer(main)

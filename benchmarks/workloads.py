@@ -8,7 +8,7 @@ Kind = Literal["sft", "reward", "dpo", "ppo", "sampling"]
 
 @dataclass(frozen=True)
 class Workload:
-    """One piece of work. Its first `batch` rows are the warm-up of nobody: all steps count, on both sides."""
+    """One piece of work. All steps count, the first one too, on both sides."""
 
     name: str
     kind: Kind

@@ -1,14 +1,14 @@
 """Sampling with transformers: `generate` on a left-padded batch, or its continuous batching."""
 
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from benchmarks.worker import answer
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +55,4 @@ def _until_end(row: list[int], end: int) -> int:
 
 
 if __name__ == "__main__":
-    found = main(json.loads(sys.argv[1]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**found, "peak_memory_mib": peak, "torch": torch.__version__}))
+    answer(main)

@@ -1,8 +1,7 @@
 """One workload with TRL's trainers (SFT, reward model, DPO), in the peer's own environment."""
 
 import json
-import resource
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from benchmarks.worker import answer
 
 
 class Losses(TrainerCallback):
@@ -32,7 +33,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = json.loads((inputs / "rows" / spec["name"] / "pairs.json").read_text(encoding="utf8"))
     common = {
-        "output_dir": "/tmp/benchmarks-trl",
+        "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": spec["batch"],
         "num_train_epochs": 1,
         "learning_rate": 1e-6,
@@ -84,8 +85,4 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(json.loads(sys.argv[1]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**found, "peak_memory_mib": peak, "torch": torch.__version__}))
+    answer(main)

@@ -1,8 +1,7 @@
 """PPO with TRL 1.9.2's experimental trainer, the last one that TRL has, in an environment of its own."""
 
 import json
-import resource
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from benchmarks.worker import answer
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         return AutoModelForSequenceClassification.from_pretrained(reward, num_labels=1, dtype=torch.float32)
 
     settings = PPOConfig(
-        output_dir="/tmp/benchmarks-trl",
+        output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=spec["batch"],
         gradient_accumulation_steps=1,
         num_mini_batches=1,
@@ -66,8 +67,4 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(json.loads(sys.argv[1]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**found, "peak_memory_mib": peak, "torch": torch.__version__}))
+    answer(main)

@@ -65,7 +65,7 @@ def learn(lm: LanguageModel) -> None:
 
 def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "places width"]:
     """The last hidden state at every place of the batch's rows, flattened."""
-    unread = torch.empty(1, 1, 1, 1)  # of four dimensions, so that no mask is made in its place
+    unread = torch.empty(1, 1, 1, 1, device=lm.device)  # of four dimensions, so that no mask is made in its place
     mask = by_layer_type(lm.model, lambda _: unread) if batch.spans else None
     with lm.autocast(), attending(batch.spans, lm.device):
         output = lm.model.base_model(

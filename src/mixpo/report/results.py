@@ -171,6 +171,15 @@ class Results:
         return [stage for stage in self.stages if stage.kind == kind]
 
 
+def each_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
+    """Of the first run's recipe as it stands, one stage a seed."""
+    by_seed: dict[int, StageFolder] = {}
+    for stage in stages:
+        if stage.plain and stage.run is stages[0].run:
+            by_seed.setdefault(stage.seeds[0], stage)
+    return list(by_seed.values()) or [stages[0]]
+
+
 def few(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"

@@ -15,7 +15,7 @@ from mixpo.algorithms.statistics import (
 )
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import Results, StageFolder
+from mixpo.report.results import Results, StageFolder, each_seed
 from mixpo.stages.rows import read_table
 
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -83,15 +83,6 @@ def section(results: Results) -> Section | None:
         Group("Accuracy by gap, and calibration", pictures, notes=notes),
     ]
     return Section("reward-model", "Reward model", _opening(results, stages, drawn), groups)
-
-
-def each_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
-    """Of the first run's recipe as it stands, one stage a seed."""
-    by_seed: dict[int, StageFolder] = {}
-    for stage in stages:
-        if stage.plain and stage.run is stages[0].run:
-            by_seed.setdefault(stage.seeds[0], stage)
-    return list(by_seed.values()) or [stages[0]]
 
 
 def margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:

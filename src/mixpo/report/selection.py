@@ -7,8 +7,7 @@ from mixpo.algorithms.statistics import wilson_interval
 from mixpo.data.world import true_reward
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import Results, StageFolder
-from mixpo.report.reward_model import each_seed
+from mixpo.report.results import Results, StageFolder, each_seed
 from mixpo.stages.rows import read_table
 
 SHOWN = 3
