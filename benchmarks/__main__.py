@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks prepare`, then `python -m benchmarks run`."""
+"""The commands: `python -m benchmarks prepare`, then `run` (ours and the peers in turn) and `grow` (ours alone)."""
 
 import json
 import os
@@ -6,13 +6,16 @@ import platform
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from benchmarks.workloads import PEERS, WORKLOADS, Workload
+from benchmarks.growth import AXES
+from benchmarks.workloads import CPU, GPU, PEERS, WORKLOADS, Workload
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -26,7 +29,9 @@ WORKERS = {"trl": ("trl", "benchmarks.peers.trl"), "trl-ppo": ("trl-ppo", "bench
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 Work = Annotated[Path, typer.Option(help="Where models, rows and the peers' environments are kept.")]
-Names = Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(WORKLOADS)}; all if none is named.")]
+Names = Annotated[
+    list[str] | None, typer.Argument(help=f"Of {', '.join(WORKLOADS)}; all of this machine's if none is named.")
+]
 
 
 @app.command()
@@ -72,6 +77,38 @@ def run(names: Names = None, repeats: int = 3, ours_only: bool = False, work: Wo
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{workload.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
         _tell(workload, result)
+
+
+@app.command()
+def grow(
+    axes: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(AXES)}; all if none is named.")] = None,
+) -> None:
+    """Measure how time and memory grow with lengths, batch, vocabulary, completions a prompt and model size."""
+    from benchmarks.draw import growth
+
+    for axis in axes or ():
+        if axis not in AXES:
+            raise typer.BadParameter(f"found {axis!r}; expected of {', '.join(AXES)}")
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for axis in axes or AXES:
+        found[axis] = {kind: [] for kind in ("update", "sampling")}
+        for kind, points in found[axis].items():
+            for point in AXES[axis]:
+                spec = {"kind": kind, "point": asdict(point)}
+                points.append(_worker([sys.executable, "-m", "benchmarks.growth"], spec))
+                print(f"{axis:12s} {kind:10s} {asdict(point)[axis]:8,d}  {_point(points[-1], points[0])}", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "growth.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+    whole = {axis: kinds for axis, kinds in found.items() if all("seconds" in p for ps in kinds.values() for p in ps)}
+    growth(whole, "seconds", "seconds", RESULTS / "growth-seconds.svg")
+    growth(whole, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
+
+
+def _point(point: dict[str, Any], first: dict[str, Any]) -> str:
+    if "failed" in point:
+        return f"failed: {point['failed'][-200:]}"
+    against = point["seconds"] / first["seconds"] / (point["flops"] / first["flops"])
+    return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB  {against:.2f} of the FLOPs' growth"
 
 
 def _tell(workload: Workload, result: dict[str, Any]) -> None:
@@ -122,7 +159,7 @@ def _chosen(names: list[str] | None) -> list[Workload]:
     for name in names or ():
         if name not in WORKLOADS:
             raise typer.BadParameter(f"found {name!r}; expected of {', '.join(WORKLOADS)}")
-    return [WORKLOADS[name] for name in names or WORKLOADS]
+    return [WORKLOADS[name] for name in names or (GPU if torch.cuda.is_available() else CPU)]
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.mathematics import Lengths, forward_flops, tokens_of
 from benchmarks.workloads import Workload
 from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
@@ -56,7 +57,7 @@ def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = workload.kind in ("ppo", "sampling")
     kept: list[dict[str, str]] = []
-    lengths: list[tuple[int, list[int]]] = []
+    lengths: list[Lengths] = []
     seen: set[str] = set()
     wanted = workload.rows + (workload.kind == "reward")  # our reward model holds one pair out
     for row in _shuffled(source):
@@ -82,24 +83,13 @@ def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
     (folder / "counts.json").write_text(counts, encoding="utf8")
 
 
-def count(workload: Workload, lengths: list[tuple[int, list[int]]], config: Any) -> dict[str, float]:
-    """Tokens and FLOPs of the mathematics: every prompt once, logits where a completion token is predicted alone.
-
-    2 a weight and token forward, 6 forward and backward; attention 4 a layer, width and visible pair forward.
-    """
+def count(workload: Workload, lengths: list[Lengths], config: Any) -> dict[str, float]:
+    """Tokens and FLOPs of a workload's mathematics: 3 forward passes are one forward and backward."""
     branches = 1 if workload.kind == "sft" else 2
-    width, layers = config.hidden_size, config.num_hidden_layers
-    key = width * config.num_key_value_heads // config.num_attention_heads
-    weights = layers * (2 * width * width + 2 * width * key + 3 * width * config.intermediate_size)
-    tokens = sum(prompt + sum(answers[:branches]) for prompt, answers in lengths)
-    predicted = 0 if workload.kind == "reward" else sum(sum(answers[:branches]) for _, answers in lengths)
-    visible = sum(
-        prompt * (prompt + 1) / 2 + sum(answer * prompt + answer * (answer + 1) / 2 for answer in answers[:branches])
-        for prompt, answers in lengths
-    )
-    forward = 2 * weights * tokens + 2 * width * config.vocab_size * predicted + 4 * layers * width * visible
+    read = [(prompt, answers[:branches]) for prompt, answers in lengths]
     passes = {"sft": 3, "reward": 3, "dpo": 4}.get(workload.kind, 1)  # DPO: and one of the reference
-    return {"tokens": tokens, "flops": passes * forward}
+    flops = passes * forward_flops(read, config, predicts=workload.kind != "reward")
+    return {"tokens": tokens_of(read), "flops": flops}
 
 
 def _shuffled(source: str) -> list[Any]:

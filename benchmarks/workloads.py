@@ -35,7 +35,7 @@ class Workload:
         return {**asdict(self), "rows": self.rows, "inputs": inputs, **more}
 
 
-WORKLOADS = {
+CPU = {
     workload.name: workload
     for workload in (
         Workload("dpo-20m", "dpo", "20m", batch=8, steps=8),
@@ -50,6 +50,22 @@ WORKLOADS = {
         Workload("ppo-135m", "ppo", "135m", batch=16, steps=2),
     )
 }
+
+GPU = {
+    workload.name: workload
+    for workload in (
+        Workload("gpu-dpo-135m", "dpo", "135m", batch=64, steps=16, max_tokens=1024),
+        Workload("gpu-dpo-1b", "dpo", "1b", batch=64, steps=8, max_tokens=1024),
+        Workload("gpu-reward-1b", "reward", "1b", batch=64, steps=8, max_tokens=1024),
+        Workload("gpu-sampling-135m", "sampling", "135m", batch=256, steps=1, new_tokens=256),
+        Workload("gpu-sampling-1b", "sampling", "1b", batch=256, steps=1, new_tokens=256),
+        Workload("gpu-ppo-135m", "ppo", "135m", batch=256, steps=4, new_tokens=128),
+        Workload("gpu-ppo-1b", "ppo", "1b", batch=128, steps=3, new_tokens=128),
+    )
+}
+"""With AdamW in float32, a model of 1b is what one GPU of 80 GiB holds."""
+
+WORKLOADS = CPU | GPU
 
 PEERS: dict[Kind, dict[str, dict[str, Any]]] = {
     "sft": {"trl": {}, "trl padding-free": {"padding_free": True}},

@@ -5,13 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.data.branches import by_tokens, pack
+from mixpo.data.branches import BranchBatch, by_tokens, pack, pack_prompts
+from mixpo.models import attention as attention_module
+from mixpo.models import blocked_attention
 from mixpo.models.language_model import (
+    LanguageModel,
     _TokenLogprobs,
     branch_logprobs,
     branch_predictions,
     branch_scores,
     branch_values,
+    hidden_states,
     learn,
 )
 from mixpo.models.loading import Lora, add_lora
@@ -26,20 +30,42 @@ COMPLETIONS = [
 ]
 
 
+@pytest.fixture(params=["plain", "in small blocks", "in many groups", "by PyTorch"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes at which work is cut are those of real rows; and a GPU's road, taken on the CPU."""
+    if request.param == "in small blocks":
+        monkeypatch.setattr(blocked_attention, "QUERIES", 3)
+        monkeypatch.setattr(blocked_attention, "SCORES", 100)
+    if request.param == "in many groups":
+        monkeypatch.setattr(attention_module, "APART", 0)
+    if request.param == "by PyTorch":
+        monkeypatch.setattr(attention_module, "OURS", frozenset())
+
+
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_logprobs_equal_plain_forward_passes(name: str, share_prompt: bool) -> None:
+@pytest.mark.parametrize("completions", [COMPLETIONS, [branches[:1] for branches in COMPLETIONS]], ids=["k=2", "k=1"])
+def test_logprobs_equal_plain_forward_passes(name: str, completions: list[list[list[int]]]) -> None:
     lm = tiny(name)
-    batch = pack(PROMPTS, COMPLETIONS, share_prompt=share_prompt)
+    compare_with_plain(lm, pack(PROMPTS, completions), completions)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logprobs_of_rows_of_their_own_equal_plain_forward_passes(name: str) -> None:
+    compare_with_plain(tiny(name), pack(PROMPTS, COMPLETIONS, share_prompt=False), COMPLETIONS)
+
+
+def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[list[list[int]]]) -> None:
     with torch.no_grad():
         found = branch_logprobs(lm, batch)
-        for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        for row, (prompt, branches) in enumerate(zip(PROMPTS, completions, strict=True)):
             for place, completion in enumerate(branches):
                 expected = plain_logprobs(lm, prompt, completion)
                 torch.testing.assert_close(found[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
                 assert not found[row, place, len(completion) :].any()
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_gradients_equal_plain_forward_passes(name: str) -> None:
     lm = tiny(name)
@@ -226,3 +252,53 @@ def test_scalar_heads_compute_in_float32() -> None:
         values = branch_values(lm, batch, lm.model.score)
     assert scores.dtype == values.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+@pytest.mark.parametrize("share_row", [True, False])
+def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> None:
+    lm = tiny("llama")
+    batch = pack_prompts(PROMPTS, share_row=share_row)
+    with torch.no_grad():
+        found = hidden_states(lm, batch)
+        lm.model.set_attn_implementation("eager")
+        for row, prompt in enumerate(PROMPTS):
+            expected = lm.model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+            torch.testing.assert_close(found[batch.places[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[batch.last[row]], expected[-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(5, 5, 2), (4, 7, 4), (7, 9, 1)])
+def test_blocked_attention_is_attention(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, kv_heads: int
+) -> None:
+    monkeypatch.setattr(blocked_attention, "QUERIES", 3)
+    monkeypatch.setattr(blocked_attention, "SCORES", 60)
+    torch.manual_seed(0)
+    heads, width, rows = 4, 3, 3
+    shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    query, key, value = (torch.randn(rows, *shape, width, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    added = torch.full((rows, queries, keys), float("-inf"), dtype=torch.float64).triu(1 + keys - queries)
+    added[1, :, 1] = added[2, 1:, 0] = float("-inf")
+
+    def ours(*tensors: torch.Tensor) -> torch.Tensor:
+        return blocked_attention.blocked_attention(*tensors, added, 0.7)
+
+    copied = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (key, value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, next(copied)) * 0.7 + added[:, None]
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), next(copied))
+    torch.testing.assert_close(ours(query, key, value), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, (query, key, value))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_decoding_attention_is_attention(kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, *shape, 8).to(dtype) for shape in ((4, 1), (kv_heads, 7), (kv_heads, 7)))
+    visible = torch.rand(3, 1, 1, 7) < 0.6
+    visible[..., -1] = True
+    found = attention_module._decode(query, key, value, visible, None)
+    key, value = (x.double().repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))
+    scores = (query.double() @ key.transpose(-1, -2) / 8**0.5).masked_fill(~visible, float("-inf"))
+    expected = (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

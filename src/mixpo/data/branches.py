@@ -13,12 +13,14 @@ never from padding ids.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 Tokens = Sequence[int]
+Batch = TypeVar("Batch", "BranchBatch", "PromptBatch")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,12 @@ class BranchBatch:
 
     def to(self, device: torch.device) -> "BranchBatch":
         """The same batch on another device."""
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        return _to(self, device)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    tensors = {name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)}
+    return replace(batch, **tensors)  # type: ignore[arg-type]
 
 
 def pack(
@@ -115,6 +121,43 @@ def pack(
         tokens=tokens,
         spans=spans,
     )
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts alone, to be read before completions are drawn: in one row without padding, or a row each."""
+
+    input_ids: Int[Tensor, "rows length"]
+    position_ids: Int[Tensor, "rows length"]
+    lengths: Int[Tensor, " prompts"]
+    places: Int[Tensor, "prompts longest"]
+    """Where a prompt's tokens stand in the rows flattened; behind its end, anywhere."""
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def last(self) -> Int[Tensor, " prompts"]:
+        """Where a prompt's last token stands."""
+        return self.places.gather(1, self.lengths[:, None] - 1)[:, 0]
+
+    def to(self, device: torch.device) -> "PromptBatch":
+        """The same batch on another device."""
+        return _to(self, device)
+
+
+def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> PromptBatch:
+    """Lay out prompts, none empty, in one row, or padded on the right in a row each."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    within = torch.arange(int(lengths.max()))
+    real = within < lengths[:, None]
+    width = int(lengths.sum()) if share_row else len(within)
+    starts = lengths.cumsum(0) - lengths if share_row else torch.arange(len(prompts)) * width
+    places = (starts[:, None] + within) * real
+    input_ids = torch.zeros(width if share_row else len(prompts) * width, dtype=torch.long)
+    input_ids[places[real]] = torch.tensor([token for prompt in prompts for token in prompt])
+    position_ids = torch.zeros_like(input_ids) if share_row else within.repeat(len(prompts))
+    position_ids[places[real]] = within.expand_as(real)[real]
+    spans = tuple(Span(len(prompt), ()) for prompt in prompts) if share_row else ()
+    return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, places, spans)
 
 
 def by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:

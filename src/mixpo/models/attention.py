@@ -1,8 +1,9 @@
 """Attention of branch batches: a prompt over itself, a completion over its prompt and itself, and nothing else.
 
-Transformers' models call whatever attention is registered under the name that they were loaded with. Ours is
-PyTorch's; while a branch batch goes through the model it is called twice a layer, on all prompts under each other and
-on all completions under each other, so that hardly anything is computed that no token may see.
+Transformers' models call whatever attention is registered under the name that they were loaded with. While a branch
+batch goes through the model, ours computes twice a layer: all prompts under each other, and all completions under each
+other, so that hardly anything is computed that no token may see: with PyTorch's attention on a GPU, with our own on a
+CPU.
 """
 
 import math
@@ -10,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,43 +22,78 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from mixpo.data.branches import Span
+from mixpo.models.blocked_attention import blocked_attention
 
 NAME = "mixpo_branches"
 
 
+OURS = frozenset({"cpu"})
+"""Devices on which our own attention is faster than PyTorch's."""
+APART = 1 << 15
+"""Pairs of a query and a key that take as long as the calls that another group costs."""
+
+
 @dataclass(frozen=True)
-class Blocks:
-    """Where the tokens of a row stand once its prompts, and its completions, lie under each other, padded."""
+class Group:
+    """Prompts of like length under each other, padded, and their completions likewise."""
 
     prompts: torch.Size
     """How many there are, and the longest one's tokens."""
     completions: torch.Size
     """None where every prompt has one completion: both are one sequence then, and stand among the prompts."""
     lengths: Int[Tensor, " prompts"]
+    masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """What every layer adds to the scores of either, by window and precision: a row for all, or one each."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a row stand once they are in groups: each its prompts, flattened, then its completions."""
+
+    groups: tuple[Group, ...]
     order: Int[Tensor, " places"]
-    """The place in the row of what stands in both blocks, flattened one behind the other; 0 for padding."""
+    """The place in the row of what stands in the groups; 0 for padding."""
     real: Bool[Tensor, " places"]
     """False for padding."""
     places: Int[Tensor, " length"]
-    """The way back: where in the blocks each token of the row stands."""
-    masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-    """What every layer adds to the scores of either block, by window and precision."""
+    """The way back: where in the groups each token of the row stands."""
 
 
-def lay_out(spans: Sequence[Span], device: torch.device) -> Blocks:
-    """The blocks of a row that holds these prompts and completions."""
+def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
+    """The groups of a row that holds these prompts and completions."""
     whole = all(len(span.completions) == 1 for span in spans)
     pieces = [(span.prompt + span.completions[0],) if whole else (span.prompt, *span.completions) for span in spans]
     sizes = torch.tensor(pieces, device=device)
-    starts = torch.tensor(list(accumulate((size for piece in pieces for size in piece), initial=0))[:-1], device=device)
-    starts = starts.view_as(sizes)
-    prompts, real_prompts = _padded(starts[:, 0], sizes[:, 0])
-    completions, real_completions = _padded(starts[:, 1:].flatten(), sizes[:, 1:].flatten())
-    real = torch.cat([real_prompts.flatten(), real_completions.flatten()])
-    order = torch.cat([prompts.flatten(), completions.flatten()])
+    starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
+    groups, orders, reals = [], [], []
+    for rows in _alike(pieces):
+        prompts, real_prompts = _padded(starts[rows, 0], sizes[rows, 0])
+        completions, real_completions = _padded(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
+        groups.append(Group(prompts.shape, completions.shape, sizes[rows, 0]))
+        orders += [prompts.flatten(), completions.flatten()]
+        reals += [real_prompts.flatten(), real_completions.flatten()]
+    order, real = torch.cat(orders), torch.cat(reals)
     places = torch.empty_like(order[real])
     places[order[real]] = real.nonzero()[:, 0]
-    return Blocks(prompts.shape, completions.shape, sizes[:, 0], order, real, places)
+    return Layout(tuple(groups), order, real, places)
+
+
+def _alike(pieces: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Prompts, the longest first, cut into groups where padding would cost more than another group does."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(pieces)), key=lambda row: pieces[row], reverse=True):
+        joined = [*groups[-1], row] if groups else [row]
+        if groups and _pairs(pieces, joined) <= _pairs(pieces, groups[-1]) + _pairs(pieces, [row]) + APART:
+            groups[-1] = joined
+        else:
+            groups.append([row])
+    return groups
+
+
+def _pairs(pieces: Sequence[tuple[int, ...]], rows: Sequence[int]) -> int:
+    """Pairs of a query and a key in a group of these rows."""
+    longest, own = max(pieces[row][0] for row in rows), max(max(pieces[row][1:], default=0) for row in rows)
+    return len(rows) * (longest * longest + (len(pieces[rows[0]]) - 1) * own * (longest + own))
 
 
 def _padded(
@@ -69,11 +104,11 @@ def _padded(
     return (starts[:, None] + within) * real, real
 
 
-def _masks(blocks: Blocks, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def _masks(group: Group, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """For prompts (None: plain causal attention), and for completions, whose keys are the prompt's, then their own."""
-    (prompts, longest), (completions, longest_own) = blocks.prompts, blocks.completions
-    before, own = (torch.arange(length, device=blocks.order.device) for length in (longest, longest_own))
-    lengths = blocks.lengths.repeat_interleave(completions // prompts)[:, None, None]
+    (prompts, longest), (completions, longest_own) = group.prompts, group.completions
+    before, own = (torch.arange(length, device=group.lengths.device) for length in (longest, longest_own))
+    lengths = group.lengths.repeat_interleave(completions // prompts)[:, None, None]
     distance = torch.cat(
         [
             (lengths + own[:, None] - before).masked_fill(before >= lengths, -1),
@@ -81,8 +116,9 @@ def _masks(blocks: Blocks, window: int | None, dtype: torch.dtype) -> tuple[Tens
         ],
         dim=2,
     )
-    of_prompts = None if window is None or window >= len(before) else _added(before[:, None] - before, window, dtype)
-    return of_prompts, _added(distance, window, dtype)[:, None]
+    plain = before.device.type not in OURS and (window is None or window >= longest)
+    of_prompts = None if plain else _added(before[:, None] - before, window, dtype)[None]
+    return of_prompts, _added(distance, window, dtype)
 
 
 def _added(distance: Int[Tensor, "*shape"], window: int | None, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
@@ -111,17 +147,17 @@ class _Reorder(torch.autograd.Function):
         return found if used is None else found * used[:, None, None], None, None, None
 
 
-_blocks: ContextVar[Blocks | None] = ContextVar("blocks", default=None)
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
 def attending(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
     """What goes through a model meanwhile is one row that holds these prompts and completions, if there are any."""
-    token = _blocks.set(lay_out(spans, device) if spans else None)
+    token = _layout.set(lay_out(spans, device) if spans else None)
     try:
         yield
     finally:
-        _blocks.reset(token)
+        _layout.reset(token)
 
 
 def _attention(
@@ -135,40 +171,74 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "rows length heads width"], None]:
-    blocks = _blocks.get()
-    if blocks is None:
+    layout = _layout.get()
+    if layout is None and query.shape[2] == 1 and attention_mask is not None:
+        return _decode(query, key, value, attention_mask, scaling), None
+    if layout is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
-    groups, dtype = query.shape[1] // key.shape[1], value.dtype  # rotations leave queries and keys wider than autocast
-    (q, own_q), (k, own_k), (v, own_v) = (_split(x.to(dtype), blocks) for x in (query, key, value))
-    if (sliding_window, dtype) not in blocks.masks:
-        blocks.masks[sliding_window, dtype] = _masks(blocks, sliding_window, dtype)
-    mask, branch_mask = blocks.masks[sliding_window, dtype]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Float[Tensor, "pieces length heads width"]:
-        k, v = repeat_kv(k.transpose(1, 2), groups), repeat_kv(v.transpose(1, 2), groups)
-        return scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=added, dropout_p=dropout, scale=scaling, is_causal=added is None
-        ).transpose(1, 2)
-
-    out = attend(q, k, v, mask).flatten(0, 1)
-    if len(own_q):
-        times = len(own_q) // len(q)
-        keys, values = (
-            torch.cat([shared.repeat_interleave(times, dim=0), own], dim=1) for shared, own in ((k, own_k), (v, own_v))
-        )
-        out = torch.cat([out, attend(own_q, keys, values, branch_mask).flatten(0, 1)])
-    return _Reorder.apply(out, blocks.places, blocks.order, blocks.real)[None], None  # type: ignore[no-untyped-call]
+    dtype = value.dtype  # rotations leave queries and keys wider than autocast
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    found_in = []
+    split = (_split(x.to(dtype), layout) for x in (query, key, value))
+    for group, (q, own_q), (k, own_k), (v, own_v) in zip(layout.groups, *split, strict=True):
+        if (sliding_window, dtype) not in group.masks:
+            group.masks[sliding_window, dtype] = _masks(group, sliding_window, dtype)
+        mask, own_mask = group.masks[sliding_window, dtype]
+        found_in.append(_attend(q, k, v, mask, scale, dropout).flatten(0, 1))
+        if len(own_q):
+            times = len(own_q) // len(q)
+            keys = torch.cat([k.repeat_interleave(times, dim=0), own_k], dim=1)
+            values = torch.cat([v.repeat_interleave(times, dim=0), own_v], dim=1)
+            found_in.append(_attend(own_q, keys, values, own_mask, scale, dropout).flatten(0, 1))
+    out: Tensor = _Reorder.apply(torch.cat(found_in), layout.places, layout.order, layout.real)  # type: ignore[no-untyped-call]
+    return out[None], None
 
 
-def _split(
-    x: Float[Tensor, "1 heads length width"], blocks: Blocks
-) -> tuple[Float[Tensor, "prompts longest_prompt heads width"], Float[Tensor, "completions longest heads width"]]:
+def _attend(
+    q: Float[Tensor, "rows queries heads width"],
+    k: Float[Tensor, "rows keys kv_heads width"],
+    v: Float[Tensor, "rows keys kv_heads width"],
+    added: Float[Tensor, "one_or_rows queries keys"] | None,
+    scale: float,
+    dropout: float,
+) -> Float[Tensor, "rows queries heads width"]:
+    if added is not None and added.device.type in OURS and not dropout:
+        return blocked_attention(q, k, v, added, scale)
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), repeat_kv(k.transpose(1, 2), groups), repeat_kv(v.transpose(1, 2), groups)
+    mask = None if added is None else added[:, None]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=added is None)
+    return out.transpose(1, 2)
+
+
+def _decode(
+    query: Float[Tensor, "rows heads 1 width"],
+    key: Float[Tensor, "rows kv_heads keys width"],
+    value: Float[Tensor, "rows kv_heads keys width"],
+    visible: Bool[Tensor, "rows 1 1 keys"],
+    scaling: float | None,
+) -> Float[Tensor, "rows 1 heads width"]:
+    """One new token a row: the heads that share keys are queries of one head, so that keys are read, not copied."""
+    rows, heads, _, width = query.shape
+    groups = heads // key.shape[1]
+    grouped = query.to(value.dtype).view(rows, key.shape[1], groups, width)
+    if groups == 1 and value.dtype == torch.bfloat16:  # twice is twice as fast on a CPU: one row is no matrix product
+        grouped = grouped.expand(-1, -1, 2, -1)
+    visible = visible.expand(-1, -1, grouped.shape[2], -1)
+    out = scaled_dot_product_attention(grouped, key.to(value.dtype), value, attn_mask=visible, scale=scaling)
+    return out[:, :, :groups].reshape(rows, 1, heads, width)
+
+
+def _split(x: Float[Tensor, "1 heads length width"], layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every group, [prompts, longest, heads, width] and [completions, longest, heads, width]."""
     flat = x.transpose(1, 2)[0]
-    reordered: Tensor = _Reorder.apply(flat, blocks.order, blocks.places, None)  # type: ignore[no-untyped-call]
-    prompts, completions = reordered.split([math.prod(blocks.prompts), math.prod(blocks.completions)])
-    return prompts.view(*blocks.prompts, *x.shape[1::2]), completions.view(*blocks.completions, *x.shape[1::2])
+    reordered: Tensor = _Reorder.apply(flat, layout.order, layout.places, None)  # type: ignore[no-untyped-call]
+    shapes = [shape for group in layout.groups for shape in (group.prompts, group.completions)]
+    parts = reordered.split([math.prod(shape) for shape in shapes])
+    views = [part.view(*shape, *x.shape[1::2]) for part, shape in zip(parts, shapes, strict=True)]
+    return zip(views[::2], views[1::2], strict=True)
 
 
 AttentionInterface.register(NAME, _attention)

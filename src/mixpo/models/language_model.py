@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from mixpo.data.branches import BranchBatch
+from mixpo.data.branches import BranchBatch, PromptBatch
 from mixpo.models.attention import NAME as ATTENTION
 from mixpo.models.attention import attending
 
@@ -63,13 +63,19 @@ def learn(lm: LanguageModel) -> None:
             module.train()
 
 
-def hidden_states(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "places width"]:
-    """The last hidden state at every place of the batch's rows, flattened."""
+def hidden_states(
+    lm: LanguageModel, batch: BranchBatch | PromptBatch, cache: Cache | None = None
+) -> Float[Tensor, "places width"]:
+    """The last hidden state at every place of the batch's rows, flattened. `cache` gets keys and values."""
     unread = torch.empty(1, 1, 1, 1, device=lm.device)  # of four dimensions, so that no mask is made in its place
     mask = by_layer_type(lm.model, lambda _: unread) if batch.spans else None
     with lm.autocast(), attending(batch.spans, lm.device):
         output = lm.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
     states: Tensor = output.last_hidden_state
     return states.flatten(0, 1)
@@ -177,21 +183,20 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:3]
         of_hidden = (directions * gradient[:, None]).to(hidden_dtype)
-        of_weight = torch.zeros(weight.shape, device=weight.device) if wanted[1] else None
-        of_bias = torch.zeros_like(bias) if wanted[2] else None
-        if of_weight is None and of_bias is None:
-            return of_hidden, *[None] * 7
+        of_weight = of_bias = None
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
-        for rows in _chunks(len(targets), len(weight)) if kept is None else [slice(None)]:
+        chunks = (_chunks(len(targets), len(weight)) if kept is None else [slice(None)]) if any(wanted[1:]) else []
+        for rows in chunks:
             of_logits = kept
             if of_logits is None:
                 softmax = _logits(hidden[rows], weight, bias).softmax(dim=-1)
                 of_logits = _of_logits(softmax, torch.ones_like(gradient[rows]), targets[rows]).to(hidden.dtype)
-            if of_weight is not None:
-                of_weight += of_logits.T @ scaled[rows]
-            if of_bias is not None:
-                of_bias += of_logits.T.float() @ gradient[rows]
-        of_weight = None if of_weight is None else of_weight.to(weight_dtype)
+            if wanted[1]:
+                found = of_logits.T @ scaled[rows]
+                of_weight = found.to(weight_dtype) if of_weight is None else of_weight.add_(found)
+            if wanted[2]:
+                found = of_logits.T.float() @ gradient[rows]
+                of_bias = found if of_bias is None else of_bias.add_(found)
         return of_hidden, of_weight, of_bias, *[None] * 5
 
 

@@ -1,8 +1,8 @@
 """Sampling: one prefill a prompt, k completions from it, the log-prob of every drawn token kept.
 
-Prompts are padded on the right, so the prefill is plain causal attention; drawn tokens are written behind the longest
-prompt, and the mask leaves the padding between out. Keys and values stand in tensors allocated once; finished rows are
-dropped from the batch when there are enough of them to be worth the copy.
+The prefill is one row of prompts without padding. Its keys and values are laid under each other, a row a completion, in
+tensors allocated once; drawn tokens are written behind the longest prompt, and the mask leaves the padding between out.
+Finished rows are dropped from the batch when there are enough of them to be worth the copy.
 
 A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
 drawn before the first token, so a completion does not depend on which others share its batch.
@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from mixpo.data.branches import by_tokens
-from mixpo.models.language_model import LanguageModel, by_layer_type
+from mixpo.data.branches import by_tokens, pack_prompts
+from mixpo.models.language_model import LanguageModel, by_layer_type, hidden_states
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
@@ -35,41 +35,45 @@ class Sampled:
 
 
 class _Preallocated(DynamicLayer):
-    """Keys and values of one layer, written into tensors that were allocated for the longest completion."""
+    """Keys and values of one layer, a row a completion, in tensors that are long enough for the longest one.
 
-    capacity = 0
+    What comes first is the prefill's: it is copied to the completions' rows, and given back as it came.
+    """
 
-    def __init__(self, config: object = None) -> None:
-        super().__init__()
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (*key_states.shape[:2], self.capacity)
-        self.dtype, self.device = value_states.dtype, value_states.device  # rotated keys may be wider than attention is
-        self.keys = value_states.new_empty(*shape, key_states.shape[-1])
-        self.values = value_states.new_empty(*shape, value_states.shape[-1])
-        self.is_initialized = True
+    places: Int[Tensor, "rows width"]
+    """Where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
+    capacity: int
+    is_initialized: bool
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            dtype = value_states.dtype  # rotated keys may be wider than attention is
+            self.keys, self.values = (self._lay_out(states, dtype) for states in (key_states, value_states))
+            self.length, self.is_initialized = self.places.shape[1], True
+            return key_states, value_states
         start, self.length = self.length, self.length + key_states.shape[-2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def _lay_out(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
+        count, width = self.places.shape
+        room = states.new_empty(count, states.shape[1], self.capacity, states.shape[3], dtype=dtype)
+        room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.places].transpose(1, 2)
+        return room
+
     def get_seq_length(self) -> int:
-        return self.length
+        return self.length if self.is_initialized else 0
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
+        """Keep these rows, in this order."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def _cache(capacity: int) -> Cache:
-    layer = type("Preallocated", (_Preallocated,), {"capacity": capacity})
+def _cache(places: Int[Tensor, "rows width"], capacity: int) -> Cache:
+    layer = type("Preallocated", (_Preallocated,), {"places": places, "capacity": capacity})
     return Cache(layer_class_to_replicate=layer)
 
 
@@ -136,10 +140,15 @@ def sample(
 def _chooser(*, temperature: float, top_p: float, top_k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Draws tokens from logits; returns them with their log-probs at temperature 1, nothing truncated."""
 
+    plain = temperature == 1.0 and top_p == 1.0 and top_k == 0
+
     def choose(logits: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> tuple[Tensor, Tensor]:
         logits = logits.float()
-        tokens = draw(truncate(logits, temperature=temperature, top_p=top_p, top_k=top_k), uniforms.float())
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        odds = logits.exp()
+        kept = odds if plain else truncate(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+        tokens = draw(kept, uniforms.float())
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - odds.sum(dim=-1).log()
         return tokens, logprobs
 
     return choose
@@ -154,28 +163,18 @@ def _sample_batch(
     device = lm.device
     count, k, max_tokens = uniforms.shape
     head = lm.model.get_output_embeddings()
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    input_ids = torch.zeros(count, width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, : len(prompt)] = torch.as_tensor(prompt)
-    cache = _cache(width + max_tokens)
-    positions = torch.arange(width, device=device).expand(count, -1)
-    hidden = lm.model.base_model(
-        input_ids=input_ids.to(device), position_ids=positions, past_key_values=cache, use_cache=True
-    ).last_hidden_state[torch.arange(count, device=device), lengths - 1]
-
+    batch = pack_prompts(prompts, share_row=lm.shares_prompts).to(device)
     rows = torch.arange(count, device=device).repeat_interleave(k)
-    _take(cache, rows)
-    lengths, logits = lengths[rows], head(hidden)[rows]
+    width = batch.places.shape[1]
+    cache = _cache(batch.places[rows], width + max_tokens)
+    hidden = hidden_states(lm, batch, cache=cache)[batch.last]
+    lengths, logits = batch.lengths[rows], head(hidden)[rows]
     uniforms = uniforms.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
     ended_at = torch.full((count * k,), max_tokens, device=device)
-    key_positions = torch.cat([positions[rows], torch.zeros_like(rows)[:, None].expand(-1, max_tokens)], dim=1).clone()
-    visible = torch.cat(
-        [positions[rows] < lengths[:, None], torch.zeros(count * k, max_tokens, dtype=torch.bool, device=device)], dim=1
-    )
+    key_positions = torch.arange(width + max_tokens, device=device).repeat(count * k, 1)
+    visible = key_positions < lengths[:, None]
     active = torch.arange(count * k, device=device)
     for step in range(max_tokens):
         tokens, logprobs = choose(logits, uniforms[active, step])

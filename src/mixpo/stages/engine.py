@@ -21,7 +21,7 @@ from mixpo.stages.stage import Stage
 from mixpo.training.record import reset_peak_memory
 from mixpo.training.runtime import Runtime
 
-VERSION = "4"
+VERSION = "5"
 """Bump when stages compute something else from the same config: folders of other versions are left alone."""
 
 

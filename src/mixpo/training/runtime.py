@@ -1,6 +1,8 @@
 """Where and in what portions a stage computes: none of it changes what is computed."""
 
+import ctypes
 import os
+from contextlib import suppress
 from typing import Literal
 
 import pydantic
@@ -33,6 +35,17 @@ class Runtime(Settings):
     def start(self) -> torch.device:
         """Set the number of threads and return the device."""
         torch.set_num_threads(self.threads or os.cpu_count() or 1)
+        _keep_freed_memory()
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc's malloc keep what is freed: fetching every large tensor's pages anew costs a tenth of the time."""
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
+    with suppress(OSError, AttributeError):  # another system, another libc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(arena_max, 1)

@@ -1,0 +1,108 @@
+"""How cost grows, one point of it: `python -m benchmarks.growth SPEC`. Random weights and random tokens."""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.mathematics import forward_flops
+from benchmarks.worker import answer
+from mixpo.data.branches import by_tokens, pack, row_lengths
+from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
+from mixpo.models.sampling import sample
+from mixpo.training.runtime import Runtime
+from mixpo.training.step import OptimizerSettings, make_optimizer, update
+
+REPEATS = 3
+"""Of which the median is taken, after one more that is not timed."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one update, or one call that samples, is of."""
+
+    prompt: int = 128
+    """Tokens of every prompt."""
+    completion: int = 128
+    """Tokens of every completion."""
+    batch: int = 8
+    k: int = 2
+    """Completions of a prompt."""
+    vocabulary: int = 49_152
+    width: int = 256
+    layers: int = 8
+    precision: str = "bfloat16"
+
+    def config(self) -> LlamaConfig:
+        """The model: heads of 64, an inner width of three times the width."""
+        heads = self.width // 64
+        return LlamaConfig(
+            hidden_size=self.width,
+            intermediate_size=3 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        )
+
+
+AXES: dict[str, list[Point]] = {
+    "prompt": [Point(prompt=tokens) for tokens in (64, 128, 256, 512, 1024, 2048)],
+    "completion": [Point(completion=tokens) for tokens in (32, 64, 128, 256, 512)],
+    "batch": [Point(batch=rows) for rows in (2, 4, 8, 16, 32)],
+    "vocabulary": [Point(vocabulary=size) for size in (4096, 16_384, 49_152, 131_072, 262_144)],
+    "k": [Point(k=k) for k in (1, 2, 4, 8, 16)],
+    "width": [replace(Point(), width=width) for width in (128, 256, 512, 1024)],
+    "layers": [replace(Point(), layers=layers) for layers in (4, 8, 16, 32)],
+}
+"""One thing grows, the others stay."""
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of an update on every completion's log-probs, or of a call that samples them."""
+    point = Point(**spec["point"])
+    device = Runtime().start()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(point.config()).to(device)
+    lm = LanguageModel(model, None, end_token=-1, shares_prompts=True, precision=point.precision)  # type: ignore[arg-type]
+    prompts = torch.randint(point.vocabulary, (point.batch, point.prompt)).tolist()
+    completions = torch.randint(point.vocabulary, (point.batch, point.k, point.completion)).tolist()
+    optimizer = make_optimizer(model.parameters(), OptimizerSettings(learning_rate=1e-6))
+    work = _updating(lm, optimizer, prompts, completions) if spec["kind"] == "update" else _sampling(lm, point, prompts)
+    times = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    rows = [(point.prompt, [point.completion] * point.k)] * point.batch
+    passes = 3 if spec["kind"] == "update" else 1
+    flops = passes * forward_flops(rows, point.config(), predicts=True)
+    return {**asdict(point), "seconds": sorted(times[1:])[REPEATS // 2], "flops": flops}
+
+
+def _updating(lm: LanguageModel, optimizer: Any, prompts: Any, completions: Any) -> Any:
+    lengths, budget = row_lengths(prompts, completions), Runtime().microbatch_tokens
+
+    def loss(rows: list[int]) -> Any:
+        batch = pack([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
+        return -branch_logprobs(lm, batch).sum(), {}
+
+    def work() -> None:
+        learn(lm)
+        update(optimizer, by_tokens(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6)
+
+    return work
+
+
+def _sampling(lm: LanguageModel, point: Point, prompts: Any) -> Any:
+    return lambda: sample(lm, prompts, k=point.k, max_tokens=point.completion, seed=0)
+
+
+if __name__ == "__main__":
+    answer(main)

@@ -1,0 +1,29 @@
+"""What the mathematics has to compute, whoever computes it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+Lengths = tuple[int, list[int]]
+"""Tokens of a prompt, and of each of its completions."""
+
+
+def forward_flops(rows: Iterable[Lengths], config: Any, *, predicts: bool) -> float:
+    """FLOPs of one forward pass: every prompt once, and logits, if any, where a completion token is predicted alone.
+
+    2 a weight and token; attention 4 a layer, width and visible pair.
+    """
+    rows = list(rows)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    key = width * config.num_key_value_heads // config.num_attention_heads
+    weights = layers * (2 * width * width + 2 * width * key + 3 * width * config.intermediate_size)
+    predicted = sum(sum(completions) for _, completions in rows) if predicts else 0
+    visible = sum(
+        prompt * (prompt + 1) / 2 + sum(tokens * prompt + tokens * (tokens + 1) / 2 for tokens in completions)
+        for prompt, completions in rows
+    )
+    return 2 * weights * tokens_of(rows) + 2 * width * config.vocab_size * predicted + 4 * layers * width * visible
+
+
+def tokens_of(rows: Iterable[Lengths]) -> int:
+    """Every prompt once, and its completions."""
+    return sum(prompt + sum(completions) for prompt, completions in rows)
