@@ -1,14 +1,13 @@
 """How cost grows, one point of it: `python -m benchmarks.growth SPEC`. Random weights and random tokens."""
 
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
-from benchmarks.worker import answer
+from benchmarks.worker import answer, median_seconds
 from mixpo.data.branches import by_tokens, pack, row_lengths
 from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
 from mixpo.models.sampling import sample
@@ -56,8 +55,8 @@ AXES: dict[str, list[Point]] = {
     "batch": [Point(batch=rows) for rows in (2, 4, 8, 16, 32)],
     "vocabulary": [Point(vocabulary=size) for size in (4096, 16_384, 49_152, 131_072, 262_144)],
     "k": [Point(k=k) for k in (1, 2, 4, 8, 16)],
-    "width": [replace(Point(), width=width) for width in (128, 256, 512, 1024)],
-    "layers": [replace(Point(), layers=layers) for layers in (4, 8, 16, 32)],
+    "width": [Point(width=width) for width in (128, 256, 512, 1024)],
+    "layers": [Point(layers=layers) for layers in (4, 8, 16, 32)],
 }
 """One thing grows, the others stay."""
 
@@ -73,17 +72,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     completions = torch.randint(point.vocabulary, (point.batch, point.k, point.completion)).tolist()
     optimizer = make_optimizer(model.parameters(), OptimizerSettings(learning_rate=1e-6))
     work = _updating(lm, optimizer, prompts, completions) if spec["kind"] == "update" else _sampling(lm, point, prompts)
-    times = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    seconds = median_seconds(work, repeats=REPEATS, untimed=1)
     rows = [(point.prompt, [point.completion] * point.k)] * point.batch
     passes = 3 if spec["kind"] == "update" else 1
     flops = passes * forward_flops(rows, point.config(), predicts=True)
-    return {**asdict(point), "seconds": sorted(times[1:])[REPEATS // 2], "flops": flops}
+    return {**asdict(point), "seconds": seconds, "flops": flops}
 
 
 def _updating(lm: LanguageModel, optimizer: Any, prompts: Any, completions: Any) -> Any:

@@ -3,18 +3,17 @@
 The rate of matrix products at a model's own shapes, and the bandwidth of memory.
 """
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from benchmarks.worker import answer
+from benchmarks.worker import answer, median_seconds
 
 ROWS = 2048
 """Tokens of a matrix product: a microbatch's."""
+REPEATS = 15
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -30,27 +29,18 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         for a, b in shapes
     ]
     flops = sum(2 * ROWS * a * b for a, b in shapes)
-    seconds = _median(lambda: [torch.nn.functional.linear(x, weight) for x, weight in products], device)
+    seconds = median_seconds(
+        lambda: [torch.nn.functional.linear(x, weight) for x, weight in products], repeats=REPEATS, untimed=2
+    )
     source = torch.ones(1 << 28, device=device)  # 1 GiB
     target = torch.empty_like(source)
-    copied = _median(lambda: target.copy_(source), device)
+    copied = median_seconds(lambda: target.copy_(source), repeats=REPEATS, untimed=2)
     return {
         "matmul_flops": flops / seconds,
         "bandwidth": 2 * source.nbytes / copied,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
-
-
-def _median(work: Callable[[], Any], device: torch.device, repeats: int = 15) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times[2:])[repeats // 2]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,25 @@
 
 import json
 import resource
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def median_seconds(work: Callable[[], Any], *, repeats: int, untimed: int) -> float:
+    """Median time of `work` over `repeats` calls, after `untimed` ones; a GPU's queue is waited for."""
+    times = []
+    for _ in range(untimed + repeats):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[untimed:])
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

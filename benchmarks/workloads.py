@@ -63,7 +63,7 @@ GPU = {
         Workload("gpu-ppo-1b", "ppo", "1b", batch=128, steps=3, new_tokens=128),
     )
 }
-"""With AdamW in float32, a model of 1b is what one GPU of 80 GiB holds."""
+"""For one GPU; not run yet."""
 
 WORKLOADS = CPU | GPU
 

@@ -30,13 +30,13 @@ COMPLETIONS = [
 ]
 
 
-@pytest.fixture(params=["plain", "in small blocks", "in many groups", "by PyTorch"])
+@pytest.fixture(params=["plain", "in small blocks", "in many buckets", "by PyTorch"])
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes at which work is cut are those of real rows; and a GPU's road, taken on the CPU."""
     if request.param == "in small blocks":
         monkeypatch.setattr(blocked_attention, "QUERIES", 3)
         monkeypatch.setattr(blocked_attention, "SCORES", 100)
-    if request.param == "in many groups":
+    if request.param == "in many buckets":
         monkeypatch.setattr(attention_module, "APART", 0)
     if request.param == "by PyTorch":
         monkeypatch.setattr(attention_module, "OURS", frozenset())

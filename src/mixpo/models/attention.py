@@ -30,11 +30,11 @@ NAME = "mixpo_branches"
 OURS = frozenset({"cpu"})
 """Devices on which our own attention is faster than PyTorch's."""
 APART = 1 << 15
-"""Pairs of a query and a key that take as long as the calls that another group costs."""
+"""Pairs of a query and a key that take as long as the calls that another bucket costs."""
 
 
 @dataclass(frozen=True)
-class Group:
+class Bucket:
     """Prompts of like length under each other, padded, and their completions likewise."""
 
     prompts: torch.Size
@@ -48,50 +48,50 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a row stand once they are in groups: each its prompts, flattened, then its completions."""
+    """Where the tokens of a row stand once they are in buckets: each its prompts, flattened, then its completions."""
 
-    groups: tuple[Group, ...]
+    buckets: tuple[Bucket, ...]
     order: Int[Tensor, " places"]
-    """The place in the row of what stands in the groups; 0 for padding."""
+    """The place in the row of what stands in the buckets; 0 for padding."""
     real: Bool[Tensor, " places"]
     """False for padding."""
     places: Int[Tensor, " length"]
-    """The way back: where in the groups each token of the row stands."""
+    """The way back: where in the buckets each token of the row stands."""
 
 
 def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
-    """The groups of a row that holds these prompts and completions."""
+    """The buckets of a row that holds these prompts and completions."""
     whole = all(len(span.completions) == 1 for span in spans)
     pieces = [(span.prompt + span.completions[0],) if whole else (span.prompt, *span.completions) for span in spans]
     sizes = torch.tensor(pieces, device=device)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
-    groups, orders, reals = [], [], []
+    buckets, orders, reals = [], [], []
     for rows in _alike(pieces):
         prompts, real_prompts = _padded(starts[rows, 0], sizes[rows, 0])
         completions, real_completions = _padded(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
-        groups.append(Group(prompts.shape, completions.shape, sizes[rows, 0]))
+        buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0]))
         orders += [prompts.flatten(), completions.flatten()]
         reals += [real_prompts.flatten(), real_completions.flatten()]
     order, real = torch.cat(orders), torch.cat(reals)
     places = torch.empty_like(order[real])
     places[order[real]] = real.nonzero()[:, 0]
-    return Layout(tuple(groups), order, real, places)
+    return Layout(tuple(buckets), order, real, places)
 
 
 def _alike(pieces: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Prompts, the longest first, cut into groups where padding would cost more than another group does."""
-    groups: list[list[int]] = []
+    """Prompts, the longest first, cut into buckets where padding would cost more than another bucket does."""
+    buckets: list[list[int]] = []
     for row in sorted(range(len(pieces)), key=lambda row: pieces[row], reverse=True):
-        joined = [*groups[-1], row] if groups else [row]
-        if groups and _pairs(pieces, joined) <= _pairs(pieces, groups[-1]) + _pairs(pieces, [row]) + APART:
-            groups[-1] = joined
+        joined = [*buckets[-1], row] if buckets else [row]
+        if buckets and _pairs(pieces, joined) <= _pairs(pieces, buckets[-1]) + _pairs(pieces, [row]) + APART:
+            buckets[-1] = joined
         else:
-            groups.append([row])
-    return groups
+            buckets.append([row])
+    return buckets
 
 
 def _pairs(pieces: Sequence[tuple[int, ...]], rows: Sequence[int]) -> int:
-    """Pairs of a query and a key in a group of these rows."""
+    """Pairs of a query and a key in a bucket of these rows."""
     longest, own = max(pieces[row][0] for row in rows), max(max(pieces[row][1:], default=0) for row in rows)
     return len(rows) * (longest * longest + (len(pieces[rows[0]]) - 1) * own * (longest + own))
 
@@ -104,11 +104,11 @@ def _padded(
     return (starts[:, None] + within) * real, real
 
 
-def _masks(group: Group, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def _masks(bucket: Bucket, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """For prompts (None: plain causal attention), and for completions, whose keys are the prompt's, then their own."""
-    (prompts, longest), (completions, longest_own) = group.prompts, group.completions
-    before, own = (torch.arange(length, device=group.lengths.device) for length in (longest, longest_own))
-    lengths = group.lengths.repeat_interleave(completions // prompts)[:, None, None]
+    (prompts, longest), (completions, longest_own) = bucket.prompts, bucket.completions
+    before, own = (torch.arange(length, device=bucket.lengths.device) for length in (longest, longest_own))
+    lengths = bucket.lengths.repeat_interleave(completions // prompts)[:, None, None]
     distance = torch.cat(
         [
             (lengths + own[:, None] - before).masked_fill(before >= lengths, -1),
@@ -182,10 +182,10 @@ def _attention(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     found_in = []
     split = (_split(x.to(dtype), layout) for x in (query, key, value))
-    for group, (q, own_q), (k, own_k), (v, own_v) in zip(layout.groups, *split, strict=True):
-        if (sliding_window, dtype) not in group.masks:
-            group.masks[sliding_window, dtype] = _masks(group, sliding_window, dtype)
-        mask, own_mask = group.masks[sliding_window, dtype]
+    for bucket, (q, own_q), (k, own_k), (v, own_v) in zip(layout.buckets, *split, strict=True):
+        if (sliding_window, dtype) not in bucket.masks:
+            bucket.masks[sliding_window, dtype] = _masks(bucket, sliding_window, dtype)
+        mask, own_mask = bucket.masks[sliding_window, dtype]
         found_in.append(_attend(q, k, v, mask, scale, dropout).flatten(0, 1))
         if len(own_q):
             times = len(own_q) // len(q)
@@ -232,10 +232,10 @@ def _decode(
 
 
 def _split(x: Float[Tensor, "1 heads length width"], layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every group, [prompts, longest, heads, width] and [completions, longest, heads, width]."""
+    """For every bucket, [prompts, longest, heads, width] and [completions, longest, heads, width]."""
     flat = x.transpose(1, 2)[0]
     reordered: Tensor = _Reorder.apply(flat, layout.order, layout.places, None)  # type: ignore[no-untyped-call]
-    shapes = [shape for group in layout.groups for shape in (group.prompts, group.completions)]
+    shapes = [shape for bucket in layout.buckets for shape in (bucket.prompts, bucket.completions)]
     parts = reordered.split([math.prod(shape) for shape in shapes])
     views = [part.view(*shape, *x.shape[1::2]) for part, shape in zip(parts, shapes, strict=True)]
     return zip(views[::2], views[1::2], strict=True)
