@@ -89,7 +89,9 @@ def grow(
     for axis in axes or ():
         if axis not in AXES:
             raise typer.BadParameter(f"found {axis!r}; expected of {', '.join(AXES)}")
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "growth.json"
+    found: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(path.read_text()) if path.exists() else {}
     for axis in axes or AXES:
         found[axis] = {kind: [] for kind in ("update", "sampling")}
         for kind, points in found[axis].items():
@@ -97,9 +99,10 @@ def grow(
                 spec = {"kind": kind, "point": asdict(point)}
                 points.append(_worker([sys.executable, "-m", "benchmarks.growth"], spec))
                 print(f"{axis:12s} {kind:10s} {asdict(point)[axis]:8,d}  {_point(points[-1], points[0])}", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "growth.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
     whole = {axis: kinds for axis, kinds in found.items() if all("seconds" in p for ps in kinds.values() for p in ps)}
+    if not whole:
+        raise SystemExit("no axis was measured at all its points; nothing is drawn")
     growth(whole, "seconds", "seconds", RESULTS / "growth-seconds.svg")
     growth(whole, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
 
@@ -107,6 +110,8 @@ def grow(
 def _point(point: dict[str, Any], first: dict[str, Any]) -> str:
     if "failed" in point:
         return f"failed: {point['failed'][-200:]}"
+    if "failed" in first:
+        return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB"
     against = point["seconds"] / first["seconds"] / (point["flops"] / first["flops"])
     return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB  {against:.2f} of the FLOPs' growth"
 

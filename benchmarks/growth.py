@@ -1,5 +1,6 @@
 """How cost grows, one point of it: `python -m benchmarks.growth SPEC`. Random weights and random tokens."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,7 +80,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     return {**asdict(point), "seconds": seconds, "flops": flops}
 
 
-def _updating(lm: LanguageModel, optimizer: Any, prompts: Any, completions: Any) -> Any:
+def _updating(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, prompts: list[list[int]], completions: list[list[list[int]]]
+) -> Callable[[], object]:
     lengths, budget = row_lengths(prompts, completions), Runtime().microbatch_tokens
 
     def loss(rows: list[int]) -> Any:
@@ -93,8 +96,9 @@ def _updating(lm: LanguageModel, optimizer: Any, prompts: Any, completions: Any)
     return work
 
 
-def _sampling(lm: LanguageModel, point: Point, prompts: Any) -> Any:
-    return lambda: sample(lm, prompts, k=point.k, max_tokens=point.completion, seed=0)
+def _sampling(lm: LanguageModel, point: Point, prompts: list[list[int]]) -> Callable[[], object]:
+    budget = Runtime().sampling_tokens
+    return lambda: sample(lm, prompts, k=point.k, max_tokens=point.completion, seed=0, token_budget=budget)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "matmul_flops": flops / seconds,
         "bandwidth": 2 * source.nbytes / copied,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
     }
 
 

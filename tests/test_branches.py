@@ -37,7 +37,7 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(blocked_attention, "QUERIES", 3)
         monkeypatch.setattr(blocked_attention, "SCORES", 100)
     if request.param == "in many buckets":
-        monkeypatch.setattr(attention_module, "APART", 0)
+        monkeypatch.setattr(attention_module, "APART", {"cpu": 0})
     if request.param == "by PyTorch":
         monkeypatch.setattr(attention_module, "OURS", frozenset())
 
@@ -87,7 +87,7 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 20])
-def test_fused_logprobs_pass_gradcheck(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+def test_fused_logprobs_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 14)
     monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
     generator = torch.Generator().manual_seed(0)
@@ -172,9 +172,12 @@ def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> Non
         pack(prompts, completions)
 
 
+@pytest.mark.usefixtures("attention")
+@pytest.mark.parametrize("shares_prompts", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_kept_logprobs_equal_plain_forward_passes(name: str) -> None:
+def test_kept_logprobs_equal_plain_forward_passes(name: str, shares_prompts: bool) -> None:
     lm = tiny(name)
+    lm.shares_prompts = shares_prompts
     drawn = sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
     ended = [completion[-1] == 5 for row in drawn for completion in row.completions]
     for prompt, row in zip(PROMPTS, drawn, strict=True):
@@ -254,6 +257,12 @@ def test_scalar_heads_compute_in_float32() -> None:
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
+def test_a_prompt_without_tokens_has_nothing_to_predict_from() -> None:
+    with pytest.raises(ValueError, match="found a prompt without tokens"):
+        pack_prompts([[1, 2], []])
+
+
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("share_row", [True, False])
 def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> None:
     lm = tiny("llama")
@@ -267,16 +276,19 @@ def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> Non
             torch.testing.assert_close(found[batch.last[row]], expected[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(5, 5, 2), (4, 7, 4), (7, 9, 1)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "kv_heads", "held"), [(5, 5, 2, 150), (4, 7, 4, 60), (7, 9, 1, 60), (5, 5, 2, 60)]
+)
 def test_blocked_attention_is_attention(
-    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, kv_heads: int
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, kv_heads: int, held: int
 ) -> None:
+    """With a last group of rows that is smaller, too, and values narrower than keys."""
     monkeypatch.setattr(blocked_attention, "QUERIES", 3)
-    monkeypatch.setattr(blocked_attention, "SCORES", 60)
+    monkeypatch.setattr(blocked_attention, "SCORES", held)
     torch.manual_seed(0)
-    heads, width, rows = 4, 3, 3
-    shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
-    query, key, value = (torch.randn(rows, *shape, width, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    heads, rows = 4, 3
+    shapes = ((queries, heads, 3), (keys, kv_heads, 3), (keys, kv_heads, 2))
+    query, key, value = (torch.randn(rows, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     added = torch.full((rows, queries, keys), float("-inf"), dtype=torch.float64).triu(1 + keys - queries)
     added[1, :, 1] = added[2, 1:, 0] = float("-inf")
 
@@ -288,6 +300,22 @@ def test_blocked_attention_is_attention(
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), next(copied))
     torch.testing.assert_close(ours(query, key, value), expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(ours, (query, key, value))
+
+
+def test_blocked_attention_in_bfloat16_is_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    shapes = ((2, 200, 6, 64), (2, 200, 3, 64), (2, 200, 3, 64))
+    tensors = [torch.randn(*shape).bfloat16().requires_grad_() for shape in shapes]
+    added = torch.full((1, 200, 200), float("-inf")).triu(1)
+    upstream = torch.randn(2, 200, 6, 64).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        read = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        found = blocked_attention.blocked_attention(*read, added.to(dtype), 64**-0.5)
+        results.append([found.detach(), *torch.autograd.grad(found, read, upstream.to(dtype))])
+    for narrow, wide in zip(*results, strict=True):
+        assert narrow.dtype == torch.bfloat16
+        assert float((narrow.double() - wide).norm() / wide.norm()) < 2e-2  # half a unit of eight bits is 2e-3
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

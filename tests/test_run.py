@@ -17,8 +17,9 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
 from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.run import run
+from mixpo.experiments.run import Watched, run
 from mixpo.experiments.setup import Setup
+from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report.results import completions, evaluation, load
 from mixpo.stages.engine import in_order
 from mixpo.stages.stage import Snapshot
@@ -44,14 +45,16 @@ SMALL = [
 
 
 class Recorder:
-    """A display that remembers what was computed."""
+    """A display that remembers what was computed, and watches every stage itself."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.notes: list[str] = []
+        self.failures: list[Failure] = []
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> Watched:
         self.begun.append(f"{stage} for {', '.join(arms)}")
+        return self
 
     def step(self, done: int, total: int, metrics: object) -> None:
         assert 0 < done <= total
@@ -59,8 +62,9 @@ class Recorder:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def end(self, seconds: float) -> None:
-        pass
+    def end(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Failure):
+            self.failures.append(outcome)
 
 
 def recipe(home: Path, *overrides: str) -> Recipe:
@@ -212,7 +216,7 @@ def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: P
     assert failed == {"ppo", "mpo", "ppo ppo.kl_coef=0.03"}
     assert {arm.name for arm in result.arms} - failed == {"sft", "best-of-n", "dpo-base", "dpo"}
     assert all(one.folder for one in result.gradients)
-    assert any("ran away" in note for note in recorder.notes)
+    assert ["ran away" in failure.reason for failure in recorder.failures] == [True] * 3
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")
 

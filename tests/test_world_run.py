@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.run import run
+from mixpo.experiments.run import Watched, run
 from mixpo.report.results import evaluation, load
 from mixpo.stages.engine import read_summary
-from mixpo.training.record import Watcher
 
 
-class Silent(Watcher):
-    def begin(self, stage: str, identity: str, arms: object) -> None: ...
+class Silent:
+    def begin(self, stage: str, identity: str, arms: object) -> Watched:
+        return self
 
     def step(self, done: int, total: int, metrics: object) -> None: ...
 
     def note(self, text: str) -> None: ...
 
-    def end(self, seconds: float) -> None: ...
+    def end(self, outcome: object) -> None: ...
 
 
 @pytest.mark.heavy

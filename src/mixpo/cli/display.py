@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
-from transformers.utils import logging as transformers_logging
 
 from mixpo.experiments.plan import Planned
 from mixpo.experiments.run import Display
+from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
 from mixpo.report.arms import main_table
 from mixpo.report.results import Results, few
@@ -38,72 +38,74 @@ class Plain:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.stage = ""
-        self.printed = 0.0
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Lines":
         """A stage starts to compute."""
-        self.stage, self.printed = f"{stage} {identity}", time.monotonic()
-        self._print(f"{self.stage}: begins (for {few(arms)})")
+        return Lines(self.console, f"{stage} {identity}", arms)
+
+
+class Lines:
+    """One stage in plain lines."""
+
+    def __init__(self, console: Console, name: str, arms: Sequence[str]) -> None:
+        self.console, self.name = console, name
+        self.printed = time.monotonic()
+        self.note(f"{name}: begins (for {few(arms)})")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Some steps of the stage are over."""
+        """Some steps are over."""
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            self._print(f"{self.stage}: {done}/{total} {_brief(metrics)}".rstrip())
+            self.note(f"{self.name}: {done}/{total} {_brief(metrics)}".rstrip())
 
     def note(self, text: str) -> None:
         """A line worth reading now."""
-        self._print(text)
-
-    def end(self, seconds: float) -> None:
-        """The stage is done."""
-        self._print(f"{self.stage}: done in {seconds:.1f} s")
-
-    def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def end(self, outcome: Outcome) -> None:
+        """The stage is over."""
+        self.note(_ended(self.name, outcome))
 
 
 class Bars:
-    """A progress bar for the stage that computes."""
+    """A progress bar for every stage that computes."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task: int | None = None
-        self.stage = ""
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Bar":
         """A stage starts to compute."""
-        self._clear()
-        self.stage = f"{stage} {identity}"
-        self.task = self.progress.add_task(self.stage, total=None, metrics=f"for {few(arms)}")
+        return Bar(self.progress, f"{stage} {identity}", arms)
+
+
+class Bar:
+    """One stage as a progress bar."""
+
+    def __init__(self, progress: Progress, name: str, arms: Sequence[str]) -> None:
+        self.progress, self.name = progress, name
+        self.task = progress.add_task(name, total=None, metrics=f"for {few(arms)}")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Some steps of the stage are over."""
-        if self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, metrics=_brief(metrics))  # type: ignore[arg-type]
+        """Some steps are over."""
+        self.progress.update(self.task, completed=done, total=total, metrics=_brief(metrics))
 
     def note(self, text: str) -> None:
         """A line worth reading now."""
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def end(self, seconds: float) -> None:
-        """The stage is done."""
-        self._clear()
-        self.progress.console.print(f"{self.stage}  done in {seconds:.1f} s", highlight=False)
+    def end(self, outcome: Outcome) -> None:
+        """The stage is over: its bar goes, a line stays."""
+        self.progress.remove_task(self.task)
+        self.note(_ended(self.name, outcome))
 
-    def _clear(self) -> None:
-        """Take away the bar of a stage that ended or failed."""
-        if self.task is not None:
-            self.progress.remove_task(self.task)  # type: ignore[arg-type]
-            self.task = None
+
+def _ended(name: str, outcome: Outcome) -> str:
+    return f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{name}: done in {outcome:.1f} s"
 
 
 @contextmanager
 def watch(*, plain: bool) -> Iterator[Display]:
     """Bars in a terminal, plain lines in a pipe or if asked for."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     console = Console()
     try:
         with _display(console, plain=plain or not console.is_terminal) as display:

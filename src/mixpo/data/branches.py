@@ -1,4 +1,4 @@
-"""Branch batches: prompts and their k completions, the one batch format of everything that is done to a model.
+"""Branch batches: prompts and their k completions, the one batch format of everything but the start of sampling.
 
 One row holds every prompt of the batch followed by its completions (branches), without padding. Positions restart
 after the prompt for every branch, and a branch attends to its prompt and to itself only, so a prompt is computed once
@@ -145,19 +145,29 @@ class PromptBatch:
 
 
 def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> PromptBatch:
-    """Lay out prompts, none empty, in one row, or padded on the right in a row each."""
+    """Lay out prompts in one row, or padded on the right in a row each. Raises ValueError on an empty one."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    within = torch.arange(int(lengths.max()))
-    real = within < lengths[:, None]
-    width = int(lengths.sum()) if share_row else len(within)
+    if not lengths.all():
+        raise ValueError("found a prompt without tokens; expected at least one, to predict the first token from")
+    width = int(lengths.sum() if share_row else lengths.max())
     starts = lengths.cumsum(0) - lengths if share_row else torch.arange(len(prompts)) * width
-    places = (starts[:, None] + within) * real
+    places, real = padded_places(starts, lengths)
+    within = torch.arange(places.shape[1])
     input_ids = torch.zeros(width if share_row else len(prompts) * width, dtype=torch.long)
     input_ids[places[real]] = torch.tensor([token for prompt in prompts for token in prompt])
     position_ids = torch.zeros_like(input_ids) if share_row else within.repeat(len(prompts))
     position_ids[places[real]] = within.expand_as(real)[real]
     spans = tuple(Span(len(prompt), ()) for prompt in prompts) if share_row else ()
     return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, places, spans)
+
+
+def padded_places(
+    starts: Int[Tensor, " pieces"], sizes: Int[Tensor, " pieces"]
+) -> tuple[Int[Tensor, "pieces longest"], Bool[Tensor, "pieces longest"]]:
+    """Where the tokens of pieces of a row stand, the pieces under each other; place 0 and false for padding."""
+    within = torch.arange(int(sizes.max()) if len(sizes) else 0)
+    real = within < sizes[:, None]
+    return (starts[:, None] + within) * real, real
 
 
 def by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:

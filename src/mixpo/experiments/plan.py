@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe
-from mixpo.stages.engine import Engine
+from mixpo.stages.engine import Engine, read_settings
 from mixpo.stages.stage import Stage
 
 
@@ -70,11 +68,8 @@ def _why(stage: Stage, engine: Engine) -> str:
         return "was interrupted; goes on from its checkpoint"
     own = _own_settings(stage.model_dump(mode="json"), stage)
     differences = []
-    for config in folder.parent.glob("*/config.yaml"):
-        try:
-            other = _own_settings(yaml.safe_load(config.read_text(encoding="utf8"))["stage"], stage)
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
-            continue
+    for sibling in folder.parent.glob("*/"):
+        other = _own_settings(read_settings(sibling), stage)
         changed = [key for key in own if key in other and own[key] != other[key]]
         if changed:
             differences.append([f"{key} {other[key]} → {own[key]}" for key in changed])

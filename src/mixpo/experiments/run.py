@@ -2,9 +2,9 @@
 
 import json
 import re
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal, Protocol
@@ -16,26 +16,30 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.expressions import ArmRun, GradientsRun, arm_name, arm_runs, explained, gradients_runs
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
+from mixpo.experiments.workers import Failure, Outcome, workers
 from mixpo.models.loading import read_context
 from mixpo.stages.data import Data
 from mixpo.stages.engine import Engine, in_order, read_summary
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Watcher, watcher, write_json
-from mixpo.training.step import Diverged
 
 FORMAT = 3
 """Of `results.json`."""
 
 
-class Display(Watcher, Protocol):
+class Watched(Watcher, Protocol):
+    """A stage that whoever watches a run sees compute."""
+
+    def end(self, outcome: Outcome) -> None:
+        """It is over."""
+
+
+class Display(Protocol):
     """Whoever watches a run."""
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> None:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> Watched:
         """A stage starts to compute."""
-
-    def end(self, seconds: float) -> None:
-        """The stage is done."""
 
 
 @dataclass
@@ -96,45 +100,13 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     uses = _uses(runs, measured)
     folder = claim_folder(recipe)
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    failures: dict[Stage, tuple[str, bool]] = {}
-    computed: set[Stage] = set()
-    known: set[Stage] = set()
-    watcher.set(display)
-    for stage in _early_first(uses):
-        upstream = [source for source in stage.inputs().values() if source in failures]
-        if upstream:
-            failures[stage] = failures[upstream[0]]
-        elif engine.is_done(stage):
-            known.add(stage)
-        else:
-            kind, identity = type(stage).__name__, engine.identity(stage)
-            display.begin(kind, identity, uses[stage])
-            try:
-                seconds = read_summary(engine.compute(stage))["cost"]["seconds"]
-            except InputError as error:
-                if kind in ("Data", "Pretrained"):
-                    raise
-                failures[stage] = (str(error), True)
-            except Exception as error:  # whatever it is, the other arms' results stand
-                trace = engine.folder(stage) / "failure.txt"
-                trace.parent.mkdir(parents=True, exist_ok=True)
-                trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
-                text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
-                failures[stage] = (f"{kind} {identity}: {text} (details in {trace})", False)
-            else:
-                computed.add(stage)
-                display.end(float(seconds))
-            if stage in failures:
-                display.note(f"failed: {failures[stage][0]}")
-        if isinstance(stage, Pretrained) and stage not in failures:
-            _refuse_too_long(stage, model_in(engine.folder(stage)), uses)
-
+    computed, failures = _compute(uses, engine, display)
     for link in (folder / "models").glob("*"):
         if link.is_symlink():  # of an earlier recipe
             link.unlink()
     arms = [_result(run, engine, failures, folder / "models") for run in runs]
     gradients = [_gradients_result(run, engine, failures) for run in measured]
-    result = RunResult(recipe.name, arms, gradients, len(computed), len(known))
+    result = RunResult(recipe.name, arms, gradients, computed, len(uses) - computed - len(failures))
     write_json(
         folder / "results.json",
         {"format": FORMAT, "mixpo": __version__, "recipe": recipe.resolved(), **asdict(result)},
@@ -142,6 +114,49 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(text, encoding="utf8")
     return result
+
+
+def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Display) -> tuple[int, dict[Stage, Failure]]:
+    """Compute every stage that is not there, after its inputs; how many were, and what failed."""
+    stages = _early_first(uses)
+    number = {stage: place for place, stage in enumerate(stages)}
+    order = TopologicalSorter(
+        {place: [number[source] for source in stage.inputs().values()] for stage, place in number.items()}
+    )
+    order.prepare()
+    computed, failures = 0, dict[Stage, Failure]()
+    ready: list[int] = []
+    watched: dict[Stage, Watched] = {}
+
+    def over(stage: Stage) -> None:
+        if isinstance(stage, Pretrained) and stage not in failures:
+            _refuse_too_long(stage, model_in(engine.folder(stage)), uses)
+        order.done(number[stage])
+
+    with workers(engine) as pool:
+        while order.is_active():
+            ready = sorted([*ready, *order.get_ready()])
+            if ready and pool.free:
+                stage = stages[ready.pop(0)]
+                lost = [source for source in stage.inputs().values() if source in failures]
+                if lost:
+                    failures[stage] = failures[lost[0]]
+                if lost or engine.is_done(stage):
+                    over(stage)
+                else:
+                    watched[stage] = display.begin(type(stage).__name__, engine.identity(stage), uses[stage])
+                    pool.start(stage, watched[stage])
+            else:
+                stage, outcome = pool.ended()
+                if not isinstance(outcome, Failure):
+                    computed += 1
+                elif outcome.bad_input and isinstance(stage, Data | Pretrained):
+                    raise InputError(outcome.reason)
+                else:
+                    failures[stage] = outcome
+                watched[stage].end(outcome)
+                over(stage)
+    return computed, failures
 
 
 def _refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
@@ -165,12 +180,12 @@ def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display
     with explained():
         stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    watcher.set(display)
     stages = list(in_order(stage))
     for needed in stages:
         if not engine.is_done(needed):
-            display.begin(type(needed).__name__, engine.identity(needed), ["select"])
-            display.end(read_summary(engine.compute(needed))["cost"]["seconds"])
+            watched = display.begin(type(needed).__name__, engine.identity(needed), ["select"])
+            watcher.set(watched)
+            watched.end(read_summary(engine.compute(needed))["cost"]["seconds"])
         if isinstance(needed, Pretrained):
             _refuse_too_long(needed, model_in(engine.folder(needed)), stages)
     return engine.folder(stage)
@@ -194,7 +209,7 @@ def _early_first(stages: Iterable[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 
-def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]], models: Path) -> ArmResult:
+def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], models: Path) -> ArmResult:
     keys = {
         stage: f"{type(stage).__name__}-{engine.identity(stage)}"
         for stage in in_order(run.evaluation)
@@ -214,9 +229,9 @@ def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, boo
         reward_models={name: keys[read[name]] for name in ("reward", "second", "chooser") if read.get(name) in keys},
     )
     if run.evaluation in failures:
-        reason, bad_input = failures[run.evaluation]
-        return replace(result, status="failed", reason=reason, bad_input=bad_input)
-    lost = [failures[stage][0] for stage in run.trace if stage in failures]
+        failed = failures[run.evaluation]
+        return replace(result, status="failed", reason=failed.reason, bad_input=failed.bad_input)
+    lost = [failures[stage].reason for stage in run.trace if stage in failures]
     model = None
     if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
         name = re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
@@ -230,10 +245,10 @@ def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, tuple[str, boo
     )
 
 
-def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage, tuple[str, bool]]) -> GradientsResult:
+def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage, Failure]) -> GradientsResult:
     failed = failures.get(run.stage)
     folder = None if failed else str(engine.folder(run.stage))
-    return GradientsResult(run.arm, run.part, run.seed, folder, failed[0] if failed else None)
+    return GradientsResult(run.arm, run.part, run.seed, folder, failed.reason if failed else None)
 
 
 def _link(link: Path, target: Path) -> Path:

@@ -1,9 +1,9 @@
 """Attention of branch batches: a prompt over itself, a completion over its prompt and itself, and nothing else.
 
 Transformers' models call whatever attention is registered under the name that they were loaded with. While a branch
-batch goes through the model, ours computes twice a layer: all prompts under each other, and all completions under each
-other, so that hardly anything is computed that no token may see: with PyTorch's attention on a GPU, with our own on a
-CPU.
+batch goes through the model, ours computes twice a bucket in every layer: its prompts under each other, and their
+completions under each other, so that hardly anything is computed that no token may see: with PyTorch's attention on a
+GPU or under dropout, with our own on a CPU.
 """
 
 import math
@@ -21,16 +21,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixpo.data.branches import Span
+from mixpo.data.branches import Span, padded_places
 from mixpo.models.blocked_attention import blocked_attention
 
 NAME = "mixpo_branches"
 
 
 OURS = frozenset({"cpu"})
-"""Devices on which our own attention is faster than PyTorch's."""
-APART = 1 << 15
-"""Pairs of a query and a key that take as long as the calls that another bucket costs."""
+"""Devices on which our own attention is faster than PyTorch's for rows of a batch."""
+APART = {"cpu": 1 << 15}
+"""Pairs of a query and a key that take as long as the calls that another bucket costs, by device."""
+APART_ELSEWHERE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Bucket:
     prompts: torch.Size
     """How many there are, and the longest one's tokens."""
     completions: torch.Size
-    """None where every prompt has one completion: both are one sequence then, and stand among the prompts."""
+    """(0, 0) where there are none, or every prompt has one: both are one sequence then, and stand among the prompts."""
     lengths: Int[Tensor, " prompts"]
     masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     """What every layer adds to the scores of either, by window and precision: a row for all, or one each."""
@@ -60,54 +61,53 @@ class Layout:
 
 
 def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
-    """The buckets of a row that holds these prompts and completions."""
+    """The buckets of a row that holds these prompts and completions; made on the CPU, then moved."""
     whole = all(len(span.completions) == 1 for span in spans)
     pieces = [(span.prompt + span.completions[0],) if whole else (span.prompt, *span.completions) for span in spans]
-    sizes = torch.tensor(pieces, device=device)
+    sizes = torch.tensor(pieces)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
     buckets, orders, reals = [], [], []
-    for rows in _alike(pieces):
-        prompts, real_prompts = _padded(starts[rows, 0], sizes[rows, 0])
-        completions, real_completions = _padded(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
-        buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0]))
+    for rows in _alike(pieces, APART.get(device.type, APART_ELSEWHERE)):
+        prompts, real_prompts = padded_places(starts[rows, 0], sizes[rows, 0])
+        completions, real_completions = padded_places(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
+        buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device)))
         orders += [prompts.flatten(), completions.flatten()]
         reals += [real_prompts.flatten(), real_completions.flatten()]
     order, real = torch.cat(orders), torch.cat(reals)
     places = torch.empty_like(order[real])
     places[order[real]] = real.nonzero()[:, 0]
-    return Layout(tuple(buckets), order, real, places)
+    return Layout(tuple(buckets), order.to(device), real.to(device), places.to(device))
 
 
-def _alike(pieces: Sequence[tuple[int, ...]]) -> list[list[int]]:
+def _alike(pieces: Sequence[tuple[int, ...]], apart: int) -> list[list[int]]:
     """Prompts, the longest first, cut into buckets where padding would cost more than another bucket does."""
     buckets: list[list[int]] = []
+    longest = own = 0
     for row in sorted(range(len(pieces)), key=lambda row: pieces[row], reverse=True):
-        joined = [*buckets[-1], row] if buckets else [row]
-        if buckets and _pairs(pieces, joined) <= _pairs(pieces, buckets[-1]) + _pairs(pieces, [row]) + APART:
-            buckets[-1] = joined
+        prompt, *completions = pieces[row]
+        wider = max(own, *completions, 0)
+        count, branches = len(buckets[-1]) if buckets else 0, len(completions)
+        joined = _pairs(count + 1, longest, wider, branches)
+        alone = _pairs(count, longest, own, branches) + _pairs(1, prompt, max(completions, default=0), branches)
+        if buckets and joined <= alone + apart:
+            buckets[-1].append(row)
+            own = wider
         else:
             buckets.append([row])
+            longest, own = prompt, max(completions, default=0)
     return buckets
 
 
-def _pairs(pieces: Sequence[tuple[int, ...]], rows: Sequence[int]) -> int:
-    """Pairs of a query and a key in a bucket of these rows."""
-    longest, own = max(pieces[row][0] for row in rows), max(max(pieces[row][1:], default=0) for row in rows)
-    return len(rows) * (longest * longest + (len(pieces[rows[0]]) - 1) * own * (longest + own))
-
-
-def _padded(
-    starts: Int[Tensor, " pieces"], sizes: Int[Tensor, " pieces"]
-) -> tuple[Int[Tensor, "pieces longest"], Bool[Tensor, "pieces longest"]]:
-    within = torch.arange(int(sizes.max()) if len(sizes) else 0, device=starts.device)
-    real = within < sizes[:, None]
-    return (starts[:, None] + within) * real, real
+def _pairs(count: int, longest: int, own: int, branches: int) -> int:
+    """Pairs of a query and a key in a bucket of so many prompts, with so many completions each."""
+    return count * (longest * longest + branches * own * (longest + own))
 
 
 def _masks(bucket: Bucket, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """For prompts (None: plain causal attention), and for completions, whose keys are the prompt's, then their own."""
     (prompts, longest), (completions, longest_own) = bucket.prompts, bucket.completions
-    before, own = (torch.arange(length, device=bucket.lengths.device) for length in (longest, longest_own))
+    device = bucket.lengths.device
+    before, own = (torch.arange(length, device=device, dtype=torch.int32) for length in (longest, longest_own))
     lengths = bucket.lengths.repeat_interleave(completions // prompts)[:, None, None]
     distance = torch.cat(
         [
@@ -116,7 +116,7 @@ def _masks(bucket: Bucket, window: int | None, dtype: torch.dtype) -> tuple[Tens
         ],
         dim=2,
     )
-    plain = before.device.type not in OURS and (window is None or window >= longest)
+    plain = device.type not in OURS and (window is None or window >= longest)
     of_prompts = None if plain else _added(before[:, None] - before, window, dtype)[None]
     return of_prompts, _added(distance, window, dtype)
 
@@ -164,15 +164,15 @@ def _attention(
     module: nn.Module,
     query: Float[Tensor, "rows heads length width"],
     key: Float[Tensor, "rows kv_heads keys width"],
-    value: Float[Tensor, "rows kv_heads keys width"],
+    value: Float[Tensor, "rows kv_heads keys value_width"],
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "rows length heads width"], None]:
+) -> tuple[Float[Tensor, "rows length heads value_width"], None]:
     layout = _layout.get()
-    if layout is None and query.shape[2] == 1 and attention_mask is not None:
+    if layout is None and query.shape[2] == 1 and attention_mask is not None and kwargs.get("position_bias") is None:
         return _decode(query, key, value, attention_mask, scaling), None
     if layout is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
@@ -199,11 +199,11 @@ def _attention(
 def _attend(
     q: Float[Tensor, "rows queries heads width"],
     k: Float[Tensor, "rows keys kv_heads width"],
-    v: Float[Tensor, "rows keys kv_heads width"],
+    v: Float[Tensor, "rows keys kv_heads value_width"],
     added: Float[Tensor, "one_or_rows queries keys"] | None,
     scale: float,
     dropout: float,
-) -> Float[Tensor, "rows queries heads width"]:
+) -> Float[Tensor, "rows queries heads value_width"]:
     if added is not None and added.device.type in OURS and not dropout:
         return blocked_attention(q, k, v, added, scale)
     groups = q.shape[2] // k.shape[2]
@@ -216,19 +216,19 @@ def _attend(
 def _decode(
     query: Float[Tensor, "rows heads 1 width"],
     key: Float[Tensor, "rows kv_heads keys width"],
-    value: Float[Tensor, "rows kv_heads keys width"],
+    value: Float[Tensor, "rows kv_heads keys value_width"],
     visible: Bool[Tensor, "rows 1 1 keys"],
     scaling: float | None,
-) -> Float[Tensor, "rows 1 heads width"]:
+) -> Float[Tensor, "rows 1 heads value_width"]:
     """One new token a row: the heads that share keys are queries of one head, so that keys are read, not copied."""
     rows, heads, _, width = query.shape
     groups = heads // key.shape[1]
     grouped = query.to(value.dtype).view(rows, key.shape[1], groups, width)
-    if groups == 1 and value.dtype == torch.bfloat16:  # twice is twice as fast on a CPU: one row is no matrix product
+    if groups == 1 and value.dtype == torch.bfloat16 and value.device.type == "cpu":  # one row is no matrix product
         grouped = grouped.expand(-1, -1, 2, -1)
     visible = visible.expand(-1, -1, grouped.shape[2], -1)
     out = scaled_dot_product_attention(grouped, key.to(value.dtype), value, attn_mask=visible, scale=scaling)
-    return out[:, :, :groups].reshape(rows, 1, heads, width)
+    return out[:, :, :groups].reshape(rows, 1, heads, -1)
 
 
 def _split(x: Float[Tensor, "1 heads length width"], layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERIES = 128
 """Queries of a block: what they may not see of the block's own keys is computed in vain."""
@@ -20,17 +21,17 @@ SCORES = 1 << 22
 def blocked_attention(
     query: Float[Tensor, "rows queries heads width"],
     key: Float[Tensor, "rows keys kv_heads width"],
-    value: Float[Tensor, "rows keys kv_heads width"],
+    value: Float[Tensor, "rows keys kv_heads value_width"],
     added: Float[Tensor, "one_or_rows queries keys"],
     scale: float,
-) -> Float[Tensor, "rows queries heads width"]:
+) -> Float[Tensor, "rows queries heads value_width"]:
     """softmax(scale * query key^T + added) value. The last keys are the queries' own: later ones are not looked at."""
     rows, queries, _, width = query.shape
     grouped = query.view(rows, queries, key.shape[2], -1, width).permute(0, 2, 3, 1, 4)
     out: Tensor = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
         grouped.contiguous(), key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), added, scale
     )
-    return out.permute(0, 3, 1, 2, 4).reshape(query.shape)
+    return out.permute(0, 3, 1, 2, 4).reshape(*query.shape[:3], -1)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -39,21 +40,22 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any,
         query: Float[Tensor, "rows kv_heads groups queries width"],
         key: Float[Tensor, "rows kv_heads keys width"],
-        value: Float[Tensor, "rows kv_heads keys width"],
+        value: Float[Tensor, "rows kv_heads keys value_width"],
         added: Tensor,
         scale: float,
-    ) -> Float[Tensor, "rows kv_heads groups queries width"]:
-        out = torch.empty_like(query)
+    ) -> Float[Tensor, "rows kv_heads groups queries value_width"]:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         for block in _blocks(query, key):
             (q, k, v), shape = _of_block(query, key, value, block)
-            out[_queries(block)] = torch.bmm(_probabilities(q, k, added, scale, block, shape), v).view(shape)
+            out[_queries(block)] = torch.bmm(_probabilities(q, k, added, scale, block, shape), v).view(*shape[:-1], -1)
         ctx.save_for_backward(query, key, value, out, added)
         ctx.scale = scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(
-        ctx: Any, of_out: Float[Tensor, "rows kv_heads groups queries width"]
+        ctx: Any, of_out: Float[Tensor, "rows kv_heads groups queries value_width"]
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, added = ctx.saved_tensors
         inner = (of_out * out).sum(dim=-1, keepdim=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.branches import BranchBatch, PromptBatch
@@ -178,13 +179,13 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, " n"], _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, directions, kept = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:3]
         of_hidden = (directions * gradient[:, None]).to(hidden_dtype)
         of_weight = of_bias = None
-        scaled = (hidden * gradient[:, None]).to(hidden.dtype)
         chunks = (_chunks(len(targets), len(weight)) if kept is None else [slice(None)]) if any(wanted[1:]) else []
         for rows in chunks:
             of_logits = kept
@@ -192,7 +193,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 softmax = _logits(hidden[rows], weight, bias).softmax(dim=-1)
                 of_logits = _of_logits(softmax, torch.ones_like(gradient[rows]), targets[rows]).to(hidden.dtype)
             if wanted[1]:
-                found = of_logits.T @ scaled[rows]
+                found = of_logits.T @ (hidden[rows] * gradient[rows, None]).to(hidden.dtype)
                 of_weight = found.to(weight_dtype) if of_weight is None else of_weight.add_(found)
             if wanted[2]:
                 found = of_logits.T.float() @ gradient[rows]

@@ -10,6 +10,7 @@ drawn before the first token, so a completion does not depend on which others sh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,10 +41,12 @@ class _Preallocated(DynamicLayer):
     What comes first is the prefill's: it is copied to the completions' rows, and given back as it came.
     """
 
-    places: Int[Tensor, "rows width"]
-    """Where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
-    capacity: int
     is_initialized: bool
+
+    def __init__(self, places: Int[Tensor, "rows width"], capacity: int) -> None:
+        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
+        super().__init__()
+        self.places, self.capacity = places, capacity
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -73,8 +76,7 @@ class _Preallocated(DynamicLayer):
 
 
 def _cache(places: Int[Tensor, "rows width"], capacity: int) -> Cache:
-    layer = type("Preallocated", (_Preallocated,), {"places": places, "capacity": capacity})
-    return Cache(layer_class_to_replicate=layer)
+    return Cache(layer_class_to_replicate=partial(_Preallocated, places, capacity))
 
 
 def truncate(
@@ -126,9 +128,9 @@ def sample(
     sampled: list[Sampled | None] = [None] * len(prompts)
     lm.model.eval()
     lengths = [len(prompt) + max_tokens for prompt in prompts]
+    choose = _chooser(temperature=temperature, top_p=top_p, top_k=top_k)
     with lm.autocast():
         for rows in by_tokens(lengths, max(1, token_budget // k), padded=True):
-            choose = _chooser(temperature=temperature, top_p=top_p, top_k=top_k)
             part = _sample_batch(lm, [prompts[row] for row in rows], uniforms[rows].to(lm.device), choose)
             for row, completions in zip(rows, part, strict=True):
                 sampled[row] = completions

@@ -46,11 +46,17 @@ def section(results: Results) -> Section | None:
                 "shared stages count for each arm; evaluations do not, nor a reward model that only they read, nor "
                 f"sampled pairs of which only the prompts are read (ppo). {_of_best(results)}Tokens "
                 "and FLOPs are counted (2 a weight and token forward, 6 forward and backward); seconds and memory are "
-                "this machine's, with whatever else it was doing."
+                f"this machine's, with whatever else it was doing{_beside(results)}."
             ]
         )
     )
     return Section("cost", "Cost", _opening(results, by_seed, spent, [text for text, _ in needed]), groups)
+
+
+def _beside(results: Results) -> str:
+    """That a run's own stages were computed beside each other, if they were."""
+    workers = {run.recipe.get("runtime", {}).get("workers", 1) for run in results.runs} - {1}
+    return "; stages were computed side by side (runtime.workers)" if workers else ""
 
 
 def _of_best(results: Results) -> str:

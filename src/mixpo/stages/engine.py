@@ -18,11 +18,13 @@ import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.stages.stage import Stage
-from mixpo.training.record import reset_peak_memory
+from mixpo.training.record import reset_peak_memory, write_json
 from mixpo.training.runtime import Runtime
 
 VERSION = "5"
 """Bump when stages compute something else from the same config: folders of other versions are left alone."""
+
+SETTINGS = "settings.json"
 
 
 class _Task(pydantic.BaseModel):
@@ -39,6 +41,7 @@ class _Task(pydantic.BaseModel):
         out = engine.folder(self.stage)
         out.mkdir(parents=True, exist_ok=True)
         folders = {name: engine.folder(stage) for name, stage in self.stage.inputs().items()}
+        write_json(out / SETTINGS, self.stage.model_dump(mode="json"))
         reset_peak_memory()
         self.stage.work(self.stage.paths(folders), out, self.runtime)
 
@@ -55,8 +58,10 @@ class Engine:
         self._tasks: dict[Stage, _Task] = {}
 
     def _task(self, stage: Stage) -> _Task:
-        infra = {"folder": self.cache / type(stage).__name__.lower()}
-        return _Task(stage=stage, cache=self.cache, runtime=self.runtime, infra=infra)
+        if stage not in self._tasks:
+            infra = {"folder": self.cache / type(stage).__name__.lower()}
+            self._tasks[stage] = _Task(stage=stage, cache=self.cache, runtime=self.runtime, infra=infra)
+        return self._tasks[stage]
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are or will be."""
@@ -70,11 +75,12 @@ class Engine:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage's folder is complete. Raises `InputError` if made with other defaults than today's."""
-        task = self._task(stage)
-        if not (self.folder(stage) / "summary.json").exists() or task.infra.status() != "completed":
+        task, folder = self._task(stage), self.folder(stage)
+        if not (folder / "summary.json").exists() or task.infra.status() != "completed":
             return False
-        with self._told_apart(stage):
-            task.infra.job()  # a name leaves defaults out; this compares all settings
+        if read_settings(folder) != stage.model_dump(mode="json"):  # a folder's name leaves defaults out
+            with self._told_apart(stage):
+                task.infra.job()  # slow, and says which one differs
         return True
 
     def compute(self, stage: Stage) -> Path:
@@ -129,6 +135,13 @@ def in_order(stage: Stage) -> Iterator[Stage]:
         yield stage
 
     yield from visit(stage)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """All settings that a stage's folder was computed with, defaults and upstream stages too; none if it was not."""
+    path = folder / SETTINGS
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    return content
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

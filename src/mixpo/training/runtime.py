@@ -17,7 +17,10 @@ class Runtime(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
     threads: int | None = pydantic.Field(None, ge=1)
-    """CPU threads; all cores if not given."""
+    """CPU threads of a process; if not given, the workers share the cores."""
+    workers: int | Literal["cores"] = pydantic.Field(1)
+    """Stages computed side by side, each in a process with its own models: small models use several cores better
+    than threads do. `cores` is one a CPU core."""
     microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 2048, ge=1)
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
     sampling_tokens: int = pydantic.Field(65_536, ge=1)
@@ -32,13 +35,29 @@ class Runtime(Settings):
             raise ValueError("cpu or auto here: torch finds no CUDA device")
         return device
 
+    @pydantic.field_validator("workers")
+    @classmethod
+    def _is_some(cls, workers: int | str) -> int | str:
+        if isinstance(workers, int) and workers < 1:
+            raise ValueError("1 or more, or cores")
+        return workers
+
+    @property
+    def processes(self) -> int:
+        """The number of workers."""
+        return _cores() if self.workers == "cores" else self.workers
+
     def start(self) -> torch.device:
-        """Set the number of threads and return the device."""
-        torch.set_num_threads(self.threads or os.cpu_count() or 1)
+        """Make this process ready to compute: its threads and its memory; the device to use."""
+        torch.set_num_threads(self.threads or max(1, _cores() // self.processes))
         _keep_freed_memory()
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:
