@@ -1,6 +1,7 @@
 """A worker is a process of its own: it reads what to do from its one argument, and prints what it found as JSON."""
 
 import json
+import os
 import resource
 import statistics
 import sys
@@ -24,9 +25,13 @@ def median_seconds(work: Callable[[], Any], *, repeats: int, untimed: int) -> fl
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Do the work that the argument describes; print what it returns, with the peak memory (MiB) of this process."""
+    """Do the work that the argument describes; print what it returns, with the peak memory (MiB) and the threads.
+
+    Threads wait as OpenMP has it by default, on both sides, unless OMP_WAIT_POLICY is set for both.
+    """
     found = work(json.loads(sys.argv[1]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**found, "peak_memory_mib": peak, "torch": torch.__version__}))
+    how = {"torch": torch.__version__, "threads": torch.get_num_threads(), "waiting": os.environ.get("OMP_WAIT_POLICY")}
+    print(json.dumps({**found, "peak_memory_mib": peak, **how}))

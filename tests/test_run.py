@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,12 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
 from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.run import Watched, run
+from mixpo.experiments.run import run
 from mixpo.experiments.setup import Setup
-from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report.results import completions, evaluation, load
 from mixpo.stages.engine import in_order
 from mixpo.stages.stage import Snapshot
+from watching import Watching
 
 SMALL = [
     "arms=[sft,best-of-n,dpo-base,dpo,ppo,mpo]",
@@ -42,29 +41,6 @@ SMALL = [
     "evaluation.prompts=64",
     "max_completion_tokens=40",
 ]
-
-
-class Recorder:
-    """A display that remembers what was computed, and watches every stage itself."""
-
-    def __init__(self) -> None:
-        self.begun: list[str] = []
-        self.notes: list[str] = []
-        self.failures: list[Failure] = []
-
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> Watched:
-        self.begun.append(f"{stage} for {', '.join(arms)}")
-        return self
-
-    def step(self, done: int, total: int, metrics: object) -> None:
-        assert 0 < done <= total
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def end(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Failure):
-            self.failures.append(outcome)
 
 
 def recipe(home: Path, *overrides: str) -> Recipe:
@@ -188,16 +164,16 @@ def test_compare_prints_runs_side_by_side(home: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_second_run_computes_nothing(home: Path) -> None:
-    result = run(recipe(home), Recorder())
+    result = run(recipe(home), Watching())
     assert result.computed == 0
     assert result.found > 10
 
 
 def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    recorder = Recorder()
-    run(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), recorder)
-    assert sorted(recorder.begun) == [
+    watching = Watching()
+    run(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), watching)
+    assert sorted(watching.begun) == [
         "Evaluation for mpo",
         "Evaluation for mpo",
         "Evaluation for ppo",
@@ -210,13 +186,13 @@ def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Pa
 
 def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    recorder = Recorder()
-    result = run(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), recorder)
+    watching = Watching()
+    result = run(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), watching)
     failed = {arm.name for arm in result.arms if arm.status == "failed"}
     assert failed == {"ppo", "mpo", "ppo ppo.kl_coef=0.03"}
     assert {arm.name for arm in result.arms} - failed == {"sft", "best-of-n", "dpo-base", "dpo"}
     assert all(one.folder for one in result.gradients)
-    assert ["ran away" in failure.reason for failure in recorder.failures] == [True] * 3
+    assert ["ran away" in failure.reason for failure in watching.failures] == [True] * 3
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")
 
@@ -225,7 +201,7 @@ def test_a_run_of_which_nothing_is_left_says_why(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    run(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), Recorder())
+    run(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), Watching())
     assert [link.name for link in (tmp_path / "run" / "models").iterdir()] == ["ppo-0"]
     words = [*SMALL, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0", "ppo.max_kl=1e-6"]
     words += [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]

@@ -499,6 +499,21 @@ def test_another_default_is_another_result(tmp_path: Path, monkeypatch: pytest.M
         Pretrained.model_rebuild(force=True)
 
 
+def test_a_stage_that_failed_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tmp_path, RUNTIME)
+
+    def fail(*args: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrained, "work", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            engine.build(Pretrained())
+    assert not engine.is_done(Pretrained())
+    engine.build(Pretrained())
+    assert engine.is_done(Pretrained())
+
+
 def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(model_in(world.build(world.sft)), folder)

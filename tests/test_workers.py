@@ -1,16 +1,23 @@
 """Stages side by side in processes: the same results, the same failures, and nothing that goes on alone."""
 
 import multiprocessing
-from collections.abc import Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.run import Watched, run
-from mixpo.experiments.workers import Failure, Outcome
+from mixpo.experiments.run import run
 from mixpo.report.results import evaluation, load
+from mixpo.training.runtime import Runtime, cores
+from watching import Watching
 
 TINY = [
     "arms=[sft,dpo,ppo]",
@@ -24,33 +31,6 @@ TINY = [
     "max_completion_tokens=12",
     "runtime.threads=1",
 ]
-
-
-class Watching:
-    """Keeps what it sees."""
-
-    def __init__(self) -> None:
-        self.begun: list[str] = []
-        self.going = 0
-        self.most_at_once = 0
-        self.steps = 0
-        self.failures: list[str] = []
-
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> Watched:
-        self.begun.append(stage)
-        self.going += 1
-        self.most_at_once = max(self.most_at_once, self.going)
-        return self
-
-    def step(self, done: int, total: int, metrics: object) -> None:
-        self.steps += 1
-
-    def note(self, text: str) -> None: ...
-
-    def end(self, outcome: Outcome) -> None:
-        self.going -= 1
-        if isinstance(outcome, Failure):
-            self.failures.append(outcome.reason)
 
 
 def tiny(home: Path, workers: int, *overrides: str) -> Recipe:
@@ -83,7 +63,7 @@ def test_two_workers_find_what_one_finds(side_by_side: tuple[Path, Watching], tm
 def test_alone_an_arm_is_finished_before_the_next_begins(tmp_path: Path) -> None:
     watching = Watching()
     run(tiny(tmp_path, 1, "seeds=[0]", "arms=[dpo,ppo]"), watching)
-    assert watching.begun[-4:] == ["DPO", "Evaluation", "PPO", "Evaluation"]
+    assert watching.begun[-4:] == ["DPO for dpo", "Evaluation for dpo", "PPO for ppo", "Evaluation for ppo"]
 
 
 def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Path, Watching]) -> None:
@@ -92,7 +72,7 @@ def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Pat
     found = run(tiny(home, 2, "ppo.max_kl=1e-9", "seeds=[0]", f"out={home / 'failed'}"), watching)
     assert [(arm.name, arm.status) for arm in found.arms] == [("sft", "done"), ("dpo", "done"), ("ppo", "failed")]
     assert len(watching.failures) == 1
-    assert "ran away" in watching.failures[0]
+    assert "ran away" in watching.failures[0].reason
 
 
 def test_bad_input_found_in_a_process_is_raised(tmp_path: Path) -> None:
@@ -107,8 +87,8 @@ def test_a_process_that_is_killed_stops_the_run_with_one_line(
 ) -> None:
     class Killing(Watching):
         def step(self, done: int, total: int, metrics: object) -> None:
-            for process in multiprocessing.active_children():
-                process.kill()
+            if self.going == 2:
+                max(multiprocessing.active_children(), key=lambda process: process.pid or 0).kill()
 
     home, _ = side_by_side
     recipe = tiny(home, 2, "ppo.kl_coef=0.3", f"out={tmp_path / 'run'}")
@@ -117,13 +97,49 @@ def test_a_process_that_is_killed_stops_the_run_with_one_line(
     assert run(recipe, Watching()).computed == 4, "the same command goes on: PPO and its evaluation at two seeds"
 
 
-def test_no_process_outlives_a_run_that_is_stopped(side_by_side: tuple[Path, Watching], tmp_path: Path) -> None:
-    class Stopping(Watching):
-        def step(self, done: int, total: int, metrics: object) -> None:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_a_run_that_is_stopped(
+    side_by_side: tuple[Path, Watching], tmp_path: Path, by: signal.Signals
+) -> None:
+    """Killed alone, or by Ctrl-C, which goes to all of them."""
+    words = [*TINY, "runtime.workers=2", f"cache={side_by_side[0] / 'cache'}", f"out={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "mixpo.cli.main",
+        "run",
+        "-q",
+        *words,
+        "ppo.kl_coef=0.4",
+        "ppo.epochs=10000",
+    ]  # 20,000 iterations
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_until(lambda: said.read_text().count("/20000") >= 2)
+        beside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(beside) >= 2
+        os.kill(process.pid, by) if by == signal.SIGKILL else os.killpg(process.pid, by)
+        process.wait(60)
+        wait_until(lambda: not any(Path(f"/proc/{one}").exists() for one in beside))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in said.read_text()
 
-    home, _ = side_by_side
-    recipe = tiny(home, 2, "ppo.kl_coef=0.4", "ppo.epochs=1000", f"out={tmp_path / 'run'}")
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, Stopping())
-    assert not multiprocessing.active_children()
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited for two minutes in vain")
+
+
+def test_workers_are_a_number_or_one_a_core() -> None:
+    assert Runtime(device="cpu", workers="cores").workers == cores()
+    with pytest.raises(InputError, match=r"runtime\.workers: found 'core'; expected a number of at least 1, or cores$"):
+        read_recipe("world", ["runtime.workers=core"])
+    with pytest.raises(InputError, match=r"runtime\.workers: found 0;"):
+        read_recipe("world", ["runtime.workers=0"])

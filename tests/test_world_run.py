@@ -5,25 +5,15 @@ from pathlib import Path
 import pytest
 
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.run import Watched, run
+from mixpo.experiments.run import run
 from mixpo.report.results import evaluation, load
 from mixpo.stages.engine import read_summary
-
-
-class Silent:
-    def begin(self, stage: str, identity: str, arms: object) -> Watched:
-        return self
-
-    def step(self, done: int, total: int, metrics: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def end(self, outcome: object) -> None: ...
+from watching import Watching
 
 
 @pytest.mark.heavy
 def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
-    run(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Silent())
+    run(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Watching())
     results = load(tmp_path / "run")
     judged = results.stages_of("RewardModel")[0].summary["test"]
     assert 0.70 <= judged["accuracy"] <= 0.80

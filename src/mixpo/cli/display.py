@@ -39,28 +39,28 @@ class Plain:
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Lines":
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Line":
         """A stage starts to compute."""
-        return Lines(self.console, f"{stage} {identity}", arms)
+        return Line(self.console, f"{stage} {identity}", arms)
 
 
-class Lines:
-    """One stage in plain lines."""
+class Line:
+    """One stage, a line at a time."""
 
     def __init__(self, console: Console, name: str, arms: Sequence[str]) -> None:
         self.console, self.name = console, name
         self.printed = time.monotonic()
-        self.note(f"{name}: begins (for {few(arms)})")
+        self.note(f"begins (for {few(arms)})")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps are over."""
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            self.note(f"{self.name}: {done}/{total} {_brief(metrics)}".rstrip())
+            self.note(f"{done}/{total} {_brief(metrics)}".rstrip())
 
     def note(self, text: str) -> None:
         """A line worth reading now."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def end(self, outcome: Outcome) -> None:
         """The stage is over."""
@@ -91,7 +91,7 @@ class Bar:
 
     def note(self, text: str) -> None:
         """A line worth reading now."""
-        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.progress.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def end(self, outcome: Outcome) -> None:
         """The stage is over: its bar goes, a line stays."""
@@ -100,7 +100,9 @@ class Bar:
 
 
 def _ended(name: str, outcome: Outcome) -> str:
-    return f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{name}: done in {outcome:.1f} s"
+    if isinstance(outcome, Failure):
+        return f"failed: {outcome.reason.removeprefix(f'{name}: ')}"
+    return f"done in {outcome:.1f} s"
 
 
 @contextmanager

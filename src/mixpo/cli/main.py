@@ -60,16 +60,14 @@ def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Sample, score and split as a recipe says; print sizes, the gap histogram, and samples from both ends."""
     from mixpo.cli.display import show_selection, watch
     from mixpo.experiments.run import run_stage
-    from mixpo.training.step import Diverged
 
     recipe = _recipe(words)
-    try:
-        with watch(plain=quiet) as display:
-            folder = run_stage(recipe, lambda setup: setup.selection, display)
-    except Diverged as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from error
-    show_selection(folder)
+    with watch(plain=quiet) as display:
+        found = run_stage(recipe, lambda setup: setup.selection, display)
+    if not isinstance(found, Path):
+        print(found.reason, file=sys.stderr)
+        raise typer.Exit(2 if found.bad_input else 1)
+    show_selection(found)
 
 
 RunFolders = Annotated[

@@ -19,10 +19,10 @@ from mixpo.experiments.setup import Setup
 from mixpo.experiments.workers import Failure, Outcome, workers
 from mixpo.models.loading import read_context
 from mixpo.stages.data import Data
-from mixpo.stages.engine import Engine, in_order, read_summary
+from mixpo.stages.engine import Engine, in_order
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage, model_in
-from mixpo.training.record import Watcher, watcher, write_json
+from mixpo.training.record import Watcher, write_json
 
 FORMAT = 3
 """Of `results.json`."""
@@ -174,21 +174,14 @@ def _refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) ->
             )
 
 
-def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path:
-    """Compute one stage of a recipe's first seed and what it needs; its folder. Raises what a stage raises."""
+def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path | Failure:
+    """Compute one stage of a recipe's first seed and what it needs; its folder, or why there is none."""
     claim_folder(recipe)
     with explained():
         stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    stages = list(in_order(stage))
-    for needed in stages:
-        if not engine.is_done(needed):
-            watched = display.begin(type(needed).__name__, engine.identity(needed), ["select"])
-            watcher.set(watched)
-            watched.end(read_summary(engine.compute(needed))["cost"]["seconds"])
-        if isinstance(needed, Pretrained):
-            _refuse_too_long(needed, model_in(engine.folder(needed)), stages)
-    return engine.folder(stage)
+    _, failures = _compute({needed: [type(stage).__name__] for needed in in_order(stage)}, engine, display)
+    return failures.get(stage, engine.folder(stage))
 
 
 def _uses(runs: list[ArmRun], measured: list[GradientsRun]) -> dict[Stage, list[str]]:
@@ -205,7 +198,7 @@ def _uses(runs: list[ArmRun], measured: list[GradientsRun]) -> dict[Stage, list[
 
 
 def _early_first(stages: Iterable[Stage]) -> list[Stage]:
-    """What reads the user's input comes before anything trains."""
+    """What reads the user's input comes first."""
     return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 

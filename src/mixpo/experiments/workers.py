@@ -1,16 +1,14 @@
 """Where stages compute: right here, one after another, or in processes side by side."""
 
+import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from os import _exit
-from pathlib import Path
-from queue import Empty
 from threading import Thread
 from typing import Any, Protocol
 
@@ -18,7 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.stages.engine import Engine, read_summary
 from mixpo.stages.stage import Stage
 from mixpo.training.record import Watcher, watcher
-from mixpo.training.runtime import Runtime
+from mixpo.training.runtime import cores
 from mixpo.training.step import Diverged
 
 
@@ -32,8 +30,6 @@ class Failure:
 
 Outcome = float | Failure
 """The seconds that a stage took, or why it failed."""
-PATIENCE = 1.0
-"""Seconds without a word from any process, after which they are looked after."""
 
 
 class Workers(Protocol):
@@ -53,19 +49,17 @@ class Workers(Protocol):
 @contextmanager
 def workers(engine: Engine) -> Iterator[Workers]:
     """As many as the engine's runtime says."""
-    count = engine.runtime.processes
-    if count == 1:
+    if engine.runtime.workers == 1:
         yield _Here(engine)
         return
-    context = get_context("spawn")
-    told = context.Queue()
-    far, near = context.Pipe(duplex=False)
-    begun_with = engine.cache, engine.runtime, told, far
-    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=begun_with) as pool, near:
-        yield _Beside(engine, pool, told)
+    beside = _Beside(engine)
+    try:
+        yield beside
+    finally:
+        beside.close()
 
 
-def attempt(engine: Engine, stage: Stage) -> Outcome:
+def _attempt(engine: Engine, stage: Stage) -> Outcome:
     """Compute a stage, whatever comes of it; the traceback of a failure is in its folder."""
     try:
         return float(read_summary(engine.compute(stage))["cost"]["seconds"])
@@ -90,7 +84,7 @@ class _Here:
 
     def start(self, stage: Stage, watching: Watcher) -> None:
         watcher.set(watching)
-        self.last = stage, attempt(self.engine, stage)
+        self.last = stage, _attempt(self.engine, stage)
 
     def ended(self) -> tuple[Stage, Outcome]:
         last, self.last = self.last, None
@@ -99,66 +93,88 @@ class _Here:
 
 
 class _Beside:
-    def __init__(self, engine: Engine, pool: ProcessPoolExecutor, told: Any) -> None:
-        self.engine, self.pool, self.told = engine, pool, told
-        self.going: dict[str, tuple[Stage, Watcher, Future[None]]] = {}
+    """Processes, begun when they are first needed, and a pipe to each: stages go in, what a watcher is told comes out,
+    and at last the outcome. A pipe that ends is a process that died."""
+
+    def __init__(self, engine: Engine) -> None:
+        runtime = engine.runtime
+        self.count = runtime.workers
+        threads = runtime.threads or max(1, cores() // self.count)
+        self.engine = Engine(engine.cache, runtime.model_copy(update={"threads": threads}))
+        self.processes: dict[Connection, SpawnProcess] = {}
+        self.busy: dict[Connection, tuple[Stage, Watcher]] = {}
 
     @property
     def free(self) -> bool:
-        return len(self.going) < self.engine.runtime.processes
+        return len(self.busy) < self.count
 
     def start(self, stage: Stage, watching: Watcher) -> None:
-        self.going[self.engine.identity(stage)] = stage, watching, self.pool.submit(_work, stage)
+        idle = [pipe for pipe in self.processes if pipe not in self.busy]
+        pipe = idle[0] if idle else self._begin()
+        with self._refusing_death():
+            pipe.send(stage)
+        self.busy[pipe] = stage, watching
 
     def ended(self) -> tuple[Stage, Outcome]:
         while True:
-            try:
-                identity, what, arguments = self.told.get(timeout=PATIENCE)
-            except Empty:
-                self._refuse_dead()
-                continue
-            stage, watching, _ = self.going[identity]
-            if what == "end":
-                del self.going[identity]
-                return stage, arguments[0]
-            getattr(watching, what)(*arguments)
+            for pipe in wait(list(self.busy)):
+                assert isinstance(pipe, Connection)
+                with self._refusing_death():
+                    what, arguments = pipe.recv()
+                stage, watching = self.busy[pipe]
+                if what == "end":
+                    del self.busy[pipe]
+                    return stage, arguments[0]
+                getattr(watching, what)(*arguments)
 
-    def _refuse_dead(self) -> None:
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+
+    def _begin(self) -> Connection:
+        context = get_context("spawn")
+        pipe, far = context.Pipe()
+        process = context.Process(target=_serve, args=(self.engine, far), daemon=True)
+        process.start()
+        far.close()
+        self.processes[pipe] = process
+        return pipe
+
+    @contextmanager
+    def _refusing_death(self) -> Iterator[None]:
         try:
-            for *_, future in self.going.values():
-                if future.done():
-                    future.result()
-        except BrokenProcessPool as error:
+            yield
+        except (EOFError, OSError) as error:
             raise InputError(
-                f"runtime.workers: found {self.engine.runtime.processes}, and one of the processes was killed (perhaps "
-                "there was not enough memory); expected room for all; set fewer; the same command goes on where this "
-                "one was"
+                f"runtime.workers: found {self.count}, and one of the processes was killed (perhaps there was not "
+                "enough memory); expected room for all; set fewer; the same command goes on where this one was"
             ) from error
 
 
-_engine: Engine
-_told: Any
-
-
-def _begin(cache: Path, runtime: Runtime, told: Any, leash: Connection) -> None:
-    """What a process does first. It ends when the other end of the leash is closed, by will or by death."""
-    global _engine, _told
-    _engine, _told = Engine(cache, runtime), told
-    Thread(target=lambda: (wait([leash]), _exit(1)), daemon=True).start()
-
-
-def _work(stage: Stage) -> None:
-    teller = _Teller(_engine.identity(stage), _told.put)
+def _serve(engine: Engine, pipe: Connection) -> None:
+    """What a process does: compute the stages that come. It ends with the process that began it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+    teller = _Teller(pipe)
     watcher.set(teller)
-    teller.tell("end", attempt(_engine, stage))
+    with suppress(EOFError):
+        while True:
+            teller.tell("end", _attempt(engine, pipe.recv()))
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    _exit(1)
 
 
 @dataclass(frozen=True)
 class _Teller:
     """A watcher that passes on what it is told."""
 
-    identity: str
-    put: Callable[[Any], None]
+    pipe: Connection
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         self.tell("step", done, total, dict(metrics))
@@ -167,4 +183,4 @@ class _Teller:
         self.tell("note", text)
 
     def tell(self, what: str, *arguments: Any) -> None:
-        self.put((self.identity, what, arguments))
+        self.pipe.send((what, arguments))

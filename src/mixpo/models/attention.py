@@ -70,7 +70,7 @@ def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
     for rows in _alike(pieces, APART.get(device.type, APART_ELSEWHERE)):
         prompts, real_prompts = padded_places(starts[rows, 0], sizes[rows, 0])
         completions, real_completions = padded_places(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
-        buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device)))
+        buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
         orders += [prompts.flatten(), completions.flatten()]
         reals += [real_prompts.flatten(), real_completions.flatten()]
     order, real = torch.cat(orders), torch.cat(reals)

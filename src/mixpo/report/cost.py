@@ -54,9 +54,9 @@ def section(results: Results) -> Section | None:
 
 
 def _beside(results: Results) -> str:
-    """That a run's own stages were computed beside each other, if they were."""
+    """What else it was doing where stages are computed side by side."""
     workers = {run.recipe.get("runtime", {}).get("workers", 1) for run in results.runs} - {1}
-    return "; stages were computed side by side (runtime.workers)" if workers else ""
+    return ", such as other stages of the run (runtime.workers)" if workers else ""
 
 
 def _of_best(results: Results) -> str:

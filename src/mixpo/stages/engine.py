@@ -18,7 +18,8 @@ import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.stages.stage import Stage
-from mixpo.training.record import reset_peak_memory, write_json
+from mixpo.training import memory
+from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
 VERSION = "5"
@@ -42,7 +43,7 @@ class _Task(pydantic.BaseModel):
         out.mkdir(parents=True, exist_ok=True)
         folders = {name: engine.folder(stage) for name, stage in self.stage.inputs().items()}
         write_json(out / SETTINGS, self.stage.model_dump(mode="json"))
-        reset_peak_memory()
+        memory.reset_peak()
         self.stage.work(self.stage.paths(folders), out, self.runtime)
 
 
@@ -78,7 +79,7 @@ class Engine:
         task, folder = self._task(stage), self.folder(stage)
         if not (folder / "summary.json").exists() or task.infra.status() != "completed":
             return False
-        if read_settings(folder) != stage.model_dump(mode="json"):  # a folder's name leaves defaults out
+        if read_settings(folder) != stage.model_dump(mode="json"):  # a folder's name leaves out defaults and paths
             with self._told_apart(stage):
                 task.infra.job()  # slow, and says which one differs
         return True
@@ -89,6 +90,7 @@ class Engine:
         Two runs on one cache never compute a stage at once: the second waits, and finds it done.
         """
         with self._told_apart(stage), _alone(self.cache / "locks" / self.identity(stage)):
+            self._tasks.pop(stage, None)  # exca asks an object that failed once no more
             self._task(stage).compute()
         return self.folder(stage)
 

@@ -1,18 +1,16 @@
 """What a stage leaves behind while it runs: metrics a step, its cost, and a line for whoever watches."""
 
-import ctypes
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
+
+from mixpo.training import memory
 
 
 class Watcher(Protocol):
@@ -124,7 +122,7 @@ class Cost:
 
     def summary(self) -> dict[str, float]:
         """The counts, and the peak memory of the process in MiB."""
-        return {**self.counts(), "peak_memory_mib": peak_memory_mib()}
+        return {**self.counts(), "peak_memory_mib": memory.peak_mib()}
 
 
 def parameters(model: Any) -> int:
@@ -133,26 +131,6 @@ def parameters(model: Any) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     return int(sum(p.numel() for p in model.parameters()) - (0 if tied else embedding))
-
-
-def peak_memory_mib() -> float:
-    """Peak memory so far: the GPU's where one is used, else the process's resident set."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf8")
-        return float(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def reset_peak_memory() -> None:
-    """Start measuring peak memory anew, where the system allows it; what malloc keeps of earlier work is given back."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
