@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 heavy: .venv/installed
 	$(BIN)/pytest -m heavy

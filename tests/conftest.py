@@ -9,6 +9,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is there
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models, and files of tests side by side
 install_import_hook("mixpo.algorithms", "beartype.beartype")
 settings.register_profile("no timings", deadline=None)
 settings.load_profile("no timings")

@@ -40,6 +40,7 @@ SMALL = [
     "dpo.epochs=3",
     "evaluation.prompts=64",
     "max_completion_tokens=40",
+    "runtime.threads=1",
 ]
 
 

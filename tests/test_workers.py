@@ -103,16 +103,10 @@ def test_no_process_outlives_a_run_that_is_stopped(
 ) -> None:
     """Killed alone, or by Ctrl-C, which goes to all of them."""
     words = [*TINY, "runtime.workers=2", f"cache={side_by_side[0] / 'cache'}", f"out={tmp_path / 'run'}"]
-    command = [
-        sys.executable,
-        "-m",
-        "mixpo.cli.main",
-        "run",
-        "-q",
-        *words,
-        "ppo.kl_coef=0.4",
-        "ppo.epochs=10000",
-    ]  # 20,000 iterations
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job's child may not
+    main = f"{heeding}; from mixpo.cli.main import main; main()"
+    endless = ["ppo.kl_coef=0.4", "ppo.epochs=10000"]  # 20,000 iterations
+    command = [sys.executable, "-c", main, "run", "-q", *words, *endless]
     said = tmp_path / "said"
     with said.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)

@@ -6,7 +6,7 @@ from typing import Any
 from mixpo import DPO, PPO, SFT, Data, Engine, Pretrained, RewardModel, Runtime, Samples, Selection
 from mixpo.stages.stage import Stage
 
-RUNTIME = Runtime(threads=2, checkpoint_minutes=100)
+RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
 LIMIT = 40
 
 
