@@ -211,6 +211,19 @@ def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}], ids=str)
+def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
+    """So sharp that nothing but the most probable token is left."""
+    lm = tiny("llama")
+    drawn = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
+    for prompt, row in zip(PROMPTS, drawn, strict=True):
+        for completion in row.completions:
+            for place, token in enumerate(completion):
+                with torch.no_grad():
+                    logits = lm.model(input_ids=torch.tensor([[*prompt, *completion[:place]]])).logits[0, -1]
+                assert token == int(logits.argmax())
+
+
 def test_truncation() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     assert truncate(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [[True, True, False, False]]
