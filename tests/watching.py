@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mixpo.experiments.run import Watched
-from mixpo.experiments.workers import Failure, Outcome
+from mixpo.experiments.workers import Failure, Outcome, StageDisplay
 
 
 class Watching:
@@ -16,7 +15,7 @@ class Watching:
         self.notes: list[str] = []
         self.failures: list[Failure] = []
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> Watched:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
         self.begun.append(f"{stage} for {', '.join(arms)}")
         self.going += 1
         self.most_at_once = max(self.most_at_once, self.going)

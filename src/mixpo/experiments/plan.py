@@ -1,7 +1,6 @@
 """The plan of a run: every stage with its identity, whether it is there, and why it would be computed."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mixpo.experiments.expressions import arm_runs, gradients_runs
@@ -81,4 +80,4 @@ def _why(stage: Stage, engine: Engine) -> str:
 def _own_settings(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
     """A stage's settings without its inputs."""
     inputs = stage.inputs()
-    return {key: value for key, value in config.items() if key not in inputs and not isinstance(value, Path)}
+    return {key: value for key, value in config.items() if key not in inputs}

@@ -16,29 +16,22 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.expressions import ArmRun, GradientsRun, arm_name, arm_runs, explained, gradients_runs
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
-from mixpo.experiments.workers import Failure, Outcome, workers
+from mixpo.experiments.workers import Failure, StageDisplay, workers
 from mixpo.models.loading import read_context
 from mixpo.stages.data import Data
 from mixpo.stages.engine import Engine, in_order
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage, model_in
-from mixpo.training.record import Watcher, write_json
+from mixpo.training.record import write_json
 
 FORMAT = 3
 """Of `results.json`."""
 
 
-class Watched(Watcher, Protocol):
-    """A stage that whoever watches a run sees compute."""
-
-    def end(self, outcome: Outcome) -> None:
-        """It is over."""
-
-
 class Display(Protocol):
     """Whoever watches a run."""
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> Watched:
+    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
         """A stage starts to compute."""
 
 
@@ -126,7 +119,6 @@ def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Displ
     order.prepare()
     computed, failures = 0, dict[Stage, Failure]()
     ready: list[int] = []
-    watched: dict[Stage, Watched] = {}
 
     def over(stage: Stage) -> None:
         if isinstance(stage, Pretrained) and stage not in failures:
@@ -144,17 +136,16 @@ def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Displ
                 if lost or engine.is_done(stage):
                     over(stage)
                 else:
-                    watched[stage] = display.begin(type(stage).__name__, engine.identity(stage), uses[stage])
-                    pool.start(stage, watched[stage])
+                    pool.start(stage, display.begin(type(stage).__name__, engine.identity(stage), uses[stage]))
             else:
-                stage, outcome = pool.ended()
+                stage, shown, outcome = pool.ended()
                 if not isinstance(outcome, Failure):
                     computed += 1
                 elif outcome.bad_input and isinstance(stage, Data | Pretrained):
                     raise InputError(outcome.reason)
                 else:
                     failures[stage] = outcome
-                watched[stage].end(outcome)
+                shown.end(outcome)
                 over(stage)
     return computed, failures
 

@@ -32,6 +32,13 @@ Outcome = float | Failure
 """The seconds that a stage took, or why it failed."""
 
 
+class StageDisplay(Watcher, Protocol):
+    """How whoever watches a run sees one stage."""
+
+    def end(self, outcome: Outcome) -> None:
+        """The stage is over."""
+
+
 class Workers(Protocol):
     """Computes stages."""
 
@@ -39,11 +46,11 @@ class Workers(Protocol):
     def free(self) -> bool:
         """Whether another stage may start now."""
 
-    def start(self, stage: Stage, watching: Watcher) -> None:
+    def start(self, stage: Stage, shown: StageDisplay) -> None:
         """Begin to compute a stage whose inputs are there, and tell how it goes on."""
 
-    def ended(self) -> tuple[Stage, Outcome]:
-        """The next of the started stages that comes to an end, waited for."""
+    def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
+        """The next of the started stages that comes to an end, waited for; its display is not told yet."""
 
 
 @contextmanager
@@ -76,17 +83,17 @@ def _attempt(engine: Engine, stage: Stage) -> Outcome:
 class _Here:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.last: tuple[Stage, Outcome] | None = None
+        self.last: tuple[Stage, StageDisplay, Outcome] | None = None
 
     @property
     def free(self) -> bool:
         return self.last is None
 
-    def start(self, stage: Stage, watching: Watcher) -> None:
-        watcher.set(watching)
-        self.last = stage, _attempt(self.engine, stage)
+    def start(self, stage: Stage, shown: StageDisplay) -> None:
+        watcher.set(shown)
+        self.last = stage, shown, _attempt(self.engine, stage)
 
-    def ended(self) -> tuple[Stage, Outcome]:
+    def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
         last, self.last = self.last, None
         assert last is not None
         return last
@@ -102,30 +109,28 @@ class _Beside:
         threads = runtime.threads or max(1, cores() // self.count)
         self.engine = Engine(engine.cache, runtime.model_copy(update={"threads": threads}))
         self.processes: dict[Connection, SpawnProcess] = {}
-        self.busy: dict[Connection, tuple[Stage, Watcher]] = {}
+        self.busy: dict[Connection, tuple[Stage, StageDisplay]] = {}
 
     @property
     def free(self) -> bool:
         return len(self.busy) < self.count
 
-    def start(self, stage: Stage, watching: Watcher) -> None:
+    def start(self, stage: Stage, shown: StageDisplay) -> None:
         idle = [pipe for pipe in self.processes if pipe not in self.busy]
         pipe = idle[0] if idle else self._begin()
         with self._refusing_death():
             pipe.send(stage)
-        self.busy[pipe] = stage, watching
+        self.busy[pipe] = stage, shown
 
-    def ended(self) -> tuple[Stage, Outcome]:
+    def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
         while True:
             for pipe in wait(list(self.busy)):
                 assert isinstance(pipe, Connection)
                 with self._refusing_death():
                     what, arguments = pipe.recv()
-                stage, watching = self.busy[pipe]
                 if what == "end":
-                    del self.busy[pipe]
-                    return stage, arguments[0]
-                getattr(watching, what)(*arguments)
+                    return *self.busy.pop(pipe), arguments[0]
+                getattr(self.busy[pipe][1], what)(*arguments)
 
     def close(self) -> None:
         for process in self.processes.values():

@@ -29,9 +29,8 @@ NAME = "mixpo_branches"
 
 OURS = frozenset({"cpu"})
 """Devices on which our own attention is faster than PyTorch's for rows of a batch."""
-APART = {"cpu": 1 << 15}
-"""Pairs of a query and a key that take as long as the calls that another bucket costs, by device."""
-APART_ELSEWHERE = 1 << 22
+APART = {"cpu": 1 << 15, "cuda": 1 << 22}
+"""Pairs of a query and a key that take as long as the calls that another bucket costs; a GPU's is a guess."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
     sizes = torch.tensor(pieces)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
     buckets, orders, reals = [], [], []
-    for rows in _alike(pieces, APART.get(device.type, APART_ELSEWHERE)):
+    for rows in _alike(pieces, APART[device.type]):
         prompts, real_prompts = padded_places(starts[rows, 0], sizes[rows, 0])
         completions, real_completions = padded_places(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
         buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
@@ -85,16 +84,15 @@ def _alike(pieces: Sequence[tuple[int, ...]], apart: int) -> list[list[int]]:
     longest = own = 0
     for row in sorted(range(len(pieces)), key=lambda row: pieces[row], reverse=True):
         prompt, *completions = pieces[row]
-        wider = max(own, *completions, 0)
-        count, branches = len(buckets[-1]) if buckets else 0, len(completions)
-        joined = _pairs(count + 1, longest, wider, branches)
-        alone = _pairs(count, longest, own, branches) + _pairs(1, prompt, max(completions, default=0), branches)
-        if buckets and joined <= alone + apart:
+        count, branches, widest = len(buckets[-1]) if buckets else 0, len(completions), max(completions, default=0)
+        joined = _pairs(count + 1, longest, max(own, widest), branches)
+        separate = _pairs(count, longest, own, branches) + _pairs(1, prompt, widest, branches)
+        if buckets and joined <= separate + apart:
             buckets[-1].append(row)
-            own = wider
+            own = max(own, widest)
         else:
             buckets.append([row])
-            longest, own = prompt, max(completions, default=0)
+            longest, own = prompt, widest
     return buckets
 
 

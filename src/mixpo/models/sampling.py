@@ -44,7 +44,8 @@ class _Preallocated(DynamicLayer):
     is_initialized: bool
 
     def __init__(self, places: Int[Tensor, "rows width"], capacity: int) -> None:
-        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
+        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand; `capacity`:
+        tokens that a completion's row has room for."""
         super().__init__()
         self.places, self.capacity = places, capacity
 
@@ -73,10 +74,6 @@ class _Preallocated(DynamicLayer):
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these rows, in this order."""
         self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def _cache(places: Int[Tensor, "rows width"], capacity: int) -> Cache:
-    return Cache(layer_class_to_replicate=partial(_Preallocated, places, capacity))
 
 
 def truncate(
@@ -168,7 +165,7 @@ def _sample_batch(
     batch = pack_prompts(prompts, share_row=lm.shares_prompts).to(device)
     rows = torch.arange(count, device=device).repeat_interleave(k)
     width = batch.places.shape[1]
-    cache = _cache(batch.places[rows], width + max_tokens)
+    cache = Cache(layer_class_to_replicate=partial(_Preallocated, batch.places[rows], width + max_tokens))
     hidden = hidden_states(lm, batch, cache=cache)[batch.last]
     lengths, logits = batch.lengths[rows], head(hidden)[rows]
     uniforms = uniforms.flatten(0, 1)

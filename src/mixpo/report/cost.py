@@ -55,8 +55,8 @@ def section(results: Results) -> Section | None:
 
 def _beside(results: Results) -> str:
     """What else it was doing where stages are computed side by side."""
-    workers = {run.recipe.get("runtime", {}).get("workers", 1) for run in results.runs} - {1}
-    return ", such as other stages of the run (runtime.workers)" if workers else ""
+    several = any(run.recipe.get("runtime", {}).get("workers", 1) > 1 for run in results.runs)
+    return ", such as other stages of the run (runtime.workers)" if several else ""
 
 
 def _of_best(results: Results) -> str:

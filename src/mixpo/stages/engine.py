@@ -90,7 +90,7 @@ class Engine:
         Two runs on one cache never compute a stage at once: the second waits, and finds it done.
         """
         with self._told_apart(stage), _alone(self.cache / "locks" / self.identity(stage)):
-            self._tasks.pop(stage, None)  # exca asks an object that failed once no more
+            self._tasks.pop(stage, None)  # exca does not try again what failed with the same object
             self._task(stage).compute()
         return self.folder(stage)
 
