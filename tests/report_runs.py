@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.world import make_world
+from mixpo.experiments.results import Results, load
 from mixpo.experiments.run import FORMAT
 from mixpo.report.document import Section, Table
-from mixpo.report.results import Results, load
 from mixpo.stages.rows import write_table
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -103,6 +103,8 @@ class Writer:
     reward: str = ""
     """What tells the run's reward models from those of others."""
     prompts: Sequence[Any] | None = None
+    categories: Sequence[str | None] = (None,) * 6
+    """Of the test prompts."""
     recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     margins: Mapping[int, Sequence[float]] = field(default_factory=dict)
     """Of the reward models' test pairs, by seed; `MARGINS` where none are given."""
@@ -192,6 +194,11 @@ class Writer:
         """A stage's figures, after its other files are written."""
         kind, _, rest = key.partition("-")
         if kind == "Data":
+            tested = [
+                {"prompt": self.prompt(number), "chosen": "a", "rejected": "b", "category": category}
+                for number, category in enumerate(self.categories[: len(self.prompts or self.categories)])
+            ]
+            write_table(place / "test.parquet", tested)
             return {"train_rows": 1280, "test_rows": 8, "demonstration_rows": 7, "bad_rows": 1, "second_rows": 0}
         if kind == "RewardModel":
             given = self.margins.get(int(rest[0]), MARGINS) if rest[0].isdigit() else MARGINS
@@ -215,14 +222,16 @@ class Writer:
             return {"prompts": 3, "steps": self.steps, "score": 0.4, "kl": 1.0, "snapshots": [2]}
         return {}
 
+    def prompt(self, number: int) -> Any:
+        earlier = [{"role": "user", "content": "earlier turn"}, {"role": "assistant", "content": "a reply"}]
+        asked = [*earlier, {"role": "user", "content": f"question {number} & <b>more</b>"}]
+        return asked if self.prompts is None else self.prompts[number]
+
     def evaluation(self, key: str, arm: str, columns: Columns) -> dict[str, str]:
         made = self.stage(key)
-        earlier = [{"role": "user", "content": "earlier turn"}, {"role": "assistant", "content": "a reply"}]
         rows = [
             {
-                "prompt": [*earlier, {"role": "user", "content": f"question {number} & <b>more</b>"}]
-                if self.prompts is None
-                else self.prompts[number],
+                "prompt": self.prompt(number),
                 "completion": HOSTILE if number == 0 else f"answer {number} of {arm}",
                 "tokens": 3.0,
                 "ended": float(number % 2 == 0),

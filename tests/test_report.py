@@ -16,10 +16,10 @@ import pytest
 from markupsafe import escape
 
 from mixpo.data.errors import InputError
+from mixpo.experiments.results import Results, load
 from mixpo.report.arms import main_table
 from mixpo.report.page import document, numbers, text, write_page
 from mixpo.report.render import html, markdown
-from mixpo.report.results import Results, load
 from report_runs import HOSTILE, SFT_SCORES, Arm, Writer, plain, rows, scores, shifted
 
 CLEAR = {

@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 
 from mixpo.algorithms.statistics import Interval, bootstrap_mean, crossed_interval, estimate
+from mixpo.experiments.results import load
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import differences, sign, verdict
-from mixpo.report.results import load
 from report_runs import SFT_SCORES, Arm, Writer, figure_rows, plain, rows, scores, shifted, table
 
 CLEAR = {

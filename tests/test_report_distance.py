@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixpo.experiments.results import load
 from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation
 from mixpo.report.document import Section
-from mixpo.report.results import load
 from mixpo.report.traces import traced
 from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, plain, rows, scores, table
 

@@ -11,8 +11,8 @@ import scipy.stats
 from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.data.world import true_reward
+from mixpo.experiments.results import load
 from mixpo.report import noise, reward_model, selection, theorem, training
-from mixpo.report.results import load
 from report_runs import (
     MARGINS,
     SFT_SCORES,

@@ -16,9 +16,9 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
 from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe, read_recipe
+from mixpo.experiments.results import completions, evaluation, load
 from mixpo.experiments.run import run
 from mixpo.experiments.setup import Setup
-from mixpo.report.results import completions, evaluation, load
 from mixpo.stages.engine import in_order
 from mixpo.stages.stage import Snapshot
 from watching import Watching

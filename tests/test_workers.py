@@ -14,8 +14,8 @@ import pytest
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
+from mixpo.experiments.results import evaluation, load
 from mixpo.experiments.run import run
-from mixpo.report.results import evaluation, load
 from mixpo.training.runtime import Runtime, cores
 from watching import Watching
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.results import evaluation, load
 from mixpo.experiments.run import run
-from mixpo.report.results import evaluation, load
 from mixpo.stages.engine import read_summary
 from watching import Watching
 

@@ -71,6 +71,8 @@ GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
             Preference(" Why?\n", "\tBecause. ", "No.\u2028"),
             id="nothing is stripped",
         ),
+        pytest.param(GOOD | {"category": "h"}, Preference("Why?", "Because.", "No.", "h"), id="category"),
+        pytest.param(GOOD | {"category": None}, Preference("Why?", "Because.", "No."), id="no category"),
     ],
 )
 def test_preferences_are_read_in_every_shape(fields, expected):
@@ -184,6 +186,9 @@ def without(name):
             GOOD | {"rejected": [user("No.")]},
             f"'rejected' ends with a message from 'user'; expected one from 'assistant'; {FIX}",
             id="completion from the user",
+        ),
+        pytest.param(
+            GOOD | {"category": 3}, f"'category' is a number; expected text; {FIX}", id="category is a number"
         ),
     ],
 )

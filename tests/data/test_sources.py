@@ -454,6 +454,22 @@ def test_files_are_read_in_their_format(tmp_path, format, row, expected):
     assert read_preferences(write(tmp_path / "a.jsonl", [row, row]), format) == ([expected] * 2, [])
 
 
+@pytest.mark.parametrize(
+    ("format", "folder", "category"),
+    [
+        ("hh-rlhf", "harmless-base", "harmless"),
+        ("hh-rlhf", "helpful-rejection-sampled", "helpful"),
+        ("hh-rlhf", "helpful", None),
+        ("preference", "harmless-base", None),
+    ],
+)
+def test_the_folder_of_hh_rlhf_is_the_category(tmp_path, format, folder, category):
+    (tmp_path / folder).mkdir()
+    row = {"chosen": A, "rejected": A + "c"} if format == "hh-rlhf" else {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows, bad = read_preferences(write(tmp_path / folder / "a.jsonl", [row]), format)
+    assert ([row.category for row in rows], bad) == ([category], [])
+
+
 # The Hub
 
 
@@ -477,7 +493,7 @@ def hub(monkeypatch):
 
 def test_hub_preferences(hub):
     rows, bad = read_hub_preferences("Anthropic/hh-rlhf", "hh-rlhf", split="train", data_dir="helpful-base")
-    assert rows == [Preference([user("a")], "b", "bc")]
+    assert rows == [Preference([user("a")], "b", "bc", "helpful")]
     assert [str(row) for row in bad] == [f"Anthropic/hh-rlhf/helpful-base[train]:2: 'rejected' is empty; {FIX}"]
     assert hub == [("Anthropic/hh-rlhf", {"split": "train", "data_dir": "helpful-base", "revision": None})]
 
@@ -534,7 +550,9 @@ message = st.fixed_dictionaries({"role": st.text(), "content": st.text()})
 def test_written_rows_come_back_exactly(tmp_path_factory, prompts):
     folder = tmp_path_factory.mktemp("rows")
 
-    @given(st.lists(st.builds(Preference, prompts, st.text(), st.text()), min_size=1, max_size=4))
+    @given(
+        st.lists(st.builds(Preference, prompts, st.text(), st.text(), st.none() | st.text()), min_size=1, max_size=4)
+    )
     def check_preferences(rows):
         write_rows(folder / "p.parquet", rows)
         assert read_preference_rows(folder / "p.parquet") == rows
@@ -567,6 +585,6 @@ def test_rows_of_the_other_kind_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     write_rows(path, [Demonstration("a", "b")])
     assert refusal(read_preference_rows, path) == (
-        f"{path}: has columns ['prompt', 'completion']; expected ['prompt', 'chosen', 'rejected']"
+        f"{path}: has columns ['prompt', 'completion']; expected ['prompt', 'chosen', 'rejected', 'category']"
     )
     assert refusal(read_preference_rows, tmp_path / "b.parquet").endswith("no such file; did you mean 'a.parquet'?")

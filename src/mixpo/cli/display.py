@@ -16,11 +16,11 @@ from rich.text import Text
 from rich.tree import Tree
 
 from mixpo.experiments.plan import Planned
+from mixpo.experiments.results import Results, few
 from mixpo.experiments.run import Display
 from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
 from mixpo.report.arms import main_table
-from mixpo.report.results import Results, few
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 

@@ -32,9 +32,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead 
 def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Run a recipe: compute what is missing, print the table, write the report."""
     from mixpo.cli.display import show_results, watch
+    from mixpo.experiments.results import load
     from mixpo.experiments.run import run as run_recipe
     from mixpo.report.page import write_page
-    from mixpo.report.results import load
 
     recipe = _recipe(words)
     with watch(plain=quiet) as display:
@@ -94,8 +94,8 @@ def report(
 
     md, csv and json go to standard output unless --out names a file.
     """
+    from mixpo.experiments.results import load
     from mixpo.report.page import text
-    from mixpo.report.results import load
 
     written = text(load(*runs), form.value)
     if out is None and form is not Form.HTML:
@@ -115,7 +115,7 @@ def report(
 def compare(runs: RunFolders) -> None:
     """Print the main table of finished runs, side by side."""
     from mixpo.cli.display import show_table
-    from mixpo.report.results import load
+    from mixpo.experiments.results import load
 
     show_table(load(*runs))
 

@@ -38,6 +38,8 @@ class Preference:
     prompt: Prompt
     chosen: str
     rejected: str
+    category: str | None = None
+    """What kind of prompt it is, such as `helpful`: a judge and a study report each kind apart."""
 
 
 class RowError(ValueError):
@@ -81,7 +83,7 @@ def preference_from(fields: Mapping[str, object]) -> Preference:
 
     `prompt` is text or a list of messages. `chosen` and `rejected` are text, a list of one assistant message, or whole
     dialogues that end with one; whole dialogues carry the prompt, so that `prompt` may be left out, and must agree
-    with it where it is there.
+    with it where it is there. `category` is text, or may be left out.
     """
     before_chosen, chosen = _completion(fields, "chosen")
     before_rejected, rejected = _completion(fields, "rejected")
@@ -90,7 +92,7 @@ def preference_from(fields: Mapping[str, object]) -> Preference:
     prompt = _prompt(fields, "chosen", before_chosen)
     if chosen == rejected:
         raise RowError("rejected", f"equals 'chosen'; expected two different completions; {FIX}")
-    return Preference(prompt, chosen, rejected)
+    return Preference(prompt, chosen, rejected, _category(fields))
 
 
 def demonstration_from(fields: Mapping[str, object]) -> Demonstration:
@@ -101,6 +103,10 @@ def demonstration_from(fields: Mapping[str, object]) -> Demonstration:
     field = "messages" if "messages" in fields and "completion" not in fields else "completion"
     before, completion = _completion(fields, field)
     return Demonstration(_prompt(fields, field, before), completion)
+
+
+def _category(fields: Mapping[str, object]) -> str | None:
+    return None if fields.get("category") is None else _text("category", "", fields["category"])
 
 
 def text_of(fields: Mapping[str, object], field: str) -> str:

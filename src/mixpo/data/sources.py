@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain, groupby
@@ -54,7 +54,8 @@ def any_prompt(prompt: Prompt) -> None:
 
 def read_preferences(path: Path, format: Format, check: Check = any_prompt) -> tuple[list[Preference], list[BadRow]]:
     """Read a file's preferences, and its rows that are none."""
-    return _parsed(str(path), read_records(path), _PREFERENCE[format], check)
+    rows, bad = _parsed(str(path), read_records(path), _PREFERENCE[format], check)
+    return _with_subset(rows, format, path.absolute().parent.name), bad
 
 
 def read_demonstrations(path: Path, check: Check = any_prompt) -> tuple[list[Demonstration], list[BadRow]]:
@@ -73,7 +74,8 @@ def read_hub_preferences(
 ) -> tuple[list[Preference], list[BadRow]]:
     """Read the preferences of a Hub data set; `Anthropic/hh-rlhf` keeps its subsets apart by `data_dir`."""
     records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    return _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format], check)
+    rows, bad = _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format], check)
+    return _with_subset(rows, format, data_dir or ""), bad
 
 
 def read_hub_demonstrations(
@@ -112,6 +114,16 @@ def parse_hh_rlhf(record: Record) -> Preference:
     second is the same speaker going on.
     """
     return preference_from({side: _dialogue(side, text_of(record, side)) for side in ("chosen", "rejected")})
+
+
+HH_RLHF_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
+"""The folders of HH-RLHF, which say what kind of prompt a row has; the rows themselves do not."""
+
+
+def _with_subset(rows: list[Preference], format: Format, folder: str) -> list[Preference]:
+    if format != "hh-rlhf" or folder not in HH_RLHF_SUBSETS:
+        return rows
+    return [replace(row, category=folder.partition("-")[0]) for row in rows]
 
 
 def _dialogue(field: str, text: str) -> list[Message]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mixpo.algorithms.statistics import win_tie_lose
+from mixpo.experiments.results import MEASURES, Results, few
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -21,7 +22,6 @@ from mixpo.report.comparison import (
     verdict,
 )
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import MEASURES, Results, few
 
 PAPER: dict[str, tuple[str, str]] = {
     "sft": ("0.938", "1.108"),

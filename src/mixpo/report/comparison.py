@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.algorithms.statistics import Interval, crossed_interval, estimate, holm, resampled_means
-from mixpo.report.results import Results
+from mixpo.experiments.results import Results
 
 LEVEL = 0.05
 

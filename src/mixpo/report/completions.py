@@ -1,9 +1,9 @@
 """What do they say? Every arm's completions of the test prompts, side by side."""
 
+from mixpo.experiments.results import Results, completions
 from mixpo.report.arms import compared
 from mixpo.report.comparison import counted
 from mixpo.report.document import ArmCompletion, Asked, Turn
-from mixpo.report.results import Results, completions
 
 MOST = 256
 """Prompts shown."""

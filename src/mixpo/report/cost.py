@@ -11,11 +11,11 @@ from mixpo.algorithms.statistics import (
     percentile_interval,
     resampled_means,
 )
+from mixpo.experiments.results import Results, Run, StageFolder, evaluation, few
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import fewer, interval_text, label, mean_of
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import Results, Run, StageFolder, evaluation, few
 from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")

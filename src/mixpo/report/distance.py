@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.algorithms.statistics import Interval, estimate, holm, resampled_means, value_at
+from mixpo.experiments.results import MEASURES, Results, Run
 from mixpo.report import figures
 from mixpo.report.comparison import (
     along,
@@ -22,7 +23,6 @@ from mixpo.report.comparison import (
     verdict,
 )
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import MEASURES, Results, Run
 from mixpo.report.traces import traced
 
 KL_AXIS = "KL from SFT (nats a completion)"

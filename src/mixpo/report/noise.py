@@ -1,6 +1,7 @@
 """How do noisy labels matter? Every arm's fall as a share of the human labels is flipped."""
 
 from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
     along,
@@ -15,7 +16,6 @@ from mixpo.report.comparison import (
     verdict,
 )
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import Results
 
 KEY = "label_noise.share"
 RIVALS = ("dpo-base", "dpo", "ppo")

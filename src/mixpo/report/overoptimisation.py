@@ -1,10 +1,10 @@
 """Is it real or hacked? The reward that was optimised against one that was not, along training (Gao et al. 2022)."""
 
 from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import fewer, interval_text, over
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import MEASURES, Results
 from mixpo.report.traces import Trace, traced
 
 

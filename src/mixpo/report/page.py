@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import (
     arms,
     completions,
@@ -25,7 +26,6 @@ from mixpo.report import (
 )
 from mixpo.report.comparison import mean_of
 from mixpo.report.document import Document, Section
-from mixpo.report.results import MEASURES, Results
 
 Format = Literal["html", "md", "csv", "json"]
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (

@@ -13,9 +13,9 @@ from mixpo.algorithms.statistics import (
     crossed_interval,
     wilson_interval,
 )
+from mixpo.experiments.results import Results, StageFolder, each_seed
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import Results, StageFolder, each_seed
 from mixpo.stages.rows import read_table
 
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)

@@ -5,9 +5,9 @@ from typing import Any
 
 from mixpo.algorithms.statistics import wilson_interval
 from mixpo.data.world import true_reward
+from mixpo.experiments.results import Results, StageFolder, each_seed
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import Results, StageFolder, each_seed
 from mixpo.stages.rows import read_table
 
 SHOWN = 3

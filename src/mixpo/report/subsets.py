@@ -1,10 +1,10 @@
 """DPO and PPO, each trained on easy, hard and all. Figure 4 of the paper."""
 
+from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.arms import ORDER, claims_table
 from mixpo.report.comparison import label, mean_of
 from mixpo.report.document import Group, Section
-from mixpo.report.results import Results
 
 METHODS = {"DPO": ("dpo-easy", "dpo-hard", "dpo"), "PPO": ("ppo-easy", "ppo-hard", "ppo")}
 SUBSETS = ("easy", "hard", "all")

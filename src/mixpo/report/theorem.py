@@ -11,10 +11,10 @@ from jaxtyping import Float64
 from scipy.special import stdtrit
 
 from mixpo.algorithms.statistics import Interval, bootstrap_mean, wilson_interval
+from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import interval_text
 from mixpo.report.document import Group, Section, Table
-from mixpo.report.results import Results
 from mixpo.stages.rows import read_table
 
 Values = Float64[np.ndarray, " pairs"]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.algorithms.statistics import Interval, crossed_interval
-from mixpo.report.results import Results, columns, metrics
+from mixpo.experiments.results import Results, columns, metrics
 from mixpo.stages.engine import read_summary
 
 

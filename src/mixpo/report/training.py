@@ -1,9 +1,9 @@
 """How did training go? Curves of every DPO and PPO of the first seed, and their alarms."""
 
+from mixpo.experiments.results import Results, StageFolder, few, metrics
 from mixpo.report import figures
 from mixpo.report.comparison import counted
 from mixpo.report.document import Figure, Group, Section, Table
-from mixpo.report.results import Results, StageFolder, few, metrics
 
 PLOTS: dict[str, dict[str, str]] = {
     "DPO": {

@@ -1,0 +1,88 @@
+"""Two arms side by side, prompt by prompt: what a judge or a person is shown."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixpo.data.errors import InputError
+from mixpo.data.rows import Prompt
+from mixpo.experiments.recipe import nearest
+from mixpo.experiments.results import Results, completions
+from mixpo.experiments.run import ArmResult
+from mixpo.stages.rows import read_table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A test prompt and what two arms completed it with."""
+
+    number: int
+    """The place of the prompt among the run's test prompts, from 0."""
+    prompt: Prompt
+    category: str | None
+    completions: tuple[str, str]
+    """Of the first arm and of the second."""
+
+    @property
+    def same(self) -> bool:
+        """Whether both arms say the same, which is a tie that nobody needs to be asked about."""
+        return self.completions[0] == self.completions[1]
+
+
+def comparisons(
+    results: Results, arms: tuple[str, str], *, seed: int | None = None, prompts: int | None = None, draw: int = 0
+) -> list[Comparison]:
+    """The completions of two arms at a seed, in the order of the test prompts.
+
+    `seed` is one at which both finished, the first if not given. `prompts` takes so many, drawn by `draw`; all if not
+    given. Raises `InputError` on an arm that is not there or did not finish, on one arm twice, on a seed that one of
+    them lacks, and on more prompts than there are.
+    """
+    if arms[0] == arms[1]:
+        raise InputError(f"--arms: found {arms[0]} twice; expected two different arms")
+    first, second = (_finished(results, arm) for arm in arms)
+    common = [at for at in first if at in second]
+    if not common or (seed is not None and seed not in common):
+        raise InputError(
+            f"--seed: found {'no seed' if seed is None else seed}; expected one at which both {arms[0]} and {arms[1]} "
+            f"finished: {', '.join(map(str, common)) or 'there is none'}"
+        )
+    at = common[0] if seed is None else seed
+    kinds = _categories(first[at])
+    rows = [
+        Comparison(number, one["prompt"], kinds.get(json.dumps(one["prompt"])), (one["completion"], two["completion"]))
+        for number, (one, two) in enumerate(zip(completions(first[at]), completions(second[at]), strict=True))
+    ]
+    if prompts is None:
+        return rows
+    if not 1 <= prompts <= len(rows):
+        raise InputError(f"--prompts: found {prompts}; expected 1 to {len(rows)}, the test prompts of this run")
+    return [rows[place] for place in sorted(random.Random(draw).sample(range(len(rows)), prompts))]
+
+
+def categories(rows: Sequence[Comparison]) -> list[str]:
+    """The categories of rows, in order of appearance; none where rows have none."""
+    return list(dict.fromkeys(row.category for row in rows if row.category is not None))
+
+
+def _finished(results: Results, arm: str) -> dict[int, ArmResult]:
+    """An arm at the seeds at which it finished."""
+    if arm not in results.names:
+        raise InputError(f"--arms: found {arm!r}; expected two arms of the run{nearest(arm, results.names)}")
+    if arm not in results.finished:
+        reason = results.of(arm)[0].reason or "no reason was kept"
+        raise InputError(f"--arms: found {arm}, which failed: {reason}; expected arms that finished; run it again")
+    return results.done(arm)
+
+
+def _categories(arm: ArmResult) -> dict[str, str]:
+    """The category of every test prompt whose row has one; a prompt of several rows has its first row's."""
+    found: dict[str, str] = {}
+    for key, folder in arm.stages.items():
+        if key.partition("-")[0] == "Data":
+            for row in read_table(Path(folder) / "test.parquet"):
+                if row.get("category") is not None:
+                    found.setdefault(json.dumps(row["prompt"]), row["category"])
+    return found
