@@ -1,5 +1,7 @@
 """Branch batches compute what one plain forward pass a sequence computes, token by token."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,6 +40,7 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(blocked_attention, "SCORES", 100)
     if request.param == "in many buckets":
         monkeypatch.setattr(attention_module, "APART", {"cpu": 0})
+        monkeypatch.setattr(attention_module, "APART_DECODING", {"cpu": 0})
     if request.param == "by PyTorch":
         monkeypatch.setattr(attention_module, "OURS", frozenset())
 
@@ -87,8 +90,12 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 20])
-def test_fused_logprobs_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 14)
+@pytest.mark.parametrize(("chunk", "block"), [(14, 7), (28, 21), (1 << 20, 14), (1 << 20, 1 << 20)])
+def test_fused_logprobs_are_those_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, block: int
+) -> None:
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("mixpo.models.language_model.BLOCK_ELEMENTS", {"cpu": block})
     monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
@@ -196,6 +203,18 @@ def test_a_completion_does_not_depend_on_its_batch() -> None:
     in_parts = sample(lm, PROMPTS, k=2, max_tokens=12, seed=3, token_budget=1)
     assert [row.completions for row in together] == [row.completions for row in in_parts]
     assert sample(lm, PROMPTS, k=2, max_tokens=12, seed=4) != together
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
+def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
+    keys = sorted(keys, reverse=True)
+    buckets = list(attention_module._of_like_length(keys, apart))
+    assert [row for rows, _ in buckets for row in range(rows.start, rows.stop)] == list(range(len(keys)))
+    for rows, most in buckets:
+        assert most == max(keys[rows])
+        assert sum(most - own for own in keys[rows]) <= apart
+    for (rows, most), (after, _) in pairwise(buckets):
+        assert sum(most - own for own in keys[rows.start : after.start + 1]) > apart, "the next row had no room"
 
 
 def test_first_tokens_are_drawn_from_the_models_distribution() -> None:

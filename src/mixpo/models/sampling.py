@@ -1,8 +1,9 @@
 """Sampling: one prefill a prompt, k completions from it, the log-prob of every drawn token kept.
 
 The prefill is one row of prompts without padding. Its keys and values are laid under each other, a row a completion, in
-tensors allocated once; drawn tokens are written behind the longest prompt, and the mask leaves the padding between out.
-Finished rows are dropped from the batch when there are enough of them to be worth the copy.
+tensors allocated once, and drawn tokens are written right behind their prompts: so rows of like length can be attended
+to together without the padding of longer ones. Finished rows are dropped from the batch when there are enough of them
+to be worth the copy.
 
 A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
 drawn before the first token, so a completion does not depend on which others share its batch.
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import by_tokens, pack_prompts
+from mixpo.models.attention import decoding
 from mixpo.models.language_model import LanguageModel, by_layer_type, hidden_states
 
 DROP_AT = 0.8
@@ -38,16 +40,17 @@ class Sampled:
 class _Preallocated(DynamicLayer):
     """Keys and values of one layer, a row a completion, in tensors that are long enough for the longest one.
 
-    What comes first is the prefill's: it is copied to the completions' rows, and given back as it came.
+    What comes first is the prefill's: it is copied to the completions' rows, and given back as it came. What comes then
+    is a token a row, written right behind what the row holds.
     """
 
     is_initialized: bool
 
-    def __init__(self, places: Int[Tensor, "rows width"], capacity: int) -> None:
-        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand; `capacity`:
-        tokens that a completion's row has room for."""
+    def __init__(self, places: Int[Tensor, "rows width"], lengths: Int[Tensor, " rows"], capacity: int) -> None:
+        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand, `lengths` of
+        them; `capacity`: tokens that a completion's row has room for."""
         super().__init__()
-        self.places, self.capacity = places, capacity
+        self.places, self.ends, self.capacity = places, lengths, capacity
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -55,25 +58,27 @@ class _Preallocated(DynamicLayer):
         if not self.is_initialized:
             dtype = value_states.dtype  # rotated keys may be wider than attention is
             self.keys, self.values = (self._lay_out(states, dtype) for states in (key_states, value_states))
-            self.length, self.is_initialized = self.places.shape[1], True
+            self.longest, self.is_initialized = self.places.shape[1], True
             return key_states, value_states
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        rows = torch.arange(len(self.ends), device=self.ends.device)
+        self.keys[rows, :, self.ends] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[rows, :, self.ends] = value_states[:, :, 0]
+        self.ends, self.longest = self.ends + 1, self.longest + 1
+        return self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
 
     def _lay_out(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
         count, width = self.places.shape
         room = states.new_empty(count, states.shape[1], self.capacity, states.shape[3], dtype=dtype)
+        room[:, :, width:] = 0.0  # what may not be seen counts nothing times this, which must not be nan
         room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.places].transpose(1, 2)
         return room
 
     def get_seq_length(self) -> int:
-        return self.length if self.is_initialized else 0
+        return self.longest if self.is_initialized else 0
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep these rows, in this order."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+    def take(self, rows: Int[Tensor, " rows"], longest: int) -> None:
+        """Keep these rows, in this order; `longest` of them is so long."""
+        self.keys, self.values, self.ends, self.longest = self.keys[rows], self.values[rows], self.ends[rows], longest
 
 
 def truncate(
@@ -165,16 +170,14 @@ def _sample_batch(
     batch = pack_prompts(prompts, share_row=lm.shares_prompts).to(device)
     rows = torch.arange(count, device=device).repeat_interleave(k)
     width = batch.places.shape[1]
-    cache = Cache(layer_class_to_replicate=partial(_Preallocated, batch.places[rows], width + max_tokens))
-    hidden = hidden_states(lm, batch, cache=cache)[batch.last]
-    lengths, logits = batch.lengths[rows], head(hidden)[rows]
+    lengths = batch.lengths[rows]
+    cache = Cache(layer_class_to_replicate=partial(_Preallocated, batch.places[rows], lengths, width + max_tokens))
+    logits = head(hidden_states(lm, batch, cache=cache)[batch.last])[rows]
     uniforms = uniforms.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
     ended_at = torch.full((count * k,), max_tokens, device=device)
-    key_positions = torch.arange(width + max_tokens, device=device).repeat(count * k, 1)
-    visible = key_positions < lengths[:, None]
-    active = torch.arange(count * k, device=device)
+    active, prompted = torch.arange(count * k, device=device), lengths.tolist()
     for step in range(max_tokens):
         tokens, logprobs = choose(logits, uniforms[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
@@ -185,19 +188,19 @@ def _sample_batch(
             break
         if left < DROP_AT * len(active):
             kept = going.nonzero()[:, 0]
-            _take(cache, kept)
-            active, tokens, visible, key_positions = active[kept], tokens[kept], visible[kept], key_positions[kept]
+            active, tokens = active[kept], tokens[kept]
+            prompted = lengths[active].tolist()
+            for layer in cache.layers:
+                layer.take(kept, max(prompted) + step)
         position = (lengths[active] + step)[:, None]
-        visible[:, width + step] = True
-        key_positions[:, width + step] = position[:, 0]
-        seen = width + step + 1
-        hidden = lm.model.base_model(
-            input_ids=tokens[:, None],
-            position_ids=position,
-            attention_mask=_decoding_masks(lm, visible[:, :seen], key_positions[:, :seen], position),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+        with decoding([length + step + 1 for length in prompted], device):
+            hidden = lm.model.base_model(
+                input_ids=tokens[:, None],
+                position_ids=position,
+                attention_mask=_decoding_masks(lm, position, max(prompted) + step + 1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, 0]
         logits = head(hidden)
 
     out_tokens, out_logprobs, ends = tokens_out.tolist(), logprobs_out.tolist(), ended_at.tolist()
@@ -210,18 +213,12 @@ def _sample_batch(
     ]
 
 
-def _take(cache: Cache, rows: Int[Tensor, " rows"]) -> None:
-    for layer in cache.layers:
-        layer.take(rows)
-
-
-def _decoding_masks(
-    lm: LanguageModel, visible: Bool[Tensor, "rows seen"], key_positions: Tensor, position: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """The mask of one new token a row over what it may see, with the model's sliding window where it has one."""
+def _decoding_masks(lm: LanguageModel, position: Int[Tensor, "rows 1"], seen: int) -> Tensor | dict[str, Tensor]:
+    """The mask of one new token a row over `seen` keys, with the model's sliding window where it has one."""
+    distance = position - torch.arange(seen, device=position.device)
 
     def attends(window: int | None = None) -> Tensor:
-        seen = visible if window is None else visible & (position - key_positions < window)
-        return seen[:, None, None]
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return visible[:, None, None]
 
     return by_layer_type(lm.model, attends)
