@@ -175,11 +175,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number (Holm 1979), in the order given. Raises ValueError on one outside [0, 1]."""
     if wrong := [p for p in p_values if not 0.0 <= p <= 1.0]:
         raise ValueError(f"expected p-values from 0 to 1, found {wrong}")
-    if not p_values:
-        return []
-    from statsmodels.stats.multitest import multipletests  # slow to import
-
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+    order = np.argsort(p_values, kind="stable")
+    left = np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values, np.float64)[order] * left), 1.0)
+    return corrected.tolist()
 
 
 def wilson_interval(successes: int | float, trials: int, *, level: float = 0.95) -> Interval:

@@ -135,13 +135,20 @@ def _show(group: "Group") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    if group.table is not None and group.table.rows:
-        shown = Table(title=Text(group.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for place, heading in enumerate((group.table.headings[0], *(row[0] for row in group.table.rows))):
-            shown.add_column(Text(heading), justify="right" if place else "left", overflow="fold")
-        for heading, *cells in list(zip(group.table.headings, *group.table.rows, strict=True))[1:]:
+    console, found = Console(), group.table.rows if group.table is not None else ()
+    width = max((len(cell) for row in found for cell in row[1:]), default=0) + 2
+    beside = max(1, (console.width - 21) // width)
+    for start in range(0, len(found), beside):
+        assert group.table is not None
+        first, *headings = group.table.headings
+        part = found[start : start + beside]
+        shown = Table(first, title=Text(group.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        shown.columns[0].no_wrap = True
+        for name, *cells in part:
+            shown.add_column(Text(name), justify="right", overflow="fold", min_width=max(map(len, cells)))
+        for heading, *cells in zip(headings, *(row[1:] for row in part), strict=True):
             shown.add_row(heading, *map(Text, cells))
-        Console().print(shown)
+        console.print(shown)
     for line in (*(group.table.notes if group.table is not None else ()), *group.notes):
         _say(line)
 

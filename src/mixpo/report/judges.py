@@ -133,7 +133,7 @@ def _agreement_rows(found: Sequence[Judged], names: dict[Judge, str], seeds: boo
             continue
         agreed, arms = agreement(panels), _pair(panels[0], seeds)
         for one, other, count, kappa in agreed.kappas:
-            rows.append([f"{names[one]} and {names[other]}", arms, str(count), _told(kappa, f"{kappa:.2f}")])
+            rows.append([f"{names[one]} and {names[other]}", arms, str(count), _told(kappa, f"{kappa:z.2f}")])
         alpha = _told(agreed.alpha.mean, interval_text(agreed.alpha))
         rows.append([f"all {len(panels)}", arms, str(agreed.pairs), alpha])
     return rows
