@@ -334,14 +334,14 @@ def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(stud
 
     def behave(asked: Asked) -> Answer | str:
         if about(asked) == 2:
-            return error(500, "no <memory>\n on the device")
+            return error(500, "no <memory>\n on \x1b[31mthe device")
         return error(400, "too long") if about(asked) == 4 else well(asked)
 
     server.behave = behave
     printed = study.judge("--attempts", "3")
     assert printed.code == 1
     assert len(server.asked) == 6 + 2 * 3 + 2  # a bad request is not asked again
-    assert "2 questions failed: HTTP 500: no <memory> on the device\n" in printed.err
+    assert "2 questions failed: HTTP 500: no <memory> on \ufffd[31mthe device\n" in printed.err
     assert "2 questions failed: HTTP 400: too long\n" in printed.err
     assert "0.75 [" in printed.row("win")
     assert "no answer yet on 2 prompts" in printed.out

@@ -1,5 +1,6 @@
 """`mixpo judge`: ask language models which of two arms completes better."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Container, Iterator
@@ -61,6 +62,8 @@ def judge(
     rows = comparisons(results, arms, seed=at, prompts=prompts, draw=draw)
     if wrong := [name for place, name in enumerate(model) if name in model[:place] or not name.isprintable()]:
         raise InputError(f"--model: found {wrong[0]!r} twice or unprintable; expected different names of models")
+    if not (math.isfinite(temperature) and math.isfinite(timeout)):
+        raise InputError("--temperature, --timeout: found a number without an end; expected finite ones")
     words, address = read_template(template), checked(endpoint)
     judges = [Judge(name, address, temperature, reply_tokens, digest(words.text)) for name in model]
     asked = [questions(one, words, arms, at or 0, rows) for one in judges]

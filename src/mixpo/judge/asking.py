@@ -191,8 +191,9 @@ class _Asking:
         return self._line(message if isinstance(message, str) else error.response.text) or "no message"
 
     def _line(self, text: str) -> str:
-        """One line without the key of what was said elsewhere."""
-        return " ".join(self.hide(whole(text)).split())[:200]
+        """What was said elsewhere as one printable line without the key."""
+        words = self.hide(whole(text)).split()
+        return "".join(one if one.isprintable() else "\ufffd" for one in " ".join(words)[:200])
 
 
 async def pause(seconds: float, halted: asyncio.Event) -> None:
