@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mixpo.cli.judged import judge
 from mixpo.data.errors import InputError
 
 app = typer.Typer(
@@ -118,6 +119,9 @@ def compare(runs: RunFolders) -> None:
     from mixpo.experiments.results import load
 
     show_table(load(*runs))
+
+
+app.command()(judge)
 
 
 @app.command()
