@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mixpo.cli import studied
 from mixpo.data.errors import InputError
 
 app = typer.Typer(
@@ -130,6 +131,9 @@ def chat(
     from mixpo.cli.chat import talk
 
     talk(model, temperature=temperature, max_tokens=max_tokens)
+
+
+app.add_typer(studied.app)
 
 
 def _recipe(words: list[str] | None) -> Any:
