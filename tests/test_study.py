@@ -574,6 +574,10 @@ def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
         assert said.count("\n") == 1
         assert "hush" not in said
     assert run_cli(capsys, "agreement", run)[0] == 2
+    (Path(run) / "study" / "study.sqlite").write_bytes(b"no database" * 100)
+    code, said = run_cli(capsys, "agreement", run)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "found a store that cannot be used (file is not a database)" in said
     monkeypatch.setattr(studied, "NEEDED", ("no_such_package",))
     code, said = run_cli(capsys, "annotate", run)
     assert code == 2
@@ -592,6 +596,7 @@ def test_beyond_this_machine_without_tls_there_is_a_warning(tmp_path, capsys):
         "https://[::1]:80",
         ["[::1]:80", "localhost:80", "127.0.0.1:80"],
     )
+    assert server.addresses("127.0.0.1", 443, None, tls=True)[1] == ["127.0.0.1", "localhost", "127.0.0.1"]
 
 
 def test_a_password_is_never_shown():

@@ -58,6 +58,8 @@ def addresses(host: str, port: int, given: str | None, *, tls: bool) -> tuple[st
             )
         named = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         names = [named, f"localhost:{port}", f"127.0.0.1:{port}"] if is_loopback(host) else [named]
+        if port == (443 if tls else 80):  # which browsers leave out
+            names = [name.removesuffix(f":{port}") for name in names]
         return f"{'https' if tls else 'http'}://{named}", [name.lower() for name in names]
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -283,17 +284,11 @@ class Store:
         """How far every annotator is."""
         with self._session() as session:
             questions = session.scalar(select(func.count()).select_from(ItemRow)) or 0
-            counts = {
-                (annotator, skip): count
-                for annotator, skip, count in session.execute(
-                    select(JudgementRow.annotator, JudgementRow.choice == "skip", func.count()).group_by(
-                        JudgementRow.annotator, JudgementRow.choice == "skip"
-                    )
-                )
-            }
+            said = session.execute(select(JudgementRow.annotator, JudgementRow.choice)).all()
             rows = session.scalars(select(AnnotatorRow).order_by(AnnotatorRow.id)).all()
+        skips = {row.id: [choice == "skip" for annotator, choice in said if annotator == row.id] for row in rows}
         return [
-            Progress(row.name, counts.get((row.id, False), 0), counts.get((row.id, True), 0), questions) for row in rows
+            Progress(row.name, len(skips[row.id]) - sum(skips[row.id]), sum(skips[row.id]), questions) for row in rows
         ]
 
     def judge(self, annotator: int, number: int, said: Said, nonce: str) -> bool:
@@ -361,7 +356,7 @@ class Store:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, sqlite3.Error) as error:
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
             reason = reason.replace(self.password, "***") if self.password else reason
             do = "try again when the other process is done" if "locked" in reason else "see that it is there and yours"

@@ -14,7 +14,10 @@
   }, true);
   document.addEventListener("submit", (event) => {
     if (sent || early()) event.preventDefault();
-    else sent = true;
+    else {
+      sent = true;
+      setTimeout(() => { sent = false; }, 3000);  // the connection may be lost; the form itself counts once
+    }
   });
   document.addEventListener("keydown", (event) => {
     if (event.repeat && event.target.closest("button")) event.preventDefault();
