@@ -63,11 +63,13 @@ class Study:
     run: Path
     wanted: Wanted = field(default_factory=lambda: Wanted(arms=ARMS, annotators=PEOPLE))
     settings: dict[str, Any] = field(default_factory=dict)
+    url: str | None = None
+    """Of another store than the run's own."""
 
     def __post_init__(self) -> None:
         (self.run / "study").mkdir(exist_ok=True)
         self.clock = Clock()
-        self.store = Store(store_url(self.run, None))
+        self.store = Store(store_url(self.run, self.url))
         try:
             self.row: StudyRow = begin_or_go_on(self.results, self.store, self.wanted)
             self.tokens, self.lost = links(self.store, self.run / "study")

@@ -608,6 +608,42 @@ def test_a_password_is_never_shown():
     assert "\n" not in str(refused.value)
 
 
+DATABASE = os.environ.get("MIXPO_TEST_DATABASE")
+
+
+@pytest.mark.skipif(DATABASE is None, reason="MIXPO_TEST_DATABASE names no empty PostgreSQL database")
+def test_a_study_in_postgresql(tmp_path):
+    study = Study(fruit_run(tmp_path), url=DATABASE)
+    try:
+        anna = study.person("anna")
+        word = anna.word(1)
+        for choice in ("left", "right"):
+            anna.post(1, choice, word, comment="a\0b")
+        anna.judge(1, "tie", comment="مرحبا")
+        anna.judge(2, "skip", reason="other")
+        said = Said("left", "", "", 1.0, False, "now")
+        threads = [threading.Thread(target=study.store.judge, args=(2, 1, said, f"n{n % 3}")) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert study.said() == {("anna", 1): "tie", ("anna", 2): "skip", ("ben", 1): "left"}
+        assert study.store.earlier() == {("anna", 1): ["left"], ("ben", 1): ["left", "left"]}
+        assert [(one.judged, one.skipped) for one in study.store.progress()] == [(1, 1), (1, 0), (0, 0)]
+        files.export(study.store, study.row, tmp_path / "all.csv")
+        assert files.take_in(study.store, study.row, tmp_path / "all.csv") == (3, 0)
+        again = Study(study.run, url=DATABASE)
+        again.store.dispose()
+        assert (again.tokens, again.lost) == (study.tokens, [])
+        word = anna.word(3)
+        assert close(study).counted == ["anna", "ben"]
+        assert anna.post(3, "left", word).status_code == 403
+        assert len(study.said()) == 3
+    finally:
+        store.Base.metadata.drop_all(study.store.engine)
+        study.store.dispose()
+
+
 # files
 
 
@@ -902,7 +938,8 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
     run = fruit_run(tmp_path, prompts=questions + 1)  # one is the same of both
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process, links = start(run, port, tmp_path)
+    first, links = start(run, port, tmp_path)
+    processes = [first]
     acknowledged: dict[tuple[str, int], str] = {}
     failures: list[str] = []
 
@@ -941,23 +978,23 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
     try:
         while len(acknowledged) < 50 * questions // 2 and not failures:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
         before = dict(acknowledged)
         opened = Store(store_url(run, None))
         kept = {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said}
         opened.dispose()
         assert before.items() <= kept.items()
         assert len(before) < 50 * questions
-        process, again = start(run, port, tmp_path)
+        second, again = start(run, port, tmp_path)
+        processes.append(second)
         assert again == links
         for thread in threads:
             thread.join()
     finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for process in processes:
+            process.kill()
+            process.communicate()
     assert failures == []
     opened = Store(store_url(run, None))
     assert {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said} == acknowledged
