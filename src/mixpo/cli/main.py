@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mixpo.cli import studied
 from mixpo.cli.judged import judge
 from mixpo.data.errors import InputError
 
@@ -134,6 +135,9 @@ def chat(
     from mixpo.cli.chat import talk
 
     talk(model, temperature=temperature, max_tokens=max_tokens)
+
+
+app.add_typer(studied.app)
 
 
 def _recipe(words: list[str] | None) -> Any:

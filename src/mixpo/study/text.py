@@ -1,0 +1,38 @@
+"""Texts of models as people may safely see them: nothing hidden, nothing that turns its surroundings around."""
+
+import unicodedata
+from dataclasses import dataclass
+
+from mixpo.data.rows import Prompt
+
+PLAIN = "\n\t\u200c\u200d"
+"""Characters without a shape that stay: line breaks, and what joins or parts letters and emoji."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a prompt as it is shown."""
+
+    role: str
+    content: str
+
+
+def visible(text: str) -> str:
+    """A text in which every control, bidirectional or otherwise invisible character can be seen: ␛, ⟦U+202E⟧."""
+    return "".join(map(_shape, text.replace("\r\n", "\n")))
+
+
+def turns(prompt: Prompt) -> list[Turn]:
+    """The messages of a prompt; text alone is the user's."""
+    if isinstance(prompt, str):
+        return [Turn("user", visible(prompt))]
+    return [Turn(visible(message["role"]), visible(message["content"])) for message in prompt]
+
+
+def _shape(character: str) -> str:
+    if character in PLAIN or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟦U+{code:04X}⟧"

@@ -1,0 +1,1004 @@
+"""The blind study: what is shown, what is kept, who is kept out, what stays hidden; and what it says in the end."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import SQLAlchemyError
+
+from mixpo.cli import main as cli
+from mixpo.cli import studied
+from mixpo.data.errors import InputError
+from mixpo.experiments.results import load
+from mixpo.report.people import opening, section, tables
+from mixpo.study import begin, files, server, store
+from mixpo.study.app import Bucket
+from mixpo.study.begin import Wanted, names
+from mixpo.study.findings import Findings, findings
+from mixpo.study.plan import form_word, order, read_form_word
+from mixpo.study.store import ClosedError, Said, Store, store_url
+from mixpo.study.text import turns, visible
+from report_runs import rows
+from studies import ARMS, HOST, PEOPLE, WORDS, Study, fruit_run, sides
+
+Make = Callable[..., Study]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Begins a study, or goes on with it."""
+    made: list[Study] = []
+
+    def one(**settings: Any) -> Study:
+        wanted = settings.pop("wanted", None)
+        run = tmp_path / "run"
+        if not run.exists():
+            fruit_run(tmp_path)
+        made.append(Study(run, wanted or Wanted(arms=ARMS, annotators=PEOPLE), settings))
+        return made[-1]
+
+    yield one
+    for study in made:
+        study.store.dispose()
+
+
+def close(study: Study) -> Findings:
+    study.row.closed = study.store.close()
+    files.write_closed(study.store, study.row, study.run / "study")
+    found = findings(study.run)
+    assert found is not None
+    return found
+
+
+# what is asked
+
+
+def test_each_one_has_an_order_of_his_own_and_each_arm_half_of_the_left_sides():
+    drawn = {name: order(101, draw=0, secret="s", annotator=name) for name in PEOPLE}
+    for questions in drawn.values():
+        assert sorted(item for item, _ in questions) == list(range(101))
+        assert sum(swapped for _, swapped in questions) in (50, 51)
+    assert len({tuple(questions) for questions in drawn.values()}) == 3
+    assert drawn["anna"] == order(101, draw=0, secret="s", annotator="anna")
+    assert drawn["anna"] != order(101, draw=1, secret="s", annotator="anna")
+
+
+def test_the_seed_alone_tells_no_side():
+    guesses = [dict(order(400, draw=0, secret=secret, annotator="anna")) for secret in ("one", "other")]
+    alike = sum(guesses[0][item] == guesses[1][item] for item in range(400))
+    assert 140 < alike < 260
+
+
+def test_a_form_is_for_one_person_and_one_question():
+    word = form_word("secret", 1, 7, now=12.5)
+    nonce, served = read_form_word(word, "secret", 1, 7) or ("", 0.0)
+    assert served == 12.5
+    assert nonce not in (read_form_word(form_word("secret", 1, 7, now=12.5), "secret", 1, 7) or ())
+    for secret, annotator, number in (("other", 1, 7), ("secret", 2, 7), ("secret", 1, 8)):
+        assert read_form_word(word, secret, annotator, number) is None
+    for forged in ("", ".", "x", word[:-1], word + "0", "1" + word, "é" + word):
+        assert read_form_word(forged, "secret", 1, 7) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("3", ["annotator 1", "annotator 2", "annotator 3"]), ("anna, ben", ["anna", "ben"]), ("Żółć", ["Żółć"])],
+)
+def test_names(given, found):
+    assert names(given) == found
+
+
+@pytest.mark.parametrize("given", ["0", "anna,", "anna,anna", "a\x1bb", "x" * 41, "-1,2"])
+def test_bad_names(given):
+    with pytest.raises(InputError, match=r"^--annotators: found .*; expected a number, or different names"):
+        names(given)
+
+
+# the pages
+
+
+def test_a_link_leaves_a_cookie_and_goes_to_the_guidelines(make):
+    study = make()
+    browser = study.browser()
+    entered = browser.get(f"/a/{study.tokens['anna']}", follow_redirects=False)
+    assert (entered.status_code, entered.headers["location"]) == (303, "/start")
+    cookie = entered.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=strict" in cookie
+    assert study.row.guidelines.split(".")[0] in unescape(browser.get("/start").text)
+    first = browser.get("/")
+    assert str(first.url) == f"http://{HOST}/q/1#question"
+    assert "Question 1 of 5" in first.text
+    assert study.tokens["anna"] not in first.text
+    bare = study.browser().get(f"/a/{study.tokens['anna']}", follow_redirects=False)
+    assert study.browser().get(bare.headers["location"]).status_code == 200  # without the cookie, as across sites
+
+
+def test_a_cookie_goes_over_tls_alone_where_there_is_tls(make):
+    study = make(scheme="https")
+    assert "Secure" in study.browser().get(f"/a/{study.tokens['anna']}", follow_redirects=False).headers["set-cookie"]
+
+
+def test_a_judgement_is_of_the_arm_that_was_on_that_side(make):
+    study = make()
+    anna, ben = study.person("anna"), study.person("ben")
+    chosen = {number: anna.prefer(number, "apples") for number in range(1, 6)}
+    assert set(chosen.values()) == {"left", "right"}
+    for number in range(1, 6):
+        ben.prefer(number, "pears")
+    close(study)
+    kept = [json.loads(line) for line in (study.run / "study" / "judgements.jsonl").read_text().splitlines()]
+    assert {(row["annotator"], row["better"]) for row in kept} == {("anna", "zebra"), ("ben", "yak")}
+    assert {row["question"]: row["choice"] for row in kept if row["annotator"] == "anna"} == chosen
+    assert sorted(row["prompt"] for row in kept if row["annotator"] == "ben") == [0, 1, 2, 3, 4]
+    closed = json.loads((study.run / "study" / "closed.json").read_text())
+    assert closed["arms"] == list(ARMS)
+    assert closed["same"] == [{"prompt": 5, "category": None}]
+    assert closed["annotators"]["cleo"] == {"judged": 0, "skipped": 0, "questions": 5}
+    again = order(5, draw=0, secret=closed["secret"], annotator="anna")  # reproducible once it is closed
+    told = {row["question"]: (row["prompt"], row["left"]) for row in kept if row["annotator"] == "anna"}
+    assert told == {n: (item, ARMS[swapped]) for n, (item, swapped) in enumerate(again, start=1)}
+
+
+def test_after_a_judgement_comes_the_next_open_question_and_then_thanks(make):
+    anna = make().person("anna")
+    assert anna.judge(2, "tie") == "/q/3?saved=2#question"
+    assert "Question 2 is saved." in anna.browser.get("/q/3?saved=2").text
+    assert anna.judge(5, "left") == "/q/1?saved=5#question"
+    assert anna.judge(1, "left") == "/q/3?saved=1#question"
+    assert anna.judge(3, "left") == "/q/4?saved=3#question"
+    assert anna.judge(4, "left") == "/done?saved=4"
+    assert "You judged 5 of 5 questions." in anna.browser.get("/done").text
+
+
+def test_a_form_counts_once_however_often_it_comes(make):
+    study = make()
+    anna = study.person("anna")
+    word = anna.word(1)
+    assert [anna.post(1, choice, word).status_code for choice in ("left", "left", "right")] == [303] * 3
+    assert study.said() == {("anna", 1): "left"}
+    assert study.store.earlier() == {}
+
+
+def test_going_back_changes_a_judgement_and_keeps_the_earlier_one(make):
+    study = make()
+    anna = study.person("anna")
+    old = anna.word(1)
+    anna.post(1, "left", old, comment="so")
+    page = anna.page(1)
+    assert re.search(r'value="left"[^>]*aria-pressed="true"', page)
+    assert ">\nso</textarea>" in page
+    anna.judge(1, "right")
+    anna.judge(1, "tie")
+    anna.post(1, "left", old)  # sent again by a browser that lost its connection
+    assert study.said() == {("anna", 1): "tie"}
+    assert study.store.earlier() == {("anna", 1): ["left", "right"]}
+    close(study)
+    (kept,) = (study.run / "study" / "judgements.jsonl").read_text().splitlines()
+    assert json.loads(kept)["earlier"] == ["left", "right"]
+
+
+def test_a_form_of_another_question_or_person_judges_nothing(make):
+    study = make()
+    anna, ben = study.person("anna"), study.person("ben")
+    assert anna.post(2, "left", anna.word(1)).status_code == 403
+    assert anna.post(1, "left", ben.word(1)).status_code == 403
+    assert anna.post(1, "left", "").status_code in (400, 403)
+    assert anna.post(9, "left", anna.word(1)).status_code == 403
+    assert study.said() == {}
+
+
+@pytest.mark.parametrize(
+    "data", [{"choice": "best"}, {}, {"choice": "skip"}, {"choice": "skip", "reason": "bored"}], ids=str
+)
+def test_what_is_no_judgement_is_refused(make, data):
+    study = make()
+    anna = study.person("anna")
+    answer = anna.browser.post("/q/1", data={"form": anna.word(1), **data})
+    assert answer.status_code == 400
+    assert "This could not be understood" in answer.text
+    assert study.said() == {}
+
+
+def test_a_skip_has_a_reason_and_a_choice_needs_none(make):
+    study = make()
+    anna = study.person("anna")
+    anna.judge(1, "skip", reason="knowledge", comment="law")
+    anna.judge(2, "left", reason="knowledge")
+    one, two = (study.store.question(1, number).said for number in (1, 2))
+    assert (one.choice, one.reason, one.comment) == ("skip", "knowledge", "law")
+    assert (two.choice, two.reason) == ("left", "")
+    assert "You skipped this question." in anna.page(1)
+    page = anna.page(3)
+    assert len(re.findall(r"<button name=\"choice\"[^>]*formnovalidate", page)) == 3
+    assert [(one.judged, one.skipped) for one in study.store.progress()] == [(1, 1), (0, 0), (0, 0)]
+
+
+def test_time_is_measured_from_when_the_page_was_served(make):
+    study = make()
+    anna = study.person("anna")
+    for number, seconds in ((1, 12.34), (2, 601.0), (3, -5.0)):
+        word = anna.word(number)
+        study.clock.at += seconds
+        anna.post(number, "tie", word)
+    said = [study.store.question(1, number).said for number in (1, 2, 3)]
+    assert [(one.seconds, one.idle) for one in said] == [(12.3, False), (600.0, True), (0.0, False)]
+    (who, *_) = close(study).annotators
+    assert (who.seconds, who.idle) == (12.3, 1)
+
+
+def test_a_closed_study_says_thanks_and_takes_nothing(make):
+    study = make()
+    anna = study.person("anna")
+    anna.judge(1, "left")
+    word = anna.word(2)
+    close(study)
+    answer = anna.post(2, "right", word)
+    assert answer.status_code == 403
+    assert "The study is closed" in answer.text
+    assert str(anna.browser.get("/").url) == f"http://{HOST}/done#question"
+    assert "The study is closed" in anna.browser.get("/q/1").text
+    with pytest.raises(ClosedError):
+        study.store.judge(1, 2, Said("left", "", "", 1.0, False, "now"), "nonce")
+    assert study.said() == {("anna", 1): "left"}
+
+
+def test_hostile_text_is_text(make):
+    study = make()
+    anna = study.person("anna")
+    page = next(page for number in range(1, 6) if "window.hit" in (page := anna.page(number)))
+    assert page.count("<script") == 1  # the page's own
+    assert "<img" not in page
+    shown = sides(page)
+    assert all("<script>window.hit = 1</script><img src=x onerror=alert(1)> [x](javascript:" in one for one in shown)
+    assert all("␛[31m ⟦U+202E⟧abc⟦U+2066⟧" in one for one in shown)
+    assert not set("\x1b\u202e\u2066") & set(page)
+    assert "question 0 &amp; &lt;b&gt;more" in page
+
+
+def test_what_cannot_be_seen_is_made_visible():
+    assert visible("a\tb\r\nc\rd\0\x7f\x85") == "a\tb\nc␍d␀␡⟦U+0085⟧"
+    assert visible("\u200b\u2028\ufeff\u200f\U000e0041") == "⟦U+200B⟧⟦U+2028⟧⟦U+FEFF⟧⟦U+200F⟧⟦U+E0041⟧"
+    assert visible("👩\u200d💻 می\u200cخواهم é") == "👩\u200d💻 می\u200cخواهم é"
+    assert [(turn.role, turn.content) for turn in turns("a\x00")] == [("user", "a␀")]
+
+
+# who is kept out
+
+
+def test_every_answer_has_the_headers_that_keep_it_safe(make):
+    study = make()
+    anna = study.person("anna")
+    answers = [anna.browser.get(path) for path in ("/q/1", "/start", "/done", "/static/study.js", "/q/77", "/x")]
+    answers += [study.browser().get("/"), anna.browser.get("/", headers={"host": "evil.example"})]
+    answers.append(anna.post(1, "tie"))
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 404, 404, 403, 400, 303]
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-store"
+    assert "There is no such page" in answers[4].text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 303),
+        ({"origin": f"http://{HOST}", "sec-fetch-site": "same-origin"}, 303),
+        ({"origin": "null"}, 303),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": f"https://{HOST}"}, 403),
+        ({"sec-fetch-site": "cross-site", "origin": "null"}, 403),
+        ({"host": "evil.example"}, 400),
+        ({"host": "127.0.0.1:1"}, 400),
+    ],
+    ids=str,
+)
+def test_other_sites_and_hosts_judge_nothing(make, headers, status):
+    study = make()
+    anna = study.person("anna")
+    data = {"form": anna.word(1), "choice": "left"}
+    assert anna.browser.post("/q/1", data=data, headers=headers, follow_redirects=False).status_code == status
+    assert len(study.said()) == (status == 303)
+
+
+def test_large_bodies_are_refused_by_their_length_and_while_they_come(make):
+    study = make()
+    anna = study.person("anna")
+    assert anna.post(1, "left", comment="x" * 70_000).status_code == 413
+    word = anna.word(1)
+
+    def parts() -> Iterator[bytes]:
+        yield f"form={word}&choice=left&comment=".encode()
+        for _ in range(70):
+            yield b"x" * 1000
+
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    answer = anna.browser.post("/q/1", content=parts(), headers=headers)
+    assert answer.status_code == 413
+    assert "That is too much text" in answer.text
+    assert anna.post(1, "left", comment="x" * 2001).status_code == 413
+    assert study.said() == {}
+    anna.judge(1, "left", comment="x" * 2000)
+
+
+def test_who_is_too_fast_waits_and_others_do_not(make):
+    study = make(rate=0.0, burst=4.0)
+    anna, ben = study.person("anna"), study.person("ben")
+    assert [anna.browser.get("/q/1").status_code for _ in range(6)] == [200] * 4 + [429] * 2
+    assert "That was very fast" in anna.browser.get("/q/1").text
+    assert ben.browser.get("/q/1").status_code == 200
+
+
+def test_guessed_links_are_slowed_down_and_real_ones_are_not(make):
+    study = make()
+    found = [study.browser().get(f"/a/guess{number}").status_code for number in range(30)]
+    assert set(found) == {403, 429}
+    study.person("ben")
+    stranger = study.browser()
+    stranger.cookies.set("study", study.tokens["anna"])  # of no such name
+    assert stranger.get("/q/1").status_code in (403, 429)
+
+
+def test_a_bucket_fills_again():
+    at = [0.0]
+    bucket = Bucket(0.5, 2.0, lambda: at[0])
+    assert [bucket.take() for _ in range(3)] == [True, True, False]
+    at[0] = 2.0
+    assert [bucket.take() for _ in range(2)] == [True, False]
+
+
+def test_a_store_that_is_locked_loses_nothing_and_says_so(make, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.05)
+    study = make()
+    anna = study.person("anna")
+    word = anna.word(1)
+    other = sqlite3.connect(study.run / "study" / "study.sqlite")
+    other.execute("BEGIN IMMEDIATE")
+    answer = anna.post(1, "left", word)
+    other.close()
+    assert answer.status_code == 503
+    assert "This could not be saved" in answer.text
+    assert study.said() == {}
+    assert anna.post(1, "left", word).status_code == 303
+    assert study.said() == {("anna", 1): "left"}
+
+
+def test_many_forms_at_once_leave_one_judgement_and_every_change(make):
+    study = make()
+    said = [Said(choice, "", "", 1.0, False, "now") for choice in ("left", "right", "tie", "left", "right", "tie")]
+    kept: list[bool] = []
+
+    def send(number: int) -> None:
+        kept.append(study.store.judge(1, 1, said[number], f"nonce {number % 4}"))
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(kept) == [False, False, True, True, True, True]
+    assert list(study.said()) == [("anna", 1)]
+    assert len(study.store.earlier()[("anna", 1)]) == 3
+
+
+def test_what_is_acknowledged_is_on_disk(make):
+    study = make()
+    with study.store.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+# going on
+
+
+def test_the_same_command_goes_on_with_the_same_study_and_links(make):
+    study = make()
+    study.person("anna").judge(1, "left")
+    texts = [sides(study.person("ben").page(number)) for number in range(1, 6)]
+    for wanted in (Wanted(), Wanted(arms=ARMS, annotators=PEOPLE, prompts=6, draw=0)):
+        again = make(wanted=wanted)
+        assert (again.tokens, again.lost) == (study.tokens, [])
+        assert again.said() == {("anna", 1): "left"}
+        assert [sides(again.person("ben").page(number)) for number in range(1, 6)] == texts
+    mode = (study.run / "study" / "links.json").stat().st_mode
+    assert mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(arms=("yak", "zebra")), "--arms: found yak, zebra; expected zebra, yak, as in the study"),
+        (Wanted(prompts=3), "--prompts: found 3; expected 6, as in the study"),
+        (Wanted(draw=4), "--draw: found 4; expected 0, as in the study"),
+        (Wanted(seed=1), "--seed: found 1; expected none, as in the study"),
+        (Wanted(annotators=("dora",)), "--annotators: found dora; expected anna, ben, cleo, as in the study"),
+        (Wanted(guidelines="be quick"), "--guidelines: found other ones, as in the study"),
+    ],
+)
+def test_another_study_of_the_same_run_is_refused(make, wanted, message):
+    make()
+    with pytest.raises(InputError, match=f"^{re.escape(message)} that is there; leave it out"):
+        make(wanted=wanted)
+
+
+def test_a_run_that_has_changed_or_a_study_that_is_closed_is_refused(make, monkeypatch):
+    study = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(WORDS, "yak", "plums")
+        fruit_run(study.run.parent)
+        with pytest.raises(InputError, match="found a study of other completions than the run now has"):
+            make(wanted=Wanted())
+    fruit_run(study.run.parent)
+    study.store.close()
+    with pytest.raises(InputError, match=r"found a study that was closed at 20.*; `mixpo agreement RUN` shows"):
+        make(wanted=Wanted())
+
+
+def test_lost_links_are_made_anew(make):
+    study = make()
+    (study.run / "study" / "links.json").unlink()
+    again = make()
+    assert again.lost == list(PEOPLE)
+    assert not set(again.tokens.values()) & set(study.tokens.values())
+    again.person("anna")
+    assert again.browser().get(f"/a/{study.tokens['anna']}").status_code == 403
+    assert not any(
+        token in (study.run / "study" / "study.sqlite").read_bytes().decode("latin1") for token in again.tokens.values()
+    )
+
+
+def test_no_study_without_arms_or_of_arms_that_say_the_same(make, monkeypatch):
+    with pytest.raises(InputError, match=r"--arms: found none, and no study in .*; expected two arms of the run"):
+        make(wanted=Wanted())
+    with pytest.raises(InputError, match="--prompts: found 7; expected 1 to 6"):
+        make(wanted=Wanted(arms=ARMS, prompts=7))
+    monkeypatch.setattr(begin, "comparisons", lambda *_, **__: [])
+    with pytest.raises(InputError, match="two arms that complete every prompt alike"):
+        make(wanted=Wanted(arms=ARMS, prompts=1))
+
+
+# blindness
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """`mixpo WORDS`: its exit code, and all that it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mixpo", *words])
+        patch.setattr(server, "serve", lambda *_: None)
+        with pytest.raises(SystemExit) as stopped:
+            sys.exit(cli.main())
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out + printed.err
+
+
+def test_before_it_is_closed_nothing_tells_an_arm(make, capsys, tmp_path):
+    study = make()
+    run = str(study.run)
+    told = []
+    for name in PEOPLE:
+        person = study.person(name)
+        told += [person.page(number) for number in range(1, 6)]
+        for number in range(1, 5):
+            person.prefer(number, "apples")
+        told += [person.browser.get(path).text for path in ("/done", "/start", "/nowhere")]
+    for path in ("a.csv", "a.jsonl"):
+        told.append(run_cli(capsys, "annotate", run, "--export", str(tmp_path / path))[1])
+        told.append((tmp_path / path).read_text())
+    code, begun = run_cli(capsys, "annotate", run, "--port", "0")
+    assert code == 0
+    assert re.findall(r"http://127\.0\.0\.1:\d+/a/(\S+)", begun) == list(study.tokens.values())
+    told += [begun, run_cli(capsys, "agreement", run)[1]]
+    assert "anna: 4 of 5 judged, 0 skipped" in told[-1]
+    assert "--close" in told[-1]
+    for text in told:
+        assert "zebra" not in text
+        assert "yak" not in text
+        assert "κ" not in text
+    assert section(load(study.run)) is None
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    plain = {hashlib.sha256(f"apples {n}".encode()).hexdigest()[:32] for n in range(6)}
+    assert not plain & {row[side] for row in lines for side in ("left", "right")}
+
+
+def test_closing_asks_first_and_says_what_is_missing(make, capsys, monkeypatch):
+    study = make()
+    study.person("anna").judge(1, "left")
+    run = str(study.run)
+    with open(os.devnull) as nothing, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", nothing)
+        code, said = run_cli(capsys, "annotate", run, "--close")
+    assert code == 1
+    assert "14 of 15 judgements are missing" in said
+    assert study.store.study().closed is None
+    code, said = run_cli(capsys, "annotate", run, "--close", "--yes")
+    assert code == 0
+    assert "zebra" not in said
+    for _ in range(2):  # a second time it writes the same files again
+        code, said = run_cli(capsys, "agreement", run)
+        assert code == 0
+        assert "zebra" in said
+        (study.run / "study" / "closed.json").unlink()
+        assert "its files are not here" in run_cli(capsys, "agreement", run)[1]
+        assert run_cli(capsys, "annotate", run, "--close")[0] == 0
+
+
+# the command line
+
+
+def test_a_taken_port_makes_no_study(tmp_path, capsys):
+    run = fruit_run(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, said = run_cli(capsys, "annotate", str(run), "--arms", *ARMS, "--port", port)
+    assert code == 2
+    assert said == f"--port: found {port} taken; expected a free one; 0 takes any that is free\n"
+    assert not (run / "study").exists()
+
+
+def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
+    run = str(fruit_run(tmp_path))
+    pages = ("--arms", *ARMS, "--port", "0")
+    for words, expected in (
+        (("--close",), "found no study; expected one begun by `mixpo annotate"),
+        (("--close", "--export", "x.csv"), "--export, --close: found 2 of them; expected one at a time"),
+        ((*pages, "--host", "0.0.0.0"), "--host: found 0.0.0.0, which is every address"),
+        ((*pages, "--host", "no.such.invalid"), "--host: found 'no.such.invalid'"),
+        ((*pages, "--address", "example.org"), "--address: found 'example.org'; expected such as https://"),
+        ((*pages, "--tls-cert", "x.pem"), "--tls-cert, --tls-key: found one of them"),
+        ((*pages, "--guidelines", "none.txt"), "--guidelines: found none.txt, which cannot be read"),
+        ((*pages, "--store", "nonsense"), "--store: found no URL of a database"),
+        ((*pages, "--store", "postgresql+nodriver://me:hush@h/d"), "postgresql+nodriver://me:***@h/d: found a store"),
+        ((*pages, "--store", "sqlite:////nowhere/at/all.sqlite"), "unable to open database file"),
+    ):
+        code, said = run_cli(capsys, "annotate", run, *words)
+        assert code == 2, said
+        assert expected in said
+        assert said.count("\n") == 1
+        assert "hush" not in said
+    assert run_cli(capsys, "agreement", run)[0] == 2
+    (Path(run) / "study" / "study.sqlite").write_bytes(b"no database" * 100)
+    code, said = run_cli(capsys, "agreement", run)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "found a store that cannot be used (file is not a database)" in said
+    monkeypatch.setattr(studied, "NEEDED", ("no_such_package",))
+    code, said = run_cli(capsys, "annotate", run)
+    assert code == 2
+    assert said.endswith("`pip install 'mixpo[study]'`\n")
+
+
+def test_beyond_this_machine_without_tls_there_is_a_warning(tmp_path, capsys):
+    run = str(fruit_run(tmp_path))
+    words = ("annotate", run, "--arms", *ARMS, "--annotators", "2", "--port", "0", "--host", "0.0.0.0", "--address")
+    assert "warning: without TLS" in run_cli(capsys, *words, "http://study.example.org")[1]
+    code, said = run_cli(capsys, *words, "https://study.example.org/")
+    assert code == 0
+    assert "warning" not in said
+    assert len(re.findall(r"  annotator [12]: https://study\.example\.org/a/\S{32}\n", said)) == 2
+    assert server.addresses("::1", 80, None, tls=True) == (
+        "https://[::1]:80",
+        ["[::1]:80", "localhost:80", "127.0.0.1:80"],
+    )
+    assert server.addresses("127.0.0.1", 443, None, tls=True)[1] == ["127.0.0.1", "localhost", "127.0.0.1"]
+
+
+def test_a_password_is_never_shown():
+    opened = Store(store_url(Path(), "sqlite:////nowhere/x.sqlite"))
+    opened.password = "hush"
+    with pytest.raises(InputError) as refused, opened._told():
+        raise SQLAlchemyError("me:hush@h was refused\nfor reasons")
+    assert str(refused.value).startswith("/nowhere/x.sqlite: found a store that cannot be used (me:***@h was refused);")
+    assert "\n" not in str(refused.value)
+
+
+DATABASE = os.environ.get("MIXPO_TEST_DATABASE")
+
+
+@pytest.mark.skipif(DATABASE is None, reason="MIXPO_TEST_DATABASE names no empty PostgreSQL database")
+def test_a_study_in_postgresql(tmp_path):
+    study = Study(fruit_run(tmp_path), url=DATABASE)
+    try:
+        anna = study.person("anna")
+        word = anna.word(1)
+        for choice in ("left", "right"):
+            anna.post(1, choice, word, comment="a\0b")
+        anna.judge(1, "tie", comment="مرحبا")
+        anna.judge(2, "skip", reason="other")
+        said = Said("left", "", "", 1.0, False, "now")
+        threads = [threading.Thread(target=study.store.judge, args=(2, 1, said, f"n{n % 3}")) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert study.said() == {("anna", 1): "tie", ("anna", 2): "skip", ("ben", 1): "left"}
+        assert study.store.earlier() == {("anna", 1): ["left"], ("ben", 1): ["left", "left"]}
+        assert [(one.judged, one.skipped) for one in study.store.progress()] == [(1, 1), (1, 0), (0, 0)]
+        files.export(study.store, study.row, tmp_path / "all.csv")
+        assert files.take_in(study.store, study.row, tmp_path / "all.csv") == (3, 0)
+        again = Study(study.run, url=DATABASE)
+        again.store.dispose()
+        assert (again.tokens, again.lost) == (study.tokens, [])
+        word = anna.word(3)
+        assert close(study).counted == ["anna", "ben"]
+        assert anna.post(3, "left", word).status_code == 403
+        assert len(study.said()) == 3
+    finally:
+        store.Base.metadata.drop_all(study.store.engine)
+        study.store.dispose()
+
+
+# files
+
+
+COMMENTS = ["=1+1", "+x", "-x", "@x", "'quoted", "plain, with a comma", 'two\nlines "and" marks', "𝔘 مرحبا", "\tx"]
+
+
+def judged(study: Study) -> None:
+    for place, number in enumerate(range(1, 6)):
+        study.person("anna").judge(number, ("left", "tie", "right")[place % 3], comment=COMMENTS[place])
+        study.person("ben").judge(number, "tie", comment=COMMENTS[(place + 4) % len(COMMENTS)])
+    study.person("cleo").judge(1, "skip", reason="other", comment=COMMENTS[8])
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_an_export_comes_back_as_it_was(make, tmp_path, form):
+    study = make()
+    empty = tmp_path / "empty.sqlite"
+    with sqlite3.connect(study.run / "study" / "study.sqlite") as there, sqlite3.connect(empty) as copy:
+        there.backup(copy)
+    there.close()
+    copy.close()
+    judged(study)
+    path = tmp_path / f"all.{form}"
+    assert files.export(study.store, study.row, path) == 11
+    assert files.take_in(study.store, study.row, path) == (11, 0)
+    other = Store(store_url(tmp_path, f"sqlite:///{empty}"))
+    assert files.take_in(other, study.row, path) == (11, 11)
+    assert [one.said for one in other.questions()] == [one.said for one in study.store.questions()]
+    assert files.take_in(other, study.row, path) == (11, 0)
+    other.dispose()
+
+
+def test_no_cell_of_an_export_is_a_formula(make, tmp_path):
+    study = make()
+    judged(study)
+    files.export(study.store, study.row, tmp_path / "all.csv")
+    with (tmp_path / "all.csv").open(encoding="utf8", newline="") as stream:
+        cells = [cell for row in csv.reader(stream) for cell in row]
+    assert "'=1+1" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choice": "left"}, "found choice 'left'; the store has 'tie' for question 2 of 'anna'; expected the same"),
+        ({"comment": "other"}, "found comment 'other'; the store has '+x' for question 2"),
+        ({"left": "0" * 32}, f"found left '{'0' * 32}'; expected "),
+        ({"prompt": "x"}, "found prompt 'x'; expected "),
+        ({"annotator": "dora"}, "found question 2 of 'dora'; expected one of this study"),
+        ({"question": "99"}, "found question 99 of 'anna'; expected one of this study"),
+        ({"question": "3"}, "another study, or another question"),
+        ({"choice": "best"}, "found choice 'best'; expected one of left, right, tie, skip"),
+        ({"reason": "other"}, "found reason 'other' of choice tie; expected none"),
+        ({"choice": "skip"}, "found reason '' of choice skip; expected unreadable, "),
+        ({"seconds": "nan"}, "found seconds 'nan' and idle"),
+        ({"comment": 7}, "found comment 7; expected text"),
+        ({"at": None}, "found at None; expected text"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_whole(make, tmp_path, change, message):
+    study = make()
+    judged(study)
+    path = tmp_path / "all.jsonl"
+    files.export(study.store, study.row, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] |= change
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with study.store._session(write=True) as session:  # so that all others would be new
+        session.query(store.JudgementRow).filter(store.JudgementRow.number != 2).delete()
+    before = study.said()
+    with pytest.raises(InputError) as refused:
+        files.take_in(study.store, study.row, path)
+    first, *_, last = str(refused.value).splitlines()
+    assert first.startswith(f"{path}:2: ")
+    assert message in first
+    assert last.startswith("nothing was imported")
+    assert study.said() == before
+
+
+def test_files_that_are_no_export_are_refused(make, tmp_path):
+    study = make()
+    judged(study)
+    path = tmp_path / "all.jsonl"
+    files.export(study.store, study.row, path)
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(InputError, match="found question 1 of anna twice; expected it once"):
+        files.take_in(study.store, study.row, path)
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    for name, message in (
+        ("x.csv", "found no column annotator"),
+        ("x.txt", "found a file of type 'txt'"),
+        ("none.csv", "found no readable csv"),
+    ):
+        with pytest.raises(InputError, match=message):
+            files.take_in(study.store, study.row, tmp_path / name)
+    with pytest.raises(InputError, match="found a place that cannot be written"):
+        files.export(study.store, study.row, tmp_path / "no" / "all.csv")
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:11]))
+    study.store.close()
+    with pytest.raises(InputError, match="found a study that is closed"):
+        files.take_in(study.store, study.row, path)
+
+
+# what a study says
+
+
+def closed_study(folder: Path, choices: dict[str, list[str]], kinds: list[str | None] | None = None) -> Findings:
+    """The files of a closed study: what everybody chose, prompt by prompt; W, T, L, S, or - for nothing."""
+    better = {"W": "mpo", "T": "tie", "L": "ppo", "S": None}
+    prompts = max(map(len, choices.values()))
+    lines, annotators = [], {}
+    for name, said in choices.items():
+        for prompt, word in enumerate(said):
+            left = prompt % 2 == 0
+            choice = {"W": "left" if left else "right", "L": "right" if left else "left", "T": "tie", "S": "skip"}
+            if word != "-":
+                line = {"annotator": name, "question": prompt + 1, "prompt": prompt, "better": better[word]}
+                line |= {"category": kinds[prompt] if kinds else None, "choice": choice[word], "seconds": 10.0 + prompt}
+                lines.append({**line, "idle": False})
+        judged = sum(word in "WTL" for word in said)
+        annotators[name] = {"judged": judged, "skipped": said.count("S"), "questions": prompts}
+    (folder / "study").mkdir(parents=True, exist_ok=True)
+    closed = {"format": 1, "arms": ["mpo", "ppo"], "closed": "today", "same": [], "annotators": annotators}
+    (folder / "study" / "closed.json").write_text(json.dumps(closed))
+    (folder / "study" / "judgements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = findings(folder)
+    assert found is not None
+    return found
+
+
+PATTERNS = {"WWW": 24, "TTT": 4, "LLL": 6, "WWT": 6, "WWL": 3, "TTL": 4, "WTL": 3}
+"""How three people judged 50 prompts: 93 wins, 29 ties and 28 losses, on average 31, 9 2/3 and 9 1/3."""
+
+
+def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
+    """Table 5, helpful: 62.0 / 19.3 / 18.7%.
+
+    Fleiss 1971. Of 50 prompts 34 are unanimous, P = 1; 13 have two alike, P = (4 + 1 - 3) / (3 * 2) = 1/3; 3 have none,
+    P = 0: mean P = (34 + 13 / 3) / 50 = 0.766667. By chance 0.62^2 + 0.193333^2 + 0.186667^2 = 0.456622.
+    kappa = (0.766667 - 0.456622) / (1 - 0.456622) = 0.570588. Krippendorff's alpha has 150 ratings in all, so its
+    chance is (93 * 92 + 29 * 28 + 28 * 27) / (150 * 149) = 0.452975: alpha = (0.766667 - 0.452975) / 0.547025.
+    """
+    patterns = [pattern for pattern, count in PATTERNS.items() for _ in range(count)]
+    turned = [pattern[n % 3 :] + pattern[: n % 3] for n, pattern in enumerate(patterns)]
+    found = closed_study(tmp_path, {name: [one[n] for one in turned] for n, name in enumerate(PEOPLE)})
+    each, agreement = found.shares["all"], found.agreement["all"]
+    assert (each.prompts, agreement.common, agreement.several) == (50, 50, 50)
+    assert [round(100 * share.mean, 1) for share in (each.win, each.tie, each.lose)] == [62.0, 19.3, 18.7]
+    assert agreement.kappa.mean == pytest.approx(0.570588, abs=2e-6)
+    assert agreement.alpha.mean == pytest.approx(0.573451, abs=2e-6)
+    assert agreement.pairs == pytest.approx(0.766667, abs=2e-6)
+    assert agreement.kappa.low < 0.57 < agreement.kappa.high
+    made = tables(found)
+    assert [cell.partition(" ")[0] for cell in rows(made["What people prefer"])["all"]] == [
+        *("all", "50", "62.0%", "19.3%", "18.7%", "+43.3%"),
+    ]
+    assert opening(found).startswith(
+        "3 people, who did not know which was which, preferred mpo to ppo at 62.0% of 50 prompts, called 19.3% a tie, "
+        "and preferred ppo at 18.7%: win minus lose +43.3% ["
+    )
+    assert ", above zero. Fleiss' κ 0.57 [" in opening(found)
+    assert opening(found).endswith("over 50 prompts.")
+
+
+def test_categories_stand_apart_and_together(tmp_path):
+    kinds = ["helpful", "harmless"] * 4
+    said = ["W", "T", "W", "T", "W", "L", "L", "T"]
+    found = closed_study(tmp_path, {"anna": said, "ben": ["W"] * 8}, kinds)
+    assert list(found.shares) == ["helpful", "harmless", "all"]
+    assert found.shares["helpful"].win.mean == pytest.approx(7 / 8)
+    assert found.shares["harmless"].win.mean == pytest.approx(4 / 8)
+    assert found.shares["all"].win.mean == pytest.approx(11 / 16)
+    assert [found.shares[name].prompts for name in found.shares] == [4, 4, 8]
+
+
+def test_who_judged_nothing_spoils_no_kappa(tmp_path):
+    said = {"anna": list("WWTL"), "ben": list("WWTW"), "cleo": list("----"), "dora": list("SS--")}
+    found = closed_study(tmp_path, said)
+    assert found.left_out == ["cleo", "dora"]
+    assert found.agreement["all"].common == 4
+    # 3 of 4 agree; 5 wins, 2 ties, 1 loss of 8: chance (25 + 4 + 1) / 64
+    assert found.agreement["all"].kappa.mean == pytest.approx((0.75 - 30 / 64) / (1 - 30 / 64))
+    table = tables(found)["How far they agree"]
+    assert "Left out, having judged nothing: cleo, dora." in table.notes
+    assert rows(tables(found)["The annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
+
+
+def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
+    found = closed_study(tmp_path, {"anna": list("WWTLW"), "ben": list("WT-LS"), "cleo": list("WL-W-")})
+    agreement = found.agreement["all"]
+    assert (agreement.common, agreement.several) == (3, 3)
+    assert found.shares["all"].prompts == 5
+
+
+def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
+    found = closed_study(tmp_path, {"anna": list("WWWW"), "ben": list("WWWW")})
+    assert rows(tables(found)["How far they agree"])["all"][1] == "cannot be told"
+    assert "Fleiss' κ cannot be told." in opening(found)
+    alone = closed_study(tmp_path, {"anna": list("WLTW")})
+    assert rows(tables(alone)["How far they agree"])["all"][1:3] == ["cannot be told", "0"]
+    assert opening(alone).startswith("One person, who did not know")
+    assert closed_study(tmp_path, {"anna": list("----")}).counted == []
+    assert opening(closed_study(tmp_path, {"anna": list("SS--")})).startswith("Nobody judged a prompt of mpo and ppo")
+
+
+def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
+    found = closed_study(tmp_path, {"anna": list("WLWLW"), "ben": list("LWLWW")})
+    assert "which does not tell the two apart" in opening(found)
+    assert not re.search(r"\bwins\b|above zero|below zero", opening(found))
+    lost = closed_study(tmp_path, {"anna": list("LLLLLL"), "ben": list("LLLLLT")})
+    assert ", below zero." in opening(lost)
+    once = closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
+    assert "of one prompt, which has no interval" in opening(once)
+    assert "nan" not in "".join(cell for table in tables(once).values() for row in table.rows for cell in row)
+
+
+def test_a_habit_of_one_side_shows(tmp_path):
+    found = closed_study(tmp_path, {"anna": ["WL"[n % 2] for n in range(40)], "ben": ["T"] * 40})
+    anna, ben = found.annotators
+    assert anna.left.mean == 1.0  # W is on the left at even prompts, L at odd ones
+    assert anna.left.low == pytest.approx(40 / (40 + 1.959964**2), abs=1e-4)  # Wilson's bound of 40 in 40
+    assert ben.left is None
+    assert anna.seconds == 29.5
+
+
+def test_completions_that_are_the_same_are_ties_that_nobody_was_asked(make):
+    study = make()
+    anna = study.person("anna")
+    for number in range(1, 6):
+        anna.prefer(number, "apples")
+    found = close(study)
+    assert found.shares["all"].prompts == 6
+    assert found.shares["all"].win.mean == pytest.approx(5 / 6)
+    assert found.shares["all"].tie.mean == pytest.approx(1 / 6)
+    assert any("1 prompt that both arms completed alike" in note for note in tables(found)["What people prefer"].notes)
+
+
+def test_the_report_has_closed_studies(make):
+    from mixpo.report.page import document, text
+
+    study = make()
+    study.person("anna").prefer(1, "apples")
+    found = close(study)
+    results = load(study.run)
+    made = section(results)
+    assert made is not None
+    assert made.opening == opening(found)
+    assert [group.title for group in made.groups] == list(tables(found))
+    assert "people" in [one.id for one in document(results).sections]
+    assert '<section id="people">' in text(results, "html")
+    assert "## People" in text(results, "md")
+
+
+def test_damaged_files_of_a_closed_study_are_named(make):
+    study = make()
+    close(study)
+    file = study.run / "study" / "closed.json"
+    whole = file.read_text()
+    for broken in (whole[:40], "{}", "[]", whole.replace('"format": 1', '"format": 9')):
+        file.write_text(broken)
+        with pytest.raises(InputError, match=r"found no readable study|found a study of format 9"):
+            findings(study.run)
+
+
+# a real server, killed
+
+
+def start(run: Path, port: int, folder: Path) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    """`mixpo annotate` in a process of its own; it and the links that it prints, by name."""
+    command = [sys.executable, "-m", "mixpo.cli.main", "annotate", str(run), "--port", str(port)]
+    if not (run / "study").exists():
+        command += ["--arms", *ARMS, "--annotators", "50"]
+    with (folder / "errors.txt").open("a") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert process.stdout is not None
+    found: dict[str, str] = {}
+    for line in process.stdout:
+        if match := re.match(r"  (annotator \d+): (\S+)", line):
+            found[match[1]] = match[2]
+        if line.startswith("Ctrl-C"):
+            return process, found
+    raise AssertionError((folder / "errors.txt").read_text())
+
+
+@pytest.mark.heavy
+def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothing(tmp_path):
+    import httpx2
+
+    questions = 8
+    run = fruit_run(tmp_path, prompts=questions + 1)  # one is the same of both
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    first, links = start(run, port, tmp_path)
+    processes = [first]
+    acknowledged: dict[tuple[str, int], str] = {}
+    failures: list[str] = []
+
+    def work(name: str, link: str) -> None:
+        with httpx2.Client(follow_redirects=False, timeout=20.0, trust_env=False) as browser:
+
+            def ask(method: str, path: str, **more: Any) -> Any:
+                """As somebody who loads a page again until it comes."""
+                for _ in range(600):
+                    try:
+                        answer = browser.request(method, httpx2.URL(link).join(path), **more)
+                    except httpx2.TransportError:
+                        time.sleep(0.1)
+                        continue
+                    if answer.status_code in (429, 503):
+                        time.sleep(0.2)
+                        continue
+                    return answer
+                raise AssertionError("never came")
+
+            try:
+                ask("GET", link)
+                for number in range(1, questions + 1):
+                    word = re.search(r'name="form" value="([^"]+)"', ask("GET", f"/q/{number}").text)[1]
+                    choice = ("left", "tie", "right")[(number + len(name)) % 3]
+                    for _ in range(2):  # a double click
+                        answer = ask("POST", f"/q/{number}", data={"form": word, "choice": choice})
+                        assert answer.status_code == 303
+                    acknowledged[name, number] = choice
+            except Exception as error:
+                failures.append(f"{name}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=one) for one in links.items()]
+    for thread in threads:
+        thread.start()
+    try:
+        while len(acknowledged) < 50 * questions // 2 and not failures:
+            time.sleep(0.01)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        before = dict(acknowledged)
+        opened = Store(store_url(run, None))
+        kept = {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said}
+        opened.dispose()
+        assert before.items() <= kept.items()
+        assert len(before) < 50 * questions
+        second, again = start(run, port, tmp_path)
+        processes.append(second)
+        assert again == links
+        for thread in threads:
+            thread.join()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert failures == []
+    opened = Store(store_url(run, None))
+    assert {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said} == acknowledged
+    assert len(acknowledged) == 50 * questions
+    assert opened.earlier() == {}
+    opened.dispose()
+    assert (tmp_path / "errors.txt").read_text() == ""
