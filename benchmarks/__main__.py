@@ -29,6 +29,7 @@ WORKERS = {"trl": ("trl", "benchmarks.peers.trl"), "trl-ppo": ("trl-ppo", "bench
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 """The C library keeps what is freed, for the peers too: mixpo sets it itself, and it is worth up to half their time."""
+PRECISIONS = ("float32", "bfloat16")
 LIMIT = 1800
 """Seconds after which a worker has failed."""
 
@@ -68,6 +69,8 @@ def run(
     work: Work = Path(".benchmarks"),
 ) -> None:
     """Run ours and every peer in turn, `repeats` times; print medians and ratios, save the raw figures."""
+    if precision not in (None, *PRECISIONS):
+        raise typer.BadParameter(f"found {precision!r}; expected of {', '.join(PRECISIONS)}")
     for workload in _chosen(names):
         workload = workload if precision is None else replace(workload, precision=precision)
         taken: dict[str, list[dict[str, Any]]] = {}
@@ -89,15 +92,17 @@ def run(
             "when": datetime.now(UTC).date().isoformat(),
         }
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{workload.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+        (RESULTS / f"{workload.name}.{workload.precision}.json").write_text(
+            json.dumps(result, indent=1) + "\n", encoding="utf8"
+        )
         print(told(result), flush=True)
 
 
 @app.command()
 def table() -> None:
     """Print all saved results as the table of docs/benchmarks.md."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf8")) for path in RESULTS.glob("*.json")}
-    print(markdown(found[name] for name in WORKLOADS if name in found))
+    files = [RESULTS / f"{name}.{precision}.json" for name in WORKLOADS for precision in PRECISIONS]
+    print(markdown(json.loads(file.read_text(encoding="utf8")) for file in files if file.exists()))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = tuple[int, dict[str, str], bytes]
+Response = tuple[int, dict[str, str], bytes]
 
 
 def said(one: object, other: object) -> str:
@@ -19,7 +19,7 @@ def said(one: object, other: object) -> str:
     )
 
 
-def completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish: str = "stop") -> Answer:
+def completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish: str = "stop") -> Response:
     body: dict[str, Any] = {
         "object": "chat.completion",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}],
@@ -29,7 +29,7 @@ def completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish
     return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
 
-def error(status: int, message: str, **headers: str) -> Answer:
+def error(status: int, message: str, **headers: str) -> Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return status, {"Content-Type": "application/json", **named}, json.dumps({"error": {"message": message}}).encode()
 
@@ -58,9 +58,11 @@ class Server:
     """What it is asked, and what it does about it."""
 
     url: str = ""
-    behave: Callable[[Asked], Answer | str] = lambda asked: completion(said(8, 5))
-    """An answer, or `cut` or `slow`."""
+    behave: Callable[[Asked], Response | str] = lambda asked: completion(said(8, 5))
+    """A response, or `cut` or `slow`."""
     asked: list[Asked] = field(default_factory=list)
+    at_once: int = 0
+    """The most requests that were under way together."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def prefer(self, choose: Callable[[Asked], bool | None]) -> None:
@@ -72,7 +74,7 @@ class Server:
 @contextmanager
 def serving() -> Iterator[Server]:
     server = Server()
-    lock = threading.Lock()
+    lock, under_way = threading.Lock(), set[int]()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -82,14 +84,18 @@ def serving() -> Iterator[Server]:
             with lock:
                 asked = Asked(body, self.headers.get("Authorization", ""), len(server.asked))
                 server.asked.append(asked)
-            answer = server.behave(asked)
-            if answer == "slow":
+                under_way.add(asked.number)
+                server.at_once = max(server.at_once, len(under_way))
+            response = server.behave(asked)
+            if response == "slow":
                 server.over.wait(10)
-            if isinstance(answer, str):
+            with lock:
+                under_way.remove(asked.number)
+            if isinstance(response, str):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            status, headers, content = answer
+            status, headers, content = response
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)

@@ -1,5 +1,6 @@
 """Branch batches compute what one plain forward pass a sequence computes, token by token."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from mixpo.data.branches import BranchBatch, by_tokens, pack, pack_prompts
 from mixpo.models import attention as attention_module
-from mixpo.models import blocked_attention
+from mixpo.models import blocked_attention, sampling
 from mixpo.models.language_model import (
     LanguageModel,
     _TokenLogprobs,
@@ -182,19 +183,37 @@ def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> Non
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("shares_prompts", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_kept_logprobs_equal_plain_forward_passes(name: str, shares_prompts: bool) -> None:
-    lm = tiny(name)
+def test_kept_logprobs_equal_plain_forward_passes(
+    name: str, shares_prompts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, dropped = tiny(name), list[int]()
     lm.shares_prompts = shares_prompts
-    drawn = sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
-    ended = [completion[-1] == 5 for row in drawn for completion in row.completions]
+    take = sampling._Preallocated.take
+
+    def taking(layer: sampling._Preallocated, rows: torch.Tensor) -> None:
+        dropped.append(len(layer.keys) - len(rows))
+        take(layer, rows)
+
+    def draw() -> list[sampling.Sampled]:
+        return sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
+
+    monkeypatch.setattr(sampling._Preallocated, "take", taking)
+    lm.end_token = -1
+    seen = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
+    assert not dropped
+    lm.end_token = end = seen.most_common(1)[0][0]  # so that several rows end early
+    drawn = draw()
+    early = [len(completion) < 10 for row in drawn for completion in row.completions]
+    assert any(early)
+    assert not all(early)
+    assert sum(dropped) > 0
     for prompt, row in zip(PROMPTS, drawn, strict=True):
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             with torch.no_grad():
                 expected = plain_logprobs(lm, prompt, completion)
             torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-5, atol=2e-5)
-            assert 5 not in completion[:-1], "nothing is drawn after the end token"
-            assert completion[-1] == 5 or len(completion) == 10
-    assert len(ended) == 9
+            assert end not in completion[:-1], "nothing is drawn after the end token"
+            assert completion[-1] == end or len(completion) == 10
 
 
 def test_a_completion_does_not_depend_on_its_batch() -> None:

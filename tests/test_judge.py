@@ -1,13 +1,17 @@
 """LLM judges before a server on loopback that behaves well and badly: what is asked, kept, said, spent, and hidden."""
 
 import asyncio
+import errno
 import json
 import os
+import random
 import re
+import resource
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -16,15 +20,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from judge_server import Answer, Asked, Server, completion, error, said, serving
+from judge_server import Asked, Response, Server, completion, error, said, serving
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
-from mixpo.algorithms.statistics import holm
+from mixpo.algorithms.statistics import holm, win_minus_lose
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
+from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load
 from mixpo.judge import asking
-from mixpo.judge.endpoint import checked, is_loopback
+from mixpo.judge.endpoint import checked, is_loopback, is_sent_in_clear
+from mixpo.judge.judging import Verdict, tally
 from mixpo.judge.questions import Template, read_template
 from mixpo.judge.replies import Reply, read_reply, scores
 from mixpo.judge.verdicts import FILE, appending, read
@@ -46,13 +53,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would have been waited for: no test waits."""
+    """What would have been waited for: no test waits, and prompts come in their order."""
     waited: list[float] = []
 
     async def pause(seconds: float, halted: asyncio.Event) -> None:
         waited.append(seconds)
 
     monkeypatch.setattr(asking, "pause", pause)
+    monkeypatch.setattr(asking, "shuffled", list)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return waited
 
@@ -88,7 +96,7 @@ class Study:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.file.read_text().splitlines()]
 
-    def answers(self) -> list[dict[str, Any]]:
+    def scored(self) -> list[dict[str, Any]]:
         return [line for line in self.lines() if "question" in line]
 
 
@@ -167,8 +175,8 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     expected = {(f"answer {n} of {one}", f"answer {n} of {other}") for n in range(1, 6) for one, other in
                 (ARMS, ARMS[::-1])}  # fmt: skip
     assert pairs == expected
-    assert len(server.asked) == len(study.answers()) == 10
-    assert {asked.key for asked in server.asked} == {"Bearer none"}
+    assert len(server.asked) == len(study.scored()) == 10
+    assert {asked.key for asked in server.asked} == {""}
     body = server.asked[0].body
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.0, 1024)
     assert "Assistant: a reply\n\nUser: question" in body["messages"][0]["content"]
@@ -176,28 +184,55 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     assert "0.17 [" in printed.row("tie")
     assert "0.00 [" in printed.row("lose")
     assert "mpo vs ppo: the same text on 1 prompt, a tie that nobody was asked." in printed.out
-    assert "10 requests, 150 tokens, 10 of 10 questions answered" in printed.out
-    row = next(line for line in study.answers() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
+    assert "10 requests, 150 tokens, 10 of 10 questions done" in printed.out
+    row = next(line for line in study.scored() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
     assert (row["scores"], row["tokens"], row["category"], row["seed"]) == ([4.0, 9.0], [10, 5], "helpful", 0)
-    assert "because" in row["reply"]
+    assert row["replies"] == [said(4, 9)]
+    assert row["format"] == 1
 
     again = study.judge()
     assert len(server.asked) == 10
     assert again.row("win") == printed.row("win")
-    assert "10 of 10 questions were answered before" in again.out
+    assert "10 of 10 questions were asked before" in again.out
     turned = study.judge(arms=ARMS[::-1])
     assert turned.row("lose").split()[1:4] == printed.row("win").split()[1:4]
+    assert turned.row("prompts").split()[1] == "6"
+    assert "ppo vs mpo: the same text on 1 prompt" in turned.out
     assert len(server.asked) == 10
+    assert len(read(study.file).assignments) == 1  # so the report says it once
+    assert len(judges.judged_runs(load(study.run))) == 1
     for words in (["--temperature", "0.5"], ["--reply-tokens", "99"], ["--seed", "0", "--prompts", "6"]):
         study.judge(*words)
     assert len(server.asked) == 30  # another temperature, another limit; the last asks nothing new
 
 
-def test_a_judge_that_always_answers_first_is_all_flips_and_ties(study: Study, server: Server) -> None:
+def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study, server: Server) -> None:
     server.prefer(lambda asked: True)
     printed = study.judge()
     assert "1.00 [" in printed.row("tie")
     assert "1.00 [" in printed.row("flips")
+    assert "1.00 [" in printed.row("flips to the first")
+    section = judges.section(load(study.run))
+    assert section is not None
+    assert "100% of those asked flip with the order, 100% of these to the completion shown first." in section.opening
+
+
+def test_flips_to_the_second_are_told_from_those_to_the_first(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: about(asked) == 2)
+    printed = study.judge()
+    assert "1.00 [" in printed.row("flips")
+    assert "0.20 [" in printed.row("flips to the first")
+
+
+def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Server) -> None:
+    well = server.behave
+    swapped = "Response 2 Quality Score: 4\nExplanation: a.\n\nResponse 1 Quality Score: 9\nExplanation: b."
+    bad = {1: completion(said(11, 5)), 2: completion(swapped), 3: completion(said(-1, 5))}
+    server.behave = lambda asked: bad.get(about(asked)) or well(asked)
+    printed = study.judge()
+    assert "no verdict on 3 prompts, a reply to which could not be parsed" in printed.out
+    assert printed.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
+    assert "1.00 [" in printed.row("win")
 
 
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie_and_no_flip(study: Study, server: Server) -> None:
@@ -265,14 +300,14 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
 
 def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
     study.judge()
-    (alone,) = [row.difference.p for row in _rows(study) if row.category is None]
+    (alone,) = [row.p for row in _rows(study) if row.category is None]
     server.prefer(lambda asked: None)
     study.judge(model="other")
     shown = _rows(study)
     assert len(shown) == 6
-    corrected = next(row.difference.p for row in shown if row.judged.judge.model == "tiny" and row.category is None)
-    raw = [judges.estimated([(*ARMS, row.tally.outcomes[None])])[0].p for row in shown]
-    assert [row.difference.p for row in shown] == pytest.approx(holm(raw))
+    corrected = next(row.p for row in shown if row.judged.judge.model == "tiny" and row.category is None)
+    assert [row.p for row in shown] == pytest.approx(holm([row.tally.p for row in shown]))
+    assert alone == pytest.approx(3 * 0.0625)  # five wins of five, in one row of three
     assert corrected > alone
 
 
@@ -282,7 +317,7 @@ def _rows(study: Study) -> list[judges.Row]:
 
 # Servers that behave badly
 
-BAD: dict[str, Answer | str] = {
+BAD: dict[str, Response | str] = {
     "slow": "slow",
     "cut": "cut",
     "500": error(500, "oh no"),
@@ -293,9 +328,8 @@ BAD: dict[str, Answer | str] = {
     "a list": (200, {"Content-Type": "application/json"}, b"[1]"),
     "no choices": (200, {"Content-Type": "application/json"}, b'{"choices": []}'),
     "choices of null": (200, {"Content-Type": "application/json"}, b'{"choices": null, "usage": 3}'),
-    "content of null": completion(None),
-    "content in parts": completion([{"type": "text", "text": said(8, 5)}]),
-    "content a number": completion(8),
+    "no message": (200, {"Content-Type": "application/json"}, b'{"choices": [{"finish_reason": "stop"}]}'),
+    "a message that is none": (200, {"Content-Type": "application/json"}, b'{"choices": [{"message": "hello"}]}'),
 }
 
 
@@ -312,6 +346,55 @@ def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
     assert len(waits) == 2
     assert 1.0 <= waits[0] <= 1.5
     assert 2.0 <= waits[1] <= 3.0
+
+
+@pytest.mark.parametrize(
+    "content", [None, [{"type": "text", "text": said(8, 5)}], 8, ""], ids=["null", "parts", "a number", "empty"]
+)
+def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
+    study: Study, server: Server, waits: list[float], content: object
+) -> None:
+    well = server.behave
+    server.behave = lambda asked: completion(content) if about(asked) == 2 else well(asked)
+    printed = study.judge()
+    assert (printed.code, len(server.asked), waits) == (0, 10 + 2, [])
+    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
+
+
+def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    async def timed() -> list[float]:
+        clock, halted = asyncio.get_running_loop().time, asyncio.Event()
+        begin = clock()
+        await asking.pause(0.02, halted)
+        between = clock()
+        asyncio.get_running_loop().call_later(0.02, halted.set)
+        await asking.pause(60.0, halted)
+        await asking.pause(60.0, halted)
+        return [between - begin, clock() - between]
+
+    whole, early = asyncio.run(timed())
+    assert 0.015 <= whole < 5
+    assert early < 5
+
+
+def test_no_more_at_once_than_were_asked_for(study: Study, server: Server) -> None:
+    well, together = server.behave, threading.Barrier(3)
+
+    def behave(asked: Asked) -> Response | str:
+        if asked.number < 9:  # three at a time, each of which waits for two others
+            together.wait(10)
+        return well(asked)
+
+    server.behave = behave
+    assert study.judge("--concurrency", "3").code == 0
+    assert (len(server.asked), server.at_once) == (10, 3)
+
+
+def test_no_more_at_once_than_there_are_questions(study: Study, server: Server) -> None:
+    assert study.judge("--concurrency", "1000000000").code == 0
+    assert len(server.asked) == 10
 
 
 def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: list[float]) -> None:
@@ -332,7 +415,7 @@ def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: lis
 def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(study: Study, server: Server) -> None:
     well = server.behave
 
-    def behave(asked: Asked) -> Answer | str:
+    def behave(asked: Asked) -> Response | str:
         if about(asked) == 2:
             return error(500, "no <memory>\n on \x1b[31mthe device")
         return error(400, "too long") if about(asked) == 4 else well(asked)
@@ -344,7 +427,8 @@ def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(stud
     assert "2 questions failed: HTTP 500: no <memory> on \ufffd[31mthe device\n" in printed.err
     assert "2 questions failed: HTTP 400: too long\n" in printed.err
     assert "0.75 [" in printed.row("win")
-    assert "no answer yet on 2 prompts" in printed.out
+    assert "no reply yet on 2 prompts" in printed.out
+    assert "a tie that nobody was asked, counted in proportion to the others that have a verdict;" in printed.out
     server.behave, before = well, len(server.asked)
     assert study.judge().code == 0
     assert {about(asked) for asked in server.asked[before:]} == {2, 4}
@@ -352,29 +436,76 @@ def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(stud
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_run_of_refusals_stops_with_one_line(study: Study, server: Server, status: int) -> None:
+def test_a_run_of_refusals_stops_with_one_line(
+    study: Study, server: Server, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.behave = lambda asked: error(status, "The model `tiny` does not exist")
     printed = study.judge("--concurrency", "1")
     assert printed.code == 1
-    assert len(server.asked) == asking.RUN == 8
+    assert len(server.asked) == asking.FAILURES_IN_A_ROW == 8
     assert printed.err.splitlines()[-1] == (
-        f"stopped: 8 questions failed one after the other, the last with HTTP {status}: The model `tiny` does not "
-        "exist; 2 questions are left; the same command asks them"
+        f"stopped: tiny: 8 questions failed one after the other, the last with HTTP {status}: The model `tiny` does "
+        "not exist; 2 questions are left; the same command asks them"
     )
 
 
-def test_failures_with_an_answer_between_them_are_no_run(study: Study, server: Server) -> None:
+def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: Server) -> None:
     well = server.behave
-    server.behave = lambda asked: well(asked) if about(asked) == 3 else error(400, "too long")
-    printed = study.judge("--concurrency", "1")
-    assert len(server.asked) == 10
+    server.behave = lambda asked: well(asked) if about(asked) == 5 else error(400, "too long")
+    for _ in range(2):  # nothing was ever replied: the fault may be the call's
+        printed = study.judge("--concurrency", "1")
+        assert printed.err.splitlines()[-1].startswith("stopped: tiny: 8 questions failed one after the other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "shuffled", lambda questions: questions[::-1])
+        study.judge("--concurrency", "1", "--max-requests", "1")
+    assert len(study.scored()) == 1
+    printed = study.judge("--concurrency", "1")  # eight fail before the one that does not
     assert printed.err == "8 questions failed: HTTP 400: too long\n"
+    assert [line["prompt"] for line in study.scored()] == [5, 5]
+
+
+def test_a_question_that_fails_once_others_have_replies_stops_nothing(study: Study, server: Server) -> None:
+    well = server.behave
+    server.behave = lambda asked: well(asked) if about(asked) == 1 else error(413, "too long")
+    assert study.judge("--concurrency", "1").err == "8 questions failed: HTTP 413: too long\n"
+    server.behave = lambda asked: error(500, "down")
+    assert "stopped: tiny: 8 questions failed" in study.judge("--concurrency", "1", "--attempts", "1").err
+
+
+def test_prompts_come_in_another_order_at_every_call(
+    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    orders = set()
+    for seed in range(3):
+        random.seed(seed)
+        study.file.unlink(missing_ok=True)
+        study.judge("--concurrency", "1")
+        asked = [about(one) for one in server.asked[10 * seed :]]
+        assert asked[::2] == asked[1::2]  # both orders of a pair behind each other
+        assert sorted(asked[::2]) == [1, 2, 3, 4, 5]
+        orders.add(tuple(asked))
+    assert len(orders) > 1
+
+
+def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study: Study, server: Server) -> None:
+    well = server.behave
+    server.behave = lambda asked: error(404, "no such model") if asked.model == "wrong" else well(asked)
+    printed = study.judge("--model", "tiny", "--concurrency", "1", model="wrong")
+    assert printed.code == 1
+    assert [sum(asked.model == name for asked in server.asked) for name in ("wrong", "tiny")] == [8, 10]
+    assert printed.err.splitlines()[-1] == (
+        "stopped: wrong: 8 questions failed one after the other, the last with HTTP 404: no such model; 2 questions "
+        "are left; the same command asks them"
+    )
+    assert "0.83 [" in printed.row("win")
 
 
 def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, server: Server) -> None:
     well, seen = server.behave, set[str]()
 
-    def behave(asked: Asked) -> Answer | str:
+    def behave(asked: Asked) -> Response | str:
         text = asked.body["messages"][0]["content"]
         first = text not in seen
         seen.add(text)
@@ -388,8 +519,11 @@ def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, ser
     assert len(server.asked) == 10 + 2 + 2
     assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
     assert "0.80 [" in printed.row("win")  # of five: four won, one the same text
-    kept = [line for line in study.answers() if line["scores"] is None]
-    assert [(line["prompt"], line["reply"]) for line in kept] == [(2, "I like both.")] * 2
+    kept = [line for line in study.scored() if line["prompt"] in (2, 3)]
+    both = ["I like both."]
+    assert [(line["scores"], line["replies"]) for line in kept if line["prompt"] == 2] == [(None, both * 2)] * 2
+    assert all(line["scores"] and line["replies"][:1] == both for line in kept if line["prompt"] == 3)
+    assert [line["tokens"] for line in kept] == [[20, 10]] * 4  # of both replies
     study.judge()
     assert len(server.asked) == 14
 
@@ -402,7 +536,7 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
     )  # fmt: skip
     printed = study.judge()
     assert "HTTP 400: half \ufffd" in printed.err
-    assert any(line["reply"].endswith("so.\ufffd") for line in study.answers())
+    assert any(line["replies"][0].endswith("so.\ufffd") for line in study.scored())
     filled = Template("t", "{{ prompt }}{{ first }}{{ second }}").filled("a\udc00", "\ud83d\ude00", "\ufeffb")
     assert filled == "a\ufffd\U0001f600\ufeffb"
 
@@ -443,6 +577,8 @@ def test_a_key_that_is_none_is_refused_and_not_shown(
         ("https://me:secret@api.example/v1", "found a user name or password in it"),
         ("https://secret@api.example/v1", "found a user name or password in it"),
         ("https://api.example/v1?key=secret", "found a query in it"),
+        ("https://api.example/v1?", "found a query in it"),
+        ("https://api.example/v1#", "found a query in it"),
         ("api.example/v1", "found 'api.example/v1'; expected http(s)://HOST[:PORT]/PATH"),
         ("ftp://api.example", "found 'ftp://api.example'"),
         ("http://", "found 'http://'"),
@@ -457,25 +593,79 @@ def test_endpoints_that_are_refused(endpoint: str, message: str) -> None:
     assert "secret" not in str(refused.value)
 
 
-def test_which_endpoints_need_no_key(study: Study) -> None:
+def test_which_endpoints_are_this_machine() -> None:
     assert checked("http://localhost:8000/v1/") == "http://localhost:8000/v1"
     assert [is_loopback(f"http://{host}/v1") for host in ("localhost:1", "127.3.0.1", "[::1]:2")] == [True] * 3
     assert not is_loopback("http://192.168.0.1/v1")
-    printed = study.judge("--endpoint", "https://api.example/v1")
-    assert printed.code == 2
-    assert printed.err == (
-        "OPENAI_API_KEY: not set; expected the key for https://api.example/v1; put it into the environment\n"
+
+
+def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Server) -> None:
+    server.behave = lambda asked: error(401, "no key")
+    printed = study.judge("--concurrency", "1")
+    assert (printed.code, len(server.asked)) == (1, 1)
+    assert {asked.key for asked in server.asked} == {""}
+    assert printed.err.splitlines()[-1] == (
+        "stopped: OPENAI_API_KEY: not set, and the server asks for a key; put it into the environment; 9 questions are "
+        "left; the same command asks them"
     )
-    assert study.lines() == []
+
+
+def test_a_key_in_the_clear_is_warned_of(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_sent_in_clear("http://192.168.0.1/v1")
+    assert not any(map(is_sent_in_clear, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
+    monkeypatch.setattr("mixpo.judge.endpoint.is_loopback", lambda endpoint: False)
+    assert study.judge("--prompts", "2").err == ""  # no key
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert study.judge().err == f"--endpoint: {server.url} gets the key in the clear; expected https://\n"
+
+
+def test_a_key_too_short_for_a_secret_is_left_in_texts(
+    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "e")
+    study.judge()
+    assert study.scored()[0]["replies"] == [said(*map(int, study.scored()[0]["scores"]))]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", ""], "--model: found '' empty, twice or unprintable"),
+        (["--model", "tiny"], "--model: found 'tiny' empty, twice or unprintable"),
+        (["--temperature", "warm"], "--temperature: found 'warm'; expected a number from 0, or none"),
+        (["--temperature", "-1"], "--temperature: found '-1'"),
+        (["--temperature", "nan"], "--temperature: found 'nan'"),
+        (["--temperature", "inf"], "--temperature: found 'inf'"),
+        (["--reply-tokens", "0"], "--reply-tokens: found '0'; expected a whole number from 1, or none"),
+        (["--reply-tokens", "1.5"], "--reply-tokens: found '1.5'"),
+        (["--timeout", "inf"], "--timeout: found inf; expected a finite number"),
+    ],
+)
+def test_options_that_are_refused(study: Study, server: Server, words: list[str], message: str) -> None:
+    printed = study.judge(*words)
+    assert (printed.code, printed.err.count("\n")) == (2, 1)
+    assert printed.err.startswith(message)
+    assert not server.asked
+
+
+def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
+    study.judge("--temperature", "none", "--reply-tokens", "none")
+    assert {frozenset(asked.body) for asked in server.asked} == {frozenset({"model", "messages"})}
+    notes = table(judges.section(load(study.run)), "tiny")
+    assert notes is not None
+    assert "its own temperature, replies as long as it likes" in page.text(load(study.run), "md")
+    study.judge("--temperature", "none")
+    assert server.asked[-1].body.keys() == {"model", "messages", "max_tokens"}
+    assert len(server.asked) == 20
 
 
 # Stops, limits, and going on
 
 
-def test_ctrl_c_keeps_what_is_answered_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
+def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
     well = server.behave
 
-    def behave(asked: Asked) -> Answer | str:
+    def behave(asked: Asked) -> Response | str:
         if asked.number == 4:
             os.kill(os.getpid(), signal.SIGINT)
             return "slow"
@@ -486,17 +676,17 @@ def test_ctrl_c_keeps_what_is_answered_and_the_next_call_asks_the_rest(study: St
     printed = study.judge("--concurrency", "1")
     signal.signal(signal.SIGINT, earlier)
     assert printed.code == 130
-    assert f"stopped; 4 answers of 10 are kept in {study.file}" in printed.out
+    assert f"stopped; 4 of 10 questions are done and kept in {study.file}" in printed.out
     kept = study.file.read_bytes()
-    assert len(study.answers()) == 4
+    assert len(study.scored()) == 4
     study.file.write_bytes(kept + b'{"question": "torn')
     server.behave = well
     printed = study.judge()
     assert printed.code == 0
-    assert "4 of 10 questions were answered before" in printed.out
+    assert "4 of 10 questions were asked before" in printed.out
     assert len(server.asked) == 5 + 6
     assert study.file.read_bytes().startswith(kept)
-    assert len({line["question"] for line in study.answers()}) == len(study.answers()) == 10
+    assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
 
 @pytest.mark.parametrize(
@@ -512,7 +702,7 @@ def test_spending_stops_where_it_is_told_to(
 ) -> None:
     printed = study.judge("--concurrency", "1", *words)
     assert printed.code == 0
-    assert len(server.asked) == len(study.answers()) == requests
+    assert len(server.asked) == len(study.scored()) == requests
     assert printed.err == (f"stopped: {why}; the same command asks them\n" if why else "")
     study.judge()
     assert len(server.asked) == 10
@@ -525,21 +715,48 @@ def test_tokens_that_no_server_counts_cannot_be_held_to_a_limit(study: Study, se
     assert "the server does not say how many tokens it used; use --max-requests; " in printed.err
 
 
+@pytest.mark.parametrize("tokens", [None, (-5, 5)])
+def test_a_failure_that_counts_no_tokens_stops_at_a_limit_of_tokens_too(
+    study: Study, server: Server, tokens: tuple[int, int] | None
+) -> None:
+    status, headers, body = completion("", tokens=tokens)
+    server.behave = lambda asked: (status, headers, body.replace(b'"choices"', b'"choice"'))
+    printed = study.judge("--concurrency", "1", "--max-tokens", "1000")
+    assert len(server.asked) == 1
+    assert "the server does not say how many tokens it used; use --max-requests; 10 questions are" in printed.err
+
+
+def test_a_time_out_counts_as_all_tokens_of_a_reply(study: Study, server: Server) -> None:
+    server.behave = lambda asked: "slow"
+    words = ["--concurrency", "1", "--timeout", "0.1", "--max-tokens", "150"]
+    printed = study.judge(*words, "--reply-tokens", "100")
+    assert len(server.asked) == 2
+    assert "--max-tokens: 200 tokens were spent" in printed.err
+    printed = study.judge(*words, "--reply-tokens", "none")
+    assert len(server.asked) == 3
+    assert "the server does not say how many tokens it used" in printed.err
+
+
 def test_retries_count_as_requests_and_lost_tokens_as_spent(study: Study, server: Server) -> None:
-    server.behave = lambda asked: completion(None)
+    status, headers, body = completion("")
+    server.behave = lambda asked: (status, headers, body.replace(b'"choices"', b'"choice"'))
     printed = study.judge("--concurrency", "1", "--max-tokens", "40")
     assert len(server.asked) == 3
-    assert "3 requests, 45 tokens, 0 of 10 questions answered" in printed.out
+    assert "3 requests, 45 tokens, 0 of 10 questions done" in printed.out
 
 
-def test_a_dry_run_needs_no_key_and_no_network(study: Study, server: Server) -> None:
+def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> None:
     printed = study.judge("--dry-run", "--endpoint", "https://api.example/v1", "--model", "other")
     assert printed.code == 0
     assert "Response 1: answer 1 of mpo\n\nResponse 2: answer 1 of ppo\n" in printed.out
-    assert printed.out.endswith("20 questions, 0 of them answered: 20 calls\n")
+    assert printed.out.endswith("20 questions, 0 of them asked before: 20 calls\n")
     assert not study.file.exists()
+    own = tmp_path / "own.j2"
+    own.write_text("\x1b]0;\u202e {{ first }}\r {{ second }}")
+    shown = study.judge("--dry-run", "--template", str(own)).out
+    assert shown.startswith("␛]0;⟦U+202E⟧ answer 1 of mpo")
     study.judge("--prompts", "6", "--max-requests", "3", "--concurrency", "1")
-    assert study.judge("--dry-run").out.endswith("10 questions, 3 of them answered: 7 calls\n")
+    assert study.judge("--dry-run").out.endswith("10 questions, 3 of them asked before: 7 calls\n")
 
 
 def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
@@ -547,10 +764,44 @@ def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
         printed = study.judge()
     assert printed.code == 2
     assert "found another `mixpo judge` that writes it; wait for its end" in printed.err
-    study.file.write_text('{"question": "a", "scores": null}\n{"oops\n')
+    study.file.write_text('{"format": 1, "question": "a", "scores": null}\n{"oops\n')
     printed = study.judge()
     assert printed.code == 2
-    assert f"{study.file}:2: found no verdict (JSONDecodeError)" in printed.err
+    assert f"{study.file}:2: found no verdict (JSONDecodeError: " in printed.err
+    study.file.write_text('{"format": 2, "question": "a"}\n')
+    assert f"{study.file}:1: found no verdict (ValueError: format 2, not 1)" in study.judge().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
+    well, unlimited = server.behave, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def behave(asked: Asked) -> Response | str:
+        if asked.number == 4:  # the kernel writes 20 bytes of the next line, and then none
+            resource.setrlimit(resource.RLIMIT_FSIZE, (study.file.stat().st_size + 20, unlimited[1]))
+        return well(asked)
+
+    server.behave = behave
+    try:
+        printed = study.judge("--concurrency", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert printed.code == 2
+    assert f"{study.file}: cannot be written any more (" in printed.err
+    assert printed.err.endswith("; make room\n")
+    assert len(study.scored()) == 4
+    server.behave = well
+    assert study.judge().code == 0
+    assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
+
+
+def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("mixpo.judge.verdicts.fcntl.flock", lock)
+    printed = study.judge()
+    assert printed.code == 2
+    assert "found a file that cannot be locked or shortened (No locks available)" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -602,8 +853,10 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     mean, low, high = map(float, re.findall(r"-?[\d.]+", row[5]))
     assert mean == 0.83
     assert 0.0 < low < mean < high
-    said = "difference 0.83 [" in section.opening and ("above zero" in section.opening) == (float(row[6]) < 0.05)
-    assert said
+    assert low == pytest.approx(float(f"{5 / 8 - 1.959964 * (6 - 25 / 8) ** 0.5 / 8:.2f}"))
+    assert row[6] == "0.19"  # 2 / 2^5, three rows
+    assert "difference 0.83 [" in section.opening
+    assert "(p 0.19), which does not tell the two apart" in section.opening
     assert "tiny scores mpo higher than ppo on 83% of 6 prompts and lower on 0%" in section.opening
     assert "0% of those asked flip with the order" in section.opening
     assert "What does an LLM judge say?" in page.text(results, "html")
@@ -616,7 +869,37 @@ def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, s
     section = judges.section(load(study.run))
     assert section is not None
     assert "does not tell the two apart" in section.opening
-    assert not re.search(r"\b(wins?|better|beats?|prefers)\b", section.opening)
+    assert not re.search(r"\b(above|below) zero", section.opening)
+
+
+def _verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
+    pairs = [Comparison(number, f"{number}?", None, ("a", "bc")) for number in range(len(outcomes))]
+    alike = [Comparison(len(outcomes) + number, "?", None, ("a", "a")) for number in range(same)]
+    return [*map(Verdict, pairs, outcomes), *(Verdict(pair, 0) for pair in alike)]
+
+
+def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
+    two = tally(_verdicts([1, 1]))
+    assert two is not None
+    assert (two.win.mean, two.p) == (1.0, 0.5)
+    assert two.win.low == pytest.approx(2 / (2 + 1.959964**2), rel=1e-6)
+    assert two.tie.high > 0.5
+    assert two.difference.low < 0
+    many = tally(_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
+    assert many is not None
+    assert many.p == pytest.approx(binomtest(15, 17).pvalue)
+    assert many.difference == win_minus_lose(15, 3, 2)
+
+
+def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict() -> None:
+    """A call that was stopped at a tenth leans to nothing."""
+    counts = {known: tally(_verdicts([1] * known + [None] * (20 - known), same=10)) for known in (0, 2, 10, 20)}
+    assert counts.pop(0) is None
+    found = {known: (one.prompts, one.win.mean) for known, one in counts.items() if one is not None}
+    assert found == {known: (known * 3 // 2, pytest.approx(2 / 3)) for known in (2, 10, 20)}
+    alone = tally(_verdicts([], same=3))
+    assert alone is not None
+    assert (alone.prompts, alone.tie.mean, alone.flips) == (3, 1.0, None)
 
 
 def test_verdicts_of_other_completions_are_left_out_and_counted(
@@ -635,9 +918,14 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
     assert section is not None
     assert "2 prompts judged before completions changed are left out." in section.opening
+    assert "2 prompts left out, judged before completions changed" in page.text(load(study.run), "md")
     assert study.judge().code == 0
     assert len(server.asked) == 14  # both orders of the two
-    assert rows(table(judges.section(load(study.run)), "tiny"))["mpo vs ppo"][1] == "6"
+    section = judges.section(load(study.run))
+    assert section is not None
+    assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
+    assert "left out" not in section.opening
+    assert "before completions changed" not in page.text(load(study.run), "md")
 
 
 def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:
@@ -652,4 +940,4 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
     both = judges.section(load(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
-    assert set(read(study.file).panels) == set(read(other / FILE).panels)
+    assert set(read(study.file).assignments) == set(read(other / FILE).assignments)

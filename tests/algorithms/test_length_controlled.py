@@ -8,7 +8,7 @@ import pytest
 from mixpo.algorithms.statistics import length_controlled
 
 
-def drawn(theta: float, phi: float, *, n: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn(theta: float, phi: float, *, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Wins, ties and defeats of a judge that likes arm and length so much."""
     generator = np.random.default_rng(seed)
     longer = np.round(generator.normal(20.0, 50.0, size=n))
@@ -33,7 +33,7 @@ def newton(wins: np.ndarray, longer: np.ndarray) -> tuple[float, float]:
             meat += (win - p) ** 2 * np.outer(row, row)
         best = best + np.linalg.solve(bread, gradient)
     inverse = np.linalg.inv(bread)
-    return best[0], math.sqrt((inverse @ meat @ inverse)[0, 0])
+    return best[0], math.sqrt((inverse @ meat @ inverse)[0, 0] * len(wins) / (len(wins) - 2))
 
 
 @pytest.mark.parametrize(("theta", "phi"), [(0.0, 2.0), (0.7, -1.0), (-0.5, 0.0)])
@@ -53,7 +53,7 @@ def test_a_judge_of_length_alone_tells_no_arm_from_the_other():
 
 
 @pytest.mark.parametrize(
-    ("wins", "longer"),
+    ("wins", "longer"),  # three times over: twelve prompts
     [
         ([1, 0, 1, 0], [3, 3, 3, 3]),  # as long as each other, or longer by the same
         ([1, 0, 1, 0], [0, 0, 0, 0]),
@@ -67,8 +67,17 @@ def test_a_judge_of_length_alone_tells_no_arm_from_the_other():
     ],
 )
 def test_it_cannot_be_told(wins, longer):
-    assert length_controlled(np.array(wins, dtype=np.float64), np.array(longer, dtype=np.float64)) is None
+    assert length_controlled(np.array(3 * wins, dtype=np.float64), np.array(3 * longer, dtype=np.float64)) is None
 
 
 def test_one_exception_is_enough_to_tell():
-    assert length_controlled(np.array([0.0, 1.0, 0.0, 1.0]), np.array([1.0, 2.0, 3.0, 4.0])) is not None
+    parted, longer = np.repeat([0.0, 1.0], 6), np.arange(12.0)
+    assert length_controlled(parted, longer) is None
+    assert length_controlled(parted[[*range(5), 6, 5, *range(7, 12)]], longer) is not None
+
+
+def test_few_wins_and_defeats_tell_nothing():
+    wins, longer = np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]), np.arange(9.0)
+    assert length_controlled(wins, longer) is None
+    assert length_controlled(np.array([*wins, 0.5, 0.5, 0.5]), np.arange(12.0)) is None, "ties decide nothing"
+    assert length_controlled(np.array([*wins, 0.0]), np.arange(10.0)) is not None

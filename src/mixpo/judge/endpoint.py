@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from mixpo.data.errors import InputError
 
 KEY = "OPENAI_API_KEY"
+SHORTEST_SECRET = 8
+"""Characters of a key that is hidden."""
 EXPECTED = "expected http(s)://HOST[:PORT]/PATH, such as http://127.0.0.1:8000/v1"
 
 
@@ -20,7 +22,7 @@ def checked(endpoint: str) -> str:
         raise InputError(f"--endpoint: found no address; {EXPECTED}") from None
     if "@" in parts.netloc:
         raise InputError(f"--endpoint: found a user name or password in it; {EXPECTED}; the key comes from {KEY}")
-    if parts.query or parts.fragment:
+    if "?" in endpoint or "#" in endpoint:
         raise InputError(f"--endpoint: found a query in it; {EXPECTED}; the key comes from {KEY}")
     if not named or not (endpoint.isascii() and endpoint.isprintable()) or " " in endpoint:
         raise InputError(f"--endpoint: found {endpoint!r}; {EXPECTED}")
@@ -36,11 +38,14 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
-def key_for(endpoint: str) -> str:
-    """The key in the environment; empty if there is none and none is needed. Raises `InputError`, never showing it."""
+def is_sent_in_clear(endpoint: str) -> bool:
+    """Whether what is sent can be read between here and there."""
+    return urlsplit(endpoint).scheme == "http" and not is_loopback(endpoint)
+
+
+def key_in_environment() -> str:
+    """The key, empty where none is set, since not every server needs one. Raises `InputError`, never showing it."""
     key = os.environ.get(KEY, "")
-    if not key and not is_loopback(endpoint):
-        raise InputError(f"{KEY}: not set; expected the key for {endpoint}; put it into the environment")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise InputError(
             f"{KEY}: found a line break, a space or a character that no key has; expected the bare key (not shown here)"
@@ -49,5 +54,5 @@ def key_for(endpoint: str) -> str:
 
 
 def hider(key: str) -> Callable[[str], str]:
-    """What takes a key out of a text."""
-    return lambda text: text.replace(key, f"[{KEY}]") if key else text
+    """What takes a key out of a text; not one so short that it is no secret and may stand in any text."""
+    return lambda text: text.replace(key, f"[{KEY}]") if len(key) >= SHORTEST_SECRET else text

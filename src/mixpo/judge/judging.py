@@ -1,19 +1,18 @@
-"""What the answers say: a verdict a pair, verdicts counted, and how far judges agree."""
+"""What the scores say: a verdict a pair, verdicts counted, and how far judges agree."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float64
 
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha, over_items
-from mixpo.algorithms.statistics import Interval, crossed_interval, length_controlled, wilson_interval
+from mixpo.algorithms.statistics import Interval, length_controlled, sign_test, wilson_interval, win_minus_lose
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison, comparisons
 from mixpo.experiments.results import Results
 from mixpo.judge.questions import Judge, Question, Template, both_orders, digest
-from mixpo.judge.verdicts import FILE, Panel, Scores, read
+from mixpo.judge.verdicts import FILE, Assignment, Kept, Pair, Scores, read
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,15 @@ class Verdict:
     pair: Comparison
     outcome: int | None
     """1 where the first arm's completion is scored higher in both orders, -1 where lower, else 0; None if not known."""
-    flipped: bool = False
-    """Whether each order has another winner."""
+    flip: int = 0
+    """1 where each order has another winner, the completion shown first; -1 where the one shown second; else 0."""
     unparsed: bool = False
     """Whether it is not known because a reply could not be parsed."""
+
+    def turned(self) -> "Verdict":
+        """The same of the two arms the other way round."""
+        turned = replace(self.pair, completions=self.pair.completions[::-1])
+        return replace(self, pair=turned, outcome=None if self.outcome is None else -self.outcome)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,11 @@ class Judged:
     seed: int
     verdicts: Sequence[Verdict]
     stale: int = 0
-    """Pairs judged whose prompt or completions are not the run's any more."""
+    """Pairs judged whose prompt or completions are not the run's any more, and none there that is."""
+
+    def turned(self) -> "Judged":
+        """The same of the two arms the other way round."""
+        return replace(self, arms=self.arms[::-1], verdicts=[one.turned() for one in self.verdicts])
 
     def of(self, category: str | None) -> list[Verdict]:
         """The verdicts of a category, or all."""
@@ -47,35 +55,44 @@ class Judged:
 
 def questions(
     judge: Judge, template: Template, arms: tuple[str, str], seed: int, rows: Sequence[Comparison]
-) -> tuple[Panel, list[Question]]:
+) -> tuple[Assignment, list[Question]]:
     """What is to be judged, and what is asked for it."""
     asked = [both_orders(judge, template, arms, seed, row) for row in rows]
-    pairs = {pair_digest(row): tuple(one.id for one in both) for row, both in zip(rows, asked, strict=True)}
-    return Panel(judge, arms, seed, pairs), [one for both in asked for one in both]
+    pairs = {
+        row.number: Pair(_digest(row), tuple(one.id for one in both)) for row, both in zip(rows, asked, strict=True)
+    }
+    return Assignment(judge, arms, seed, pairs), [one for both in asked for one in both]
 
 
-def pair_digest(pair: Comparison) -> str:
-    """A prompt and two completions, wherever they stand."""
+def as_judged(kept: Kept, arms: tuple[str, str], seed: int) -> tuple[str, str]:
+    """The two arms in the order in which they were judged before, so that nothing is assigned twice."""
+    turned = any((one.arms, one.seed) == (arms[::-1], seed) for one in kept.assignments.values())
+    return arms[::-1] if turned else arms
+
+
+def _digest(pair: Comparison) -> str:
     return digest(pair.prompt, *pair.completions)
 
 
-def judged(panel: Panel, arms: tuple[str, str], rows: Sequence[Comparison], answers: Mapping[str, Scores]) -> Judged:
-    """The verdicts of those pairs of a panel that are among the rows."""
-    found = [(row, pair_digest(row)) for row in rows]
-    verdicts = [_verdict(row, panel.pairs[key], answers) for row, key in found if key in panel.pairs]
-    return Judged(panel.judge, arms, panel.seed, verdicts, len(panel.pairs.keys() - {key for _, key in found}))
+def judged(
+    assignment: Assignment, arms: tuple[str, str], rows: Sequence[Comparison], scores: Mapping[str, Scores]
+) -> Judged:
+    """The verdicts of those pairs of an assignment that are among the rows."""
+    found = [(row, assignment.pairs[row.number]) for row in rows if row.number in assignment.pairs]
+    verdicts = [_verdict(row, pair.questions, scores) for row, pair in found if pair.digest == _digest(row)]
+    return Judged(assignment.judge, arms, assignment.seed, verdicts, len(assignment.pairs) - len(verdicts))
 
 
-def _verdict(pair: Comparison, asked: Sequence[str], answers: Mapping[str, Scores]) -> Verdict:
+def _verdict(pair: Comparison, asked: Sequence[str], scores: Mapping[str, Scores]) -> Verdict:
     if pair.same:
         return Verdict(pair, 0)
-    if any(question not in answers for question in asked):
+    if any(question not in scores for question in asked):
         return Verdict(pair, None)
-    straight, swapped = (answers[question] for question in asked)
+    straight, swapped = (scores[question] for question in asked)
     if straight is None or swapped is None:
         return Verdict(pair, None, unparsed=True)
-    orders = [int(np.sign(straight[0] - straight[1])), int(np.sign(swapped[1] - swapped[0]))]
-    return Verdict(pair, orders[0] if orders[0] == orders[1] else 0, flipped=orders[0] * orders[1] == -1)
+    one, other = int(np.sign(straight[0] - straight[1])), int(np.sign(swapped[1] - swapped[0]))
+    return Verdict(pair, one if one == other else 0, flip=one if one * other == -1 else 0)
 
 
 def judged_runs(results: Results) -> list[Judged]:
@@ -83,13 +100,13 @@ def judged_runs(results: Results) -> list[Judged]:
     found = []
     for run in results.runs:
         kept = read(run.folder / FILE)
-        for panel in kept.panels.values():
-            arms = results.named(run, panel.arms[0]), results.named(run, panel.arms[1])
+        for assignment in kept.assignments.values():
+            arms = results.named(run, assignment.arms[0]), results.named(run, assignment.arms[1])
             try:
-                rows = comparisons(results, arms, seed=panel.seed)
+                rows = comparisons(results, arms, seed=assignment.seed)
             except InputError:  # an arm or a seed that the run has no more
                 rows = []
-            found.append(judged(panel, arms, rows, kept.answers))
+            found.append(judged(assignment, arms, rows, kept.scores))
     return found
 
 
@@ -97,13 +114,18 @@ def judged_runs(results: Results) -> list[Judged]:
 class Tally:
     """Verdicts counted."""
 
-    outcomes: Float64[np.ndarray, " prompts"]
-    """Of those known."""
+    prompts: int
     win: Interval
     tie: Interval
     lose: Interval
+    difference: Interval
+    """Win minus lose."""
+    p: float
+    """Of no difference, by the sign test."""
     flips: Interval | None
     """Of those asked; None where nobody was."""
+    first: Interval | None
+    """Of the flips: how often the completion shown first won both times; None without flips."""
     longer: Interval | None
     """How often the longer completion wins, in characters, where one wins; None where none does."""
     equal_length: Interval | None
@@ -111,24 +133,39 @@ class Tally:
 
 
 def tally(verdicts: Sequence[Verdict]) -> Tally | None:
-    """Shares with 95% intervals over prompts; None without a verdict."""
-    known = [(one, one.outcome) for one in verdicts if one.outcome is not None]
+    """Shares with 95% intervals over prompts; None without a verdict.
+
+    Pairs of the same text are ties from the start. They count in the proportion in which those asked have a verdict, or
+    a call that was stopped would lean to ties.
+    """
+    asked = [one for one in verdicts if not one.pair.same]
+    told = [one for one in asked if one.outcome is not None]
+    same = [one for one in verdicts if one.pair.same]
+    known = [*told, *same[: round(len(same) * len(told) / len(asked)) if asked else len(same)]]
     if not known:
         return None
-    outcomes = np.array([outcome for _, outcome in known], dtype=np.float64)
-    longer = np.array([len(one.pair.completions[0]) - len(one.pair.completions[1]) for one, _ in known], np.float64)
-    asked = [one.flipped for one, _ in known if not one.pair.same]
+    outcomes = np.array([one.outcome for one in known], dtype=np.float64)
+    longer = np.array([len(one.pair.completions[0]) - len(one.pair.completions[1]) for one in known], np.float64)
     decided = (outcomes * longer)[outcomes * longer != 0]
-    win, tie, lose = (crossed_interval((outcomes == value)[None].astype(np.float64)) for value in (1, 0, -1))
+    wins, ties, defeats = (int((outcomes == value).sum()) for value in (1, 0, -1))
+    flips = [one.flip for one in told if one.flip]
+    win, tie, lose = (wilson_interval(count, len(known)) for count in (wins, ties, defeats))
     return Tally(
-        outcomes,
+        len(known),
         win,
         tie,
         lose,
-        wilson_interval(sum(asked), len(asked)) if asked else None,
-        wilson_interval(int((decided > 0).sum()), len(decided)) if len(decided) else None,
+        win_minus_lose(wins, ties, defeats),
+        sign_test(wins, defeats),
+        _share(len(flips), len(told)),
+        _share(flips.count(1), len(flips)),
+        _share(int((decided > 0).sum()), len(decided)),
         length_controlled((outcomes + 1.0) / 2.0, longer),
     )
+
+
+def _share(count: int, of: int) -> Interval | None:
+    return wilson_interval(count, of) if of else None
 
 
 @dataclass(frozen=True)
@@ -143,14 +180,14 @@ class Agreement:
     """Krippendorff's, of all judges."""
 
 
-def agreement(panels: Sequence[Judged]) -> Agreement:
+def agreement(judged: Sequence[Judged]) -> Agreement:
     """Of several judges of the same two arms at the same seed."""
     said = [
-        {one.pair.number: one.outcome + 1 for one in panel.verdicts if one.outcome is not None and not one.pair.same}
-        for panel in panels
+        {each.pair.number: each.outcome + 1 for each in one.verdicts if each.outcome is not None and not each.pair.same}
+        for one in judged
     ]
     kappas = []
-    for (one, ours), (other, theirs) in combinations(zip(panels, said, strict=True), 2):
+    for (one, ours), (other, theirs) in combinations(zip(judged, said, strict=True), 2):
         both = sorted(ours.keys() & theirs.keys())
         ratings = [np.array([of[number] for number in both], dtype=np.int64) for of in (ours, theirs)]
         kappas.append((one.judge, other.judge, len(both), cohen_kappa(*ratings)))

@@ -26,9 +26,9 @@ class Judge:
 
     model: str
     endpoint: str
-    temperature: float
-    reply_tokens: int
-    """Of a reply, at most."""
+    temperature: float | None
+    reply_tokens: int | None
+    """Of a reply, at most. None is not sent, like a temperature of None."""
     template: str
     """Digest of the template's text."""
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 HIGHEST = 10.0
@@ -15,7 +16,7 @@ class Reply:
     """A server's reply."""
 
     text: str | None
-    """None where it holds no chat completion."""
+    """Empty where it is a chat completion without any, such as a refusal; None where it is none."""
     cut: bool = False
     """Whether it ended because it was as long as it may be."""
     tokens: tuple[int, int] | None = None
@@ -31,17 +32,25 @@ def read_reply(body: bytes) -> Reply:
         return Reply(None)
     try:
         choice = content["choices"][0]
-        text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        text, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
     except (LookupError, TypeError, AttributeError):
         return Reply(None, tokens=tokens)
-    return Reply(text if isinstance(text, str) else None, cut, tokens)
+    return Reply(text if isinstance(text, str) else "", cut, tokens)
 
 
 def _tokens(usage: object) -> tuple[int, int] | None:
     if not isinstance(usage, dict):
         return None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return (prompt, completion) if type(prompt) is int and type(completion) is int else None
+    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
+        return prompt, completion
+    return None
+
+
+def total(replies: Sequence[Reply]) -> tuple[int, int] | None:
+    """The tokens of several replies together; None where those of one are not known."""
+    known = [reply.tokens for reply in replies if reply.tokens is not None]
+    return (sum(one for one, _ in known), sum(two for _, two in known)) if len(known) == len(replies) else None
 
 
 def scores(reply: Reply) -> tuple[float, float] | None:

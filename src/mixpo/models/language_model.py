@@ -201,7 +201,7 @@ def _read(
     with_entropy: bool,
     learning: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-probs of the targets, and entropies or 0; if `learning`, d logprob / d logits is written over the logits.
+    """Log-probs of the targets, and entropies or 0; the logits are lost, if `learning` to d logprob / d logits.
 
     What is done to them element by element is done in float32, in blocks that a CPU's caches hold.
     """
@@ -209,7 +209,7 @@ def _read(
     entropies = torch.zeros_like(logprobs)
     for rows in _portions(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
         wide = logits[rows].float() if bias is None else logits[rows].float() + bias
-        wide = wide - wide.amax(dim=-1, keepdim=True)
+        wide -= wide.amax(dim=-1, keepdim=True)
         target = wide.gather(-1, targets[rows, None])[:, 0]
         odds = wide.exp() if with_entropy else wide.exp_()
         total = odds.sum(dim=-1)

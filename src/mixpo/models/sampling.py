@@ -37,6 +37,20 @@ class Sampled:
     """The model's own log-prob of each token in nats: temperature 1, nothing truncated, however it was drawn."""
 
 
+@dataclass
+class _Rows:
+    """What the layers of a cache share: where their rows are read and written."""
+
+    prompts: Int[Tensor, "rows width"]
+    """Where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
+    capacity: int
+    """Tokens that a completion's row has room for."""
+    held: int = 0
+    """Tokens that the longest row holds."""
+    ends: tuple[Int[Tensor, " rows"], ...] = ()
+    """Every row, and the place behind what it holds."""
+
+
 class _Preallocated(DynamicLayer):
     """Keys and values of one layer, a row a completion, in tensors that are long enough for the longest one.
 
@@ -46,11 +60,9 @@ class _Preallocated(DynamicLayer):
 
     is_initialized: bool
 
-    def __init__(self, places: Int[Tensor, "rows width"], lengths: Int[Tensor, " rows"], capacity: int) -> None:
-        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand, `lengths` of
-        them; `capacity`: tokens that a completion's row has room for."""
+    def __init__(self, rows: _Rows) -> None:
         super().__init__()
-        self.places, self.ends, self.capacity = places, lengths, capacity
+        self.rows = rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -58,27 +70,26 @@ class _Preallocated(DynamicLayer):
         if not self.is_initialized:
             dtype = value_states.dtype  # rotated keys may be wider than attention is
             self.keys, self.values = (self._lay_out(states, dtype) for states in (key_states, value_states))
-            self.longest, self.is_initialized = self.places.shape[1], True
+            self.is_initialized = True
             return key_states, value_states
-        rows = torch.arange(len(self.ends), device=self.ends.device)
-        self.keys[rows, :, self.ends] = key_states[:, :, 0].to(self.keys.dtype)
-        self.values[rows, :, self.ends] = value_states[:, :, 0]
-        self.ends, self.longest = self.ends + 1, self.longest + 1
-        return self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
+        rows, ends = self.rows.ends
+        self.keys[rows, :, ends] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[rows, :, ends] = value_states[:, :, 0]
+        return self.keys[:, :, : self.rows.held + 1], self.values[:, :, : self.rows.held + 1]
 
     def _lay_out(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
-        count, width = self.places.shape
-        room = states.new_empty(count, states.shape[1], self.capacity, states.shape[3], dtype=dtype)
+        count, width = self.rows.prompts.shape
+        room = states.new_empty(count, states.shape[1], self.rows.capacity, states.shape[3], dtype=dtype)
         room[:, :, width:] = 0.0  # what may not be seen counts nothing times this, which must not be nan
-        room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.places].transpose(1, 2)
+        room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.rows.prompts].transpose(1, 2)
         return room
 
     def get_seq_length(self) -> int:
-        return self.longest if self.is_initialized else 0
+        return self.rows.held
 
-    def take(self, rows: Int[Tensor, " rows"], longest: int) -> None:
-        """Keep these rows, in this order; `longest` of them is so long."""
-        self.keys, self.values, self.ends, self.longest = self.keys[rows], self.values[rows], self.ends[rows], longest
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep these rows, in this order."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def truncate(
@@ -169,9 +180,9 @@ def _sample_batch(
     head = lm.model.get_output_embeddings()
     batch = pack_prompts(prompts, share_row=lm.shares_prompts).to(device)
     rows = torch.arange(count, device=device).repeat_interleave(k)
-    width = batch.places.shape[1]
     lengths = batch.lengths[rows]
-    cache = Cache(layer_class_to_replicate=partial(_Preallocated, batch.places[rows], lengths, width + max_tokens))
+    shared = _Rows(batch.places[rows], batch.places.shape[1] + max_tokens)
+    cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
     logits = head(hidden_states(lm, batch, cache=cache)[batch.last])[rows]
     uniforms = uniforms.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
@@ -191,13 +202,14 @@ def _sample_batch(
             active, tokens = active[kept], tokens[kept]
             prompted = lengths[active].tolist()
             for layer in cache.layers:
-                layer.take(kept, max(prompted) + step)
-        position = (lengths[active] + step)[:, None]
+                layer.take(kept)
+        position = lengths[active] + step
+        shared.held, shared.ends = max(prompted) + step, (torch.arange(len(active), device=device), position)
         with decoding([length + step + 1 for length in prompted], device):
             hidden = lm.model.base_model(
                 input_ids=tokens[:, None],
-                position_ids=position,
-                attention_mask=_decoding_masks(lm, position, max(prompted) + step + 1),
+                position_ids=position[:, None],
+                attention_mask=_decoding_masks(lm, position[:, None], shared.held + 1),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, 0]

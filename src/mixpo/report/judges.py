@@ -4,19 +4,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mixpo.algorithms.statistics import Interval
+from mixpo.algorithms.statistics import Interval, holm
 from mixpo.experiments.comparisons import categories
 from mixpo.experiments.results import Results, few
 from mixpo.judge.judging import Judged, Tally, agreement, judged_runs, tally
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import compared
-from mixpo.report.comparison import Difference, counted, estimated, interval_text, p_text, verdict
+from mixpo.report.comparison import counted, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table
 
 UNTOLD = "cannot be told"
 NOTES = (
     "win, lose: the shares of prompts on which the judge scores the first arm's completion higher, or lower, in both "
-    "orders of the two; all others are ties. Flips: how often each order had another winner.",
+    "orders of the two; all others are ties. Flips: how often each order had another winner; to the first: how many of "
+    "the flips the completion shown first won, half of them if places count for nothing.",
     "Longer wins: how often the longer completion (in characters) wins, where one wins. Win at equal length: the win "
     "rate, a tie being half a win, by a logistic regression on the difference of lengths (Dubois et al. 2024).",
 )
@@ -29,8 +30,8 @@ class Row:
     judged: Judged
     category: str | None
     tally: Tally
-    difference: Difference
-    """Wins minus defeats; p corrected for all rows of all judges."""
+    p: float
+    """Of no difference, corrected for all rows of all judges."""
 
 
 def section(results: Results) -> Section | None:
@@ -49,8 +50,8 @@ def rows_of(found: Sequence[Judged]) -> list[Row]:
         for category in (None, *categories([each.pair for each in one.verdicts])):
             if (counts := tally(one.of(category))) is not None:
                 told.append((one, category, counts))
-    differences = estimated([(*one.arms, counts.outcomes[None]) for one, _, counts in told])
-    return [Row(*each, difference) for each, difference in zip(told, differences, strict=True)]
+    corrected = holm([counts.p for *_, counts in told])
+    return [Row(*each, p) for each, p in zip(told, corrected, strict=True)]
 
 
 def groups(found: Sequence[Judged], rows: Sequence[Row]) -> list[Group]:
@@ -62,9 +63,13 @@ def groups(found: Sequence[Judged], rows: Sequence[Row]) -> list[Group]:
         headings = ["judges", "arms", "prompts", "agreement beyond chance"]
         note = "Cohen's kappa of every two judges, and Krippendorff's alpha with its 95% interval of several together."
         tables.append(Group("Agreement of judges", table=Table(headings, agreed, [note])))
-    corrected = f"p: of no difference, corrected for all {len(rows)} rows (Holm)." if len(rows) > 1 else ""
-    over = "Intervals are 95%, over prompts at one seed: they say nothing of other seeds."
-    return [*tables, Group(notes=[*NOTES, *filter(None, (corrected, over))])]
+    corrected = f", corrected for all {len(rows)} rows (Holm)" if len(rows) > 1 else ""
+    p = f"p: of no difference, by the sign test of wins against defeats{corrected}."
+    over = (
+        "Intervals are 95%, over prompts at one seed, and say nothing of other seeds: Wilson's of shares, Agresti and "
+        "Min's (2005) of win − lose."
+    )
+    return [*tables, Group(notes=[*NOTES, p, over])]
 
 
 def labels(found: Sequence[Judged]) -> dict[Judge, str]:
@@ -79,28 +84,36 @@ def labels(found: Sequence[Judged]) -> dict[Judge, str]:
 
 
 def _of_judge(judge: Judge, name: str, found: Sequence[Judged], rows: Sequence[Row], seeds: bool) -> Group:
-    headings = ["arms", "prompts", "win", "tie", "lose", "win − lose", "p", "flips", "longer wins"]
+    headings = ["arms", "prompts", "win", "tie", "lose", "win − lose", "p"]
+    headings += ["flips", "flips to the first", "longer wins", "win at equal length"]
     lines = []
     for row in rows:
         if row.judged.judge == judge:
             counts, arms = row.tally, _pair(row.judged, seeds)
-            shares = [counts.win, counts.tie, counts.lose, row.difference.interval]
+            shares = [counts.win, counts.tie, counts.lose, counts.difference]
             lines.append(
                 [
                     arms if row.category is None else f"{arms}: {row.category}",
-                    str(len(counts.outcomes)),
+                    str(counts.prompts),
                     *map(interval_text, shares),
-                    p_text(row.difference.p),
-                    *map(_or_nothing, (counts.flips, counts.longer)),
+                    p_text(row.p),
+                    *map(_or_nothing, (counts.flips, counts.first, counts.longer)),
                     interval_text(counts.equal_length) if counts.equal_length is not None else UNTOLD,
                 ]
             )
     notes = [
-        f"Asked at {judge.endpoint}, temperature {judge.temperature:g}, {judge.reply_tokens} tokens a reply at most, "
-        f"template {judge.template}.",
+        f"Asked at {judge.endpoint}, {_settings(judge)}, template {judge.template}.",
         *(said for one in found if one.judge == judge and (said := _left_out(one, seeds))),
     ]
-    return Group(name, table=Table([*headings, "win at equal length"], lines) if lines else None, notes=notes)
+    return Group(name, table=Table(headings, lines) if lines else None, notes=notes)
+
+
+def _settings(judge: Judge) -> str:
+    temperature = "its own temperature" if judge.temperature is None else f"temperature {judge.temperature:g}"
+    limit = "replies as long as it likes"
+    if judge.reply_tokens is not None:
+        limit = f"{judge.reply_tokens} tokens a reply at most"
+    return f"{temperature}, {limit}"
 
 
 def _or_nothing(interval: Interval | None) -> str:
@@ -116,10 +129,11 @@ def _left_out(one: Judged, seeds: bool) -> str:
     same = sum(each.pair.same for each in one.verdicts)
     unparsed = sum(each.unparsed for each in one.verdicts)
     open_ = sum(each.outcome is None for each in one.verdicts) - unparsed
+    part = ", counted in proportion to the others that have a verdict" if unparsed or open_ else ""
     said = [
-        f"the same text on {counted(same, 'prompt')}, a tie that nobody was asked" if same else "",
+        f"the same text on {counted(same, 'prompt')}, a tie that nobody was asked" + part if same else "",
         f"no verdict on {counted(unparsed, 'prompt')}, a reply to which could not be parsed" if unparsed else "",
-        f"no answer yet on {counted(open_, 'prompt')}" if open_ else "",
+        f"no reply yet on {counted(open_, 'prompt')}" if open_ else "",
         f"{counted(one.stale, 'prompt')} left out, judged before completions changed" if one.stale else "",
     ]
     return f"{_pair(one, seeds)}: {'; '.join(filter(None, said))}." if any(said) else ""
@@ -128,14 +142,14 @@ def _left_out(one: Judged, seeds: bool) -> str:
 def _agreement_rows(found: Sequence[Judged], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
     rows = []
     for pair in dict.fromkeys((one.arms, one.seed) for one in found):
-        panels = [one for one in found if (one.arms, one.seed) == pair]
-        if len(panels) < 2:
+        both = [one for one in found if (one.arms, one.seed) == pair]
+        if len(both) < 2:
             continue
-        agreed, arms = agreement(panels), _pair(panels[0], seeds)
+        agreed, arms = agreement(both), _pair(both[0], seeds)
         for one, other, count, kappa in agreed.kappas:
             rows.append([f"{names[one]} and {names[other]}", arms, str(count), _told(kappa, f"{kappa:z.2f}")])
         alpha = _told(agreed.alpha.mean, interval_text(agreed.alpha))
-        rows.append([f"all {len(panels)}", arms, str(agreed.pairs), alpha])
+        rows.append([f"all {len(both)}", arms, str(agreed.pairs), alpha])
     return rows
 
 
@@ -159,12 +173,13 @@ def _opening(results: Results, found: Sequence[Judged], rows: Sequence[Row]) -> 
     names, (one, other) = labels(found), first.arms
     said = []
     for row in shown[:3]:
-        counts, difference = row.tally, row.difference
+        counts = row.tally
         flips = "" if counts.flips is None else f"; {counts.flips.mean:.0%} of those asked flip with the order"
+        flips += "" if counts.first is None else f", {counts.first.mean:.0%} of these to the completion shown first"
         said.append(
             f"{names[row.judged.judge]} scores {one} higher than {other} on {counts.win.mean:.0%} of "
-            f"{counted(len(counts.outcomes), 'prompt')} and lower on {counts.lose.mean:.0%}: difference "
-            f"{verdict(difference.interval, difference.p)}{flips}."
+            f"{counted(counts.prompts, 'prompt')} and lower on {counts.lose.mean:.0%}: difference "
+            f"{verdict(counts.difference, row.p)}{flips}."
         )
     if len(shown) > 3:
         said.append(f"The others are {few([names[row.judged.judge] for row in shown[3:]])}.")
