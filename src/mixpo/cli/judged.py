@@ -48,7 +48,7 @@ def judge(
 
     What was asked is not asked again: after a stop the same command goes on.
     """
-    from mixpo.experiments.comparisons import comparisons
+    from mixpo.experiments.comparisons import compared_seed, comparisons
     from mixpo.experiments.results import load
     from mixpo.judge.endpoint import checked, key_for
     from mixpo.judge.judging import judged, questions
@@ -57,8 +57,7 @@ def judge(
     from mixpo.report.judges import groups, rows_of
 
     results = load(run)
-    common = results.common_seeds(*arms)
-    at = common[0] if seed is None and common else seed
+    at = compared_seed(results, arms, seed)
     rows = comparisons(results, arms, seed=at, prompts=prompts, draw=draw)
     if wrong := [name for place, name in enumerate(model) if name in model[:place] or not name.isprintable()]:
         raise InputError(f"--model: found {wrong[0]!r} twice or unprintable; expected different names of models")
