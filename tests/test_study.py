@@ -561,8 +561,9 @@ def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
         (("--close", "--export", "x.csv"), "--export, --close: found 2 of them; expected one at a time"),
         ((*pages, "--host", "0.0.0.0"), "--host: found 0.0.0.0, which is every address"),
         ((*pages, "--host", "no.such.invalid"), "--host: found 'no.such.invalid'"),
-        ((*pages, "--address", "example.org"), "--address: found 'example.org'; expected such as https://"),
+        ((*pages, "--address", "example.org"), "--address: found 'example.org'; expected only such as https"),
         ((*pages, "--tls-cert", "x.pem"), "--tls-cert, --tls-key: found one of them"),
+        ((*pages, "--tls-cert", "x.pem", "--tls-key", "x.pem"), "--tls-cert, --tls-key: found no usable pair"),
         ((*pages, "--guidelines", "none.txt"), "--guidelines: found none.txt, which cannot be read"),
         ((*pages, "--store", "nonsense"), "--store: found no URL of a database"),
         ((*pages, "--store", "postgresql+nodriver://me:hush@h/d"), "postgresql+nodriver://me:***@h/d: found a store"),
@@ -586,17 +587,57 @@ def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
 
 def test_beyond_this_machine_without_tls_there_is_a_warning(tmp_path, capsys):
     run = str(fruit_run(tmp_path))
-    words = ("annotate", run, "--arms", *ARMS, "--annotators", "2", "--port", "0", "--host", "0.0.0.0", "--address")
-    assert "warning: without TLS" in run_cli(capsys, *words, "http://study.example.org")[1]
+    words = ("annotate", run, "--arms", *ARMS, "--annotators", "2", "--port", "0", "--address")
+    assert "warning: without TLS" in run_cli(capsys, *words, "http://study.example.org", "--host", "0.0.0.0")[1]
     code, said = run_cli(capsys, *words, "https://study.example.org/")
     assert code == 0
     assert "warning" not in said
     assert len(re.findall(r"  annotator [12]: https://study\.example\.org/a/\S{32}\n", said)) == 2
-    assert server.addresses("::1", 80, None, tls=True) == (
-        "https://[::1]:80",
-        ["[::1]:80", "localhost:80", "127.0.0.1:80"],
-    )
-    assert server.addresses("127.0.0.1", 443, None, tls=True)[1] == ["127.0.0.1", "localhost", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "address", "tls", "encrypted"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:1", False, True),
+        ("::1", "http://[::1]:1", False, True),
+        ("127.0.0.1", "https://far.example", False, True),
+        ("192.168.1.7", "https://far.example", True, True),
+        ("127.0.0.1", "http://far.example", False, False),
+        ("192.168.1.7", "https://far.example", False, False),  # from the proxy to us
+        ("192.168.1.7", "http://localhost:1", False, False),
+        ("192.168.1.7", "http://far.example", True, False),
+    ],
+)
+def test_what_goes_over_a_network_in_the_clear_is_known(bound, address, tls, encrypted):
+    assert server.is_encrypted(bound, address, tls=tls) == encrypted
+
+
+def test_the_usual_port_is_no_part_of_an_address():
+    local = ["[::1]:80", "localhost:80", "127.0.0.1:80"]
+    assert server.addresses("::1", ("::1", 80), None, tls=True) == ("https://[::1]:80", local)
+    usual = ["127.0.0.1", "localhost", "127.0.0.1"]
+    assert server.addresses("127.0.0.1", ("127.0.0.1", 443), None, tls=True) == ("https://127.0.0.1", usual)
+    for given, found in (
+        ("https://Study.example.org:443/", ("https://study.example.org", ["study.example.org"])),
+        ("http://study.example.org:443", ("http://study.example.org:443", ["study.example.org:443"])),
+        ("http://[::1]:80", ("http://[::1]", ["[::1]"])),
+    ):
+        assert server.addresses("127.0.0.1", ("127.0.0.1", 9), given, tls=False) == found
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["http://[::1", "http://me:x@a.example", "http://@a", "http://a:b", "http://a:70000", "ftp://a", "http://a/b"],
+)
+def test_what_is_no_address_is_refused(given):
+    with pytest.raises(InputError, match=re.escape(f"--address: found {given!r}; expected only such as https://")):
+        server.addresses("127.0.0.1", ("127.0.0.1", 9), given, tls=False)
+
+
+@pytest.mark.parametrize(("host", "bound"), [("0", "0.0.0.0"), ("::", "::"), ("0:0::0", "::")])
+def test_every_address_is_none(host, bound):
+    with pytest.raises(InputError, match=f"^--host: found {host}, which is every address of this machine"):
+        server.addresses(host, (bound, 9), None, tls=False)
 
 
 def test_a_password_is_never_shown():

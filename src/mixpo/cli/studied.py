@@ -66,12 +66,12 @@ def annotate(
     from mixpo.study.begin import Wanted, begin_or_go_on, links, names
     from mixpo.study.store import Store, store_url
 
-    if (tls_cert is None) != (tls_key is None):
-        raise InputError("--tls-cert, --tls-key: found one of them; expected both or none")
+    server.check_certificate(tls_cert, tls_key)
     results = load(run)
     wanted = Wanted(arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read(guidelines))
     with server.listen(host, port) as listening:
-        at, hosts = server.addresses(host, listening.getsockname()[1], address, tls=tls_cert is not None)
+        bound, tls = listening.getsockname()[:2], tls_cert is not None
+        at, hosts = server.addresses(host, bound, address, tls=tls)
         (run / "study").mkdir(exist_ok=True)
         opened = Store(store_url(run, store))
         try:
@@ -79,7 +79,7 @@ def annotate(
             tokens, lost = links(opened, run / "study")
             if lost and any(one.judged + one.skipped for one in opened.progress()):
                 print(f"links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)
-            if not server.is_loopback(host) and not at.startswith("https"):
+            if not server.is_encrypted(bound[0], at, tls=tls):
                 print(server.UNENCRYPTED, file=sys.stderr)
             print(f"study: {opened.name}, for {len(tokens)} annotators; each one's own link, which nobody else needs:")
             for name, token in tokens.items():
