@@ -1,20 +1,9 @@
 """Texts of models as people may safely see them: nothing hidden, nothing that turns its surroundings around."""
 
 import unicodedata
-from dataclasses import dataclass
-
-from mixpo.data.rows import Prompt
 
 PLAIN = "\n\t\u200c\u200d"
 """Characters without a shape that stay: line breaks, and what joins or parts letters and emoji."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message of a prompt as it is shown."""
-
-    role: str
-    content: str
 
 
 def visible(text: str) -> str:
@@ -22,11 +11,9 @@ def visible(text: str) -> str:
     return "".join(map(_shape, text.replace("\r\n", "\n")))
 
 
-def turns(prompt: Prompt) -> list[Turn]:
-    """The messages of a prompt; text alone is the user's."""
-    if isinstance(prompt, str):
-        return [Turn("user", visible(prompt))]
-    return [Turn(visible(message["role"]), visible(message["content"])) for message in prompt]
+def blank(text: str) -> bool:
+    """Whether there is nothing to see in a text that `visible` made."""
+    return all(character.isspace() or character in PLAIN for character in text)
 
 
 def _shape(character: str) -> str:
