@@ -1,19 +1,21 @@
 """Studies of run folders that are written by hand, and people who judge them through the application itself."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from mixpo.experiments.results import Results, load
 from mixpo.stages.rows import write_table
 from mixpo.study.app import make_app
 from mixpo.study.begin import Wanted, begin_or_go_on, links
-from mixpo.study.store import Store, StudyRow, store_url
+from mixpo.study.store import AnnotatorRow, EarlierRow, Store, StudyRow, store_url
 from report_runs import Arm, Writer, scores
 
 ARMS = ("zebra", "yak")
@@ -25,25 +27,42 @@ KINDS = ("helpful", "harmless", "helpful", "harmless", "helpful", None)
 PEOPLE = ("anna", "ben", "cleo")
 
 
+@dataclass
 class Fruit(Writer):
     """Writes runs whose prompt 0 is hostile and whose prompt 5 both arms complete alike."""
+
+    texts: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Other completions, by arm and prompt."""
 
     def evaluation(self, key: str, arm: str, columns: Any) -> dict[str, str]:
         made = super().evaluation(key, arm, columns)
         rows = []
         for number in range(len(columns["score"])):
             text = f"{WORDS[arm]} {number}" + (f" {HOSTILE}" if number == 0 else "")
-            row = {"prompt": self.prompt(number), "completion": "the same" if number == 5 else text, "tokens": 3.0}
+            text = self.texts.get((arm, number), "the same" if number == 5 else text)
+            row = {"prompt": self.prompt(number), "completion": text, "tokens": 3.0}
             rows.append({**row, "ended": 1.0, "score": 0.0, "kl_from_sft": 0.0})
         write_table(Path(made[key]) / "completions.parquet", rows)
         return made
 
 
-def fruit_run(folder: Path, prompts: int = 6) -> Path:
+def fruit_run(
+    folder: Path, prompts: int = 6, texts: Mapping[tuple[str, int], str] | None = None, seeds: Sequence[int] = (0,)
+) -> Path:
     """A finished run of two arms."""
     kinds = (KINDS * prompts)[:prompts]
-    values = scores([0.0] * prompts, kl=[0.0] * prompts)
-    return Fruit(folder / "run", categories=kinds).run([Arm(name, {0: values}) for name in ARMS])
+    done = dict.fromkeys(seeds, scores([0.0] * prompts, kl=[0.0] * prompts))
+    return Fruit(folder / "run", categories=kinds, texts=texts or {}).run([Arm(name, done) for name in ARMS])
+
+
+def earlier(store: Store) -> dict[tuple[str, int], list[str]]:
+    """Choices that were changed, the oldest first, by annotator and number."""
+    found: dict[tuple[str, int], list[str]] = {}
+    joined = select(AnnotatorRow.name, EarlierRow).join(EarlierRow, EarlierRow.annotator == AnnotatorRow.id)
+    with Session(store.engine) as session:
+        for name, row in session.execute(joined.order_by(EarlierRow.id)):
+            found.setdefault((name, row.number), []).append(row.choice)
+    return found
 
 
 @dataclass
@@ -67,7 +86,6 @@ class Study:
     """Of another store than the run's own."""
 
     def __post_init__(self) -> None:
-        (self.run / "study").mkdir(exist_ok=True)
         self.clock = Clock()
         self.store = Store(store_url(self.run, self.url))
         try:

@@ -15,10 +15,7 @@ from mixpo.study import files, server
 from mixpo.study.begin import Wanted
 from mixpo.study.findings import findings
 from report_runs import rows
-from studies import ARMS, PEOPLE, Study, fruit_run
-
-SHOTS = os.environ.get("MIXPO_SCREENSHOTS")
-"""A folder for pictures of the pages."""
+from studies import ARMS, PEOPLE, Study, earlier, fruit_run
 
 
 @pytest.fixture
@@ -74,8 +71,9 @@ def opened(browser: Any, study: tuple[Study, str]) -> Opened:
 
 
 def shot(tab: Any, name: str) -> None:
-    if SHOTS:
-        tab.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+    """A picture, where a folder for them is named."""
+    if folder := os.environ.get("MIXPO_SCREENSHOTS"):
+        tab.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
 def wake(tab: Any) -> None:
@@ -108,11 +106,11 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
     assert found is not None
     assert found.counted == list(PEOPLE)
     # on prompts 0 to 4 anna and cleo prefer apples; ben does, but calls one a tie; nobody was asked about prompt 5
-    assert found.shares["all"].win.mean == pytest.approx((14 / 3) / 6)
+    assert found.shares[None].win.mean == pytest.approx((14 / 3) / 6)
     # 15 ratings: 14 wins and a tie; four prompts agree wholly, of the fifth one pair in three
     chance = (14 / 15) ** 2 + (1 / 15) ** 2
     kappa = ((4 + 1 / 3) / 5 - chance) / (1 - chance)
-    assert found.agreement["all"].kappa.mean == pytest.approx(kappa)
+    assert found.agreement[None].kappa.mean == pytest.approx(kappa)
     assert set(rows_of(found)) == set(PEOPLE)
 
 
@@ -125,6 +123,10 @@ def rows_of(found: Any) -> Any:
 def by_keyboard(made: Study, tab: Any) -> None:
     assert heading(tab) == "Question 1 of 5"
     assert tab.evaluate("document.activeElement.id") == "question"
+    one, other = (one.bounding_box() for one in tab.locator(".sides section").all())
+    assert other["y"] == one["y"]
+    assert other["x"] >= one["x"] + one["width"]
+    assert {text.get_attribute("lang") for text in tab.locator("main div.text[dir]").all()} == {""}
     shot(tab, "question")
     tab.keyboard.press(apples(tab))  # within the first half second
     tab.wait_for_timeout(200)
@@ -139,7 +141,31 @@ def by_keyboard(made: Study, tab: Any) -> None:
     assert len(made.said()) == 1
     assert tab.evaluate("document.activeElement.id") == "question"
     assert tab.get_by_role("status").inner_text() == "Question 1 is saved."
+    tree = tab.locator("body").aria_snapshot()
+    for line in (
+        *("status: Question 1 is saved.", 'heading "Question 2 of 5" [level=1]', 'heading "Prompt" [level=2]'),
+        *('heading "Completion 1" [level=2]', 'heading "Completion 2" [level=2]', 'button "A tie"'),
+        *('button "Completion 1 is better"', 'button "Completion 2 is better"', 'progressbar "Questions done"'),
+        *('region "Completion 1"', 'checkbox "Keys 1, 2 and 0 choose" [checked]'),
+    ):
+        assert f"- {line}" in tree
     wake(tab)
+    for place in ("summary >> nth=0", "nav a", "#keys"):  # keys belong to what has the focus
+        tab.focus(place)
+        tab.keyboard.press("1")
+    tab.keyboard.press("Space")  # on the checkbox: off
+    tab.focus("h1")
+    tab.keyboard.press("1")
+    tab.reload()
+    assert not tab.is_checked("#keys")
+    assert tab.locator("kbd:visible").count() == 0
+    tab.wait_for_timeout(600)
+    tab.keyboard.press("1")
+    tab.wait_for_timeout(200)
+    assert heading(tab) == "Question 2 of 5"
+    assert len(made.said()) == 1
+    tab.check("#keys")
+    assert tab.locator("[aria-keyshortcuts='1']").count() == 1
     tab.focus("#comment")
     tab.keyboard.type("1 and 2, 0")  # keys in a text are text
     assert heading(tab) == "Question 2 of 5"
@@ -161,7 +187,7 @@ def by_keyboard(made: Study, tab: Any) -> None:
         tab.keyboard.press("Tab")
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/q/4*")
-    assert made.store.earlier() == {("anna", 3): ["tie"]}
+    assert earlier(made.store) == {("anna", 3): ["tie"]}
     for number in (4, 5):
         assert heading(tab) == f"Question {number} of 5"
         wake(tab)

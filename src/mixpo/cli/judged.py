@@ -14,7 +14,6 @@ from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
     from mixpo.judge.asking import Progress
-    from mixpo.report.document import Group
 
 Number = TypeVar("Number", int, float)
 
@@ -53,8 +52,9 @@ def judge(
 
     What was asked is not asked again: after a stop the same command goes on.
     """
+    from mixpo.cli.display import show
     from mixpo.data.text import visible
-    from mixpo.experiments.comparisons import comparisons
+    from mixpo.experiments.comparisons import compared_seed, comparisons
     from mixpo.experiments.results import load
     from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
     from mixpo.judge.judging import as_judged, judged, questions
@@ -63,10 +63,9 @@ def judge(
     from mixpo.report.judges import groups, rows_of
 
     results = load(run)
-    common = results.common_seeds(*arms)
-    at = common[0] if seed is None and common else seed
+    at = compared_seed(results, arms, seed)
     before = read(run / FILE)
-    order = as_judged(before, arms, at or 0)
+    order = as_judged(before, arms, at)
     rows = comparisons(results, order, seed=at, prompts=prompts, draw=draw)
     usable = [
         name.isprintable() and bool(name.strip()) and name not in model[:place] for place, name in enumerate(model)
@@ -79,7 +78,7 @@ def judge(
     words, address = read_template(template), checked(endpoint)
     settings = _number("--temperature", temperature, 0.0), _number("--reply-tokens", reply_tokens, 1)
     judges = [Judge(name, address, *settings, digest(words.text)) for name in model]
-    asked = [questions(one, words, order, at or 0, rows) for one in judges]
+    asked = [questions(one, words, order, at, rows) for one in judges]
     every = {question.id: question for _, some in asked for question in some}
     if dry_run:
         known = before.scores.keys() & every.keys()
@@ -108,7 +107,10 @@ def judge(
     found = [judged(assignment, order, rows, scores) for assignment, _ in asked]
     found = found if order == arms else [one.turned() for one in found]
     for group in groups(found, rows_of(found)):
-        _show(group)
+        if group.table is not None:
+            show(group.table, group.title)
+        for note in group.notes:
+            _say(note)
     _say(f"{len(every) - len(missing)} of {len(every)} questions were asked before; verdicts: {run / FILE}")
     if done is not None:
         _show_end(done)
@@ -154,31 +156,6 @@ def _watching(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[
     except KeyboardInterrupt:
         _say(f"stopped; {done} of {questions} questions are done and kept in {file}; the same command goes on there")
         raise
-
-
-def _show(group: "Group") -> None:
-    """A table on its side, a column a row of the report's."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console, found = Console(), group.table.rows if group.table is not None else ()
-    width = max((len(cell) for row in found for cell in row[1:]), default=0) + 2
-    beside = max(1, (console.width - 21) // width)
-    for start in range(0, len(found), beside):
-        assert group.table is not None
-        first, *headings = group.table.headings
-        part = found[start : start + beside]
-        shown = Table(first, title=Text(group.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        shown.columns[0].no_wrap = True
-        for name, *cells in part:
-            shown.add_column(Text(name), justify="right", overflow="fold", min_width=max(map(len, cells)))
-        for heading, *cells in zip(headings, *(row[1:] for row in part), strict=True):
-            shown.add_row(heading, *map(Text, cells))
-        console.print(shown)
-    for line in (*(group.table.notes if group.table is not None else ()), *group.notes):
-        _say(line)
 
 
 def _show_end(done: "Progress") -> None:

@@ -24,10 +24,11 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a 
 
 @app.command()
 def annotate(
+    context: typer.Context,
     run: RunFolder,
     arms: Annotated[tuple[str, str] | None, typer.Option(help="The two arms of a new study.")] = None,
     prompts: Annotated[int | None, typer.Option(help="How many test prompts; 100 if there are so many.")] = None,
-    annotators: Annotated[str | None, typer.Option(help="How many, or names: anna,ben,cleo. 3 if not given.")] = None,
+    annotators: Annotated[str | None, typer.Option(help="How many, or names: anna,ben,cleo; 3 if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the arms; the first that both finished if not given.")] = None,
     draw: Annotated[int | None, typer.Option(help="Draws prompts, orders and sides; 0 if not given.")] = None,
     guidelines: Annotated[Path | None, typer.Option(help="What annotators are told, as text.")] = None,
@@ -47,9 +48,7 @@ def annotate(
     Prints a link for every annotator. Nobody learns which arm is which before --close.
     """
     _refuse_missing()
-    asked = [name for name, given in (("--export", export), ("--import", take), ("--close", close)) if given]
-    if len(asked) > 1:
-        raise InputError(f"{', '.join(asked)}: found {len(asked)} of them; expected one at a time")
+    _refuse_ignored(context, close=close)
     if export is not None or take is not None or close:
         with _there(run, store) as (opened, study):
             if export is not None:
@@ -66,20 +65,19 @@ def annotate(
     from mixpo.study.begin import Wanted, begin_or_go_on, links, names
     from mixpo.study.store import Store, store_url
 
-    if (tls_cert is None) != (tls_key is None):
-        raise InputError("--tls-cert, --tls-key: found one of them; expected both or none")
+    server.check_certificate(tls_cert, tls_key)
     results = load(run)
     wanted = Wanted(arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read(guidelines))
     with server.listen(host, port) as listening:
-        at, hosts = server.addresses(host, listening.getsockname()[1], address, tls=tls_cert is not None)
-        (run / "study").mkdir(exist_ok=True)
+        bound, tls = listening.getsockname()[:2], tls_cert is not None
+        at, hosts = server.addresses(host, bound, address, tls=tls)
         opened = Store(store_url(run, store))
         try:
             study = begin_or_go_on(results, opened, wanted)
             tokens, lost = links(opened, run / "study")
-            if lost and any(one.judged + one.skipped for one in opened.progress()):
-                print(f"links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)
-            if not server.is_loopback(host) and not at.startswith("https"):
+            if lost:
+                print(f"warning: links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)
+            if not server.is_encrypted(bound[0], at, tls=tls):
                 print(server.UNENCRYPTED, file=sys.stderr)
             print(f"study: {opened.name}, for {len(tokens)} annotators; each one's own link, which nobody else needs:")
             for name, token in tokens.items():
@@ -96,31 +94,20 @@ def annotate(
 @app.command()
 def agreement(run: RunFolder, store: StoreOption = None) -> None:
     """Print what a closed study says and how far its annotators agree; before that, how far they are."""
-    from mixpo.study.findings import findings
+    from mixpo.cli.display import show
+    from mixpo.experiments.results import load
+    from mixpo.report.people import section
 
-    found = findings(run)
+    found = section(load(run))
     if found is None:
         _refuse_missing()
         with _there(run, store) as (opened, study):
             _show_progress(opened, study, run)
         return
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from mixpo.report.people import opening, tables
-
-    console = Console()
-    print(opening(found))
-    for title, table in tables(found).items():
-        shown = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for place, heading in enumerate(table.headings):
-            shown.add_column(heading, justify="right" if place else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(cell.replace("[", "\\[") for cell in row))
-        console.print("", shown, sep="\n")
-        for note in table.notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print(found.opening)
+    for group in found.groups:
+        if group.table is not None:
+            show(group.table, group.title)
 
 
 def _export(store: "Store", study: "StudyRow", path: Path) -> None:
@@ -167,21 +154,31 @@ def _show_counts(store: "Store") -> None:
 
 @contextmanager
 def _there(run: Path, url: str | None) -> Iterator[tuple["Store", "StudyRow"]]:
-    """The study of a run, which must be there."""
+    """The study of a run, which must be there, and of what the run is now."""
+    from mixpo.experiments.results import load
+    from mixpo.study.begin import refuse_changed
     from mixpo.study.store import Store, store_url
 
-    place = store_url(run, url)
-    missing = f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`"
-    if place.get_backend_name() == "sqlite" and not Path(str(place.database)).exists():
-        raise InputError(missing)
-    opened = Store(place)
+    results, opened = load(run), Store(store_url(run, url))
     try:
         study = opened.study()
         if study is None:
-            raise InputError(missing)
+            raise InputError(f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`")
+        refuse_changed(results, opened, study)
         yield opened, study
     finally:
         opened.dispose()
+
+
+def _refuse_ignored(context: typer.Context, *, close: bool) -> None:
+    """Raises `InputError` on options that nothing would be done with."""
+    options = {name: "--import" if name == "take" else f"--{name.replace('_', '-')}" for name in context.params}
+    given = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    mode = next((name for name in ("export", "take", "close") if name in given), None)
+    used = {"run", "store", mode, "yes" if close else None} if mode else options.keys() - {"yes"}
+    if ignored := [options[name] for name in given if name not in used]:
+        where = f"beside {options[mode]}, which does nothing with it" if mode else "without --close"
+        raise InputError(f"{', '.join(ignored)}: found {where}; leave it out")
 
 
 def _read(path: Path | None) -> str | None:

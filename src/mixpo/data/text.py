@@ -11,6 +11,11 @@ def visible(text: str) -> str:
     return "".join(map(_shape, text.replace("\r\n", "\n")))
 
 
+def blank(text: str) -> bool:
+    """Whether there is nothing to see in a text that `visible` made."""
+    return all(character.isspace() or character in PLAIN for character in text)
+
+
 def _shape(character: str) -> str:
     if character in PLAIN or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character

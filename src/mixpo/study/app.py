@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import jinja2
-from fastapi import Depends, FastAPI, Form, HTTPException, Request
+from fastapi import Depends, FastAPI, Form, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -19,12 +19,20 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixpo.data.errors import InputError
-from mixpo.study.plan import IDLE_SECONDS, REASONS, form_word, read_form_word, token_digest
+from mixpo.data.rows import turns
+from mixpo.data.text import blank, visible
+from mixpo.study.plan import (
+    COMMENT_LENGTH,
+    IDLE_SECONDS,
+    REASONS,
+    comment_from,
+    form_word,
+    read_form_word,
+    token_digest,
+)
 from mixpo.study.store import AnnotatorRow, ClosedError, Said, Store, StudyRow, now
-from mixpo.study.text import turns, visible
 
 BODY_LIMIT = 64 * 1024
-COMMENT_LENGTH = 2_000
 COOKIE_SECONDS = 30 * 24 * 3600
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -52,6 +60,9 @@ pages = jinja2.Environment(
     lstrip_blocks=True,
 )
 pages.filters["visible"] = visible
+pages.tests["blank"] = blank
+Number = Annotated[int, Path(ge=1, lt=2**31)]
+Saved = Annotated[int | None, Query(ge=1, lt=2**31)]
 
 
 @dataclass
@@ -171,9 +182,10 @@ def make_app(
 
     Known = Annotated[AnnotatorRow, Depends(known)]
 
-    def closed() -> bool:
-        there = store.study()
-        return there is None or there.closed is not None
+    def progress(me: AnnotatorRow, saved: int | None) -> dict[str, Any]:
+        """How far somebody is, and which question was just saved, if it was."""
+        there = None if saved is None else store.question(me.id, saved)
+        return {"progress": store.progress(me.id)[0], "saved": saved if there and there.said else None}
 
     @app.get("/a/{token}")
     def enter(token: str) -> Response:
@@ -198,26 +210,23 @@ def make_app(
         return _next(store, me.id)
 
     @app.get("/done")
-    def done(me: Known, saved: int | None = None) -> Response:
+    def done(me: Known, saved: Saved = None) -> Response:
         """Thanks."""
-        progress = next(one for one in store.progress() if one.name == me.name)
-        return _page("done", progress=progress, saved=saved, closed=closed())
+        return _page("done", closed=store.closed(), **progress(me, saved))
 
     @app.get("/q/{number}")
-    def ask(me: Known, number: int, saved: int | None = None) -> Response:
+    def ask(me: Known, number: Number, saved: Saved = None) -> Response:
         """A question."""
         question = store.question(me.id, number)
         if question is None:
             raise HTTPException(404)
-        if closed():
+        if store.closed():
             return RedirectResponse("/done", 303)
-        progress = next(one for one in store.progress() if one.name == me.name)
         return _page(
             "question",
             question=question,
             turns=turns(question.item.prompt),
-            progress=progress,
-            saved=saved,
+            **progress(me, saved),
             reasons=REASONS,
             guidelines=study.guidelines,
             comment_length=COMMENT_LENGTH,
@@ -227,7 +236,7 @@ def make_app(
     @app.post("/q/{number}")
     def judge(
         me: Known,
-        number: int,
+        number: Number,
         form: Annotated[str, Form()],
         choice: Annotated[str, Form(pattern="^(left|right|tie|skip)$")],
         reason: Annotated[str, Form()] = "",
@@ -237,7 +246,7 @@ def make_app(
         read = read_form_word(form, study.secret, me.id, number)
         if read is None:
             raise HTTPException(403)
-        comment = comment.replace("\r\n", "\n").replace("\0", "").strip()
+        comment = comment_from(comment)
         if choice != "skip":
             reason = ""
         elif reason not in REASONS:
@@ -250,21 +259,19 @@ def make_app(
             choice, reason, comment, round(min(seconds, IDLE_SECONDS), 1), idle=seconds > IDLE_SECONDS, at=now()
         )
         try:
-            store.judge(me.id, number, said, nonce)
+            stands = store.judge(me.id, number, said, nonce)
         except ClosedError:
             return _message(403, "The study is closed", "Nothing is judged any more. Thank you for your help.")
-        except InputError as error:
-            log.error("%s: question %d was not saved: %s", me.name, number, error)
-            return _message(503)
-        return _next(store, me.id, number)
+        # a form that had said something else before: what stands is marked there
+        return _next(store, me.id, number) if stands else RedirectResponse(f"/q/{number}#question", 303)
 
     @app.exception_handler(AnyHTTPException)
     def refuse(_: Request, error: Any) -> Response:
         return _message(error.status_code)
 
     @app.exception_handler(RequestValidationError)
-    def refuse_form(_: Request, __: Any) -> Response:
-        return _message(400)
+    def refuse_form(_: Request, error: Any) -> Response:
+        return _message(404 if error.errors()[0]["loc"][0] == "path" else 400)
 
     @app.exception_handler(InputError)
     def refuse_store(_: Request, error: Any) -> Response:

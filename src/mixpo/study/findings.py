@@ -9,10 +9,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 
 from mixpo.algorithms.agreement import fleiss_kappa, krippendorff_alpha, over_items, pairwise_agreement
-from mixpo.algorithms.statistics import Interval, bootstrap_mean, wilson_interval
+from mixpo.algorithms.statistics import Interval, crossed_interval, wilson_interval
 from mixpo.data.errors import InputError
 
 FORMAT = 1
@@ -21,13 +21,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Shares:
-    """How often the first arm won over some prompts, a prompt being the mean over those who judged it."""
+    """How often the first arm won over some prompts, a prompt being the mean over those who judged it.
 
-    prompts: int
+    What is the same on all prompts has no spread to resample: its bounds are nan.
+    """
+
     win: Interval
     tie: Interval
     lose: Interval
-    margin: Interval
+    margins: Float64[np.ndarray, " prompts"]
     """Win minus lose."""
 
 
@@ -42,7 +44,7 @@ class Agreement:
     several: int
     """Prompts that two or more judged: those of Krippendorff's alpha and of the pairs."""
     alpha: Interval
-    pairs: float
+    pairs: Interval
     """The share of pairs of judgements of one prompt that agree."""
 
 
@@ -67,12 +69,17 @@ class Findings:
     """A closed study."""
 
     arms: tuple[str, str]
+    seed: int
+    draw: int
+    prompts: int
+    content: str
+    """Digest of all prompts and completions that were drawn."""
     closed: str
     same: int
     """Prompts that both arms completed alike: ties that nobody was asked about."""
-    shares: Mapping[str, Shares]
-    """By category, where there are some, then `all`."""
-    agreement: Mapping[str, Agreement]
+    shares: Mapping[str | None, Shares]
+    """By category, where there are some, then of all prompts, under None."""
+    agreement: Mapping[str | None, Agreement]
     annotators: Sequence[Annotator]
 
     @property
@@ -122,26 +129,35 @@ def _found(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Find
         counts[at[row["prompt"]], (one, "tie", other).index(row["better"])] += 1
     names = list(dict.fromkeys(kind for _, kind in sorted(kinds.items()) if kind is not None))
     shares, agreement = {}, {}
-    for name in [*names, "all"]:
-        chosen = counts[np.array([name in ("all", kinds[prompt]) for prompt in prompts], dtype=bool)]
-        same = sum(name in ("all", row["category"]) for row in closed["same"])
+    for name in [*names, None]:
+        chosen = counts[np.array([name in (None, kinds[prompt]) for prompt in prompts], dtype=bool)]
+        same = sum(name in (None, row["category"]) for row in closed["same"])
         if len(chosen) + same:
             shares[name] = _shares(chosen, same)
             agreement[name] = _agreement(chosen, len(counted))
     return Findings(
         (one, other),
+        closed["seed"],
+        closed["draw"],
+        closed["prompts"],
+        closed["content"],
         closed["closed"],
         len(closed["same"]),
         shares,
         agreement,
-        [_annotator(name, how, rows) for name, how in closed["annotators"].items()],
+        [_annotator(name, closed["prompts"] - len(closed["same"]), rows) for name in closed["annotators"]],
     )
 
 
 def _shares(counts: Int[np.ndarray, "prompts choices"], same: int) -> Shares:
     of_prompts = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (same, 1))])
-    win, tie, lose = (bootstrap_mean(column) for column in of_prompts.T)
-    return Shares(len(of_prompts), win, tie, lose, bootstrap_mean(of_prompts[:, 0] - of_prompts[:, 2]))
+    win, tie, lose = map(_mean, of_prompts.T)
+    return Shares(win, tie, lose, of_prompts[:, 0] - of_prompts[:, 2])
+
+
+def _mean(values: Float64[np.ndarray, " prompts"]) -> Interval:
+    found = crossed_interval(values[None])
+    return found if found.low < found.high else Interval(found.mean, math.nan, math.nan)
 
 
 def _agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> Agreement:
@@ -153,18 +169,18 @@ def _agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> A
         over_items(fleiss_kappa, common) if annotators > 1 else unknown,
         len(several),
         over_items(krippendorff_alpha, several),
-        pairwise_agreement(several),
+        over_items(pairwise_agreement, several),
     )
 
 
-def _annotator(name: str, how: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Annotator:
+def _annotator(name: str, questions: int, rows: Sequence[Mapping[str, Any]]) -> Annotator:
     own = [row for row in rows if row["annotator"] == name and row["choice"] != "skip"]
     sides = [row["choice"] == "left" for row in own if row["choice"] != "tie"]
     return Annotator(
         name,
         len(own),
         sum(row["annotator"] == name and row["choice"] == "skip" for row in rows),
-        how["questions"],
+        questions,
         median(row["seconds"] for row in own) if own else None,
         sum(row["idle"] for row in own),
         wilson_interval(sum(sides), len(sides)) if sides else None,

@@ -1,9 +1,15 @@
-"""What a study draws and signs: every annotator's own order and sides, digests of texts, and the word on every form."""
+"""What a study draws and signs: every annotator's own order and sides, digests, and the word on every form."""
 
 import hashlib
 import hmac
+import json
 import random
 import secrets
+from collections.abc import Sequence
+
+from mixpo.data.errors import InputError
+from mixpo.experiments.comparisons import Comparison, comparisons
+from mixpo.experiments.results import Results
 
 CHOICES = ("left", "right", "tie", "skip")
 REASONS = {
@@ -14,6 +20,7 @@ REASONS = {
     "other": "Another reason",
 }
 """Why a question may be skipped."""
+COMMENT_LENGTH = 2_000
 IDLE_SECONDS = 600.0
 """Who has a question before him for longer was away: his time counts as this, and as idle."""
 
@@ -32,9 +39,32 @@ def order(items: int, *, draw: int, secret: str, annotator: str) -> list[tuple[i
     return list(zip(places, swapped, strict=True))
 
 
-def digest(secret: str, text: str) -> str:
-    """What stands for a text in an export: nobody without the secret can tell an arm's completion by it."""
-    return hmac.new(secret.encode(), b"text " + text.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()[:32]
+def unchanged(results: Results, arms: tuple[str, str], *, seed: int, prompts: int, draw: int, content: str) -> bool:
+    """Whether a run still has the prompts and completions that a study is of."""
+    try:
+        return content_digest(comparisons(results, arms, seed=seed, prompts=prompts, draw=draw)) == content
+    except InputError:  # an arm or a seed that the run has no more
+        return False
+
+
+def content_digest(drawn: Sequence[Comparison]) -> str:
+    """All prompts and completions that were drawn."""
+    rows = [[one.number, one.category, one.prompt, one.completions] for one in drawn]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def comment_from(text: str) -> str:
+    """A comment as it is kept."""
+    return text.replace("\r\n", "\n").replace("\0", "").strip()
+
+
+def question_digest(secret: str, *parts: object) -> str:
+    """What stands for a question and its texts in an export: nobody without the secret can tell an arm by it.
+
+    It covers all at once, and whose question it is: digests of texts would show where an arm repeats itself.
+    """
+    text = json.dumps(parts, sort_keys=True)
+    return hmac.new(secret.encode(), f"question {text}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def token_digest(token: str) -> str:

@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import logging
 import socket
+import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,10 +13,9 @@ from starlette.types import ASGIApp
 
 from mixpo.data.errors import InputError
 
-HOST, PORT = "127.0.0.1", 8765
 UNENCRYPTED = (
     "warning: without TLS, whoever is on the network between can read links and judgements; "
-    "expected --tls-cert and --tls-key, or --address with https:// where a proxy encrypts"
+    "expected --tls-cert and --tls-key, or --address with https:// where a proxy on this machine encrypts"
 )
 
 
@@ -48,23 +48,55 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def addresses(host: str, port: int, given: str | None, *, tls: bool) -> tuple[str, list[str]]:
-    """The address that links begin with, and the Host headers that are answered. Raises `InputError` on a bad one."""
-    if given is None:
-        if host in ("0.0.0.0", "::"):
+def addresses(host: str, bound: tuple[str, int], given: str | None, *, tls: bool) -> tuple[str, list[str]]:
+    """The address that links begin with, and the Host headers that are answered. Raises `InputError` on a bad one.
+
+    `bound` is what the socket is bound to for `host`.
+    """
+    if given is not None:
+        scheme, name, port = _address(given)
+        names = [name]
+    else:
+        scheme, port = "https" if tls else "http", bound[1]
+        if ipaddress.ip_address(bound[0]).is_unspecified:
             raise InputError(
                 f"--host: found {host}, which is every address of this machine; expected also --address, such as "
-                f"http://192.168.1.7:{port}, under which the annotators reach it"
+                f"{scheme}://192.168.1.7:{port}, under which the annotators reach it"
             )
-        named = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        names = [named, f"localhost:{port}", f"127.0.0.1:{port}"] if is_loopback(host) else [named]
-        if port == (443 if tls else 80):  # which browsers leave out
-            names = [name.removesuffix(f":{port}") for name in names]
-        return f"{'https' if tls else 'http'}://{named}", [name.lower() for name in names]
-    parts = urlsplit(given)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-        raise InputError(f"--address: found {given!r}; expected such as https://study.example.org, without a path")
-    return f"{parts.scheme}://{parts.netloc}", [parts.netloc.lower()]
+        names = [host.lower(), "localhost", "127.0.0.1"] if is_loopback(bound[0]) else [host.lower()]
+    shown = "" if port in (None, 443 if scheme == "https" else 80) else f":{port}"  # browsers leave the usual one out
+    named = [f"[{name}]{shown}" if ":" in name else f"{name}{shown}" for name in names]
+    return f"{scheme}://{named[0]}", named
+
+
+def _address(given: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port."""
+    try:
+        parts = urlsplit(given)
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        name = port = None
+    more = name and (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
+    if not name or more or parts.scheme not in ("http", "https"):
+        raise InputError(f"--address: found {given!r}; expected only such as https://study.example.org:8443")
+    return parts.scheme, name, port
+
+
+def is_encrypted(bound: str, address: str, *, tls: bool) -> bool:
+    """Whether nothing goes over a network unencrypted, as far as we can tell: neither to the address nor to us."""
+    parts = urlsplit(address)
+    return (tls or is_loopback(bound)) and (parts.scheme == "https" or is_loopback(parts.hostname or ""))
+
+
+def check_certificate(cert: Path | None, key: Path | None) -> None:
+    """Raises `InputError` where these are no certificate and its key."""
+    if (cert is None) != (key is None):
+        raise InputError("--tls-cert, --tls-key: found one of them; expected both or none")
+    try:
+        if cert is not None:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:
+        raise InputError(f"--tls-cert, --tls-key: found no usable pair ({error}); expected PEM files") from error
 
 
 def serve(app: ASGIApp, listening: socket.socket, cert: Path | None, key: Path | None) -> None:
@@ -82,8 +114,4 @@ def serve(app: ASGIApp, listening: socket.socket, cert: Path | None, key: Path |
         ssl_certfile=cert,
         ssl_keyfile=key,
     )
-    try:
-        config.load()
-    except OSError as error:  # of the certificate
-        raise InputError(f"--tls-cert, --tls-key: found no usable pair ({error}); expected PEM files") from error
     uvicorn.Server(config).run(sockets=[listening])

@@ -5,13 +5,14 @@ import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     URL,
+    ColumnElement,
     Connection,
     Engine,
     ForeignKey,
@@ -28,8 +29,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt
-from mixpo.study.plan import digest, order
+from mixpo.experiments.comparisons import Comparison
+from mixpo.study.plan import IDLE_SECONDS, order, question_digest
 
 FORMAT = 1
 """Of the tables."""
@@ -50,8 +51,8 @@ class StudyRow(Base):
     first: Mapped[str]
     """The arm whose wins are counted."""
     second: Mapped[str]
-    seed: Mapped[int | None]
-    """Of the arms, as asked for."""
+    seed: Mapped[int]
+    """Of the arms."""
     draw: Mapped[int]
     prompts: Mapped[int]
     content: Mapped[str]
@@ -132,16 +133,6 @@ class EarlierRow(_Said, Base):
 
 
 @dataclass(frozen=True)
-class Item:
-    """A prompt and both arms' completions."""
-
-    prompt_number: int
-    category: str | None
-    prompt: Prompt
-    completions: tuple[str, str]
-
-
-@dataclass(frozen=True)
 class Said:
     """What an annotator says of a question."""
 
@@ -159,7 +150,7 @@ class Question:
 
     annotator: str
     number: int
-    item: Item
+    item: Comparison
     swapped: bool
     said: Said | None
 
@@ -169,11 +160,9 @@ class Question:
         one, other = self.item.completions
         return (other, one) if self.swapped else (one, other)
 
-    def digests(self, secret: str) -> dict[str, str]:
-        """What stands for its texts in an export."""
-        left, right = self.sides
-        prompt = json.dumps(self.item.prompt, sort_keys=True)
-        return {"prompt": digest(secret, prompt), "left": digest(secret, left), "right": digest(secret, right)}
+    def digest(self, secret: str) -> str:
+        """What stands for it in an export."""
+        return question_digest(secret, self.annotator, self.number, self.item.prompt, *self.sides)
 
 
 @dataclass(frozen=True)
@@ -195,6 +184,7 @@ class Store:
 
     def __init__(self, url: URL) -> None:
         self.name = str(url.database) if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
+        self.file = Path(str(url.database)) if url.drivername == "sqlite" else None
         self.password = str(url.password or "")
         with self._told():
             try:
@@ -210,7 +200,9 @@ class Store:
         self.engine.dispose()
 
     def study(self) -> StudyRow | None:
-        """The study, if there is one."""
+        """The study, if there is one; no file is made to find out."""
+        if self.file is not None and not self.file.exists():
+            return None
         with self._session() as session:
             if not inspect(session.connection()).has_table(StudyRow.__tablename__):
                 return None
@@ -222,14 +214,21 @@ class Store:
                 )
             return found
 
-    def begin(self, study: StudyRow, items: Sequence[Item], annotators: Sequence[str]) -> None:
+    def closed(self) -> bool:
+        """Whether the study is closed."""
+        with self._session() as session:
+            return session.scalars(select(StudyRow.closed)).one() is not None
+
+    def begin(self, study: StudyRow, items: Sequence[Comparison], annotators: Sequence[str]) -> None:
         """Make a study whole or not at all."""
+        if self.file is not None:
+            private_folder(self.file.parent)
         with self._session(write=True) as session:
             Base.metadata.create_all(session.connection())
             session.add(study)
             for place, item in enumerate(items):
                 content = json.dumps({"prompt": item.prompt, "completions": item.completions})
-                row = ItemRow(id=place + 1, prompt=item.prompt_number, category=item.category, content=content)
+                row = ItemRow(id=place + 1, prompt=item.number, category=item.category, content=content)
                 session.add(row)
             for place, name in enumerate(annotators):
                 session.add(AnnotatorRow(id=place + 1, name=name, token=""))
@@ -252,21 +251,25 @@ class Store:
 
     def question(self, annotator: int, number: int) -> Question | None:
         """A question, if there is one of this number."""
-        found = self._questions(QuestionRow.annotator == annotator, QuestionRow.number == number)
+        found = self.questions(QuestionRow.annotator == annotator, QuestionRow.number == number)
         return found[0] if found else None
 
-    def questions(self) -> list[Question]:
-        """All questions, by annotator and number."""
-        return self._questions()
-
-    def earlier(self) -> dict[tuple[str, int], list[str]]:
-        """Choices that were changed, the oldest first, by annotator and number."""
-        found: dict[tuple[str, int], list[str]] = {}
+    def questions(self, *where: ColumnElement[bool]) -> list[Question]:
+        """All questions, or those of which something holds, by annotator and number."""
+        joined = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
         with self._session() as session:
-            joined = select(AnnotatorRow.name, EarlierRow).join(EarlierRow, EarlierRow.annotator == AnnotatorRow.id)
-            for name, row in session.execute(joined.order_by(EarlierRow.id)):
-                found.setdefault((name, row.number), []).append(row.choice)
-        return found
+            rows = session.execute(
+                select(AnnotatorRow.name, QuestionRow, ItemRow, JudgementRow)
+                .join(QuestionRow, QuestionRow.annotator == AnnotatorRow.id)
+                .join(ItemRow, ItemRow.id == QuestionRow.item)
+                .outerjoin(JudgementRow, joined)
+                .where(*where)
+                .order_by(AnnotatorRow.id, QuestionRow.number)
+            ).all()
+            return [
+                Question(name, asked.number, _item(item), asked.swapped, _said(said) if said else None)
+                for name, asked, item, said in rows
+            ]
 
     def next_open(self, annotator: int, after: int = 0) -> int | None:
         """The first question behind another that nothing was said of, else the first of all; None where all are."""
@@ -280,21 +283,25 @@ class Store:
             ).all()
         return next((number for number in left if number > after), left[0] if left else None)
 
-    def progress(self) -> list[Progress]:
-        """How far every annotator is."""
+    def progress(self, annotator: int | None = None) -> list[Progress]:
+        """How far every annotator is, or one."""
+        skipped = func.count(JudgementRow.number).filter(JudgementRow.choice == "skip")
         with self._session() as session:
             questions = session.scalar(select(func.count()).select_from(ItemRow)) or 0
-            said = session.execute(select(JudgementRow.annotator, JudgementRow.choice)).all()
-            rows = session.scalars(select(AnnotatorRow).order_by(AnnotatorRow.id)).all()
-        skips = {row.id: [choice == "skip" for annotator, choice in said if annotator == row.id] for row in rows}
-        return [
-            Progress(row.name, len(skips[row.id]) - sum(skips[row.id]), sum(skips[row.id]), questions) for row in rows
-        ]
+            rows = session.execute(
+                select(AnnotatorRow.name, func.count(JudgementRow.number), skipped)
+                .outerjoin(JudgementRow, JudgementRow.annotator == AnnotatorRow.id)
+                .where(*([] if annotator is None else [AnnotatorRow.id == annotator]))
+                .group_by(AnnotatorRow.id, AnnotatorRow.name)
+                .order_by(AnnotatorRow.id)
+            ).all()
+        return [Progress(name, said - skips, skips, questions) for name, said, skips in rows]
 
     def judge(self, annotator: int, number: int, said: Said, nonce: str) -> bool:
-        """Keep what is said of a question, on disk when this returns; whether its form came for the first time.
+        """Keep what is said of a question, on disk when this returns; whether that is what stands.
 
-        What was said of the question before is kept apart. Raises `ClosedError` once the study is closed.
+        A form counts once: what else is said on it does not stand. What was said of the question before is kept apart.
+        Raises `ClosedError` once the study is closed.
         """
         with self._session(write=True) as session:
             _refuse_closed(session)
@@ -315,10 +322,11 @@ class Store:
                 row = session.get(JudgementRow, (ids[name], number))
                 if row is None:
                     added += _keep(session, ids[name], number, said, secrets.token_hex(8))
-                elif _said(row) != said:
+                elif other := [key for key, value in vars(said).items() if getattr(row, key) != value]:
+                    here, there = getattr(row, other[0]), getattr(said, other[0])
                     raise InputError(
-                        f"{name}, question {number}: found {row.choice!r} here and {said.choice!r} in the file, said "
-                        f"at {row.at} and {said.at}; expected the same; take it out of the file"
+                        f"{name}, question {number}: found {other[0]} {here!r} here and {there!r} in the file; "
+                        "expected the same; nothing was imported; take it out of the file"
                     )
         return added
 
@@ -328,22 +336,6 @@ class Store:
             study = session.scalars(select(StudyRow).with_for_update()).one()
             study.closed = study.closed or now()
             return study.closed
-
-    def _questions(self, *where: Any) -> list[Question]:
-        joined = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
-        with self._session() as session:
-            rows = session.execute(
-                select(AnnotatorRow.name, QuestionRow, ItemRow, JudgementRow)
-                .join(QuestionRow, QuestionRow.annotator == AnnotatorRow.id)
-                .join(ItemRow, ItemRow.id == QuestionRow.item)
-                .outerjoin(JudgementRow, joined)
-                .where(*where)
-                .order_by(AnnotatorRow.id, QuestionRow.number)
-            ).all()
-            return [
-                Question(name, asked.number, _item(item), asked.swapped, _said(said) if said else None)
-                for name, asked, item, said in rows
-            ]
 
     @contextmanager
     def _session(self, *, write: bool = False) -> Iterator[Session]:
@@ -368,11 +360,20 @@ def store_url(run: Path, given: str | None) -> URL:
     if given is None:
         return URL.create("sqlite", database=str(run / "study" / "study.sqlite"))
     try:
-        return make_url(given)
+        url = make_url(given)
     except ArgumentError:
+        url = None
+    if url is None or url.get_backend_name() != "postgresql":
         raise InputError(
-            "--store: found no URL of a database; expected such as postgresql+psycopg://name:password@host/database"
-        ) from None
+            f"--store: found {'no URL' if url is None else 'one of ' + url.get_backend_name()}; expected that of a "
+            "PostgreSQL database, such as postgresql+psycopg://name:password@host/database"
+        )
+    return url
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its owner may open, where there is none."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def now() -> str:
@@ -406,15 +407,21 @@ def _refuse_closed(session: Session) -> None:
 
 
 def _keep(session: Session, annotator: int, number: int, said: Said, nonce: str) -> bool:
-    if any(session.scalar(select(row.nonce).where(row.nonce == nonce)) for row in (JudgementRow, EarlierRow)):
-        return False
+    """Keep what a form says, once; whether it stands. The time of a change is added to that before it."""
     row = session.get(JudgementRow, (annotator, number))
+    alike = row is not None and (row.choice, row.reason, row.comment) == (said.choice, said.reason, said.comment)
+    known = any(session.scalar(select(one.nonce).where(one.nonce == nonce)) for one in (JudgementRow, EarlierRow))
+    if alike or known:
+        return alike
     if row is None:
         row = JudgementRow(annotator=annotator, number=number)
         session.add(row)
     else:
         before = EarlierRow(annotator=annotator, number=number, nonce=row.nonce, **vars(_said(row)))
         session.add(before)
+        seconds = round(row.seconds + said.seconds, 1)
+        away = row.idle or said.idle or seconds > IDLE_SECONDS
+        said = replace(said, seconds=min(seconds, IDLE_SECONDS), idle=away)
     for name, value in vars(said).items():
         setattr(row, name, value)
     row.nonce = nonce
@@ -425,7 +432,7 @@ def _said(row: _Said) -> Said:
     return Said(row.choice, row.reason, row.comment, row.seconds, row.idle, row.at)
 
 
-def _item(row: ItemRow) -> Item:
+def _item(row: ItemRow) -> Comparison:
     content = json.loads(row.content)
     one, other = content["completions"]
-    return Item(row.prompt, row.category, content["prompt"], (one, other))
+    return Comparison(row.prompt, content["prompt"], row.category, (one, other))
