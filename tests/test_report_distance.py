@@ -330,8 +330,8 @@ def test_a_ratio_of_costs_is_of_common_seeds_with_its_range() -> None:
 def test_gain_by_cost_is_of_common_seeds(tmp_path: Path) -> None:
     """ppo at seed 1 gains 2 - 1 over SFT for 1e10 FLOPs and 120 s more."""
     section, found = costs(tmp_path)
-    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+09 FLOPs"]
-    assert found["ppo (failed at 1 of 2 seeds)"][6:] == ["0.10 [0.10, 0.10]"]
+    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+10 FLOPs"]
+    assert found["ppo (failed at 1 of 2 seeds)"][6:] == ["1.00 [1.00, 1.00]"]
     assert found["sft"][6:] == [""]
 
 

@@ -87,7 +87,7 @@ def _costs(results: Results, name: str, stages: Mapping[str, StageFolder]) -> di
 
 def _arm_table(results: Results, spent: Mapping[str, Mapping[str, float]]) -> Table:
     most = max((cost["flops"] for cost in spent.values()), default=1.0)
-    unit = 10 ** (3 * int(np.log10(max(most, 1.0)) // 3))
+    unit = 10 ** int(np.log10(max(most, 1.0)))
     headings = ["arm", *HEADINGS, f"gain in reward over SFT per {unit:.0e} FLOPs"]
     rows = []
     for name in results.names:
