@@ -3,10 +3,9 @@
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ import torch
 import typer
 
 from benchmarks.growth import AXES
+from benchmarks.tables import markdown, told
 from benchmarks.workloads import CPU, GPU, PEERS, WORKLOADS, Workload
 
 HERE = Path(__file__).parent
@@ -26,6 +26,12 @@ ENVIRONMENTS = {
 """What is installed for a peer; sampling runs in the first one's environment."""
 WORKERS = {"trl": ("trl", "benchmarks.peers.trl"), "trl-ppo": ("trl-ppo", "benchmarks.peers.trl_ppo")}
 """Environment and module of a peer; the others are settings of `generate`."""
+
+KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
+"""The C library keeps what is freed, for the peers too: mixpo sets it itself, and it is worth up to half their time."""
+PRECISIONS = ("float32", "bfloat16")
+LIMIT = 1800
+"""Seconds after which a worker has failed."""
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 Work = Annotated[Path, typer.Option(help="Where models, rows and the peers' environments are kept.")]
@@ -53,9 +59,20 @@ def prepare(
 
 
 @app.command()
-def run(names: Names = None, repeats: int = 3, ours_only: bool = False, work: Work = Path(".benchmarks")) -> None:
+def run(
+    names: Names = None,
+    repeats: int = 3,
+    ours_only: bool = False,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 on a CPU without matrix units for bfloat16; for ours and the peers.")
+    ] = None,
+    work: Work = Path(".benchmarks"),
+) -> None:
     """Run ours and every peer in turn, `repeats` times; print medians and ratios, save the raw figures."""
+    if precision not in (None, *PRECISIONS):
+        raise typer.BadParameter(f"found {precision!r}; expected of {', '.join(PRECISIONS)}")
     for workload in _chosen(names):
+        workload = workload if precision is None else replace(workload, precision=precision)
         taken: dict[str, list[dict[str, Any]]] = {}
         spec = workload.spec(str((work / "inputs").resolve()))
         for _ in range(repeats):
@@ -75,8 +92,17 @@ def run(names: Names = None, repeats: int = 3, ours_only: bool = False, work: Wo
             "when": datetime.now(UTC).date().isoformat(),
         }
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{workload.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-        _tell(workload, result)
+        (RESULTS / f"{workload.name}.{workload.precision}.json").write_text(
+            json.dumps(result, indent=1) + "\n", encoding="utf8"
+        )
+        print(told(result), flush=True)
+
+
+@app.command()
+def table() -> None:
+    """Print all saved results as the table of docs/benchmarks.md."""
+    files = [RESULTS / f"{name}.{precision}.json" for name in WORKLOADS for precision in PRECISIONS]
+    print(markdown(json.loads(file.read_text(encoding="utf8")) for file in files if file.exists()))
 
 
 @app.command()
@@ -116,44 +142,24 @@ def _point(point: dict[str, Any], first: dict[str, Any]) -> str:
     return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB  {against:.2f} of the FLOPs' growth"
 
 
-def _tell(workload: Workload, result: dict[str, Any]) -> None:
-    taken = result["taken"]
-    unit = "tokens/s" if workload.kind == "sampling" else "rows/s"
-    print(f"{workload.name}, {unit}")
-    speeds = {
-        name: [_speed(workload, one) for one in runs if "seconds" in one]
-        for name, runs in taken.items()
-        if name != "machine"
-    }
-    for name, each in speeds.items():
-        if not each:
-            print(f"  {name:20s} failed: {taken[name][0].get('failed', '')[-200:]}")
-            continue
-        memory = statistics.median(one["peak_memory_mib"] for one in taken[name] if "seconds" in one)
-        losses = [round(loss, 4) for loss in taken[name][0].get("losses", [])[:3]]
-        ratio = ""
-        if name != "mixpo" and speeds["mixpo"]:
-            ratios = [ours / theirs for ours, theirs in zip(speeds["mixpo"], each, strict=False)]
-            ratio = f"ours/theirs {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"  {name:20s} {statistics.median(each):9.2f}  {memory:7,.0f} MiB  {losses}  {ratio}")
-    if workload.kind in ("sft", "reward", "dpo"):
-        rate = statistics.median(one["matmul_flops"] for one in taken["machine"])
-        seconds = statistics.median(one["seconds"] for one in taken["mixpo"])
-        share = result["counts"]["flops"] / seconds / rate
-        print(f"  {share:.0%} of the {rate / 1e9:,.0f} GFLOP/s of matrix products at the model's shapes")
-
-
-def _speed(workload: Workload, taken: dict[str, Any]) -> float:
-    return float(taken["tokens" if workload.kind == "sampling" else "rows"]) / float(taken["seconds"])
-
-
 def _machine(spec: dict[str, Any]) -> dict[str, Any]:
     return _worker([sys.executable, "-m", "benchmarks.machine"], spec)
 
 
 def _worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
     """What a worker process prints as its last line; why it failed, if it did."""
-    done = subprocess.run([*command, json.dumps(spec)], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            [*command, json.dumps(spec)],
+            cwd=HERE.parent,
+            env={**os.environ, **KEEP},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {LIMIT} s"}
     if done.returncode:
         return {"failed": done.stderr[-2000:]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

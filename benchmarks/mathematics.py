@@ -27,3 +27,17 @@ def forward_flops(rows: Iterable[Lengths], config: Any, *, predicts: bool) -> fl
 def tokens_of(rows: Iterable[Lengths]) -> int:
     """Every prompt once, and its completions."""
     return sum(prompt + sum(completions) for prompt, completions in rows)
+
+
+def decoding_bytes(rows: Iterable[Lengths], config: Any, itemsize: int) -> float:
+    """What decoding must read: every weight once a step, and at every token the keys and values before it.
+
+    The first token of a completion comes out of the prefill.
+    """
+    rows = list(rows)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    key = width * config.num_key_value_heads // config.num_attention_heads
+    weights = layers * (2 * width * width + 2 * width * key + 3 * width * config.intermediate_size)
+    steps = max((max(completions) for _, completions in rows), default=1) - 1
+    keys = sum((tokens - 1) * prompt + tokens * (tokens - 1) / 2 for prompt, lengths in rows for tokens in lengths)
+    return itemsize * (steps * (weights + width * config.vocab_size) + 2 * layers * key * keys)

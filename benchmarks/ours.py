@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.mathematics import decoding_bytes
 from benchmarks.worker import answer
 from mixpo.models.loading import load_policy, load_tokenizer
 from mixpo.models.sampling import sample
@@ -74,8 +77,19 @@ def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     started = time.perf_counter()
     drawn = sample(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
     seconds = time.perf_counter() - started
-    tokens = sum(len(completion) for row in drawn for completion in row.completions)
-    return {"seconds": seconds, "rows": len(prompts), "tokens": tokens, "losses": []}
+    started = time.perf_counter()
+    sample(lm, prompts, k=1, max_tokens=1, seed=0, token_budget=1 << 20)
+    prefill = time.perf_counter() - started
+    lengths = [(len(prompt), [len(row.completions[0])]) for prompt, row in zip(prompts, drawn, strict=True)]
+    itemsize = getattr(torch, spec["precision"]).itemsize
+    return {
+        "seconds": seconds,
+        "prefill_seconds": prefill,
+        "read": decoding_bytes(lengths, lm.model.config, itemsize),
+        "rows": len(prompts),
+        "tokens": sum(completion for _, (completion,) in lengths),
+        "losses": [],
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Branch batches compute what one plain forward pass a sequence computes, token by token."""
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from mixpo.data.branches import BranchBatch, by_tokens, pack, pack_prompts
 from mixpo.models import attention as attention_module
-from mixpo.models import blocked_attention
+from mixpo.models import blocked_attention, sampling
 from mixpo.models.language_model import (
     LanguageModel,
     _TokenLogprobs,
@@ -38,6 +41,7 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(blocked_attention, "SCORES", 100)
     if request.param == "in many buckets":
         monkeypatch.setattr(attention_module, "APART", {"cpu": 0})
+        monkeypatch.setattr(attention_module, "APART_DECODING", {"cpu": 0})
     if request.param == "by PyTorch":
         monkeypatch.setattr(attention_module, "OURS", frozenset())
 
@@ -87,8 +91,12 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 20])
-def test_fused_logprobs_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 14)
+@pytest.mark.parametrize(("chunk", "block"), [(14, 7), (28, 21), (1 << 20, 14), (1 << 20, 1 << 20)])
+def test_fused_logprobs_are_those_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, block: int
+) -> None:
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("mixpo.models.language_model.BLOCK_ELEMENTS", {"cpu": block})
     monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
@@ -175,19 +183,37 @@ def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> Non
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("shares_prompts", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_kept_logprobs_equal_plain_forward_passes(name: str, shares_prompts: bool) -> None:
-    lm = tiny(name)
+def test_kept_logprobs_equal_plain_forward_passes(
+    name: str, shares_prompts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, dropped = tiny(name), list[int]()
     lm.shares_prompts = shares_prompts
-    drawn = sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
-    ended = [completion[-1] == 5 for row in drawn for completion in row.completions]
+    take = sampling._Preallocated.take
+
+    def taking(layer: sampling._Preallocated, rows: torch.Tensor) -> None:
+        dropped.append(len(layer.keys) - len(rows))
+        take(layer, rows)
+
+    def draw() -> list[sampling.Sampled]:
+        return sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
+
+    monkeypatch.setattr(sampling._Preallocated, "take", taking)
+    lm.end_token = -1
+    seen = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
+    assert not dropped
+    lm.end_token = end = seen.most_common(1)[0][0]  # so that several rows end early
+    drawn = draw()
+    early = [len(completion) < 10 for row in drawn for completion in row.completions]
+    assert any(early)
+    assert not all(early)
+    assert sum(dropped) > 0
     for prompt, row in zip(PROMPTS, drawn, strict=True):
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             with torch.no_grad():
                 expected = plain_logprobs(lm, prompt, completion)
             torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-5, atol=2e-5)
-            assert 5 not in completion[:-1], "nothing is drawn after the end token"
-            assert completion[-1] == 5 or len(completion) == 10
-    assert len(ended) == 9
+            assert end not in completion[:-1], "nothing is drawn after the end token"
+            assert completion[-1] == end or len(completion) == 10
 
 
 def test_a_completion_does_not_depend_on_its_batch() -> None:
@@ -196,6 +222,18 @@ def test_a_completion_does_not_depend_on_its_batch() -> None:
     in_parts = sample(lm, PROMPTS, k=2, max_tokens=12, seed=3, token_budget=1)
     assert [row.completions for row in together] == [row.completions for row in in_parts]
     assert sample(lm, PROMPTS, k=2, max_tokens=12, seed=4) != together
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
+def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
+    keys = sorted(keys, reverse=True)
+    buckets = list(attention_module._of_like_length(keys, apart))
+    assert [row for rows, _ in buckets for row in range(rows.start, rows.stop)] == list(range(len(keys)))
+    for rows, most in buckets:
+        assert most == max(keys[rows])
+        assert sum(most - own for own in keys[rows]) <= apart
+    for (rows, most), (after, _) in pairwise(buckets):
+        assert sum(most - own for own in keys[rows.start : after.start + 1]) > apart, "the next row had no room"
 
 
 def test_first_tokens_are_drawn_from_the_models_distribution() -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.comparisons import categories, comparisons
+from mixpo.experiments.comparisons import categories, compared_seed, comparisons
 from report_runs import SFT_SCORES, Arm, Writer, plain, scores
 
 ARMS = {"sft": SFT_SCORES, "ppo": SFT_SCORES, "mpo": SFT_SCORES}
@@ -31,6 +31,8 @@ def test_a_draw_of_prompts_keeps_their_numbers_and_is_repeatable(tmp_path):
     assert drawn == [all_rows[row.number] for row in drawn]
     draws = {tuple(row.number for row in comparisons(results, ("mpo", "ppo"), prompts=3, draw=n)) for n in range(9)}
     assert len(draws) > 1
+    assert comparisons(results, ("mpo", "ppo"), at_most=3, draw=1) == drawn
+    assert comparisons(results, ("mpo", "ppo"), at_most=99, draw=1) == all_rows
     assert categories(drawn) == []
 
 
@@ -41,6 +43,7 @@ def test_a_seed_at_which_both_finished(tmp_path):
     ]
     results = Writer(tmp_path / "run").load(arms)
     assert comparisons(results, ("sft", "ppo")) == comparisons(results, ("sft", "ppo"), seed=1)
+    assert compared_seed(results, ("sft", "ppo")) == 1
     with pytest.raises(InputError, match=r"found 0; expected one at which both sft and ppo finished: 1$"):
         comparisons(results, ("sft", "ppo"), seed=0)
 

@@ -71,7 +71,8 @@ def over_items(
 ) -> Interval:
     """A statistic of items with its percentile bootstrap interval: items drawn with replacement (Efron 1979).
 
-    Resamples in which it is not defined are left out; its bounds are nan where that is a tenth of them or more.
+    Resamples in which it is not defined are left out; its bounds are nan where that is a tenth of them or more, and
+    where the others are all alike, since a constant has no spread to resample.
     """
     generator = np.random.default_rng(seed)
     items = len(counts)
@@ -83,7 +84,7 @@ def over_items(
         return Interval(estimate, float("nan"), float("nan"))
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(defined, [tail, 1.0 - tail])
-    return Interval(estimate, float(low), float(high))
+    return Interval(estimate, float(low), float(high)) if high - low > 1e-9 else Interval(estimate, np.nan, np.nan)
 
 
 def _beyond_chance(observed: float, chance: float) -> float:

@@ -178,6 +178,32 @@ def _table(results: Results, table: report.Table, left_out: Sequence[str], *, be
     return shown
 
 
+def show(table: report.Table, title: str) -> None:
+    """A table of a report and its notes; on its side, a column a row, where the terminal is too narrow for it."""
+    console = Console()
+    lines = [table.headings, *table.rows]
+    parts = [_lines(title, lines)]
+    if Measurement.get(console, console.options.update_width(10_000), parts[0]).maximum > console.width:
+        first, *others = (max(map(cell_len, line)) for line in lines)
+        beside = max(1, (console.width - first) // (max(others, default=0) + 3))
+        starts = range(1, len(lines), beside)
+        parts = [_lines(title, list(zip(lines[0], *lines[at : at + beside], strict=True))) for at in starts]
+    for part in parts:
+        console.print(part)
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    headings, *rows = lines
+    shown = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, heading in enumerate(headings):
+        shown.add_column(Text(heading), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown
+
+
 def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:
     """The main table, the report's path and the aligned models' paths."""
     console = Console()

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mixpo.cli import studied
+from mixpo.cli.judged import judge
 from mixpo.data.errors import InputError
 
 app = typer.Typer(
@@ -120,6 +122,9 @@ def compare(runs: RunFolders) -> None:
     show_table(load(*runs))
 
 
+app.command()(judge)
+
+
 @app.command()
 def chat(
     model: Annotated[Path, typer.Argument(help="A model folder, such as `mixpo run` prints.")],
@@ -130,6 +135,9 @@ def chat(
     from mixpo.cli.chat import talk
 
     talk(model, temperature=temperature, max_tokens=max_tokens)
+
+
+app.add_typer(studied.app)
 
 
 def _recipe(words: list[str] | None) -> Any:

@@ -23,6 +23,11 @@ class Message(TypedDict):
 Prompt = str | list[Message]
 
 
+def turns(prompt: Prompt) -> list[Message]:
+    """The messages of a prompt; text alone is the user's."""
+    return [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+
+
 @dataclass(frozen=True, slots=True)
 class Demonstration:
     """A prompt and the completion to imitate."""
@@ -144,7 +149,7 @@ def _prompt(fields: Mapping[str, object], field: str, before: list[Message]) -> 
     prompt = _asked("prompt", _messages("prompt", value)) if isinstance(value, list) else _text("prompt", "", value)
     if not before:
         return prompt
-    if before != ([Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt):
+    if before != turns(prompt):
         raise RowError(
             "prompt", f"is not what the dialogue in '{field}' begins with; expected the same messages; {FIX}"
         )

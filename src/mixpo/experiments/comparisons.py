@@ -31,35 +31,50 @@ class Comparison:
         return self.completions[0] == self.completions[1]
 
 
-def comparisons(
-    results: Results, arms: tuple[str, str], *, seed: int | None = None, prompts: int | None = None, draw: int = 0
-) -> list[Comparison]:
-    """The completions of two arms at a seed, in the order of the test prompts.
+def compared_seed(results: Results, arms: tuple[str, str], seed: int | None = None) -> int:
+    """The seed at which two arms are compared: the one given, else the first at which both finished.
 
-    `seed` is one at which both finished, the first if not given. `prompts` takes so many, drawn by `draw`; all if not
-    given. Raises `InputError` on an arm that is not there or did not finish, on one arm twice, on a seed that one of
-    them lacks, and on more prompts than there are.
+    Raises `InputError` on an arm that is not there or did not finish, on one arm twice, and on a seed that one of them
+    lacks.
     """
     if arms[0] == arms[1]:
         raise InputError(f"--arms: found {arms[0]} twice; expected two different arms")
-    first, second = (_finished(results, arm) for arm in arms)
-    common = [at for at in first if at in second]
+    for arm in arms:
+        _refuse_unfinished(results, arm)
+    common = results.common_seeds(*arms)
     if not common or (seed is not None and seed not in common):
         raise InputError(
             f"--seed: found {'no seed' if seed is None else seed}; expected one at which both {arms[0]} and {arms[1]} "
             f"finished: {', '.join(map(str, common)) or 'there is none'}"
         )
-    at = common[0] if seed is None else seed
+    return common[0] if seed is None else seed
+
+
+def comparisons(
+    results: Results,
+    arms: tuple[str, str],
+    *,
+    seed: int | None = None,
+    prompts: int | None = None,
+    at_most: int | None = None,
+    draw: int = 0,
+) -> list[Comparison]:
+    """The completions of two arms at a seed, in the order of the test prompts.
+
+    `seed` is as of `compared_seed`. `prompts` takes so many, drawn by `draw`; all if not given, or `at_most` so many.
+    Raises `InputError` as `compared_seed` does, and on more prompts than there are.
+    """
+    at = compared_seed(results, arms, seed)
+    first, second = (results.done(arm) for arm in arms)
     kinds = _categories(first[at])
     rows = [
         Comparison(number, one["prompt"], kinds.get(json.dumps(one["prompt"])), (one["completion"], two["completion"]))
         for number, (one, two) in enumerate(zip(completions(first[at]), completions(second[at]), strict=True))
     ]
-    if prompts is None:
-        return rows
-    if not 1 <= prompts <= len(rows):
+    if prompts is not None and not 1 <= prompts <= len(rows):
         raise InputError(f"--prompts: found {prompts}; expected 1 to {len(rows)}, the test prompts of this run")
-    return [rows[place] for place in sorted(random.Random(draw).sample(range(len(rows)), prompts))]
+    count = prompts or min(at_most or len(rows), len(rows))
+    return [rows[place] for place in sorted(random.Random(draw).sample(range(len(rows)), count))]
 
 
 def categories(rows: Sequence[Comparison]) -> list[str]:
@@ -67,14 +82,12 @@ def categories(rows: Sequence[Comparison]) -> list[str]:
     return list(dict.fromkeys(row.category for row in rows if row.category is not None))
 
 
-def _finished(results: Results, arm: str) -> dict[int, ArmResult]:
-    """An arm at the seeds at which it finished."""
+def _refuse_unfinished(results: Results, arm: str) -> None:
     if arm not in results.names:
         raise InputError(f"--arms: found {arm!r}; expected two arms of the run{nearest(arm, results.names)}")
     if arm not in results.finished:
         reason = results.of(arm)[0].reason or "no reason was kept"
         raise InputError(f"--arms: found {arm}, which failed: {reason}; expected arms that finished; run it again")
-    return results.done(arm)
 
 
 def _categories(arm: ArmResult) -> dict[str, str]:

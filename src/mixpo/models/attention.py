@@ -31,6 +31,8 @@ OURS = frozenset({"cpu"})
 """Devices on which our own attention is faster than PyTorch's for rows of a batch."""
 APART = {"cpu": 1 << 15, "cuda": 1 << 22}
 """Pairs of a query and a key that take as long as the calls that another bucket costs; a GPU's is a guess."""
+APART_DECODING = {"cpu": 1 << 9, "cuda": 1 << 16}
+"""Keys of padding that are read, a head, while the calls of another bucket of new tokens are made; likewise."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,32 @@ def attending(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
         _layout.reset(token)
 
 
+_buckets: ContextVar[tuple[tuple[slice, int], ...] | None] = ContextVar("buckets", default=None)
+
+
+@contextmanager
+def decoding(keys: Sequence[int], device: torch.device) -> Iterator[None]:
+    """What goes through a model meanwhile is one new token a row; each may see the first so many keys, and itself is
+    the last of them. Rows of like length follow each other."""
+    token = _buckets.set(tuple(_of_like_length(keys, APART_DECODING[device.type])))
+    try:
+        yield
+    finally:
+        _buckets.reset(token)
+
+
+def _of_like_length(keys: Sequence[int], apart: int) -> Iterator[tuple[slice, int]]:
+    """Rows that are attended to together, and the most keys that one of them sees."""
+    first, most, total = 0, 0, 0
+    for row, own in enumerate(keys):
+        padding = max(most, own) * (row - first + 1) - total - own
+        if row > first and padding > apart:
+            yield slice(first, row), most
+            first, most, total = row, 0, 0
+        most, total = max(most, own), total + own
+    yield slice(first, len(keys)), most
+
+
 def _attention(
     module: nn.Module,
     query: Float[Tensor, "rows heads length width"],
@@ -171,14 +199,19 @@ def _attention(
 ) -> tuple[Float[Tensor, "rows length heads value_width"], None]:
     layout = _layout.get()
     if layout is None and query.shape[2] == 1 and attention_mask is not None and kwargs.get("position_bias") is None:
-        return _decode(query, key, value, attention_mask, scaling), None
+        buckets = _buckets.get() or ((slice(None), key.shape[2]),)
+        found_in = [
+            _decode(query[rows], key[rows, :, :most], value[rows, :, :most], attention_mask[rows, ..., :most], scaling)
+            for rows, most in buckets
+        ]
+        return torch.cat(found_in), None
     if layout is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
     dtype = value.dtype  # rotations leave queries and keys wider than autocast
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    found_in = []
+    found_in = list[Tensor]()
     split = (_split(x.to(dtype), layout) for x in (query, key, value))
     for bucket, (q, own_q), (k, own_k), (v, own_v) in zip(layout.buckets, *split, strict=True):
         if (sliding_window, dtype) not in bucket.masks:

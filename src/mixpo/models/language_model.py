@@ -22,6 +22,8 @@ Precision = Literal["float32", "bfloat16"]
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits held at once: 128 MiB in float32."""
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": CHUNK_ELEMENTS}
+"""Logits read at once, in float32: 1 MiB on a CPU; a GPU is given all that are there."""
 KEPT_ELEMENTS = 1 << 27
 """Gradients of logits kept for the backward pass: 256 MiB in bfloat16."""
 
@@ -136,9 +138,9 @@ def branch_predictions(
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight^T + bias)[target] a row, in chunks: a whole batch's logits are never held at once.
 
-    d logprob / d logits = onehot(target) - softmax. What follows from it for `hidden` needs no gradient from above but
-    a factor a row, so the forward pass computes it while the logits are there. The weights' gradient needs all rows'
-    d logits again: kept in `dtype` where they are few, made again where they are many.
+    d logprob / d logits = onehot(target) - softmax, written over the logits. What follows from it for `hidden` needs no
+    gradient from above but a factor a row, so the forward pass computes it while the logits are there. The weights'
+    gradient needs all rows' d logits again: kept where they are few, made again where they are many.
     """
 
     @staticmethod
@@ -159,20 +161,11 @@ class _TokenLogprobs(torch.autograd.Function):
         weights_learn = learning and any(ctx.needs_input_grad[1:3])
         few = len(targets) * len(weight) <= KEPT_ELEMENTS
         kept = narrow.new_empty(len(targets), len(weight)) if weights_learn and few else None
-        for rows in _chunks(len(targets), len(weight)):
-            logits = _logits(narrow[rows], narrow_weight, bias)
-            logits -= logits.amax(dim=-1, keepdim=True)
-            target = logits.gather(-1, targets[rows, None])[:, 0]
-            odds = logits.exp() if with_entropy else logits.exp_()
-            total = odds.sum(dim=-1)
-            logprobs[rows] = target - total.log()
-            if with_entropy:
-                entropies[rows] = total.log() - torch.linalg.vecdot(odds, logits) / total
+        for rows in _portions(len(targets), CHUNK_ELEMENTS // len(weight)):
+            logits = torch.mm(narrow[rows], narrow_weight.T, out=None if kept is None else kept[rows])
+            logprobs[rows], entropies[rows] = _read(logits, bias, targets[rows], with_entropy, learning)
             if directions is not None:
-                of_logits = _of_logits(odds, total, targets[rows]).to(dtype)
-                directions[rows] = of_logits @ narrow_weight
-                if kept is not None:
-                    kept[rows] = of_logits
+                directions[rows] = logits @ narrow_weight
         ctx.save_for_backward(narrow, narrow_weight, bias, targets, directions, kept)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(entropies)
@@ -186,12 +179,12 @@ class _TokenLogprobs(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         of_hidden = (directions * gradient[:, None]).to(hidden_dtype)
         of_weight = of_bias = None
-        chunks = (_chunks(len(targets), len(weight)) if kept is None else [slice(None)]) if any(wanted[1:]) else []
-        for rows in chunks:
+        size = CHUNK_ELEMENTS // len(weight) if kept is None else len(targets)
+        for rows in _portions(len(targets), size) if any(wanted[1:]) else ():
             of_logits = kept
             if of_logits is None:
-                softmax = _logits(hidden[rows], weight, bias).softmax(dim=-1)
-                of_logits = _of_logits(softmax, torch.ones_like(gradient[rows]), targets[rows]).to(hidden.dtype)
+                of_logits = hidden[rows] @ weight.T
+                _read(of_logits, bias, targets[rows], with_entropy=False, learning=True)
             if wanted[1]:
                 found = of_logits.T @ (hidden[rows] * gradient[rows, None]).to(hidden.dtype)
                 of_weight = found.to(weight_dtype) if of_weight is None else of_weight.add_(found)
@@ -201,22 +194,37 @@ class _TokenLogprobs(torch.autograd.Function):
         return of_hidden, of_weight, of_bias, *[None] * 5
 
 
-def _of_logits(
-    odds: Float[Tensor, "n vocabulary"], total: Float[Tensor, " n"], targets: Int[Tensor, " n"]
-) -> Float[Tensor, "n vocabulary"]:
-    """d logprob / d logits, written over the odds, whose sums are `total`."""
-    return odds.mul_(-1 / total[:, None]).scatter_add_(1, targets[:, None], torch.ones_like(total)[:, None])
+def _read(
+    logits: Float[Tensor, "n vocabulary"],
+    bias: Float[Tensor, " vocabulary"] | None,
+    targets: Int[Tensor, " n"],
+    with_entropy: bool,
+    learning: bool,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Log-probs of the targets, and entropies or 0; the logits are lost, if `learning` to d logprob / d logits.
+
+    What is done to them element by element is done in float32, in blocks that a CPU's caches hold.
+    """
+    logprobs = torch.empty(len(targets), device=logits.device)
+    entropies = torch.zeros_like(logprobs)
+    for rows in _portions(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+        wide = logits[rows].float() if bias is None else logits[rows].float() + bias
+        wide -= wide.amax(dim=-1, keepdim=True)
+        target = wide.gather(-1, targets[rows, None])[:, 0]
+        odds = wide.exp() if with_entropy else wide.exp_()
+        total = odds.sum(dim=-1)
+        logprobs[rows] = target - total.log()
+        if with_entropy:
+            entropies[rows] = total.log() - torch.linalg.vecdot(odds, wide) / total
+        if learning:
+            ones = torch.ones_like(total)[:, None]
+            logits[rows] = odds.mul_(-1 / total[:, None]).scatter_add_(1, targets[rows, None], ones)
+    return logprobs, entropies
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "n vocabulary"]:
-    logits = (hidden @ weight.T).float()
-    return logits if bias is None else logits + bias
-
-
-def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, count, size):
-        yield slice(start, start + size)
+def _portions(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, max(1, size)):
+        yield slice(start, start + max(1, size))
 
 
 def branch_scores(lm: LanguageModel, batch: BranchBatch) -> Float[Tensor, "prompts k"]:

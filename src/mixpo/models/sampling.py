@@ -1,8 +1,9 @@
 """Sampling: one prefill a prompt, k completions from it, the log-prob of every drawn token kept.
 
 The prefill is one row of prompts without padding. Its keys and values are laid under each other, a row a completion, in
-tensors allocated once; drawn tokens are written behind the longest prompt, and the mask leaves the padding between out.
-Finished rows are dropped from the batch when there are enough of them to be worth the copy.
+tensors allocated once, and drawn tokens are written right behind their prompts: so rows of like length can be attended
+to together without the padding of longer ones. Finished rows are dropped from the batch when there are enough of them
+to be worth the copy.
 
 A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
 drawn before the first token, so a completion does not depend on which others share its batch.
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import by_tokens, pack_prompts
+from mixpo.models.attention import decoding
 from mixpo.models.language_model import LanguageModel, by_layer_type, hidden_states
 
 DROP_AT = 0.8
@@ -35,19 +37,32 @@ class Sampled:
     """The model's own log-prob of each token in nats: temperature 1, nothing truncated, however it was drawn."""
 
 
+@dataclass
+class _Rows:
+    """What the layers of a cache share: where their rows are read and written."""
+
+    prompts: Int[Tensor, "rows width"]
+    """Where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
+    capacity: int
+    """Tokens that a completion's row has room for."""
+    held: int = 0
+    """Tokens that the longest row holds."""
+    ends: tuple[Int[Tensor, " rows"], ...] = ()
+    """Every row, and the place behind what it holds."""
+
+
 class _Preallocated(DynamicLayer):
     """Keys and values of one layer, a row a completion, in tensors that are long enough for the longest one.
 
-    What comes first is the prefill's: it is copied to the completions' rows, and given back as it came.
+    What comes first is the prefill's: it is copied to the completions' rows, and given back as it came. What comes then
+    is a token a row, written right behind what the row holds.
     """
 
     is_initialized: bool
 
-    def __init__(self, places: Int[Tensor, "rows width"], capacity: int) -> None:
-        """`places`: where in the prefill's rows, flattened, the tokens of each completion's prompt stand; `capacity`:
-        tokens that a completion's row has room for."""
+    def __init__(self, rows: _Rows) -> None:
         super().__init__()
-        self.places, self.capacity = places, capacity
+        self.rows = rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -55,21 +70,22 @@ class _Preallocated(DynamicLayer):
         if not self.is_initialized:
             dtype = value_states.dtype  # rotated keys may be wider than attention is
             self.keys, self.values = (self._lay_out(states, dtype) for states in (key_states, value_states))
-            self.length, self.is_initialized = self.places.shape[1], True
+            self.is_initialized = True
             return key_states, value_states
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        rows, ends = self.rows.ends
+        self.keys[rows, :, ends] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[rows, :, ends] = value_states[:, :, 0]
+        return self.keys[:, :, : self.rows.held + 1], self.values[:, :, : self.rows.held + 1]
 
     def _lay_out(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
-        count, width = self.places.shape
-        room = states.new_empty(count, states.shape[1], self.capacity, states.shape[3], dtype=dtype)
-        room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.places].transpose(1, 2)
+        count, width = self.rows.prompts.shape
+        room = states.new_empty(count, states.shape[1], self.rows.capacity, states.shape[3], dtype=dtype)
+        room[:, :, width:] = 0.0  # what may not be seen counts nothing times this, which must not be nan
+        room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.rows.prompts].transpose(1, 2)
         return room
 
     def get_seq_length(self) -> int:
-        return self.length if self.is_initialized else 0
+        return self.rows.held
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these rows, in this order."""
@@ -164,17 +180,15 @@ def _sample_batch(
     head = lm.model.get_output_embeddings()
     batch = pack_prompts(prompts, share_row=lm.shares_prompts).to(device)
     rows = torch.arange(count, device=device).repeat_interleave(k)
-    width = batch.places.shape[1]
-    cache = Cache(layer_class_to_replicate=partial(_Preallocated, batch.places[rows], width + max_tokens))
-    hidden = hidden_states(lm, batch, cache=cache)[batch.last]
-    lengths, logits = batch.lengths[rows], head(hidden)[rows]
+    lengths = batch.lengths[rows]
+    shared = _Rows(batch.places[rows], batch.places.shape[1] + max_tokens)
+    cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
+    logits = head(hidden_states(lm, batch, cache=cache)[batch.last])[rows]
     uniforms = uniforms.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
     ended_at = torch.full((count * k,), max_tokens, device=device)
-    key_positions = torch.arange(width + max_tokens, device=device).repeat(count * k, 1)
-    visible = key_positions < lengths[:, None]
-    active = torch.arange(count * k, device=device)
+    active, prompted = torch.arange(count * k, device=device), lengths.tolist()
     for step in range(max_tokens):
         tokens, logprobs = choose(logits, uniforms[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
@@ -185,19 +199,20 @@ def _sample_batch(
             break
         if left < DROP_AT * len(active):
             kept = going.nonzero()[:, 0]
-            _take(cache, kept)
-            active, tokens, visible, key_positions = active[kept], tokens[kept], visible[kept], key_positions[kept]
-        position = (lengths[active] + step)[:, None]
-        visible[:, width + step] = True
-        key_positions[:, width + step] = position[:, 0]
-        seen = width + step + 1
-        hidden = lm.model.base_model(
-            input_ids=tokens[:, None],
-            position_ids=position,
-            attention_mask=_decoding_masks(lm, visible[:, :seen], key_positions[:, :seen], position),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+            active, tokens = active[kept], tokens[kept]
+            prompted = lengths[active].tolist()
+            for layer in cache.layers:
+                layer.take(kept)
+        position = lengths[active] + step
+        shared.held, shared.ends = max(prompted) + step, (torch.arange(len(active), device=device), position)
+        with decoding([length + step + 1 for length in prompted], device):
+            hidden = lm.model.base_model(
+                input_ids=tokens[:, None],
+                position_ids=position[:, None],
+                attention_mask=_decoding_masks(lm, position[:, None], shared.held + 1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, 0]
         logits = head(hidden)
 
     out_tokens, out_logprobs, ends = tokens_out.tolist(), logprobs_out.tolist(), ended_at.tolist()
@@ -210,18 +225,12 @@ def _sample_batch(
     ]
 
 
-def _take(cache: Cache, rows: Int[Tensor, " rows"]) -> None:
-    for layer in cache.layers:
-        layer.take(rows)
-
-
-def _decoding_masks(
-    lm: LanguageModel, visible: Bool[Tensor, "rows seen"], key_positions: Tensor, position: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """The mask of one new token a row over what it may see, with the model's sliding window where it has one."""
+def _decoding_masks(lm: LanguageModel, position: Int[Tensor, "rows 1"], seen: int) -> Tensor | dict[str, Tensor]:
+    """The mask of one new token a row over `seen` keys, with the model's sliding window where it has one."""
+    distance = position - torch.arange(seen, device=position.device)
 
     def attends(window: int | None = None) -> Tensor:
-        seen = visible if window is None else visible & (position - key_positions < window)
-        return seen[:, None, None]
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return visible[:, None, None]
 
     return by_layer_type(lm.model, attends)

@@ -1,5 +1,6 @@
 """What do they say? Every arm's completions of the test prompts, side by side."""
 
+from mixpo.data.rows import turns
 from mixpo.experiments.results import Results, completions
 from mixpo.report.arms import compared
 from mixpo.report.comparison import counted
@@ -17,13 +18,12 @@ def asked(results: Results) -> list[Asked]:
         return []
     shown = []
     for number, row in enumerate(next(iter(rows.values()))[:MOST]):
-        prompt = row["prompt"]
-        turns = [Turn("user", prompt)] if isinstance(prompt, str) else [Turn(t["role"], t["content"]) for t in prompt]
+        *earlier, last = [Turn(**message) for message in turns(row["prompt"])]
         said = [
             ArmCompletion(arm, one["completion"], one["score"], one.get("true_reward"), one.get("second_score"))
             for arm, one in ((arm, found[number]) for arm, found in rows.items())
         ]
-        shown.append(Asked(number + 1, turns[:-1], turns[-1].content, said))
+        shown.append(Asked(number + 1, earlier, last.content, said))
     return shown
 
 

@@ -1,0 +1,1 @@
+"""Language models as judges of two arms: what they are asked, what they reply, what it says."""

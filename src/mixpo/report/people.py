@@ -1,0 +1,146 @@
+"""What do people say? Win, tie and lose in blind studies, how far the annotators agree, and what each of them did."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from mixpo.algorithms.statistics import Interval
+from mixpo.experiments.results import Results
+from mixpo.report.comparison import counted, estimated, interval_text, p_text, verdict
+from mixpo.report.document import Group, Section, Table
+from mixpo.study.findings import Findings, findings
+from mixpo.study.plan import unchanged
+
+UNKNOWN = "cannot be told"
+ALL = "all prompts"
+
+
+def section(results: Results) -> Section | None:
+    """The closed studies of the runs; None where no run has one. A study of what a run was before is left out."""
+    said, groups = list[str](), list[Group]()
+    for run in results.runs:
+        if (found := findings(run.folder)) is None:
+            continue
+        name = f"{run.name}: " if len(results.runs) > 1 else ""
+        arms = results.named(run, found.arms[0]), results.named(run, found.arms[1])
+        drawn = {"seed": found.seed, "prompts": found.prompts, "draw": found.draw}
+        if unchanged(results, arms, **drawn, content=found.content):
+            said.append(name + opening(found))
+            groups += [Group(name + title, table=table) for title, table in tables(found).items()]
+        else:
+            said.append(f"{name}The study closed at {found.closed} is left out: the completions have changed since.")
+    return Section("people", "People", " ".join(said), groups) if said else None
+
+
+def opening(found: Findings) -> str:
+    """What a study says, in a sentence or two; nothing that its intervals do not hold."""
+    one, other = found.arms
+    if not found.counted:
+        return f"Nobody judged a prompt of {one} and {other} before the study was closed."
+    shares, agreement = found.shares[None], found.agreement[None]
+    people = "one person" if len(found.counted) == 1 else f"{len(found.counted)} people"
+    margin, p = _margins(found)[None]
+    if math.isnan(margin.low) and len(shares.margins) > 1:
+        told = f"{interval_text(margin)}, the same on every prompt, which has no interval"
+    else:
+        told = verdict(margin, p)
+    kappa = f"Fleiss' κ {_number(agreement.kappa)}"
+    if not math.isnan(agreement.kappa.mean):
+        kappa += f" over {counted(agreement.common, 'prompt')}"
+    return (
+        f"{people[0].upper()}{people[1:]}, who did not know which was which, preferred {one} to {other} on "
+        f"{shares.win.mean:.0%} of {counted(len(shares.margins), 'prompt')}, called {shares.tie.mean:.0%} a tie, and "
+        f"preferred {other} on {shares.lose.mean:.0%}: difference {told}. {kappa}."
+    )
+
+
+def tables(found: Findings) -> Mapping[str, Table]:
+    """The tables of a study by title."""
+    return {
+        "What people prefer": _shares(found),
+        "How far they agree": _agreement(found),
+        "The annotators": _annotators(found),
+    }
+
+
+def _margins(found: Findings) -> dict[str | None, tuple[Interval, float]]:
+    """Win minus lose with p, corrected for all that can be told; nan where all prompts are alike."""
+    told = {name: each.margins[None] for name, each in found.shares.items() if np.ptp(each.margins) > 0.0}
+    made = dict(zip(told, estimated([(*found.arms, values) for values in told.values()]), strict=True))
+    return {
+        name: (made[name].interval, made[name].p)
+        if name in made
+        else (Interval(float(each.margins[0]), math.nan, math.nan), math.nan)
+        for name, each in found.shares.items()
+    }
+
+
+def _shares(found: Findings) -> Table:
+    margins = _margins(found)
+    rows = [
+        [
+            name or ALL,
+            str(len(each.margins)),
+            *map(interval_text, (each.win, each.tie, each.lose, margins[name][0])),
+            "" if math.isnan(margins[name][1]) else p_text(margins[name][1]),
+        ]
+        for name, each in found.shares.items()
+    ]
+    notes = [
+        f"Win: {found.arms[0]} was preferred to {found.arms[1]}, at seed {found.seed}. A prompt is the mean over those "
+        "who judged it. Intervals are 95%, over prompts: they say nothing of other annotators or seeds. What is the "
+        "same on every prompt has none."
+    ]
+    if len(rows) > 1:
+        notes.append("p: of no difference, corrected for all rows (Holm).")
+    if found.same:
+        notes.append(f"{counted(found.same, 'prompt')} that both arms completed alike: a tie that nobody was asked.")
+    return Table(["prompts", "number", "win", "tie", "lose", "win − lose", "p"], rows, notes)
+
+
+def _agreement(found: Findings) -> Table:
+    rows = [
+        [
+            name or ALL,
+            _number(each.kappa),
+            str(each.common),
+            _number(each.alpha),
+            _number(each.pairs),
+            str(each.several),
+        ]
+        for name, each in found.agreement.items()
+    ]
+    notes = [
+        "κ is of the prompts that every annotator judged; α and the agreement of pairs of all that two or more judged. "
+        f"{UNKNOWN.capitalize()}: too few judgements, or all alike, so that chance alone makes them agree."
+    ]
+    if found.left_out:
+        notes.append(f"Left out, having judged nothing: {', '.join(found.left_out)}.")
+    return Table(["prompts", "Fleiss' κ", "of", "Krippendorff's α", "pairs agree", "of"], rows, notes)
+
+
+def _annotators(found: Findings) -> Table:
+    rows = [
+        [
+            one.name,
+            f"{one.judged} of {one.questions}",
+            str(one.skipped),
+            "" if one.seconds is None else f"{one.seconds:.0f} s",
+            str(one.idle),
+            "" if one.left is None else interval_text(one.left),
+        ]
+        for one in found.annotators
+    ]
+    return Table(
+        ["annotator", "judged", "skipped", "median time", "idle", "left side"],
+        rows,
+        [
+            "Idle: judgements that took more than ten minutes; they count as ten. Left side: how often, ties left out; "
+            "each arm stood there half of the time, so far from 0.50 is a habit (95% intervals, Wilson)."
+        ],
+    )
+
+
+def _number(interval: Interval) -> str:
+    return UNKNOWN if math.isnan(interval.mean) else interval_text(interval)

@@ -1,0 +1,98 @@
+"""What the benchmarks count and how they read their results; nothing here is timed."""
+
+from typing import Any
+
+import torch
+from benchmarks.mathematics import decoding_bytes, forward_flops
+from benchmarks.tables import markdown, told
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=50,
+    tie_word_embeddings=True,
+)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """Torch counts attention over all pairs, seen or not, and logits at every token."""
+    model = LlamaForCausalLM._from_config(CONFIG, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, 11, dtype=torch.long))
+    unseen = 4 * 3 * 32 * (11 * 11 - 11 * 12 / 2)
+    of_prompt = 2 * 32 * 50 * 7
+    assert forward_flops([(7, [4])], CONFIG, predicts=True) == counter.get_total_flops() - unseen - of_prompt
+    without = forward_flops([(7, [4])], CONFIG, predicts=False)
+    assert forward_flops([(7, [4])], CONFIG, predicts=True) - without == 2 * 32 * 50 * 4
+
+
+def test_a_shared_prompt_counts_once() -> None:
+    one, two = (forward_flops([(7, completions)], CONFIG, predicts=True) for completions in ([4], [4, 4]))
+    pairs = 4 * 7 + 4 * 5 / 2
+    weights = sum(p.numel() for n, p in LlamaForCausalLM(CONFIG).named_parameters() if "proj" in n)
+    assert two - one == 2 * weights * 4 + 2 * 32 * 50 * 4 + 4 * 3 * 32 * pairs
+
+
+def test_decoding_reads_weights_once_a_step_and_keys_once_a_token() -> None:
+    model = LlamaForCausalLM(CONFIG)
+    weights = sum(p.numel() for n, p in model.named_parameters() if "proj" in n) + 32 * 50  # the head is tied
+    rows = [(7, [4, 1]), (3, [6])]
+    read = 0
+    for step in range(1, 6):
+        read += weights
+        for prompt, lengths in rows:
+            read += sum(2 * 3 * 16 * (prompt + step) for length in lengths if length > step)
+    assert decoding_bytes(rows, CONFIG, 2) == 2 * read
+
+
+def result(kind: str = "dpo", **taken: Any) -> dict[str, Any]:
+    machine = [{"matmul_flops": 4e9, "bandwidth": 1e9}] * 3
+    return {
+        "workload": {"name": "tiny", "kind": kind, "precision": "bfloat16"},
+        "counts": {"flops": 2e9},
+        "taken": {"machine": machine, **taken},
+    }
+
+
+def runs(*seconds: float, **more: Any) -> list[dict[str, Any]]:
+    return [{"seconds": each, "rows": 8, "peak_memory_mib": 100.0, **more} for each in seconds]
+
+
+def test_ratios_are_of_the_same_repetition_and_the_peers_best_setting_counts() -> None:
+    found = result(
+        mixpo=runs(1.0, 2.0, 4.0, losses=[0.69314]),
+        slow=runs(40.0, 40.0, 40.0),
+        fast=runs(2.0, 8.0, 20.0, peak_memory_mib=300.0),
+        broken=[{"failed": "no such thing"}] * 3,
+    )
+    shown = told(found)
+    assert "tiny, pairs/s, bfloat16" in shown
+    assert "25% of the 4 GFLOP/s" in shown
+    assert "ours/theirs 4.00 (2.00 to 5.00)" in shown
+    assert "broken               failed: no such thing" in shown
+    line = markdown([found]).splitlines()[-1]
+    assert line.startswith("| tiny (bfloat16) | 4.00 pairs/s | 1.00 (fast) | 4.00 (2.00 to 5.00) | 100 MiB | 300 MiB |")
+    assert line.endswith("broken failed |")
+
+
+def test_a_repetition_that_failed_is_in_no_ratio() -> None:
+    found = result(mixpo=runs(1.0, 2.0, 4.0), peer=[*runs(2.0), {"failed": "x"}, *runs(4.0)])
+    assert "ours/theirs 1.50 (1.00 to 2.00)" in told(found)
+
+
+def test_decoding_is_held_against_the_memory() -> None:
+    sampled = runs(3.0, 3.0, 3.0, tokens=30, prefill_seconds=1.0, read=5e8)
+    shown = told(result("sampling", mixpo=sampled, generate=runs(6.0, 6.0, 6.0, tokens=30)))
+    assert "decoding reads what it must at 25% of the memory's 1.0 GB/s" in shown
+    assert "tokens/s" in shown
+    assert "ours/theirs 2.00" in shown
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    found = result(mixpo=[{"failed": "no memory"}], peer=runs(1.0))
+    assert markdown([found]).splitlines()[-1].startswith("| tiny (bfloat16) | failed | 8.00 (peer) | – | – | 100 MiB |")

@@ -1,0 +1,943 @@
+"""LLM judges before a server on loopback that behaves well and badly: what is asked, kept, said, spent, and hidden."""
+
+import asyncio
+import errno
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from judge_server import Asked, Response, Server, completion, error, said, serving
+from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
+from mixpo.algorithms.statistics import holm, win_minus_lose
+from mixpo.cli import main as cli
+from mixpo.data.errors import InputError
+from mixpo.experiments.comparisons import Comparison
+from mixpo.experiments.results import load
+from mixpo.judge import asking
+from mixpo.judge.endpoint import checked, is_loopback, is_sent_in_clear
+from mixpo.judge.judging import Verdict, tally
+from mixpo.judge.questions import Template, read_template
+from mixpo.judge.replies import Reply, read_reply, scores
+from mixpo.judge.verdicts import FILE, appending, read
+from mixpo.report import judges, page
+from mixpo.stages.rows import read_table, write_table
+from report_runs import SFT_SCORES, Arm, Writer, plain, rows, table
+
+KINDS = ["helpful", None, "harmless", "helpful", None, "harmless"]
+KEY = "sk-very-secret-0123456789"
+ARMS = ("mpo", "ppo")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as one:
+        one.prefer(lambda asked: "of mpo" in asked.shown[0])
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would have been waited for: no test waits, and prompts come in their order."""
+    waited: list[float] = []
+
+    async def pause(seconds: float, halted: asyncio.Event) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(asking, "pause", pause)
+    monkeypatch.setattr(asking, "shuffled", list)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return waited
+
+
+@dataclass
+class Printed:
+    code: int
+    out: str
+    err: str
+
+    def row(self, heading: str) -> str:
+        """A line of the table."""
+        return next(line for line in self.out.splitlines() if re.match(rf"\s*{re.escape(heading)}\s", line))
+
+
+class Study:
+    """A run folder and the command on it."""
+
+    def __init__(self, run: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+        self.run, self.server, self.capsys = run, server, capsys
+        self.file = self.run / FILE
+
+    def judge(self, *words: str, arms: tuple[str, str] = ARMS, model: str = "tiny") -> Printed:
+        argv = ["mixpo", "judge", str(self.run), "--arms", *arms, "--model", model, "--endpoint", self.server.url]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [*argv, *words])
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        printed = self.capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return Printed(int(stopped.value.code or 0), printed.out, printed.err)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def scored(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines() if "question" in line]
+
+
+def write_run(folder: Path) -> Path:
+    return Writer(folder / "run", categories=KINDS).run(plain(dict.fromkeys([*ARMS, "mpo-sft-kl"], SFT_SCORES)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("written"))
+
+
+@pytest.fixture
+def study(written: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> Study:
+    """A run of one's own, whose stages are shared."""
+    return Study(Path(shutil.copytree(written, tmp_path / "run")), server, capsys)
+
+
+def about(asked: Asked) -> int:
+    """The number of the prompt that a request is about."""
+    found = re.match(r"answer (\d)", asked.shown[0])
+    assert found
+    return int(found[1])
+
+
+# Replies
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (said(8, 5), (8.0, 5.0)),
+        (said(0, 10), (0.0, 10.0)),
+        (said("7.5", "8/10"), (7.5, 8.0)),
+        ("Response 1 Quality Score: 3 Explanation: a. Response 2 Quality Score: 4", (3.0, 4.0)),
+        ("**Response 1 Quality Score: 3**\r\nwhy\r\n**Response 2 Quality Score:** 4\r\n", (3.0, 4.0)),
+        (said("8/100", 5), None),
+        (said("7/5", 5), None),
+        (said("7.", 5), None),
+        (said(8, "10.5"), None),
+        (said(11, 5), None),
+        (said(-1, 5), None),
+        (said("NaN", 5), None),
+        (said("8 9", 5), None),
+        (said("8 or 9", 5), None),
+        (said("٣", 5), None),
+        (said(8, 5) + "\n" + said(5, 8), None),
+        ("Response 1 Quality Score: 8\n", None),
+        ("Response 2 Quality Score: 8\nResponse 1 Quality Score: 5", None),
+        (said(8, 5) + "\nResponse 3 Quality Score: 5", None),
+        ("8 5", None),
+        ("", None),
+    ],
+)
+def test_scores_are_those_that_the_papers_prompt_asks_for_or_none(
+    text: str, expected: tuple[float, float] | None
+) -> None:
+    assert scores(Reply(text)) == expected
+
+
+def test_a_number_that_was_cut_is_no_score() -> None:
+    whole = "Response 1 Quality Score: 9\nExplanation: a\nResponse 2 Quality Score: 10"
+    assert scores(Reply(whole)) == (9.0, 10.0)
+    assert scores(Reply(whole[:-1], cut=True)) is None
+    assert scores(Reply(whole + "\nExplanation: it was good beca", cut=True)) == (9.0, 10.0)
+    assert read_reply(completion("9", finish="length")[2]).cut
+
+
+# What is asked, and what it says
+
+
+def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server: Server) -> None:
+    printed = study.judge()
+    assert printed.code == 0
+    pairs = {tuple(asked.shown) for asked in server.asked}
+    expected = {(f"answer {n} of {one}", f"answer {n} of {other}") for n in range(1, 6) for one, other in
+                (ARMS, ARMS[::-1])}  # fmt: skip
+    assert pairs == expected
+    assert len(server.asked) == len(study.scored()) == 10
+    assert {asked.key for asked in server.asked} == {""}
+    body = server.asked[0].body
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.0, 1024)
+    assert "Assistant: a reply\n\nUser: question" in body["messages"][0]["content"]
+    assert "0.83 [" in printed.row("win")
+    assert "0.17 [" in printed.row("tie")
+    assert "0.00 [" in printed.row("lose")
+    assert "mpo vs ppo: the same text on 1 prompt, a tie that nobody was asked." in printed.out
+    assert "10 requests, 150 tokens, 10 of 10 questions done" in printed.out
+    row = next(line for line in study.scored() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
+    assert (row["scores"], row["tokens"], row["category"], row["seed"]) == ([4.0, 9.0], [10, 5], "helpful", 0)
+    assert row["replies"] == [said(4, 9)]
+    assert row["format"] == 1
+
+    again = study.judge()
+    assert len(server.asked) == 10
+    assert again.row("win") == printed.row("win")
+    assert "10 of 10 questions were asked before" in again.out
+    turned = study.judge(arms=ARMS[::-1])
+    assert turned.row("lose").split()[1:4] == printed.row("win").split()[1:4]
+    assert turned.row("prompts").split()[1] == "6"
+    assert "ppo vs mpo: the same text on 1 prompt" in turned.out
+    assert len(server.asked) == 10
+    assert len(read(study.file).assignments) == 1  # so the report says it once
+    assert len(judges.judged_runs(load(study.run))) == 1
+    for words in (["--temperature", "0.5"], ["--reply-tokens", "99"], ["--seed", "0", "--prompts", "6"]):
+        study.judge(*words)
+    assert len(server.asked) == 30  # another temperature, another limit; the last asks nothing new
+
+
+def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: True)
+    printed = study.judge()
+    assert "1.00 [" in printed.row("tie")
+    assert "1.00 [" in printed.row("flips")
+    assert "1.00 [" in printed.row("flips to the first")
+    section = judges.section(load(study.run))
+    assert section is not None
+    assert "100% of those asked flip with the order, 100% of these to the completion shown first." in section.opening
+
+
+def test_flips_to_the_second_are_told_from_those_to_the_first(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: about(asked) == 2)
+    printed = study.judge()
+    assert "1.00 [" in printed.row("flips")
+    assert "0.20 [" in printed.row("flips to the first")
+
+
+def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Server) -> None:
+    well = server.behave
+    swapped = "Response 2 Quality Score: 4\nExplanation: a.\n\nResponse 1 Quality Score: 9\nExplanation: b."
+    bad = {1: completion(said(11, 5)), 2: completion(swapped), 3: completion(said(-1, 5))}
+    server.behave = lambda asked: bad.get(about(asked)) or well(asked)
+    printed = study.judge()
+    assert "no verdict on 3 prompts, a reply to which could not be parsed" in printed.out
+    assert printed.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
+    assert "1.00 [" in printed.row("win")
+
+
+def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie_and_no_flip(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: True if "of mpo" in asked.shown[0] else None)
+    printed = study.judge()
+    assert "1.00 [" in printed.row("tie")
+    assert "0.00 [" in printed.row("flips")
+
+
+def test_a_judge_that_prefers_the_longer(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: len(asked.shown[0]) > len(asked.shown[1]))
+    printed = study.judge(arms=("mpo", "mpo-sft-kl"))
+    assert "0.83 [" in printed.row("lose")
+    assert "1.00 [" in printed.row("longer wins")
+    assert printed.row("win at equal length").split()[4:7] == ["cannot", "be", "told"]
+
+
+def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
+    printed = study.judge("--prompts", "2", "--draw", "1")
+    asked = {about(one) for one in server.asked}
+    same = "the same text on 1 prompt" in printed.out
+    assert len(asked) + same == 2
+    assert printed.row("prompts").split()[1] == "2"
+    study.judge("--prompts", "5")
+    assert len(server.asked) <= 10
+
+
+def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp_path: Path) -> None:
+    own = tmp_path / "own.j2"
+    own.write_text("{{ messages[-1].content }}\n\nResponse 1: {{ first }}\n\nResponse 2: {{ second }}")
+    server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) in (2, 5)))
+    printed = study.judge("--template", str(own))
+    assert server.asked[0].body["messages"][0]["content"].startswith("question ")
+    made = table(judges.section(load(study.run)), "tiny")
+    found = rows(made)
+    assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
+    # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
+    counts = {name: [row[1], *(cell.split()[0] for cell in row[2:6])] for name, row in found.items()}
+    assert counts == {
+        "mpo vs ppo": ["6", "0.33", "0.17", "0.50", "-0.17"],
+        "mpo vs ppo: helpful": ["2", "0.00", "0.50", "0.50", "-0.50"],
+        "mpo vs ppo: harmless": ["2", "1.00", "0.00", "0.00", "1.00"],
+    }
+    assert "harmless" in printed.out
+    study.judge()
+    assert len(server.asked) == 20  # other words, other questions
+
+
+def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (asked.model == "one" or about(asked) < 4))
+    printed = study.judge("--model", "two", model="one")
+    assert len(server.asked) == 20
+    # by hand: one says 1 five times; two says 1 three times and -1 twice
+    one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
+    counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
+    found = rows(table(judges.section(load(study.run)), "Agreement of judges"))
+    assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
+    assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
+    assert found["all 2"][2] == "5"
+    assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}")
+    assert "Agreement of judges" in printed.out
+    each = [rows(table(judges.section(load(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
+    assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
+
+
+def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
+    study.judge()
+    (alone,) = [row.p for row in _rows(study) if row.category is None]
+    server.prefer(lambda asked: None)
+    study.judge(model="other")
+    shown = _rows(study)
+    assert len(shown) == 6
+    corrected = next(row.p for row in shown if row.judged.judge.model == "tiny" and row.category is None)
+    assert [row.p for row in shown] == pytest.approx(holm([row.tally.p for row in shown]))
+    assert alone == pytest.approx(3 * 0.0625)  # five wins of five, in one row of three
+    assert corrected > alone
+
+
+def _rows(study: Study) -> list[judges.Row]:
+    return judges.rows_of(judges.judged_runs(load(study.run)))
+
+
+# Servers that behave badly
+
+BAD: dict[str, Response | str] = {
+    "slow": "slow",
+    "cut": "cut",
+    "500": error(500, "oh no"),
+    "429": error(429, "slow down"),
+    "malformed JSON": (200, {"Content-Type": "application/json"}, b'{"choices": [{"mess'),
+    "a page": (200, {"Content-Type": "text/html"}, b"<html>it works</html>"),
+    "nothing": (200, {"Content-Type": "application/json"}, b""),
+    "a list": (200, {"Content-Type": "application/json"}, b"[1]"),
+    "no choices": (200, {"Content-Type": "application/json"}, b'{"choices": []}'),
+    "choices of null": (200, {"Content-Type": "application/json"}, b'{"choices": null, "usage": 3}'),
+    "no message": (200, {"Content-Type": "application/json"}, b'{"choices": [{"finish_reason": "stop"}]}'),
+    "a message that is none": (200, {"Content-Type": "application/json"}, b'{"choices": [{"message": "hello"}]}'),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
+    study: Study, server: Server, waits: list[float], kind: str
+) -> None:
+    well = server.behave
+    server.behave = lambda asked: BAD[kind] if asked.number < 2 else well(asked)
+    printed = study.judge("--concurrency", "1", "--timeout", "0.3" if kind == "slow" else "20")
+    assert (printed.code, len(server.asked)) == (0, 12)
+    assert "0.83 [" in printed.row("win")
+    assert "parsed" not in printed.out
+    assert len(waits) == 2
+    assert 1.0 <= waits[0] <= 1.5
+    assert 2.0 <= waits[1] <= 3.0
+
+
+@pytest.mark.parametrize(
+    "content", [None, [{"type": "text", "text": said(8, 5)}], 8, ""], ids=["null", "parts", "a number", "empty"]
+)
+def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
+    study: Study, server: Server, waits: list[float], content: object
+) -> None:
+    well = server.behave
+    server.behave = lambda asked: completion(content) if about(asked) == 2 else well(asked)
+    printed = study.judge()
+    assert (printed.code, len(server.asked), waits) == (0, 10 + 2, [])
+    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
+
+
+def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    async def timed() -> list[float]:
+        clock, halted = asyncio.get_running_loop().time, asyncio.Event()
+        begin = clock()
+        await asking.pause(0.02, halted)
+        between = clock()
+        asyncio.get_running_loop().call_later(0.02, halted.set)
+        await asking.pause(60.0, halted)
+        await asking.pause(60.0, halted)
+        return [between - begin, clock() - between]
+
+    whole, early = asyncio.run(timed())
+    assert 0.015 <= whole < 5
+    assert early < 5
+
+
+def test_no_more_at_once_than_were_asked_for(study: Study, server: Server) -> None:
+    well, together = server.behave, threading.Barrier(3)
+
+    def behave(asked: Asked) -> Response | str:
+        if asked.number < 9:  # three at a time, each of which waits for two others
+            together.wait(10)
+        return well(asked)
+
+    server.behave = behave
+    assert study.judge("--concurrency", "3").code == 0
+    assert (len(server.asked), server.at_once) == (10, 3)
+
+
+def test_no_more_at_once_than_there_are_questions(study: Study, server: Server) -> None:
+    assert study.judge("--concurrency", "1000000000").code == 0
+    assert len(server.asked) == 10
+
+
+def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: list[float]) -> None:
+    well, date = server.behave, datetime.now(UTC) + timedelta(seconds=90)
+    after = ["20", format_datetime(date, usegmt=True), "100000", "soon"]
+    server.behave = lambda asked: (
+        error(429, "slow down", Retry_After=after[asked.number]) if asked.number < 4 else well(asked)
+    )
+    assert study.judge("--concurrency", "1").code == 0
+    assert 20 <= waits[0] <= 30
+    assert 80 <= waits[1] <= 135
+    assert 300 <= waits[2] <= 450
+    assert 8 <= waits[3] <= 12  # the fourth in turn: 2 ** 3
+    assert asking.retry_after("nan") is None
+    assert asking.retry_after("-3") == 0.0
+
+
+def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(study: Study, server: Server) -> None:
+    well = server.behave
+
+    def behave(asked: Asked) -> Response | str:
+        if about(asked) == 2:
+            return error(500, "no <memory>\n on \x1b[31mthe device")
+        return error(400, "too long") if about(asked) == 4 else well(asked)
+
+    server.behave = behave
+    printed = study.judge("--attempts", "3")
+    assert printed.code == 1
+    assert len(server.asked) == 6 + 2 * 3 + 2  # a bad request is not asked again
+    assert "2 questions failed: HTTP 500: no <memory> on \ufffd[31mthe device\n" in printed.err
+    assert "2 questions failed: HTTP 400: too long\n" in printed.err
+    assert "0.75 [" in printed.row("win")
+    assert "no reply yet on 2 prompts" in printed.out
+    assert "a tie that nobody was asked, counted in proportion to the others that have a verdict;" in printed.out
+    server.behave, before = well, len(server.asked)
+    assert study.judge().code == 0
+    assert {about(asked) for asked in server.asked[before:]} == {2, 4}
+    assert len(server.asked) == before + 4
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_run_of_refusals_stops_with_one_line(
+    study: Study, server: Server, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.behave = lambda asked: error(status, "The model `tiny` does not exist")
+    printed = study.judge("--concurrency", "1")
+    assert printed.code == 1
+    assert len(server.asked) == asking.FAILURES_IN_A_ROW == 8
+    assert printed.err.splitlines()[-1] == (
+        f"stopped: tiny: 8 questions failed one after the other, the last with HTTP {status}: The model `tiny` does "
+        "not exist; 2 questions are left; the same command asks them"
+    )
+
+
+def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: Server) -> None:
+    well = server.behave
+    server.behave = lambda asked: well(asked) if about(asked) == 5 else error(400, "too long")
+    for _ in range(2):  # nothing was ever replied: the fault may be the call's
+        printed = study.judge("--concurrency", "1")
+        assert printed.err.splitlines()[-1].startswith("stopped: tiny: 8 questions failed one after the other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "shuffled", lambda questions: questions[::-1])
+        study.judge("--concurrency", "1", "--max-requests", "1")
+    assert len(study.scored()) == 1
+    printed = study.judge("--concurrency", "1")  # eight fail before the one that does not
+    assert printed.err == "8 questions failed: HTTP 400: too long\n"
+    assert [line["prompt"] for line in study.scored()] == [5, 5]
+
+
+def test_a_question_that_fails_once_others_have_replies_stops_nothing(study: Study, server: Server) -> None:
+    well = server.behave
+    server.behave = lambda asked: well(asked) if about(asked) == 1 else error(413, "too long")
+    assert study.judge("--concurrency", "1").err == "8 questions failed: HTTP 413: too long\n"
+    server.behave = lambda asked: error(500, "down")
+    assert "stopped: tiny: 8 questions failed" in study.judge("--concurrency", "1", "--attempts", "1").err
+
+
+def test_prompts_come_in_another_order_at_every_call(
+    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    orders = set()
+    for seed in range(3):
+        random.seed(seed)
+        study.file.unlink(missing_ok=True)
+        study.judge("--concurrency", "1")
+        asked = [about(one) for one in server.asked[10 * seed :]]
+        assert asked[::2] == asked[1::2]  # both orders of a pair behind each other
+        assert sorted(asked[::2]) == [1, 2, 3, 4, 5]
+        orders.add(tuple(asked))
+    assert len(orders) > 1
+
+
+def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study: Study, server: Server) -> None:
+    well = server.behave
+    server.behave = lambda asked: error(404, "no such model") if asked.model == "wrong" else well(asked)
+    printed = study.judge("--model", "tiny", "--concurrency", "1", model="wrong")
+    assert printed.code == 1
+    assert [sum(asked.model == name for asked in server.asked) for name in ("wrong", "tiny")] == [8, 10]
+    assert printed.err.splitlines()[-1] == (
+        "stopped: wrong: 8 questions failed one after the other, the last with HTTP 404: no such model; 2 questions "
+        "are left; the same command asks them"
+    )
+    assert "0.83 [" in printed.row("win")
+
+
+def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, server: Server) -> None:
+    well, seen = server.behave, set[str]()
+
+    def behave(asked: Asked) -> Response | str:
+        text = asked.body["messages"][0]["content"]
+        first = text not in seen
+        seen.add(text)
+        if about(asked) == 2 or (about(asked) == 3 and first):
+            return completion("I like both.")
+        return well(asked)
+
+    server.behave = behave
+    printed = study.judge()
+    assert printed.code == 0
+    assert len(server.asked) == 10 + 2 + 2
+    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
+    assert "0.80 [" in printed.row("win")  # of five: four won, one the same text
+    kept = [line for line in study.scored() if line["prompt"] in (2, 3)]
+    both = ["I like both."]
+    assert [(line["scores"], line["replies"]) for line in kept if line["prompt"] == 2] == [(None, both * 2)] * 2
+    assert all(line["scores"] and line["replies"][:1] == both for line in kept if line["prompt"] == 3)
+    assert [line["tokens"] for line in kept] == [[20, 10]] * 4  # of both replies
+    study.judge()
+    assert len(server.asked) == 14
+
+
+def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> None:
+    well = server.behave
+    server.behave = lambda asked: (
+        error(400, "half \ud800") if about(asked) == 1 else completion(said(8, 5) + "\ud83d") if about(asked) == 2
+        else well(asked)
+    )  # fmt: skip
+    printed = study.judge()
+    assert "HTTP 400: half \ufffd" in printed.err
+    assert any(line["replies"][0].endswith("so.\ufffd") for line in study.scored())
+    filled = Template("t", "{{ prompt }}{{ first }}{{ second }}").filled("a\udc00", "\ud83d\ude00", "\ufeffb")
+    assert filled == "a\ufffd\U0001f600\ufeffb"
+
+
+# Keys
+
+
+def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for this machine
+    server.behave = lambda asked: (
+        error(401, f"{'x' * 190}{KEY} is wrong") if about(asked) == 1 else completion(f"{said(8, 5)} {asked.key}")
+    )
+    printed = study.judge()
+    assert {asked.key for asked in server.asked} == {f"Bearer {KEY}"}
+    written = "".join(path.read_text(errors="replace") for path in study.run.rglob("*") if path.is_file())
+    for text in (printed.out, printed.err, written):
+        assert KEY not in text
+        assert KEY[:9] not in text  # nor cut in two
+    assert "Bearer [OPENAI_API_KEY]" in written
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}é", f"a {KEY}"])
+def test_a_key_that_is_none_is_refused_and_not_shown(
+    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    printed = study.judge()
+    assert printed.code == 2
+    assert printed.err.startswith("OPENAI_API_KEY: found a line break, a space or a character that no key has; ")
+    assert KEY not in printed.err + printed.out
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("https://me:secret@api.example/v1", "found a user name or password in it"),
+        ("https://secret@api.example/v1", "found a user name or password in it"),
+        ("https://api.example/v1?key=secret", "found a query in it"),
+        ("https://api.example/v1?", "found a query in it"),
+        ("https://api.example/v1#", "found a query in it"),
+        ("api.example/v1", "found 'api.example/v1'; expected http(s)://HOST[:PORT]/PATH"),
+        ("ftp://api.example", "found 'ftp://api.example'"),
+        ("http://", "found 'http://'"),
+        ("http://[::1", "found no address"),
+        ("http://a.example:port", "found no address"),
+        ("http://a.example/v 1", "found 'http://a.example/v 1'"),
+    ],
+)
+def test_endpoints_that_are_refused(endpoint: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^--endpoint: {re.escape(message)}") as refused:
+        checked(endpoint)
+    assert "secret" not in str(refused.value)
+
+
+def test_which_endpoints_are_this_machine() -> None:
+    assert checked("http://localhost:8000/v1/") == "http://localhost:8000/v1"
+    assert [is_loopback(f"http://{host}/v1") for host in ("localhost:1", "127.3.0.1", "[::1]:2")] == [True] * 3
+    assert not is_loopback("http://192.168.0.1/v1")
+
+
+def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Server) -> None:
+    server.behave = lambda asked: error(401, "no key")
+    printed = study.judge("--concurrency", "1")
+    assert (printed.code, len(server.asked)) == (1, 1)
+    assert {asked.key for asked in server.asked} == {""}
+    assert printed.err.splitlines()[-1] == (
+        "stopped: OPENAI_API_KEY: not set, and the server asks for a key; put it into the environment; 9 questions are "
+        "left; the same command asks them"
+    )
+
+
+def test_a_key_in_the_clear_is_warned_of(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_sent_in_clear("http://192.168.0.1/v1")
+    assert not any(map(is_sent_in_clear, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
+    monkeypatch.setattr("mixpo.judge.endpoint.is_loopback", lambda endpoint: False)
+    assert study.judge("--prompts", "2").err == ""  # no key
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert study.judge().err == f"--endpoint: {server.url} gets the key in the clear; expected https://\n"
+
+
+def test_a_key_too_short_for_a_secret_is_left_in_texts(
+    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "e")
+    study.judge()
+    assert study.scored()[0]["replies"] == [said(*map(int, study.scored()[0]["scores"]))]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", ""], "--model: found '' empty, twice or unprintable"),
+        (["--model", "tiny"], "--model: found 'tiny' empty, twice or unprintable"),
+        (["--temperature", "warm"], "--temperature: found 'warm'; expected a number from 0, or none"),
+        (["--temperature", "-1"], "--temperature: found '-1'"),
+        (["--temperature", "nan"], "--temperature: found 'nan'"),
+        (["--temperature", "inf"], "--temperature: found 'inf'"),
+        (["--reply-tokens", "0"], "--reply-tokens: found '0'; expected a whole number from 1, or none"),
+        (["--reply-tokens", "1.5"], "--reply-tokens: found '1.5'"),
+        (["--timeout", "inf"], "--timeout: found inf; expected a finite number"),
+    ],
+)
+def test_options_that_are_refused(study: Study, server: Server, words: list[str], message: str) -> None:
+    printed = study.judge(*words)
+    assert (printed.code, printed.err.count("\n")) == (2, 1)
+    assert printed.err.startswith(message)
+    assert not server.asked
+
+
+def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
+    study.judge("--temperature", "none", "--reply-tokens", "none")
+    assert {frozenset(asked.body) for asked in server.asked} == {frozenset({"model", "messages"})}
+    notes = table(judges.section(load(study.run)), "tiny")
+    assert notes is not None
+    assert "its own temperature, replies as long as it likes" in page.text(load(study.run), "md")
+    study.judge("--temperature", "none")
+    assert server.asked[-1].body.keys() == {"model", "messages", "max_tokens"}
+    assert len(server.asked) == 20
+
+
+# Stops, limits, and going on
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
+    well = server.behave
+
+    def behave(asked: Asked) -> Response | str:
+        if asked.number == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            return "slow"
+        return well(asked)
+
+    server.behave = behave
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background are born without
+    printed = study.judge("--concurrency", "1")
+    signal.signal(signal.SIGINT, earlier)
+    assert printed.code == 130
+    assert f"stopped; 4 of 10 questions are done and kept in {study.file}" in printed.out
+    kept = study.file.read_bytes()
+    assert len(study.scored()) == 4
+    study.file.write_bytes(kept + b'{"question": "torn')
+    server.behave = well
+    printed = study.judge()
+    assert printed.code == 0
+    assert "4 of 10 questions were asked before" in printed.out
+    assert len(server.asked) == 5 + 6
+    assert study.file.read_bytes().startswith(kept)
+    assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "requests", "why"),
+    [
+        (["--max-requests", "3"], 3, "--max-requests: 3 requests were made; 7 questions are left"),
+        (["--max-tokens", "40"], 3, "--max-tokens: 45 tokens were spent; 7 questions are left"),
+        (["--max-requests", "10"], 10, ""),
+    ],
+)
+def test_spending_stops_where_it_is_told_to(
+    study: Study, server: Server, words: list[str], requests: int, why: str
+) -> None:
+    printed = study.judge("--concurrency", "1", *words)
+    assert printed.code == 0
+    assert len(server.asked) == len(study.scored()) == requests
+    assert printed.err == (f"stopped: {why}; the same command asks them\n" if why else "")
+    study.judge()
+    assert len(server.asked) == 10
+
+
+def test_tokens_that_no_server_counts_cannot_be_held_to_a_limit(study: Study, server: Server) -> None:
+    server.behave = lambda asked: completion(said(8, 5), tokens=None)
+    assert study.judge("--prompts", "2").code == 0
+    printed = study.judge("--concurrency", "1", "--max-tokens", "1000")
+    assert "the server does not say how many tokens it used; use --max-requests; " in printed.err
+
+
+@pytest.mark.parametrize("tokens", [None, (-5, 5)])
+def test_a_failure_that_counts_no_tokens_stops_at_a_limit_of_tokens_too(
+    study: Study, server: Server, tokens: tuple[int, int] | None
+) -> None:
+    status, headers, body = completion("", tokens=tokens)
+    server.behave = lambda asked: (status, headers, body.replace(b'"choices"', b'"choice"'))
+    printed = study.judge("--concurrency", "1", "--max-tokens", "1000")
+    assert len(server.asked) == 1
+    assert "the server does not say how many tokens it used; use --max-requests; 10 questions are" in printed.err
+
+
+def test_a_time_out_counts_as_all_tokens_of_a_reply(study: Study, server: Server) -> None:
+    server.behave = lambda asked: "slow"
+    words = ["--concurrency", "1", "--timeout", "0.1", "--max-tokens", "150"]
+    printed = study.judge(*words, "--reply-tokens", "100")
+    assert len(server.asked) == 2
+    assert "--max-tokens: 200 tokens were spent" in printed.err
+    printed = study.judge(*words, "--reply-tokens", "none")
+    assert len(server.asked) == 3
+    assert "the server does not say how many tokens it used" in printed.err
+
+
+def test_retries_count_as_requests_and_lost_tokens_as_spent(study: Study, server: Server) -> None:
+    status, headers, body = completion("")
+    server.behave = lambda asked: (status, headers, body.replace(b'"choices"', b'"choice"'))
+    printed = study.judge("--concurrency", "1", "--max-tokens", "40")
+    assert len(server.asked) == 3
+    assert "3 requests, 45 tokens, 0 of 10 questions done" in printed.out
+
+
+def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> None:
+    printed = study.judge("--dry-run", "--endpoint", "https://api.example/v1", "--model", "other")
+    assert printed.code == 0
+    assert "Response 1: answer 1 of mpo\n\nResponse 2: answer 1 of ppo\n" in printed.out
+    assert printed.out.endswith("20 questions, 0 of them asked before: 20 calls\n")
+    assert not study.file.exists()
+    own = tmp_path / "own.j2"
+    own.write_text("\x1b]0;\u202e {{ first }}\r {{ second }}")
+    shown = study.judge("--dry-run", "--template", str(own)).out
+    assert shown.startswith("␛]0;⟦U+202E⟧ answer 1 of mpo")
+    study.judge("--prompts", "6", "--max-requests", "3", "--concurrency", "1")
+    assert study.judge("--dry-run").out.endswith("10 questions, 3 of them asked before: 7 calls\n")
+
+
+def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
+    with appending(study.file):
+        printed = study.judge()
+    assert printed.code == 2
+    assert "found another `mixpo judge` that writes it; wait for its end" in printed.err
+    study.file.write_text('{"format": 1, "question": "a", "scores": null}\n{"oops\n')
+    printed = study.judge()
+    assert printed.code == 2
+    assert f"{study.file}:2: found no verdict (JSONDecodeError: " in printed.err
+    study.file.write_text('{"format": 2, "question": "a"}\n')
+    assert f"{study.file}:1: found no verdict (ValueError: format 2, not 1)" in study.judge().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
+    well, unlimited = server.behave, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def behave(asked: Asked) -> Response | str:
+        if asked.number == 4:  # the kernel writes 20 bytes of the next line, and then none
+            resource.setrlimit(resource.RLIMIT_FSIZE, (study.file.stat().st_size + 20, unlimited[1]))
+        return well(asked)
+
+    server.behave = behave
+    try:
+        printed = study.judge("--concurrency", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert printed.code == 2
+    assert f"{study.file}: cannot be written any more (" in printed.err
+    assert printed.err.endswith("; make room\n")
+    assert len(study.scored()) == 4
+    server.behave = well
+    assert study.judge().code == 0
+    assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
+
+
+def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("mixpo.judge.verdicts.fcntl.flock", lock)
+    printed = study.judge()
+    assert printed.code == 2
+    assert "found a file that cannot be locked or shortened (No locks available)" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ first }} {{ second", "own.j2:1: found unexpected end of template"),
+        ("{{ first }}", "own.j2: found no {{ second }}; expected both completions; known are prompt, messages, first"),
+        ("{{ first }} {{ second }} {{ promt }}", "(UndefinedError: 'promt' is undefined); expected one of the variabl"),
+        ("{{ first }} {{ second }} {{ 1 / 0 }}", "(ZeroDivisionError: division by zero)"),
+        ("{{ first.__class__.__mro__ }} {{ second }}", "(SecurityError: access to attribute '__class__'"),
+        (None, "--template: found no readable file"),
+    ],
+)
+def test_templates_that_are_refused(study: Study, server: Server, tmp_path: Path, text: str, message: str) -> None:
+    own = tmp_path / "own.j2"
+    if text is not None:
+        own.write_text(text)
+    printed = study.judge("--template", str(own))
+    assert (printed.code, printed.err.count("\n")) == (2, 1)
+    assert message in printed.err
+    assert not server.asked
+
+
+def test_the_papers_prompt() -> None:
+    filled = read_template(None).filled("Why?", "{{ one }}", "two")
+    assert filled.startswith("Please evaluate the quality of the response according to the given instructions.")
+    assert filled.endswith("Instruction: Why?\n\nResponse 1: {{ one }}\n\nResponse 2: two")
+    assert [filled.count(f"\n{number}. ") for number in range(1, 12)] == [1] * 10 + [0]
+
+
+def test_a_missing_package_is_named(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "mixpo.judge.asking")
+    printed = study.judge()
+    assert (printed.code, printed.err.count("\n")) == (2, 1)
+    assert "pip install 'mixpo[judge]'" in printed.err
+
+
+# The report
+
+
+def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) -> None:
+    assert judges.section(load(study.run)) is None
+    study.judge()
+    results = load(study.run)
+    section = judges.section(results)
+    assert section is not None
+    row = rows(table(section, "tiny"))["mpo vs ppo"]
+    mean, low, high = map(float, re.findall(r"-?[\d.]+", row[5]))
+    assert mean == 0.83
+    assert 0.0 < low < mean < high
+    assert low == pytest.approx(float(f"{5 / 8 - 1.959964 * (6 - 25 / 8) ** 0.5 / 8:.2f}"))
+    assert row[6] == "0.19"  # 2 / 2^5, three rows
+    assert "difference 0.83 [" in section.opening
+    assert "(p 0.19), which does not tell the two apart" in section.opening
+    assert "tiny scores mpo higher than ppo on 83% of 6 prompts and lower on 0%" in section.opening
+    assert "0% of those asked flip with the order" in section.opening
+    assert "What does an LLM judge say?" in page.text(results, "html")
+    assert "mpo vs ppo" in page.text(results, "md")
+
+
+def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
+    server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) < 4))
+    study.judge()
+    section = judges.section(load(study.run))
+    assert section is not None
+    assert "does not tell the two apart" in section.opening
+    assert not re.search(r"\b(above|below) zero", section.opening)
+
+
+def _verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
+    pairs = [Comparison(number, f"{number}?", None, ("a", "bc")) for number in range(len(outcomes))]
+    alike = [Comparison(len(outcomes) + number, "?", None, ("a", "a")) for number in range(same)]
+    return [*map(Verdict, pairs, outcomes), *(Verdict(pair, 0) for pair in alike)]
+
+
+def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
+    two = tally(_verdicts([1, 1]))
+    assert two is not None
+    assert (two.win.mean, two.p) == (1.0, 0.5)
+    assert two.win.low == pytest.approx(2 / (2 + 1.959964**2), rel=1e-6)
+    assert two.tie.high > 0.5
+    assert two.difference.low < 0
+    many = tally(_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
+    assert many is not None
+    assert many.p == pytest.approx(binomtest(15, 17).pvalue)
+    assert many.difference == win_minus_lose(15, 3, 2)
+
+
+def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict() -> None:
+    """A call that was stopped at a tenth leans to nothing."""
+    counts = {known: tally(_verdicts([1] * known + [None] * (20 - known), same=10)) for known in (0, 2, 10, 20)}
+    assert counts.pop(0) is None
+    found = {known: (one.prompts, one.win.mean) for known, one in counts.items() if one is not None}
+    assert found == {known: (known * 3 // 2, pytest.approx(2 / 3)) for known in (2, 10, 20)}
+    alone = tally(_verdicts([], same=3))
+    assert alone is not None
+    assert (alone.prompts, alone.tie.mean, alone.flips) == (3, 1.0, None)
+
+
+def test_verdicts_of_other_completions_are_left_out_and_counted(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(write_run(tmp_path), server, capsys)
+    study.judge()
+    (evaluated,) = (arm.evaluation for arm in load(study.run).arms if arm.arm == "ppo")
+    place = Path(str(evaluated)) / "completions.parquet"
+    changed = read_table(place)
+    for number in (2, 5):
+        changed[number]["completion"] += "!"
+    write_table(place, changed)
+    section = judges.section(load(study.run))
+    row = rows(table(section, "tiny"))["mpo vs ppo"]
+    assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
+    assert section is not None
+    assert "2 prompts judged before completions changed are left out." in section.opening
+    assert "2 prompts left out, judged before completions changed" in page.text(load(study.run), "md")
+    assert study.judge().code == 0
+    assert len(server.asked) == 14  # both orders of the two
+    section = judges.section(load(study.run))
+    assert section is not None
+    assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
+    assert "left out" not in section.opening
+    assert "before completions changed" not in page.text(load(study.run), "md")
+
+
+def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:
+    study.judge()
+    other = Writer(tmp_path / "other", name="other", cache="others").run(
+        [Arm("sft", {0: plain({"sft": SFT_SCORES})[0].done[0]})]
+    )
+    (other / "judge").mkdir()
+    (other / FILE).write_bytes(study.file.read_bytes())
+    alone = judges.section(load(other))
+    assert alone is not None
+    assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
+    both = judges.section(load(study.run, other))
+    assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
+    assert set(read(study.file).assignments) == set(read(other / FILE).assignments)

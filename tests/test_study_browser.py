@@ -1,0 +1,237 @@
+"""Three people judge a study in a real browser: by keyboard, on a narrow screen by mouse, and without JavaScript."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from mixpo.study import files, server
+from mixpo.study.begin import Wanted
+from mixpo.study.findings import findings
+from report_runs import rows
+from studies import ARMS, PEOPLE, Study, earlier, fruit_run
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[tuple[Study, str]]:
+    """A study on a port of its own, and its address."""
+    run = fruit_run(tmp_path)
+    with server.listen("127.0.0.1", 0) as listening:
+        host = f"127.0.0.1:{listening.getsockname()[1]}"
+        made = Study(run, Wanted(arms=ARMS, annotators=PEOPLE), {"hosts": [host], "clock": time.time})
+        config = uvicorn.Config(made.app, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=1)
+        running = uvicorn.Server(config)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield made, f"http://{host}"
+        finally:
+            running.should_exit = True
+            thread.join()
+            made.store.dispose()
+
+
+Opened = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(browser: Any, study: tuple[Study, str]) -> Opened:
+    """Opens somebody's link; fails on what the console says, on scripts of texts, and on requests to elsewhere."""
+    made, address = study
+
+    @contextmanager
+    def one(name: str, **settings: Any) -> Iterator[Any]:
+        context = browser.new_context(**settings)
+        tab = context.new_page()
+        tab.set_default_timeout(5000)
+        said: list[str] = []
+        asked: list[str] = []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{address}/a/{made.tokens[name]}")
+        assert tab.url == f"{address}/start"
+        shot(tab, f"{name}-start")
+        tab.click("text=To the questions")
+        yield tab
+        shot(tab, f"{name}-done")
+        context.close()
+        assert not said
+        assert asked
+        assert all(url.startswith(f"{address}/") for url in asked)
+        assert sum(made.tokens[name] in url for url in asked) == 1
+
+    return one
+
+
+def shot(tab: Any, name: str) -> None:
+    """A picture, where a folder for them is named."""
+    if folder := os.environ.get("MIXPO_SCREENSHOTS"):
+        tab.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+def wake(tab: Any) -> None:
+    """Wait until the page listens: past its first half second."""
+    tab.wait_for_timeout(600)
+
+
+def apples(tab: Any) -> str:
+    """The key of the side that speaks of apples."""
+    first, second = tab.locator(".sides bdi").all_inner_texts()
+    assert ("apples" in first) != ("apples" in second)
+    return "1" if "apples" in first else "2"
+
+
+def heading(tab: Any) -> str:
+    return str(tab.inner_text("h1"))
+
+
+def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], opened: Opened) -> None:
+    made, _ = study
+    with opened("anna") as tab:
+        by_keyboard(made, tab)
+    with opened("ben", viewport={"width": 360, "height": 740}, has_touch=True, color_scheme="dark") as tab:
+        by_mouse(made, tab)
+    with opened("cleo", java_script_enabled=False) as tab:
+        without_script(made, tab)
+    made.row.closed = made.store.close()
+    files.write_closed(made.store, made.row, made.run / "study")
+    found = findings(made.run)
+    assert found is not None
+    assert found.counted == list(PEOPLE)
+    # on prompts 0 to 4 anna and cleo prefer apples; ben does, but calls one a tie; nobody was asked about prompt 5
+    assert found.shares[None].win.mean == pytest.approx((14 / 3) / 6)
+    # 15 ratings: 14 wins and a tie; four prompts agree wholly, of the fifth one pair in three
+    chance = (14 / 15) ** 2 + (1 / 15) ** 2
+    kappa = ((4 + 1 / 3) / 5 - chance) / (1 - chance)
+    assert found.agreement[None].kappa.mean == pytest.approx(kappa)
+    assert set(rows_of(found)) == set(PEOPLE)
+
+
+def rows_of(found: Any) -> Any:
+    from mixpo.report.people import tables
+
+    return rows(tables(found)["The annotators"])
+
+
+def by_keyboard(made: Study, tab: Any) -> None:
+    assert heading(tab) == "Question 1 of 5"
+    assert tab.evaluate("document.activeElement.id") == "question"
+    one, other = (one.bounding_box() for one in tab.locator(".sides section").all())
+    assert other["y"] == one["y"]
+    assert other["x"] >= one["x"] + one["width"]
+    assert {text.get_attribute("lang") for text in tab.locator("main div.text[dir]").all()} == {""}
+    shot(tab, "question")
+    tab.keyboard.press(apples(tab))  # within the first half second
+    tab.wait_for_timeout(200)
+    assert made.said() == {}
+    wake(tab)
+    tab.keyboard.down(apples(tab))
+    for _ in range(12):  # a held key repeats
+        tab.wait_for_timeout(50)
+        tab.keyboard.down("1")
+    tab.keyboard.up("1")
+    assert heading(tab) == "Question 2 of 5"
+    assert len(made.said()) == 1
+    assert tab.evaluate("document.activeElement.id") == "question"
+    assert tab.get_by_role("status").inner_text() == "Question 1 is saved."
+    tree = tab.locator("body").aria_snapshot()
+    for line in (
+        *("status: Question 1 is saved.", 'heading "Question 2 of 5" [level=1]', 'heading "Prompt" [level=2]'),
+        *('heading "Completion 1" [level=2]', 'heading "Completion 2" [level=2]', 'button "A tie"'),
+        *('button "Completion 1 is better"', 'button "Completion 2 is better"', 'progressbar "Questions done"'),
+        *('region "Completion 1"', 'checkbox "Keys 1, 2 and 0 choose" [checked]'),
+    ):
+        assert f"- {line}" in tree
+    wake(tab)
+    for place in ("summary >> nth=0", "nav a", "#keys"):  # keys belong to what has the focus
+        tab.focus(place)
+        tab.keyboard.press("1")
+    tab.keyboard.press("Space")  # on the checkbox: off
+    tab.focus("h1")
+    tab.keyboard.press("1")
+    tab.reload()
+    assert not tab.is_checked("#keys")
+    assert tab.locator("kbd:visible").count() == 0
+    tab.wait_for_timeout(600)
+    tab.keyboard.press("1")
+    tab.wait_for_timeout(200)
+    assert heading(tab) == "Question 2 of 5"
+    assert len(made.said()) == 1
+    tab.check("#keys")
+    assert tab.locator("[aria-keyshortcuts='1']").count() == 1
+    tab.focus("#comment")
+    tab.keyboard.type("1 and 2, 0")  # keys in a text are text
+    assert heading(tab) == "Question 2 of 5"
+    tab.focus("h1")
+    tab.keyboard.press(apples(tab))
+    tab.wait_for_url("**/q/3*")
+    assert made.store.question(1, 2).said.comment == "1 and 2, 0"
+    wake(tab)
+    tab.keyboard.press("0")
+    tab.wait_for_url("**/q/4*")
+    tab.click("text=Back to question 3")
+    assert heading(tab) == "Question 3 of 5"
+    assert tab.locator("[aria-pressed=true]").get_attribute("value") == "tie"
+    wake(tab)
+    button = tab.locator(f"[data-key='{apples(tab)}']")
+    for _ in range(30):  # to the button by Tab alone, past the first choice
+        if button.evaluate("one => one === document.activeElement"):
+            break
+        tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/q/4*")
+    assert earlier(made.store) == {("anna", 3): ["tie"]}
+    for number in (4, 5):
+        assert heading(tab) == f"Question {number} of 5"
+        wake(tab)
+        tab.keyboard.press(apples(tab))
+        tab.wait_for_url("**/done*" if number == 5 else "**/q/5*")
+    assert "You judged 5 of 5 questions." in tab.inner_text("main")
+
+
+def by_mouse(made: Study, tab: Any) -> None:
+    shot(tab, "narrow")
+    for number in range(1, 6):
+        assert heading(tab) == f"Question {number} of 5"
+        assert tab.evaluate("document.documentElement.scrollWidth") == 360
+        one, other = (one.bounding_box() for one in tab.locator(".sides section").all())
+        assert other["y"] >= one["y"] + one["height"]
+        if number == 1:
+            tab.click("summary:has-text('Skip')")
+            tab.click("button:has-text('Skip')")  # without a reason the browser asks for one
+            assert heading(tab) == "Question 1 of 5"
+            assert len(made.said()) == 5
+            tab.select_option("#reason", "other")
+            tab.click("button:has-text('Skip')")
+            tab.wait_for_url("**/q/2*")
+            assert made.said()["ben", 1] == "skip"
+            tab.click("text=Back to question 1")
+        key = "0" if number == 1 else apples(tab)
+        wake(tab)
+        box = tab.locator(f"[data-key='{key}']")
+        box.scroll_into_view_if_needed()
+        box.dblclick()
+        tab.wait_for_url("**/done*" if number == 5 else f"**/q/{number + 1}*")
+        tab.wait_for_timeout(100)
+        assert len(made.said()) == 5 + number
+
+
+def without_script(made: Study, tab: Any) -> None:
+    for number in range(1, 6):
+        assert heading(tab) == f"Question {number} of 5"
+        box = tab.locator(f"[data-key='{apples(tab)}']").bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        wake(tab)
+        tab.mouse.click(x, y)
+        tab.wait_for_url("**/done*" if number == 5 else f"**/q/{number + 1}*")
+        tab.mouse.click(x, y)  # the second click of a slow double click, on the next page
+        tab.wait_for_timeout(150)
+        assert len(made.said()) == 10 + number
+    assert "You judged 5 of 5 questions." in tab.inner_text("main")
