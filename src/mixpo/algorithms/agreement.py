@@ -20,7 +20,8 @@ def cohen_kappa(one: Int[np.ndarray, " items"], other: Int[np.ndarray, " items"]
     categories = int(max(one.max(), other.max())) + 1
     shares = np.zeros((categories, categories))
     np.add.at(shares, (one, other), 1.0 / one.size)
-    return _beyond_chance(float(np.trace(shares)), float(shares.sum(axis=1) @ shares.sum(axis=0)))
+    observed, chance = float(np.trace(shares)), float(shares.sum(axis=1) @ shares.sum(axis=0))
+    return float("nan") if chance >= 1.0 else (observed - chance) / (1.0 - chance)
 
 
 def fleiss_kappa(counts: Int[np.ndarray, "items categories"]) -> float:
@@ -85,7 +86,3 @@ def over_items(
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(defined, [tail, 1.0 - tail])
     return Interval(estimate, float(low), float(high)) if high - low > 1e-9 else Interval(estimate, np.nan, np.nan)
-
-
-def _beyond_chance(observed: float, chance: float) -> float:
-    return float("nan") if chance >= 1.0 else (observed - chance) / (1.0 - chance)

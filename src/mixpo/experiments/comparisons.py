@@ -68,7 +68,7 @@ def comparisons(
     first, second = (results.done(arm) for arm in arms)
     kinds = _categories(first[at])
     rows = [
-        Comparison(number, one["prompt"], kinds.get(json.dumps(one["prompt"])), (one["completion"], two["completion"]))
+        Comparison(number, one["prompt"], kinds.get(_key(one["prompt"])), (one["completion"], two["completion"]))
         for number, (one, two) in enumerate(zip(completions(first[at]), completions(second[at]), strict=True))
     ]
     if prompts is not None and not 1 <= prompts <= len(rows):
@@ -97,5 +97,10 @@ def _categories(arm: ArmResult) -> dict[str, str]:
         if key.partition("-")[0] == "Data":
             for row in read_table(Path(folder) / "test.parquet"):
                 if row.get("category") is not None:
-                    found.setdefault(json.dumps(row["prompt"]), row["category"])
+                    found.setdefault(_key(row["prompt"]), row["category"])
     return found
+
+
+def _key(prompt: Prompt) -> str:
+    """The same for equal prompts, in whatever order a file has the fields of a message."""
+    return json.dumps(prompt, sort_keys=True)

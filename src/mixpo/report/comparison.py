@@ -11,6 +11,8 @@ from mixpo.algorithms.statistics import Interval, crossed_interval, estimate, ho
 from mixpo.experiments.results import Results
 
 LEVEL = 0.05
+UNTOLD = "cannot be told"
+"""In a cell for what there is too little to say of."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from mixpo.experiments.results import Results, few
 from mixpo.judge.judging import Judged, Tally, agreement, judged_runs, tally
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import compared
-from mixpo.report.comparison import counted, interval_text, p_text, verdict
+from mixpo.report.comparison import UNTOLD, counted, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table
 
-UNTOLD = "cannot be told"
 NOTES = (
     "win, lose: the shares of prompts on which the judge scores the first arm's completion higher, or lower, in both "
     "orders of the two; all others are ties. Flips: how often each order had another winner; to the first: how many of "

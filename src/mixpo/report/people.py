@@ -7,12 +7,11 @@ import numpy as np
 
 from mixpo.algorithms.statistics import Interval
 from mixpo.experiments.results import Results
-from mixpo.report.comparison import counted, estimated, interval_text, p_text, verdict
+from mixpo.report.comparison import UNTOLD, counted, estimated, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table
 from mixpo.study.findings import Findings, findings
 from mixpo.study.plan import unchanged
 
-UNKNOWN = "cannot be told"
 ALL = "all prompts"
 
 
@@ -113,7 +112,7 @@ def _agreement(found: Findings) -> Table:
     ]
     notes = [
         "κ is of the prompts that every annotator judged; α and the agreement of pairs of all that two or more judged. "
-        f"{UNKNOWN.capitalize()}: too few judgements, or all alike, so that chance alone makes them agree."
+        f"{UNTOLD.capitalize()}: too few judgements, or all alike, so that chance alone makes them agree."
     ]
     if found.left_out:
         notes.append(f"Left out, having judged nothing: {', '.join(found.left_out)}.")
@@ -143,4 +142,4 @@ def _annotators(found: Findings) -> Table:
 
 
 def _number(interval: Interval) -> str:
-    return UNKNOWN if math.isnan(interval.mean) else interval_text(interval)
+    return UNTOLD if math.isnan(interval.mean) else interval_text(interval)
