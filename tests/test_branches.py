@@ -224,6 +224,22 @@ def test_a_completion_does_not_depend_on_its_batch() -> None:
     assert sample(lm, PROMPTS, k=2, max_tokens=12, seed=4) != together
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family: str, shares_prompts: bool) -> None:
+    lm = tiny(family)
+    lm.shares_prompts = shares_prompts
+    whole = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
+    monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", len(PROMPTS[0]) + 1)
+    read = []
+    monkeypatch.setattr(sampling, "pack_prompts", lambda prompts, **how: read.append(1) or pack_prompts(prompts, **how))
+    for one, other in zip(sample(lm, PROMPTS, k=2, max_tokens=8, seed=3), whole, strict=True):
+        assert one.completions == other.completions
+        for found, expected in zip(one.logprobs, other.logprobs, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert len(read) > 1
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
 def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
     keys = sorted(keys, reverse=True)

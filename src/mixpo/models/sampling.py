@@ -1,9 +1,9 @@
 """Sampling: one prefill a prompt, k completions from it, the log-prob of every drawn token kept.
 
-The prefill is one row of prompts without padding. Its keys and values are laid under each other, a row a completion, in
-tensors allocated once, and drawn tokens are written right behind their prompts: so rows of like length can be attended
-to together without the padding of longer ones. Finished rows are dropped from the batch when there are enough of them
-to be worth the copy.
+The prefill takes prompts in portions, each one row without padding. Their keys and values are laid under each other, a
+row a completion, in tensors allocated once, and drawn tokens are written right behind their prompts: so rows of like
+length can be attended to together without the padding of longer ones. Finished rows are dropped from the batch when
+there are enough of them to be worth the copy.
 
 A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
 drawn before the first token, so a completion does not depend on which others share its batch.
@@ -25,6 +25,8 @@ from mixpo.models.language_model import LanguageModel, by_layer_type, hidden_sta
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
+PREFILL_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 16}
+"""Tokens of prompts that are read at once: what a layer makes of them on the way stays in a CPU's caches."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class Sampled:
 class _Rows:
     """What the layers of a cache share: where their rows are read and written."""
 
-    prompts: Int[Tensor, "rows width"]
-    """Where in the prefill's rows, flattened, the tokens of each completion's prompt stand."""
+    count: int
     capacity: int
-    """Tokens that a completion's row has room for."""
+    """Tokens that a row has room for."""
+    filled: Int[Tensor, " some"]
+    """The rows of the prompts that the prefill is at."""
+    prompts: Int[Tensor, "some width"]
+    """Where in the prefill's own rows, flattened, the tokens of each one's prompt stand."""
     held: int = 0
-    """Tokens that the longest row holds."""
+    """Tokens that the longest row holds; 0 during the prefill."""
     ends: tuple[Int[Tensor, " rows"], ...] = ()
     """Every row, and the place behind what it holds."""
 
@@ -54,8 +59,8 @@ class _Rows:
 class _Preallocated(DynamicLayer):
     """Keys and values of one layer, a row a completion, in tensors that are long enough for the longest one.
 
-    What comes first is the prefill's: it is copied to the completions' rows, and given back as it came. What comes then
-    is a token a row, written right behind what the row holds.
+    What comes first is the prefill's, portion by portion: it is copied to the completions' rows, and given back as it
+    came. What comes then is a token a row, written right behind what the row holds.
     """
 
     is_initialized: bool
@@ -67,22 +72,26 @@ class _Preallocated(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            dtype = value_states.dtype  # rotated keys may be wider than attention is
-            self.keys, self.values = (self._lay_out(states, dtype) for states in (key_states, value_states))
-            self.is_initialized = True
+        if not self.rows.held:
+            if not self.is_initialized:
+                dtype = value_states.dtype  # rotated keys may be wider than attention is
+                self.keys, self.values = (self._room(states, dtype) for states in (key_states, value_states))
+                self.is_initialized = True
+            self._lay_out(key_states, self.keys)
+            self._lay_out(value_states, self.values)
             return key_states, value_states
         rows, ends = self.rows.ends
         self.keys[rows, :, ends] = key_states[:, :, 0].to(self.keys.dtype)
         self.values[rows, :, ends] = value_states[:, :, 0]
         return self.keys[:, :, : self.rows.held + 1], self.values[:, :, : self.rows.held + 1]
 
-    def _lay_out(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
-        count, width = self.rows.prompts.shape
-        room = states.new_empty(count, states.shape[1], self.rows.capacity, states.shape[3], dtype=dtype)
-        room[:, :, width:] = 0.0  # what may not be seen counts nothing times this, which must not be nan
-        room[:, :, :width] = states.transpose(1, 2).flatten(0, 1)[self.rows.prompts].transpose(1, 2)
-        return room
+    def _room(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
+        """Zeros: what may not be seen counts nothing times this, which must not be nan."""
+        return states.new_zeros(self.rows.count, states.shape[1], self.rows.capacity, states.shape[3], dtype=dtype)
+
+    def _lay_out(self, states: Float[Tensor, "rows heads length size"], room: Tensor) -> None:
+        found = states.transpose(1, 2).flatten(0, 1)[self.rows.prompts].transpose(1, 2)
+        room[self.rows.filled, :, : found.shape[2]] = found.to(room.dtype)
 
     def get_seq_length(self) -> int:
         return self.rows.held
@@ -114,7 +123,7 @@ def draw(probabilities: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
     tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
     possible = probabilities.gather(-1, tokens[:, None])[:, 0] > 0
-    return torch.where(possible, tokens, probabilities.argmax(dim=-1))
+    return tokens if bool(possible.all()) else torch.where(possible, tokens, probabilities.argmax(dim=-1))
 
 
 @torch.no_grad()
@@ -178,12 +187,11 @@ def _sample_batch(
     device = lm.device
     count, k, max_tokens = uniforms.shape
     head = lm.model.get_output_embeddings()
-    batch = pack_prompts(prompts, share_row=lm.shares_prompts).to(device)
-    rows = torch.arange(count, device=device).repeat_interleave(k)
-    lengths = batch.lengths[rows]
-    shared = _Rows(batch.places[rows], batch.places.shape[1] + max_tokens)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
+    empty = torch.empty(0, device=device, dtype=torch.long)
+    shared = _Rows(count * k, max(map(len, prompts)) + max_tokens, filled=empty, prompts=empty)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
-    logits = head(hidden_states(lm, batch, cache=cache)[batch.last])[rows]
+    logits = head(_prefill(lm, prompts, k, shared, cache))
     uniforms = uniforms.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
@@ -223,6 +231,22 @@ def _sample_batch(
         )
         for first in range(0, count * k, k)
     ]
+
+
+def _prefill(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], k: int, shared: _Rows, cache: Cache
+) -> Float[Tensor, "rows width"]:
+    """Fill the cache with every prompt; the hidden state at its last token, once a completion."""
+    found: list[Tensor] = []
+    order: list[int] = []
+    for part in by_tokens([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
+        batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)
+        rows = [row * k + branch for row in part for branch in range(k)]
+        shared.filled = torch.tensor(rows, device=lm.device)
+        shared.prompts = batch.places.repeat_interleave(k, dim=0)
+        found.append(hidden_states(lm, batch, cache=cache)[batch.last].repeat_interleave(k, dim=0))
+        order += rows
+    return torch.cat(found)[torch.tensor(order).argsort().to(lm.device)]
 
 
 def _decoding_masks(lm: LanguageModel, position: Int[Tensor, "rows 1"], seen: int) -> Tensor | dict[str, Tensor]:
