@@ -33,6 +33,10 @@ PRECISIONS = ("float32", "bfloat16")
 LIMIT = 1800
 """Seconds after which a worker has failed."""
 
+Precision = Annotated[
+    str | None, typer.Option(help="float32 on a CPU without matrix units for bfloat16; for ours and the peers.")
+]
+
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 Work = Annotated[Path, typer.Option(help="Where models, rows and the peers' environments are kept.")]
 Names = Annotated[
@@ -63,16 +67,12 @@ def run(
     names: Names = None,
     repeats: int = 3,
     ours_only: bool = False,
-    precision: Annotated[
-        str | None, typer.Option(help="float32 on a CPU without matrix units for bfloat16; for ours and the peers.")
-    ] = None,
+    precision: Precision = None,
     work: Work = Path(".benchmarks"),
 ) -> None:
     """Run ours and every peer in turn, `repeats` times; print medians and ratios, save the raw figures."""
-    if precision not in (None, *PRECISIONS):
-        raise typer.BadParameter(f"found {precision!r}; expected of {', '.join(PRECISIONS)}")
     for workload in _chosen(names):
-        workload = workload if precision is None else replace(workload, precision=precision)
+        workload = replace(workload, **_given(precision))
         taken: dict[str, list[dict[str, Any]]] = {}
         spec = workload.spec(str((work / "inputs").resolve()))
         for _ in range(repeats):
@@ -108,6 +108,7 @@ def table() -> None:
 @app.command()
 def grow(
     axes: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(AXES)}; all if none is named.")] = None,
+    precision: Precision = None,
 ) -> None:
     """Measure how time and memory grow with lengths, batch, vocabulary, completions a prompt and model size."""
     from benchmarks.draw import growth
@@ -122,7 +123,7 @@ def grow(
         found[axis] = {kind: [] for kind in ("update", "sampling")}
         for kind, points in found[axis].items():
             for point in AXES[axis]:
-                spec = {"kind": kind, "point": asdict(point)}
+                spec = {"kind": kind, "point": asdict(point) | _given(precision)}
                 points.append(_worker([sys.executable, "-m", "benchmarks.growth"], spec))
                 print(f"{axis:12s} {kind:10s} {asdict(point)[axis]:8,d}  {_point(points[-1], points[0])}", flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
@@ -131,6 +132,12 @@ def grow(
         raise SystemExit("no axis was measured at all its points; nothing is drawn")
     growth(whole, "seconds", "seconds", RESULTS / "growth-seconds.svg")
     growth(whole, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
+
+
+def _given(precision: str | None) -> dict[str, str]:
+    if precision not in (None, *PRECISIONS):
+        raise typer.BadParameter(f"found {precision!r}; expected of {', '.join(PRECISIONS)}")
+    return {} if precision is None else {"precision": precision}
 
 
 def _point(point: dict[str, Any], first: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ GPU = {
 WORKLOADS = CPU | GPU
 
 PEERS: dict[Kind, dict[str, dict[str, Any]]] = {
-    "sft": {"trl": {}, "trl padding-free": {"padding_free": True}},
+    "sft": {"trl": {}, "trl padding-free": {"padding_free": True, "max_length": None}},
     "reward": {"trl": {}},
     "dpo": {"trl": {}, "trl precomputed": {"precompute_ref_log_probs": True}},
     "ppo": {"trl-ppo": {}},

@@ -281,7 +281,7 @@ class PPO(Stage, PPOSettings):
                     cost=cost,
                 )
                 _refuse_runaway(self, metrics, first_of_all=step == 0 and starts_at_reference)
-                sound = weights.copy()
+                weights.copy_to(sound)
                 metrics |= _learn(self, learner, rollout, step=step, total=total, runtime=runtime, cost=cost)
                 metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             except Diverged as error:

@@ -35,6 +35,11 @@ class Trainable:
         """The weights by name, on the CPU and apart from the model's."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
 
+    def copy_to(self, state: dict[str, Tensor]) -> None:
+        """Copy the weights over an earlier copy."""
+        for name, parameter in self.parameters.items():
+            state[name].copy_(parameter.detach())
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy the weights back; every one must be there."""
         if state.keys() != self.parameters.keys():
