@@ -15,7 +15,8 @@ from mixpo.experiments.results import Results, load
 from mixpo.stages.rows import write_table
 from mixpo.study.app import make_app
 from mixpo.study.begin import Wanted, begin_or_go_on, links
-from mixpo.study.store import AnnotatorRow, EarlierRow, Store, StudyRow, store_url
+from mixpo.study.store import Store, store_url
+from mixpo.study.tables import AnnotatorRow, EarlierRow, StudyRow
 from report_runs import Arm, Writer, scores
 
 ARMS = ("zebra", "yak")

@@ -12,7 +12,8 @@ import typer
 from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
-    from mixpo.study.store import Store, StudyRow
+    from mixpo.study.store import Store
+    from mixpo.study.tables import StudyRow
 
 app = typer.Typer()
 NEEDED = ("fastapi", "python_multipart", "sqlalchemy", "uvicorn")

@@ -30,7 +30,8 @@ from mixpo.study.plan import (
     read_form_word,
     token_digest,
 )
-from mixpo.study.store import AnnotatorRow, ClosedError, Said, Store, StudyRow, now
+from mixpo.study.store import ClosedError, Said, Store, now
+from mixpo.study.tables import AnnotatorRow, StudyRow
 
 BODY_LIMIT = 64 * 1024
 COOKIE_SECONDS = 30 * 24 * 3600

@@ -13,7 +13,8 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import compared_seed, comparisons
 from mixpo.experiments.results import Results
 from mixpo.study.plan import content_digest, token_digest, unchanged
-from mixpo.study.store import FORMAT, Store, StudyRow, now, private_folder
+from mixpo.study.store import Store, now, private_folder
+from mixpo.study.tables import FORMAT, StudyRow
 
 PROMPTS, ANNOTATORS = 100, 3
 """As in the paper."""

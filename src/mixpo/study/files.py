@@ -13,7 +13,8 @@ from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.study.findings import FORMAT
 from mixpo.study.plan import CHOICES, COMMENT_LENGTH, IDLE_SECONDS, REASONS, comment_from
-from mixpo.study.store import ClosedError, Question, Said, Store, StudyRow, private_folder
+from mixpo.study.store import ClosedError, Question, Said, Store, private_folder
+from mixpo.study.tables import StudyRow
 
 COLUMNS = ("annotator", "question", "digest", "choice", "reason", "comment", "seconds", "idle", "at")
 """Of an export; the digest is of the question and its texts, and only this study's store can make it."""
