@@ -168,7 +168,7 @@ def _worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {LIMIT} s"}
     if done.returncode:
-        return {"failed": done.stderr[-2000:]}
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
