@@ -34,7 +34,7 @@ LIMIT = 1800
 """Seconds after which a worker has failed."""
 
 Precision = Annotated[
-    str | None, typer.Option(help="float32 on a CPU without matrix units for bfloat16; for ours and the peers.")
+    str | None, typer.Option(help="float32 on a CPU without matrix units for bfloat16; on every side.")
 ]
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)

@@ -240,6 +240,19 @@ def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family
     assert len(read) > 1
 
 
+def test_prompts_are_read_in_any_order() -> None:
+    lm = tiny("llama")
+    uniforms = torch.rand(len(PROMPTS), 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    choose = sampling._chooser(temperature=1.0, top_p=1.0, top_k=0)
+
+    def drawn(order: list[int]) -> list[list[list[int]]]:
+        with torch.no_grad():
+            found = sampling._sample_batch(lm, [PROMPTS[row] for row in order], uniforms[order], choose)
+        return [found[order.index(row)].completions for row in range(len(order))]
+
+    assert drawn([0, 1, 2]) == drawn([2, 0, 1]) == drawn([1, 2, 0])
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
 def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
     keys = sorted(keys, reverse=True)

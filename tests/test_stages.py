@@ -31,6 +31,7 @@ from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Snapshot, Stage, model_in
+from mixpo.training.checkpoint import Trainable
 from mixpo.training.record import Metrics, watcher
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -274,6 +275,20 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     )
     assert difference / sum(len(c) for branches in completions for c in branches) < 0.3, "the last policy within max_kl"
     assert not world.engine.is_done(stage)
+
+
+def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
+    model = torch.nn.Linear(3, 2)
+    weights = Trainable(model)
+    kept = weights.copy()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    weights.copy_to(kept)
+    copied = model.weight.detach().clone()
+    assert torch.equal(kept["weight"], copied)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    assert torch.equal(kept["weight"], copied)
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from mixpo.models.language_model import LanguageModel, by_layer_type, hidden_sta
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
 PREFILL_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 16}
-"""Tokens of prompts that are read at once: what a layer makes of them on the way stays in a CPU's caches."""
+"""Tokens of prompts that are read at once: what a layer makes of them stays in a CPU's caches; a GPU's is a guess."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ class _Rows:
     count: int
     capacity: int
     """Tokens that a row has room for."""
-    filled: Int[Tensor, " some"]
-    """The rows of the prompts that the prefill is at."""
-    prompts: Int[Tensor, "some width"]
-    """Where in the prefill's own rows, flattened, the tokens of each one's prompt stand."""
+    portion: tuple[Tensor, ...] = ()
+    """The rows that the prefill is at, [some]; where in its own rows, flattened, their prompts stand, [some, width]."""
     held: int = 0
     """Tokens that the longest row holds; 0 during the prefill."""
     ends: tuple[Int[Tensor, " rows"], ...] = ()
@@ -90,8 +88,9 @@ class _Preallocated(DynamicLayer):
         return states.new_zeros(self.rows.count, states.shape[1], self.rows.capacity, states.shape[3], dtype=dtype)
 
     def _lay_out(self, states: Float[Tensor, "rows heads length size"], room: Tensor) -> None:
-        found = states.transpose(1, 2).flatten(0, 1)[self.rows.prompts].transpose(1, 2)
-        room[self.rows.filled, :, : found.shape[2]] = found.to(room.dtype)
+        rows, places = self.rows.portion
+        found = states.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
+        room[rows, :, : found.shape[2]] = found.to(room.dtype)
 
     def get_seq_length(self) -> int:
         return self.rows.held
@@ -188,8 +187,7 @@ def _sample_batch(
     count, k, max_tokens = uniforms.shape
     head = lm.model.get_output_embeddings()
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
-    empty = torch.empty(0, device=device, dtype=torch.long)
-    shared = _Rows(count * k, max(map(len, prompts)) + max_tokens, filled=empty, prompts=empty)
+    shared = _Rows(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
     logits = head(_prefill(lm, prompts, k, shared, cache))
     uniforms = uniforms.flatten(0, 1)
@@ -237,16 +235,14 @@ def _prefill(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], k: int, shared: _Rows, cache: Cache
 ) -> Float[Tensor, "rows width"]:
     """Fill the cache with every prompt; the hidden state at its last token, once a completion."""
-    found: list[Tensor] = []
-    order: list[int] = []
+    found, order = [], []
     for part in by_tokens([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
         batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)
-        rows = [row * k + branch for row in part for branch in range(k)]
-        shared.filled = torch.tensor(rows, device=lm.device)
-        shared.prompts = batch.places.repeat_interleave(k, dim=0)
+        rows = torch.tensor([row * k + branch for row in part for branch in range(k)], device=lm.device)
+        shared.portion = (rows, batch.places.repeat_interleave(k, dim=0))
         found.append(hidden_states(lm, batch, cache=cache)[batch.last].repeat_interleave(k, dim=0))
-        order += rows
-    return torch.cat(found)[torch.tensor(order).argsort().to(lm.device)]
+        order.append(rows)
+    return torch.cat(found)[torch.cat(order).argsort()]
 
 
 def _decoding_masks(lm: LanguageModel, position: Int[Tensor, "rows 1"], seen: int) -> Tensor | dict[str, Tensor]:
