@@ -154,4 +154,4 @@ class Person:
 
 def sides(page: str) -> Sequence[str]:
     """Both completions as a page shows them."""
-    return [unescape(one) for one in re.findall(r'<h2 id="side-\d">.*?<bdi>(.*?)</bdi>', page, re.DOTALL)]
+    return [unescape(one) for one in re.findall(r'<h2 id="side-\d">.*?<div[^>]*>(.*?)</div>', page, re.DOTALL)]

@@ -25,6 +25,7 @@ from scipy.stats import binomtest
 from judge_server import Asked, Response, Server, completion, error, said, serving
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.statistics import holm, win_minus_lose
+from mixpo.cli import judged
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
@@ -662,6 +663,19 @@ def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Serv
 # Stops, limits, and going on
 
 
+def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judged, "PLAIN_SECONDS", 0.0)
+    told = re.findall(r"judging: (\d)/4, (\d) requests, ([\d,]+) tokens", study.judge("--prompts", "2").out)
+    assert told[-1][:2] == ("4", "4")
+    assert int(told[-1][2]) > 0
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    bar = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", study.judge("--prompts", "4").out)
+    assert re.search(r"judging .*4/4 .*4 requests, [\d,]+ tokens", bar)
+    assert "judging:" not in bar
+    assert "judging:" in study.judge("--prompts", "5", "--quiet").out
+
+
 def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
     well = server.behave
 
@@ -859,7 +873,7 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     assert "(p 0.19), which does not tell the two apart" in section.opening
     assert "tiny scores mpo higher than ppo on 83% of 6 prompts and lower on 0%" in section.opening
     assert "0% of those asked flip with the order" in section.opening
-    assert "What does an LLM judge say?" in page.text(results, "html")
+    assert ">LLM judges<" in page.text(results, "html")
     assert "mpo vs ppo" in page.text(results, "md")
 
 

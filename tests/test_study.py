@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -204,7 +206,10 @@ def test_going_back_changes_a_judgement_and_keeps_the_earlier_one(make):
     anna.judge(1, "right")  # the same again is no change
     anna.judge(1, "tie")
     again = anna.post(1, "left", old)  # sent again by a browser that lost its connection
-    assert again.headers["location"] == "/q/1#question"
+    assert again.headers["location"] == "/q/1?unchanged=1#question"
+    assert "Not changed" in anna.browser.get(again.headers["location"]).text
+    assert "Not changed" not in anna.page(1)
+    assert "Not changed" not in anna.browser.get("/q/2?unchanged=1").text  # nothing is said there
     assert study.said() == {("anna", 1): "tie"}
     assert earlier(study.store) == {("anna", 1): ["left", "right"]}
 
@@ -320,7 +325,7 @@ def test_every_answer_has_the_headers_that_keep_it_safe(make):
     answers += [anna.browser.get(path) for path in (f"/q/{large}", f"/done?saved={large}")]
     answers += [study.browser().get("/"), anna.browser.get("/", headers={"host": "evil.example"})]
     answers.append(anna.post(1, "tie"))
-    assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 404, 404, 404, 400, 403, 400, 303]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 404, 404, 404, 400, 403, 421, 303]
     for answer in answers:
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
@@ -340,8 +345,8 @@ def test_every_answer_has_the_headers_that_keep_it_safe(make):
         ({"origin": "http://evil.example"}, 403),
         ({"origin": f"https://{HOST}"}, 403),
         ({"sec-fetch-site": "cross-site", "origin": "null"}, 403),
-        ({"host": "evil.example"}, 400),
-        ({"host": "127.0.0.1:1"}, 400),
+        ({"host": "evil.example"}, 421),
+        ({"host": "127.0.0.1:1"}, 421),
     ],
     ids=str,
 )
@@ -480,7 +485,10 @@ def test_a_run_that_has_changed_or_a_study_that_is_closed_is_refused(make, capsy
         fruit_run(study.run.parent)
         with pytest.raises(InputError, match="found a study of other completions than the run now has"):
             make(wanted=Wanted())
-        for words in (("annotate", "--close", "--yes"), ("annotate", "--export", "x.csv"), ("agreement",)):
+        assert files.export(study.store, study.row, study.run / "kept.csv") == 0
+        code, said = run_cli(capsys, "annotate", str(study.run), "--export", str(study.run / "kept.csv"))
+        assert (code, said) == (0, f"0 judgements: {study.run / 'kept.csv'}\n")
+        for words in (("annotate", "--close", "--yes"), ("annotate", "--import", "x.csv"), ("agreement",)):
             code, said = run_cli(capsys, words[0], str(study.run), *words[1:])
             assert (code, said.count("\n")) == (2, 1)
             assert "found a study of other completions" in said
@@ -933,7 +941,7 @@ def closed_study(folder: Path, choices: dict[str, list[str]], kinds: list[str | 
 
 
 PATTERNS = {
-    "helpful": {"WWW": 24, "TTT": 4, "LLL": 6, "WWT": 6, "WWL": 3, "TTL": 4, "WTL": 3},
+    "helpful": {"WWW": 24, "TTT": 4, "LLL": 6, "WWT": 6, "WWL": 2, "TTL": 3, "WTL": 5},
     "harmless": {"WWW": 4, "TTT": 32, "LLL": 1, "WWT": 4, "TTW": 4, "TTL": 4, "LLT": 1},
 }
 """How three people judged 50 prompts of a kind: 93 wins, 29 ties and 28 losses; 24 wins, 117 ties and 9 losses."""
@@ -948,10 +956,11 @@ def turned(patterns: dict[str, int]) -> list[str]:
 def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     """Table 5: helpful 62.0 / 19.3 / 18.7%, harmless 16 / 78 / 6%.
 
-    Helpful, by Fleiss 1971. Of 50 prompts 34 are unanimous, P = 1; 13 have two alike, P = (4 + 1 - 3) / (3 * 2) = 1/3;
-    3 have none, P = 0: mean P = (34 + 13 / 3) / 50 = 0.766667. By chance 0.62^2 + 0.193333^2 + 0.186667^2 = 0.456622.
-    kappa = (0.766667 - 0.456622) / (1 - 0.456622) = 0.570588. Krippendorff's alpha has 150 ratings in all, so its
-    chance is (93 * 92 + 29 * 28 + 28 * 27) / (150 * 149) = 0.452975: alpha = (0.766667 - 0.452975) / 0.547025.
+    Helpful, by Fleiss 1971. Of 50 prompts 34 are unanimous, P = 1; 11 have two alike, P = (4 + 1 - 3) / (3 * 2) = 1/3;
+    5 have none, P = 0: mean P = (34 + 11 / 3) / 50 = 0.753333. By chance 0.62^2 + 0.193333^2 + 0.186667^2 = 0.456622.
+    kappa = (0.753333 - 0.456622) / (1 - 0.456622) = 0.546049, the paper's 0.55. Krippendorff's alpha has 150 ratings in
+    all, so its chance is (93 * 92 + 29 * 28 + 28 * 27) / (150 * 149) = 0.452975: alpha = (0.753333 - 0.452975) /
+    0.547025 = 0.549076.
     Harmless: 37 unanimous, 13 have two alike: mean P = (37 + 13 / 3) / 50 = 0.826667, by chance 0.16^2 + 0.78^2 +
     0.06^2 = 0.6376: kappa = 0.189067 / 0.3624 = 0.521707, the paper's 0.52.
     """
@@ -959,16 +968,16 @@ def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     kinds = ["helpful"] * 50 + ["harmless"] * 50
     said = {name: [one[n] for one in helpful + harmless] for n, name in enumerate(PEOPLE)}
     found = closed_study(tmp_path, said, kinds)
-    for kind, shares, kappa in (("helpful", [62.0, 19.3, 18.7], 0.570588), ("harmless", [16.0, 78.0, 6.0], 0.521707)):
+    for kind, shares, kappa in (("helpful", [62.0, 19.3, 18.7], 0.546049), ("harmless", [16.0, 78.0, 6.0], 0.521707)):
         each, agreement = found.shares[kind], found.agreement[kind]
         assert (len(each.margins), agreement.common, agreement.several) == (50, 50, 50)
         assert [round(100 * share.mean, 1) for share in (each.win, each.tie, each.lose)] == shares
         assert agreement.kappa.mean == pytest.approx(kappa, abs=2e-6)
         assert agreement.kappa.low < kappa < agreement.kappa.high
     agreement = found.agreement["helpful"]
-    assert agreement.alpha.mean == pytest.approx(0.573451, abs=2e-6)
-    assert agreement.pairs.mean == pytest.approx(0.766667, abs=2e-6)
-    assert agreement.pairs.low < 0.766667 < agreement.pairs.high
+    assert agreement.alpha.mean == pytest.approx(0.549076, abs=2e-6)
+    assert agreement.pairs.mean == pytest.approx(0.753333, abs=2e-6)
+    assert agreement.pairs.low < 0.753333 < agreement.pairs.high
     shown = rows(tables(found)["What people prefer"])
     assert [cell[:4] for cell in shown["helpful"][1:]] == ["50", "0.62", "0.19", "0.19", "0.43", "<0.0"]
     assert [cell[:4] for cell in shown["all prompts"][1:]] == ["100", "0.39", "0.49", "0.12", "0.27", "<0.0"]
@@ -1106,12 +1115,12 @@ def test_damaged_files_of_a_closed_study_are_named(make):
             findings(study.run)
 
 
-# a real server, killed
+# a real server, over TLS, and killed
 
 
-def start(run: Path, port: int, folder: Path) -> tuple[subprocess.Popen[str], dict[str, str]]:
+def start(run: Path, port: int, folder: Path, *more: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
     """`mixpo annotate` in a process of its own; it and the links that it prints, by name."""
-    command = [sys.executable, "-m", "mixpo.cli.main", "annotate", str(run), "--port", str(port)]
+    command = [sys.executable, "-m", "mixpo.cli.main", "annotate", str(run), "--port", str(port), *more]
     if not (run / "study").exists():
         command += ["--arms", *ARMS, "--annotators", "50"]
     with (folder / "errors.txt").open("a") as errors:
@@ -1124,6 +1133,29 @@ def start(run: Path, port: int, folder: Path) -> tuple[subprocess.Popen[str], di
         if line.startswith("Ctrl-C"):
             return process, found
     raise AssertionError((folder / "errors.txt").read_text())
+
+
+def test_a_study_over_tls(tmp_path):
+    import httpx2
+
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    pair = issued.private_key_and_cert_chain_pem
+    (tmp_path / "pair.pem").write_bytes(pair.bytes())
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    words = ("--tls-cert", str(tmp_path / "pair.pem"), "--tls-key", str(tmp_path / "pair.pem"))
+    process, links = start(fruit_run(tmp_path), 0, tmp_path, *words)
+    try:
+        trusted = ssl.create_default_context(cafile=str(tmp_path / "authority.pem"))
+        with httpx2.Client(verify=trusted, follow_redirects=True, trust_env=False) as browser:
+            link = links["annotator 7"]
+            assert link.startswith("https://127.0.0.1:")
+            assert browser.get(link).status_code == 200
+            assert "Question 1 of 5" in browser.get(httpx2.URL(link).join("/q/1")).text
+    finally:
+        process.kill()
+        assert process.communicate()[0] == ""
+    assert (tmp_path / "errors.txt").read_text() == ""
 
 
 @pytest.mark.heavy
@@ -1195,7 +1227,7 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            assert process.communicate()[0] == ""  # nothing of requests, whose first address holds a token
     assert failures == []
     opened = Store(store_url(run, None))
     assert {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said} == acknowledged

@@ -83,7 +83,7 @@ def wake(tab: Any) -> None:
 
 def apples(tab: Any) -> str:
     """The key of the side that speaks of apples."""
-    first, second = tab.locator(".sides bdi").all_inner_texts()
+    first, second = tab.locator(".sides div.text").all_inner_texts()
     assert ("apples" in first) != ("apples" in second)
     return "1" if "apples" in first else "2"
 
@@ -94,12 +94,11 @@ def heading(tab: Any) -> str:
 
 def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], opened: Opened) -> None:
     made, _ = study
-    with opened("anna") as tab:
-        by_keyboard(made, tab)
-    with opened("ben", viewport={"width": 360, "height": 740}, has_touch=True, color_scheme="dark") as tab:
-        by_mouse(made, tab)
-    with opened("cleo", java_script_enabled=False) as tab:
-        without_script(made, tab)
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "color_scheme": "dark"}
+    with opened("anna") as one, opened("ben", **phone) as two, opened("cleo", java_script_enabled=False) as three:
+        by_keyboard(made, one)
+        by_mouse(made, two)
+        without_script(made, three)
     made.row.closed = made.store.close()
     files.write_closed(made.store, made.row, made.run / "study")
     found = findings(made.run)
@@ -194,6 +193,32 @@ def by_keyboard(made: Study, tab: Any) -> None:
         tab.keyboard.press(apples(tab))
         tab.wait_for_url("**/done*" if number == 5 else "**/q/5*")
     assert "You judged 5 of 5 questions." in tab.inner_text("main")
+
+
+def test_a_lost_connection_and_a_way_back_change_nothing_unasked(study: tuple[Study, str], opened: Opened) -> None:
+    made, _ = study
+    with opened("anna") as tab:
+        wake(tab)
+        tab.context.set_offline(True)
+        tab.keyboard.press("1")
+        tab.wait_for_timeout(500)
+        assert made.said() == {}
+        tab.context.set_offline(False)
+        tab.go_back()
+        assert heading(tab) == "Question 1 of 5"
+        wake(tab)
+        tab.keyboard.press("1")
+        tab.wait_for_url("**/q/2*")
+        assert made.said() == {("anna", 1): "left"}
+        tab.go_back()
+        assert heading(tab) == "Question 1 of 5"
+        assert tab.locator("[aria-pressed=true]").get_attribute("value") == "left"  # a fresh page, not a used form
+        assert tab.locator("[aria-pressed=false]").count() == 2
+        wake(tab)
+        tab.keyboard.press("2")
+        tab.wait_for_url("**/q/2*")
+        assert made.said() == {("anna", 1): "right"}
+        assert earlier(made.store) == {("anna", 1): ["left"]}
 
 
 def by_mouse(made: Study, tab: Any) -> None:

@@ -95,7 +95,8 @@ def test_what_chance_alone_explains_is_not_a_number():
     same = np.array([[3, 0, 0], [3, 0, 0]])
     assert math.isnan(fleiss_kappa(same))
     assert math.isnan(krippendorff_alpha(same))
-    assert math.isnan(cohen_kappa(np.zeros(4, dtype=int), np.zeros(4, dtype=int)))
+    for items in range(1, 30):
+        assert math.isnan(cohen_kappa(np.full(items, 2), np.full(items, 2)))
     assert math.isnan(pairwise_agreement(np.array([[1, 0, 0]])))
     interval = over_items(fleiss_kappa, same)
     assert math.isnan(interval.mean)

@@ -18,10 +18,10 @@ def cohen_kappa(one: Int[np.ndarray, " items"], other: Int[np.ndarray, " items"]
     if one.size == 0:
         return float("nan")
     categories = int(max(one.max(), other.max())) + 1
-    shares = np.zeros((categories, categories))
-    np.add.at(shares, (one, other), 1.0 / one.size)
-    observed, chance = float(np.trace(shares)), float(shares.sum(axis=1) @ shares.sum(axis=0))
-    return float("nan") if chance >= 1.0 else (observed - chance) / (1.0 - chance)
+    counts = np.zeros((categories, categories), dtype=np.int64)
+    np.add.at(counts, (one, other), 1)
+    observed, chance = int(np.trace(counts)) * one.size, int(counts.sum(axis=1) @ counts.sum(axis=0))
+    return (observed - chance) / (one.size**2 - chance) if chance < one.size**2 else float("nan")
 
 
 def fleiss_kappa(counts: Int[np.ndarray, "items categories"]) -> float:

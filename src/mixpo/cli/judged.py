@@ -58,7 +58,7 @@ def judge(
     from mixpo.experiments.results import load
     from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
     from mixpo.judge.judging import as_judged, judged, questions
-    from mixpo.judge.questions import Judge, digest, read_template
+    from mixpo.judge.questions import named, read_template
     from mixpo.judge.verdicts import FILE, appending, assignment_row, read
     from mixpo.report.judges import groups, rows_of
 
@@ -67,18 +67,11 @@ def judge(
     before = read(run / FILE)
     order = as_judged(before, arms, at)
     rows = comparisons(results, order, seed=at, prompts=prompts, draw=draw)
-    usable = [
-        name.isprintable() and bool(name.strip()) and name not in model[:place] for place, name in enumerate(model)
-    ]
-    if not all(usable):
-        wrong = model[usable.index(False)]
-        raise InputError(f"--model: found {wrong!r} empty, twice or unprintable; expected different names of models")
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
     words, address = read_template(template), checked(endpoint)
     settings = _number("--temperature", temperature, 0.0), _number("--reply-tokens", reply_tokens, 1)
-    judges = [Judge(name, address, *settings, digest(words.text)) for name in model]
-    asked = [questions(one, words, order, at, rows) for one in judges]
+    asked = [questions(one, words, order, at, rows) for one in named(model, address, *settings, words)]
     every = {question.id: question for _, some in asked for question in some}
     if dry_run:
         known = before.scores.keys() & every.keys()

@@ -51,7 +51,7 @@ def annotate(
     _refuse_missing()
     _refuse_ignored(context, close=close)
     if export is not None or take is not None or close:
-        with _there(run, store) as (opened, study):
+        with _there(run, store, changed=export is not None) as (opened, study):
             if export is not None:
                 _export(opened, study, export)
             elif take is not None:
@@ -83,6 +83,7 @@ def annotate(
             print(f"study: {opened.name}, for {len(tokens)} annotators; each one's own link, which nobody else needs:")
             for name, token in tokens.items():
                 print(f"  {name}: {at}/a/{token}")
+            print("until it is closed, leave the run's report and files unread: they show which completion is whose")
             print(f"Ctrl-C stops, the same command goes on; `mixpo annotate {run} --close` ends the study", flush=True)
             scheme = at.partition(":")[0]
             server.serve(make_app(opened, study, hosts=hosts, scheme=scheme), listening, tls_cert, tls_key)
@@ -154,8 +155,8 @@ def _show_counts(store: "Store") -> None:
 
 
 @contextmanager
-def _there(run: Path, url: str | None) -> Iterator[tuple["Store", "StudyRow"]]:
-    """The study of a run, which must be there, and of what the run is now."""
+def _there(run: Path, url: str | None, *, changed: bool = False) -> Iterator[tuple["Store", "StudyRow"]]:
+    """The study of a run, which must be there, and of what the run is now unless it may have `changed`."""
     from mixpo.experiments.results import load
     from mixpo.study.begin import refuse_changed
     from mixpo.study.store import Store, store_url
@@ -165,7 +166,8 @@ def _there(run: Path, url: str | None) -> Iterator[tuple["Store", "StudyRow"]]:
         study = opened.study()
         if study is None:
             raise InputError(f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`")
-        refuse_changed(results, opened, study)
+        if not changed:
+            refuse_changed(results, opened, study)
         yield opened, study
     finally:
         opened.dispose()

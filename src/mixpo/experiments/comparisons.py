@@ -14,6 +14,10 @@ from mixpo.experiments.run import ArmResult
 from mixpo.stages.rows import read_table
 
 
+class MissingError(InputError):
+    """An arm, a seed or as many prompts as a run does not have."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A test prompt and what two arms completed it with."""
@@ -34,16 +38,16 @@ class Comparison:
 def compared_seed(results: Results, arms: tuple[str, str], seed: int | None = None) -> int:
     """The seed at which two arms are compared: the one given, else the first at which both finished.
 
-    Raises `InputError` on an arm that is not there or did not finish, on one arm twice, and on a seed that one of them
-    lacks.
+    Raises `MissingError` on an arm that is not there or did not finish, on one arm twice, and on a seed that one of
+    them lacks.
     """
     if arms[0] == arms[1]:
-        raise InputError(f"--arms: found {arms[0]} twice; expected two different arms")
+        raise MissingError(f"--arms: found {arms[0]} twice; expected two different arms")
     for arm in arms:
         _refuse_unfinished(results, arm)
     common = results.common_seeds(*arms)
     if not common or (seed is not None and seed not in common):
-        raise InputError(
+        raise MissingError(
             f"--seed: found {'no seed' if seed is None else seed}; expected one at which both {arms[0]} and {arms[1]} "
             f"finished: {', '.join(map(str, common)) or 'there is none'}"
         )
@@ -61,8 +65,8 @@ def comparisons(
 ) -> list[Comparison]:
     """The completions of two arms at a seed, in the order of the test prompts.
 
-    `seed` is as of `compared_seed`. `prompts` takes so many, drawn by `draw`; all if not given, or `at_most` so many.
-    Raises `InputError` as `compared_seed` does, and on more prompts than there are.
+    `seed` is as of `compared_seed`. `prompts` takes so many, drawn by `draw`, and more take these and others; all if
+    not given, or `at_most` so many. Raises `MissingError` as `compared_seed` does, and on more prompts than there are.
     """
     at = compared_seed(results, arms, seed)
     first, second = (results.done(arm) for arm in arms)
@@ -72,9 +76,9 @@ def comparisons(
         for number, (one, two) in enumerate(zip(completions(first[at]), completions(second[at]), strict=True))
     ]
     if prompts is not None and not 1 <= prompts <= len(rows):
-        raise InputError(f"--prompts: found {prompts}; expected 1 to {len(rows)}, the test prompts of this run")
+        raise MissingError(f"--prompts: found {prompts}; expected 1 to {len(rows)}, the test prompts of this run")
     count = prompts or min(at_most or len(rows), len(rows))
-    return [rows[place] for place in sorted(random.Random(draw).sample(range(len(rows)), count))]
+    return [rows[place] for place in sorted(random.Random(draw).sample(range(len(rows)), len(rows))[:count])]
 
 
 def categories(rows: Sequence[Comparison]) -> list[str]:
@@ -84,10 +88,10 @@ def categories(rows: Sequence[Comparison]) -> list[str]:
 
 def _refuse_unfinished(results: Results, arm: str) -> None:
     if arm not in results.names:
-        raise InputError(f"--arms: found {arm!r}; expected two arms of the run{nearest(arm, results.names)}")
+        raise MissingError(f"--arms: found {arm!r}; expected two arms of the run{nearest(arm, results.names)}")
     if arm not in results.finished:
         reason = results.of(arm)[0].reason or "no reason was kept"
-        raise InputError(f"--arms: found {arm}, which failed: {reason}; expected arms that finished; run it again")
+        raise MissingError(f"--arms: found {arm}, which failed: {reason}; expected arms that finished; run it again")
 
 
 def _categories(arm: ArmResult) -> dict[str, str]:

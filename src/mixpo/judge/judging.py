@@ -8,8 +8,7 @@ import numpy as np
 
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha, over_items
 from mixpo.algorithms.statistics import Interval, length_controlled, sign_test, wilson_interval, win_minus_lose
-from mixpo.data.errors import InputError
-from mixpo.experiments.comparisons import Comparison, comparisons
+from mixpo.experiments.comparisons import Comparison, MissingError, comparisons
 from mixpo.experiments.results import Results
 from mixpo.judge.questions import Judge, Question, Template, both_orders, digest
 from mixpo.judge.verdicts import FILE, Assignment, Kept, Pair, Scores, read
@@ -104,7 +103,7 @@ def judged_runs(results: Results) -> list[Judged]:
             arms = results.named(run, assignment.arms[0]), results.named(run, assignment.arms[1])
             try:
                 rows = comparisons(results, arms, seed=assignment.seed)
-            except InputError:  # an arm or a seed that the run has no more
+            except MissingError:
                 rows = []
             found.append(judged(assignment, arms, rows, kept.scores))
     return found

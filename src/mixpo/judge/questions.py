@@ -74,6 +74,16 @@ class Template:
             ) from error
 
 
+def named(
+    models: Sequence[str], endpoint: str, temperature: float | None, reply_tokens: int | None, template: Template
+) -> list[Judge]:
+    """A judge a model. Raises `InputError` on a name that is empty, unprintable or there twice."""
+    for place, name in enumerate(models):
+        if not (name.isprintable() and name.strip()) or name in models[:place]:
+            raise InputError(f"--model: found {name!r} empty, twice or unprintable; expected different names of models")
+    return [Judge(name, endpoint, temperature, reply_tokens, digest(template.text)) for name in models]
+
+
 def read_template(file: Path | None) -> Template:
     """A template, the paper's (appendix A.2) if no file is given. Raises `InputError` on one that shows no pair."""
     if file is None:

@@ -39,7 +39,7 @@ def section(results: Results) -> Section | None:
     if not found:
         return None
     rows = rows_of(found)
-    return Section("judges", "What does an LLM judge say?", _opening(results, found, rows), groups(found, rows))
+    return Section("judges", "LLM judges", _opening(results, found, rows), groups(found, rows))
 
 
 def rows_of(found: Sequence[Judged]) -> list[Row]:

@@ -48,6 +48,7 @@ MESSAGES = {
     404: ("There is no such page", "Go on to the next question with the link below."),
     405: ("There is no such page", "Go on to the next question with the link below."),
     413: ("That is too much text", "Nothing was saved. Go back and shorten your comment."),
+    421: ("This is not the study's address", "Open the link that you were given, whole, as it is written."),
     429: ("That was very fast", "Nothing was saved. Wait a minute, then go on."),
     500: ("Something went wrong", "What was saved before is safe. Load the page again in a moment."),
     503: ("This could not be saved", "What was saved before is safe. Go back and try again in a moment."),
@@ -137,7 +138,7 @@ class Guard:
     def _problem(self, method: str, headers: Headers) -> int | None:
         host = headers.get("host", "").lower()
         if host not in self.hosts:
-            return 400
+            return 421
         if method not in ("GET", "HEAD"):
             if headers.get("origin", "null") not in ("null", f"{self.scheme}://{host}"):
                 return 403
@@ -216,7 +217,7 @@ def make_app(
         return _page("done", closed=store.closed(), **progress(me, saved))
 
     @app.get("/q/{number}")
-    def ask(me: Known, number: Number, saved: Saved = None) -> Response:
+    def ask(me: Known, number: Number, saved: Saved = None, unchanged: bool = False) -> Response:
         """A question."""
         question = store.question(me.id, number)
         if question is None:
@@ -228,6 +229,7 @@ def make_app(
             question=question,
             turns=turns(question.item.prompt),
             **progress(me, saved),
+            unchanged=unchanged,
             reasons=REASONS,
             guidelines=study.guidelines,
             comment_length=COMMENT_LENGTH,
@@ -264,7 +266,7 @@ def make_app(
         except ClosedError:
             return _message(403, "The study is closed", "Nothing is judged any more. Thank you for your help.")
         # a form that had said something else before: what stands is marked there
-        return _next(store, me.id, number) if stands else RedirectResponse(f"/q/{number}#question", 303)
+        return _next(store, me.id, number) if stands else RedirectResponse(f"/q/{number}?unchanged=1#question", 303)
 
     @app.exception_handler(AnyHTTPException)
     def refuse(_: Request, error: Any) -> Response:

@@ -122,12 +122,12 @@ def _judgement(
         )
     if not TIME.fullmatch(row["at"]):
         raise ValueError(f"found at {row['at']!r}; expected a time such as 2026-11-22T12:00:00+00:00")
-    if str(row["idle"]) not in ("True", "False") or not 0 <= float(row["seconds"]) <= IDLE_SECONDS:
+    idle = str(row["idle"]).capitalize()  # spreadsheets write TRUE
+    if idle not in ("True", "False") or not 0 <= float(row["seconds"]) <= IDLE_SECONDS:
         raise ValueError(
             f"found seconds {row['seconds']!r} and idle {row['idle']!r}; expected 0 to {IDLE_SECONDS:g}, True or False"
         )
-    idle = str(row["idle"]) == "True"
-    return who, number, Said(row["choice"], row["reason"], comment, float(row["seconds"]), idle, row["at"])
+    return who, number, Said(row["choice"], row["reason"], comment, float(row["seconds"]), idle == "True", row["at"])
 
 
 def _encodes(text: str) -> bool:

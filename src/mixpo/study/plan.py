@@ -7,8 +7,7 @@ import random
 import secrets
 from collections.abc import Sequence
 
-from mixpo.data.errors import InputError
-from mixpo.experiments.comparisons import Comparison, comparisons
+from mixpo.experiments.comparisons import Comparison, MissingError, comparisons
 from mixpo.experiments.results import Results
 
 CHOICES = ("left", "right", "tie", "skip")
@@ -43,7 +42,7 @@ def unchanged(results: Results, arms: tuple[str, str], *, seed: int, prompts: in
     """Whether a run still has the prompts and completions that a study is of."""
     try:
         return content_digest(comparisons(results, arms, seed=seed, prompts=prompts, draw=draw)) == content
-    except InputError:  # an arm or a seed that the run has no more
+    except MissingError:
         return False
 
 

@@ -10,7 +10,10 @@
   const early = () => performance.now() - shown < DEAF;
   let sent = false;
 
-  addEventListener("pageshow", () => { sent = false; });
+  addEventListener("pageshow", (event) => {
+    sent = false;
+    if (event.persisted) location.reload();  // brought back by the browser: its form may have been used
+  });
   document.addEventListener("click", (event) => {
     if (early() && event.target.closest("button")) event.preventDefault();
   }, true);
