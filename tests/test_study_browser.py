@@ -127,7 +127,9 @@ def by_keyboard(made: Study, tab: Any) -> None:
     assert other["x"] >= one["x"] + one["width"]
     assert {text.get_attribute("lang") for text in tab.locator("main div.text[dir]").all()} == {""}
     shot(tab, "question")
-    tab.keyboard.press(apples(tab))  # within the first half second
+    key = apples(tab)
+    tab.reload()
+    tab.keyboard.press(key)  # within the first half second
     tab.wait_for_timeout(200)
     assert made.said() == {}
     wake(tab)

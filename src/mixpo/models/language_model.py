@@ -139,8 +139,9 @@ class _TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight^T + bias)[target] a row, in chunks: a whole batch's logits are never held at once.
 
     d logprob / d logits = onehot(target) - softmax, written over the logits. What follows from it for `hidden` needs no
-    gradient from above but a factor a row, so the forward pass computes it while the logits are there. The weights'
-    gradient needs all rows' d logits again: kept where they are few, made again where they are many.
+    gradient from above but a factor a row, so the forward pass computes it while a chunk of rows' logits are there. The
+    weights' gradient needs all rows' d logits again: kept where they are few, made again where they are many, in chunks
+    of columns, each of which is a part of that gradient and added to nothing.
     """
 
     @staticmethod
@@ -155,18 +156,19 @@ class _TokenLogprobs(torch.autograd.Function):
         learning: bool,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         narrow, narrow_weight = hidden.to(dtype), weight.to(dtype)
-        logprobs = torch.empty(len(targets), device=hidden.device)
-        entropies = torch.zeros_like(logprobs)
+        logprobs, entropies, normalizers = torch.zeros(3, len(targets), device=hidden.device)
         directions = torch.empty_like(narrow) if learning else None
         weights_learn = learning and any(ctx.needs_input_grad[1:3])
         few = len(targets) * len(weight) <= KEPT_ELEMENTS
         kept = narrow.new_empty(len(targets), len(weight)) if weights_learn and few else None
         for rows in _portions(len(targets), CHUNK_ELEMENTS // len(weight)):
             logits = torch.mm(narrow[rows], narrow_weight.T, out=None if kept is None else kept[rows])
-            logprobs[rows], entropies[rows] = _read(logits, bias, targets[rows], with_entropy, learning)
+            logprobs[rows], entropies[rows], normalizers[rows] = _read(
+                logits, bias, targets[rows], with_entropy, learning
+            )
             if directions is not None:
                 directions[rows] = logits @ narrow_weight
-        ctx.save_for_backward(narrow, narrow_weight, bias, targets, directions, kept)
+        ctx.save_for_backward(narrow, narrow_weight, bias, targets, normalizers, directions, kept)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -174,23 +176,21 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, " n"], _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, directions, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizers, directions, kept = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:3]
         of_hidden = (directions * gradient[:, None]).to(hidden_dtype)
-        of_weight = of_bias = None
-        size = CHUNK_ELEMENTS // len(weight) if kept is None else len(targets)
-        for rows in _portions(len(targets), size) if any(wanted[1:]) else ():
-            of_logits = kept
-            if of_logits is None:
-                of_logits = hidden[rows] @ weight.T
-                _read(of_logits, bias, targets[rows], with_entropy=False, learning=True)
-            if wanted[1]:
-                found = of_logits.T @ (hidden[rows] * gradient[rows, None]).to(hidden.dtype)
-                of_weight = found.to(weight_dtype) if of_weight is None else of_weight.add_(found)
-            if wanted[2]:
-                found = of_logits.T.float() @ gradient[rows]
-                of_bias = found if of_bias is None else of_bias.add_(found)
+        of_weight = torch.empty_like(weight, dtype=weight_dtype) if wanted[1] else None
+        of_bias = torch.empty_like(bias) if wanted[2] else None
+        scaled = (hidden * gradient[:, None]).to(hidden.dtype)
+        for columns in _portions(len(weight), CHUNK_ELEMENTS // max(1, len(targets))) if any(wanted[1:]) else ():
+            of_logits = (
+                _made_again(hidden, weight, bias, targets, normalizers, columns) if kept is None else kept[:, columns]
+            )
+            if of_weight is not None:
+                of_weight[columns] = of_logits.T @ scaled
+            if of_bias is not None:
+                of_bias[columns] = of_logits.T.float() @ gradient
         return of_hidden, of_weight, of_bias, *[None] * 5
 
 
@@ -200,26 +200,46 @@ def _read(
     targets: Int[Tensor, " n"],
     with_entropy: bool,
     learning: bool,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-probs of the targets, and entropies or 0; the logits are lost, if `learning` to d logprob / d logits.
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Log-probs of the targets, entropies or 0, and log sum exp; the logits are lost, if `learning` to their gradient.
 
     What is done to them element by element is done in float32, in blocks that a CPU's caches hold.
     """
-    logprobs = torch.empty(len(targets), device=logits.device)
-    entropies = torch.zeros_like(logprobs)
+    logprobs, entropies, normalizers = torch.zeros(3, len(targets), device=logits.device)
     for rows in _portions(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
         wide = logits[rows].float() if bias is None else logits[rows].float() + bias
-        wide -= wide.amax(dim=-1, keepdim=True)
+        largest = wide.amax(dim=-1, keepdim=True)
+        wide -= largest
         target = wide.gather(-1, targets[rows, None])[:, 0]
         odds = wide.exp() if with_entropy else wide.exp_()
         total = odds.sum(dim=-1)
         logprobs[rows] = target - total.log()
+        normalizers[rows] = largest[:, 0] + total.log()
         if with_entropy:
             entropies[rows] = total.log() - torch.linalg.vecdot(odds, wide) / total
         if learning:
             ones = torch.ones_like(total)[:, None]
             logits[rows] = odds.mul_(-1 / total[:, None]).scatter_add_(1, targets[rows, None], ones)
-    return logprobs, entropies
+    return logprobs, entropies, normalizers
+
+
+def _made_again(
+    hidden: Float[Tensor, "n width"],
+    weight: Float[Tensor, "vocabulary width"],
+    bias: Float[Tensor, " vocabulary"] | None,
+    targets: Int[Tensor, " n"],
+    normalizers: Float[Tensor, " n"],
+    columns: slice,
+) -> Float[Tensor, "n columns"]:
+    """d logprob / d logits of some columns, from every row's log sum exp."""
+    logits = hidden @ weight[columns].T
+    places = targets - columns.start
+    here = (places >= 0) & (places < logits.shape[1])
+    for rows in _portions(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+        wide = logits[rows].float() if bias is None else logits[rows].float() + bias[columns]
+        odds = wide.sub_(normalizers[rows, None]).exp_().neg_()
+        logits[rows] = odds.scatter_add_(1, places[rows, None].clamp(0, logits.shape[1] - 1), here[rows, None].float())
+    return logits
 
 
 def _portions(count: int, size: int) -> Iterator[slice]:
