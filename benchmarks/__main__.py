@@ -68,6 +68,7 @@ def run(
     repeats: int = 3,
     ours_only: bool = False,
     precision: Precision = None,
+    more: Annotated[bool, typer.Option("--more", help="Add to the saved repetitions of the same work.")] = False,
     work: Work = Path(".benchmarks"),
 ) -> None:
     """Run ours and every peer in turn, `repeats` times; print medians and ratios, save the raw figures."""
@@ -92,9 +93,10 @@ def run(
             "when": datetime.now(UTC).date().isoformat(),
         }
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{workload.name}.{workload.precision}.json").write_text(
-            json.dumps(result, indent=1) + "\n", encoding="utf8"
-        )
+        path = RESULTS / f"{workload.name}.{workload.precision}.json"
+        if more and path.exists():
+            result = _added(json.loads(path.read_text(encoding="utf8")), result)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
         print(told(result), flush=True)
 
 
@@ -132,6 +134,15 @@ def grow(
         raise SystemExit("no axis was measured at all its points; nothing is drawn")
     growth(whole, "seconds", "seconds", RESULTS / "growth-seconds.svg")
     growth(whole, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
+
+
+def _added(saved: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Repetitions behind those that were saved. Raises where these are of other work or of another machine."""
+    alike = [{**one, "sides": sorted(one["taken"]), "taken": None, "when": None} for one in (saved, new)]
+    if other := [name for name in alike[1] if alike[0].get(name) != alike[1][name]]:
+        found, expected = (one.get(other[0]) for one in alike)
+        raise SystemExit(f"--more: found saved repetitions with {other[0]} {found}; expected {expected}; leave it out")
+    return new | {"taken": {who: [*saved["taken"].get(who, []), *found] for who, found in new["taken"].items()}}
 
 
 def _given(precision: str | None) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import pytest
 import torch
+from benchmarks.__main__ import _added
 from benchmarks.mathematics import decoding_bytes, forward_flops
 from benchmarks.tables import markdown, told
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,3 +98,15 @@ def test_decoding_is_held_against_the_memory() -> None:
 def test_what_was_not_measured_is_not_shown() -> None:
     found = result(mixpo=[{"failed": "no memory"}], peer=runs(1.0))
     assert markdown([found]).splitlines()[-1].startswith("| tiny (bfloat16) | failed | 8.00 (peer) | – | – | 100 MiB |")
+
+
+def test_repetitions_are_added_to_those_of_the_same_work_alone() -> None:
+    saved, new = (result("dpo", mixpo=runs(seconds), trl=runs(2 * seconds)) for seconds in (1.0, 2.0))
+    both = _added(saved, new)
+    assert [one["seconds"] for one in both["taken"]["mixpo"]] == [1.0, 2.0]
+    assert [one["seconds"] for one in both["taken"]["trl"]] == [2.0, 4.0]
+    other = result("dpo", mixpo=runs(1.0), generate=runs(1.0))
+    with pytest.raises(SystemExit, match=r"found saved repetitions with sides \['machine', 'mixpo', 'trl'\]; expected"):
+        _added(saved, other)
+    with pytest.raises(SystemExit, match="with counts"):
+        _added(saved | {"counts": {"pairs": 1}}, new)
