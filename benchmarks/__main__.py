@@ -1,12 +1,10 @@
-"""The commands: `python -m benchmarks prepare`, then `run` (ours and the peers in turn) and `grow` (ours alone)."""
+"""The commands: `python -m benchmarks prepare`; `run`, ours and the peers in turn; `grow`, ours alone; `table`."""
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,18 +78,14 @@ def run(
             taken.setdefault("machine", []).append(_machine(spec))
             taken.setdefault("mixpo", []).append(_worker([sys.executable, "-m", "benchmarks.ours"], spec))
             for peer, settings in ({} if ours_only else PEERS[workload.kind]).items():
+                if settings.get("dtype") == workload.precision:
+                    continue  # what the peer does without it
                 environment, module = WORKERS.get(peer.split()[0], ("trl", "benchmarks.peers.generate"))
                 python = str(work.absolute() / environment / "bin" / "python")
                 found = _worker([python, "-m", module], {**spec, "settings": settings})
                 taken.setdefault(peer, []).append(found)
         counts = json.loads((work / "inputs" / "rows" / workload.name / "counts.json").read_text(encoding="utf8"))
-        result = {
-            "workload": spec | {"inputs": None},
-            "counts": counts,
-            "taken": taken,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "when": datetime.now(UTC).date().isoformat(),
-        }
+        result = {"workload": spec | {"inputs": None}, "counts": counts, "taken": taken}
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{workload.name}.{workload.precision}.json"
         if more and path.exists():

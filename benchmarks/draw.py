@@ -12,7 +12,7 @@ KINDS = {"update": ("an update", "#2563eb"), "sampling": ("sampling", "#b45309")
 
 
 def growth(found: dict[str, dict[str, list[dict[str, Any]]]], measure: str, label: str, path: Path) -> None:
-    """One panel an axis, both scales logarithmic; dashed, what the mathematics alone would add to the first point.
+    """One panel an axis, both scales logarithmic; dashed, the first point times what the mathematics grows by.
 
     `found` holds points by axis and kind. Memory has no such line: most of it should be constant.
     """

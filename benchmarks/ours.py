@@ -54,7 +54,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
     stage = stages[spec["kind"]]()
     with tempfile.TemporaryDirectory() as out:
-        stage.work({name: folders[name] for name in stage.inputs()}, Path(out), Runtime(**spec.get("runtime", {})))
+        stage.work({name: folders[name] for name in stage.inputs()}, Path(out), Runtime())
         steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
         summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
     before = summary.get("reference_seconds", 0.0)
@@ -68,7 +68,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
-    device = Runtime(**spec.get("runtime", {})).start()
+    device = Runtime().start()
     model = inputs / "models" / spec["model"] / "model"
     lm = load_policy(model, device=device, precision=spec["precision"])
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))

@@ -30,9 +30,9 @@ class Workload:
         """Rows that the work reads."""
         return self.batch * self.steps
 
-    def spec(self, inputs: str, **more: Any) -> dict[str, Any]:
+    def spec(self, inputs: str) -> dict[str, Any]:
         """Everything that a worker process has to know."""
-        return {**asdict(self), "rows": self.rows, "inputs": inputs, **more}
+        return {**asdict(self), "rows": self.rows, "inputs": inputs}
 
 
 CPU = {

@@ -117,6 +117,29 @@ def test_fused_logprobs_are_those_of_autograd(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("learns", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_made_again_are_those_that_were_kept(
+    monkeypatch: pytest.MonkeyPatch, learns: tuple[bool, bool, bool], rows: int
+) -> None:
+    """In bfloat16, for one of hidden, weight and bias at a time."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 16), (40, 16), (40,))
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    targets, upstream = torch.tensor([0, 39, 3, 3, 1])[:rows], torch.randn(rows, generator=generator)
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 35)
+    found = []
+    for kept in (0, 1 << 20):
+        monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
+        inputs = [value.clone().requires_grad_(learn) for value, learn in zip(values, learns, strict=True)]
+        logprobs, _ = _TokenLogprobs.apply(*inputs, targets, torch.bfloat16, False, True)
+        (logprobs * upstream).sum().backward()
+        assert [one.grad is not None for one in inputs] == list(learns)
+        found.append(inputs[learns.index(True)].grad)
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+    assert rows == 0 or found[0].abs().max() > 0.2
+
+
 def test_entropy_is_that_of_the_predicting_distribution() -> None:
     lm = tiny("llama")
     with torch.no_grad():

@@ -32,6 +32,9 @@ def test_a_draw_of_prompts_keeps_their_numbers_and_is_repeatable(tmp_path):
     draws = {tuple(row.number for row in comparisons(results, ("mpo", "ppo"), prompts=3, draw=n)) for n in range(9)}
     assert len(draws) > 1
     assert comparisons(results, ("mpo", "ppo"), at_most=3, draw=1) == drawn
+    for draw in range(9):  # more are these and others
+        some, more = (comparisons(results, ("mpo", "ppo"), prompts=count, draw=draw) for count in (2, 3))
+        assert {row.number for row in some} < {row.number for row in more}
     assert comparisons(results, ("mpo", "ppo"), at_most=99, draw=1) == all_rows
     assert categories(drawn) == []
 

@@ -525,6 +525,10 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", shown.opening)
     assert shown.groups == []
     assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{shown.opening}\n")
+    (folder,) = {arm.evaluation for arm in load(study.run).arms if arm.arm == "yak"}
+    (Path(str(folder)) / "completions.parquet").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"completions\.parquet"):  # which is no change of the run
+        section(load(study.run))
     fruit_run(study.run.parent)
     assert section(load(study.run)).opening.startswith("One person")
 
@@ -822,6 +826,8 @@ def test_an_export_comes_back_as_it_was(make, tmp_path, form):
     judged(study)
     path = tmp_path / f"all.{form}"
     assert files.export(study.store, study.row, path) == 11
+    assert files.take_in(study.store, study.row, path) == (11, 0)
+    path.write_bytes(path.read_bytes().replace(b"False", b"FALSE"))  # as spreadsheets write it
     assert files.take_in(study.store, study.row, path) == (11, 0)
     other = Store(store_url(tmp_path / "other", None))
     assert files.take_in(other, study.row, path) == (11, 11)

@@ -221,6 +221,10 @@ def test_a_lost_connection_and_a_way_back_change_nothing_unasked(study: tuple[St
         tab.wait_for_url("**/q/2*")
         assert made.said() == {("anna", 1): "right"}
         assert earlier(made.store) == {("anna", 1): ["left"]}
+        word = "document.querySelector('[name=form]').value"
+        used = tab.evaluate(word)
+        tab.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+        tab.wait_for_function(f"{word} !== '{used}'")  # as the browser does with a page that it kept
 
 
 def by_mouse(made: Study, tab: Any) -> None:

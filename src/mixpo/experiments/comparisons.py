@@ -15,7 +15,7 @@ from mixpo.stages.rows import read_table
 
 
 class MissingError(InputError):
-    """An arm, a seed or as many prompts as a run does not have."""
+    """Two arms, a seed or as many prompts as a run does not have."""
 
 
 @dataclass(frozen=True)

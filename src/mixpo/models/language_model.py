@@ -182,11 +182,14 @@ class _TokenLogprobs(torch.autograd.Function):
         of_hidden = (directions * gradient[:, None]).to(hidden_dtype)
         of_weight = torch.empty_like(weight, dtype=weight_dtype) if wanted[1] else None
         of_bias = torch.empty_like(bias) if wanted[2] else None
+        if of_weight is None and of_bias is None:
+            return of_hidden, *[None] * 7
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
-        for columns in _portions(len(weight), CHUNK_ELEMENTS // max(1, len(targets))) if any(wanted[1:]) else ():
-            of_logits = (
-                _made_again(hidden, weight, bias, targets, normalizers, columns) if kept is None else kept[:, columns]
-            )
+        for columns in _portions(len(weight), CHUNK_ELEMENTS // max(1, *hidden.shape)):
+            if kept is None:
+                of_logits = _gradient_of_logits(hidden, weight, bias, targets, normalizers, columns)
+            else:
+                of_logits = kept[:, columns]
             if of_weight is not None:
                 of_weight[columns] = of_logits.T @ scaled
             if of_bias is not None:
@@ -201,7 +204,9 @@ def _read(
     with_entropy: bool,
     learning: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-probs of the targets, entropies or 0, and log sum exp; the logits are lost, if `learning` to their gradient.
+    """Log-probs of the targets, entropies or 0, and log sum exp.
+
+    The logits are lost, if `learning` to d logprob / d logits.
 
     What is done to them element by element is done in float32, in blocks that a CPU's caches hold.
     """
@@ -223,7 +228,7 @@ def _read(
     return logprobs, entropies, normalizers
 
 
-def _made_again(
+def _gradient_of_logits(
     hidden: Float[Tensor, "n width"],
     weight: Float[Tensor, "vocabulary width"],
     bias: Float[Tensor, " vocabulary"] | None,

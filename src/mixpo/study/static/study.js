@@ -12,7 +12,7 @@
 
   addEventListener("pageshow", (event) => {
     sent = false;
-    if (event.persisted) location.reload();  // brought back by the browser: its form may have been used
+    if (form && event.persisted) location.reload();  // brought back by the browser: its form may have been used
   });
   document.addEventListener("click", (event) => {
     if (early() && event.target.closest("button")) event.preventDefault();
