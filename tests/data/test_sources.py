@@ -208,7 +208,7 @@ def test_an_unknown_ending_names_the_known_ones(tmp_path):
     [
         ("a.jsonl", b""),
         ("a.jsonl", b"\n \n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.json", b""),
         ("a.json", b"[]"),
         ("a.csv", b""),
@@ -227,7 +227,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path):
     assert refusal(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
 
 
-WHOLE = gzip.compress(jsonl(ROWS * 50))
+WHOLE = gzip.compress(jsonl(ROWS * 50), mtime=0)
 
 
 @pytest.mark.parametrize(
