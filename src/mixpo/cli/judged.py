@@ -58,7 +58,7 @@ def judge(
     from mixpo.experiments.results import load
     from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
     from mixpo.judge.judging import as_judged, judged, questions
-    from mixpo.judge.questions import named, read_template
+    from mixpo.judge.questions import judges, read_template
     from mixpo.judge.verdicts import FILE, appending, assignment_row, read
     from mixpo.report.judges import groups, rows_of
 
@@ -71,7 +71,7 @@ def judge(
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
     words, address = read_template(template), checked(endpoint)
     settings = _number("--temperature", temperature, 0.0), _number("--reply-tokens", reply_tokens, 1)
-    asked = [questions(one, words, order, at, rows) for one in named(model, address, *settings, words)]
+    asked = [questions(one, words, order, at, rows) for one in judges(model, address, *settings, words)]
     every = {question.id: question for _, some in asked for question in some}
     if dry_run:
         known = before.scores.keys() & every.keys()

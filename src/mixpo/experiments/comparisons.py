@@ -15,7 +15,7 @@ from mixpo.stages.rows import read_table
 
 
 class MissingError(InputError):
-    """Two arms, a seed or as many prompts as a run does not have."""
+    """What a run does not have: two such arms, a seed, or so many prompts."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Template:
             ) from error
 
 
-def named(
+def judges(
     models: Sequence[str], endpoint: str, temperature: float | None, reply_tokens: int | None, template: Template
 ) -> list[Judge]:
     """A judge a model. Raises `InputError` on a name that is empty, unprintable or there twice."""
