@@ -525,10 +525,11 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", shown.opening)
     assert shown.groups == []
     assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{shown.opening}\n")
-    (folder,) = {arm.evaluation for arm in load(study.run).arms if arm.arm == "yak"}
-    (Path(str(folder)) / "completions.parquet").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"completions\.parquet"):  # which is no change of the run
-        section(load(study.run))
+    results = load(study.run)
+    (folder,) = {folder for arm in results.arms for key, folder in arm.stages.items() if key.startswith("Data")}
+    (Path(folder) / "test.parquet").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"test\.parquet"):  # which is no change of the run
+        section(results)
     fruit_run(study.run.parent)
     assert section(load(study.run)).opening.startswith("One person")
 
