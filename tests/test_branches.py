@@ -221,10 +221,11 @@ def test_kept_logprobs_equal_plain_forward_passes(
         return sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
 
     monkeypatch.setattr(sampling._Preallocated, "take", taking)
-    lm.end_token = -1
+    lm.end_tokens = frozenset()
     seen = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
     assert not dropped
-    lm.end_token = end = seen.most_common(1)[0][0]  # so that several rows end early
+    end = seen.most_common(1)[0][0]  # so that several rows end early
+    lm.end_tokens = frozenset({end})
     drawn = draw()
     early = [len(completion) < 10 for row in drawn for completion in row.completions]
     assert any(early)

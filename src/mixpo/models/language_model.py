@@ -3,7 +3,7 @@
 Logits are computed only where a completion token is predicted, in chunks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,12 +35,20 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     end_token: int
+    """The token that a completion is taught to end with."""
     shares_prompts: bool
     """Whether branches of one row see exactly what they would see alone; found out when the model is loaded."""
     precision: Precision = "float32"
+    end_tokens: frozenset[int] = frozenset()
+    """Every token that ends a completion when it is drawn: `end_token` always, and what `generation_config` names."""
 
     def __post_init__(self) -> None:
         self.model.set_attn_implementation(ATTENTION)
+        self.end_tokens |= {self.end_token}
+
+    def has_ended(self, completion: Sequence[int]) -> bool:
+        """Whether a completion's last token ends it: false where it was cut off."""
+        return completion[-1] in self.end_tokens
 
     @property
     def device(self) -> torch.device:

@@ -114,7 +114,8 @@ def save_model(lm: LanguageModel, folder: Path, adapters: Any = None) -> str:
     model = lm.model if adapters is None else adapters.merge_and_unload()
     model.eval()
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.eos_token_id = lm.end_token
+        others = sorted(lm.end_tokens - {lm.end_token})
+        model.generation_config.eos_token_id = [lm.end_token, *others] if others else lm.end_token
     model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return model_digest(folder)
@@ -148,7 +149,13 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 
 def _wrap(model: PreTrainedModel, folder: Path, device: torch.device, precision: Precision) -> LanguageModel:
     tokenizer = load_tokenizer(folder)
-    lm = LanguageModel(model.to(device), tokenizer, end_token(tokenizer), shares_prompts=True, precision="float32")
+    lm = LanguageModel(
+        model.to(device),
+        tokenizer,
+        end_token(tokenizer),
+        shares_prompts=True,
+        end_tokens=_generation_end_tokens(model),
+    )
     lm.model.eval()
     try:
         _check(lm, folder)
@@ -159,6 +166,14 @@ def _wrap(model: PreTrainedModel, folder: Path, device: torch.device, precision:
         ) from error
     lm.precision = precision
     return lm
+
+
+def _generation_end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a completion by the model's `generation_config`; none where it has none."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list | tuple) else [ends])
 
 
 @torch.no_grad()

@@ -186,6 +186,7 @@ def _sample_batch(
     device = lm.device
     count, k, max_tokens = uniforms.shape
     head = lm.model.get_output_embeddings()
+    end_tokens = torch.tensor(sorted(lm.end_tokens), device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
     shared = _Rows(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
@@ -198,7 +199,8 @@ def _sample_batch(
     for step in range(max_tokens):
         tokens, logprobs = choose(logits, uniforms[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
-        ended_at[active] = torch.where(tokens == lm.end_token, ended_at[active].clamp(max=step + 1), ended_at[active])
+        ended = torch.isin(tokens, end_tokens)
+        ended_at[active] = torch.where(ended, ended_at[active].clamp(max=step + 1), ended_at[active])
         going = ended_at[active] > step + 1
         left = int(going.sum())
         if left == 0 or step == max_tokens - 1:

@@ -102,7 +102,7 @@ def retokenised(
     def again(completion: Tokens) -> list[int]:
         text = completion_text(policy.tokenizer, completion)
         tokens = completion_tokens(reward.tokenizer, text, limit=1 << 30)
-        ended = completion[-1] == policy.end_token
+        ended = policy.has_ended(completion)
         return tokens if ended or len(tokens) == 1 else tokens[:-1]
 
     return (

@@ -170,6 +170,6 @@ def _look(
         [{"step": step, "prompt": prompt, "completion": text} for prompt, text in zip(asked, texts, strict=True)],
     )
     return {
-        "sampled_end_rate": sum(completion[-1] == lm.end_token for completion in completions) / len(completions),
+        "sampled_end_rate": sum(map(lm.has_ended, completions)) / len(completions),
         "sampled_tokens": sum(map(len, completions)) / len(completions),
     }

@@ -100,7 +100,7 @@ class Evaluation(Stage, EvaluationSettings):
             "score": found.double().tolist(),
             "kl_from_sft": kl.double().tolist(),
             "tokens": [float(len(branches[0])) for branches in completions],
-            "ended": [float(branches[0][-1] == lm.end_token) for branches in completions],
+            "ended": [float(lm.has_ended(branches[0])) for branches in completions],
         }
         if second is not None:
             columns["second_score"] = second.double().tolist()

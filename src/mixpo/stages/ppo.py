@@ -439,7 +439,7 @@ def _draw(
     mask = torch.arange(int(lengths.max())) < lengths[..., None]
     kept = torch.tensor([value for row in sampled for branch in row.logprobs for value in branch])
     logprobs = torch.zeros(mask.shape).masked_scatter(mask, kept)
-    ended = torch.tensor([[c[-1] == policy.end_token for c in branches] for branches in completions])
+    ended = torch.tensor([[policy.has_ended(c) for c in branches] for branches in completions])
     cost.sampled(policy.model, int(lengths.sum()), sum(map(len, prompts)))
     return Drawn(prompts, completions, mask, logprobs, ended)
 

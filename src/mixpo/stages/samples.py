@@ -107,5 +107,5 @@ def _count(completions: list[list[list[int]]]) -> int:
 
 
 def _end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:
-    ended = [completion[-1] == lm.end_token for branches in completions for completion in branches]
+    ended = [lm.has_ended(completion) for branches in completions for completion in branches]
     return sum(ended) / len(ended)

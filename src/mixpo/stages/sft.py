@@ -85,6 +85,6 @@ class SFT(Stage, SFTSettings):
             rows=len(rows),
             steps=total,
             loss=mean_of_last(log.rows(), "loss"),
-            truncated=sum(completion[0][-1] != lm.end_token for completion in completions),
+            truncated=sum(not lm.has_ended(completion[0]) for completion in completions),
         )
         checkpoint.remove()
