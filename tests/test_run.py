@@ -95,11 +95,9 @@ def test_dpo_ppo_and_mpo_score_above_sft(home: Path) -> None:
 
 
 def test_mpo_is_ppo_on_hard_prompts_from_and_anchored_to_dpo_on_easy_pairs(home: Path) -> None:
-    import yaml
-
     mpo = next(arm for arm in load(home / "run").arms if arm.arm == "mpo")
     folder = next(folder for key, folder in mpo.stages.items() if key.startswith("PPO-"))
-    stage = yaml.safe_load((Path(folder) / "config.yaml").read_text())["stage"]
+    stage = json.loads((Path(folder) / "settings.json").read_text())
     assert stage["policy"] == stage["reference"]
     assert (stage["policy"]["type"], stage["policy"]["pairs"]["of"]) == ("DPO", "easy")
     assert (stage["prompts"]["of"], stage["reward"]["type"]) == ("hard", "RewardModel")

@@ -7,6 +7,7 @@ from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe
 from mixpo.stages.engine import Engine, read_settings
 from mixpo.stages.stage import Stage
+from mixpo.training import checkpoint
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _why(stage: Stage, engine: Engine) -> str:
     folder = engine.folder(stage)
     if (folder / "failure.txt").exists():
         return "failed last time"
-    if (folder / "checkpoint.pt").exists():
+    if (folder / checkpoint.FILE).exists():
         return "was interrupted; goes on from its checkpoint"
     own = _own_settings(stage.model_dump(mode="json"), stage)
     differences = []

@@ -2,16 +2,15 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pydantic
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import kind_of
@@ -35,6 +34,10 @@ SHARED = ("precision", "max_completion_tokens", "lora")
 """Keys that a recipe may set once for all its sections."""
 UNSWEPT = ("trace", "gradients", "runtime")
 """Sections that change nothing in an arm."""
+MANDATORY = "???"
+"""A value that whoever runs the recipe must give."""
+LARGEST = 2**20
+"""Bytes of a recipe file."""
 
 
 class Sweep(Settings):
@@ -180,26 +183,21 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
     Raises `InputError` with a line for every problem.
     """
     source = name or EMBEDDED
-    try:
-        merged = OmegaConf.create(_read(source))
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals or not key:
-                raise InputError(f"{override!r}: found no key=value; expected for example ppo.kl_coef=0.2")
-        overridden = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        missing = OmegaConf.missing_keys(overridden)
-        values = OmegaConf.to_container(overridden, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: found no readable YAML ({' '.join(str(error).split())[:200]})") from error
-    if missing:
+    values = _read(source)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override!r}: found no key=value; expected for example ppo.kl_coef=0.2")
+        value = _parse(key, text)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = _over(values, value)
+    if missing := [key for key, value in _flat(values) if value == MANDATORY]:
         raise InputError(
             "\n".join(f"{source}: {key}: not given; expected for example {key}=PATH" for key in sorted(missing))
         )
-    assert isinstance(values, dict)
     try:
-        return Recipe(**{str(key): value for key, value in values.items()})
+        return Recipe(**values)
     except pydantic.ValidationError as error:
         raise InputError("\n".join(f"{source}: {line}" for line in explain(error))) from error
 
@@ -207,7 +205,7 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
 def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A recipe's keys and values, over those of the recipe that it names as its `base`."""
     source, text = _find(name)
-    given = yaml.safe_load(text) or {}
+    given = _parse(source, text) or {}
     if not isinstance(given, dict):
         raise InputError(f"{source}: found {kind_of(given)}; expected a recipe: keys and values")
     base = given.pop("base", None)
@@ -216,6 +214,63 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if base in (name, *above):
         raise InputError(f"{source}: found itself at the end of its bases {' → '.join((*above, name, base))}")
     return _over(_read(str(base), (*above, name)), given)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as recipes need it: no aliases, no interpolations, keys are text, and numbers such as 1e-3 are numbers."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+        first: [one for one in resolvers if one[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="an alias; write the value again", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        if re.search(r"\$\{\w", node.value):
+            problem = "an interpolation ${...}; recipes read nothing from elsewhere: write the value"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_scalar(node)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        number: int = super().construct_yaml_int(node)
+        if abs(number) >= 2**63:
+            raise yaml.MarkedYAMLError(problem="a whole number beyond 64 bits", problem_mark=node.start_mark)
+        return number
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+            key.tag = "tag:yaml.org,2002:str"
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="a key that stands there twice", problem_mark=node.start_mark)
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _parse(source: str, text: str) -> Any:
+    """The value that a YAML text holds. Raises `InputError`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise InputError(f"{source}: found no readable YAML ({error.problem}{where})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: found no readable YAML ({reason})") from error
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +287,11 @@ def _find(name: str) -> tuple[str, str]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
-            return name, path.read_text(encoding="utf8")
+            with path.open("rb") as file:
+                content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise InputError(f"{name}: found more than {LARGEST:,} bytes; expected a recipe: keys and values")
+            return name, content.decode()
         except (OSError, UnicodeDecodeError) as error:
             near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
             hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -261,8 +320,14 @@ def explain(error: pydantic.ValidationError) -> list[str]:
             lines.append(f"{key}: not given; expected a value")
         else:
             expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            lines.append(f"{key}: found {problem['input']!r}; expected {expected}")
+            lines.append(f"{key}: found {_shortened(problem['input'])}; expected {expected}")
     return lines
+
+
+def _shortened(value: Any) -> str:
+    """A value as it stands in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

@@ -1,23 +1,22 @@
 """The engine: which folder a stage has, whether it is there, and computing what is not. The one file that knows exca.
 
 A stage's folder is named by its identity in a cache that all runs share. A stage that was killed is computed again in
-the same folder, where it finds its checkpoint; a failed one is tried again.
+the same folder, where it finds its checkpoint; a failed one is tried again. A cache may come from somebody else: what
+is read of it is JSON, Parquet and safetensors, never a pickle.
 """
 
 import fcntl
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import exca
-import pydantic
+from exca import ConfDict
 
 from mixpo.data.errors import InputError
-from mixpo.stages.stage import Stage
+from mixpo.stages.stage import SUMMARY, Stage
 from mixpo.training import memory
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
@@ -28,25 +27,6 @@ VERSION = "5"
 SETTINGS = "settings.json"
 
 
-class _Task(pydantic.BaseModel):
-    stage: Stage
-    cache: Path
-    runtime: Runtime
-    infra: exca.TaskInfra = exca.TaskInfra(version=VERSION, mode="retry")
-    _exclude_from_cls_uid: ClassVar[tuple[str, ...]] = ("cache", "runtime")
-
-    @infra.apply
-    def compute(self) -> None:
-        """Fill the stage's folder; the upstream stages' folders are full."""
-        engine = Engine(self.cache, self.runtime)
-        out = engine.folder(self.stage)
-        out.mkdir(parents=True, exist_ok=True)
-        folders = {name: engine.folder(stage) for name, stage in self.stage.inputs().items()}
-        write_json(out / SETTINGS, self.stage.model_dump(mode="json"))
-        memory.reset_peak()
-        self.stage.work(self.stage.paths(folders), out, self.runtime)
-
-
 @dataclass
 class Engine:
     """Folders of stages in a cache."""
@@ -55,20 +35,14 @@ class Engine:
     runtime: Runtime
 
     def __post_init__(self) -> None:
-        logging.getLogger("exca").setLevel(logging.ERROR)
-        self._tasks: dict[Stage, _Task] = {}
-
-    def _task(self, stage: Stage) -> _Task:
-        if stage not in self._tasks:
-            infra = {"folder": self.cache / type(stage).__name__.lower()}
-            self._tasks[stage] = _Task(stage=stage, cache=self.cache, runtime=self.runtime, infra=infra)
-        return self._tasks[stage]
+        self._folders: dict[Stage, Path] = {}
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are or will be."""
-        folder = self._task(stage).infra.uid_folder()
-        assert folder is not None
-        return Path(folder)
+        if stage not in self._folders:
+            name = ConfDict.from_model(stage, uid=True, exclude_defaults=True).to_uid()
+            self._folders[stage] = self.cache / type(stage).__name__.lower() / f"version-{VERSION}" / name
+        return self._folders[stage]
 
     def identity(self, stage: Stage) -> str:
         """Eight hex digits that stand for the stage's settings, inputs and data: the end of its folder's name."""
@@ -76,36 +50,33 @@ class Engine:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage's folder is complete. Raises `InputError` if made with other defaults than today's."""
-        task, folder = self._task(stage), self.folder(stage)
-        if not (folder / "summary.json").exists() or task.infra.status() != "completed":
-            return False
-        if read_settings(folder) != stage.model_dump(mode="json"):  # a folder's name leaves out defaults and paths
-            with self._told_apart(stage):
-                task.infra.job()  # slow, and says which one differs
-        return True
+        folder = self.folder(stage)
+        settings, done = read_settings(folder), (folder / SUMMARY).exists()
+        if settings == stage.model_dump(mode="json"):
+            return done
+        # a folder's name leaves out defaults, and what does not belong to the identity, such as paths
+        differences = list(_differences(_identity_settings(stage), settings)) if settings else ["no settings.json"]
+        if differences and (settings or done):
+            raise InputError(
+                f"{folder}: the folder was written by another version of mixpo ({', '.join(differences[:3])}); "
+                "delete it or choose another `cache`"
+            )
+        return done
 
     def compute(self, stage: Stage) -> Path:
         """The stage's folder, complete; what is upstream must be complete. Raises what the stage raises.
 
         Two runs on one cache never compute a stage at once: the second waits, and finds it done.
         """
-        with self._told_apart(stage), _alone(self.cache / "locks" / self.identity(stage)):
-            self._tasks.pop(stage, None)  # exca does not try again what failed with the same object
-            self._task(stage).compute()
-        return self.folder(stage)
-
-    @contextmanager
-    def _told_apart(self, stage: Stage) -> Iterator[None]:
-        """What exca finds wrong with a folder, as one line."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "seems incompatible" not in str(error):
-                raise
-            raise InputError(
-                f"{self.folder(stage)}: the folder was written by another version of mixpo "
-                f"({str(error).splitlines()[0]}); delete it or choose another `cache`"
-            ) from error
+        out = self.folder(stage)
+        with _alone(self.cache / "locks" / self.identity(stage)):
+            if not self.is_done(stage):
+                out.mkdir(parents=True, exist_ok=True)
+                folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
+                write_json(out / SETTINGS, stage.model_dump(mode="json"))
+                memory.reset_peak()
+                stage.work(stage.paths(folders), out, self.runtime)
+        return out
 
     def build(self, stage: Stage) -> Path:
         """The stage's folder, complete, after what is missing upstream and the stage itself were computed."""
@@ -139,14 +110,39 @@ def in_order(stage: Stage) -> Iterator[Stage]:
     yield from visit(stage)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """All settings that a stage's folder was computed with, defaults and upstream stages too; none if it was not."""
-    path = folder / SETTINGS
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+def _identity_settings(stage: Stage) -> dict[str, Any]:
+    """All settings that belong to the stage's identity, defaults and upstream stages too, as JSON has them."""
+    content: dict[str, Any] = json.loads(json.dumps(ConfDict.from_model(stage, uid=True, exclude_defaults=False)))
     return content
 
 
+def _differences(now: Mapping[str, Any], before: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Settings of today that had another value before; one that did not exist then is no difference."""
+    for key, value in now.items():
+        earlier = before.get(key, value)
+        if isinstance(value, Mapping) and isinstance(earlier, Mapping):
+            yield from _differences(value, earlier, f"{within}{key}.")
+        elif earlier != value:
+            yield f"{within}{key} {repr(earlier)[:60]} then, {repr(value)[:60]} now"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """All settings that a stage's folder was computed with, defaults and upstream stages too; none if it was not."""
+    try:
+        content = json.loads((folder / SETTINGS).read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
-    """A complete stage's `summary.json`."""
-    content: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf8"))
+    """A complete stage's `summary.json`. Raises `InputError` on a damaged one."""
+    path = folder / SUMMARY
+    try:
+        content: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: found no readable summary ({type(error).__name__}); expected the one that the stage wrote; "
+            "delete the stage's folder and run again"
+        ) from error
     return content

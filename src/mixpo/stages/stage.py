@@ -12,6 +12,8 @@ from mixpo.settings import Settings
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
 
+SUMMARY = "summary.json"
+
 
 class Stage(exca.helpers.DiscriminatedModel):
     """A node of an experiment. Equal stages are one stage.
@@ -76,7 +78,7 @@ class Seeded(Settings):
 
 def finish(out: Path, cost: Cost, **figures: Any) -> None:
     """Write `summary.json`: the final figures and the cost."""
-    write_json(out / "summary.json", {**figures, "cost": cost.summary()})
+    write_json(out / SUMMARY, {**figures, "cost": cost.summary()})
 
 
 def model_in(folder: Path) -> Path:

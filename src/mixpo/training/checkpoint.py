@@ -1,14 +1,22 @@
-"""Checkpoints of a running stage, from which it goes on exactly where it was."""
+"""Checkpoints of a running stage, from which it goes on exactly where it was: tensors and JSON, never a pickle."""
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FORMAT = 1
+from mixpo.data.errors import InputError
+
+FILE = "checkpoint.safetensors"
+FORMAT = 2
+_JSON = "json"
+"""The tensor that holds, as bytes, everything that is no tensor."""
 
 
 class Stateful(Protocol):
@@ -53,21 +61,28 @@ class Checkpoint:
     """The one checkpoint of a stage: weights, optimizers, random state, the step and what the stage adds."""
 
     def __init__(self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float) -> None:
-        self.path = folder / "checkpoint.pt"
+        self.path = folder / FILE
         self.parts = dict(parts)
         self.every = 60 * every_minutes
         self.written = time.monotonic()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Go back to the checkpoint. Returns the step to take next and what was added; (0, {}) if there is none."""
+        """Go back to the checkpoint. Returns the step to take next and what was added; (0, {}) if there is none.
+
+        Raises `InputError` on one that is damaged, or of another format or stage.
+        """
         if not self.path.exists():
             return 0, {}
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
-            raise RuntimeError(
-                f"{self.path}: the checkpoint holds {sorted(saved['parts'])} in format {saved['format']}, expected "
-                f"{sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
-            )
+        try:
+            tensors = load_file(self.path)
+            saved = _insert_tensors(json.loads(tensors.pop(_JSON).numpy().tobytes()), tensors)
+            if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
+                raise ValueError(f"{sorted(saved['parts'])} in format {saved['format']}")
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{self.path}: found no checkpoint of this stage ({type(error).__name__}: {str(error)[:200]}); "
+                f"expected {sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
+            ) from error
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
         torch.set_rng_state(saved["random_state"])
@@ -82,21 +97,44 @@ class Checkpoint:
 
     def write(self, step: int, extra: Mapping[str, Any]) -> None:
         """Write the state before step `step`, in one move."""
+        tensors: dict[str, Tensor] = {}
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "extra": dict(extra),
+        }
+        content = json.dumps(_extract_tensors(state, tensors)).encode()
         temporary = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "format": FORMAT,
-                "step": step,
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
-                "random_state": torch.get_rng_state(),
-                "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-                "extra": dict(extra),
-            },
-            temporary,
-        )
+        save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
         self.written = time.monotonic()
 
     def remove(self) -> None:
         """Forget the checkpoint: the stage is done."""
         self.path.unlink(missing_ok=True)
+
+
+def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON can hold it: its tensors are put into `tensors`, and the keys of mappings stay numbers."""
+    if isinstance(state, Tensor):
+        tensors[str(len(tensors))] = state.detach().contiguous()
+        return {"tensor": str(len(tensors) - 1)}
+    if isinstance(state, Mapping):
+        return {"items": [[key, _extract_tensors(value, tensors)] for key, value in state.items()]}
+    if isinstance(state, list | tuple):
+        return [_extract_tensors(value, tensors) for value in state]
+    return state
+
+
+def _insert_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_extract_tensors` took apart; tuples have become lists."""
+    if isinstance(state, list):
+        return [_insert_tensors(value, tensors) for value in state]
+    if isinstance(state, dict):
+        if "tensor" in state:
+            return tensors[state["tensor"]]
+        return {key: _insert_tensors(value, tensors) for key, value in state["items"]}
+    return state
