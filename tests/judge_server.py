@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Response = tuple[int, dict[str, str], bytes]
+Response = tuple[int, dict[str, str], bytes | Iterator[bytes]]
+"""Status, headers and the body: whole, or in parts that may never end."""
 
 
 def said(one: object, other: object) -> str:
@@ -42,6 +43,7 @@ class Asked:
     key: str
     number: int
     """Of the request, from 0."""
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def shown(self) -> list[str]:
@@ -63,6 +65,8 @@ class Server:
     asked: list[Asked] = field(default_factory=list)
     at_once: int = 0
     """The most requests that were under way together."""
+    sent: list[int] = field(default_factory=list)
+    """Bytes of every body in parts that could be sent."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def prefer(self, choose: Callable[[Asked], bool | None]) -> None:
@@ -82,7 +86,7 @@ def serving() -> Iterator[Server]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                asked = Asked(body, self.headers.get("Authorization", ""), len(server.asked))
+                asked = Asked(body, self.headers.get("Authorization", ""), len(server.asked), dict(self.headers))
                 server.asked.append(asked)
                 under_way.add(asked.number)
                 server.at_once = max(server.at_once, len(under_way))
@@ -97,10 +101,22 @@ def serving() -> Iterator[Server]:
                 return
             status, headers, content = response
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            if isinstance(content, bytes):
+                headers = {**headers, "Content-Length": str(len(content))}
+            else:
+                self.close_connection = True
+            for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            if isinstance(content, bytes):
+                self.wfile.write(content)
+                return
+            sent = 0
+            try:
+                for part in content:
+                    sent += self.wfile.write(part)
+            finally:
+                server.sent.append(sent)
 
         def log_message(self, *args: object) -> None:
             pass

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import gzip
+import itertools
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -542,6 +545,140 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
     assert filled == "a\ufffd\U0001f600\ufeffb"
 
 
+# Servers that mean harm
+
+
+def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: Server) -> None:
+    """Neither where it never ends nor where it says how long it is; the file keeps nothing of it."""
+    server.behave = lambda asked: (200, {}, itertools.repeat(b" " * 65536))
+    printed = study.judge("--concurrency", "1", "--prompts", "2")
+    assert printed.code == 1
+    assert "questions failed: a reply without end: more than 4,194,304 bytes\n" in printed.err
+    assert max(server.sent) < 10 * asking.LARGEST_REPLY  # what lies in buffers besides
+    server.behave = lambda asked: (500 if about(asked) == 2 else 200, {}, b'{"a": "' + b"x" * 50_000_000)
+    printed = study.judge("--concurrency", "1", "--attempts", "6")
+    assert "questions failed: a reply without end: more than 4,194,304 bytes\n" in printed.err
+    assert study.file.stat().st_size < 10_000
+
+
+def test_tokens_of_a_reply_without_end_count_as_all_that_it_may_have(study: Study, server: Server) -> None:
+    server.behave = lambda asked: (200, {}, itertools.repeat(b" " * 65536))
+    printed = study.judge("--concurrency", "1", "--max-tokens", "150", "--reply-tokens", "100")
+    assert len(server.asked) == 2
+    assert "--max-tokens: 200 tokens were spent" in printed.err
+
+
+def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, server: Server) -> None:
+    def trickle() -> Iterator[bytes]:
+        while not server.over.wait(0.02):
+            yield b" "
+
+    server.behave = lambda asked: (200, {}, trickle())
+    printed = study.judge("--prompts", "2", "--attempts", "1", "--timeout", "0.3")
+    assert "questions failed: no reply in time: after 0.3 s\n" in printed.err
+
+
+def test_a_packed_reply_is_not_unpacked(study: Study, server: Server) -> None:
+    bomb = gzip.compress(bytes(20_000_000))
+    server.behave = lambda asked: (200, {"Content-Encoding": "gzip"}, bomb)
+    printed = study.judge("--attempts", "1")
+    assert "questions failed: no chat completion: a reply packed as gzip; expected plain JSON\n" in printed.err
+    assert {asked.headers["Accept-Encoding"] for asked in server.asked} == {"identity"}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_takes_no_prompt_elsewhere(
+    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving() as other:
+        place = other.url.removeprefix("http://").removesuffix("/v1")
+        to = f"http://me:secret@{place}/v1/chat/completions?token=secret"
+        server.behave = lambda asked: (status, {"Location": to}, b"")
+        printed = study.judge("--concurrency", "1")
+    assert (other.asked, len(server.asked)) == ([], asking.FAILURES_IN_A_ROW)
+    assert printed.code == 1
+    assert f"8 questions failed: HTTP {status}: a redirect to {place}, not followed\n" in printed.err
+    assert "secret" not in printed.err
+
+
+@pytest.mark.parametrize("location", [None, "/elsewhere", "http://[", "//:x", "\xff"])
+def test_a_redirect_to_nowhere(study: Study, server: Server, location: str | None) -> None:
+    server.behave = lambda asked: (302, {} if location is None else {"Location": location}, b"")
+    assert study.judge("--attempts", "1").code == 1
+
+
+def test_a_long_reply_is_judged_and_kept_in_part(study: Study, server: Server) -> None:
+    server.behave = lambda asked: completion(said(8, 5) + "!" * 1_000_000)
+    assert study.judge("--prompts", "2").code == 0
+    for row in study.scored():
+        assert row["scores"] == [8.0, 5.0]
+        assert row["replies"][0].startswith(said(8, 5))
+        assert row["replies"][0].endswith(f"!… ({len(said(8, 5)) + 1_000_000:,} characters)")
+        assert len(row["replies"][0]) < 70_000
+
+
+DIGITS = "9" * 5_000
+HARMFUL: dict[str, Response] = {
+    "an index": (200, {}, completion(said(8, 5))[2].replace(b'"index": 0', f'"index": {DIGITS}'.encode())),
+    "an error": (200, {}, f'{{"error": {{"code": {DIGITS}}}}}'.encode()),
+    "nested": (200, {}, b"[" * 1_000_000),
+    "no UTF-8": (200, {}, b"\xff\xfe{" + bytes(range(256))),
+    "a slow code": (200, {"Content-Type": "text/plain; charset=punycode"}, b"a-" + b"z9" * 500_000),
+    "an unknown code": (200, {"Content-Type": "text/plain; charset=\xff"}, b"hello"),
+    "a nested error": (500, {}, b"[" * 1_000_000),
+    "an error of bytes": (500, {"Content-Type": "text/plain; charset=punycode"}, b"z9" * 1_000_000),
+    "a wait": error(503, "later", Retry_After=DIGITS),
+    "a wait below zero": error(503, "later", Retry_After=f"-{DIGITS}"),
+    "a date": error(503, "later", Retry_After=f"Mon, 01 Jan {'9' * 12} 00:00:00 GMT"),
+    "a zone": error(503, "later", Retry_After="Mon, 01 Jan 0001 00:00:00 +2359"),
+    "a header without end": error(503, "later", X_Much="x" * 200_000),
+}
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_what_a_server_may_send_is_a_failure_in_one_line(
+    study: Study, server: Server, waits: list[float], kind: str
+) -> None:
+    server.behave = lambda asked: HARMFUL[kind]
+    printed = study.judge("--concurrency", "1", "--attempts", "2")
+    assert printed.code == 1
+    assert len(server.asked) == 16
+    assert all(1.0 <= wait <= 450 for wait in waits)
+    assert max(map(len, printed.err.splitlines())) < 400
+    assert study.scored() == []
+
+
+def test_tokens_that_nobody_can_have_used_are_not_counted(study: Study, server: Server) -> None:
+    for tokens in ("9" * 4_299, "1e999", "-1", "true", '"5"', str(10**9 + 1)):
+        body = completion(said(8, 5))[2].replace(b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode())
+        assert read_reply(body) == Reply(said(8, 5))
+    assert read_reply(completion(said(8, 5), tokens=(10**9, 0))[2]).tokens == (10**9, 0)
+
+
+@pytest.mark.parametrize("score", [DIGITS, f"0{DIGITS}", f"7.{DIGITS}", "9" * 400, "0" * 400 + "7"])
+def test_a_score_of_thousands_of_digits_is_none(score: str) -> None:
+    assert scores(Reply(said(score, 5))) is None
+    assert scores(Reply(said("7.3333333333333333", 5))) == (7.3333333333333333, 5.0)
+
+
+def test_reading_a_reply_takes_time_in_proportion_to_its_length() -> None:
+    """A million characters of every kind that makes a careless expression start again from each of them.
+
+    In a process that is ended where it takes a hundred times as long as it should.
+    """
+    code = """
+from mixpo.judge.replies import Reply, scores
+n = 1_000_000
+label = "Response 1 Quality Score:"
+for text in ("x" * n, " " * n, "x " * n, label + " " * n, label + "9" * n, label + "9." * n, label + "1." + "9" * n,
+             "Response " + "1" * n, "Response " * n, "*" * n, label * 40_000, (label + " " * 99) * 8_000, "\\n" * n):
+    for cut in (False, True):
+        assert scores(Reply(text, cut)) is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
 # Keys
 
 
@@ -786,6 +923,19 @@ def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
     assert f"{study.file}:1: found no verdict (ValueError: format 2, not 1)" in study.judge().err
 
 
+@pytest.mark.parametrize(
+    "scores",
+    ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", "[" + "9" * 4_000 + ", 1]", "[" * 90_000, "3"],
+)
+def test_a_verdict_that_no_judge_can_have_given_is_named(study: Study, scores: str) -> None:
+    study.file.parent.mkdir()
+    study.file.write_text(f'{{"format": 1, "question": "a", "scores": {scores}}}\n')
+    printed = study.judge()
+    assert printed.code == 2
+    assert printed.err.startswith(f"{study.file}:1: found no verdict (")
+    assert len(printed.err) < 600
+
+
 def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
     well, unlimited = server.behave, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -826,6 +976,10 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         ("{{ first }} {{ second }} {{ promt }}", "(UndefinedError: 'promt' is undefined); expected one of the variabl"),
         ("{{ first }} {{ second }} {{ 1 / 0 }}", "(ZeroDivisionError: division by zero)"),
         ("{{ first.__class__.__mro__ }} {{ second }}", "(SecurityError: access to attribute '__class__'"),
+        ("{{ first }} {{ second }} {% include '/etc/passwd' %}", "(TypeError: no loader for this environment"),
+        ("{{ first }} {{ second }} {% import '/etc/passwd' as x %}", "(TypeError: no loader for this environment"),
+        ("{{ first }} {{ second }} {{ lipsum.__globals__.os.environ }}", "(SecurityError: access to attribute '__glo"),
+        ("{{ first }} {{ second }} {{ messages.append(1) }}", "(SecurityError: "),
         (None, "--template: found no readable file"),
     ],
 )
@@ -844,14 +998,6 @@ def test_the_papers_prompt() -> None:
     assert filled.startswith("Please evaluate the quality of the response according to the given instructions.")
     assert filled.endswith("Instruction: Why?\n\nResponse 1: {{ one }}\n\nResponse 2: two")
     assert [filled.count(f"\n{number}. ") for number in range(1, 12)] == [1] * 10 + [0]
-
-
-def test_a_missing_package_is_named(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "mixpo.judge.asking")
-    printed = study.judge()
-    assert (printed.code, printed.err.count("\n")) == (2, 1)
-    assert "pip install 'mixpo[judge]'" in printed.err
 
 
 # The report

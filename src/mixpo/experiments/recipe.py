@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -219,16 +219,15 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML as recipes need it: no aliases, no interpolations, keys are text, and numbers such as 1e-3 are numbers."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         first: [one for one in resolvers if one[0] != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="an alias; write the value again", problem_mark=self.peek_event().start_mark
-            )
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="an alias; write the value again", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:

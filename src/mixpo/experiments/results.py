@@ -215,7 +215,7 @@ def _load(folder: Path) -> Run:
         if content.get("format") == FORMAT:
             arms = tuple(ArmResult(**arm) for arm in content["arms"])
             gradients = tuple(GradientsResult(**one) for one in content["gradients"])
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file}: found no results of mixpo ({type(error).__name__}: {error}); run the recipe again"
         ) from error

@@ -101,7 +101,8 @@ class _Here:
 
 class _Beside:
     """Processes, begun when they are first needed, and a pipe to each: stages go in, what a watcher is told comes out,
-    and at last the outcome. A pipe that ends is a process that died."""
+    and at last the outcome. A pipe that ends is a process that died. Pipes pickle what they carry; nobody but our own
+    processes writes to them, and nothing of it is read from a disk."""
 
     def __init__(self, engine: Engine) -> None:
         runtime = engine.runtime

@@ -8,18 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from urllib.parse import urlsplit
 
-from mixpo.data.errors import InputError
+import httpx2
+
 from mixpo.judge.endpoint import KEY, hider, is_loopback
 from mixpo.judge.questions import Judge, Question, whole
-from mixpo.judge.replies import Reply, read_reply, scores, total
+from mixpo.judge.replies import Reply, read_error, read_reply, scores, total
 from mixpo.judge.verdicts import Keep, scores_row
-
-try:
-    import openai
-except ImportError as missing:
-    raise InputError("openai: found no such package, which talks to judges; pip install 'mixpo[judge]'") from missing
 
 ATTEMPTS_TO_PARSE = 2
 """Replies to a question until it counts as unparsed."""
@@ -27,6 +23,10 @@ FAILURES_IN_A_ROW = 8
 """Questions that fail one after the other until a judge is asked nothing more."""
 QUESTIONS_OWN = ("HTTP 400", "HTTP 413", "HTTP 422")
 """What may be the fault of one question, such as a prompt that is too long, once the judge has replied to others."""
+LARGEST_REPLY = 2**22
+"""Bytes of a reply that are read; a longer one is a failure, whatever it says."""
+LONGEST_KEPT = 2**16
+"""Characters of a reply that are kept in the file."""
 LONGEST_BACKOFF = 60.0
 LONGEST_RETRY_AFTER = 300.0
 """Seconds that a server may have us wait."""
@@ -123,9 +123,13 @@ class _Asking:
 
     async def all(self) -> Progress:
         endpoint = self.questions[0].judge.endpoint
-        here = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(endpoint))  # no proxy to this machine
-        async with openai.AsyncOpenAI(
-            base_url=endpoint, api_key=self.key or "none", max_retries=0, timeout=None, http_client=here
+        authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        async with httpx2.AsyncClient(
+            headers={"Accept-Encoding": "identity", **authorization},  # what is packed may be a thousand times as long
+            follow_redirects=False,  # prompts and key go where the endpoint is, and nowhere else
+            trust_env=not is_loopback(endpoint),  # no proxy to this machine
+            timeout=None,
+            limits=httpx2.Limits(max_connections=None),
         ) as self.client:
             waiting = iter(shuffled(self.questions))
             workers = min(self.limits.concurrency, len(self.questions))
@@ -151,7 +155,7 @@ class _Asking:
             standing.proven, standing.failed_in_a_row = True, 0
             found = scores(replies[-1])
             if found is not None or len(replies) == ATTEMPTS_TO_PARSE:
-                said = [self.hide(whole(reply.text or "")) for reply in replies]
+                said = [_cut(self.hide(whole(reply.text or ""))) for reply in replies]
                 self.keep(scores_row(question, found, said, total(replies)))
                 self.progress.done += 1
                 return self.watch(self.progress)
@@ -172,31 +176,55 @@ class _Asking:
 
     async def _request(self, question: Question) -> Reply:
         judge = question.judge
-        asked: dict[str, Any] = {"temperature": judge.temperature, "max_tokens": judge.reply_tokens}
+        settings = {"temperature": judge.temperature, "max_tokens": judge.reply_tokens}
+        content = {
+            "model": judge.model,
+            "messages": [{"role": "user", "content": question.text}],
+            **{name: value for name, value in settings.items() if value is not None},
+        }
         try:
-            async with asyncio.timeout(self.limits.timeout):
-                raw = await self.client.chat.completions.with_raw_response.create(
-                    model=judge.model,
-                    messages=[{"role": "user", "content": question.text}],
-                    extra_headers={} if self.key else {"Authorization": openai.omit},
-                    **{name: value for name, value in asked.items() if value is not None},
-                )
+            async with (
+                asyncio.timeout(self.limits.timeout),
+                self.client.stream("POST", f"{judge.endpoint}/chat/completions", json=content) as response,
+            ):
+                body = await self._read_body(response)
         except TimeoutError:
-            if self.limits.tokens is not None:  # the server may have written as many
-                self._spend(judge.reply_tokens)
+            self._spend_unknown(judge)
             raise _Failure("no reply in time", f"after {self.limits.timeout:g} s") from None
-        except openai.APIStatusError as error:
-            again = error.status_code >= 500 or error.status_code in RETRIED
-            after = retry_after(error.response.headers.get("retry-after"))
-            raise _Failure(f"HTTP {error.status_code}", self._said(error), again=again, after=after) from None
-        except openai.OpenAIError as error:
-            cause = error.__cause__ or error
-            raise _Failure("no connection", self._line(f"{type(cause).__name__}: {cause}")) from None
-        reply = read_reply(raw.http_response.content)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise _Failure("no connection", self._line(f"{type(error).__name__}: {error}")) from None
+        if body is None:
+            self._spend_unknown(judge)
+            raise _Failure("a reply without end", f"more than {LARGEST_REPLY:,} bytes", again=False)
+        if response.is_error:
+            again = response.status_code >= 500 or response.status_code in RETRIED
+            after = retry_after(response.headers.get("retry-after"))
+            said = self._line(read_error(body)) or "no message"
+            raise _Failure(f"HTTP {response.status_code}", said, again=again, after=after)
+        reply = read_reply(body)
         self._spend(None if reply.tokens is None else sum(reply.tokens))
         if reply.text is None:
-            raise _Failure("no chat completion", self._line(raw.http_response.text) or "an empty reply")
+            raise _Failure("no chat completion", self._line(body.decode(errors="replace")) or "an empty reply")
         return reply
+
+    async def _read_body(self, response: httpx2.Response) -> bytes | None:
+        """A reply's body as it is sent; None if it is too long. Raises `_Failure` on what is not read at all."""
+        if 300 <= response.status_code < 400:
+            to = self._line(_host(response.headers.get("location", "")))
+            raise _Failure(f"HTTP {response.status_code}", f"a redirect to {to}, not followed", again=False)
+        if (encoding := response.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise _Failure("no chat completion", self._line(f"a reply packed as {encoding}; expected plain JSON"))
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > LARGEST_REPLY:
+                return None
+        return bytes(body)
+
+    def _spend_unknown(self, judge: Judge) -> None:
+        """The tokens of a reply that nobody read to its end: the server may have written as many as it may."""
+        if self.limits.tokens is not None:
+            self._spend(judge.reply_tokens)
 
     def _spend(self, tokens: int | None) -> None:
         self.progress.tokens += tokens or 0
@@ -225,15 +253,23 @@ class _Asking:
         for standing in standings:
             standing.halted.set()
 
-    def _said(self, error: openai.APIStatusError) -> str:
-        """A server's message."""
-        message = error.body.get("message") if isinstance(error.body, dict) else None
-        return self._line(message if isinstance(message, str) else error.response.text) or "no message"
-
     def _line(self, text: str) -> str:
         """What was said elsewhere as one printable line without the key."""
         words = self.hide(whole(text)).split()
         return "".join(one if one.isprintable() else "\ufffd" for one in " ".join(words)[:200])
+
+
+def _cut(text: str) -> str:
+    """A reply as it is kept: its beginning, and how long it was."""
+    return text if len(text) <= LONGEST_KEPT else f"{text[:LONGEST_KEPT]}… ({len(text):,} characters)"
+
+
+def _host(location: str) -> str:
+    """The host that a Location header names, and nothing else of it, since more may be a secret."""
+    try:
+        return urlsplit(location).netloc.rpartition("@")[2] or "the same host"
+    except ValueError:
+        return "no address"
 
 
 async def pause(seconds: float, halted: asyncio.Event) -> None:
@@ -257,8 +293,8 @@ def retry_after(header: str | None) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(header)
-        except ValueError:
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            seconds = (date - datetime.now(UTC)).total_seconds()
+        except (ValueError, OverflowError):
             return None
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        seconds = (date - datetime.now(UTC)).total_seconds()
     return None if math.isnan(seconds) else max(0.0, seconds)

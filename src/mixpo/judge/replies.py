@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 HIGHEST = 10.0
 """Scores go from 0, "not related to the question", to a point for each of the prompt's ten dimensions."""
+MOST_TOKENS = 10**9
+"""Of a prompt or a completion; a server that counts more cannot be believed."""
 _LABEL = re.compile(r"Response ([0-9]+) Quality Score:")
-_SCORE = re.compile(r"[ \t]*([0-9]+(?:\.[0-9]+)?)(?:/10)?[ \t]*(?:\r?\n|\Z|(?=Explanation:))")
+_SCORE = re.compile(r"[ \t]*([0-9]{1,20}(?:\.[0-9]{1,20})?)(?:/10)?[ \t]*(?:\r?\n|\Z|(?=Explanation:))")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,21 @@ def read_reply(body: bytes) -> Reply:
     return Reply(text if isinstance(text, str) else "", cut, tokens)
 
 
+def read_error(body: bytes) -> str:
+    """What a server says of an error: its message if there is one, else all of it."""
+    try:
+        content = json.loads(body)
+        message = content.get("error", content)["message"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        message = None
+    return message if isinstance(message, str) else body.decode(errors="replace")
+
+
 def _tokens(usage: object) -> tuple[int, int] | None:
     if not isinstance(usage, dict):
         return None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
+    if type(prompt) is int and type(completion) is int and all(0 <= n <= MOST_TOKENS for n in (prompt, completion)):
         return prompt, completion
     return None
 
@@ -60,7 +72,7 @@ def scores(reply: Reply) -> tuple[float, float] | None:
     but `/10`, the end of the line or `Explanation:`. Bold type is read over, and so is a last word that was cut.
     """
     text = (reply.text or "").replace("**", "")
-    text = re.sub(r"\S+\Z", "", text) if reply.cut else text
+    text = _without_last_word(text) if reply.cut else text
     labels = list(_LABEL.finditer(text))
     found = [_SCORE.match(text, label.end()) for label in labels]
     if [label[1] for label in labels] != ["1", "2"]:
@@ -69,3 +81,11 @@ def scores(reply: Reply) -> tuple[float, float] | None:
     if len(values) < 2 or max(values) > HIGHEST:
         return None
     return values[0], values[1]
+
+
+def _without_last_word(text: str) -> str:
+    """A text up to its last blank; a regular expression would look for the end from every letter."""
+    end = len(text)
+    while end and not text[end - 1].isspace():
+        end -= 1
+    return text[:end]

@@ -12,6 +12,7 @@ from typing import Any
 
 from mixpo.data.errors import InputError
 from mixpo.judge.questions import Judge, Question
+from mixpo.judge.replies import HIGHEST
 
 FILE = Path("judge") / "verdicts.jsonl"
 FORMAT = 1
@@ -65,7 +66,12 @@ class Kept:
             self.assignments[assignment.key] = Assignment(*assignment.key, {**earlier.pairs, **assignment.pairs})
         else:
             scores = row["scores"]
-            self.scores[str(row["question"])] = None if scores is None else (float(scores[0]), float(scores[1]))
+            if scores is not None:
+                one, other = scores
+                if not (0.0 <= one <= HIGHEST and 0.0 <= other <= HIGHEST):
+                    raise ValueError(f"scores {one} and {other}, not from 0 to {HIGHEST:g}")
+                scores = float(one), float(other)
+            self.scores[str(row["question"])] = scores
 
     def has(self, assignment: Assignment) -> bool:
         """Whether all of an assignment is known."""
@@ -107,14 +113,16 @@ def read(file: Path) -> Kept:
     kept = Kept()
     if not file.exists():
         return kept
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            kept.add(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{file}:{number}: found no verdict ({type(error).__name__}: {error}); expected a line that this "
-                "version's `mixpo judge` wrote; drop the line, or update mixpo"
-            ) from error
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                if line.endswith(b"\n"):
+                    kept.add(json.loads(line))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise InputError(
+                    f"{file}:{number}: found no verdict ({type(error).__name__}: {str(error)[:200]}); expected a line "
+                    "that this version's `mixpo judge` wrote; drop the line, or update mixpo"
+                ) from error
     return kept
 
 

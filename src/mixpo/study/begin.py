@@ -85,7 +85,7 @@ def links(store: Store, folder: Path) -> tuple[dict[str, str], list[str]]:
     try:
         kept = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
         new = {row.name: row.token for row in rows if token_digest(str(kept.get(row.name))) != row.token}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: found no readable links ({error}); expected names and links; delete it to make new ones"
         ) from error

@@ -22,6 +22,8 @@ WHOLE = re.compile(r"[1-9][0-9]{0,8}")
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
 ACTIVE = ("=", "+", "-", "@", "\t", "\r", "'")
 """How a cell begins that a spreadsheet would take for more than text, and the mark that tells it so."""
+LARGEST = 2**28
+"""Bytes of a file that is taken in: that many no study exports."""
 _LISTED = 10
 
 
@@ -40,9 +42,9 @@ def take_in(store: Store, study: StudyRow, path: Path) -> tuple[int, int]:
     for line, row in _read(path):
         try:
             given.append(_judgement(study, asked, row))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             problem = f"no {error} there" if isinstance(error, KeyError) else str(error)
-            bad.append(f"{path}:{line}: {problem}")
+            bad.append(f"{path}:{line}: {problem if len(problem) <= 400 else problem[:400] + '…'}")
     if not bad:
         times = Counter(one[:2] for one in given)
         bad = [f"{path}: found question {n} of {who} twice; expected it once" for (who, n), k in times.items() if k > 1]
@@ -138,7 +140,11 @@ def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The rows of an export with their line or row."""
     form = _form(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InputError(f"{path}: found more than {LARGEST:,} bytes; expected what --export writes")
+        text = content.decode("utf-8-sig")
         if form == "jsonl":
             return [(line, json.loads(one)) for line, one in enumerate(text.split("\n"), start=1) if one.strip()]
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -148,7 +154,7 @@ def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
             (reader.line_num, {name: (value or "").removeprefix("'") for name, value in row.items() if name})
             for row in reader
         ]
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: found no readable {form} ({error}); expected what --export writes") from error

@@ -106,7 +106,7 @@ def findings(run: Path) -> Findings | None:
             )
         text = (file.parent / "judgements.jsonl").read_text(encoding="utf8")
         return _found(closed, [json.loads(line) for line in text.splitlines()])
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
