@@ -863,6 +863,9 @@ def test_no_cell_of_an_export_is_a_formula(make, tmp_path):
         ({"reason": "other"}, "found reason 'other' of choice tie; expected none"),
         ({"choice": "skip"}, "found reason '' of choice skip; expected unreadable, "),
         ({"seconds": "nan"}, "found seconds 'nan' and idle"),
+        ({"seconds": 10**400}, "int too large to convert to float"),
+        ({"annotator": "x" * 100_000}, "found question "),
+        ({"choice": ["x" * 100_000]}, "found choice "),
         ({"comment": 7}, "found comment 7; expected text"),
         ({"comment": "x" * 2001}, "found a comment of 2001 characters; expected 2000 at most"),
         ({"comment": "a\0b"}, "found a comment of 3 characters"),
@@ -870,7 +873,7 @@ def test_no_cell_of_an_export_is_a_formula(make, tmp_path):
         ({"at": "yesterday"}, "found at 'yesterday'; expected a time such as 2026-"),
         ({"at": None}, "found at None; expected text"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_does_not_fit_is_refused_whole(make, tmp_path, change, message):
     study = make()
@@ -887,12 +890,13 @@ def test_what_does_not_fit_is_refused_whole(make, tmp_path, change, message):
         files.take_in(study.store, study.row, path)
     first, *last = str(refused.value).splitlines()
     assert message in first
+    assert len(first) < len(str(path)) + 420
     assert "nothing was imported" in "".join([first, *last][-1:])
     assert first.startswith(f"{path}:2: ") == bool(last)
     assert study.said() == before
 
 
-def test_files_that_are_no_export_are_refused(make, tmp_path):
+def test_files_that_are_no_export_are_refused(make, tmp_path, monkeypatch):
     study = make()
     judged(study)
     path = tmp_path / "all.jsonl"
@@ -903,16 +907,24 @@ def test_files_that_are_no_export_are_refused(make, tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     heading = ",".join(files.COLUMNS)
     (tmp_path / "large.csv").write_text(f"{heading}\n{'x' * 200_000}\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "digits.jsonl").write_text("9" * 5_000)
     (tmp_path / "lines.csv").write_text(f'{heading}\nanna,0,"two\nlines"\n')
     for name, message in (
         ("x.csv", "found no column annotator"),
         ("x.txt", "found a file of type 'txt'"),
         ("none.csv", "found no readable csv"),
         ("large.csv", "found no readable csv"),
+        ("deep.jsonl", "found no readable jsonl"),
+        ("digits.jsonl", "found no readable jsonl"),
         ("lines.csv", r"lines.csv:3: found question '0'"),
     ):
         with pytest.raises(InputError, match=message):
             files.take_in(study.store, study.row, tmp_path / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "LARGEST", 100)
+        with pytest.raises(InputError, match="found more than 100 bytes; expected what --export writes"):
+            files.take_in(study.store, study.row, path)
     with pytest.raises(InputError, match="found a place that cannot be written"):
         files.export(study.store, study.row, tmp_path / "no" / "all.csv")
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:11]))

@@ -148,7 +148,7 @@ def parse_tldr(record: Record) -> Preference:
     asks. The summaries lose that prefix, which the prompt now has, and the space around them.
     """
     post = text_of(record, "prompt").strip()
-    if not re.match(r"SUBREDDIT:.*TITLE:.*POST:", post, flags=re.DOTALL):
+    if not re.match(r"SUBREDDIT:(?:(?!TITLE:).)*TITLE:.*POST:", post, flags=re.DOTALL):
         raise RowError("prompt", f"is {excerpt(post)}; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX}")
     asked = Message(role="user", content=f"{post.removesuffix('TL;DR:').rstrip()}\n\nTL;DR:")
     sides = {side: text_of(record, side).strip().removeprefix("TL;DR:").strip() for side in ("chosen", "rejected")}

@@ -44,7 +44,9 @@ def take_in(store: Store, study: StudyRow, path: Path) -> tuple[int, int]:
             given.append(_judgement(study, asked, row))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             problem = f"no {error} there" if isinstance(error, KeyError) else str(error)
-            bad.append(f"{path}:{line}: {problem if len(problem) <= 400 else problem[:400] + '…'}")
+            if len(problem) > 400:  # of a value that may be as long as the file
+                problem = f"{problem[:200]}…{problem[-200:]}"
+            bad.append(f"{path}:{line}: {problem}")
     if not bad:
         times = Counter(one[:2] for one in given)
         bad = [f"{path}: found question {n} of {who} twice; expected it once" for (who, n), k in times.items() if k > 1]
