@@ -6,9 +6,11 @@ text, whether ids reach beyond the tokenizer.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -84,34 +86,36 @@ def byte_level(*first: str, whitespace: bool = False, nfc: bool = False) -> Toke
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
+def _pieces(lines: list[str]) -> list[tuple[str, float]]:
+    """Pieces of words with their log-frequencies (the library's own trainer draws another vocabulary every time)."""
+    words = [f"▁{word}" for line in lines for word in line.split()]
+    pieces = Counter(
+        word[start:end] for word in words for start in range(len(word)) for end in range(start + 1, start + 7)
+    )
+    frequent = [(piece, count) for piece, count in pieces.items() if count > 2 or len(piece) == 1]
+    return [*((piece, log(count / len(words))) for piece, count in frequent), *((byte, -30.0) for byte in BYTES)]
+
+
 def sentencepiece(*first: str, scheme: str, unigram: bool = False) -> Tokenizer:
     """BPE or Unigram over words marked by `▁`, with byte fallback, as converted from SentencePiece.
 
     `scheme`: `prepend` (a normalizer writes the mark, as Llama 2), `first` or `always` (Metaspace before the first word
     or before every piece between added tokens), `never` (as Gemma).
     """
-    model = models.Unigram() if unigram else models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if scheme in ("prepend", "never"):
         before = [normalizers.Prepend("▁")] if scheme == "prepend" else []
         tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    lines = [line.replace("\n", " ") for line in SENTENCES[:-1]]  # what these do not hold falls back to bytes
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=[*first, *BYTES], show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
     if unigram:
-        trainer: Any = trainers.UnigramTrainer(
-            vocab_size=200 + len(first), special_tokens=[*first], unk_token="<unk>", show_progress=False
-        )
-    else:
-        trainer = trainers.BpeTrainer(
-            vocab_size=480 + len(first), special_tokens=[*first, *BYTES], show_progress=False, limit_alphabet=60
-        )
-    tokenizer.train_from_iterator([line.replace("\n", " ") for line in SENTENCES], trainer)
+        tokenizer.model = models.Unigram([(piece, 0.0) for piece in first] + _pieces(lines), 0, byte_fallback=True)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in first]
-    if unigram:
-        content["model"]["byte_fallback"] = True
-        content["model"]["vocab"] += [[byte, -30.0] for byte in BYTES]
     content["pre_tokenizer"] = content["pre_tokenizer"] if scheme in ("first", "always") else None
     tokenizer = Tokenizer.from_str(json.dumps(content))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
