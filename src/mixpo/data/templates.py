@@ -49,6 +49,11 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool) -
 
     Raises `RowError` on messages that the template refuses.
     """
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the prompts are lists of messages, but the tokenizer has no chat template; "
+            "set `model.chat_template` to a Jinja template, or use prompts that are plain strings"
+        )
     try:
         return _apply(tokenizer, messages, prompt=prompt)
     except TemplateError as error:
