@@ -12,7 +12,7 @@ from benchmarks.mathematics import Lengths, forward_flops, tokens_of
 from benchmarks.workloads import Workload
 from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
-from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.data.tokens import tokenize_row
 from mixpo.models.loading import load_tokenizer, new_reward_model, save_model
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.rows import write_table
@@ -61,8 +61,8 @@ def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
     wanted = workload.rows + (workload.kind == "reward")  # our reward model holds one pair out
     for row in _shuffled(source):
         prompt = _as_text(row.prompt)
-        asked = len(prompt_tokens(tokenizer, prompt))
-        answers = [len(completion_tokens(tokenizer, text, limit=1 << 30)) for text in (row.chosen, row.rejected)]
+        tokens, completions = tokenize_row(tokenizer, prompt, [row.chosen, row.rejected], limit=1 << 30)
+        asked, answers = len(tokens), [len(completion) for completion in completions]
         fits = asked <= workload.prompt_tokens if drawn else asked + max(answers) <= workload.max_tokens
         if fits and prompt not in seen:
             seen.add(prompt)

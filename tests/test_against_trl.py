@@ -10,7 +10,7 @@ import torch
 
 from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss
 from mixpo.data.branches import pack
-from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores
 
 with warnings.catch_warnings():
@@ -94,8 +94,8 @@ def loss_of_trl(trainer):
 
 
 def batch_of(tokenizer, pairs, sides):
-    prompts = [prompt_tokens(tokenizer, pair["prompt"]) for pair in pairs]
-    completions = [[completion_tokens(tokenizer, pair[side], limit=64) for side in sides] for pair in pairs]
+    tokens = [tokenize_row(tokenizer, pair["prompt"], [pair[side] for side in sides], limit=64) for pair in pairs]
+    prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
     return pack(prompts, completions)
 
 

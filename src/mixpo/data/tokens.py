@@ -1,52 +1,63 @@
-"""From rows to token ids: how a prompt is rendered, and where a completion ends.
+"""From rows to token ids and back: what a prompt is, and where a completion begins and ends.
 
-The end token is an action of the policy: it belongs to the completion and to its mask. Nothing here looks at padding
-ids, because many tokenizers pad with their end token.
+- A prompt followed by its completion has the tokens that the tokenizer gives to their joined text, wherever a token
+  does not span the boundary.
+- The end token is an action of the policy: it belongs to the completion and to its mask. It is what the chat template
+  writes behind an assistant's message, whatever the tokenizer names. Nothing here looks at padding ids, because many
+  tokenizers pad with their end token.
+- Text stays text: a row that holds `</s>` or `<|assistant|>` cannot end or forge a turn. Only the chat template writes
+  control tokens, and prompts where `data.special_tokens` is `parse`.
 """
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from mixpo.data.errors import InputError
-from mixpo.data.rows import FIX, Prompt, RowError
+from mixpo.data.rows import Message, Prompt
+from mixpo.data.templates import ANSWER, ASK, Turn, read_turn, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
     Tokenizer = Any
 
+SPECIAL_TOKENS = "mixpo_special_tokens"
+"""Key of tokenizer_config.json: `parse` where control tokens in the text of prompts count as such."""
+MARK, STAND_IN = "\ufdd0", "\ufdd1"
+"""Noncharacters, which no text should hold: within the name of a control token that is text, and before the number of
+one that is not."""
+
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, up to where the completion starts.
 
-    Messages go through the tokenizer's chat template, with its generation prompt; a string is taken as it is, after
-    the tokenizer's own start token if it has one. Raises `RowError` on messages that the template refuses.
+    Messages go through the tokenizer's chat template, with its generation prompt. A string is taken as it is, after the
+    tokenizer's own start token if it has one, which it may hold itself; what the tokenizer would put behind it is left
+    out. Raises `RowError` on messages that the template refuses.
     """
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{tokenizer.name_or_path}: the prompts are lists of messages, but the tokenizer has no chat template; "
-            "set `model.chat_template` to a Jinja template, or use prompts that are plain strings"
-        )
-    try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise RowError("prompt", f"is refused by the tokenizer's chat template ({error}); {FIX}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokenize_row(tokenizer, prompt, (), limit=0)[0]
 
 
-def completion_tokens(tokenizer: Tokenizer, completion: str, *, limit: int) -> list[int]:
-    """Token ids of a completion with its end token, cut to `limit` tokens (then without an end token)."""
-    ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, end_token(tokenizer)][:limit]
+def completion_tokens(tokenizer: Tokenizer, completion: str, *, prompt: Prompt, limit: int) -> list[int]:
+    """Token ids of a prompt's completion with its end token, cut to `limit` tokens (then without an end token)."""
+    return tokenize_row(tokenizer, prompt, [completion], limit=limit)[1][0]
+
+
+def tokenize_row(
+    tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int
+) -> tuple[list[int], list[list[int]]]:
+    """`prompt_tokens` of a prompt and `completion_tokens` of each of its completions."""
+    return _codec(tokenizer).encode_row(prompt, completions, limit)
 
 
 def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of completion tokens, without the end token or any other special token."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    """The text of completion tokens, without the end token or any other special token.
+
+    What the chat template writes between a prompt and an assistant's message, or behind it, is not part of the text.
+    """
+    return _codec(tokenizer).decode(list(tokens))
 
 
 def end_token(tokenizer: Tokenizer) -> int:
@@ -55,30 +66,237 @@ def end_token(tokenizer: Tokenizer) -> int:
     The token that the chat template writes after an assistant's message, and the tokenizer's end-of-sequence token
     where there is no template or the template writes none.
     """
-    known: int | None = getattr(tokenizer, "_mixpo_end_token", None)
-    if known is None:
-        known = _end_token(tokenizer)
-        tokenizer._mixpo_end_token = known
+    return _codec(tokenizer).end
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
+    """What is worth knowing of how a tokenizer and its chat template treat rows, a line each.
+
+    Raises `InputError` if completions cannot be trained and sampled with them.
+    """
+    return list(_codec(tokenizer).warnings)
+
+
+def check_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """How many prompts hold control tokens, and what becomes of them, a line for each kind; nothing if none do."""
+    codec = _codec(tokenizer)
+    started = sum(isinstance(prompt, str) and codec.without_start(prompt) != prompt for prompt in prompts)
+    texts = [codec.without_start(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    held = [names[0] for text in texts if (names := [name for part in _strings(text) for name in codec.find(part)])]
+    lines = []
+    if started:
+        lines.append(f"{started} of {len(prompts)} prompts begin with {codec.start_text!r}, which is not written twice")
+    if held:
+        text = "stay text; data.special_tokens=parse takes them as control tokens"
+        fate = "are taken as such, as data.special_tokens=parse asks" if codec.parses else text
+        lines.append(
+            f"{len(held)} of {len(prompts)} prompts hold names of control tokens, such as {held[0]!r}, which {fate}"
+        )
+    return lines
+
+
+def parses_special_tokens(tokenizer: Tokenizer) -> bool:
+    """Whether control tokens in the text of prompts count as such (`data.special_tokens`)."""
+    return bool(tokenizer.init_kwargs.get(SPECIAL_TOKENS) == "parse")
+
+
+def _codec(tokenizer: Tokenizer) -> "_Codec":
+    """The tokenizer's codec, made anew when its template or its special tokens have changed."""
+    known: _Codec | None = getattr(tokenizer, "_mixpo_codec", None)
+    state = _state(tokenizer)
+    if known is None or known.state != state:
+        known = tokenizer._mixpo_codec = _Codec(tokenizer, state)
     return known
 
 
-def _end_token(tokenizer: Tokenizer) -> int:
-    if tokenizer.chat_template is not None:
-        content = "mixpo"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        if content not in text:
+def _state(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    template = tokenizer.chat_template
+    template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
+    return template, tokenizer.eos_token, tokenizer.bos_token, len(tokenizer), parses_special_tokens(tokenizer)
+
+
+class _Codec:
+    """How one tokenizer turns rows into tokens and tokens into text."""
+
+    def __init__(self, tokenizer: Tokenizer, state: tuple[Any, ...]) -> None:
+        self.state, self.tokenizer, self.parses = state, tokenizer, parses_special_tokens(tokenizer)
+        name = tokenizer.name_or_path
+        if not hasattr(tokenizer, "backend_tokenizer"):
             raise InputError(
-                f"{tokenizer.name_or_path}: the chat template does not print an assistant's message; expected a "
-                "template of the messages' roles and contents; set another as `model.chat_template`"
+                f"{name}: found a {type(tokenizer).__name__}, which has no tokenizer.json; expected a tokenizer of the "
+                "`tokenizers` library; convert it with transformers and save it"
             )
-        after = tokenizer(text[text.rindex(content) + len(content) :], add_special_tokens=False)["input_ids"]
-        special = [token for token in after if token in tokenizer.all_special_ids]
-        if special:
-            return int(special[0])
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{tokenizer.name_or_path}: the tokenizer has no end token; expected an `eos_token` or a chat template "
-            "that ends an assistant's message with a special token; set one in tokenizer_config.json"
+        # The calls also switch off the truncation and padding that some tokenizer.json files ask for.
+        plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self.start, suffix = list(whole[:place]), list(whole[place + len(plain) :])
+        self.start_text = _names(tokenizer, self.start)
+        self.turn = read_turn(tokenizer) if tokenizer.chat_template is not None else Turn("a", "", "", (), ())
+        added = {
+            token: entry for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip(" ▁\t\r\n")
+        }
+        ends = [token for token in self._encode(self.turn.after) if token in added]
+        self.tail, self.closing = "", ""
+        if ends:
+            self.tail, end, _ = self.turn.after.partition(added[ends[0]].content)
+            self.closing = self.tail + end
+        elif tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{name}: the tokenizer has no end token; expected an `eos_token` or a chat template that ends an "
+                "assistant's message with an added token; set one in tokenizer_config.json"
+            )
+        self.end: int = ends[0] if ends else tokenizer.eos_token_id
+        written = {self.end, *(token for text in self.turn.dialogues for token in self._encode(text))}
+        self.control = {
+            entry.content: token
+            for token, entry in added.items()
+            if (entry.special or token in written) and len(entry.content) > 1
+        }
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._separate: Any = None
+        self._before = self._encode(self.turn.prompt)
+        if (
+            self.turn.dialogues
+            and self.decode(self.encode_row([ASK], [ANSWER["content"]], 99)[1][0]) != ANSWER["content"]
+        ):
+            self._before = []  # the prompt ends with a control token, behind which the tokenizer begins a word anew
+        self.warnings = [*self.turn.warnings]
+        if tokenizer.chat_template is not None and not ends:
+            self.warnings.append(
+                f"{name}: the chat template ends an assistant's message with no token; completions end with "
+                f"{tokenizer.eos_token!r}, which earlier turns of a prompt do not have"
+            )
+        if suffix:
+            self.warnings.append(
+                f"{name}: the tokenizer puts {_names(tokenizer, suffix)!r} behind text; prompts are taken without it"
+            )
+
+    def encode_row(self, prompt: Prompt, completions: Sequence[str], limit: int) -> tuple[list[int], list[list[int]]]:
+        start: list[int] = []
+        if isinstance(prompt, str):
+            start, prompt = self.start, self.without_start(prompt)
+        marked = any(map(self.find, _strings([*completions, () if self.parses else prompt])))
+        if marked:
+            prompt = prompt if self.parses else _map_strings(prompt, self._mark)
+            completions = [self._mark(completion) for completion in completions]
+        encode = self._encode_marked if marked else self._encode
+        text, bodies = (prompt, completions) if isinstance(prompt, str) else self._render(prompt, completions)
+        ids = encode(text)
+        context, known = text, ids
+        if bodies and (place := self._last_control(text)):  # what stands before a control token changes nothing behind
+            shorter = encode(text[place:])
+            if ids[-len(shorter) :] == shorter:
+                context, known = text[place:], shorter
+        ended = []
+        for body in bodies:
+            joint = encode(context + body)
+            behind = joint[len(known) :] if joint[: len(known)] == known else _encode_behind_text(encode, body)
+            ended.append(behind if behind[-1:] == [self.end] else [*behind, self.end])
+        return start + ids, [tokens[:limit] for tokens in ended]
+
+    def decode(self, tokens: list[int]) -> str:
+        ended = tokens[-1:] == [self.end]
+        text, first = (  # together, because some decoders drop a space from the first token
+            str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for ids in (self._before + tokens[: len(tokens) - ended], self._before)
         )
-    return int(tokenizer.eos_token_id)
+        text = text[len(first) :].removeprefix(self.turn.lead)
+        return text.removesuffix(self.tail) if ended else text
+
+    def find(self, text: str) -> list[str]:
+        """The control tokens that a text names."""
+        return self._control.findall(text)
+
+    def without_start(self, text: str) -> str:
+        """A plain prompt without the start token, which is written anyway."""
+        return text.removeprefix(self.start_text)
+
+    def _render(self, prompt: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
+        """A prompt as the chat template writes it, and what it writes behind that for each completion."""
+        text, bodies = render(self.tokenizer, prompt, prompt=True), []
+        for completion in completions:
+            content = self.turn.lead + completion
+            if completion.strip():  # a drawn completion may be empty
+                turn = Message(role="assistant", content=completion)
+                whole = render(self.tokenizer, [*prompt, turn], prompt=False)
+                if whole.startswith(text) and whole.endswith(self.turn.after):
+                    content = whole[len(text) : len(whole) - len(self.turn.after)]
+            bodies.append(content + self.closing)
+        return text, bodies
+
+    def _last_control(self, text: str) -> int:
+        return max((match.start() for match in self._control.finditer(text)), default=0)
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens as plain transformers gives them: names of added tokens become those tokens."""
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Tokens of a text of which the control tokens that `_mark` has not marked are control tokens."""
+        if self._separate is None:
+            self._separate = _rename_tokens(self.tokenizer, {name: self._stand_in(name) for name in self.control})
+        text = self._control.sub(lambda match: self._stand_in(match[0]), text).replace(MARK, "")
+        return list(self._separate.encode(text, add_special_tokens=False).ids)
+
+    def _stand_in(self, name: str) -> str:
+        return STAND_IN + chr(0xF0000 + list(self.control).index(name))
+
+    def _mark(self, text: str) -> str:
+        """A text whose control tokens have a mark in their names, so that they are neither found nor written."""
+        text = text.replace(MARK, "").replace(STAND_IN, "")
+        while self._control.search(text):  # again where they overlap
+            text = self._control.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+        return text
+
+
+def _encode_behind_text(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Tokens of a text that follows another, without the space that some tokenizers put before the first word."""
+    for before in ("a", ".", "\n", "0"):
+        known, joint = encode(before), encode(before + text)
+        if joint[: len(known)] == known:
+            return joint[len(known) :]
+    return encode(text)
+
+
+def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
+    """A copy of a tokenizer, of which tokens have other names and the same ids, so that text cannot name them."""
+    from tokenizers import Tokenizer as Backend
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["post_processor"] = None
+    for entry in content["added_tokens"]:
+        entry["content"] = names.get(entry["content"], entry["content"])
+    model = content["model"]
+    vocabulary = model["vocab"].items() if isinstance(model["vocab"], dict) else model["vocab"]
+    renamed = [(names.get(piece, piece), value) for piece, value in vocabulary]
+    model["vocab"] = dict(renamed) if isinstance(model["vocab"], dict) else renamed
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    return Backend.from_str(json.dumps(content))
+
+
+def _names(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    return "".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text within nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of nested lists and objects with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    return [_map_strings(item, change) for item in value] if isinstance(value, Sequence) else value

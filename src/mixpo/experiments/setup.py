@@ -40,7 +40,7 @@ class Setup:
     @cached_property
     def base(self) -> Pretrained:
         """The model that everything starts from."""
-        return Pretrained(**self._settings(self.recipe.model))
+        return Pretrained(special_tokens=self.recipe.data.special_tokens, **self._settings(self.recipe.model))
 
     @cached_property
     def data(self) -> Data:

@@ -29,7 +29,7 @@ from transformers import (
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.data.sources import file_digest
-from mixpo.data.tokens import end_token
+from mixpo.data.tokens import end_token, parses_special_tokens
 from mixpo.data.world import build_tokenizer
 from mixpo.models.language_model import LanguageModel, Precision, branch_logprobs, hidden_states
 from mixpo.settings import Settings
@@ -144,6 +144,7 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
         one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
         and one.chat_template == other.chat_template
         and end_token(one) == end_token(other)
+        and parses_special_tokens(one) == parses_special_tokens(other)
     )
 
 

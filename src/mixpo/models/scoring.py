@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import completion_text, completion_tokens, prompt_tokens
+from mixpo.data.tokens import completion_text, tokenize_row
 from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores, hidden_states
 from mixpo.models.loading import same_tokens
 
@@ -99,13 +99,10 @@ def retokenised(
     if same_tokens(reward.tokenizer, policy.tokenizer):
         return prompts, completions
 
-    def again(completion: Tokens) -> list[int]:
-        text = completion_text(policy.tokenizer, completion)
-        tokens = completion_tokens(reward.tokenizer, text, limit=1 << 30)
-        ended = policy.has_ended(completion)
-        return tokens if ended or len(tokens) == 1 else tokens[:-1]
-
-    return (
-        [prompt_tokens(reward.tokenizer, row) for row in rows],
-        [[again(completion) for completion in branches] for branches in completions],
-    )
+    again: list[tuple[Tokens, list[Tokens]]] = []
+    for row, branches in zip(rows, completions, strict=True):
+        texts = [completion_text(policy.tokenizer, completion) for completion in branches]
+        prompt, tokens = tokenize_row(reward.tokenizer, row, texts, limit=1 << 30)
+        ended = map(policy.has_ended, branches)
+        again.append((prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)]))
+    return [prompt for prompt, _ in again], [branches for _, branches in again]

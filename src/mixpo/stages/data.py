@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -20,7 +20,7 @@ from mixpo.data.sources import (
     read_preferences,
     write_rows,
 )
-from mixpo.data.tokens import end_token, prompt_tokens
+from mixpo.data.tokens import check_prompts, check_tokenizer, prompt_tokens
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.loading import load_tokenizer
 from mixpo.settings import Settings
@@ -52,6 +52,9 @@ class DataSettings(Settings):
     second_rows: int = pydantic.Field(0, ge=0)
     """So many preference rows for a second reward model, none of whose prompts is in train or test: drawn from
     `second`, or, if that is empty, about so many kept apart from train. With 0 there is no second reward model."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What names of control tokens such as `</s>` are in prompts: `text`, so that no row can end or forge a turn, or
+    `parse`, for prompts that were rendered before. In completions they are text."""
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     """A longer prompt is a bad row."""
     on_bad_row: Literal["error", "drop"] | None = None
@@ -100,6 +103,15 @@ class Data(Stage, DataSettings):
         ]
         return {**values, "content": " | ".join(" ".join(group) for group in digests)}
 
+    @pydantic.model_validator(mode="after")
+    def _agree_with_base(self) -> Self:
+        if (of_base := getattr(self.base, "special_tokens", self.special_tokens)) != self.special_tokens:
+            raise InputError(
+                f"data.special_tokens: found {self.special_tokens!r}, and {of_base!r} in the model that the rows are "
+                "for, which keeps it for every stage; expected the same in Pretrained and Data"
+            )
+        return self
+
     def _exclude_from_cls_uid(self) -> list[str]:
         return ["train", "test", "demonstrations", "second"]
 
@@ -117,7 +129,7 @@ class Data(Stage, DataSettings):
         """Read, validate, cut to size, write."""
         cost = Cost()
         tokenizer = load_tokenizer(model_in(inputs["base"]))
-        end_token(tokenizer)
+        warnings = check_tokenizer(tokenizer)
 
         kinds: list[type] = []
 
@@ -178,6 +190,9 @@ class Data(Stage, DataSettings):
         for name in (*self.train, *self.test, *self.demonstrations, *self.second):
             if name.startswith("hub:") and self.revision is None:
                 watcher.get().note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
+        prompts = [row.prompt for rows in kept.values() for row in rows]
+        for line in (*warnings, *check_prompts(tokenizer, prompts)):
+            watcher.get().note(line)
         if bad:
             watcher.get().note(f"{len(bad)} of {total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
         finish(

@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest
+from mixpo.data.templates import bake_arguments
+from mixpo.data.tokens import SPECIAL_TOKENS, check_tokenizer, parses_special_tokens
 from mixpo.models.loading import (
     load_tokenizer,
     model_digest,
@@ -34,13 +36,23 @@ class PretrainedSettings(Settings):
     """The commit of a Hugging Face id. Without it a cache knows the model by its name alone."""
     chat_template: str | None = None
     """A Jinja template for prompts that are lists of messages, instead of the tokenizer's own."""
+    template_arguments: tuple[tuple[str, bool | int | float | str], ...] = ()
+    """Variables that the chat template reads, such as `{enable_thinking: false}`. The template in the model's folder
+    sets them itself, so that it renders the same elsewhere."""
     init_seed: int = 0
     """Seed of the random weights; `world` only."""
+
+    @pydantic.field_validator("template_arguments", mode="before")
+    @classmethod
+    def _as_pairs(cls, value: Any) -> Any:
+        return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
 class Pretrained(Stage, PretrainedSettings):
     """A model folder to start from. A local folder is copied, so that it can be moved or trained further."""
 
+    special_tokens: Literal["text", "parse"] = "text"
+    """The recipe's `data.special_tokens`, which the model's folder hands on to every stage."""
     content: str = ""
     """Digest of the files behind a local path; found out here."""
 
@@ -71,18 +83,29 @@ class Pretrained(Stage, PretrainedSettings):
         """Write `model/`."""
         cost, model = Cost(), model_in(out)
         local = Path(self.path).expanduser()
-        if self.path != "world" and local.is_dir() and self.chat_template is None:
+        if self.path != "world" and local.is_dir():
             model.mkdir(exist_ok=True)
             for file in model_files(local):
                 shutil.copy2(file, model)
         else:
             network, tokenizer = self._load(local)
-            if self.chat_template is not None:
-                tokenizer.chat_template = self.chat_template
             network.save_pretrained(model)
             tokenizer.save_pretrained(model)
-        load_tokenizer(model)
+        self._settle_template(model)
         finish(out, cost, model=model_digest(model))
+
+    def _settle_template(self, model: Path) -> None:
+        """Write the settings of template and special tokens into the model's folder, and check what it holds."""
+        tokenizer = load_tokenizer(model)
+        parse = self.special_tokens == "parse"
+        if self.chat_template is not None or self.template_arguments or parse != parses_special_tokens(tokenizer):
+            if self.chat_template is not None:
+                tokenizer.chat_template = self.chat_template
+            if self.template_arguments:
+                tokenizer.chat_template = bake_arguments(tokenizer, dict(self.template_arguments))
+            tokenizer.init_kwargs[SPECIAL_TOKENS] = self.special_tokens
+            tokenizer.save_pretrained(model)
+        check_tokenizer(load_tokenizer(model))
 
     def _load(self, local: Path) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.data.tokens import prompt_tokens, tokenize_row
 from mixpo.models.language_model import LanguageModel, Precision
 
 SAMPLER = b"mixpo.sampler"
@@ -72,19 +72,18 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     every model that was trained from it does.
     """
     rows = read_table(path)
-    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows]
     if rows and "tokens" in rows[0]:
         return Pairs(
-            prompts,
+            [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows],
             [row["tokens"] for row in rows],
             read_sampler(path),
             [[sum(logprobs) for logprobs in row["logprobs"]] for row in rows],
         )
-    completions = [
-        [completion_tokens(lm.tokenizer, row[side], limit=max_completion_tokens) for side in ("chosen", "rejected")]
+    tokens = [
+        tokenize_row(lm.tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=max_completion_tokens)
         for row in rows
     ]
-    return Pairs(prompts, completions, None, None)
+    return Pairs([prompt for prompt, _ in tokens], [completions for _, completions in tokens], None, None)
 
 
 def unique_prompts(rows: Sequence[dict[str, Any]], limit: int | None = None) -> list[Prompt]:

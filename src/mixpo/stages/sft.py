@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixpo.data.branches import BranchBatch
 from mixpo.data.sources import read_demonstration_rows
-from mixpo.data.tokens import completion_tokens, prompt_tokens
+from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import branch_logprobs
 from mixpo.models.loading import Lora, add_lora, load_policy, save_model
 from mixpo.stages.stage import Seeded, Stage, finish, model_in
@@ -45,10 +45,10 @@ class SFT(Stage, SFTSettings):
         lm = load_policy(model_in(inputs["base"]), device=device, precision=self.precision)
         adapters = add_lora(lm, self.lora) if self.lora else None
         rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
-        prompts = [prompt_tokens(lm.tokenizer, row.prompt) for row in rows]
-        completions = [
-            [completion_tokens(lm.tokenizer, row.completion, limit=self.max_completion_tokens)] for row in rows
+        tokens = [
+            tokenize_row(lm.tokenizer, row.prompt, [row.completion], limit=self.max_completion_tokens) for row in rows
         ]
+        prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
         optimizer = make_optimizer(lm.model.parameters(), self)
         checkpoint = Checkpoint(
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
