@@ -17,7 +17,7 @@ from mixpo.experiments.expressions import ArmRun, GradientsRun, arm_name, arm_ru
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
 from mixpo.experiments.workers import Failure, StageDisplay, workers
-from mixpo.models.loading import read_context
+from mixpo.models.folders import read_context
 from mixpo.stages.data import Data
 from mixpo.stages.engine import Engine, in_order
 from mixpo.stages.pretrained import Pretrained

@@ -2,20 +2,24 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
+import torch
 
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest
+from mixpo.models.folders import load_tokenizer, load_weights, read_policy_folder, reading
 from mixpo.models.loading import (
-    load_tokenizer,
+    load_policy,
     model_digest,
     model_files,
+    new_reward_model,
     new_world_model,
-    read_architectures,
     read_gguf,
+    read_hub_model,
     resolve_package_file,
 )
 from mixpo.settings import Settings
@@ -34,6 +38,10 @@ class PretrainedSettings(Settings):
     """The commit of a Hugging Face id. Without it a cache knows the model by its name alone."""
     chat_template: str | None = None
     """A Jinja template for prompts that are lists of messages, instead of the tokenizer's own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the weights of this model, and of all that are trained from it, are saved as; `auto` keeps the type that the
+    model comes in. Training computes on float32 weights whatever they are saved as; bfloat16 keeps 8 bits of them, and
+    so loses the smallest updates."""
     init_seed: int = 0
     """Seed of the random weights; `world` only."""
 
@@ -58,8 +66,10 @@ class Pretrained(Stage, PretrainedSettings):
         if path.endswith(".gguf"):
             return {**values, "content": content_digest([local])}
         if local.is_dir():
-            _check_folder(local)
-            return {**values, "content": model_digest(local)}
+            with reading(local):
+                digest = model_digest(local)
+            _check_folder(local, digest, values.get("chat_template"))
+            return {**values, "content": digest}
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
@@ -68,50 +78,49 @@ class Pretrained(Stage, PretrainedSettings):
         return ["path", "revision"] if self.content else []
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`."""
-        cost, model = Cost(), model_in(out)
+        """Write `model/`, after it was tried with a few tokens."""
+        device, cost, model = runtime.start(), Cost(), model_in(out)
         local = Path(self.path).expanduser()
-        if self.path != "world" and local.is_dir() and self.chat_template is None:
+        network, tokenizer = self._load(local)
+        _with_template(tokenizer, self.chat_template)
+        if network is None:
             model.mkdir(exist_ok=True)
             for file in model_files(local):
                 shutil.copy2(file, model)
         else:
-            network, tokenizer = self._load(local)
-            if self.chat_template is not None:
-                tokenizer.chat_template = self.chat_template
-            network.save_pretrained(model)
+            network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
+        if network is not None or self.chat_template is not None:
             tokenizer.save_pretrained(model)
-        load_tokenizer(model)
+        load_policy(model, device=device)
+        new_reward_model(model, seed=0, device=device)
         finish(out, cost, model=model_digest(model))
 
     def _load(self, local: Path) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM
-
+        """The model and its tokenizer; no model where a folder's files can be taken as they are."""
         if self.path == "world":
             return new_world_model(self.init_seed)
         if self.path.startswith("package:"):
             return read_gguf(resolve_package_file(self.path))
         if self.path.endswith(".gguf"):
             return read_gguf(local)
-        try:
-            network = AutoModelForCausalLM.from_pretrained(self.path, revision=self.revision)
-        except OSError as error:
-            raise InputError(
-                f"model.path: found neither a folder nor a reachable Hugging Face model {self.path!r} "
-                f"({str(error).splitlines()[0][:120]}); check the name, the network, or give a local folder"
-            ) from error
+        if local.is_dir():
+            tokenizer = load_tokenizer(local)
+            if self.dtype == "auto":
+                return None, tokenizer
+            return load_weights(read_policy_folder(local, _with_template(tokenizer, self.chat_template))), tokenizer
+        network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
         return network, load_tokenizer(self.path, self.revision)
 
 
-def _check_folder(folder: Path) -> None:
-    if not read_architectures(folder):
-        raise InputError(
-            f"{folder}: found no config.json that names an architecture; expected a Hugging Face model folder"
-        )
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise InputError(
-            f"{folder}: found a model without a tokenizer; expected tokenizer.json beside the weights; "
-            "save it there with `tokenizer.save_pretrained`"
-        )
+@lru_cache
+def _check_folder(folder: Path, digest: str, chat_template: str | None) -> None:
+    """Refuse a folder by all that can be known without reading its weights; once for a state of it."""
+    read_policy_folder(folder, _with_template(load_tokenizer(folder), chat_template))
+
+
+def _with_template(tokenizer: Any, chat_template: str | None) -> Any:
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
