@@ -7,7 +7,7 @@ brings along when it may; here every tensor is accounted for by name, and no fol
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 """What transformers looks for, in its order."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -107,17 +108,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def read_policy_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelFolder:
+def read_policy_folder(
+    folder: Path, read_tokenizer: Callable[[Path], PreTrainedTokenizerBase] | None = None
+) -> ModelFolder:
     """Check a causal language model's folder without reading its weights. Raises `InputError`, one line.
 
     Checked: that every file parses, the architecture, that a reward model can be made from it, every tensor's name,
-    shape and type, the tokenizer (or the one given), its template and end token, and that the embeddings hold all of
-    its tokens.
+    shape and type, the tokenizer (`load_tokenizer`'s, or another), its template and end token, and that the embeddings
+    hold all of its tokens.
     """
     config = read_config(folder)
     network = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     _check_architecture(folder, config, () if network is None else (network.__name__,), "a causal language model")
-    checked = _checked(folder, config, network, tokenizer)
+    checked = _checked(folder, config, network, read_tokenizer or load_tokenizer)
     classifier = classifier_class(config, folder)
     with reading(folder, "an architecture that no reward model can be made of"), torch.device("meta"):
         score_head(classifier(config), folder)
@@ -133,7 +136,7 @@ def read_reward_folder(folder: Path) -> ModelFolder:
     _check_architecture(folder, config, (network.__name__,), expected)
     if config.num_labels != 1:
         raise InputError(f"{folder}: found a sequence classifier with {config.num_labels} labels; expected {expected}")
-    return _checked(folder, config, network, None)
+    return _checked(folder, config, network, load_tokenizer)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -171,12 +174,15 @@ def read_context(folder: Path) -> int | None:
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, or of a Hugging Face id at a commit."""
     fix = "expected tokenizer.json beside the weights; save it there with `tokenizer.save_pretrained`"
+    local = Path(folder).is_dir()
+    if local and not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder}: found a model without a tokenizer; {fix}")
     with reading(folder, "a tokenizer that cannot be read", fix):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder),
             revision=revision or "main",
             trust_remote_code=False,
-            local_files_only=Path(folder).is_dir(),
+            local_files_only=local,
         )
         template = tokenizer.chat_template
         if not isinstance(template, str | dict | None):
@@ -245,12 +251,12 @@ def _checked(
     folder: Path,
     config: PretrainedConfig,
     network: type[PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase | None,
+    read_tokenizer: Callable[[Path], PreTrainedTokenizerBase],
 ) -> ModelFolder:
+    tokenizer = read_tokenizer(folder)
     tensors = _read_tensors(folder)
     dtype = _common_dtype(folder, tensors)
     _refuse_absurd_sizes(folder, config, tensors)
-    tokenizer = tokenizer or load_tokenizer(folder)
     with reading(folder, "a chat template that does not render", "set another as `model.chat_template`"):
         end_token(tokenizer)
     checked = ModelFolder(folder, config, network, tokenizer, dtype)

@@ -258,7 +258,8 @@ def _check(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[T
             if not _close(row[: len(kept)], torch.tensor(kept)):
                 raise InputError(
                     f"{folder}: found a {type(lm.model).__name__}, which draws completions from another "
-                    "distribution than it computes, since its attention is its own; expected attention that can be chosen"
+                    "distribution than it computes, since its attention is its own; expected attention "
+                    "that can be chosen"
                 )
 
 

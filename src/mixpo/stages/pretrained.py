@@ -11,7 +11,7 @@ import torch
 
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest
-from mixpo.models.folders import load_tokenizer, load_weights, read_policy_folder, reading
+from mixpo.models.folders import ModelFolder, load_tokenizer, load_weights, read_policy_folder, reading
 from mixpo.models.loading import (
     load_policy,
     model_digest,
@@ -77,12 +77,19 @@ class Pretrained(Stage, PretrainedSettings):
     def _exclude_from_cls_uid(self) -> list[str]:
         return ["path", "revision"] if self.content else []
 
+    @property
+    def local_folder(self) -> Path | None:
+        """The model folder that it copies; None where the model comes from elsewhere."""
+        local = Path(self.path).expanduser()
+        return local if self.path != "world" and local.is_dir() else None
+
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, after it was tried with a few tokens."""
         device, cost, model = runtime.start(), Cost(), model_in(out)
         local = Path(self.path).expanduser()
         network, tokenizer = self._load(local)
-        _with_template(tokenizer, self.chat_template)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
         if network is None:
             model.mkdir(exist_ok=True)
             for file in model_files(local):
@@ -103,11 +110,9 @@ class Pretrained(Stage, PretrainedSettings):
             return read_gguf(resolve_package_file(self.path))
         if self.path.endswith(".gguf"):
             return read_gguf(local)
-        if local.is_dir():
-            tokenizer = load_tokenizer(local)
-            if self.dtype == "auto":
-                return None, tokenizer
-            return load_weights(read_policy_folder(local, _with_template(tokenizer, self.chat_template))), tokenizer
+        if self.local_folder is not None:
+            checked = _check_folder(local, model_digest(local), self.chat_template)
+            return None if self.dtype == "auto" else load_weights(checked), checked.tokenizer
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
@@ -115,12 +120,13 @@ class Pretrained(Stage, PretrainedSettings):
 
 
 @lru_cache
-def _check_folder(folder: Path, digest: str, chat_template: str | None) -> None:
+def _check_folder(folder: Path, digest: str, chat_template: str | None) -> ModelFolder:
     """Refuse a folder by all that can be known without reading its weights; once for a state of it."""
-    read_policy_folder(folder, _with_template(load_tokenizer(folder), chat_template))
 
+    def read_tokenizer(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return tokenizer
 
-def _with_template(tokenizer: Any, chat_template: str | None) -> Any:
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return tokenizer
+    return read_policy_folder(folder, read_tokenizer)
