@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.mathematics import decoding_bytes
 from benchmarks.worker import answer
-from mixpo.models.loading import load_policy, load_tokenizer
+from mixpo.models.folders import load_tokenizer
+from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
 from mixpo.stages.dpo import DPO
 from mixpo.stages.ppo import PPO

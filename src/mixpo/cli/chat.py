@@ -6,19 +6,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mixpo.data.errors import InputError
 from mixpo.data.rows import Message
 from mixpo.data.tokens import completion_text, prompt_tokens
-from mixpo.models.loading import load_policy, read_architectures
+from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
 
 
 def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
     """Read a user's messages from standard input, print the model's completions."""
-    if not any("ForCausalLM" in name or "LMHead" in name for name in read_architectures(folder)):
-        raise InputError(
-            f"{folder}: found no language model; expected a model folder such as the one that `mixpo run` prints"
-        )
     console = Console()
     lm = load_policy(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     turns: list[Message] = []

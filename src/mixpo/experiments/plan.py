@@ -1,11 +1,17 @@
 """The plan of a run: every stage with its identity, whether it is there, and why it would be computed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mixpo.data.errors import InputError
 from mixpo.experiments.expressions import arm_runs, gradients_runs
 from mixpo.experiments.recipe import Recipe
-from mixpo.stages.engine import Engine, read_settings
+from mixpo.models.folders import read_context
+from mixpo.stages.data import Data
+from mixpo.stages.engine import Engine, in_order, read_settings
+from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
 
@@ -27,7 +33,10 @@ class Planned:
 
 
 def plan(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
-    """The tree of every arm and measurement by its name, root first. Computes nothing."""
+    """The tree of every arm and measurement by its name, root first. Computes nothing.
+
+    Raises `InputError` on what is known to be wrong before anything is computed.
+    """
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
     roots: list[tuple[str, dict[str, Stage]]] = [
@@ -40,10 +49,28 @@ def plan(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
     roots += [
         (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage}) for run in gradients_runs(recipe)
     ]
+    needed = dict.fromkeys(stage for _, stages in roots for root in stages.values() for stage in in_order(root))
+    for stage in needed:
+        if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
+            refuse_too_long(stage, folder, needed)
     return [
         (name, [line for field, stage in stages.items() for line in _tree(stage, field, 0, engine, seen)])
         for name, stages in roots
     ]
+
+
+def refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
+    """Raise `InputError` if prompts and completions together may be longer than the base model's context."""
+    context = read_context(folder)
+    for stage in stages:
+        completion = getattr(stage, "max_completion_tokens", None)
+        prompts = [one.max_prompt_tokens for one in in_order(stage) if isinstance(one, Data) and one.base == base]
+        if context is not None and completion is not None and prompts and max(prompts) + completion > context:
+            raise InputError(
+                f"data.max_prompt_tokens: found {max(prompts)} beside max_completion_tokens {completion} of "
+                f"{type(stage).__name__}; expected at most {context} together, the model's context; lower one of "
+                "them"
+            )
 
 
 def _tree(stage: Stage, field: str, depth: int, engine: Engine, seen: set[Stage]) -> list[Planned]:

@@ -14,10 +14,10 @@ import yaml
 from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.experiments.expressions import ArmRun, GradientsRun, arm_name, arm_runs, explained, gradients_runs
+from mixpo.experiments.plan import refuse_too_long
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
 from mixpo.experiments.workers import Failure, StageDisplay, workers
-from mixpo.models.loading import read_context
 from mixpo.stages.data import Data
 from mixpo.stages.engine import Engine, in_order
 from mixpo.stages.pretrained import Pretrained
@@ -122,7 +122,7 @@ def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Displ
 
     def over(stage: Stage) -> None:
         if isinstance(stage, Pretrained) and stage not in failures:
-            _refuse_too_long(stage, model_in(engine.folder(stage)), uses)
+            refuse_too_long(stage, model_in(engine.folder(stage)), uses)
         order.done(number[stage])
 
     with workers(engine) as pool:
@@ -148,21 +148,6 @@ def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Displ
                 shown.end(outcome)
                 over(stage)
     return computed, failures
-
-
-def _refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
-    """Raise `InputError` if prompts and completions together may be longer than the base model's context."""
-    context = read_context(folder)
-    if context is None:
-        return
-    for stage in stages:
-        completion = getattr(stage, "max_completion_tokens", 0)
-        prompts = [one.max_prompt_tokens for one in in_order(stage) if isinstance(one, Data) and one.base == base]
-        if prompts and max(prompts) + completion > context:
-            raise InputError(
-                f"data.max_prompt_tokens: found {max(prompts)} beside max_completion_tokens {completion}; expected at "
-                f"most {context} together, the model's context; lower one of the two"
-            )
 
 
 def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path | Failure:

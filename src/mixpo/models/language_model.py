@@ -39,6 +39,8 @@ class LanguageModel:
     shares_prompts: bool
     """Whether branches of one row see exactly what they would see alone; found out when the model is loaded."""
     precision: Precision = "float32"
+    dtype: torch.dtype = torch.float32
+    """Of the weights in the folder that it came from, and in those that it is saved to; here they are float32."""
     end_tokens: frozenset[int] = frozenset()
     """Every token that ends a completion when it is drawn: `end_token` always, and what `generation_config` names."""
 

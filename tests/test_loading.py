@@ -1,0 +1,530 @@
+"""Model folders that are not what they should be, and what is written of those that are."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from families import make_family
+from mixpo import Engine, Pretrained, Runtime
+from mixpo.cli import main as cli
+from mixpo.data.branches import pack
+from mixpo.data.errors import InputError
+from mixpo.models.folders import read_policy_folder
+from mixpo.models.language_model import branch_logprobs, branch_scores
+from mixpo.models.loading import (
+    Lora,
+    add_lora,
+    load_policy,
+    load_reward_model,
+    new_reward_model,
+    same_tokens,
+    save_model,
+)
+from mixpo.stages.stage import model_in
+
+CPU = torch.device("cpu")
+Damage = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family("smollm2", tmp_path_factory.mktemp("good") / "model")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family("zephyr", tmp_path_factory.mktemp("untied") / "model")
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "model"))
+
+
+def text(name: str, content: str | bytes) -> Damage:
+    """The whole file is something else."""
+    return lambda folder: _write(folder / name, content)
+
+
+def both(*damages: Damage) -> Damage:
+    """One after the other."""
+
+    def damage(folder: Path) -> None:
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
+def without(name: str) -> Damage:
+    """A tensor is missing."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+
+    return weights(change)
+
+
+def _write(file: Path, content: str | bytes) -> None:
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def keys(name: str, **values: Any) -> Damage:
+    """Some keys of a JSON file are something else."""
+
+    def damage(folder: Path) -> None:
+        file = folder / name
+        file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **values}))
+
+    return damage
+
+
+def cut(name: str, share: float) -> Damage:
+    """A file ends too early."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
+    """Other tensors."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def rename_all(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"net.{name}"] = tensors.pop(name)
+
+
+def retype(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({UP: tensors[UP].to(dtype)})
+
+
+def shards(remove: bool = True, **index: Any) -> Damage:
+    """Weights in two files and an index."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        names = sorted(tensors)
+        for number, part in enumerate((names[:5], names[5:])):
+            save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
+        (folder / "model.safetensors").unlink()
+        where = {name: f"model-{int(place >= 5)}.safetensors" for place, name in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where, **index}))
+        if remove:
+            (folder / "model-1.safetensors").unlink()
+
+    return damage
+
+
+def legacy(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    """Weights in pytorch_model.bin."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(change(tensors), folder / "pytorch_model.bin")
+
+    return damage
+
+
+def removed(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def as_folder(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+class Harmful:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("unpickled",)
+
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER, TOKENS, TENSORS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "config: list": (text(CONFIG, "[]"), r"config.json: found '\[\]'; expected a JSON object"),
+    "config: null": (text(CONFIG, "null"), "config.json: found 'None'; expected a JSON object"),
+    "config: text": (text(CONFIG, "hello"), "config.json: found something other than JSON"),
+    "config: empty": (text(CONFIG, ""), "config.json: found something other than JSON"),
+    "config: empty object": (text(CONFIG, "{}"), "names an architecture"),
+    "config: latin-1": (text(CONFIG, b'{"a": "\xe9"}'), "config.json: found something other than JSON"),
+    "config: torn": (cut(CONFIG, 0.5), "config.json: found something other than JSON"),
+    "config: deep": (text(CONFIG, "[" * 100_000), "config.json: found something other than JSON"),
+    "config: gone": (removed(CONFIG), "found no config.json"),
+    "config: a folder": (as_folder(CONFIG), "config.json: found a file that cannot be read"),
+    "config: unknown type": (keys(CONFIG, model_type="llamma"), "llamma"),
+    "config: type is a number": (keys(CONFIG, model_type=3), "cannot be read"),
+    "config: another type": (keys(CONFIG, model_type="gpt2"), r"found \['LlamaForCausalLM'\] of model_type 'gpt2'"),
+    "config: classifier": (
+        keys(CONFIG, architectures=["LlamaForSequenceClassification"]),
+        "expected a causal language",
+    ),
+    "config: vision": (keys(CONFIG, architectures=["ViTModel"], model_type="vit"), "expected a causal language model"),
+    "config: t5": (
+        keys(CONFIG, architectures=["T5ForConditionalGeneration"], model_type="t5"),
+        "expected a causal language model",
+    ),
+    "config: no architecture": (keys(CONFIG, architectures=None), "names an architecture"),
+    "config: architecture is a number": (keys(CONFIG, architectures=7), "found|cannot be read"),
+    "config: huge vocabulary": (keys(CONFIG, vocab_size=10**12), "found vocab_size 1000000000000 in config.json"),
+    "config: huge width": (keys(CONFIG, hidden_size=10**9), "found hidden_size 1000000000"),
+    "config: many layers": (keys(CONFIG, num_hidden_layers=10**9), "found num_hidden_layers 1000000000"),
+    "config: no layers": (keys(CONFIG, num_hidden_layers=0), "found num_hidden_layers 0"),
+    "config: one layer more": (keys(CONFIG, num_hidden_layers=3), "found no tensor model.layers.2"),
+    "config: one layer less": (keys(CONFIG, num_hidden_layers=1), "a tensor that the architecture has not, model.lay"),
+    "config: negative width": (keys(CONFIG, hidden_size=-32), "found hidden_size -32"),
+    "config: no heads": (keys(CONFIG, num_attention_heads=0), "found"),
+    "config: odd heads": (keys(CONFIG, num_attention_heads=5), "cannot be read|another shape"),
+    "config: text for a number": (keys(CONFIG, hidden_size="big"), "cannot be read"),
+    "config: fraction": (keys(CONFIG, num_hidden_layers=1.5), "cannot be read"),
+    "config: another width": (keys(CONFIG, intermediate_size=40), r"another shape: .*\[48, 32\]"),
+    "config: unknown activation": (keys(CONFIG, hidden_act="no"), "cannot be read"),
+    "config: unknown rotation": (keys(CONFIG, rope_parameters={"rope_type": "no"}), "cannot be read"),
+    "config: quantized": (keys(CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}), "quantiz"),
+    "config: own code": (
+        keys(CONFIG, model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
+        "needs Python of its own",
+    ),
+    "adapters alone": (keys("adapter_config.json", base_model_name_or_path="x/y"), "found adapters"),
+    "generation: list": (text(GENERATION, "[]"), "generation_config.json: found"),
+    "generation: torn": (cut(GENERATION, 0.5), "generation_config.json: found something other than JSON"),
+    "generation: end is a word": (keys(GENERATION, eos_token_id="abc"), "found eos_token_id 'abc'|cannot be read"),
+    "generation: end is far": (keys(GENERATION, eos_token_id=10**6), "found eos_token_id 1000000"),
+    "generation: end is negative": (keys(GENERATION, eos_token_id=[1, -1]), "found eos_token_id -1"),
+    "tokenizer: torn": (cut(TOKENIZER, 0.7), "tokenizer.json: found something other than JSON"),
+    "tokenizer: empty object": (text(TOKENIZER, "{}"), "found a tokenizer"),
+    "tokenizer: list": (text(TOKENIZER, "[]"), "tokenizer.json: found"),
+    "tokenizer: no model": (keys(TOKENIZER, model=None), "found a tokenizer"),
+    "tokenizer: another kind": (keys(TOKENIZER, model={"type": "no"}), "found a tokenizer"),
+    "tokenizer: gone": (both(removed(TOKENIZER), removed(TOKENS)), "found a model without a tokenizer"),
+    "tokenizer config: list": (text(TOKENS, "[]"), "tokenizer_config.json: found"),
+    "tokenizer config: torn": (cut(TOKENS, 0.5), "tokenizer_config.json: found something other than JSON"),
+    "tokenizer config: own code": (
+        keys(TOKENS, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        "found a tokenizer",
+    ),
+    "template: a number": (lambda f: _template(f, 7), "found a"),
+    "template: broken": (lambda f: _template(f, "{% if %}"), "found a chat template that does not render"),
+    "template: raises": (lambda f: _template(f, "{{ raise_exception('no') }}"), "found a chat template that does not"),
+    "template: divides by nothing": (lambda f: _template(f, "{{ 1 // 0 }}"), "found a chat template that does not"),
+    "template: endless range": (
+        lambda f: _template(f, "{% for i in range(10**9) %}x{% endfor %}"),
+        "found a chat template that does not render",
+    ),
+    "special tokens: list": (text("special_tokens_map.json", "[1]"), "special_tokens_map.json: found"),
+    "added tokens: torn": (text("added_tokens.json", '{"a"'), "added_tokens.json: found something other than JSON"),
+    "weights: gone": (removed(TENSORS), "found no weights"),
+    "weights: empty": (text(TENSORS, b""), "found weights that cannot be read"),
+    "weights: torn": (cut(TENSORS, 0.6), "found weights that cannot be read"),
+    "weights: torn header": (cut(TENSORS, 0.001), "found weights that cannot be read"),
+    "weights: noise": (text(TENSORS, b"\xff" * 999), "found weights that cannot be read"),
+    "weights: a pointer": (
+        text(TENSORS, "version https://git-lfs.github.com/spec/v1\n"),
+        "weights that cannot be read",
+    ),
+    "weights: a folder": (as_folder(TENSORS), "found no weights"),
+    "weights: no tensors": (weights(dict.clear), "found no tensors"),
+    "weights: one missing": (without(UP), f"found no tensor {UP}; expected exactly"),
+    "weights: one more": (weights(lambda t: t.update(v_head=torch.zeros(3))), "the architecture has not, v_head;"),
+    "weights: one renamed": (
+        weights(lambda t: t.update(norm=t.pop("model.norm.weight"))),
+        "found no tensor model.norm.weight; a tensor that the architecture has not, norm;",
+    ),
+    "weights: all renamed": (weights(rename_all), "found no tensor lm_head.weight, model.embed_tokens.weight"),
+    "weights: another shape": (weights(lambda t: t.update({UP: torch.zeros(48, 31)})), rf"shape: {UP} \[48, 31\]"),
+    "weights: integers": (weights(retype(torch.int8)), f"found tensor {UP} of type I8"),
+    "weights: float8": (weights(retype(torch.float8_e4m3fn)), f"found tensor {UP} of type F8_E4M3"),
+    "weights: all integers": (
+        weights(lambda t: t.update({name: tensor.int() for name, tensor in t.items()})),
+        "of type I32; expected weights in float32",
+    ),
+    "weights: fewer embeddings": (
+        weights(lambda t: t.update({EMBEDDING: t[EMBEDDING][:-9].clone()})),
+        rf"another shape: .*{EMBEDDING}|found vocab_size",
+    ),
+    "embeddings: fewer than tokens": (
+        both(
+            weights(lambda t: t.update({EMBEDDING: t[EMBEDDING][:400].clone()})),
+            keys(CONFIG, vocab_size=400),
+        ),
+        r"found a tokenizer with token \d+ \(.*\) and embeddings of 400 rows",
+    ),
+    "shards: one gone": (shards(), "found no model-1.safetensors, which model.safetensors.index.json names"),
+    "shards: no map": (shards(weight_map=None), "found no weight_map"),
+    "shards: map of numbers": (shards(weight_map={"a": 1}), "found no weight_map"),
+    "shards: torn index": (
+        both(shards(remove=False), cut("model.safetensors.index.json", 0.5)),
+        "index.json: found something other than JSON",
+    ),
+    "shards: torn shard": (
+        both(shards(remove=False), cut("model-1.safetensors", 0.5)),
+        "model-1.safetensors: found weights that cannot be read",
+    ),
+    "bin: torn": (
+        both(legacy(lambda t: t), cut("pytorch_model.bin", 0.5)),
+        "found weights that cannot be read",
+    ),
+    "bin: one missing": (legacy(lambda t: {k: v for k, v in t.items() if k != UP}), f"found no tensor {UP}"),
+    "bin: code": (legacy(lambda t: {**t, "x": Harmful()}), "found weights that cannot be read"),
+    "bin: a list": (legacy(lambda t: [1, 2]), "found weights that cannot be read"),
+}
+
+
+def _template(folder: Path, template: Any) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    keys(TOKENS, chat_template=template)(folder)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_folder_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
+    damage, expected = DAMAGES[kind]
+    damage(folder)
+    capfd.readouterr()
+    with pytest.raises(InputError, match=expected) as refused:
+        read_policy_folder(folder)
+    message = str(refused.value)
+    assert message.startswith(str(folder))
+    assert len(message.splitlines()) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_the_same_folder_undamaged_is_taken(folder: Path, untied: Path) -> None:
+    for one in (folder, untied):
+        assert read_policy_folder(one).dtype == torch.float32
+        load_policy(one, device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["weights: one missing", "config: list", "template: broken", "shards: one gone"])
+@pytest.mark.parametrize("command", [("plan",), ("run", "-q"), ("chat",)])
+def test_every_command_refuses_before_anything_is_computed(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    kind: str,
+) -> None:
+    damage, expected = DAMAGES[kind]
+    damage(folder)
+    monkeypatch.chdir(folder.parent)
+    words = [str(folder)] if command == ("chat",) else [f"model.path={folder}"]
+    monkeypatch.setattr(sys, "argv", ["mixpo", *command, *words])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    printed = capfd.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert re.search(expected, printed.err)
+    assert not list(folder.parent.rglob("summary.json"))
+
+
+def test_the_context_is_checked_at_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(sys, "argv", ["mixpo", "plan", f"model.path={folder}", "sft.max_completion_tokens=250"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capfd.readouterr().err == (
+        "data.max_prompt_tokens: found 64 beside max_completion_tokens 250 of SFT; expected at most 256 together, the "
+        "model's context; lower one of them\n"
+    )
+
+
+@pytest.mark.parametrize("place", ["config", "tokenizer", "known"])
+def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Neither asked for on standard input nor run: a model that needs its own code is refused."""
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(
+        f"open({str(marker)!r}, 'w').write('x')\nclass C: pass\nclass M: pass\nclass T: pass\n"
+    )
+    if place == "tokenizer":
+        DAMAGES["tokenizer config: own code"][0](folder)
+    else:
+        DAMAGES["config: own code"][0](folder)
+    if place == "known":
+        keys(CONFIG, model_type="llama")(folder)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if place == "known":  # transformers has the architecture itself
+        load_policy(folder, device=CPU)
+    else:
+        with pytest.raises(InputError):
+            load_policy(folder, device=CPU)
+        with pytest.raises(ValueError, match=r"of its own|custom code"):
+            Pretrained(path=str(folder))
+    assert not marker.exists()
+
+
+def test_weights_that_are_not_numbers_are_refused(folder: Path) -> None:
+    weights(lambda t: t[UP][3].fill_(float("nan")))(folder)
+    with pytest.raises(InputError, match=f"found infinite or undefined numbers in {UP}"):
+        load_policy(folder, device=CPU)
+
+
+def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(folder: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+
+    weights(add)(folder)
+    load_policy(folder, device=CPU)
+
+
+def test_weights_of_the_older_kind_are_read(folder: Path, good: Path) -> None:
+    legacy(lambda tensors: tensors)(folder)
+    one, other = load_policy(folder, device=CPU), load_policy(good, device=CPU)
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def tensor_types(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["smollm2", "zephyr", "gpt2"])
+def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    came = make_family(name, tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(came)
+    model.to(dtype).save_pretrained(came)
+    size = (came / TENSORS).stat().st_size
+    lm = load_policy(came, device=CPU)
+    before = [weight.clone() for weight in lm.model.parameters()]
+    save_model(lm, tmp_path / "saved")
+    assert {weight.dtype for weight in lm.model.parameters()} == {torch.float32}, "training goes on in float32"
+    assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters(), strict=True))
+    assert tensor_types(tmp_path / "saved") == {dtype}
+    assert (tmp_path / "saved" / TENSORS).stat().st_size == pytest.approx(size, rel=0.02)
+    assert json.loads((tmp_path / "saved" / CONFIG).read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    first, again = load_file(came / TENSORS), load_file(tmp_path / "saved" / TENSORS)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert load_policy(tmp_path / "saved", device=CPU).dtype == dtype
+
+
+@pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
+def test_a_recipe_may_choose_the_type(good: Path, tmp_path: Path, asked: str) -> None:
+    folder = Engine(tmp_path, Runtime(threads=1)).build(Pretrained(path=str(good), dtype=asked))
+    assert tensor_types(model_in(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
+    plain = Pretrained(path=str(good))
+    assert (Engine(tmp_path, Runtime(threads=1)).folder(plain) == folder) == (asked == "auto")
+
+
+def test_a_saved_bfloat16_reward_model_gives_its_scores_to_rounding(folder: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    lm = new_reward_model(folder, seed=1, device=CPU)
+    batch = pack([[5, 6, 7]], [[[8, 9], [10, 11, lm.end_token]]])
+    with torch.no_grad():
+        lm.model.score.weight.mul_(30)
+        ours = branch_scores(lm, batch)
+    save_model(lm, tmp_path / "saved")
+    assert tensor_types(tmp_path / "saved") == {torch.bfloat16}
+    with torch.no_grad():
+        again = branch_scores(load_reward_model(tmp_path / "saved", device=CPU), batch)
+    torch.testing.assert_close(again, ours, rtol=0.02, atol=0.02)
+
+
+PADS: dict[str, dict[str, Any]] = {
+    "its end token": {"pad_token": "</s>"},
+    "none": {"pad_token": None},
+    "of its own": {"pad_token": "<unk>"},
+    "nothing but an end": {"pad_token": None, "unk_token": None, "bos_token": None},
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("pad", PADS)
+def test_a_batch_through_plain_transformers_gives_our_scores(
+    untied: Path, tmp_path: Path, pad: str, lora: bool, side: str
+) -> None:
+    came = Path(shutil.copytree(untied, tmp_path / "came"))
+    settings = json.loads((came / TOKENS).read_text())
+    for key, value in PADS[pad].items():
+        settings.pop(key, None)
+        settings |= {} if value is None else {key: value}
+    (came / TOKENS).write_text(json.dumps(settings))
+    (came / "special_tokens_map.json").unlink(missing_ok=True)
+    if pad == "nothing but an end":
+        content = json.loads((came / TOKENIZER).read_text())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] == "</s>"]
+        (came / TOKENIZER).write_text(json.dumps(content))
+    ids = {"pad_token_id": 2 if pad == "its end token" else None}
+    keys(CONFIG, **ids)(came)
+
+    lm = new_reward_model(came, seed=0, device=CPU)
+    adapters = add_lora(lm, Lora(rank=2)) if lora else None
+    with torch.no_grad():
+        lm.model.score.weight.mul_(20)
+        for name, weight in lm.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.3)
+    end = lm.end_token
+    prompts, completions = [[1, 9, 30, 31], [1, 40]], [[[50, 60, end], [70]], [[80, 81, 82, 83, end], [90, 91]]]
+    with torch.no_grad():
+        ours = branch_scores(lm, pack(prompts, completions)).flatten()
+    save_model(lm, tmp_path / "saved", adapters)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    sequences = [prompt + one for row, prompt in enumerate(prompts) for one in completions[row]]
+    batch = tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**batch).logits[:, 0]
+        batched = torch.cat([model(input_ids=torch.tensor([one])).logits[:, 0] for one in sequences])
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batched, ours, rtol=1e-4, atol=1e-4)
+    assert model.config.pad_token_id == tokenizer.pad_token_id not in (None, end)
+    assert model.config.num_labels == 1
+    policy = load_policy(came, device=CPU)
+    again = load_reward_model(tmp_path / "saved", device=CPU)
+    assert same_tokens(again.tokenizer, policy.tokenizer)
+    assert (
+        again.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"]
+        == (policy.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"])
+    )
+
+
+def test_a_classifier_is_no_policy_and_a_policy_no_reward_model(good: Path, tmp_path: Path) -> None:
+    save_model(new_reward_model(good, seed=0, device=CPU), tmp_path / "reward")
+    with pytest.raises(InputError, match="expected a causal language model"):
+        load_policy(tmp_path / "reward", device=CPU)
+    with pytest.raises(InputError, match="expected a reward model: a sequence classifier with one label"):
+        load_reward_model(good, device=CPU)
+
+
+def test_the_embedding_of_the_pad_token_learns(untied: Path) -> None:
+    """Transformers' embeddings give their pad token no gradient, and here the pad token ends every turn."""
+    lm = load_policy(untied, device=CPU)
+    assert lm.model.config.pad_token_id == lm.end_token
+    branch_logprobs(lm, pack([[5, lm.end_token, 7]], [[[8, 9]]])).sum().backward()
+    assert lm.model.get_input_embeddings().weight.grad[lm.end_token].abs().sum() > 0
