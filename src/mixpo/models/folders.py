@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import end_token
+from mixpo.data.tokens import check_tokenizer
 from mixpo.models.reward_heads import classifier_class, score_head
 
 JSON_FILES = (
@@ -258,7 +258,7 @@ def _checked(
     dtype = _common_dtype(folder, tensors)
     _refuse_absurd_sizes(folder, config, tensors)
     with reading(folder, "a chat template that does not render", "set another as `model.chat_template`"):
-        end_token(tokenizer)
+        check_tokenizer(tokenizer)
     checked = ModelFolder(folder, config, network, tokenizer, dtype)
     model = load_weights(checked, meta=True)
     generation_end_tokens(model, folder)

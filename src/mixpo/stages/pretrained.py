@@ -12,7 +12,7 @@ import torch
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest
 from mixpo.data.templates import bake_arguments
-from mixpo.data.tokens import SPECIAL_TOKENS, check_tokenizer, parses_special_tokens
+from mixpo.data.tokens import SPECIAL_TOKENS, parses_special_tokens
 from mixpo.models.folders import ModelFolder, load_tokenizer, load_weights, read_policy_folder, reading
 from mixpo.models.loading import (
     load_policy,
@@ -53,7 +53,12 @@ class PretrainedSettings(Settings):
     @pydantic.field_validator("template_arguments", mode="before")
     @classmethod
     def _as_pairs(cls, value: Any) -> Any:
-        return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
+        return _pairs(value)
+
+
+def _pairs(arguments: Any) -> Any:
+    """Template arguments as they are kept: pairs, which can be compared."""
+    return tuple(sorted(arguments.items())) if isinstance(arguments, Mapping) else arguments
 
 
 class Pretrained(Stage, PretrainedSettings):
@@ -80,7 +85,7 @@ class Pretrained(Stage, PretrainedSettings):
         if local.is_dir():
             with reading(local):
                 digest = model_digest(local)
-            _check_folder(local, digest, values.get("chat_template"))
+            _check_folder(local, digest, values.get("chat_template"), _pairs(values.get("template_arguments") or ()))
             return {**values, "content": digest}
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
@@ -113,17 +118,13 @@ class Pretrained(Stage, PretrainedSettings):
         finish(out, cost, model=model_digest(model))
 
     def _settle_template(self, model: Path) -> None:
-        """Write the settings of template and special tokens into the model's folder, and check what it holds."""
+        """Write the settings of template and special tokens into the model's folder."""
         tokenizer = load_tokenizer(model)
         parse = self.special_tokens == "parse"
         if self.chat_template is not None or self.template_arguments or parse != parses_special_tokens(tokenizer):
-            if self.chat_template is not None:
-                tokenizer.chat_template = self.chat_template
-            if self.template_arguments:
-                tokenizer.chat_template = bake_arguments(tokenizer, dict(self.template_arguments))
+            _set_template(tokenizer, self.chat_template, self.template_arguments)
             tokenizer.init_kwargs[SPECIAL_TOKENS] = self.special_tokens
             tokenizer.save_pretrained(model)
-        check_tokenizer(load_tokenizer(model))
 
     def _load(self, local: Path) -> tuple[Any, Any]:
         """The model and its tokenizer; no model where a folder's files can be taken as they are."""
@@ -134,7 +135,7 @@ class Pretrained(Stage, PretrainedSettings):
         if self.path.endswith(".gguf"):
             return read_gguf(local)
         if self.local_folder is not None:
-            checked = _check_folder(local, model_digest(local), self.chat_template)
+            checked = _check_folder(local, model_digest(local), self.chat_template, self.template_arguments)
             return None if self.dtype == "auto" else load_weights(checked), checked.tokenizer
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
@@ -143,13 +144,21 @@ class Pretrained(Stage, PretrainedSettings):
 
 
 @lru_cache
-def _check_folder(folder: Path, digest: str, chat_template: str | None) -> ModelFolder:
+def _check_folder(
+    folder: Path, digest: str, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
+) -> ModelFolder:
     """Refuse a folder by all that can be known without reading its weights; once for a state of it."""
 
     def read_tokenizer(folder: Path) -> Any:
         tokenizer = load_tokenizer(folder)
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
+        _set_template(tokenizer, chat_template, template_arguments)
         return tokenizer
 
     return read_policy_folder(folder, read_tokenizer)
+
+
+def _set_template(tokenizer: Any, chat_template: str | None, arguments: tuple[tuple[str, Any], ...]) -> None:
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if arguments:
+        tokenizer.chat_template = bake_arguments(tokenizer, dict(arguments))
