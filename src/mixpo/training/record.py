@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from mixpo.models.language_model import matrix_modules
 from mixpo.training import memory
 
 
@@ -76,7 +77,7 @@ class Metrics:
 
     def rows(self) -> list[dict[str, float]]:
         """All lines so far."""
-        return [json.loads(line) for line in _whole_lines(self.path)]
+        return read_jsonl(self.path)
 
 
 class Cost:
@@ -98,17 +99,22 @@ class Cost:
     def sampled(self, model: nn.Module, tokens: int, prompt_tokens: int) -> None:
         """Count tokens drawn from a model and prompt tokens prefilled."""
         self.tokens_sampled += tokens
-        self.flops += 2.0 * parameters(model) * (tokens + prompt_tokens)
+        self.flops += 2.0 * sum(count_weights(model)) * (tokens + prompt_tokens)
 
     def trained(self, model: nn.Module, tokens: int) -> None:
-        """Count tokens, prompts included, that went forward and backward through a model: 6 FLOPs a weight."""
+        """Count tokens, prompts included, that went forward and backward: 6 FLOPs a trained weight, 4 a frozen one.
+
+        A product costs 2 forward, 2 for the gradient of what goes in and 2 for that of the weights, which frozen ones
+        are spared.
+        """
+        trained, frozen = count_weights(model)
         self.tokens_trained += tokens
-        self.flops += 6.0 * parameters(model) * tokens
+        self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
     def scored(self, model: nn.Module, tokens: int) -> None:
         """Count tokens that went forward only: 2 FLOPs a weight."""
         self.tokens_scored += tokens
-        self.flops += 2.0 * parameters(model) * tokens
+        self.flops += 2.0 * sum(count_weights(model)) * tokens
 
     def counts(self) -> dict[str, float]:
         """Everything so far, for a checkpoint: what a resumed stage has already spent."""
@@ -125,18 +131,29 @@ class Cost:
         return {**self.counts(), "peak_memory_mib": memory.peak_mib()}
 
 
-def parameters(model: Any) -> int:
-    """Weights that take part in a token's matrix products: all but the input embedding (attention is not counted)."""
-    embedding = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") else 0
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    return int(sum(p.numel() for p in model.parameters()) - (0 if tied else embedding))
+def count_weights(model: nn.Module) -> tuple[int, int]:
+    """Weights in a token's matrix products, trained and frozen: adapters and heads too, a tied head once.
+
+    Not embeddings, norms and biases, which multiply no matrix, nor attention, which has no weights.
+    """
+    trained = frozen = 0
+    for module in matrix_modules(model):
+        if module.weight.requires_grad:
+            trained += module.weight.numel()
+        else:
+            frozen += module.weight.numel()
+    return trained, frozen
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a JSON Lines file."""
     with path.open("a", encoding="utf8") as file:
         file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a JSON Lines file that was written here; a last line that was not finished is left out."""
+    return [json.loads(line) for line in _whole_lines(path)]
 
 
 def trim_jsonl(path: Path, step: int) -> None:
