@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import Lora, add_lora
@@ -69,3 +69,27 @@ def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
     cost.sampled(lm.model, 4, 6)
     assert (cost.tokens_sampled, cost.flops) == (4, counted(lm.model, backward=False))
+
+
+def test_of_experts_those_count_that_a_token_visits() -> None:
+    """By hand: 4 d^2 of attention, the gate, and 2 of 8 experts of 3 d m weights in each layer; the head."""
+    layers, width, inner, vocabulary = 2, 16, 24, 31
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        )
+    )
+    trained, frozen = count_weights(model)
+    gates = layers * 8 * width
+    without_gates = layers * (4 * width**2 + 2 * 3 * width * inner) + vocabulary * width
+    assert trained in (without_gates, without_gates + gates), (
+        "the gate is a linear layer or not, as transformers has it"
+    )
+    assert frozen == 0

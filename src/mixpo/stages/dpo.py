@@ -149,6 +149,7 @@ def _reference_logprobs(
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
     difference = ((torch.tensor(kept)[: len(prompts)] - computed).abs() / lengths).max()
     if float(difference) > AGREEMENT[stage.precision]:
+        portions.remove()  # the samples may be others when this is tried again
         raise RuntimeError(
             f"log-probs kept from sampling differ from a forward pass of the reference by {float(difference):.3g} nats "
             f"a token; expected at most {AGREEMENT[stage.precision]}; delete the samples' folder to draw them again"

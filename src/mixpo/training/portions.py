@@ -13,7 +13,7 @@ from mixpo.data.branches import Tokens, by_tokens, row_lengths
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import Sampled, sample
 from mixpo.models.scoring import Completions
-from mixpo.training.record import Cost, progress, read_jsonl
+from mixpo.training.record import Cost, progress, read_jsonl, write_text
 
 MICROBATCHES = 16
 """Microbatches of a portion that only goes forward."""
@@ -29,7 +29,7 @@ class Portions:
         self.path = folder / "portions.jsonl"
         self.cost = cost
         self.lines = read_jsonl(self.path)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf8")
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
         if self.lines:
             cost.resume(self.lines[-1]["cost"])
 
@@ -51,7 +51,7 @@ class Portions:
             if line["name"] == name:
                 results |= zip(line["rows"], line["results"], strict=True)
         for portion in portions:
-            rows = [row for row in portion if row not in results]
+            rows = sorted(row for row in portion if row not in results)
             if rows:
                 computed = list(work(rows))
                 results |= zip(rows, computed, strict=True)
