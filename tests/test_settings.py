@@ -3,6 +3,7 @@
 And where a setting must not act, as the runtime's, the same numbers come out to rounding.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,23 +11,26 @@ from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
 from mixpo.experiments.recipe import _sections
-from mixpo.models.loading import model_digest
+from mixpo.models.loading import load_policy, model_digest
 from mixpo.settings import Settings
+from mixpo.stages import ppo as ppo_module
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
-from mixpo.stages.rows import read_table
+from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Metrics
-from mixpo.training.step import Diverged
+from mixpo.training.step import Diverged, OptimizerSettings, learning_rate
+from models import plain_logprobs
 
 CPU = torch.device("cpu")
 LIMIT = 12
@@ -219,7 +223,7 @@ TABLE: dict[str, dict[str, Other | ByTest]] = {
         "prompts": Other(5),
     },
     "selection": {
-        "threshold": Other(0.05, {"threshold": 0.3}),
+        "threshold": Other(0.45, {"threshold": 0.2}),
         "easy_fraction": Other(0.25, {"easy_fraction": 0.5}),
     },
     "dpo": {**SUPERVISED, "beta": Other(0.5), "samplings": Other(2)},
@@ -331,8 +335,10 @@ def test_the_setting_acts(tiny: TinyWorld, section: str, name: str) -> None:
     line = TABLE[section][name]
     assert isinstance(line, Other)
     plain = outcome_of(tiny, section, line.beside)
-    assert plain != outcome_of(tiny, section, {**line.beside, name: line.value})
-    assert not isinstance(plain, str) or name == "on_bad_row", plain
+    other = outcome_of(tiny, section, {**line.beside, name: line.value})
+    assert plain != other
+    refused = {"on_bad_row": [plain], "max_kl": [other]}.get(name, [])
+    assert [found for found in (plain, other) if isinstance(found, str)] == refused
 
 
 @pytest.mark.parametrize("section", ["sft", "reward", "samples", "dpo", "ppo", "evaluation"])
