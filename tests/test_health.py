@@ -2,7 +2,10 @@
 
 import pytest
 
+from mixpo.stages import ppo
+from mixpo.stages.ppo import PPOSettings
 from mixpo.training.health import mean_of_last, policy_alarms, reward_model_alarms
+from mixpo.training.step import OptimizerSettings, remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
 
@@ -13,9 +16,9 @@ def course(**end: float) -> list[dict[str, float]]:
 
 
 def test_no_alarm_for_a_healthy_stage() -> None:
-    assert policy_alarms(course()) == []
-    assert policy_alarms([]) == []
-    assert reward_model_alarms(0.7, 0.66) == []
+    assert policy_alarms(course(), {}) == []
+    assert policy_alarms([], {}) == []
+    assert reward_model_alarms(0.7, 0.66, train_accuracy=0.8) == []
 
 
 @pytest.mark.parametrize(
@@ -29,8 +32,12 @@ def test_no_alarm_for_a_healthy_stage() -> None:
     ],
 )
 def test_each_alarm(end: dict[str, float], expected: str) -> None:
-    (alarm,) = policy_alarms(course(**end))
+    (name,) = end
+    (alarm,) = policy_alarms(course(**end), {name: "what the stage has against it"})
     assert alarm.startswith(expected)
+    assert alarm.endswith("; try what the stage has against it") or alarm.endswith(
+        ": try what the stage has against it"
+    )
 
 
 def test_dpo_draws_samples_at_some_steps_only() -> None:
@@ -40,13 +47,72 @@ def test_dpo_draws_samples_at_some_steps_only() -> None:
         {"loss": 0.4, "sampled_end_rate": 0.1},
         {"loss": 0.3},
     ]
-    (alarm,) = policy_alarms(rows)
-    assert alarm.startswith("only 10% of the completions end")
+    (alarm,) = policy_alarms(rows, {"end_rate": "a higher beta"})
+    assert alarm == "only 10% of the completions end by themselves: try a higher beta"
 
 
-def test_a_reward_model_at_chance() -> None:
-    (alarm,) = reward_model_alarms(0.52, 0.47)
-    assert alarm.startswith("test accuracy 52% is not above chance (its interval starts at 47%)")
+@pytest.mark.parametrize(
+    ("accuracy", "low", "train_accuracy", "remedy"),
+    [
+        (0.52, 0.47, 0.55, "cleaner pairs, more epochs or a higher learning_rate"),
+        (0.52, 0.47, None, "cleaner pairs, more epochs or a higher learning_rate"),
+        (0.52, 0.47, 0.97, "more or cleaner pairs, or fewer epochs: it is right on 97% of the train pairs"),
+        (0.70, 0.39, 0.72, "more test pairs, so that the interval is narrower"),
+    ],
+)
+def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: float | None, remedy: str) -> None:
+    (alarm,) = reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)
+    assert alarm.startswith(f"test accuracy {accuracy:.0%} is not above chance (its interval starts at {low:.0%})")
+    assert alarm.endswith(f"; try {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "anchor"),
+    [
+        ({}, "a higher kl_coef (now 0.1)"),
+        ({"kl_target": 6}, "a lower kl_target (now 6)"),
+        ({"kl_budget": 2.5}, "a lower kl_budget (now 2.5)"),
+    ],
+)
+def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor: str) -> None:
+    """kl_target and kl_budget change kl_coef themselves."""
+    found = ppo._remedies(PPOSettings(**settings, missing_end_penalty=2.0))
+    assert found.keys() == {*HEALTHY}
+    assert all(found[name].startswith(anchor) for name in found.keys() - {"end_rate"})
+    assert found["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "expected"),
+    [
+        (0, {}, "another model or other rows, since nothing was trained before or more value_warmup_steps (now 0)"),
+        (5, {}, "a lower learning_rate (now 3e-06) or a higher kl_coef (now 0.1) or more value_warmup_steps (now 0)"),
+        (5, {"value_warmup_steps": 9}, "a lower learning_rate (now 3e-06) or a higher kl_coef (now 0.1)"),
+        (
+            5,
+            {"advantage": "rloo", "completions_per_prompt": 2, "kl_target": 3},
+            "a lower learning_rate (now 3e-06) or a lower kl_target (now 3)",
+        ),
+    ],
+)
+def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dict[str, float], expected: str) -> None:
+    assert ppo._against_divergence(PPOSettings(**settings), list(range(11)), step) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup", "precision", "expected"),
+    [
+        (0, 0, "float32", ["another model or other rows, since nothing was trained before"]),
+        (0, 0, "bfloat16", ["another model or other rows, since nothing was trained before", "precision: float32"]),
+        (3, 2, "float32", ["a lower learning_rate (now 0.001)", "more warmup_steps (now 2)"]),
+        (3, 2, "bfloat16", ["a lower learning_rate (now 0.001)", "more warmup_steps (now 2)", "precision: float32"]),
+        (90, 2, "float32", ["a lower learning_rate (now 0.001)"]),  # long after the warm-up
+        (30, 70, "float32", ["a lower learning_rate (now 0.001)"]),  # half of all steps are its most
+    ],
+)
+def test_a_divergence_is_met_by_what_can_act(step: int, warmup: int, precision: str, expected: list[str]) -> None:
+    settings = OptimizerSettings(learning_rate=1e-3, warmup_steps=warmup)
+    assert remedies(step, total=100, settings=settings, precision=precision) == expected
 
 
 def test_mean_of_last_is_over_the_last_tenth() -> None:

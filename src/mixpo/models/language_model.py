@@ -6,6 +6,7 @@ Logits are computed only where a completion token is predicted, in chunks.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from mixpo.data.branches import BranchBatch, PromptBatch
 from mixpo.models.attention import NAME as ATTENTION
@@ -41,6 +43,8 @@ class LanguageModel:
     precision: Precision = "float32"
     dtype: torch.dtype = torch.float32
     """Of the weights in the folder that it came from, and in those that it is saved to; here they are float32."""
+    folder: Path | None = None
+    """Where the weights were read; None where they are not from a folder."""
     end_tokens: frozenset[int] = frozenset()
     """Every token that ends a completion when it is drawn: `end_token` always, and what `generation_config` names."""
 
@@ -74,6 +78,13 @@ def learn(lm: LanguageModel) -> None:
     for name, module in lm.model.named_modules():
         if "lora_dropout" in name:
             module.train()
+
+
+def matrix_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that multiply by a weight matrix, adapters and heads among them: linear layers, and GPT-2's."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield module
 
 
 def hidden_states(

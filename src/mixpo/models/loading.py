@@ -37,7 +37,14 @@ from mixpo.models.folders import (
     read_reward_folder,
     reading,
 )
-from mixpo.models.language_model import LanguageModel, Precision, branch_logprobs, branch_scores, hidden_states
+from mixpo.models.language_model import (
+    LanguageModel,
+    Precision,
+    branch_logprobs,
+    branch_scores,
+    hidden_states,
+    matrix_modules,
+)
 from mixpo.models.reward_heads import choose_pad_token, classifier_class, score_head
 from mixpo.models.sampling import sample
 from mixpo.settings import Settings
@@ -79,8 +86,8 @@ def new_reward_model(
     return _wrap(model, checked, device, precision)
 
 
-def add_lora(lm: LanguageModel, lora: Lora) -> Any:
-    """Freeze the weights and add adapters; a scalar head stays trainable. Returns peft's handle, for `save_model`."""
+def add_lora(lm: LanguageModel, lora: Lora) -> None:
+    """Freeze the weights and add adapters, which `save_model` merges; a scalar head stays trainable."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -91,16 +98,43 @@ def add_lora(lm: LanguageModel, lora: Lora) -> Any:
         exclude_modules=["score"] if hasattr(lm.model, "score") else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in lm.model.modules()),  # GPT-2
     )
-    adapters = get_peft_model(lm.model, config)
-    lm.model = adapters.get_base_model()
+    lm.model = get_peft_model(lm.model, config).get_base_model()
     if hasattr(lm.model, "score"):
         lm.model.score.requires_grad_(True)
-    return adapters
+    _narrow_frozen(lm)
 
 
-def save_model(lm: LanguageModel, folder: Path, adapters: Any = None) -> str:
-    """Write a plain Hugging Face folder, adapters merged, in the type of the folder it began as; returns its digest."""
-    model = lm.model if adapters is None else adapters.merge_and_unload()
+def freeze(lm: LanguageModel) -> LanguageModel:
+    """The model, for use alone: no weight is trained, and each is held in the precision that it is used in."""
+    lm.model.requires_grad_(False)
+    _narrow_frozen(lm)
+    return lm
+
+
+def _narrow_frozen(lm: LanguageModel) -> None:
+    """Hold frozen matrices in bfloat16 where products run in it: autocast would cast them anew at every product.
+
+    Nothing that is computed changes. Embeddings, norms and a scalar head, which compute in float32, stay in it, and so
+    does the bias of the output head, which log-probs add in float32. A head that is tied to the embedding gets a copy.
+    """
+    if lm.precision != "bfloat16":
+        return
+    head = lm.model.get_output_embeddings()
+    for module in matrix_modules(lm.model):
+        if module is getattr(lm.model, "score", None):
+            continue
+        for name in ("weight",) if module is head else ("weight", "bias"):
+            weight = getattr(module, name)
+            if weight is not None and not weight.requires_grad:
+                setattr(module, name, torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
+
+
+def save_model(lm: LanguageModel, folder: Path) -> str:
+    """Write a plain Hugging Face folder, adapters merged, in the type of the folder it began as; returns its digest.
+
+    The model can be trained further.
+    """
+    model = merge_adapters(lm)
     model.eval()
     if getattr(model, "generation_config", None) is not None:
         others = sorted(lm.end_tokens - {lm.end_token})
@@ -137,6 +171,30 @@ def _make_room(weights: dict[str, Tensor], model: PreTrainedModel, config: Pretr
         name = next(name for name, weight in model.state_dict().items() if weight.data_ptr() == embedding.data_ptr())
         weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, lacking))
         config.vocab_size += lacking
+
+
+@torch.no_grad()
+def merge_adapters(lm: LanguageModel) -> PreTrainedModel:
+    """The model without adapters: itself if it has none, else its folder's with what was trained added.
+
+    The weights are read again because frozen ones may be held in less precision than the folder has.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
+    if not adapted:
+        return lm.model
+    with reading(str(lm.folder)):
+        merged: PreTrainedModel = type(lm.model).from_pretrained(
+            lm.folder, config=lm.model.config, dtype=torch.float32, local_files_only=True
+        )
+    for name, module in adapted.items():
+        weight = merged.get_submodule(name).weight
+        weight += module.get_delta_weight("default").to(weight.device)
+    for name, parameter in lm.model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            merged.get_parameter(name).copy_(parameter)
+    return merged
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -199,6 +257,7 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
             end_token(folder.tokenizer),
             shares_prompts=True,
             end_tokens=generation_end_tokens(model, path),
+            folder=path,
             dtype=folder.dtype,
         )
         _check(lm, path, tokens, expected)

@@ -13,13 +13,14 @@ from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.tokens import completion_text
 from mixpo.models.language_model import LanguageModel, branch_logprobs
-from mixpo.models.loading import Lora, add_lora, load_policy, model_digest, save_model
+from mixpo.models.loading import Lora, add_lora, freeze, load_policy, model_digest, save_model
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import sequence_logprobs
 from mixpo.stages.rows import Pairs, read_pairs, read_table, sampler_name
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
 from mixpo.training.health import mean_of_last, policy_alarms, tell
+from mixpo.training.portions import Portions
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, make_optimizer
@@ -59,10 +60,11 @@ class DPO(Stage, DPOSettings):
         torch.manual_seed(self.seed)
         lm = load_policy(model_in(inputs["policy"]), device=device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        started = time.perf_counter()
-        reference = _reference_logprobs(self, inputs, lm, pairs, runtime, cost)
+        started, portions = time.perf_counter(), Portions(out, cost)
+        reference = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
         reference_seconds = time.perf_counter() - started
-        adapters = add_lora(lm, self.lora) if self.lora else None
+        if self.lora:
+            add_lora(lm, self.lora)
         optimizer = make_optimizer(lm.model.parameters(), self)
         checkpoint = Checkpoint(
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
@@ -111,17 +113,22 @@ class DPO(Stage, DPOSettings):
             log.add(step, total, metrics)
             checkpoint.maybe_write(step + 1, cost.counts())
 
-        digest = save_model(lm, model_in(out), adapters)
+        digest = save_model(lm, model_in(out))
         rows = log.rows()
         figures = {name: mean_of_last(rows, name) for name in ("loss", "accuracy", "margin")}
-        alarms = tell(policy_alarms(rows))
+        remedies = {
+            "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
+            f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
+        }
+        alarms = tell(policy_alarms(rows, remedies))
         figures["reference_seconds"] = reference_seconds
         finish(out, cost, model=digest, pairs=len(pairs.prompts), steps=total, alarms=alarms, **figures)
         checkpoint.remove()
+        portions.remove()
 
 
 def _reference_logprobs(
-    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, runtime: Runtime, cost: Cost
+    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, portions: Portions, runtime: Runtime
 ) -> Tensor:
     """Sequence log-probs of all pairs under the reference, [pairs, 2].
 
@@ -131,17 +138,18 @@ def _reference_logprobs(
     policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
     digest = model_digest(reference_folder)
     same = digest == model_digest(policy_folder)
-    reference = lm if same else load_policy(reference_folder, device=lm.device, precision=stage.precision)
+    reference = lm if same else freeze(load_policy(reference_folder, device=lm.device, precision=stage.precision))
     kept = pairs.logprobs if pairs.sampler == sampler_name(digest, stage.precision) else None
     checked = range(len(pairs.prompts)) if kept is None else range(min(CHECKED_PAIRS, len(pairs.prompts)))
     prompts, completions = [pairs.prompts[row] for row in checked], [pairs.completions[row] for row in checked]
-    computed = sequence_logprobs(reference, prompts, completions, token_budget=runtime.microbatch_tokens)
-    cost.scored(reference.model, sum(map(len, prompts)) + sum(len(c) for branches in completions for c in branches))
+    budget = runtime.microbatch_tokens
+    computed = portions.read("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
     if kept is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
     difference = ((torch.tensor(kept)[: len(prompts)] - computed).abs() / lengths).max()
     if float(difference) > AGREEMENT[stage.precision]:
+        portions.remove()  # the samples may be others when this is tried again
         raise RuntimeError(
             f"log-probs kept from sampling differ from a forward pass of the reference by {float(difference):.3g} nats "
             f"a token; expected at most {AGREEMENT[stage.precision]}; delete the samples' folder to draw them again"

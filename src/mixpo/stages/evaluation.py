@@ -14,12 +14,12 @@ from mixpo.algorithms.statistics import bootstrap_mean
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.data.world import true_reward
-from mixpo.models.loading import load_policy, load_reward_model, model_digest
-from mixpo.models.sampling import sample
+from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages.rows import read_table, unique_prompts, write_table
 from mixpo.stages.stage import Seeded, Snapshot, Stage, finish, model_in
-from mixpo.training.record import Cost, progress
+from mixpo.training.portions import Portions
+from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
 
@@ -54,7 +54,7 @@ class Evaluation(Stage, EvaluationSettings):
         """Sample, score, measure."""
         device, cost = runtime.start(), Cost()
         policy_folder, sft_folder = model_in(inputs["policy"]), model_in(inputs["sft"])
-        lm = load_policy(policy_folder, device=device, precision=self.precision)
+        lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
         asked = unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
         prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
         from_sft = model_digest(policy_folder) == model_digest(sft_folder)
@@ -63,37 +63,35 @@ class Evaluation(Stage, EvaluationSettings):
                 f"best_of: found {self.best_of} with another policy than SFT; expected SFT, of whose best of n alone "
                 "the KL is known; evaluate the policy with best_of=1"
             )
-        drawn = sample(
+        portions, budget = Portions(out, cost), runtime.microbatch_tokens
+        drawn = portions.draw(
             lm,
             prompts,
             k=self.best_of,
             max_tokens=self.max_completion_tokens,
             seed=self.seed,
             token_budget=runtime.sampling_tokens,
-            advance=progress(len(prompts)),
         )
         completions = [row.completions for row in drawn]
-        prompted, budget = sum(map(len, prompts)), runtime.microbatch_tokens
-        tokens = sum(len(completion) for branches in completions for completion in branches)
-        cost.sampled(lm.model, tokens, prompted)
 
-        def scored(reward_folder: Path) -> Float[Tensor, "prompts k"]:
-            reward = load_reward_model(model_in(reward_folder), device=device, precision=self.precision)
-            cost.scored(reward.model, prompted + sum(len(c) for branches in completions for c in branches))
-            return scores(reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=budget)
+        def scored(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
+            reward = freeze(load_reward_model(model_in(reward_folder), device=device, precision=self.precision))
+            read = retokenised(reward, lm, asked, prompts, completions)
+            return portions.read(name, scores, reward, *read, token_budget=budget)
 
         if self.best_of > 1:
-            best = scored(inputs["reward" if self.chooser is None else "chooser"]).argmax(dim=1).tolist()
+            chooser = inputs["reward" if self.chooser is None else "chooser"]
+            best = scored("chooser", chooser).argmax(dim=1).tolist()
             completions = [[branches[place]] for branches, place in zip(completions, best, strict=True)]
-        found = scored(inputs["reward"])[:, 0]
-        second = scored(inputs["second"])[:, 0] if self.second is not None else None
+        found = scored("reward", inputs["reward"])[:, 0]
+        second = scored("second", inputs["second"])[:, 0] if self.second is not None else None
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
         else:
             logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
-            sft = load_policy(sft_folder, device=device, precision=self.precision)
-            kl = logprobs - sequence_logprobs(sft, prompts, completions, token_budget=budget)[:, 0]
-            cost.scored(sft.model, tokens + prompted)
+            sft = freeze(load_policy(sft_folder, device=device, precision=self.precision))
+            read = portions.read("sft", sequence_logprobs, sft, prompts, completions, token_budget=budget)
+            kl = logprobs - read[:, 0]
 
         texts = [completion_text(lm.tokenizer, branches[0]) for branches in completions]
         columns: dict[str, list[float]] = {
@@ -120,6 +118,7 @@ class Evaluation(Stage, EvaluationSettings):
             interval = bootstrap_mean(column, seed=0)
             figures[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
         finish(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
+        portions.remove()
 
 
 def _is_world(data: Path) -> bool:

@@ -10,11 +10,12 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack
 from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
-from mixpo.models.loading import load_policy
+from mixpo.models.loading import freeze, load_policy
 from mixpo.models.scoring import sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, Stage, finish, model_in
+from mixpo.training.portions import Portions
 from mixpo.training.record import Cost, progress
 from mixpo.training.runtime import Runtime
 
@@ -48,33 +49,33 @@ class Gradients(Stage):
         """Measure pair by pair."""
         device, cost = runtime.start(), Cost()
         lm = load_policy(model_in(inputs["policy"]), device=device)
-        reference = load_policy(model_in(inputs["reference"]), device=device)
+        reference = freeze(load_policy(model_in(inputs["reference"]), device=device))
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         prompts, completions = pairs.prompts[: self.count], pairs.completions[: self.count]
-        anchored = sequence_logprobs(reference, prompts, completions, token_budget=runtime.microbatch_tokens).double()
-        advance = progress(len(prompts))
-        rows = []
-        for prompt, branches, (reference_chosen, reference_rejected) in zip(
-            prompts, completions, anchored.tolist(), strict=True
-        ):
-            (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompt, branches)
-            cost.trained(lm.model, 2 * len(prompt) + sum(map(len, branches)))
-            log_x = torch.tensor([chosen - reference_chosen, rejected - reference_rejected], dtype=torch.float64)
+        portions, budget = Portions(out, cost), runtime.microbatch_tokens
+        anchored = portions.read("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
+
+        def measure(row: int) -> dict[str, float]:
+            (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompts[row], completions[row])
+            cost.trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - anchored[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
-            rows.append(
-                {
-                    "log_x_chosen": float(log_x[0]),
-                    "log_x_rejected": float(log_x[1]),
-                    "by_chosen": by_chosen,
-                    "by_rejected": by_rejected,
-                    "chosen_chosen": float(chosen_gradient @ chosen_gradient),
-                    "rejected_rejected": float(rejected_gradient @ rejected_gradient),
-                    "chosen_rejected": float(chosen_gradient @ rejected_gradient),
-                }
-            )
-            advance(1)
+            return {
+                "log_x_chosen": float(log_x[0]),
+                "log_x_rejected": float(log_x[1]),
+                "by_chosen": by_chosen,
+                "by_rejected": by_rejected,
+                "chosen_chosen": float(chosen_gradient @ chosen_gradient),
+                "rejected_rejected": float(rejected_gradient @ rejected_gradient),
+                "chosen_rejected": float(chosen_gradient @ rejected_gradient),
+            }
+
+        single = [[row] for row in range(len(prompts))]
+        advance = progress(len(prompts))
+        rows = portions.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
         write_table(out / "gradients.parquet", rows)
         finish(out, cost, pairs=len(rows))
+        portions.remove()
 
 
 def _gradients(lm: LanguageModel, prompt: list[int], branches: list[list[int]]) -> tuple[list[float], list[Tensor]]:

@@ -3,11 +3,11 @@
 One iteration is read from top to bottom in `_roll_out` and `_learn`: sample, score, shape rewards, advantages, update.
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -36,6 +36,7 @@ from mixpo.models.language_model import LanguageModel, branch_predictions, branc
 from mixpo.models.loading import (
     Lora,
     add_lora,
+    freeze,
     load_policy,
     load_reward_model,
     model_digest,
@@ -51,7 +52,7 @@ from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
 from mixpo.training.health import mean_of_last, policy_alarms, tell
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, update
+from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, remedies, update
 
 DEEPSPEED_CHAT: dict[str, Any] = {
     "kl_coef": 0.1,
@@ -128,11 +129,13 @@ class PPOSettings(Seeded, OptimizerSettings):
     the policy itself, whose loss is added with weight `shared_value_coef`."""
     shared_value_coef: float = pydantic.Field(0.1, gt=0)
     value_warmup_steps: int = pydantic.Field(0, ge=0)
-    """First iterations in which only the value model learns."""
+    """First iterations, of `epochs_per_batch` x `minibatches` optimizer steps each, in which only the value model
+    learns."""
     max_kl: float = pydantic.Field(1.0, gt=0)
     """Mean KL to the reference, in nats a token, above which the stage stops."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     lora: Lora | None = None
+    """Adapts the policy and, with a model of its own, the value model, whose head trains whole."""
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -245,13 +248,15 @@ class PPO(Stage, PPOSettings):
         policy = load_policy(policy_folder, device=device, precision=self.precision)
         judges = _judges(self, inputs, policy)
         starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
-        adapters = add_lora(policy, self.lora) if self.lora else None
+        if self.lora:
+            add_lora(policy, self.lora)
         learner = _learner(self, policy, policy_folder, judges.reward, model_in(inputs["reward"]), device)
 
         asked = unique_prompts(read_table(inputs["prompts"]))
         prompts = [prompt_tokens(policy.tokenizer, prompt) for prompt in asked]
         per_epoch = -(-len(prompts) // self.batch_size)
         total = max(1, round(self.epochs * per_epoch))
+        updates = _count_updates(self, len(prompts), total)
         kept = _snapshot_steps(self.snapshots, total)
         checkpoint = Checkpoint(out, _parts(learner), every_minutes=runtime.checkpoint_minutes)
         first, extra = checkpoint.resume()
@@ -280,18 +285,17 @@ class PPO(Stage, PPOSettings):
                     runtime=runtime,
                     cost=cost,
                 )
-                _refuse_runaway(self, metrics, first_of_all=step == 0 and starts_at_reference)
+                _refuse_runaway(self, metrics, step=step, starts_at_reference=starts_at_reference)
                 weights.copy_to(sound)
-                metrics |= _learn(self, learner, rollout, step=step, total=total, runtime=runtime, cost=cost)
+                metrics |= _learn(self, learner, rollout, step=step, updates=updates, runtime=runtime, cost=cost)
                 metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             except Diverged as error:
                 stopped = out / "stopped"
                 weights.load_state_dict(sound)
-                save_model(policy, stopped, adapters)
+                save_model(policy, stopped)
                 raise Diverged(
-                    f"step {step + 1} of {total}: {error}. Try a lower learning_rate (now {self.learning_rate:g}), a "
-                    f"higher kl_coef (now {self.kl_coef:g}) or value_warmup_steps; the last policy "
-                    f"before that is in {stopped}"
+                    f"step {step + 1} of {total}: {error}; try {_against_divergence(self, updates, step)}; the last "
+                    f"policy before that is in {stopped}"
                 ) from error
             if self.kl_target is not None:
                 learner.kl_coef = adapt_kl_coef(learner.kl_coef, metrics["kl"], target=self.kl_target)
@@ -304,15 +308,15 @@ class PPO(Stage, PPOSettings):
             log.add(step, total, metrics)
             if step + 1 in kept:
                 folder = Snapshot(stage=self, number=kept.index(step + 1) + 1).path_in(out)
-                save_model(policy, model_in(folder), copy.deepcopy(adapters))
+                save_model(policy, model_in(folder))
             state = {"kl_coef": learner.kl_coef, "multiplier": learner.multiplier, "errors": learner.errors}
             checkpoint.maybe_write(step + 1, {"cost": cost.counts(), **state})
 
-        digest = save_model(policy, model_in(out), adapters)
+        digest = save_model(policy, model_in(out))
         metrics_rows = log.rows()
         names = ("score", "reward", "kl", "kl_from_sft", "entropy", "end_rate", "completion_tokens")
         figures = {name: mean_of_last(metrics_rows, name) for name in names}
-        alarms = tell(policy_alarms(metrics_rows))
+        alarms = tell(policy_alarms(metrics_rows, _remedies(self)))
         finish(out, cost, model=digest, prompts=len(prompts), steps=total, snapshots=kept, alarms=alarms, **figures)
         checkpoint.remove()
 
@@ -320,14 +324,14 @@ class PPO(Stage, PPOSettings):
 def _judges(stage: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel) -> Judges:
     """Load the frozen models; SFT once where it is the reference."""
     reference_folder, sft_folder = model_in(inputs["reference"]), model_in(inputs["sft"])
-    reference = load_policy(reference_folder, device=policy.device, precision=stage.precision)
+    reference = freeze(load_policy(reference_folder, device=policy.device, precision=stage.precision))
     sft = reference
     if model_digest(reference_folder) != model_digest(sft_folder):
-        sft = load_policy(sft_folder, device=policy.device, precision=stage.precision)
+        sft = freeze(load_policy(sft_folder, device=policy.device, precision=stage.precision))
     for name, other in (("reference", reference), ("sft", sft)):
         if not same_tokens(other.tokenizer, policy.tokenizer):
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    reward = load_reward_model(model_in(inputs["reward"]), device=policy.device, precision=stage.precision)
+    reward = freeze(load_reward_model(model_in(inputs["reward"]), device=policy.device, precision=stage.precision))
     return Judges(reference, sft, reward)
 
 
@@ -339,6 +343,17 @@ def _snapshot_steps(count: int, total: int) -> list[int]:
             "ppo.batch_size, or raise ppo.epochs"
         )
     return [round(total * number / (count + 1)) for number in range(1, count + 1)]
+
+
+def _count_updates(stage: PPOSettings, prompts: int, iterations: int) -> list[int]:
+    """Optimizer steps before each iteration, and at the end those of all: what the learning rate follows.
+
+    The last iteration of a pass over the prompts has fewer of them, and with that perhaps fewer minibatches.
+    """
+    per_epoch = -(-prompts // stage.batch_size)
+    counts = [min(stage.batch_size, prompts - step % per_epoch * stage.batch_size) for step in range(iterations)]
+    minibatches = [-(-count // -(-count // stage.minibatches)) for count in counts]
+    return list(accumulate((stage.epochs_per_batch * number for number in minibatches), initial=0))
 
 
 def _learner(
@@ -369,6 +384,8 @@ def _learner(
                 )
             value = load_reward_model(reward_folder, device=device, precision=stage.precision)
             head = value.model.score
+        if value is not policy and stage.lora:
+            add_lora(value, stage.lora)
     trained = list(policy.model.parameters())
     value_optimizer = None
     if value is policy and head is not None:
@@ -527,14 +544,49 @@ def _rollout_metrics(
     return metrics
 
 
-def _refuse_runaway(stage: PPOSettings, metrics: Mapping[str, float], *, first_of_all: bool) -> None:
+def _against_divergence(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
+    """What to try where an iteration diverged, in words."""
+    tips = remedies(updates[step], total=updates[-1], settings=stage, precision=stage.precision)
+    if step > 0:
+        tips.append(_tighter_anchor(stage))
+    if stage.advantage == "gae" and step >= stage.value_warmup_steps:
+        tips.append(f"more value_warmup_steps (now {stage.value_warmup_steps})")
+    return " or ".join(tips)
+
+
+def _tighter_anchor(stage: PPOSettings) -> str:
+    for name in ("kl_target", "kl_budget"):  # their controllers change kl_coef
+        if (value := getattr(stage, name)) is not None:
+            return f"a lower {name} (now {value:g})"
+    return f"a higher kl_coef (now {stage.kl_coef:g})"
+
+
+def _remedies(stage: PPOSettings) -> dict[str, str]:
+    """What PPO has against each alarm."""
+    anchor = _tighter_anchor(stage)
+    return {
+        "end_rate": f"a higher max_completion_tokens (now {stage.max_completion_tokens}) or missing_end_penalty (now "
+        f"{stage.missing_end_penalty:g})",
+        "distinct": anchor,
+        "entropy": f"{anchor} or a lower learning_rate (now {stage.learning_rate:g})",
+        "score_std": f"{anchor}, and read completions.jsonl",
+        "completion_tokens": f"{anchor}, and read completions.jsonl",
+    }
+
+
+def _refuse_runaway(stage: PPOSettings, metrics: Mapping[str, float], *, step: int, starts_at_reference: bool) -> None:
     """Stop on a KL that runs away; and on one that is not 0 at step 0 when the policy starts as its reference."""
-    if first_of_all and metrics["kl_abs_per_token"] > STEP_0_KL[stage.precision]:
+    if step == 0 and starts_at_reference and metrics["kl_abs_per_token"] > STEP_0_KL[stage.precision]:
         raise RuntimeError(
             f"the policy starts as its own reference, yet their log-probs differ by {metrics['kl_abs_per_token']:.3g} "
             f"nats a token at step 1; expected at most {STEP_0_KL[stage.precision]}: the reference is not what it says"
         )
     if not math.isfinite(metrics["kl_per_token"]) or metrics["kl_per_token"] > stage.max_kl:
+        if step == 0:
+            raise InputError(
+                f"ppo.max_kl: the policy starts {metrics['kl_per_token']:.3g} nats a token from its reference; "
+                f"expected at most {stage.max_kl:g}; raise it, or name a reference that is nearer"
+            )
         raise Diverged(
             f"the KL to the reference ran away: {metrics['kl_per_token']:.3g} nats a token, more than "
             f"max_kl = {stage.max_kl:g}"
@@ -542,13 +594,18 @@ def _refuse_runaway(stage: PPOSettings, metrics: Mapping[str, float], *, first_o
 
 
 def _learn(
-    stage: PPOSettings, learner: Learner, rollout: Rollout, *, step: int, total: int, runtime: Runtime, cost: Cost
+    stage: PPOSettings,
+    learner: Learner,
+    rollout: Rollout,
+    *,
+    step: int,
+    updates: Sequence[int],
+    runtime: Runtime,
+    cost: Cost,
 ) -> dict[str, float]:
     """Update policy and value on a rollout."""
     started = time.perf_counter()
     count = len(rollout.drawn.prompts)
-    rate = learning_rate(step, total=total, settings=stage)
-    value_rate = learning_rate(step, total=total, settings=stage, peak=stage.value_learning_rate)
     warming = step < stage.value_warmup_steps and stage.advantage == "gae"
     per_minibatch = -(-count // stage.minibatches)
     seen: list[dict[str, float]] = []
@@ -557,6 +614,10 @@ def _learn(
         order: list[int] = torch.randperm(count, generator=generator).tolist()
         for first in range(0, count, per_minibatch):
             rows = order[first : first + per_minibatch]
+            rate, value_rate = (
+                learning_rate(updates[step] + len(seen), total=updates[-1], settings=stage, peak=peak)
+                for peak in (stage.learning_rate, stage.value_learning_rate)
+            )
             metrics: dict[str, float] = {}
             if learner.value_optimizer is not None:
                 metrics |= _prefixed("value_", _value_step(stage, learner, rollout, rows, value_rate, runtime, cost))
@@ -585,7 +646,7 @@ def _policy_step(
         batch = _pack(lm, rollout.drawn, chosen)
         hidden = hidden_states(lm, batch)
         logprobs, entropy = branch_predictions(lm, batch, hidden)
-        cost.trained(lm.model, batch.tokens)
+        (cost.scored if warming else cost.trained)(lm.model, batch.tokens)
         kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.drawn.logprobs, rollout.advantages))
         mask, number = batch.mask, batch.mask.sum()
         losses = policy_loss(logprobs.flatten(0, 1), kept.flatten(0, 1), advantages.flatten(0, 1), clip=stage.clip)

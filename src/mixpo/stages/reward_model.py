@@ -19,7 +19,7 @@ from mixpo.models.scoring import last_states, scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
-from mixpo.training.health import reward_model_alarms, tell
+from mixpo.training.health import mean_of_last, reward_model_alarms, tell
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, make_optimizer
@@ -63,7 +63,8 @@ class RewardModel(Stage, RewardModelSettings):
         device, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = new_reward_model(model_in(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
-        adapters = add_lora(lm, self.lora) if self.lora else None
+        if self.lora:
+            add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         held = _held_out(len(pairs.prompts), self.validation_share, self.seed)
         train = sorted(set(range(len(pairs.prompts))) - set(held))
@@ -122,8 +123,10 @@ class RewardModel(Stage, RewardModelSettings):
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in found],
             )
             judged[name] = _judge(found)
-        digest = save_model(lm, model_in(out), adapters)
-        alarms = tell(reward_model_alarms(judged["test"]["accuracy"], judged["test"]["accuracy_interval"][0]))
+        digest = save_model(lm, model_in(out))
+        accuracy, (low, _) = judged["test"]["accuracy"], judged["test"]["accuracy_interval"]
+        train_accuracy = mean_of_last(log.rows(), "accuracy")
+        alarms = tell(reward_model_alarms(accuracy, low, train_accuracy=train_accuracy))
         finish(out, cost, model=digest, pairs=len(train), steps=total, alarms=alarms, **judged)
         checkpoint.remove()
 

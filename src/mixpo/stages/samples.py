@@ -9,12 +9,12 @@ import pydantic
 from mixpo.algorithms.selection import order_by_score, score_gaps
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy, load_reward_model, model_digest
-from mixpo.models.sampling import sample
+from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
 from mixpo.models.scoring import retokenised, scores
 from mixpo.stages.rows import read_table, sampler_name, unique_prompts, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
-from mixpo.training.record import Cost, progress
+from mixpo.training.portions import Portions
+from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
 
@@ -49,11 +49,12 @@ class Samples(Stage, SamplesSettings):
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample and score."""
         device, cost = runtime.start(), Cost()
-        lm = load_policy(model_in(inputs["policy"]), device=device, precision=self.precision)
-        reward = load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision)
+        lm = freeze(load_policy(model_in(inputs["policy"]), device=device, precision=self.precision))
+        reward = freeze(load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision))
         asked = unique_prompts(read_table(inputs["rows"]), self.prompts)
         prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
-        drawn = sample(
+        portions = Portions(out, cost)
+        drawn = portions.draw(
             lm,
             prompts,
             k=2,
@@ -63,14 +64,10 @@ class Samples(Stage, SamplesSettings):
             top_p=self.top_p,
             top_k=self.top_k,
             token_budget=runtime.sampling_tokens,
-            advance=progress(len(prompts)),
         )
         completions = [row.completions for row in drawn]
-        cost.sampled(lm.model, _count(completions), sum(map(len, prompts)))
-        found = scores(
-            reward, *retokenised(reward, lm, asked, prompts, completions), token_budget=runtime.microbatch_tokens
-        )
-        cost.scored(reward.model, _count(completions) + sum(map(len, prompts)))
+        read = retokenised(reward, lm, asked, prompts, completions)
+        found = portions.read("scores", scores, reward, *read, token_budget=runtime.microbatch_tokens)
         numbers = found.double().numpy()
         same = np.array([row.completions[0] == row.completions[1] for row in drawn])
         gaps = np.where(same, 0.0, score_gaps(numbers))
@@ -100,10 +97,7 @@ class Samples(Stage, SamplesSettings):
             score_std=float(numbers.std()),
             end_rate=_end_rate(lm, completions),
         )
-
-
-def _count(completions: list[list[list[int]]]) -> int:
-    return sum(len(completion) for branches in completions for completion in branches)
+        portions.remove()
 
 
 def _end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:

@@ -43,7 +43,8 @@ class SFT(Stage, SFTSettings):
         device, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = load_policy(model_in(inputs["base"]), device=device, precision=self.precision)
-        adapters = add_lora(lm, self.lora) if self.lora else None
+        if self.lora:
+            add_lora(lm, self.lora)
         rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
         tokens = [
             tokenize_row(lm.tokenizer, row.prompt, [row.completion], limit=self.max_completion_tokens) for row in rows
@@ -77,7 +78,7 @@ class SFT(Stage, SFTSettings):
             log.add(step, total, metrics)
             checkpoint.maybe_write(step + 1, cost.counts())
 
-        digest = save_model(lm, model_in(out), adapters)
+        digest = save_model(lm, model_in(out))
         finish(
             out,
             cost,

@@ -6,6 +6,9 @@ from mixpo.training.record import watcher
 
 Rows = Sequence[Mapping[str, float]]
 
+LEARNT = 0.6
+"""Accuracy on pairs from which on a reward model has learnt something."""
+
 
 def mean_of_last(rows: Rows, name: str) -> float | None:
     """The mean of a metric over the last tenth of the steps that have it; None where none has."""
@@ -14,43 +17,52 @@ def mean_of_last(rows: Rows, name: str) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def policy_alarms(rows: Rows) -> list[str]:
-    """Alarms on a policy's training: completions that do not end, are all alike, grow, or all score the same."""
+def policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
+    """Alarms on a policy's training: completions that do not end, are all alike, grow, or all score the same.
+
+    `remedies` says what the stage has against each, by the name of the metric.
+    """
     found = []
     ended = mean_of_last(rows, "end_rate")
     if ended is None:
         ended = mean_of_last(rows, "sampled_end_rate")
     if ended is not None and ended < 0.5:
-        found.append(
-            f"only {ended:.0%} of the completions end by themselves: raise max_completion_tokens, or set "
-            "ppo.missing_end_penalty"
-        )
+        found.append(f"only {ended:.0%} of the completions end by themselves: try {remedies['end_rate']}")
     distinct = mean_of_last(rows, "distinct")
     if distinct is not None and distinct < 0.5:
-        found.append(f"only {distinct:.0%} of the completions differ: the policy collapsed; raise kl_coef")
+        found.append(f"only {distinct:.0%} of the completions differ: the policy collapsed; try {remedies['distinct']}")
     for name, share, text in (
-        ("entropy", 0.2, "the policy hardly varies; raise kl_coef or lower learning_rate"),
-        ("score_std", 0.1, "all completions score alike; compare them by reading"),
+        ("entropy", 0.2, "the policy hardly varies"),
+        ("score_std", 0.1, "all completions score alike"),
     ):
         first, last = _first(rows, name), mean_of_last(rows, name)
         if first and last is not None and last < share * first:
-            found.append(f"{name} fell from {first:.3g} to {last:.3g}: {text}")
+            found.append(f"{name} fell from {first:.3g} to {last:.3g}: {text}; try {remedies[name]}")
     first, last = _first(rows, "completion_tokens"), mean_of_last(rows, "completion_tokens")
     if first and last is not None and last > 2 * first:
         found.append(
-            f"completions grew from {first:.0f} to {last:.0f} tokens: look whether the reward is for length; read the "
-            "completions"
+            f"completions grew from {first:.0f} to {last:.0f} tokens: the reward may be for length; try "
+            f"{remedies['completion_tokens']}"
         )
     return found
 
 
-def reward_model_alarms(accuracy: float, low: float) -> list[str]:
-    """An alarm on a reward model whose accuracy on test pairs, or its interval's lower end, is not above chance."""
+def reward_model_alarms(accuracy: float, low: float, *, train_accuracy: float | None) -> list[str]:
+    """An alarm on a reward model whose accuracy on test pairs, or its interval's lower end, is not above chance.
+
+    `train_accuracy`, at the end of training, tells a model that learnt its pairs by heart from one that learnt nothing.
+    """
     if low > 0.5:
         return []
+    if accuracy >= LEARNT:
+        remedy = "more test pairs, so that the interval is narrower"
+    elif train_accuracy is not None and train_accuracy >= LEARNT:
+        remedy = f"more or cleaner pairs, or fewer epochs: it is right on {train_accuracy:.0%} of the train pairs"
+    else:
+        remedy = "cleaner pairs, more epochs or a higher learning_rate"
     return [
         f"test accuracy {accuracy:.0%} is not above chance (its interval starts at {low:.0%}): what is optimised for "
-        "this score may be noise; use more or cleaner pairs, or train longer"
+        f"this score may be noise; try {remedy}"
     ]
 
 

@@ -8,8 +8,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from mixpo.models.language_model import matrix_modules
 from mixpo.training import memory
 
 
@@ -48,8 +49,13 @@ def progress(total: int) -> Callable[[int], None]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one move; numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move: a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf8")
+    temporary.write_text(text, encoding="utf8")
     temporary.replace(path)
 
 
@@ -76,7 +82,7 @@ class Metrics:
 
     def rows(self) -> list[dict[str, float]]:
         """All lines so far."""
-        return [json.loads(line) for line in _whole_lines(self.path)]
+        return read_jsonl(self.path)
 
 
 class Cost:
@@ -95,20 +101,25 @@ class Cost:
         for name, value in spent.items():
             setattr(self, name, value)
 
-    def sampled(self, model: nn.Module, tokens: int, prompt_tokens: int) -> None:
+    def sampled(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
         """Count tokens drawn from a model and prompt tokens prefilled."""
         self.tokens_sampled += tokens
-        self.flops += 2.0 * parameters(model) * (tokens + prompt_tokens)
+        self.flops += 2.0 * sum(count_weights(model)) * (tokens + prompt_tokens)
 
-    def trained(self, model: nn.Module, tokens: int) -> None:
-        """Count tokens, prompts included, that went forward and backward through a model: 6 FLOPs a weight."""
+    def trained(self, model: PreTrainedModel, tokens: int) -> None:
+        """Count tokens, prompts included, that went forward and backward: 6 FLOPs a trained weight, 4 a frozen one.
+
+        A product costs 2 forward, 2 for the gradient of what goes in and 2 for that of the weights, which frozen ones
+        are spared.
+        """
+        trained, frozen = count_weights(model)
         self.tokens_trained += tokens
-        self.flops += 6.0 * parameters(model) * tokens
+        self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def scored(self, model: nn.Module, tokens: int) -> None:
+    def scored(self, model: PreTrainedModel, tokens: int) -> None:
         """Count tokens that went forward only: 2 FLOPs a weight."""
         self.tokens_scored += tokens
-        self.flops += 2.0 * parameters(model) * tokens
+        self.flops += 2.0 * sum(count_weights(model)) * tokens
 
     def counts(self) -> dict[str, float]:
         """Everything so far, for a checkpoint: what a resumed stage has already spent."""
@@ -125,12 +136,19 @@ class Cost:
         return {**self.counts(), "peak_memory_mib": memory.peak_mib()}
 
 
-def parameters(model: Any) -> int:
-    """Weights that take part in a token's matrix products: all but the input embedding (attention is not counted)."""
-    embedding = model.get_input_embeddings().weight.numel() if hasattr(model, "get_input_embeddings") else 0
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    return int(sum(p.numel() for p in model.parameters()) - (0 if tied else embedding))
+def count_weights(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights in a token's matrix products, trained and frozen: adapters and heads too; of experts, those it visits.
+
+    Not embeddings, norms and biases, which multiply no matrix, nor attention, which has no weights.
+    """
+    counts = {True: 0, False: 0}
+    for module in matrix_modules(model):
+        counts[module.weight.requires_grad] += module.weight.numel()
+    for weight in model.parameters():
+        if weight.ndim == 3:  # all experts of a layer
+            visited = getattr(model.config.get_text_config(), "num_experts_per_tok", len(weight))
+            counts[weight.requires_grad] += weight[:visited].numel()
+    return counts[True], counts[False]
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,10 +157,15 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a JSON Lines file that was written here; a last line that was not finished is left out."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
 def trim_jsonl(path: Path, step: int) -> None:
     """Drop the lines of `step` and later ones, and a last line that was not finished."""
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
-    path.write_text("".join(kept), encoding="utf8")
+    write_text(path, "".join(kept))
 
 
 def _whole_lines(path: Path) -> list[str]:

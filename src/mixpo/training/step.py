@@ -8,6 +8,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
 
 Batch = TypeVar("Batch")
@@ -32,6 +33,17 @@ class OptimizerSettings(Settings):
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = pydantic.Field(1.0, gt=0)
     """Gradients are scaled down to this norm; the norm before it is logged."""
+
+
+def remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
+    """What to try against a divergence at an optimizer step: only what can act there and is not so already."""
+    warmup = min(settings.warmup_steps, total // 2)
+    found = [f"a lower learning_rate (now {settings.learning_rate:g})"]
+    if step == 0:
+        found = ["another model or other rows, since nothing was trained before"]
+    elif step < max(2 * warmup, total // 10) and warmup < total // 2:
+        found.append(f"more warmup_steps (now {settings.warmup_steps})")
+    return found if precision == "float32" else [*found, "precision: float32"]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:

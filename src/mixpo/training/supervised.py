@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
 from mixpo.models.language_model import LanguageModel, learn
-from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, update
+from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, remedies, update
 
 
 class SupervisedSettings(OptimizerSettings):
@@ -77,9 +77,7 @@ def supervised(
                 rate=learning_rate(step, total=total, settings=settings),
             )
         except Diverged as error:
-            raise Diverged(
-                f"step {step + 1} of {total}: {error}; try a lower learning_rate (now {settings.learning_rate:g}), "
-                f"more warmup_steps (now {settings.warmup_steps}) or precision: float32"
-            ) from error
+            tips = remedies(step, total=total, settings=settings, precision=lm.precision)
+            raise Diverged(f"step {step + 1} of {total}: {error}; try {' or '.join(tips)}") from error
         tokens = sum(lengths[row] for row in rows)
         yield step, {**metrics, "tokens": tokens, "seconds": time.perf_counter() - started}

@@ -1,0 +1,95 @@
+"""Model FLOPs against what PyTorch counts in a forward and a backward pass: matrix products, attention left out."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
+
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import Lora, add_lora
+from mixpo.training.record import Cost, count_weights
+from models import END, tiny
+
+IDS = torch.tensor([[3, 9, 4, 11, 7, 8, 9, 10, 60, 61]])
+
+
+def reward_model() -> LanguageModel:
+    config = LlamaConfig(
+        vocab_size=89, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1
+    )
+    config.pad_token_id = 0
+    return LanguageModel(LlamaForSequenceClassification(config).eval(), None, END, shares_prompts=True)  # type: ignore[arg-type]
+
+
+def counted(model: Any, *, backward: bool) -> int:
+    """FLOPs of matrix products by weights; gradients go down to what the layers read."""
+    model.set_attn_implementation("eager")
+    states = model.get_input_embeddings()(IDS).detach().requires_grad_(backward)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(inputs_embeds=states).logits
+        if backward:
+            logits.sum().backward()
+    products = counter.get_flop_counts()["Global"]
+    return sum(products.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+MODELS = ("llama", "gpt2", "gemma3", "opt", "reward")
+
+
+def build(name: str, *, lora: bool) -> LanguageModel:
+    lm = reward_model() if name == "reward" else tiny(name)
+    if lora:
+        add_lora(lm, Lora(rank=3))
+    return lm
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
+    lm, cost = build(name, lora=lora), Cost()
+    cost.scored(lm.model, IDS.numel())
+    assert cost.flops == counted(lm.model, backward=False)
+    cost = Cost()
+    cost.trained(lm.model, IDS.numel())
+    assert cost.flops == counted(lm.model, backward=True)
+
+
+def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
+    whole, adapted = Cost(), Cost()
+    whole.trained(build("llama", lora=False).model, 10)
+    adapted.trained(build("llama", lora=True).model, 10)
+    trained, frozen = count_weights(build("llama", lora=True).model)
+    assert 0 < trained < frozen
+    assert adapted.flops == pytest.approx(whole.flops * 2 / 3 + 60.0 * trained)
+
+
+def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
+    lm, cost = build("gpt2", lora=False), Cost()
+    cost.sampled(lm.model, 4, 6)
+    assert (cost.tokens_sampled, cost.flops) == (4, counted(lm.model, backward=False))
+
+
+def test_of_experts_those_count_that_a_token_visits() -> None:
+    """By hand: 4 d^2 of attention, the gate, and 2 of 8 experts of 3 d m weights in each layer; the head."""
+    layers, width, inner, vocabulary = 2, 16, 24, 31
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        )
+    )
+    trained, frozen = count_weights(model)
+    gates = layers * 8 * width
+    without_gates = layers * (4 * width**2 + 2 * 3 * width * inner) + vocabulary * width
+    assert trained in (without_gates, without_gates + gates), (
+        "the gate is a linear layer or not, as transformers has it"
+    )
+    assert frozen == 0

@@ -1,0 +1,218 @@
+"""LoRA: what is trained, what stays as it was, in which precision it is held, and what is written in the end."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixpo.data.branches import pack
+from mixpo.models import loading
+from mixpo.models.language_model import LanguageModel, branch_predictions, branch_scores, hidden_states, learn
+from mixpo.models.loading import Lora, add_lora, freeze, load_policy, new_reward_model, save_model
+from mixpo.models.sampling import sample
+from mixpo.stages.stage import Stage, model_in
+from mixpo.training.checkpoint import Checkpoint
+from mixpo.training.record import Metrics
+from mixpo.training.runtime import Runtime
+from models import ARCHITECTURES, tiny
+from worlds import World
+
+CPU = torch.device("cpu")
+PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
+COMPLETIONS = [[[30, 31, 32, 5], [40, 5]], [[0, 7, 5], [41, 42, 43]], [[50], [51, 52, 53, 5]]]
+
+
+def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
+    """Frozen, or adapted by adapters that change something."""
+    lm = tiny(name)
+    lm.precision = "bfloat16"
+    if not adapted:
+        return freeze(lm)
+    add_lora(lm, Lora(rank=2))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in lm.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            assert parameter.requires_grad == ("lora_" in key)
+    return lm
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "lora"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_held_in_bfloat16_computes_what_autocast_does(
+    name: str, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: autocast rounds a float32 matrix to the same bfloat16 one at every product."""
+    narrow = in_bfloat16(name, adapted=adapted)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "_narrow_frozen", lambda lm: None)
+        wide = in_bfloat16(name, adapted=adapted)
+    frozen = {key: p for key, p in narrow.model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for key, p in frozen.items() if "proj" in key and "weight" in key} <= {torch.bfloat16}
+    assert {p.dtype for p in wide.model.parameters()} == {torch.float32}
+    assert narrow.model.get_input_embeddings().weight.dtype == torch.float32
+    assert narrow.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    share = sum(p.numel() for p in frozen.values() if p.dtype == torch.bfloat16) / sum(
+        p.numel() for p in frozen.values()
+    )
+    assert share > 0.6
+    batch = pack(PROMPTS, COMPLETIONS)
+    found = []
+    for lm in (narrow, wide):
+        learn(lm)
+        logprobs, entropies = branch_predictions(lm, batch)
+        if adapted:
+            logprobs.sum().backward()
+        gradients = [p.grad for p in lm.model.parameters() if p.grad is not None]
+        assert bool(gradients) == adapted
+        drawn = sample(lm, PROMPTS, k=2, max_tokens=6, seed=0)
+        found.append((logprobs, entropies, hidden_states(lm, batch), *gradients, drawn))
+    assert found[0][-1] == found[1][-1]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
+
+
+def test_a_frozen_reward_model_keeps_its_head_in_float32(world: World) -> None:
+    policy, batch = model_in(world.build(world.sft)), pack(PROMPTS, COMPLETIONS)
+    wide, narrow = (new_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
+    freeze(narrow)
+    assert narrow.model.score.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(branch_scores(narrow, batch), branch_scores(wide, batch))
+
+
+def test_in_float32_nothing_is_narrowed() -> None:
+    lm = freeze(tiny("llama"))
+    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_adapters_are_merged_into_the_weights_that_the_folder_has(
+    world: World, tmp_path: Path, kind: str, precision: Any
+) -> None:
+    """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
+    source = model_in(world.build(world.sft))
+    if kind == "policy":
+        lm = load_policy(source, device=CPU, precision=precision)
+    else:
+        lm = new_reward_model(source, seed=0, device=CPU, precision=precision)
+    add_lora(lm, Lora(rank=3, alpha=7.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    batch, trained = pack(PROMPTS, COMPLETIONS), dict(lm.model.named_parameters())
+    with torch.no_grad():
+        before = hidden_states(lm, batch)
+        save_model(lm, tmp_path / "saved")
+        assert torch.equal(hidden_states(lm, batch), before), "and it can be trained further"
+    base, saved = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == base.keys() | ({"score.weight"} if kind == "reward" else set())
+    for name, weight in base.items():
+        expected, path = weight.double(), name.removesuffix(".weight")
+        if f"{path}.lora_A.default.weight" in trained:
+            down, up = (trained[f"{path}.lora_{side}.default.weight"].detach().double() for side in "AB")
+            expected = expected + 7.0 / 3 * up @ down
+            assert not torch.equal(saved[name], weight)
+        torch.testing.assert_close(saved[name].double(), expected, rtol=0, atol=1e-6)
+    if kind == "reward":
+        assert torch.equal(saved["score.weight"], trained["score.weight"])
+
+
+LORA = {"rank": 4}
+
+
+def stage_of(world: World, kind: str, precision: str) -> Stage:
+    common = {"lora": Lora(**LORA), "precision": precision}
+    name, _, init = kind.partition("-")
+    if name in ("sft", "reward"):
+        stage = {"sft": world.sft, "reward": world.reward}[name]
+        return stage.model_copy(update={**common, "epochs": 1, **({"base": world.sft} if name == "sft" else {})})
+    if name == "dpo":
+        return world.dpo(epochs=2, **common)
+    return world.ppo(**common, **({"value_init": init} if init else {}))
+
+
+@pytest.fixture
+def adapted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[LanguageModel, dict[str, torch.Tensor]]]]:
+    """Every model that got adapters, with its weights as they were then."""
+    seen: list[tuple[LanguageModel, dict[str, torch.Tensor]]] = []
+
+    def adapting(lm: LanguageModel, lora: Lora) -> None:
+        add_lora(lm, lora)
+        seen.append((lm, {name: p.detach().clone() for name, p in lm.model.named_parameters()}))
+
+    for name in ("sft", "reward_model", "dpo", "ppo"):
+        monkeypatch.setattr(f"mixpo.stages.{name}.add_lora", adapting)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, "float32") for kind in ("sft", "reward", "dpo", "ppo", "ppo-policy", "ppo-shared")),
+        ("dpo", "bfloat16"),
+        ("ppo", "bfloat16"),
+    ],
+)
+def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: list[Any], kind: str, precision: str
+) -> None:
+    stage = stage_of(world, kind, precision)
+    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    monkeypatch.setattr(Checkpoint, "remove", lambda self: None)
+    stage.work(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=0))
+    assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
+    for lm, before in adapted:
+        trained = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+        assert trained == {name for name in before if ".lora_" in name or name.startswith("score.")}
+        assert any(".lora_" in name for name in trained)
+        after = dict(lm.model.named_parameters())
+        for name, weight in before.items():
+            if name not in trained:
+                assert torch.equal(after[name], weight), f"{name} is frozen"
+            elif ".lora_B" in name or name == "score.weight":
+                assert not torch.equal(after[name], weight), f"{name} learns"
+            assert after[name].dtype == torch.float32 or (precision == "bfloat16" and name not in trained)
+    parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
+    kept = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
+    assert kept == {name for lm, _ in adapted for name, p in lm.model.named_parameters() if p.requires_grad}
+    start, end = (load_file(model_in(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path))
+    moved = [name for name in start if not torch.equal(start[name], end[name])]
+    assert moved
+    assert all("proj" in name for name in moved), "embeddings and norms are as they were"
+
+
+def first_of(kind: str) -> str:
+    return "base" if kind == "sft" else "policy"
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_the_loss_falls(world: World, tmp_path: Path, kind: str) -> None:
+    stage = stage_of(world, kind, "float32").model_copy(update={"learning_rate": 3e-3, "epochs": 4})
+    if kind == "sft":
+        stage = stage.model_copy(update={"base": world.base})
+    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    stage.work(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=100))
+    losses = [row["loss"] for row in Metrics(tmp_path, resumed_at=10**6).rows()]
+    part = len(losses) // 4
+    assert sum(losses[-part:]) < 0.97 * sum(losses[:part])
+
+
+def test_dropout_acts_while_learning_alone() -> None:
+    torch.manual_seed(0)
+    lm, batch = tiny("llama"), pack(PROMPTS, COMPLETIONS)
+    add_lora(lm, Lora(rank=2, dropout=0.5))
+    for parameter in lm.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    learn(lm)
+    assert not torch.equal(branch_predictions(lm, batch)[0], branch_predictions(lm, batch)[0])
+    lm.model.eval()
+    assert torch.equal(branch_predictions(lm, batch)[0], branch_predictions(lm, batch)[0])

@@ -1,0 +1,121 @@
+"""Portions: a stage that draws or measures goes on where it was killed, and ends with the same rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixpo.stages.engine import read_summary
+from mixpo.stages.evaluation import Evaluation
+from mixpo.stages.gradients import Gradients
+from mixpo.stages.rows import read_table
+from mixpo.stages.stage import Stage
+from mixpo.training import portions as portions_module
+from mixpo.training.portions import Portions
+from mixpo.training.record import Cost
+from mixpo.training.runtime import Runtime
+from worlds import LIMIT, World
+
+ROWS = [[0, 3], [1], [2, 4]]
+
+
+def squares(rows: list[int]) -> list[int]:
+    return [row * row for row in rows]
+
+
+def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
+    done: list[int] = []
+    results = Portions(tmp_path, Cost()).compute("squares", ROWS, squares, advance=done.append)
+    assert results == [0, 1, 4, 9, 16]
+    assert done == [2, 1, 2]
+
+
+@pytest.mark.parametrize("torn", ["", '{"name": "squares", "rows": [1], "resu', '{"name": "squares", "rows": [1]}'])
+def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) -> None:
+    """The last line may be torn anywhere; the next run may cut the rows into other portions."""
+    first = Portions(tmp_path, cost := Cost())
+    cost.tokens_sampled = 7.0
+    first.compute("squares", [[0, 3], [2]], squares)
+    first.compute("cubes", [[1]], lambda rows: [row**3 for row in rows])
+    with (tmp_path / "portions.jsonl").open("a") as file:
+        file.write(torn)
+    computed: list[int] = []
+
+    def work(rows: list[int]) -> list[int]:
+        computed.extend(rows)
+        return squares(rows)
+
+    again = Portions(tmp_path, cost := Cost())
+    assert cost.tokens_sampled == 7.0
+    assert again.compute("squares", [[4, 0], [3, 2, 1]], work) == [0, 1, 4, 9, 16]
+    assert computed == [4, 1]
+    assert again.compute("cubes", [[1]], work) == [1]
+    assert len((tmp_path / "portions.jsonl").read_text().splitlines()) == 5
+    again.remove()
+    assert not (tmp_path / "portions.jsonl").exists()
+
+
+def stages(world: World) -> dict[str, Callable[[], Stage]]:
+    evaluated = {"sft": world.sft, "reward": world.reward, "data": world.data, "max_completion_tokens": LIMIT}
+    pairs = {"reference": world.sft, "pairs": world.selection.easy, "max_completion_tokens": LIMIT}
+    return {
+        "samples": lambda: world.samples,
+        "evaluation": lambda: Evaluation(policy=world.dpo(epochs=1), second=world.reward, **evaluated),
+        "best of": lambda: Evaluation(policy=world.sft, best_of=2, **evaluated),
+        "gradients": lambda: Gradients(policy=world.dpo(epochs=1), beta=0.1, count=3, **pairs),
+        "dpo": lambda: world.dpo(epochs=1, precision="bfloat16"),
+    }
+
+
+LINES = {"samples": 4, "evaluation": 6, "best of": 4, "gradients": 4, "dpo": 2}
+"""Portions, at least, of each at the runtime below."""
+SMALL = Runtime(threads=1, sampling_tokens=2000, microbatch_tokens=150, checkpoint_minutes=100)
+
+
+@pytest.mark.parametrize(("kind", "killed_at"), [(kind, line) for kind, n in LINES.items() for line in {2, n}])
+def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, killed_at: int
+) -> None:
+    """Killed before its second portion, and before its last, is written."""
+    stage = stages(world)[kind]()
+    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    drawn: list[list[list[int]]] = []
+    original = portions_module.sample
+
+    def sampling(lm: Any, prompts: list[list[int]], **how: Any) -> Any:
+        drawn.append(prompts)
+        return original(lm, prompts, **how)
+
+    monkeypatch.setattr(portions_module, "sample", sampling)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    stage.work(stage.paths(folders), whole, SMALL)
+    unbroken = list(drawn)
+    counts, calls = Cost.counts, []
+
+    def die(cost: Cost) -> dict[str, float]:
+        calls.append(cost)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return counts(cost)
+
+    monkeypatch.setattr(Cost, "counts", die)
+    with pytest.raises(KeyboardInterrupt):
+        stage.work(stage.paths(folders), killed, SMALL)
+    monkeypatch.setattr(Cost, "counts", counts)
+    assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
+    kept = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
+    drawn.clear()
+    stage.work(stage.paths(folders), killed, SMALL)
+    assert drawn == unbroken[sum(line["name"] == "drawn" for line in kept) :], "only what is missing is drawn"
+    assert not (killed / "portions.jsonl").exists()
+    for file in whole.glob("*.parquet"):
+        assert read_table(file) == read_table(killed / file.name)
+    one, other = (read_summary(folder) for folder in (whole, killed))
+    for summary in (one, other):
+        del summary["cost"]["seconds"], summary["cost"]["peak_memory_mib"]
+        summary.pop("reference_seconds", None)
+    assert one == other

@@ -1,0 +1,472 @@
+"""Every setting of every stage acts: with another value, alone, a tiny run comes out otherwise.
+
+And where a setting must not act, as the runtime's, the same numbers come out to rounding.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo.data.errors import InputError
+from mixpo.data.world import build_tokenizer
+from mixpo.experiments.recipe import _sections
+from mixpo.models.loading import load_policy, model_digest
+from mixpo.settings import Settings
+from mixpo.stages import ppo as ppo_module
+from mixpo.stages.gradients import Gradients
+from mixpo.stages.label_noise import LabelNoise
+from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.rows import read_pairs, read_table
+from mixpo.stages.stage import Stage, model_in
+from mixpo.training.record import Metrics
+from mixpo.training.step import Diverged, OptimizerSettings, learning_rate
+from models import plain_logprobs
+
+CPU = torch.device("cpu")
+LIMIT = 12
+RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=100)
+HH = "\n\nHuman: {0}\n\nAssistant: {1}"
+
+
+class TinyWorld:
+    """The stages of the embedded world on a model of two layers, and on few rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.numbers = folder, count()
+        self.engine = Engine(folder / "cache", RUNTIME)
+        tokenizer = build_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        self.base = Pretrained(path=str(folder / "base"))
+        self.pairs = Data(base=self.base, train_rows=64, test_rows=16, demonstration_rows=64)
+        self.policy = SFT(base=self.base, data=self.pairs, learning_rate=0.01, batch_size=16, epochs=2, **SHORT)
+        self.scored_by = self.reward()
+        self.sampled = self.samples(prompts=16)
+        self.split = Selection(samples=self.sampled, easy_fraction=0.5)
+        self.tuned = self.dpo(epochs=3)
+        self._write_files()
+
+    def _write_files(self) -> None:
+        """Rows that both formats read, and one whose chosen completion is empty."""
+        rows = {"train": range(20), "test": range(20, 26), "more": range(26, 40)}
+        for name, numbers in rows.items():
+            text = "".join(json.dumps(self._row(number)) + "\n" for number in numbers)
+            (self.folder / f"{name}.jsonl").write_text(text)
+        bad = {**self._row(99), "chosen": ""}
+        (self.folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (self._row(1), bad)))
+        shown = {"prompt": "Q?", "completion": "Shown."}
+        (self.folder / "shown.jsonl").write_text(json.dumps(shown) + "\n")
+
+    def _row(self, number: int) -> dict[str, str]:
+        question = "Why" + number * " so" + "?"
+        sides = {side: HH.format(question, f"{side} {number}") for side in ("chosen", "rejected")}
+        return {"prompt": question, **sides}
+
+    def file(self, name: str) -> str:
+        return str(self.folder / f"{name}.jsonl")
+
+    def sft(self, **settings: Any) -> Stage:
+        return SFT(base=self.base, data=self.pairs, **{"learning_rate": 0.01, "batch_size": 16, **SHORT, **settings})
+
+    def reward(self, **settings: Any) -> Stage:
+        common = {"learning_rate": 0.01, "batch_size": 16, "warmup_steps": 0, **SHORT, **settings}
+        return RewardModel(policy=self.policy, pairs=self.pairs.train_pairs, data=self.pairs, **common)
+
+    def samples(self, **settings: Any) -> Stage:
+        common = {"rows": self.pairs.train_pairs, "prompts": 8, "max_completion_tokens": LIMIT, **settings}
+        return Samples(policy=self.policy, reward=self.scored_by, **common)
+
+    def selection(self, **settings: Any) -> Stage:
+        return Selection(samples=self.sampled, **(settings or {"easy_fraction": 0.5}))
+
+    def dpo(self, **settings: Any) -> Stage:
+        common = {"policy": self.policy, "reference": self.policy, "pairs": self.sampled.pairs, "samplings": 1}
+        steps = {"learning_rate": 0.01, "batch_size": 4, "warmup_steps": 0, **SHORT}
+        return DPO(**{**common, **steps, **settings})
+
+    def ppo(self, **settings: Any) -> Stage:
+        read = {"policy": self.policy, "reference": self.policy, "sft": self.policy, "reward": self.scored_by}
+        steps = {"learning_rate": 3e-3, "value_learning_rate": 3e-3, "batch_size": 8, "warmup_steps": 0, **SHORT}
+        return PPO(prompts=self.sampled.pairs, **{**read, **steps, **settings})
+
+    def evaluation(self, **settings: Any) -> Stage:
+        read = {"policy": self.tuned, "sft": self.policy, "reward": self.scored_by, "data": self.pairs}
+        return Evaluation(**{**read, "prompts": 8, "max_completion_tokens": LIMIT, **settings})
+
+    def data(self, **settings: Any) -> Stage:
+        files = {} if settings.get("format") == "world" else {"format": "preference", "train": self.file("train")}
+        return Data(base=self.base, **{**files, **settings})
+
+    def model(self, **settings: Any) -> Stage:
+        return Pretrained(**settings)
+
+    def label_noise(self, **settings: Any) -> Stage:
+        return LabelNoise(pairs=self.pairs.train_pairs, **settings)
+
+    def gradients(self, *, pairs: int = 1, **settings: Any) -> Stage:
+        read = {"policy": self.tuned, "reference": self.policy, "pairs": self.sampled.pairs}
+        return Gradients(**read, beta=0.1, count=pairs, max_completion_tokens=LIMIT, **settings)
+
+    def run(self, stage: Stage, runtime: Runtime = RUNTIME) -> Path:
+        """Compute a stage, though an equal one may be there; what is upstream is computed once."""
+        folders = {name: self.engine.build(source) for name, source in stage.inputs().items()}
+        out = self.folder / "runs" / str(next(self.numbers))
+        out.mkdir(parents=True)
+        stage.work(stage.paths(folders), out, runtime)
+        return out
+
+
+SHORT = {"max_completion_tokens": LIMIT, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld(tmp_path_factory.mktemp("tiny"))
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another value of a setting than the stage has by default, and what must stand beside it so that it acts."""
+
+    value: Any
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ByTest:
+    """A setting that another test shows to act: its file and its name."""
+
+    file: str
+    name: str
+
+
+SEEDED = {"seed": Other(1), "precision": Other("bfloat16")}
+OPTIMIZER = {
+    "learning_rate": Other(0.02),
+    "warmup_steps": Other(2, {"epochs": 3}),
+    "decay": Other("linear", {"epochs": 3}),
+    "weight_decay": Other(0.7),
+    "adam_betas": Other((0.5, 0.6)),
+    "max_grad_norm": Other(1e-3),
+}
+LORA = {"lora": Other({"rank": 2})}
+SUPERVISED = {
+    **SEEDED,
+    **OPTIMIZER,
+    **LORA,
+    "epochs": Other(2),
+    "batch_size": Other(3),
+    "max_completion_tokens": Other(4),
+}
+
+TABLE: dict[str, dict[str, Other | ByTest]] = {
+    "model": {
+        "path": Other("{folder}/base"),
+        "revision": ByTest("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
+        "chat_template": Other("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
+        "init_seed": Other(1),
+    },
+    "data": {
+        "format": Other("hh-rlhf"),
+        "train": Other("{folder}/more.jsonl"),
+        "test": Other("{folder}/test.jsonl"),
+        "demonstrations": Other("{folder}/shown.jsonl"),
+        "second": Other("{folder}/more.jsonl", {"second_rows": 4}),
+        "revision": ByTest("data/test_sources.py", "test_hub_preferences"),
+        "train_rows": Other(5),
+        "test_rows": Other(1),
+        "demonstration_rows": Other(5),
+        "test_share": Other(0.4),
+        "second_rows": Other(4),
+        "max_prompt_tokens": Other(12, {"on_bad_row": "drop"}),
+        "on_bad_row": Other("drop", {"train": "{folder}/bad.jsonl", "test": "{folder}/test.jsonl"}),
+        "data_seed": Other(1),
+    },
+    "label_noise": {"share": Other(0.5), "seed": Other(1, {"share": 0.5})},
+    "sft": SUPERVISED,
+    "reward": {
+        **SUPERVISED,
+        "validation_share": Other(0.3),
+        "center_coef": Other(0.5),
+        "head": Other("fitted"),
+        "head_ridge": Other(50.0, {"head": "fitted"}),
+    },
+    "samples": {
+        **SEEDED,
+        "temperature": Other(0.3),
+        "top_p": Other(0.3),
+        "top_k": Other(2),
+        "max_completion_tokens": Other(4),
+        "prompts": Other(5),
+    },
+    "selection": {
+        "threshold": Other(0.45, {"threshold": 0.2}),
+        "easy_fraction": Other(0.25, {"easy_fraction": 0.5}),
+    },
+    "dpo": {**SUPERVISED, "beta": Other(0.5), "samplings": Other(2)},
+    "ppo": {
+        **SEEDED,
+        **OPTIMIZER,
+        **LORA,
+        "preset": Other("deepspeed-chat"),
+        "advantage": Other("rloo", {"completions_per_prompt": 2}),
+        "completions_per_prompt": Other(2),
+        "epochs": Other(0.5),
+        "batch_size": Other(4),
+        "minibatches": Other(2),
+        "epochs_per_batch": Other(2),
+        "value_learning_rate": Other(0.02),
+        "kl_coef": Other(1.0),
+        "kl_target": Other(0.01),
+        "kl_budget": Other(0.01),
+        "score_clip": Other(0.01),
+        "missing_end_penalty": Other(3.0),
+        "discount": Other(0.8),
+        "gae_lambda": Other(0.5),
+        "whiten_advantages": Other(False),
+        "clip": Other(1e-3, {"epochs_per_batch": 3}),
+        "value_clip": Other(1e-3, {"epochs_per_batch": 3}),
+        "value_init": Other("policy"),
+        "shared_value_coef": Other(2.0, {"value_init": "shared"}),
+        "value_warmup_steps": Other(1),
+        "max_kl": Other(1e-6, {"epochs": 3}),
+        "max_completion_tokens": Other(4),
+    },
+    "evaluation": {**SEEDED, "prompts": Other(5), "max_completion_tokens": Other(4)},
+    "gradients": {"pairs": Other(2)},
+    "lora": {
+        "rank": Other(4, {"rank": 2}),
+        "alpha": Other(4.0, {"rank": 2}),
+        "dropout": Other(0.5, {"rank": 2}),
+    },
+    "runtime": {
+        name: ByTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding")
+        for name in ("device", "threads", "microbatch_tokens", "sampling_tokens", "checkpoint_minutes")
+    }
+    | {"workers": ByTest("test_workers.py", "test_two_workers_find_what_one_finds")},
+}
+ACTING = [
+    (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, Other)
+]
+
+
+def settings_classes() -> dict[str, type[Settings]]:
+    """Every section of a recipe, and the groups of settings inside them, by name."""
+    found: dict[str, type[Settings]] = {}
+    waiting = dict(_sections())
+    while waiting:
+        name, section = waiting.popitem()
+        found[name] = section
+        for below, described in section.model_fields.items():
+            for kind in (described.annotation, *get_args(described.annotation)):
+                if isinstance(kind, type) and issubclass(kind, Settings) and below not in found:
+                    waiting[below] = kind
+    del found["trace"]  # which arms are evaluated, not how a stage computes
+    return found
+
+
+def test_every_setting_has_its_line() -> None:
+    expected = {name: set(section.model_fields) for name, section in settings_classes().items()}
+    assert {name: set(lines) for name, lines in TABLE.items()} == expected
+
+
+def test_the_tests_that_lines_name_are_there() -> None:
+    for lines in TABLE.values():
+        for line in lines.values():
+            if isinstance(line, ByTest):
+                assert f"def {line.name}(" in (Path(__file__).parent / line.file).read_text()
+
+
+TIMES = {"seconds", "sampling_seconds", "updating_seconds"}
+
+
+def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
+    """All that a stage leaves: rows, metrics but for times, the model; or the words in which it refused."""
+    try:
+        out = tiny.run(stage())
+    except (InputError, Diverged, ValueError) as error:
+        return str(error)
+    rows = {file.name: read_table(file) for file in out.glob("*.parquet")}
+    lines = [{k: v for k, v in row.items() if k not in TIMES} for row in Metrics(out, resumed_at=10**6).rows()]
+    samples = out / "samples.jsonl"
+    drawn = samples.read_text() if samples.exists() else ""
+    return rows, lines, drawn, model_digest(model_in(out)) if model_in(out).exists() else None
+
+
+OUTCOMES: dict[str, Any] = {}
+
+
+def outcome_of(tiny: TinyWorld, section: str, settings: Mapping[str, Any]) -> Any:
+    """The outcome of a section's stage, each once."""
+    filled = {k: v.format(folder=tiny.folder) if "{folder}" in str(v) else v for k, v in settings.items()}
+    if section == "lora":
+        section, filled = "sft", {"lora": filled, "epochs": 2}
+    key = f"{section} {sorted(filled.items())}"
+    if key not in OUTCOMES:
+        OUTCOMES[key] = outcome(tiny, lambda: getattr(tiny, section)(**filled))
+    return OUTCOMES[key]
+
+
+@pytest.mark.parametrize(("section", "name"), ACTING)
+def test_the_setting_acts(tiny: TinyWorld, section: str, name: str) -> None:
+    line = TABLE[section][name]
+    assert isinstance(line, Other)
+    plain = outcome_of(tiny, section, line.beside)
+    other = outcome_of(tiny, section, {**line.beside, name: line.value})
+    assert plain != other
+    refused = {"on_bad_row": [plain], "max_kl": [other]}.get(name, [])
+    assert [found for found in (plain, other) if isinstance(found, str)] == refused
+
+
+@pytest.mark.parametrize("section", ["sft", "reward", "samples", "dpo", "ppo", "evaluation"])
+def test_the_same_settings_give_the_same(tiny: TinyWorld, section: str) -> None:
+    """Else a setting that does nothing would seem to act."""
+    assert outcome_of(tiny, section, {}) == outcome(tiny, getattr(tiny, section))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return Metrics(folder, resumed_at=10**6).rows()
+
+
+RUNTIMES = {
+    "device": {"device": "auto"},
+    "threads": {"threads": 2},
+    "microbatch_tokens": {"microbatch_tokens": 60},
+    "sampling_tokens": {"sampling_tokens": 100},
+    "checkpoint_minutes": {"checkpoint_minutes": 0},
+}
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "samples", "evaluation"])
+def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Completions are drawn once, by the first run, since rounding may draw others; all runs read the same ones."""
+    drawn: dict[Any, Any] = {}
+
+    def once(sample: Callable[..., Any]) -> Callable[..., Any]:
+        def sampling(lm: Any, prompts: Any, **how: Any) -> Any:
+            missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in drawn]
+            if missing:
+                for prompt, completions in zip(missing, sample(lm, missing, **how), strict=True):
+                    drawn[how["seed"], *prompt] = completions
+            return [drawn[how["seed"], *prompt] for prompt in prompts]
+
+        return sampling
+
+    for module in ("stages.ppo", "stages.dpo", "training.portions"):
+        monkeypatch.setattr(f"mixpo.{module}.sample", once(importlib.import_module(f"mixpo.{module}").sample))
+    settings = {"evaluation": {}, "samples": {}}.get(kind, {"epochs": 2})
+    runs = [tiny.run(getattr(tiny, kind)(**settings))]
+    runs += [tiny.run(getattr(tiny, kind)(**settings), RUNTIME.model_copy(update=u)) for u in RUNTIMES.values()]
+    rounding = {"rel": 2e-3, "abs": 5e-4}
+    for name, out in zip(RUNTIMES, runs[1:], strict=True):
+        for one, other in zip(metrics(runs[0]), metrics(out), strict=True):
+            decided_by_rounding = {"accuracy"} if kind == "dpo" else set()  # while policy and reference are one
+            for key in one.keys() - TIMES - decided_by_rounding:
+                assert one[key] == pytest.approx(other[key], **rounding), (name, key, one["step"])
+        for file in runs[0].glob("*.parquet"):
+            for one, other in zip(read_table(file), read_table(out / file.name), strict=True):
+                for key, value in one.items():
+                    numbers = isinstance(value, float) or (key == "scores")
+                    assert value == (pytest.approx(other[key], **rounding) if numbers else other[key]), (name, key)
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled pairs", "human pairs"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["policy is tuned", "reference is tuned"])
+def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, sampled: bool, reverse: bool) -> None:
+    """The first step's figures from plain forward passes of both models, and equation 2 in float64."""
+    policy, reference = (tiny.policy, tiny.tuned) if reverse else (tiny.tuned, tiny.policy)
+    part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
+    out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
+    models = [load_policy(model_in(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
+    pairs = read_pairs(part.path_in(tiny.engine.build(part.stage)), models[0], max_completion_tokens=LIMIT)
+    margins = []
+    for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
+        with torch.no_grad():
+            (chosen, rejected), (chosen_reference, rejected_reference) = (
+                [float(plain_logprobs(lm, prompt, completion).double().sum()) for completion in branches]
+                for lm in models
+            )
+        margins.append(0.3 * ((chosen - chosen_reference) - (rejected - rejected_reference)))
+    assert np.abs(margins).max() > 0.1, "policy and reference differ"
+    row = metrics(out)[0]
+    assert row["margin"] == pytest.approx(np.mean(margins), abs=1e-3)
+    assert row["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-np.array(margins)))), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
+    """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
+    settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
+    assert [learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+    steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}
+    rows = metrics(tiny.run(tiny.dpo(**steps, batch_size=16, epochs=6)))
+    assert [1e3 * row["learning_rate"] for row in rows] == pytest.approx(expected, abs=1e-6)
+
+
+def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> None:
+    """Two iterations of 2 x 2 steps: four up, four down, logged by their means; the value's follow the same course."""
+    steps = {"decay": "linear", "warmup_steps": 4, "minibatches": 2, "epochs_per_batch": 2}
+    rows = metrics(tiny.run(tiny.ppo(**steps, learning_rate=1e-3, value_learning_rate=2e-3)))
+    expected = [np.mean([0.25, 0.5, 0.75, 1.0]), np.mean([1.0, 0.775, 0.55, 0.325])]
+    assert [1e3 * row["learning_rate"] for row in rows] == pytest.approx(expected)
+    assert [5e2 * row["value_learning_rate"] for row in rows] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "iterations", "settings", "expected"),
+    [
+        (16, 4, {}, [0, 1, 2, 3, 4]),
+        (16, 4, {"minibatches": 2, "epochs_per_batch": 3}, [0, 6, 12, 18, 24]),
+        (14, 3, {"batch_size": 6, "minibatches": 4}, [0, 3, 6, 8]),  # minibatches of 2, 2, 2; of 2, 2, 2; of 1, 1
+    ],
+)
+def test_optimizer_steps_of_iterations(
+    prompts: int, iterations: int, settings: dict[str, int], expected: list[int]
+) -> None:
+    assert ppo_module._count_updates(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
+
+
+def test_a_revision_is_the_commit_that_is_asked_for(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        original = auto.from_pretrained
+
+        def loading(name: Any, *, original: Any = original, revision: Any = None, **others: Any) -> Any:
+            seen.append((str(name), revision))
+            return original(tiny.folder / "base" if name == "some/model" else name, **others)
+
+        monkeypatch.setattr(auto, "from_pretrained", loading)
+    Pretrained(path="some/model", revision="abc").work({}, tmp_path, RUNTIME)
+    assert seen.count(("some/model", "abc")) == 2
