@@ -219,6 +219,11 @@ def read_records(path: Path) -> Records:
     return _not_empty(path, _READERS[_ending(path)](path))
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a name has the end of a file of rows."""
+    return any(name.lower().endswith(ending) for ending in _READERS)
+
+
 def _ending(path: Path) -> str:
     """The end of a file's name that says how it is read."""
     for ending in _READERS:

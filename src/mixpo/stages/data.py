@@ -123,7 +123,7 @@ class SplitRows:
     """Rows left out because their prompt is a test prompt."""
 
 
-def filled(settings: DataSettings) -> DataSettings:
+def fill_in_world_rows(settings: DataSettings) -> DataSettings:
     """The settings with the world's number of rows where none is given."""
     if settings.format != "world":
         return settings
@@ -338,7 +338,7 @@ class Data(Stage, DataSettings):
                     f"data.{given[0]}: found {getattr(settings, given[0])[0]!r} beside format 'world', whose rows are "
                     "generated; expected data.format=preference, hh-rlhf or tldr with files"
                 )
-            rows = {name: getattr(filled(settings), name) for name in WORLD_ROWS}
+            rows = {name: getattr(fill_in_world_rows(settings), name) for name in WORLD_ROWS}
             return {**values, **rows, "content": f"world-{WORLD_VERSION}"}
         if not settings.train:
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
