@@ -16,6 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Demonstration, Preference, RowError
 from mixpo.data.sources import (
     content_digest,
+    guess_format,
     hub_records,
     parse_hh_rlhf,
     parse_tldr,
@@ -26,6 +27,7 @@ from mixpo.data.sources import (
     read_preference_rows,
     read_preferences,
     read_records,
+    source_identity,
     write_rows,
 )
 
@@ -468,6 +470,36 @@ def test_the_folder_of_hh_rlhf_is_the_category(tmp_path, format, folder, categor
     row = {"chosen": A, "rejected": A + "c"} if format == "hh-rlhf" else {"prompt": "a", "chosen": "b", "rejected": "c"}
     rows, bad, *_ = read_preferences(write(tmp_path / folder / "a.jsonl", [row]), format)
     assert ([row.category for row in rows], bad) == ([category], [])
+
+
+def test_what_is_read_from_a_path_is_part_of_a_files_identity(tmp_path):
+    def identity(name, format="hh-rlhf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("same")
+        return source_identity(tmp_path / name, format)
+
+    mine = identity("mine/a.jsonl")
+    assert mine == identity("yours/b.JSONL")
+    assert len({mine, identity("harmless-base/a.jsonl"), identity("helpful-base/a.jsonl"), identity("mine/a.csv")}) == 4
+    assert identity("helpful-base/a.jsonl") == identity("helpful-online/a.jsonl")  # one category
+    assert identity("harmless-base/a.jsonl", "preference") == identity("mine/a.jsonl", "preference")
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "used"),
+    [
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["prompt", "chosen", "rejected"]),
+        ("hh-rlhf", {"chosen": A, "rejected": A + "c", "prompt": "a"}, ["chosen", "rejected"]),
+        ("tldr", {"prompt": POST, "chosen": "a", "rejected": "b", "system": "c"}, ["prompt", "chosen", "rejected"]),
+        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"]),
+    ],
+)
+def test_readers_name_the_columns_they_read_and_those_they_do_not(tmp_path, format, row, used):
+    path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
+    reading = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
+    assert reading.used == used
+    assert set(reading.ignored) == {*row, "id", "score"} - set(used)
+    assert guess_format(row) == format
 
 
 # The Hub

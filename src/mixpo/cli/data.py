@@ -42,20 +42,21 @@ def preview(
     from mixpo.experiments.preview import preview as make_preview
     from mixpo.experiments.preview import read_source
 
-    show_preview(make_preview(read_source(source, overrides or (), model)))
+    show_preview(make_preview(read_source(source, overrides or (), model)), Console(highlight=False))
 
 
-def show_preview(preview: "Preview") -> None:
+def show_preview(preview: "Preview", console: Console) -> None:
     """Print a preview: in colours, or with a pair of brackets around every token where there are none."""
-    console = Console(highlight=False)
     plain = console.color_system is None
     for example in preview.examples:
         console.print(Text(f"{example.kind}, the first", style="bold"))
         for side in example.sides:
             console.print(_heading(side))
-            console.print(Padding(_tokens(side, plain=plain), (0, 0, 0, 2)), soft_wrap=plain)
+            console.print(Padding(_tokens(side, plain=plain), (0, 0, 0, 2)))
     legend = "[a token]  «a control token»" if plain else "shades part tokens; control tokens are magenta"
-    console.print(Text(f"{legend}; ⏎ is a line break; {'; '.join(preview.tokens)}\n", style="dim"), soft_wrap=plain)
+    for line in (f"{legend}; ⏎ is a line break", *preview.tokens):
+        console.print(Text(line, style="dim"), soft_wrap=True)
+    console.print()
     width = max(map(len, preview.counts))
     for name, count in preview.counts.items():
         console.print(Text.assemble((f"{name:>{width}}  ", "dim"), count), soft_wrap=True)

@@ -14,7 +14,6 @@ from mixpo.data.sources import (
     guess_format,
     hub_records,
     is_data_file,
-    read_demonstration_rows,
     read_preference_rows,
     read_records,
 )
@@ -36,7 +35,7 @@ from mixpo.stages.data import (
 from mixpo.stages.engine import read_summary
 from mixpo.stages.pretrained import PretrainedSettings
 
-MEASURED = 2000
+MEASURED = 1000
 """Completions are counted in tokens for at most so many rows, which are drawn."""
 CONTEXT = 6
 """A token's text is what it adds to the text of so many tokens before it."""
@@ -129,8 +128,8 @@ def preview(recipe: Recipe) -> Preview:
     rows = read_sources(settings, tokenizer)
     if rows.total == len(rows.bad):
         refuse(rows.bad, rows.total)
-    warnings = _check_embeddings(recipe.model, tokenizer)
-    split = SplitRows(*rows.preferences.values(), rows.demonstrations)
+    warnings, given = _check_embeddings(recipe.model, tokenizer), rows.preferences
+    split = SplitRows(given["train"], given["test"], given["second"], rows.demonstrations)
     if split.train or split.test:
         try:
             split = split_rows(settings, rows)
@@ -165,12 +164,14 @@ def examples(
     demonstrations: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Example]:
-    """Put the first row of each kind into tokens."""
+    """Put the first row of each kind into tokens; a demonstration that is the preference's chosen side says no more."""
     found = []
     for row in preferences[:1]:
         limit, sides = recipe.reward.max_completion_tokens, {"chosen": row.chosen, "rejected": row.rejected}
         found.append(_example("preference", row.prompt, sides, tokenizer, limit))
     for shown in demonstrations[:1]:
+        if preferences and (shown.prompt, shown.completion) == (preferences[0].prompt, preferences[0].chosen):
+            continue  # made of the preference that is there already
         sides, limit = {"completion": shown.completion}, recipe.sft.max_completion_tokens
         found.append(_example("demonstration", shown.prompt, sides, tokenizer, limit))
     return found
@@ -299,17 +300,14 @@ def _cut(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -
 
 
 def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
-    """Say in a few lines what a run learns from: a data stage's first rows as the model's tokenizer has them."""
+    """Say in four lines what a run learns from: a data stage's first pair as the model's tokenizer has it."""
     tokenizer = load_tokenizer(model)
-    pairs, shown = (
-        read_preference_rows(data / "train.parquet"),
-        read_demonstration_rows(data / "demonstrations.parquet"),
-    )
-    example = examples(recipe, pairs[:1], [], tokenizer)[0]
+    example = examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
     figures = read_summary(data)
     heading = (
-        f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, {len(shown):,} demonstrations; "
-        f"{'; '.join(_describe_tokens([example], tokenizer))}; the first pair:"
+        f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
+        f"{figures['demonstration_rows']:,} demonstrations; {'; '.join(_describe_tokens([example], tokenizer))}; "
+        "the first pair:"
     )
     return [heading, *map(_on_one_line, example.sides)]
 

@@ -34,6 +34,7 @@ from mixpo.data.sources import (
     write_rows,
 )
 from mixpo.data.splits import draw, hold_out
+from mixpo.data.text import visible
 from mixpo.data.tokens import end_token, prompt_tokens
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.loading import load_tokenizer
@@ -292,11 +293,13 @@ def facts(figures: Mapping[str, Any]) -> list[str]:
     """Put what `describe` counted into words, a line for each thing that a reader should know."""
     lines = [
         f"{kind} read as {'demonstration' if kind == 'demonstrations' else figures['format']}: "
-        f"{', '.join(columns['used'])}; ignored: {', '.join(columns['ignored']) or 'nothing'}"
+        f"{visible(', '.join(columns['used']))}; ignored: {visible(', '.join(columns['ignored'])) or 'nothing'}"
         for kind, columns in figures["columns"].items()
     ]
-    rendered = [name for columns in figures["columns"].values() for name in columns["ignored"]]
-    if any(name.rpartition(".")[2] in ("tools", "tool_calls", "tool_call_id") for name in rendered):
+    if list(figures["columns"]) == ["preferences"]:
+        lines.append("demonstrations for SFT are the chosen completions of train")
+    ignored = [name for columns in figures["columns"].values() for name in columns["ignored"]]
+    if any(name.rpartition(".")[2] in ("tools", "tool_calls", "tool_call_id") for name in ignored):
         lines.append("tools and tool calls are ignored: mixpo renders the text of messages and nothing else")
     for part, count in figures["duplicate_rows"].items():
         if count:
