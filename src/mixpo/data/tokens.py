@@ -69,6 +69,11 @@ def end_token(tokenizer: Tokenizer) -> int:
     return _codec(tokenizer).end
 
 
+def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens that part and end turns, by name: special ones, and all that the chat template writes."""
+    return _codec(tokenizer).control
+
+
 def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
     """What is worth knowing of how a tokenizer and its chat template treat rows, a line each.
 
@@ -147,7 +152,7 @@ class _Codec:
             )
         self.end: int = ends[0] if ends else tokenizer.eos_token_id
         written = {self.end, *(token for text in self.turn.dialogues for token in self._encode(text))}
-        self.control = {
+        self.control: dict[str, int] = {
             entry.content: token
             for token, entry in added.items()
             if (entry.special or token in written) and len(entry.content) > 1

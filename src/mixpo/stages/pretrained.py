@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pydantic
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest
@@ -21,6 +22,7 @@ from mixpo.models.loading import (
     new_reward_model,
     new_world_model,
     read_gguf,
+    read_gguf_tokenizer,
     read_hub_model,
     resolve_package_file,
 )
@@ -141,6 +143,22 @@ class Pretrained(Stage, PretrainedSettings):
         if self.revision is None:
             watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
         return network, load_tokenizer(self.path, self.revision)
+
+
+def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -> PreTrainedTokenizerBase:
+    """The tokenizer that the stages will have of a model; its weights are not read."""
+    path = settings.path
+    if path == "world":
+        tokenizer = new_world_model(settings.init_seed)[1]
+    elif path.startswith("package:") or path.endswith(".gguf"):
+        file = resolve_package_file(path) if path.startswith("package:") else Path(path).expanduser()
+        tokenizer = read_gguf_tokenizer(file)
+    else:
+        local = Path(path).expanduser()
+        tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
+    _set_template(tokenizer, settings.chat_template, settings.template_arguments)
+    tokenizer.init_kwargs[SPECIAL_TOKENS] = special_tokens
+    return tokenizer
 
 
 @lru_cache

@@ -3,23 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt
+from mixpo.data.rows import Prompt, prompt_key
+from mixpo.data.splits import COMPARED, draw
 from mixpo.data.tokens import prompt_tokens, tokenize_row
 from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.training.record import watcher
 
 SAMPLER = b"mixpo.sampler"
 """Key of the Parquet metadata that names who drew the completions."""
-
-
-class _HasPrompt(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,12 @@ class Pairs:
     """`sampler_name` of the model that drew the completions; None for human pairs."""
     logprobs: list[list[float]] | None
     """The sampler's own sequence log-probs of both, kept from sampling."""
+    untokenised: list[Prompt]
+    """The prompts as the rows have them."""
+    truncated: int
+    """Completions that were cut to max_completion_tokens, among those of all rows."""
+    identical: int
+    """Rows left out, both of whose completions are the same tokens: no loss on pairs can learn from them."""
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -69,28 +72,51 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     """Pairs from preference rows (`prompt`, `chosen`, `rejected`) or from scored pairs (`completions`, ...).
 
     Sampled completions are taken token by token as they were drawn; the model must share the sampler's tokenizer, as
-    every model that was trained from it does.
+    every model that was trained from it does. Raises `InputError` if all pairs are left out as identical.
     """
     rows = read_table(path)
     if rows and "tokens" in rows[0]:
-        return Pairs(
-            [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows],
-            [row["tokens"] for row in rows],
-            read_sampler(path),
-            [[sum(logprobs) for logprobs in row["logprobs"]] for row in rows],
+        tokens = [(prompt_tokens(lm.tokenizer, row["prompt"]), row["tokens"]) for row in rows]
+        logprobs = [[sum(branch) for branch in row["logprobs"]] for row in rows]
+        truncated = 0
+    else:
+        tokens = [
+            tokenize_row(lm.tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=max_completion_tokens)
+            for row in rows
+        ]
+        logprobs = []
+        truncated = sum(not lm.has_ended(side) for _, sides in tokens for side in sides)
+    different = [place for place, (_, (chosen, rejected)) in enumerate(tokens) if chosen != rejected]
+    if rows and not different:
+        cut = f"cut to max_completion_tokens {max_completion_tokens}, " if truncated else ""
+        raise InputError(
+            f"{path}: found {len(rows)} pairs, {cut}each of two identical completions; expected one with a difference "
+            f"to learn from; {'raise max_completion_tokens' if truncated else 'look at the rows'}"
         )
-    tokens = [
-        tokenize_row(lm.tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=max_completion_tokens)
-        for row in rows
-    ]
-    return Pairs([prompt for prompt, _ in tokens], [completions for _, completions in tokens], None, None)
+    note_truncated(path.stem, truncated, 2 * len(rows), max_completion_tokens)
+    if identical := len(rows) - len(different):
+        watcher.get().note(f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same")
+    return Pairs(
+        [tokens[place][0] for place in different],
+        [tokens[place][1] for place in different],
+        read_sampler(path),
+        [logprobs[place] for place in different] if logprobs else None,
+        [rows[place]["prompt"] for place in different],
+        truncated,
+        identical,
+    )
 
 
-def unique_prompts(rows: Sequence[dict[str, Any]], limit: int | None = None) -> list[Prompt]:
-    """The different prompts of rows, in order, the first `limit` of them."""
-    seen: dict[str, Prompt] = {}
-    for row in rows:
-        seen.setdefault(str(row["prompt"]), row["prompt"])
-        if limit is not None and len(seen) == limit:
-            break
-    return list(seen.values())
+def note_truncated(name: str, truncated: int, total: int, limit: int) -> None:
+    """Tell the watcher how many completions were cut, if any were."""
+    if truncated:
+        watcher.get().note(
+            f"{name}: {truncated} of {total} completions ({truncated / total:.0%}) are cut to max_completion_tokens "
+            f"{limit} and have no end token"
+        )
+
+
+def unique_prompts(rows: Sequence[dict[str, Any]], count: int | None = None) -> list[Prompt]:
+    """The different prompts of rows, in order; `count` of them, the same ones whatever a stage's seed is."""
+    different = {prompt_key(row["prompt"]): row["prompt"] for row in rows}
+    return draw(list(different.values()), count, COMPARED)
