@@ -240,6 +240,10 @@ def test_names_that_overlap_and_noncharacters_hide_nothing():
         ids = prompt_tokens(tokenizer, dialogue(evil))
         assert [token for token in ids if token in special] == benign
         assert tokenizer.decode(ids).count("<|im_end|>") >= evil.count("<|im_end|>")
+    overlapping = family_tokenizer("smollm2")
+    overlapping.add_tokens(["<x|", "|y>"], special_tokens=True)
+    added = set(overlapping.convert_tokens_to_ids(["<x|", "|y>"]))
+    assert not added & {*prompt_tokens(overlapping, dialogue("a <x|y> b"))}
     assert prompt_tokens(tokenizer, dialogue("a\ufdd0b")) == plain_ids(
         tokenizer, dialogue("a\ufdd0b"), add_generation_prompt=True
     )
@@ -414,7 +418,7 @@ def test_template_arguments_are_in_the_folder_for_everyone(tmp_path):
     assert Pretrained(**stage.model_dump()) == stage
 
 
-@pytest.mark.parametrize("value", [True, 3, 2.5, 'it\'s "quoted" \\ {% x %} {{ y }}\n東京 🙂', ""])
+@pytest.mark.parametrize("value", [True, 3, 2.5, 'it\'s "quoted" \\ \\n {% x %} {{ y }}\n東京 🙂', ""])
 def test_a_template_argument_is_the_value_that_was_given(value):
     template = "\n{{ messages[0].content }}|{{ x }}|{{ x is string }}|{{ x is number }}"
     tokenizer = with_template("gpt2", template)

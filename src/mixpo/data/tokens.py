@@ -181,7 +181,7 @@ class _Codec:
         start: list[int] = []
         if isinstance(prompt, str):
             start, prompt = self.start, self.without_start(prompt)
-        marked = any(map(self.find, _strings([*completions, () if self.parses else prompt])))
+        marked = any(map(self.find, _strings([*completions, prompt])))
         if marked:
             prompt = prompt if self.parses else _map_strings(prompt, self._mark)
             completions = [self._mark(completion) for completion in completions]
