@@ -8,11 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from families import FAMILIES, make_family
+from families import FAMILIES, family_tokenizer, make_family
+from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
+from mixpo.data.tokens import end_token
+from mixpo.experiments.preview import preview, read_source
 from mixpo.models.language_model import branch_logprobs, branch_scores
 from mixpo.models.loading import load_policy, load_reward_model, new_reward_model, same_tokens, save_model
+from mixpo.stages.rows import read_table
 
 CPU = torch.device("cpu")
 REFUSED = {
@@ -94,3 +98,71 @@ def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_pat
 def test_a_family_that_would_be_computed_wrongly_is_refused(folders: Path, name: str) -> None:
     with pytest.raises(InputError, match=REFUSED[name]):
         load_policy(family_folder(folders, name), device=CPU)
+
+
+ANSWERS = ("The world is round.", "No, it is not.", "Paris", "print(add(1, 2))", "It takes flour and water.")
+
+
+def write_rows_of(family: str, file: Path, first: int, count: int) -> Path:
+    """Preference rows as messages, or as text where the family has no chat template."""
+    templated = family_tokenizer(family).chat_template is not None
+    rows = []
+    for number in range(first, first + count):
+        question = f"What is {number} + {number}?"
+        prompt = [{"role": "user", "content": question}] if templated else f"{question}\n"
+        chosen, rejected = (f"{ANSWERS[(number + shift) % len(ANSWERS)]} {number}" for shift in (0, 1))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return file
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Path, name: str) -> None:
+    model = family_folder(folders, name)
+    files = [str(write_rows_of(name, tmp_path / f"{part}.jsonl", first, 8)) for part, first in (("a", 0), ("b", 8))]
+
+    shown = preview(read_source(files[0], model=str(model)))
+    chosen = next(side for side in shown.examples[0].sides if side.name == "chosen")
+    assert "The world is round. 0" in chosen.text
+    assert chosen.pieces[-1].control
+    assert not shown.warnings
+
+    short = {"max_completion_tokens": 16, "batch_size": 4, "warmup_steps": 0}
+    base = Pretrained(path=str(model))
+    data = Data(base=base, format="preference", train=(files[0],), test=(files[1],), max_prompt_tokens=120)
+    sft = SFT(base=base, data=data, learning_rate=1e-3, **short)
+    reward = RewardModel(policy=sft, pairs=data.train_pairs, data=data, learning_rate=1e-3, **short)
+    samples = Samples(policy=sft, reward=reward, rows=data.train_pairs, max_completion_tokens=16)
+    selection = Selection(samples=samples, easy_fraction=0.5)
+    dpo = DPO(policy=sft, reference=sft, pairs=selection.easy, learning_rate=1e-4, samplings=1, **short)
+    mpo = PPO(policy=dpo, reference=dpo, sft=sft, reward=reward, prompts=selection.hard, learning_rate=1e-4, **short)
+    evaluation = Evaluation(policy=mpo, sft=sft, reward=reward, data=data, max_completion_tokens=16)
+    engine = Engine(tmp_path / "cache", Runtime(threads=1))
+    engine.build(evaluation)
+
+    first = json.loads((engine.folder(mpo) / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["kl_abs_per_token"] < 1e-4, "the policy starts as its own reference"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    known = set(tokenizer.get_vocab().values())
+    rows = read_table(engine.folder(samples) / "pairs.parquet")
+    assert {token for row in rows for side in row["tokens"] for token in side} <= known
+    policy = AutoModelForCausalLM.from_pretrained(engine.folder(sft) / "model", attn_implementation="eager")
+    ended = policy.generation_config.eos_token_id
+    assert end_token(tokenizer) in (ended if isinstance(ended, list) else [ended])
+    prompt = (
+        tokenizer(rows[0]["prompt"])["input_ids"]
+        if isinstance(rows[0]["prompt"], str)
+        else tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)["input_ids"]
+    )
+    whole = torch.tensor([prompt + rows[0]["tokens"][0]])
+    with torch.no_grad():
+        logprobs = policy(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    drawn = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
+    torch.testing.assert_close(drawn, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
+    if name not in WITHOUT_CLASSIFIER:
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            engine.folder(reward) / "model", attn_implementation="eager"
+        )
+        with torch.no_grad():
+            score = float(classifier(input_ids=whole).logits)
+        assert score == pytest.approx(rows[0]["scores"][0], abs=1e-3)
