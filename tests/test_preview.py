@@ -1,5 +1,6 @@
 """`mixpo data preview`: what is trained on, in tokens, and what is wrong with the rows, before anything trains."""
 
+import copy
 import io
 import json
 import sys
@@ -15,6 +16,8 @@ from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
 from mixpo.experiments.preview import ends_of, preview, read_source, split_into_pieces
 from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.run import run_stage
+from watching import Watching
 
 ROW = {"prompt": [{"role": "user", "content": "How?"}], "chosen": "So.", "rejected": "No."}
 
@@ -178,7 +181,7 @@ def test_the_middle_of_a_long_side_is_left_out() -> None:
 
 
 def test_a_model_with_too_few_embeddings_and_a_prompt_with_two_begins(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = copy.deepcopy(build_tokenizer())
     tokenizer.bos_token = "<|user|>"
     tokenizer.chat_template = "<|user|>" + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "model")
@@ -198,3 +201,25 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     assert read_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
         preview(read_source(path, ["data.format=tldr"]))
+
+
+def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = write(tmp_path / "rows.jsonl", rows(range(10), id=3))
+    test = write(tmp_path / "test.jsonl", rows(range(10, 12)))
+    recipe = read_source(train, [f"data.test={test}"])
+    expected = [
+        "preferences read as preference: prompt, chosen, rejected; ignored: id",
+        "demonstrations for SFT are the chosen completions of train",
+        "10 pairs to train, 2 to test, 10 demonstrations; the tokenizer has no BOS; prompts begin without one; "
+        "completions end with <|end|> (3); the first pair:",
+        "  prompt        6 tokens, given: <|user|>How 0?<|assistant|>",
+        "  chosen        4 tokens, trained on: So.<|end|>",
+        "  rejected      4 tokens, trained on: No.<|end|>",
+    ]
+    for _ in range(2):
+        watching = Watching()
+        run_stage(recipe, lambda setup: setup.data, watching)
+        assert watching.notes == expected
