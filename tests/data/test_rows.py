@@ -1,7 +1,19 @@
 import pytest
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import BadRow, Demonstration, Preference, RowError, demonstration_from, preference_from, refuse
+from mixpo.data.rows import (
+    BadRow,
+    Demonstration,
+    Preference,
+    RowError,
+    columns_with_content,
+    count_repeats,
+    demonstration_columns,
+    demonstration_from,
+    preference_from,
+    prompt_key,
+    refuse,
+)
 
 FIX = "drop the row or fix the source"
 
@@ -248,3 +260,82 @@ def test_refusal_lists_the_first_ten_and_counts_the_rest(count, tail):
         *tail,
         "`data.on_bad_row: drop` leaves bad rows out and lists them in a file",
     ]
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param({"prompt": "Why?", "system": "Be brief."}, [system("Be brief."), user("Why?")], id="text"),
+        pytest.param(
+            {"prompt": [user("Why?")], "system": "Be brief."}, [system("Be brief."), user("Why?")], id="messages"
+        ),
+        pytest.param(
+            {"prompt": [system("Be brief."), user("Why?")], "system": "Be brief."},
+            [system("Be brief."), user("Why?")],
+            id="said twice",
+        ),
+        pytest.param(
+            {"prompt": "Why?", "system": ""}, [user("Why?")], id="empty: messages, as the file's other prompts"
+        ),
+        pytest.param({"prompt": "Why?", "system": None}, [user("Why?")], id="null"),
+    ],
+)
+def test_a_system_column_is_a_message_in_front_of_the_prompt(fields, expected):
+    assert preference_from({**GOOD, **fields}).prompt == expected
+    assert demonstration_from({"completion": "So.", **fields}).prompt == expected
+
+
+def test_two_different_system_messages_are_a_bad_row():
+    with pytest.raises(RowError) as caught:
+        preference_from({**GOOD, "prompt": [system("Be long."), user("Why?")], "system": "Be brief."})
+    assert (caught.value.field, caught.value.problem) == (
+        "system",
+        f"is not the system message of the dialogue; expected the same or one of them; {FIX}",
+    )
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_a_message_that_only_calls_a_tool_is_a_bad_row(content):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}], **content}
+    with pytest.raises(RowError) as caught:
+        demonstration_from({"messages": [user("Why?"), call]})
+    assert (caught.value.field, caught.value.problem) == (
+        "messages",
+        f"message 2 calls a tool and says nothing; expected 'content': tool calls are not rendered; {FIX}",
+    )
+
+
+def test_columns_that_nothing_reads_are_named_and_empty_ones_are_not():
+    call = {**assistant("I look."), "tool_calls": [{"function": {"name": "f"}}], "name": "bot", "tool_call_id": None}
+    fields = {
+        "id": 0,
+        "messages": [user("Why?"), call, {"role": "tool", "content": "42", "tool_call_id": "a"}, assistant("42.")],
+        "tools": [{"name": "f"}],
+        "system": "",
+        "score": 0.0,
+        "note": None,
+        "labels": [],
+    }
+    assert columns_with_content(fields, demonstration_columns(fields)) == (
+        ["messages"],
+        ["id", "tools", "score", "messages.tool_calls", "messages.name", "messages.tool_call_id"],
+    )
+    both = {"prompt": "Why?", "completion": "So.", "messages": [user("Why?"), assistant("No.")]}
+    assert columns_with_content(both, demonstration_columns(both)) == (["prompt", "completion"], ["messages"])
+
+
+def test_duplicate_and_contradictory_rows_are_counted():
+    pairs = [("a", "x", "y"), ("a", "x", "y"), ("a", "y", "x"), ("b", "y", "x"), ("b", "x", "z"), ("a", "x", "y")]
+    rows = [Preference([user(prompt)], *sides) for prompt, *sides in pairs]
+    duplicate = sum(pairs[n] in pairs[:n] for n in range(len(pairs)))
+    contradictory = sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs)
+    assert count_repeats(rows) == (duplicate, contradictory) == (2, 4)
+
+
+def test_equal_prompts_have_one_key():
+    assert prompt_key([{"role": "user", "content": "a"}]) == prompt_key([{"content": "a", "role": "user"}])
+    assert prompt_key("a") != prompt_key([user("a")])

@@ -16,6 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Demonstration, Preference, RowError
 from mixpo.data.sources import (
     content_digest,
+    guess_format,
     hub_records,
     parse_hh_rlhf,
     parse_tldr,
@@ -26,6 +27,7 @@ from mixpo.data.sources import (
     read_preference_rows,
     read_preferences,
     read_records,
+    source_identity,
     write_rows,
 )
 
@@ -85,19 +87,19 @@ KINDS = ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    assert read_preferences(write(tmp_path / name, ROWS), "preference") == (PREFERENCES, [])
+    assert read_preferences(write(tmp_path / name, ROWS), "preference")[:2] == (PREFERENCES, [])
 
 
 def test_the_ending_may_be_in_capitals(tmp_path):
     (tmp_path / "A.JSONL").write_bytes(jsonl(ROWS))
-    assert read_preferences(tmp_path / "A.JSONL", "preference") == (PREFERENCES, [])
+    assert read_preferences(tmp_path / "A.JSONL", "preference")[:2] == (PREFERENCES, [])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 def test_messages_come_through(tmp_path, name):
     row = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
     expected = Demonstration([user("a"), assistant("b"), user("c")], "d")
-    assert read_demonstrations(write(tmp_path / name, [row])) == ([expected], [])
+    assert read_demonstrations(write(tmp_path / name, [row]))[:2] == ([expected], [])
 
 
 text = st.text(min_size=1).filter(str.strip)
@@ -108,7 +110,7 @@ def test_any_text_survives_any_kind_of_file(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
     expected = [Demonstration(**row) for row in rows]
     for name in ("a.jsonl.gz", "a.csv", "a.json", "a.parquet"):
-        assert read_demonstrations(write(folder / name, rows)) == (expected, []), name
+        assert read_demonstrations(write(folder / name, rows))[:2] == (expected, []), name
 
 
 def test_rows_are_numbered_as_the_file_numbers_them(tmp_path):
@@ -134,7 +136,7 @@ def test_bad_rows_are_returned_beside_the_good_ones(tmp_path):
     empty = json.dumps(ROWS[0] | {"rejected": ""})
     deep = "[" * 100_000
     path.write_text("\n".join([good, '{"prompt": "a" "b"}', "[1]", empty, deep, "1" * 5000, good]), encoding="utf-8")
-    rows, bad = read_preferences(path, "preference")
+    rows, bad, *_ = read_preferences(path, "preference")
     assert rows == [PREFERENCES[0]] * 2
     lines = [str(row) for row in bad]
     assert lines[:3] == [
@@ -149,7 +151,7 @@ def test_bad_rows_are_returned_beside_the_good_ones(tmp_path):
 def test_json_lists_may_hold_bad_rows(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([ROWS[0], "text"]), encoding="utf-8")
-    rows, bad = read_preferences(path, "preference")
+    rows, bad, *_ = read_preferences(path, "preference")
     assert rows == PREFERENCES[:1]
     assert [str(row) for row in bad] == [f"{path}:2: the row is text; expected an object; {FIX}"]
 
@@ -157,7 +159,7 @@ def test_json_lists_may_hold_bad_rows(tmp_path):
 def test_csv_rows_with_other_columns_than_the_header_are_bad(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,chosen,rejected\na,"b\nb",c\na,b\n\na,b,c,d\n', encoding="utf-8")
-    rows, bad = read_preferences(path, "preference")
+    rows, bad, *_ = read_preferences(path, "preference")
     assert rows == [Preference("a", "b\nb", "c")]
     assert [str(row) for row in bad] == [
         f"{path}:4: the row has 2 columns; expected 3 as in the header; quote texts with commas",
@@ -167,7 +169,7 @@ def test_csv_rows_with_other_columns_than_the_header_are_bad(tmp_path):
 
 def test_csv_cells_may_be_long(tmp_path):
     row = {"prompt": "a" * 200_000, "completion": "b"}
-    assert read_demonstrations(write(tmp_path / "a.csv", [row])) == ([Demonstration(**row)], [])
+    assert read_demonstrations(write(tmp_path / "a.csv", [row]))[:2] == ([Demonstration(**row)], [])
 
 
 def test_a_missing_file_suggests_its_neighbours(tmp_path):
@@ -451,7 +453,7 @@ def test_bad_tldr_rows(change, field, problem):
     ],
 )
 def test_files_are_read_in_their_format(tmp_path, format, row, expected):
-    assert read_preferences(write(tmp_path / "a.jsonl", [row, row]), format) == ([expected] * 2, [])
+    assert read_preferences(write(tmp_path / "a.jsonl", [row, row]), format)[:2] == ([expected] * 2, [])
 
 
 @pytest.mark.parametrize(
@@ -466,8 +468,38 @@ def test_files_are_read_in_their_format(tmp_path, format, row, expected):
 def test_the_folder_of_hh_rlhf_is_the_category(tmp_path, format, folder, category):
     (tmp_path / folder).mkdir()
     row = {"chosen": A, "rejected": A + "c"} if format == "hh-rlhf" else {"prompt": "a", "chosen": "b", "rejected": "c"}
-    rows, bad = read_preferences(write(tmp_path / folder / "a.jsonl", [row]), format)
+    rows, bad, *_ = read_preferences(write(tmp_path / folder / "a.jsonl", [row]), format)
     assert ([row.category for row in rows], bad) == ([category], [])
+
+
+def test_what_is_read_from_a_path_is_part_of_a_files_identity(tmp_path):
+    def identity(name, format="hh-rlhf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("same")
+        return source_identity(tmp_path / name, format)
+
+    mine = identity("mine/a.jsonl")
+    assert mine == identity("yours/b.JSONL")
+    assert len({mine, identity("harmless-base/a.jsonl"), identity("helpful-base/a.jsonl"), identity("mine/a.csv")}) == 4
+    assert identity("helpful-base/a.jsonl") == identity("helpful-online/a.jsonl")  # one category
+    assert identity("harmless-base/a.jsonl", "preference") == identity("mine/a.jsonl", "preference")
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "used"),
+    [
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["prompt", "chosen", "rejected"]),
+        ("hh-rlhf", {"chosen": A, "rejected": A + "c", "prompt": "a"}, ["chosen", "rejected"]),
+        ("tldr", {"prompt": POST, "chosen": "a", "rejected": "b", "system": "c"}, ["prompt", "chosen", "rejected"]),
+        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"]),
+    ],
+)
+def test_readers_name_the_columns_they_read_and_those_they_do_not(tmp_path, format, row, used):
+    path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
+    reading = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
+    assert reading.used == used
+    assert set(reading.ignored) == {*row, "id", "score"} - set(used)
+    assert guess_format(row) == format
 
 
 # The Hub
@@ -492,14 +524,14 @@ def hub(monkeypatch):
 
 
 def test_hub_preferences(hub):
-    rows, bad = read_hub_preferences("Anthropic/hh-rlhf", "hh-rlhf", split="train", data_dir="helpful-base")
+    rows, bad, *_ = read_hub_preferences("Anthropic/hh-rlhf", "hh-rlhf", split="train", data_dir="helpful-base")
     assert rows == [Preference([user("a")], "b", "bc", "helpful")]
     assert [str(row) for row in bad] == [f"Anthropic/hh-rlhf/helpful-base[train]:2: 'rejected' is empty; {FIX}"]
     assert hub == [("Anthropic/hh-rlhf", {"split": "train", "data_dir": "helpful-base", "revision": None})]
 
 
 def test_hub_demonstrations(hub):
-    rows, bad = read_hub_demonstrations("some/set", split="train", revision="abc")
+    rows, bad, *_ = read_hub_demonstrations("some/set", split="train", revision="abc")
     assert rows == [Demonstration("a", "b")]
     assert [str(row) for row in bad] == [f"some/set[train]:2: 'completion' is empty; {FIX}"]
     assert hub == [("some/set", {"split": "train", "data_dir": None, "revision": "abc"})]

@@ -4,7 +4,8 @@ A row comes from a mapping of fields in any of the shapes of Hugging Face prefer
 refused with what was found, what was expected and what to do: no text is stripped, repaired or guessed.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -26,6 +27,11 @@ Prompt = str | list[Message]
 def turns(prompt: Prompt) -> list[Message]:
     """The messages of a prompt; text alone is the user's."""
     return [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Text that is the same for equal prompts, in whatever order a file has the fields of a message."""
+    return json.dumps(prompt, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,11 @@ class BadRow:
 
 
 FIX = "drop the row or fix the source"
+EQUAL_SIDES = f"equals 'chosen'; expected two different completions; {FIX}"
+MESSAGE = ("role", "content")
+"""The fields of a message."""
+NOTHING: tuple[object, ...] = (None, "", [], {})
+"""What a column holds where a row has nothing in it."""
 _LISTED = 10
 
 
@@ -83,12 +94,21 @@ def refuse(bad: Sequence[BadRow], total: int) -> NoReturn:
     raise InputError("\n".join(lines))
 
 
+def count_repeats(rows: Sequence[Preference]) -> tuple[int, int]:
+    """Count duplicate rows (all but the first of each), and contradictory ones: another row exchanges their sides."""
+    pairs = [(prompt_key(row.prompt), row.chosen, row.rejected) for row in rows]
+    different = set(pairs)
+    contradictory = sum((prompt, rejected, chosen) in different for prompt, chosen, rejected in pairs)
+    return len(pairs) - len(different), contradictory
+
+
 def preference_from(fields: Mapping[str, object]) -> Preference:
     """Read a preference from a row's fields, or raise `RowError`.
 
     `prompt` is text or a list of messages. `chosen` and `rejected` are text, a list of one assistant message, or whole
     dialogues that end with one; whole dialogues carry the prompt, so that `prompt` may be left out, and must agree
-    with it where it is there. `category` is text, or may be left out.
+    with it where it is there. `system` is the text of a system message in front of the prompt, which a column of that
+    name makes a list of messages. `system` and `category` may be left out.
     """
     before_chosen, chosen = _completion(fields, "chosen")
     before_rejected, rejected = _completion(fields, "rejected")
@@ -96,8 +116,8 @@ def preference_from(fields: Mapping[str, object]) -> Preference:
         raise RowError("rejected", _difference(before_rejected, before_chosen))
     prompt = _prompt(fields, "chosen", before_chosen)
     if chosen == rejected:
-        raise RowError("rejected", f"equals 'chosen'; expected two different completions; {FIX}")
-    return Preference(prompt, chosen, rejected, _category(fields))
+        raise RowError("rejected", EQUAL_SIDES)
+    return Preference(_with_system(fields, prompt), chosen, rejected, _category(fields))
 
 
 def demonstration_from(fields: Mapping[str, object]) -> Demonstration:
@@ -105,9 +125,55 @@ def demonstration_from(fields: Mapping[str, object]) -> Demonstration:
 
     `prompt` and `completion` as in `preference_from`; or `messages`, a dialogue whose last message is the completion.
     """
-    field = "messages" if "messages" in fields and "completion" not in fields else "completion"
+    field = _demonstrated(fields)
     before, completion = _completion(fields, field)
-    return Demonstration(_prompt(fields, field, before), completion)
+    return Demonstration(_with_system(fields, _prompt(fields, field, before)), completion)
+
+
+def preference_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
+    """Name the columns that `preference_from` reads."""
+    return ("prompt", "chosen", "rejected", "system", "category")
+
+
+def demonstration_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
+    """Name the columns that `demonstration_from` reads."""
+    return ("prompt", _demonstrated(fields), "system")
+
+
+def _demonstrated(fields: Mapping[str, object]) -> str:
+    return "messages" if "messages" in fields and "completion" not in fields else "completion"
+
+
+def columns_with_content(fields: Mapping[str, object], read: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Name the columns that hold something: those among `read`, and those that nothing reads.
+
+    A message's fields beside role and content, such as `tool_calls`, are columns too: `messages.tool_calls`.
+    """
+    filled = [name for name, value in fields.items() if value not in NOTHING]
+    used = [name for name in filled if name in read]
+    unread = [name for name in filled if name not in read]
+    return used, [*unread, *dict.fromkeys(path for name in used for path in _unread_in_messages(name, fields[name]))]
+
+
+def _unread_in_messages(name: str, value: object) -> Iterator[str]:
+    for message in value if isinstance(value, list) else ():
+        if isinstance(message, Mapping):
+            yield from (f"{name}.{key}" for key in message if key not in MESSAGE and message[key] not in NOTHING)
+
+
+def _with_system(fields: Mapping[str, object], prompt: Prompt) -> Prompt:
+    """Put the row's system message in front of a prompt; all prompts of a file with that column are messages."""
+    if "system" not in fields:
+        return prompt
+    messages = turns(prompt)
+    if fields["system"] in NOTHING:
+        return messages
+    system = Message(role="system", content=_text("system", "", fields["system"]))
+    if messages[0]["role"] != "system":
+        return [system, *messages]
+    if messages[0] != system:
+        raise RowError("system", f"is not the system message of the dialogue; expected the same or one of them; {FIX}")
+    return messages
 
 
 def _category(fields: Mapping[str, object]) -> str | None:
@@ -174,10 +240,14 @@ def _message(field: str, number: int, value: object) -> Message:
     where = f"message {number}"
     if not isinstance(value, Mapping):
         raise RowError(field, f"{where} is {kind_of(value)}; expected an object with 'role' and 'content'; {FIX}")
-    for key in ("role", "content"):
+    if value.get("tool_calls") not in NOTHING and value.get("content") in NOTHING:
+        raise RowError(
+            field, f"{where} calls a tool and says nothing; expected 'content': tool calls are not rendered; {FIX}"
+        )
+    for key in MESSAGE:
         if key not in value:
             raise RowError(field, f"{where} has no '{key}'; found {_names(value)}; rename the field or {FIX}")
-    role, content = (_text(field, f"{where} '{key}' ", value[key]) for key in ("role", "content"))
+    role, content = (_text(field, f"{where} '{key}' ", value[key]) for key in MESSAGE)
     return Message(role=role, content=content)
 
 

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,9 +31,12 @@ from mixpo.data.rows import (
     Preference,
     Prompt,
     RowError,
+    columns_with_content,
+    demonstration_columns,
     demonstration_from,
     excerpt,
     kind_of,
+    preference_columns,
     preference_from,
     text_of,
 )
@@ -44,6 +47,23 @@ Records = Iterator[tuple[int, Record | RowError]]
 Row = TypeVar("Row", Demonstration, Preference)
 
 
+class Reading(NamedTuple, Generic[Row]):
+    """What a source holds: its rows, the rows that cannot be used, and the columns that were read and that were not."""
+
+    rows: list[Row]
+    bad: list[BadRow]
+    used: list[str]
+    """In order of appearance."""
+    ignored: list[str]
+
+
+class Parser(NamedTuple, Generic[Row]):
+    """How a record becomes a row, and the columns that it reads of it."""
+
+    parse: Callable[[Record], Row]
+    columns: Callable[[Record], Sequence[str]]
+
+
 Check = Callable[[Prompt], None]
 """Raises `RowError` for a prompt that cannot be used, too long for the model say."""
 
@@ -52,15 +72,15 @@ def any_prompt(prompt: Prompt) -> None:
     """The check that lets every prompt through."""
 
 
-def read_preferences(path: Path, format: Format, check: Check = any_prompt) -> tuple[list[Preference], list[BadRow]]:
+def read_preferences(path: Path, format: Format, check: Check = any_prompt) -> Reading[Preference]:
     """Read a file's preferences, and its rows that are none."""
-    rows, bad = _parsed(str(path), read_records(path), _PREFERENCE[format], check)
-    return _with_subset(rows, format, path.absolute().parent.name), bad
+    reading = _parsed(str(path), read_records(path), _PREFERENCE[format], check)
+    return _with_category(reading, _subset_of(path, format))
 
 
-def read_demonstrations(path: Path, check: Check = any_prompt) -> tuple[list[Demonstration], list[BadRow]]:
+def read_demonstrations(path: Path, check: Check = any_prompt) -> Reading[Demonstration]:
     """Read a file's demonstrations, and its rows that are none."""
-    return _parsed(str(path), read_records(path), demonstration_from, check)
+    return _parsed(str(path), read_records(path), _DEMONSTRATION, check)
 
 
 def read_hub_preferences(
@@ -71,36 +91,37 @@ def read_hub_preferences(
     split: str,
     data_dir: str | None = None,
     revision: str | None = None,
-) -> tuple[list[Preference], list[BadRow]]:
+) -> Reading[Preference]:
     """Read the preferences of a Hub data set; `Anthropic/hh-rlhf` keeps its subsets apart by `data_dir`."""
     records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    rows, bad = _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format], check)
-    return _with_subset(rows, format, data_dir or ""), bad
+    reading = _parsed(_hub_name(name, split, data_dir), records, _PREFERENCE[format], check)
+    return _with_category(reading, _category_of(data_dir or "", format))
 
 
 def read_hub_demonstrations(
     name: str, check: Check = any_prompt, *, split: str, data_dir: str | None = None, revision: str | None = None
-) -> tuple[list[Demonstration], list[BadRow]]:
+) -> Reading[Demonstration]:
     """Read the demonstrations of a Hub data set."""
     records = hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    return _parsed(_hub_name(name, split, data_dir), records, demonstration_from, check)
+    return _parsed(_hub_name(name, split, data_dir), records, _DEMONSTRATION, check)
 
 
-def _parsed(
-    file: str, records: Records, parse: Callable[[Record], Row], check: Check
-) -> tuple[list[Row], list[BadRow]]:
+def _parsed(file: str, records: Records, parser: Parser[Row], check: Check) -> Reading[Row]:
     rows: list[Row] = []
     bad: list[BadRow] = []
+    columns: tuple[dict[str, None], dict[str, None]] = {}, {}
     for number, record in records:
         try:
             if isinstance(record, RowError):
                 raise record
-            row = parse(record)
+            for seen, names in zip(columns, columns_with_content(record, parser.columns(record)), strict=True):
+                seen.update(dict.fromkeys(names))
+            row = parser.parse(record)
             check(row.prompt)
             rows.append(row)
         except RowError as error:
             bad.append(BadRow(file, number, error.field, error.problem))
-    return rows, bad
+    return Reading(rows, bad, *map(list, columns))
 
 
 # Raw formats
@@ -120,10 +141,18 @@ HH_RLHF_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled"
 """The folders of HH-RLHF, which say what kind of prompt a row has; the rows themselves do not."""
 
 
-def _with_subset(rows: list[Preference], format: Format, folder: str) -> list[Preference]:
-    if format != "hh-rlhf" or folder not in HH_RLHF_SUBSETS:
-        return rows
-    return [replace(row, category=folder.partition("-")[0]) for row in rows]
+def _subset_of(path: Path, format: str) -> str | None:
+    return _category_of(path.absolute().parent.name, format)
+
+
+def _category_of(folder: str, format: str) -> str | None:
+    return folder.partition("-")[0] if format == "hh-rlhf" and folder in HH_RLHF_SUBSETS else None
+
+
+def _with_category(reading: Reading[Preference], category: str | None) -> Reading[Preference]:
+    if category is None:
+        return reading
+    return reading._replace(rows=[replace(row, category=category) for row in reading.rows])
 
 
 def _dialogue(field: str, text: str) -> list[Message]:
@@ -141,6 +170,9 @@ def _joined(turns: Iterable[str]) -> str:
     return "\n\n".join(turn.strip() for turn in turns).strip()
 
 
+_TLDR = re.compile(r"SUBREDDIT:.*TITLE:.*POST:", flags=re.DOTALL)
+
+
 def parse_tldr(record: Record) -> Preference:
     """Read a TL;DR comparison: `prompt` (a Reddit post), `chosen`, `rejected` (summaries). Stiennon et al. 2020.
 
@@ -148,18 +180,31 @@ def parse_tldr(record: Record) -> Preference:
     asks. The summaries lose that prefix, which the prompt now has, and the space around them.
     """
     post = text_of(record, "prompt").strip()
-    if not re.match(r"SUBREDDIT:.*TITLE:.*POST:", post, flags=re.DOTALL):
+    if not _TLDR.match(post):
         raise RowError("prompt", f"is {excerpt(post)}; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX}")
     asked = Message(role="user", content=f"{post.removesuffix('TL;DR:').rstrip()}\n\nTL;DR:")
     sides = {side: text_of(record, side).strip().removeprefix("TL;DR:").strip() for side in ("chosen", "rejected")}
     return preference_from({"prompt": [asked], **sides})
 
 
-_PREFERENCE: dict[Format, Callable[[Record], Preference]] = {
-    "preference": preference_from,
-    "hh-rlhf": parse_hh_rlhf,
-    "tldr": parse_tldr,
+_PREFERENCE: dict[Format, Parser[Preference]] = {
+    "preference": Parser(preference_from, preference_columns),
+    "hh-rlhf": Parser(parse_hh_rlhf, lambda _: ("chosen", "rejected")),
+    "tldr": Parser(parse_tldr, lambda _: ("prompt", "chosen", "rejected")),
 }
+_DEMONSTRATION = Parser(demonstration_from, demonstration_columns)
+
+
+def guess_format(record: Record) -> Literal["preference", "hh-rlhf", "tldr", "demonstrations"]:
+    """Guess from a record's fields what kind of row it is; what has no `chosen` is a demonstration."""
+    chosen, prompt = record.get("chosen"), record.get("prompt")
+    if chosen is None and record.get("rejected") is None:
+        return "demonstrations"
+    if isinstance(chosen, str) and chosen.startswith("\n\nHuman:"):
+        return "hh-rlhf"
+    if isinstance(prompt, str) and _TLDR.match(prompt.strip()):
+        return "tldr"
+    return "preference"
 
 
 # Local files
@@ -171,10 +216,25 @@ def read_records(path: Path) -> Records:
     A row that is no object, a line that is no JSON and a CSV row with too few or too many columns come as `RowError`.
     """
     _must_be_file(path)
-    for ending, reader in _READERS.items():
+    return _not_empty(path, _READERS[_ending(path)](path))
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a name has the end of a file of rows."""
+    return any(name.lower().endswith(ending) for ending in _READERS)
+
+
+def _ending(path: Path) -> str:
+    """The end of a file's name that says how it is read."""
+    for ending in _READERS:
         if path.name.lower().endswith(ending):
-            return _not_empty(path, reader(path))
+            return ending
     raise InputError(f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(_READERS)}; convert the file")
+
+
+def source_identity(path: Path, format: str) -> str:
+    """All that a file's rows depend on: what it holds, and what its path says, its kind and HH-RLHF's subset."""
+    return f"{content_digest([path])}{_ending(path)}{_subset_of(path, format) or ''}"
 
 
 def content_digest(paths: Sequence[Path]) -> str:

@@ -1,13 +1,12 @@
 """Two arms side by side, prompt by prompt: what a judge or a person is shown."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt
+from mixpo.data.rows import Prompt, prompt_key
 from mixpo.experiments.recipe import nearest
 from mixpo.experiments.results import Results, completions
 from mixpo.experiments.run import ArmResult
@@ -72,7 +71,7 @@ def comparisons(
     first, second = (results.done(arm) for arm in arms)
     kinds = _categories(first[at])
     rows = [
-        Comparison(number, one["prompt"], kinds.get(_key(one["prompt"])), (one["completion"], two["completion"]))
+        Comparison(number, one["prompt"], kinds.get(prompt_key(one["prompt"])), (one["completion"], two["completion"]))
         for number, (one, two) in enumerate(zip(completions(first[at]), completions(second[at]), strict=True))
     ]
     if prompts is not None and not 1 <= prompts <= len(rows):
@@ -101,10 +100,5 @@ def _categories(arm: ArmResult) -> dict[str, str]:
         if key.partition("-")[0] == "Data":
             for row in read_table(Path(folder) / "test.parquet"):
                 if row.get("category") is not None:
-                    found.setdefault(_key(row["prompt"]), row["category"])
+                    found.setdefault(prompt_key(row["prompt"]), row["category"])
     return found
-
-
-def _key(prompt: Prompt) -> str:
-    """The same for equal prompts, in whatever order a file has the fields of a message."""
-    return json.dumps(prompt, sort_keys=True)
