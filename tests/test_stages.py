@@ -13,12 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixpo import SFT, Data, Engine, Evaluation, Pretrained, Selection
+from mixpo import SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Selection
 from mixpo.algorithms.preference import dpo_loss
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
+from mixpo.data.rows import Preference
+from mixpo.data.sources import write_rows
+from mixpo.data.splits import COMPARED, draw
 from mixpo.data.tokens import completion_text, prompt_tokens
-from mixpo.models.language_model import branch_logprobs
+from mixpo.data.world import build_tokenizer
+from mixpo.models import scoring
+from mixpo.models.language_model import LanguageModel, branch_logprobs
 from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
@@ -29,7 +34,7 @@ from mixpo.stages.engine import read_summary
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
-from mixpo.stages.rows import read_pairs, read_table
+from mixpo.stages.rows import read_pairs, read_table, unique_prompts, write_table
 from mixpo.stages.stage import Snapshot, Stage, model_in
 from mixpo.training.checkpoint import Trainable
 from mixpo.training.record import Metrics, watcher
@@ -454,7 +459,8 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     row = rows[0]
     lm = load_policy(model_in(world.build(policy)), device=CPU)
     pairs = read_pairs(world.build(world.selection) / "easy.parquet", lm, max_completion_tokens=LIMIT)
-    prompts, completions = pairs.prompts[:1], pairs.completions[:1]
+    place = draw(range(len(pairs.prompts)), 3, COMPARED)[0]
+    prompts, completions = [pairs.prompts[place]], [pairs.completions[place]]
     reference = load_policy(model_in(world.build(world.sft)), device=CPU)
     before = sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
     anchored = sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
@@ -695,4 +701,216 @@ def test_fewer_rows_than_were_asked_for_are_told(world: World, tmp_path: Path) -
     token = watcher.set(watching)
     world.build(Data(base=world.base, format="preference", train=str(tmp_path / "train.jsonl"), train_rows=30))
     watcher.reset(token)
-    watching.note.assert_called_once_with("data.train: 18 rows, where 30 were asked for: there are no more")
+    watching.note.assert_any_call("data.train: 18 rows, where 30 were asked for: there are no more")
+
+
+def lines_of(prompts: range, name: Path, **sides: str) -> str:
+    rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No.", **sides} for n in prompts]
+    name.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(name)
+
+
+def test_rows_that_share_a_prompt_are_validated_on_together(world: World, tmp_path: Path) -> None:
+    """Ten prompts of six pairs: one prompt is held out with its six pairs, where a split of rows holds out three."""
+    for number in range(6):
+        lines_of(range(10), tmp_path / f"{number}.jsonl", chosen=f"Yes {number}.")
+    train = tuple(str(tmp_path / f"{number}.jsonl") for number in range(6))
+    test = lines_of(range(10, 12), tmp_path / "test.jsonl")
+    data = Data(base=world.base, format="preference", train=train, test=test)
+    stage = RewardModel(policy=world.base, pairs=data.train_pairs, data=data, validation_share=0.05)
+    summary = read_summary(world.build(stage))
+    assert (summary["pairs"], summary["validation"]["pairs"], summary["test"]["pairs"]) == (54, 6, 2)
+    alone = Data(base=world.base, format="preference", train=lines_of(range(1), tmp_path / "one.jsonl"), test=test)
+    with pytest.raises(InputError, match=r"^reward.validation_share: found one prompt in 1 usable rows"):
+        world.build(RewardModel(policy=world.base, pairs=alone.train_pairs, data=alone))
+
+
+def language_model(tokenizer: Any) -> LanguageModel:
+    return LanguageModel(Mock(), tokenizer, tokenizer.eos_token_id, shares_prompts=True)
+
+
+def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    long = "a b c d e f"
+    pairs = [("x", "y"), (f"{long} g", f"{long} h"), (f"{long} g", "y"), ("a b c", "a b c d")]
+    rows = [Preference(f"Question {n}?", *sides) for n, sides in enumerate(pairs)]
+    write_rows(tmp_path / "train.parquet", rows)
+    ids = [[[*tokenizer(side)["input_ids"], tokenizer.eos_token_id] for side in sides] for sides in pairs]
+    limit = len(tokenizer(long)["input_ids"])
+    watching = Mock()
+    token = watcher.set(watching)
+    read = read_pairs(tmp_path / "train.parquet", language_model(tokenizer), max_completion_tokens=limit)
+    watcher.reset(token)
+    assert read.completions == [[side[:limit] for side in ids[n]] for n in (0, 2, 3)]
+    assert read.untokenised == [f"Question {n}?" for n in (0, 2, 3)]
+    assert read.prompts == [tokenizer(f"Question {n}?")["input_ids"] for n in (0, 2, 3)]
+    assert (read.truncated, read.identical) == (sum(len(side) > limit for sides in ids for side in sides), 1) == (3, 1)
+    assert [call.args[0] for call in watching.note.call_args_list] == [
+        f"train: 3 of 8 completions (38%) are cut to max_completion_tokens {limit} and have no end token",
+        "train: 1 of 4 pairs left out: both completions are the same",
+    ]
+    write_rows(tmp_path / "cut.parquet", rows[1:2])
+    with pytest.raises(InputError, match="found 1 pairs, cut to max_completion_tokens 2, each of two identical"):
+        read_pairs(tmp_path / "cut.parquet", language_model(tokenizer), max_completion_tokens=2)
+
+
+def test_sampled_pairs_of_the_same_tokens_are_left_out_with_their_logprobs(tmp_path: Path) -> None:
+    tokens = [[[5, 6], [5, 7]], [[8], [8]], [[9], [5]]]
+    rows = [
+        {"prompt": f"Question {n}?", "tokens": sides, "logprobs": [[-float(n)] * len(side) for side in sides]}
+        for n, sides in enumerate(tokens)
+    ]
+    write_table(tmp_path / "pairs.parquet", rows, sampler="me")
+    read = read_pairs(tmp_path / "pairs.parquet", language_model(build_tokenizer()), max_completion_tokens=1)
+    assert read.completions == [tokens[0], tokens[2]]
+    assert read.logprobs == [[0.0, 0.0], [-2.0, -2.0]]
+    assert (read.identical, read.truncated, read.sampler) == (1, 0, "me")
+
+
+def test_cut_pairs_teach_the_reward_model_and_dpo_nothing_and_stand_in_their_summaries(
+    world: World, tmp_path: Path
+) -> None:
+    long = "very " * 12
+    files = (
+        lines_of(range(8), tmp_path / "good.jsonl"),
+        lines_of(range(8, 12), tmp_path / "long.jsonl", chosen=long + "good", rejected=long + "bad"),
+    )
+    data = Data(base=world.base, format="preference", train=files, test=files)
+    reward = RewardModel(policy=world.base, pairs=data.train_pairs, data=data, max_completion_tokens=10)
+    summary = read_summary(world.build(reward))
+    assert (summary["truncated"], summary["identical"]) == (8, 4)
+    assert summary["pairs"] + summary["validation"]["pairs"] == 8
+    assert (summary["test"]["pairs"], summary["test"]["identical"], summary["test"]["truncated"]) == (8, 4, 8)
+    tuned = world.dpo(policy=world.base, reference=world.base, pairs=data.train_pairs, samplings=0, learning_rate=1e-4)
+    summary = read_summary(world.build(tuned.model_copy(update={"max_completion_tokens": 10})))
+    assert (summary["pairs"], summary["truncated"], summary["identical"]) == (8, 8, 4)
+
+
+def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all() -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"{n // 2}?"}]} for n in range(400)]
+    everything = unique_prompts(rows)
+    assert [int(prompt[0]["content"][:-1]) for prompt in everything] == list(range(200))
+    drawn = [int(prompt[0]["content"][:-1]) for prompt in unique_prompts(rows, 40)]
+    assert len(drawn) == 40
+    assert drawn == sorted(drawn)
+    assert 10 < sum(number >= 100 for number in drawn) < 30  # half of them, within three standard deviations
+    assert [prompt for prompt in unique_prompts(rows, 80) if prompt in unique_prompts(rows, 40)] == unique_prompts(
+        rows, 40
+    )
+
+
+def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tmp_path: Path) -> None:
+    def data(folder: str, format: str = "hh-rlhf") -> Data:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rows = [
+            {"chosen": f"\n\nHuman: {n}?\n\nAssistant: Yes.", "rejected": f"\n\nHuman: {n}?\n\nAssistant: No."}
+            for n in range(8)
+        ]
+        path = tmp_path / folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Data(base=world.base, format=format, train=str(path))  # type: ignore[arg-type]
+
+    mine, moved, harmless = data("mine"), data("yours"), data("harmless-base")
+    assert world.engine.folder(mine) == world.engine.folder(moved)
+    assert world.engine.folder(mine) != world.engine.folder(harmless)
+    categories = [
+        {row["category"] for row in read_table(world.build(one) / "train.parquet")} for one in (mine, harmless)
+    ]
+    assert categories == [{None}, {"harmless"}]
+    hub = {
+        name: Data(base=world.base, format="hh-rlhf", train=f"hub:Anthropic/hh-rlhf/{name}")
+        for name in ("helpful-base", "harmless-base")
+    }
+    assert len({world.engine.folder(one) for one in hub.values()}) == 2
+
+
+def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: World, tmp_path: Path) -> None:
+    shared = lines_of(range(30), tmp_path / "train.jsonl"), lines_of(range(20, 50), tmp_path / "test.jsonl")
+    shown = tmp_path / "shown.jsonl"
+    shown.write_text("".join(json.dumps({"prompt": f"Question {n}?", "completion": "x"}) + "\n" for n in (0, 45, 60)))
+
+    def build(shared_prompts: str) -> tuple[dict[str, Any], list[str], list[set[str]]]:
+        watching = Mock()
+        token = watcher.set(watching)
+        folder = world.build(
+            Data(
+                base=world.base,
+                format="preference",
+                train=shared[0],
+                test=shared[1],
+                demonstrations=str(shown),
+                shared_prompts=shared_prompts,  # type: ignore[arg-type]
+            )
+        )
+        watcher.reset(token)
+        prompts = [
+            {row["prompt"] for row in read_table(folder / f"{name}.parquet")}
+            for name in ("train", "test", "demonstrations")
+        ]
+        return read_summary(folder), [call.args[0] for call in watching.note.call_args_list], prompts
+
+    summary, notes, (train, test, demonstrations) = build("keep")
+    assert summary["shared_prompts"] == len((train | demonstrations) & test) == 11
+    assert "11 of 30 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in notes
+    summary, notes, (train, test, demonstrations) = build("drop")
+    assert train == {f"Question {n}?" for n in range(20)}
+    assert demonstrations == {"Question 0?", "Question 60?"}
+    assert test == {f"Question {n}?" for n in range(20, 50)}
+    assert (summary["shared_prompts"], summary["shared_rows_dropped"]) == (0, 11)
+    assert "11 rows left out, whose prompts are test prompts" in notes
+    same = {"train": shared[0], "test": shared[0], "shared_prompts": "drop"}
+    with pytest.raises(InputError, match=r"^data.shared_prompts: drop leaves no rows of data.train"):
+        world.build(Data(base=world.base, format="preference", **same))
+
+
+def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path) -> None:
+    path = lines_of(range(20), tmp_path / "train.jsonl", score="5", system="Be brief.")
+    watching = Mock()
+    token = watcher.set(watching)
+    folder = world.build(Data(base=world.base, format="preference", train=path))
+    watcher.reset(token)
+    watching.note.assert_any_call("preferences read as preference: prompt, chosen, rejected, system; ignored: score")
+    used = ["prompt", "chosen", "rejected", "system"]
+    assert read_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
+    assert read_table(folder / "train.parquet")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"train": 1}, r"^data.train: found one prompt in 1 usable rows.*or name held-out rows in data.test"),
+        ({"train": 4, "test": 0}, r"^data.test: nothing is left of 5 rows: all of its rows are among the 1 bad ones"),
+        ({"train": 0}, r"^data.train: nothing is left of 1 rows.*; the first is .*train.jsonl:1: 'chosen' is empty"),
+        ({"train": 4, "demonstrations": 0}, r"^data.demonstrations: nothing is left of 5 rows"),
+        ({"train": 4, "second": 4, "second_rows": 2}, r"^data.second: all 4 rows have prompts of train or test rows"),
+    ],
+)
+def test_a_part_without_rows_is_named(world: World, tmp_path: Path, sources: dict[str, int], expected: str) -> None:
+    """0 stands for a file whose only row is bad."""
+    files: dict[str, Any] = {name: count for name, count in sources.items() if name == "second_rows"}
+    for name, count in sources.items():
+        if name != "second_rows":
+            path = tmp_path / f"{name}.jsonl"
+            files[name] = lines_of(range(max(count, 1)), path, **({} if count else {"chosen": "", "completion": ""}))
+    with pytest.raises(InputError, match=expected):
+        world.build(Data(base=world.base, format="preference", on_bad_row="drop", **files))
+
+
+def test_a_gap_that_is_no_number_is_refused_with_its_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "gap": gap, "scores": [gap, 0.0], "tokens": [[1], [2]]} for gap in (1.0, math.nan, 2.0)]
+    write_table(tmp_path / "pairs.parquet", rows)
+    selection = Selection(samples=Pretrained(), threshold=1.5)
+    with pytest.raises(InputError, match=r"pairs.parquet: row 2 has the gap nan and the scores \[nan, 0.0\].*1 of 3"):
+        selection.work({"samples": tmp_path}, tmp_path, RUNTIME)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
+    found = torch.tensor([[0.5, 1.0], [0.0, 0.0], [1.0, broken]])
+    monkeypatch.setattr(scoring, "read_all", lambda *_, **__: found)
+    tokenizer = build_tokenizer()
+    prompts = [tokenizer.encode(f"Question {n}?") for n in range(3)]
+    with pytest.raises(FloatingPointError, match=rf"^row 3 of 3 has the scores \[1.0, {broken}\].*'Question 2\?'$"):
+        scoring.scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
+    found[2, 1] = 2.0
+    assert torch.equal(scoring.scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), found)

@@ -68,8 +68,18 @@ def sequence_logprobs(
 def scores(
     reward: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
-    """The reward model's score of every completion."""
-    return read_all(reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget)
+    """The reward model's score of every completion. Raises `FloatingPointError` if one is not a finite number."""
+    found = read_all(
+        reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget
+    )
+    if broken := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
+        row = broken[0]
+        start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
+        raise FloatingPointError(
+            f"row {row + 1} of {len(prompts)} has the scores {found[row].tolist()}; expected finite numbers "
+            f"({len(broken)} rows have none); look at the reward model's training; the row's prompt ends with {start!r}"
+        )
+    return found
 
 
 @torch.no_grad()

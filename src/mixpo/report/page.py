@@ -54,6 +54,12 @@ def document(results: Results) -> Document:
         ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds))),
     ]
     facts += [("data", _data_text(stage.summary)) for stage in results.stages_of("Data")]
+    facts += dict.fromkeys(
+        (f"{stage.kind} rows", said)
+        for kind in ("SFT", "RewardModel", "DPO")
+        for stage in results.stages_of(kind)
+        if (said := _left_out(stage.summary))
+    )
     facts += [("models", f"{run.folder / 'models'}/ARM-SEED") for run in results.runs]
     failed = [
         (f"{arm.name} (seed {arm.seed})", arm.reason or "no reason was kept")
@@ -80,6 +86,15 @@ def _data_text(summary: dict[str, Any]) -> str:
     said += f"{summary['demonstration_rows']:,} demonstrations"
     said += f", {summary['second_rows']:,} for the second reward model" if summary.get("second_rows") else ""
     return said + (f"; {summary['bad_rows']:,} rows were left out" if summary["bad_rows"] else "")
+
+
+def _left_out(summary: dict[str, Any]) -> str:
+    """What a stage could not learn from as it stands in the rows; nothing if there is nothing to say."""
+    said = {
+        "completions cut to max_completion_tokens": "truncated",
+        "pairs of identical completions left out": "identical",
+    }
+    return ", ".join(f"{summary[key]:,} {words}" for words, key in said.items() if summary.get(key))
 
 
 def text(results: Results, form: Format) -> str:

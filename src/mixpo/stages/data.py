@@ -1,25 +1,40 @@
 """Data: rows read, validated and cut to size once, before anything trains."""
 
-import json
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import FIX, BadRow, Demonstration, Preference, Prompt, RowError, kind_of, refuse
+from mixpo.data.rows import (
+    EQUAL_SIDES,
+    FIX,
+    BadRow,
+    Demonstration,
+    Preference,
+    Prompt,
+    RowError,
+    count_repeats,
+    kind_of,
+    prompt_key,
+    refuse,
+)
 from mixpo.data.sources import (
     Check,
-    content_digest,
+    Reading,
+    Row,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
     read_preferences,
+    source_identity,
     write_rows,
 )
+from mixpo.data.splits import draw, hold_out
+from mixpo.data.text import visible
 from mixpo.data.tokens import end_token, prompt_tokens
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.loading import load_tokenizer
@@ -52,6 +67,9 @@ class DataSettings(Settings):
     second_rows: int = pydantic.Field(0, ge=0)
     """So many preference rows for a second reward model, none of whose prompts is in train or test: drawn from
     `second`, or, if that is empty, about so many kept apart from train. With 0 there is no second reward model."""
+    shared_prompts: Literal["keep", "drop"] = "keep"
+    """What becomes of rows of train and demonstrations whose prompt stands in the test files too: `keep` says how many
+    prompts are shared, `drop` leaves the rows out."""
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     """A longer prompt is a bad row."""
     on_bad_row: Literal["error", "drop"] | None = None
@@ -66,6 +84,241 @@ class DataSettings(Settings):
 
 
 WORLD_ROWS = {"train_rows": 3072, "test_rows": 512, "demonstration_rows": 3072}
+PARTS = ("train", "test", "second")
+"""Of the preference rows."""
+
+
+@dataclass
+class SourceRows:
+    """What the sources hold, before anything is held out or drawn."""
+
+    preferences: dict[str, list[Preference]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    columns: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """By kind of row, the columns `used` and those `ignored`."""
+
+    @property
+    def total(self) -> int:
+        """Rows read, bad ones too."""
+        return sum(map(len, self.preferences.values())) + len(self.demonstrations) + len(self.bad)
+
+    def take(self, kind: str, reading: Reading[Row]) -> list[Row]:
+        """Count a source's bad rows and columns; its good rows."""
+        self.bad += reading.bad
+        columns = self.columns.setdefault(kind, {"used": [], "ignored": []})
+        for name, found in (("used", reading.used), ("ignored", reading.ignored)):
+            columns[name] = list(dict.fromkeys(columns[name] + found))
+        return reading.rows
+
+
+@dataclass
+class SplitRows:
+    """The rows that the other stages read."""
+
+    train: list[Preference]
+    test: list[Preference]
+    second: list[Preference]
+    demonstrations: list[Demonstration]
+    dropped: int = 0
+    """Rows left out because their prompt is a test prompt."""
+
+
+def fill_in_world_rows(settings: DataSettings) -> DataSettings:
+    """The settings with the world's number of rows where none is given."""
+    if settings.format != "world":
+        return settings
+    return settings.model_copy(
+        update={name: getattr(settings, name) or rows for name, rows in WORLD_ROWS.items()},
+    )
+
+
+def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> SourceRows:
+    """Read all rows that the settings name, or make the world's; prompts that cannot be used are bad rows."""
+    rows = SourceRows()
+    if settings.format == "world":
+        world = make_world(
+            demonstrations=settings.demonstration_rows or 0,
+            train=(settings.train_rows or 0) + settings.second_rows,
+            test=settings.test_rows or 0,
+            seed=settings.data_seed,
+        )
+        for part, pairs in (("train", world.train), ("test", world.test)):
+            rows.preferences[part] = [Preference(_as_messages(prompt), *sides) for prompt, *sides in pairs]
+        rows.demonstrations = [Demonstration(_as_messages(prompt), text) for prompt, text in world.demonstrations]
+    check = _prompt_check(settings, tokenizer)
+    for part, split in (("train", "train"), ("test", "test"), ("second", "train")):
+        for name in getattr(settings, part) if part != "second" or settings.second_rows else ():
+            rows.preferences[part] += rows.take("preferences", _read_preferences(settings, name, split, check))
+    for name in settings.demonstrations:
+        rows.demonstrations += rows.take("demonstrations", _read_demonstrations(settings, name, check))
+    return rows
+
+
+def _prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Check:
+    kinds: list[type] = []
+
+    def fits(prompt: Prompt) -> None:
+        kinds.append(type(prompt))
+        if kinds[-1] is not kinds[0]:
+            raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
+        length = len(prompt_tokens(tokenizer, prompt))
+        if length > settings.max_prompt_tokens:
+            raise RowError(
+                "prompt",
+                f"has {length} tokens; expected at most {settings.max_prompt_tokens}; drop the row or raise "
+                "data.max_prompt_tokens",
+            )
+
+    return fits
+
+
+def _read_preferences(settings: DataSettings, name: str, split: str, check: Check) -> Reading[Preference]:
+    assert settings.format != "world"
+    if not name.startswith("hub:"):
+        return read_preferences(Path(name).expanduser(), settings.format, check)
+    dataset, data_dir = hub_parts(name)
+    return read_hub_preferences(
+        dataset, settings.format, check, split=split, data_dir=data_dir, revision=settings.revision
+    )
+
+
+def _read_demonstrations(settings: DataSettings, name: str, check: Check) -> Reading[Demonstration]:
+    if not name.startswith("hub:"):
+        return read_demonstrations(Path(name).expanduser(), check)
+    dataset, data_dir = hub_parts(name)
+    return read_hub_demonstrations(dataset, check, split="train", data_dir=data_dir, revision=settings.revision)
+
+
+def hub_parts(name: str) -> tuple[str, str | None]:
+    """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set and its folder."""
+    owner, _, rest = name.removeprefix("hub:").partition("/")
+    dataset, _, data_dir = rest.partition("/")
+    return f"{owner}/{dataset}", data_dir or None
+
+
+def _as_messages(prompt: str) -> Prompt:
+    return [{"role": "user", "content": prompt}]
+
+
+def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
+    """Hold out, leave out and draw rows as the settings say. Raises `InputError` where nothing is left of a part."""
+    train, test, second = (rows.preferences[part] for part in PARTS)
+    demonstrations = rows.demonstrations
+    _refuse_none("train", train, rows)
+    if settings.test:
+        _refuse_none("test", test, rows)
+    if settings.demonstrations:
+        _refuse_none("demonstrations", demonstrations, rows)
+    if not test:
+        train, test = _hold_out(train, settings.test_share, settings.data_seed)
+    before = len(train) + len(demonstrations)
+    if settings.shared_prompts == "drop":
+        train, demonstrations = _without(train, test), _without(demonstrations, test)
+        if not train or (rows.demonstrations and not demonstrations):
+            raise InputError(
+                f"data.shared_prompts: drop leaves no rows of data.{'demonstrations' if train else 'train'}: all their "
+                "prompts stand in the test rows; expected other prompts to train on than to test on; name another file "
+                "in data.test, or none, which holds out data.test_share"
+            )
+    dropped = before - len(train) - len(demonstrations)
+    if settings.second_rows and not settings.second:
+        if settings.second_rows >= len(train):
+            raise InputError(
+                f"data.second_rows: found {settings.second_rows} of {len(train)} train rows, which leaves none to "
+                "train on; expected fewer, or files of their own in data.second"
+            )
+        train, second = _hold_out(train, settings.second_rows / len(train), settings.data_seed + 1)
+    train = draw(train, settings.train_rows, settings.data_seed)
+    test = draw(test, settings.test_rows, settings.data_seed)
+    demonstrations = demonstrations or [Demonstration(row.prompt, row.chosen) for row in train]
+    demonstrations = draw(demonstrations, settings.demonstration_rows, settings.data_seed)
+    if settings.second_rows:
+        _refuse_none("second", second, rows)
+        apart = _without(_without(second, train), test)
+        if not apart:
+            raise InputError(
+                f"data.second: all {len(second)} rows have prompts of train or test rows; expected others, on which "
+                "the second reward model can be independent; name another file"
+            )
+        second = draw(apart, settings.second_rows, settings.data_seed)
+    return SplitRows(train, test, second, demonstrations, dropped)
+
+
+def _refuse_none(part: str, left: Sequence[Preference] | Sequence[Demonstration], rows: SourceRows) -> None:
+    if not left:
+        why = f"all of its rows are among the {len(rows.bad)} bad ones" if rows.bad else "its files hold none"
+        first = f"; the first is {rows.bad[0]}" if rows.bad else ""
+        raise InputError(
+            f"data.{part}: nothing is left of {rows.total} rows: {why}; expected at least one usable row{first}"
+        )
+
+
+def _hold_out(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
+    remedy = "add rows, or name held-out rows in data.test (for a second reward model in data.second)"
+    keys = [prompt_key(row.prompt) for row in rows]
+    stay, held = hold_out(keys, share, seed, setting="data.train", remedy=remedy)
+    return [rows[place] for place in stay], [rows[place] for place in held]
+
+
+def _without(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
+    """The rows whose prompt is none of the other rows'."""
+    prompts = {prompt_key(row.prompt) for row in other}
+    return [row for row in rows if prompt_key(row.prompt) not in prompts]
+
+
+def describe(settings: DataSettings, rows: SourceRows, split: SplitRows) -> dict[str, Any]:
+    """Count what is worth knowing of the rows, for `summary.json` and a preview."""
+    trained = {prompt_key(row.prompt) for row in split.train} | {prompt_key(row.prompt) for row in split.demonstrations}
+    tested = {prompt_key(row.prompt) for row in split.test}
+    repeats = {name: count_repeats(part) for name, part in (("train", split.train), ("test", split.test))}
+    return {
+        "format": settings.format,
+        "columns": rows.columns,
+        "train_rows": len(split.train),
+        "test_rows": len(split.test),
+        "demonstration_rows": len(split.demonstrations),
+        "second_rows": len(split.second),
+        "bad_rows": len(rows.bad),
+        "equal_sides": sum(row.problem == EQUAL_SIDES for row in rows.bad),
+        "duplicate_rows": {name: duplicate for name, (duplicate, _) in repeats.items()},
+        "contradictory_rows": {name: contradictory for name, (_, contradictory) in repeats.items()},
+        "test_prompts": len(tested),
+        "shared_prompts": len(trained & tested),
+        "shared_rows_dropped": split.dropped,
+    }
+
+
+def facts(figures: Mapping[str, Any]) -> list[str]:
+    """Put what `describe` counted into words, a line for each thing that a reader should know."""
+    lines = [
+        f"{kind} read as {'demonstration' if kind == 'demonstrations' else figures['format']}: "
+        f"{visible(', '.join(columns['used']))}; ignored: {visible(', '.join(columns['ignored'])) or 'nothing'}"
+        for kind, columns in figures["columns"].items()
+    ]
+    if list(figures["columns"]) == ["preferences"]:
+        lines.append("demonstrations for SFT are the chosen completions of train")
+    ignored = [name for columns in figures["columns"].values() for name in columns["ignored"]]
+    if any(name.rpartition(".")[2] in ("tools", "tool_calls", "tool_call_id") for name in ignored):
+        lines.append("tools and tool calls are ignored: mixpo renders the text of messages and nothing else")
+    for part, count in figures["duplicate_rows"].items():
+        if count:
+            lines.append(f"{part}: {count} of {figures[f'{part}_rows']} rows stand there already, word for word")
+    for part, count in figures["contradictory_rows"].items():
+        if count:
+            lines.append(
+                f"{part}: {count} of {figures[f'{part}_rows']} rows contradict another, which prefers the other side"
+            )
+    if figures["shared_prompts"]:
+        lines.append(
+            f"{figures['shared_prompts']} of {figures['test_prompts']} test prompts are trained on too; "
+            "data.shared_prompts=drop leaves their rows out"
+        )
+    if figures["shared_rows_dropped"]:
+        lines.append(f"{figures['shared_rows_dropped']} rows left out, whose prompts are test prompts")
+    if figures["equal_sides"]:
+        lines.append(f"{figures['equal_sides']} of the bad rows have two equal sides")
+    return lines
 
 
 class Data(Stage, DataSettings):
@@ -74,7 +327,7 @@ class Data(Stage, DataSettings):
     base: Stage
     """Its tokenizer measures the prompts."""
     content: str = ""
-    """Digest of what the files hold; found out here. It is the identity of the rows, their paths are not."""
+    """What the rows depend on: what the files hold and what is read from their paths; found out here."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -88,14 +341,17 @@ class Data(Stage, DataSettings):
                     f"data.{given[0]}: found {getattr(settings, given[0])[0]!r} beside format 'world', whose rows are "
                     "generated; expected data.format=preference, hh-rlhf or tldr with files"
                 )
-            filled = {name: values.get(name) or default for name, default in WORLD_ROWS.items()}
-            return {**values, **filled, "content": f"world-{WORLD_VERSION}"}
+            rows = {name: getattr(fill_in_world_rows(settings), name) for name in WORLD_ROWS}
+            return {**values, **rows, "content": f"world-{WORLD_VERSION}"}
         if not settings.train:
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
         groups = [settings.train, settings.test, settings.demonstrations]
         groups += [settings.second] if settings.second and settings.second_rows else []
         digests = [
-            [name if name.startswith("hub:") else content_digest([Path(name).expanduser()]) for name in group]
+            [
+                name if name.startswith("hub:") else source_identity(Path(name).expanduser(), settings.format)
+                for name in group
+            ]
             for group in groups
         ]
         return {**values, "content": " | ".join(" ".join(group) for group in digests)}
@@ -118,148 +374,26 @@ class Data(Stage, DataSettings):
         cost = Cost()
         tokenizer = load_tokenizer(model_in(inputs["base"]))
         end_token(tokenizer)
-
-        kinds: list[type] = []
-
-        def fits(prompt: Prompt) -> None:
-            kinds.append(type(prompt))
-            if kinds[-1] is not kinds[0]:
-                raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
-            length = len(prompt_tokens(tokenizer, prompt))
-            if length > self.max_prompt_tokens:
-                raise RowError(
-                    "prompt",
-                    f"has {length} tokens; expected at most {self.max_prompt_tokens}; drop the row or raise "
-                    "data.max_prompt_tokens",
-                )
-
-        train, test, second, demonstrations, bad, total = self._read(fits)
+        rows, note = read_sources(self, tokenizer), watcher.get().note
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
-        if bad:
+        if rows.bad:
             (out / "bad_rows.jsonl").unlink(missing_ok=True)
-            append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in bad])
+            append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
-                refuse(bad, total)
-        if not test:
-            train, test = _hold_out(train, self.test_share, self.data_seed)
-        if self.second_rows and not self.second:
-            found = len(train)
-            train, second = _hold_out(train, self.second_rows / max(1, found), self.data_seed + 1)
-            if second and not train:
-                raise InputError(
-                    f"data.second_rows: found {self.second_rows} of {found} train rows, which leaves none to train on; "
-                    "expected fewer, or files of their own in data.second"
-                )
-        train, test = _draw(train, self.train_rows, self.data_seed), _draw(test, self.test_rows, self.data_seed)
-        if not demonstrations:
-            demonstrations = [Demonstration(row.prompt, row.chosen) for row in train]
-        demonstrations = _draw(demonstrations, self.demonstration_rows, self.data_seed)
-        kept: dict[str, list[Preference] | list[Demonstration]] = {
-            "train": train,
-            "test": test,
-            "demonstrations": demonstrations,
-        }
-        if self.second_rows:
-            seen = {json.dumps(row.prompt) for row in train + test}
-            second = [row for row in second if json.dumps(row.prompt) not in seen]
-            kept["second"] = second = _draw(second, self.second_rows, self.data_seed)
-        for name, rows in kept.items():
-            if not rows:
-                raise InputError(
-                    f"data.{name}: nothing is left of {total} rows after {len(bad)} bad ones were dropped; "
-                    f"see {out / 'bad_rows.jsonl'} for why"
-                    if bad
-                    else f"data.{name}: found no rows; expected at least one"
-                )
-            asked = getattr(self, f"{name.removesuffix('s')}_rows")
-            if asked is not None and len(rows) < asked:
-                watcher.get().note(f"data.{name}: {len(rows)} rows, where {asked} were asked for: there are no more")
-            write_rows(out / f"{name}.parquet", rows)
+                refuse(rows.bad, rows.total)
+        split = split_rows(self, rows)
+        for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
+            part: list[Any] = getattr(split, name)
+            count = getattr(self, f"{name.removesuffix('s')}_rows")
+            if count is not None and len(part) < count:
+                note(f"data.{name}: {len(part)} rows, where {count} were asked for: there are no more")
+            write_rows(out / f"{name}.parquet", part)
         for name in (*self.train, *self.test, *self.demonstrations, *self.second):
             if name.startswith("hub:") and self.revision is None:
-                watcher.get().note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
-        if bad:
-            watcher.get().note(f"{len(bad)} of {total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
-        finish(
-            out,
-            cost,
-            format=self.format,
-            train_rows=len(train),
-            test_rows=len(test),
-            demonstration_rows=len(demonstrations),
-            second_rows=len(second),
-            bad_rows=len(bad),
-        )
-
-    def _read(
-        self, check: Check
-    ) -> tuple[list[Preference], list[Preference], list[Preference], list[Demonstration], list[BadRow], int]:
-        if self.format == "world":
-            world = make_world(
-                demonstrations=self.demonstration_rows or 0,
-                train=(self.train_rows or 0) + self.second_rows,
-                test=self.test_rows or 0,
-                seed=self.data_seed,
-            )
-            return (
-                [Preference(_asked(prompt), chosen, rejected) for prompt, chosen, rejected in world.train],
-                [Preference(_asked(prompt), chosen, rejected) for prompt, chosen, rejected in world.test],
-                [],
-                [Demonstration(_asked(prompt), completion) for prompt, completion in world.demonstrations],
-                [],
-                len(world.train) + len(world.test) + len(world.demonstrations),
-            )
-        bad: list[BadRow] = []
-        rows: list[list[Preference]] = [[], [], []]
-        second = self.second if self.second_rows else ()
-        for target, names, split in zip(rows, (self.train, self.test, second), ("train", "test", "train"), strict=True):
-            for name in names:
-                found, problems = self._preferences(name, split, check)
-                target += found
-                bad += problems
-        demonstrations: list[Demonstration] = []
-        for name in self.demonstrations:
-            shown, problems = self._demonstrations(name, check)
-            demonstrations += shown
-            bad += problems
-        train, test, held = rows
-        return train, test, held, demonstrations, bad, sum(map(len, rows)) + len(demonstrations) + len(bad)
-
-    def _preferences(self, name: str, split: str, check: Check) -> tuple[list[Preference], list[BadRow]]:
-        assert self.format != "world"
-        if not name.startswith("hub:"):
-            return read_preferences(Path(name).expanduser(), self.format, check)
-        dataset, where = self._hub(name)
-        return read_hub_preferences(dataset, self.format, check, split=split, **where)
-
-    def _demonstrations(self, name: str, check: Check) -> tuple[list[Demonstration], list[BadRow]]:
-        if not name.startswith("hub:"):
-            return read_demonstrations(Path(name).expanduser(), check)
-        dataset, where = self._hub(name)
-        return read_hub_demonstrations(dataset, check, split="train", **where)
-
-    def _hub(self, name: str) -> tuple[str, dict[str, str | None]]:
-        """Data set, folder and revision of `hub:OWNER/NAME[/DATA_DIR]`."""
-        owner, _, rest = name.removeprefix("hub:").partition("/")
-        dataset, _, data_dir = rest.partition("/")
-        return f"{owner}/{dataset}", {"data_dir": data_dir or None, "revision": self.revision}
-
-
-def _asked(prompt: str) -> Prompt:
-    return [{"role": "user", "content": prompt}]
-
-
-def _hold_out(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
-    """Train and test rows that have no prompt in common."""
-    prompts = sorted({json.dumps(row.prompt) for row in rows})
-    random.Random(seed).shuffle(prompts)
-    held = set(prompts[: max(1, round(share * len(prompts)))])
-    train = [row for row in rows if json.dumps(row.prompt) not in held]
-    return train, [row for row in rows if json.dumps(row.prompt) in held]
-
-
-def _draw(rows: list[Any], count: int | None, seed: int) -> list[Any]:
-    """`count` of the rows in their order; all of them if there are no more."""
-    if count is None or count >= len(rows):
-        return rows
-    return [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), count))]
+                note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
+        if rows.bad:
+            note(f"{len(rows.bad)} of {rows.total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
+        figures = describe(self, rows, split)
+        for line in facts(figures):
+            note(line)
+        finish(out, cost, **figures)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import torch
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
+from mixpo.data.splits import COMPARED, draw
 from mixpo.data.tokens import completion_text
 from mixpo.models.language_model import LanguageModel, branch_logprobs
 from mixpo.models.loading import Lora, add_lora, load_policy, model_digest, save_model
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import sequence_logprobs
-from mixpo.stages.rows import Pairs, read_pairs, read_table, sampler_name
+from mixpo.stages.rows import Pairs, read_pairs, sampler_name
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
 from mixpo.training.health import mean_of_last, policy_alarms, tell
@@ -27,6 +27,8 @@ from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
 
 CHECKED_PAIRS = 8
 """Kept log-probs of so many pairs are compared with a forward pass before they are used."""
+SAMPLED_PROMPTS = 8
+"""Completions of so many training prompts are drawn to be looked at."""
 AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a kept log-prob may be from a forward pass, in nats a token."""
 
@@ -93,7 +95,7 @@ class DPO(Stage, DPOSettings):
             return losses.sum(), metrics
 
         samplings = {total * part // self.samplings for part in range(1, self.samplings + 1)} if self.samplings else {}
-        asked = [row["prompt"] for row in read_table(inputs["pairs"])[:8]]
+        looked_at = draw(range(len(pairs.prompts)), SAMPLED_PROMPTS, COMPARED)
         for step, metrics in supervised(
             lm,
             optimizer,
@@ -107,7 +109,7 @@ class DPO(Stage, DPOSettings):
             microbatch_tokens=runtime.microbatch_tokens,
         ):
             if step + 1 in samplings:
-                metrics = {**metrics, **_look(self, lm, asked, pairs, out, step, runtime, cost)}
+                metrics = {**metrics, **_look(self, lm, looked_at, pairs, out, step, runtime, cost)}
             log.add(step, total, metrics)
             checkpoint.maybe_write(step + 1, cost.counts())
 
@@ -116,7 +118,8 @@ class DPO(Stage, DPOSettings):
         figures = {name: mean_of_last(rows, name) for name in ("loss", "accuracy", "margin")}
         alarms = tell(policy_alarms(rows))
         figures["reference_seconds"] = reference_seconds
-        finish(out, cost, model=digest, pairs=len(pairs.prompts), steps=total, alarms=alarms, **figures)
+        left = {"truncated": pairs.truncated, "identical": pairs.identical}
+        finish(out, cost, model=digest, pairs=len(pairs.prompts), **left, steps=total, alarms=alarms, **figures)
         checkpoint.remove()
 
 
@@ -133,14 +136,14 @@ def _reference_logprobs(
     same = digest == model_digest(policy_folder)
     reference = lm if same else load_policy(reference_folder, device=lm.device, precision=stage.precision)
     kept = pairs.logprobs if pairs.sampler == sampler_name(digest, stage.precision) else None
-    checked = range(len(pairs.prompts)) if kept is None else range(min(CHECKED_PAIRS, len(pairs.prompts)))
+    checked = draw(range(len(pairs.prompts)), None if kept is None else CHECKED_PAIRS, COMPARED)
     prompts, completions = [pairs.prompts[row] for row in checked], [pairs.completions[row] for row in checked]
     computed = sequence_logprobs(reference, prompts, completions, token_budget=runtime.microbatch_tokens)
     cost.scored(reference.model, sum(map(len, prompts)) + sum(len(c) for branches in completions for c in branches))
     if kept is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
-    difference = ((torch.tensor(kept)[: len(prompts)] - computed).abs() / lengths).max()
+    difference = ((torch.tensor(kept)[checked] - computed).abs() / lengths).max()
     if float(difference) > AGREEMENT[stage.precision]:
         raise RuntimeError(
             f"log-probs kept from sampling differ from a forward pass of the reference by {float(difference):.3g} nats "
@@ -150,10 +153,10 @@ def _reference_logprobs(
 
 
 def _look(
-    stage: DPO, lm: LanguageModel, asked: list[Any], pairs: Pairs, out: Path, step: int, runtime: Runtime, cost: Cost
+    stage: DPO, lm: LanguageModel, rows: list[int], pairs: Pairs, out: Path, step: int, runtime: Runtime, cost: Cost
 ) -> dict[str, float]:
     """Draw completions of a few training prompts, so that a policy that stops ending its completions is seen."""
-    prompts = pairs.prompts[: len(asked)]
+    prompts = [pairs.prompts[row] for row in rows]
     drawn = sample(
         lm,
         prompts,
@@ -167,7 +170,10 @@ def _look(
     texts = [completion_text(lm.tokenizer, completion) for completion in completions]
     append_jsonl(
         out / "samples.jsonl",
-        [{"step": step, "prompt": prompt, "completion": text} for prompt, text in zip(asked, texts, strict=True)],
+        [
+            {"step": step, "prompt": pairs.untokenised[row], "completion": text}
+            for row, text in zip(rows, texts, strict=True)
+        ],
     )
     return {
         "sampled_end_rate": sum(map(lm.has_ended, completions)) / len(completions),

@@ -31,7 +31,7 @@ class EvaluationSettings(Seeded):
     """
 
     prompts: int | None = pydantic.Field(256, ge=1)
-    """Use the first so many test prompts; all if null."""
+    """Use so many of the test prompts, drawn, and the same ones for every arm and seed; all if null."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack
+from mixpo.data.splits import COMPARED, draw
 from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
 from mixpo.models.loading import load_policy
 from mixpo.models.scoring import sequence_logprobs
@@ -41,7 +42,7 @@ class Gradients(Stage):
     pairs: Part
     beta: float
     count: int = pydantic.Field(ge=1)
-    """The first so many pairs."""
+    """So many of the pairs whose completions differ, the same ones at every seed."""
     max_completion_tokens: int
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
@@ -50,7 +51,8 @@ class Gradients(Stage):
         lm = load_policy(model_in(inputs["policy"]), device=device)
         reference = load_policy(model_in(inputs["reference"]), device=device)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        prompts, completions = pairs.prompts[: self.count], pairs.completions[: self.count]
+        drawn = draw(range(len(pairs.prompts)), self.count, COMPARED)
+        prompts, completions = [pairs.prompts[row] for row in drawn], [pairs.completions[row] for row in drawn]
         anchored = sequence_logprobs(reference, prompts, completions, token_budget=runtime.microbatch_tokens).double()
         advance = progress(len(prompts))
         rows = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
 from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
+from mixpo.data.splits import hold_out
 from mixpo.models.language_model import branch_scores
 from mixpo.models.loading import Lora, add_lora, new_reward_model, save_model
 from mixpo.models.scoring import last_states, scores
@@ -37,7 +38,7 @@ class RewardModelSettings(Seeded, SupervisedSettings):
     warmup_steps: int = pydantic.Field(500, ge=0)
     weight_decay: float = pydantic.Field(0.1, ge=0)
     validation_share: float = pydantic.Field(0.05, gt=0, lt=1)
-    """Share of the train pairs held out for validation."""
+    """Share of the train prompts held out for validation, with all their pairs."""
     center_coef: float = pydantic.Field(0.0, ge=0)
     """Weight of the loss that keeps the scores' mean near 0, where PPO's score_clip is even-handed; 0.01 is usual."""
     head: Literal["random", "fitted"] = "random"
@@ -65,8 +66,14 @@ class RewardModel(Stage, RewardModelSettings):
         lm = new_reward_model(model_in(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
         adapters = add_lora(lm, self.lora) if self.lora else None
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        held = _held_out(len(pairs.prompts), self.validation_share, self.seed)
-        train = sorted(set(range(len(pairs.prompts))) - set(held))
+        train, held = hold_out(
+            list(map(tuple, pairs.prompts)),
+            self.validation_share,
+            self.seed,
+            setting="reward.validation_share",
+            remedy="add pairs with other prompts to the train rows (those of a second reward model: raise "
+            "data.second_rows)",
+        )
         optimizer = make_optimizer(lm.model.parameters(), self)
         checkpoint = Checkpoint(
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
@@ -122,15 +129,21 @@ class RewardModel(Stage, RewardModelSettings):
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in found],
             )
             judged[name] = _judge(found)
+        judged["test"].update(truncated=test.truncated, identical=test.identical)
         digest = save_model(lm, model_in(out), adapters)
         alarms = tell(reward_model_alarms(judged["test"]["accuracy"], judged["test"]["accuracy_interval"][0]))
-        finish(out, cost, model=digest, pairs=len(train), steps=total, alarms=alarms, **judged)
+        finish(
+            out,
+            cost,
+            model=digest,
+            pairs=len(train),
+            truncated=pairs.truncated,
+            identical=pairs.identical,
+            steps=total,
+            alarms=alarms,
+            **judged,
+        )
         checkpoint.remove()
-
-
-def _held_out(pairs: int, share: float, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[: max(1, round(share * pairs))])
 
 
 def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:

@@ -3,23 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt
+from mixpo.data.rows import Prompt, prompt_key
+from mixpo.data.splits import COMPARED, draw
 from mixpo.data.tokens import completion_tokens, prompt_tokens
 from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.training.record import watcher
 
 SAMPLER = b"mixpo.sampler"
 """Key of the Parquet metadata that names who drew the completions."""
-
-
-class _HasPrompt(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,12 @@ class Pairs:
     """`sampler_name` of the model that drew the completions; None for human pairs."""
     logprobs: list[list[float]] | None
     """The sampler's own sequence log-probs of both, kept from sampling."""
+    untokenised: list[Prompt]
+    """The prompts as the rows have them."""
+    truncated: int
+    """Completions that were cut to max_completion_tokens, among those of all rows."""
+    identical: int
+    """Rows left out, both of whose completions are the same tokens: no loss on pairs can learn from them."""
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -69,29 +72,51 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     """Pairs from preference rows (`prompt`, `chosen`, `rejected`) or from scored pairs (`completions`, ...).
 
     Sampled completions are taken token by token as they were drawn; the model must share the sampler's tokenizer, as
-    every model that was trained from it does.
+    every model that was trained from it does. Raises `InputError` if all pairs are left out as identical.
     """
     rows = read_table(path)
-    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows]
-    if rows and "tokens" in rows[0]:
-        return Pairs(
-            prompts,
-            [row["tokens"] for row in rows],
-            read_sampler(path),
-            [[sum(logprobs) for logprobs in row["logprobs"]] for row in rows],
-        )
+    sampled = bool(rows) and "tokens" in rows[0]
     completions = [
-        [completion_tokens(lm.tokenizer, row[side], limit=max_completion_tokens) for side in ("chosen", "rejected")]
+        row["tokens"]
+        if sampled
+        else [
+            completion_tokens(lm.tokenizer, row[side], limit=max_completion_tokens) for side in ("chosen", "rejected")
+        ]
         for row in rows
     ]
-    return Pairs(prompts, completions, None, None)
+    different = [place for place, (chosen, rejected) in enumerate(completions) if chosen != rejected]
+    truncated = 0 if sampled else sum(not lm.has_ended(side) for sides in completions for side in sides)
+    if rows and not different:
+        cut = f"cut to max_completion_tokens {max_completion_tokens}, " if truncated else ""
+        raise InputError(
+            f"{path}: found {len(rows)} pairs, {cut}each of two identical completions; expected one with a difference "
+            f"to learn from; {'raise max_completion_tokens' if truncated else 'look at the rows'}"
+        )
+    note_truncated(path.stem, truncated, 2 * len(rows), max_completion_tokens)
+    if identical := len(rows) - len(different):
+        watcher.get().note(f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same")
+    prompts: list[Prompt] = [rows[place]["prompt"] for place in different]
+    return Pairs(
+        [prompt_tokens(lm.tokenizer, prompt) for prompt in prompts],
+        [completions[place] for place in different],
+        read_sampler(path),
+        [[sum(logprobs) for logprobs in rows[place]["logprobs"]] for place in different] if sampled else None,
+        prompts,
+        truncated,
+        identical,
+    )
 
 
-def unique_prompts(rows: Sequence[dict[str, Any]], limit: int | None = None) -> list[Prompt]:
-    """The different prompts of rows, in order, the first `limit` of them."""
-    seen: dict[str, Prompt] = {}
-    for row in rows:
-        seen.setdefault(str(row["prompt"]), row["prompt"])
-        if limit is not None and len(seen) == limit:
-            break
-    return list(seen.values())
+def note_truncated(name: str, truncated: int, total: int, limit: int) -> None:
+    """Tell the watcher how many completions were cut, if any were."""
+    if truncated:
+        watcher.get().note(
+            f"{name}: {truncated} of {total} completions ({truncated / total:.0%}) are cut to max_completion_tokens "
+            f"{limit} and have no end token"
+        )
+
+
+def unique_prompts(rows: Sequence[dict[str, Any]], count: int | None = None) -> list[Prompt]:
+    """The different prompts of rows, in order; `count` of them, the same ones whatever a stage's seed is."""
+    different = {prompt_key(row["prompt"]): row["prompt"] for row in rows}
+    return draw(list(different.values()), count, COMPARED)

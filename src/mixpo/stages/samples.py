@@ -27,7 +27,7 @@ class SamplesSettings(Seeded):
     """0 keeps every token."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     prompts: int | None = pydantic.Field(None, ge=1)
-    """Use the first so many prompts; all if not given."""
+    """Use so many of the prompts, drawn, and the same ones at every seed; all if not given."""
 
 
 class Samples(Stage, SamplesSettings):

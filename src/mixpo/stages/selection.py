@@ -54,6 +54,12 @@ class Selection(Stage, SelectionSettings):
         source = inputs["samples"] / "pairs.parquet"
         rows = read_table(source)
         gaps = np.array([row["gap"] for row in rows], dtype=np.float64)
+        if broken := np.flatnonzero(~np.isfinite(gaps)).tolist():
+            raise InputError(
+                f"{source}: row {broken[0] + 1} has the gap {gaps[broken[0]]} and the scores "
+                f"{rows[broken[0]]['scores']}; expected finite numbers ({len(broken)} of {len(rows)} rows have none); "
+                "look at the reward model, then delete this folder and run again"
+            )
         threshold = self.threshold
         if threshold is None:
             assert self.easy_fraction is not None

@@ -12,6 +12,7 @@ from mixpo.data.sources import read_demonstration_rows
 from mixpo.data.tokens import completion_tokens, prompt_tokens
 from mixpo.models.language_model import branch_logprobs
 from mixpo.models.loading import Lora, add_lora, load_policy, save_model
+from mixpo.stages.rows import note_truncated
 from mixpo.stages.stage import Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
 from mixpo.training.health import mean_of_last
@@ -49,6 +50,8 @@ class SFT(Stage, SFTSettings):
         completions = [
             [completion_tokens(lm.tokenizer, row.completion, limit=self.max_completion_tokens)] for row in rows
         ]
+        truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
+        note_truncated("demonstrations", truncated, len(rows), self.max_completion_tokens)
         optimizer = make_optimizer(lm.model.parameters(), self)
         checkpoint = Checkpoint(
             out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
@@ -85,6 +88,6 @@ class SFT(Stage, SFTSettings):
             rows=len(rows),
             steps=total,
             loss=mean_of_last(log.rows(), "loss"),
-            truncated=sum(not lm.has_ended(completion[0]) for completion in completions),
+            truncated=truncated,
         )
         checkpoint.remove()
