@@ -43,6 +43,10 @@ class Plain:
         """A stage starts to compute."""
         return Line(self.console, f"{stage} {identity}", arms)
 
+    def note(self, text: str) -> None:
+        """A line worth reading now."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
 
 class Line:
     """One stage, a line at a time."""
@@ -76,6 +80,10 @@ class Bars:
     def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Bar":
         """A stage starts to compute."""
         return Bar(self.progress, f"{stage} {identity}", arms)
+
+    def note(self, text: str) -> None:
+        """A line worth reading now."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Bar:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixpo.cli import studied
+from mixpo.cli import data, studied
 from mixpo.cli.judged import judge
 from mixpo.data.errors import InputError
 
@@ -137,6 +137,7 @@ def chat(
     talk(model, temperature=temperature, max_tokens=max_tokens)
 
 
+app.add_typer(data.app, name="data")
 app.add_typer(studied.app)
 
 

@@ -14,12 +14,13 @@ import yaml
 from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.experiments.expressions import ArmRun, GradientsRun, arm_name, arm_runs, explained, gradients_runs
+from mixpo.experiments.preview import first_lines
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
 from mixpo.experiments.workers import Failure, StageDisplay, workers
 from mixpo.models.loading import read_context
-from mixpo.stages.data import Data
-from mixpo.stages.engine import Engine, in_order
+from mixpo.stages.data import Data, facts
+from mixpo.stages.engine import Engine, in_order, read_summary
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import write_json
@@ -33,6 +34,9 @@ class Display(Protocol):
 
     def begin(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
         """A stage starts to compute."""
+
+    def note(self, text: str) -> None:
+        """A line worth reading now, of no stage that computes."""
 
 
 @dataclass
@@ -93,7 +97,7 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     uses = _uses(runs, measured)
     folder = claim_folder(recipe)
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    computed, failures = _compute(uses, engine, display)
+    computed, failures = _compute(recipe, uses, engine, display)
     for link in (folder / "models").glob("*"):
         if link.is_symlink():  # of an earlier recipe
             link.unlink()
@@ -109,7 +113,9 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     return result
 
 
-def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Display) -> tuple[int, dict[Stage, Failure]]:
+def _compute(
+    recipe: Recipe, uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Display
+) -> tuple[int, dict[Stage, Failure]]:
     """Compute every stage that is not there, after its inputs; how many were, and what failed."""
     stages = _early_first(uses)
     number = {stage: place for place, stage in enumerate(stages)}
@@ -120,7 +126,12 @@ def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Displ
     computed, failures = 0, dict[Stage, Failure]()
     ready: list[int] = []
 
-    def over(stage: Stage) -> None:
+    def over(stage: Stage, *, cached: bool = False) -> None:
+        if isinstance(stage, Data) and stage not in failures:
+            folder = engine.folder(stage)
+            known = facts(read_summary(folder)) if cached else []  # said by the stage itself where it was computed
+            for line in [*known, *first_lines(recipe, folder, model_in(engine.folder(stage.base)))]:
+                display.note(line)
         if isinstance(stage, Pretrained) and stage not in failures:
             _refuse_too_long(stage, model_in(engine.folder(stage)), uses)
         order.done(number[stage])
@@ -134,7 +145,7 @@ def _compute(uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Displ
                 if lost:
                     failures[stage] = failures[lost[0]]
                 if lost or engine.is_done(stage):
-                    over(stage)
+                    over(stage, cached=not lost)
                 else:
                     pool.start(stage, display.begin(type(stage).__name__, engine.identity(stage), uses[stage]))
             else:
@@ -171,7 +182,7 @@ def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display
     with explained():
         stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    _, failures = _compute({needed: [type(stage).__name__] for needed in in_order(stage)}, engine, display)
+    _, failures = _compute(recipe, {needed: [type(stage).__name__] for needed in in_order(stage)}, engine, display)
     return failures.get(stage, engine.folder(stage))
 
 

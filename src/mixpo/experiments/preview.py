@@ -1,0 +1,330 @@
+"""What would be learnt from rows, before it is: a row of each kind in tokens, and what is worth knowing of the rest."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mixpo.data.errors import InputError
+from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse
+from mixpo.data.sources import (
+    guess_format,
+    hub_records,
+    is_data_file,
+    read_preference_rows,
+    read_records,
+)
+from mixpo.data.splits import COMPARED, draw
+from mixpo.data.text import visible
+from mixpo.data.tokens import completion_tokens, end_token, prompt_tokens
+from mixpo.experiments.recipe import Recipe, read_recipe
+from mixpo.models.loading import load_tokenizer, new_world_model, resolve_package_file
+from mixpo.stages.data import (
+    SourceRows,
+    SplitRows,
+    describe,
+    facts,
+    fill_in_world_rows,
+    hub_parts,
+    read_sources,
+    split_rows,
+)
+from mixpo.stages.engine import read_summary
+from mixpo.stages.pretrained import PretrainedSettings
+
+MEASURED = 1000
+"""Completions are counted in tokens for at most so many rows, which are drawn."""
+CONTEXT = 6
+"""A token's text is what it adds to the text of so many tokens before it."""
+LINE = 60
+"""Characters of each end of a text on one line of the first lines of a run."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of a token, or of several that share a character."""
+
+    text: str
+    """Fit to be shown: control characters are visible."""
+    control: bool
+    """Whether it is a control token, which no text becomes, such as the end token."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A prompt or a completion in tokens."""
+
+    name: str
+    pieces: list[Piece]
+    tokens: int
+    trained: bool
+    """Whether the loss counts its tokens."""
+    truncated: bool = False
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row: its prompt and its completions."""
+
+    kind: str
+    sides: list[Side]
+
+
+@dataclass
+class Preview:
+    """What a person should see before anything trains."""
+
+    examples: list[Example]
+    tokens: list[str]
+    """How prompts begin and completions end."""
+    counts: dict[str, str]
+    facts: list[str]
+    """What is worth knowing of the rows."""
+    warnings: list[str] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
+def read_source(source: str, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """Read a recipe by its name or file; or make one, as `mixpo run pairs data.train=SOURCE` would, of a data source.
+
+    A source's format is guessed from its first row where the overrides do not say it.
+    """
+    of_model = [f"model.path={json.dumps(model)}"] if model else []
+    if not (source.startswith("hub:") or is_data_file(source)):
+        return read_recipe(source, [*overrides, *of_model])
+    format = guess_format(_first_record(source, overrides))
+    names = json.dumps([source])
+    rows = [f"data.train={names}", f"data.format={format}"]
+    if format == "demonstrations":
+        rows = ["data.train=[]", f"data.demonstrations={names}", "data.format=preference"]
+    return read_recipe("pairs", ["model.path=world", *rows, *overrides, *of_model])
+
+
+def _first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
+    if source.startswith("hub:"):
+        dataset, data_dir = hub_parts(source)
+        revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
+        records = hub_records(dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None)
+    else:
+        records = read_records(Path(source).expanduser())
+    _, record = next(records)
+    return {} if isinstance(record, RowError) else record
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Read a recipe's rows as the data stage would and look at them; bad rows are shown, not refused.
+
+    Raises `InputError` if no row can be used.
+    """
+    settings, tokenizer = fill_in_world_rows(recipe.data), tokenizer_of(recipe.model)
+    rows = read_sources(settings, tokenizer)
+    if rows.total == len(rows.bad):
+        refuse(rows.bad, rows.total)
+    warnings, given = _check_embeddings(recipe.model, tokenizer), rows.preferences
+    split = SplitRows(given["train"], given["test"], given["second"], rows.demonstrations)
+    if split.train or split.test:
+        try:
+            split = split_rows(settings, rows)
+        except InputError as error:
+            warnings.append(str(error))
+    figures = describe(settings, rows, split)
+    shown = examples(recipe, split.train, split.demonstrations, tokenizer)
+    warnings += _check_beginnings(shown, tokenizer)
+    counts = _counts(rows, figures) | _cut(recipe, split, tokenizer)
+    return Preview(shown, _describe_tokens(shown, tokenizer), counts, facts(figures), warnings, rows.bad)
+
+
+def tokenizer_of(settings: PretrainedSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the template that the settings give it; its weights are not read."""
+    path, tokenizer = settings.path, None
+    if path == "world":
+        tokenizer = new_world_model(settings.init_seed)[1]
+    elif path.startswith("package:") or path.endswith(".gguf"):
+        file = resolve_package_file(path) if path.startswith("package:") else Path(path).expanduser()
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    else:
+        local = Path(path).expanduser()
+        tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
+    return tokenizer
+
+
+def examples(
+    recipe: Recipe,
+    preferences: Sequence[Preference],
+    demonstrations: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Example]:
+    """Put the first row of each kind into tokens; a demonstration that is the preference's chosen side says no more."""
+    found = []
+    for row in preferences[:1]:
+        limit, sides = recipe.reward.max_completion_tokens, {"chosen": row.chosen, "rejected": row.rejected}
+        found.append(_example("preference", row.prompt, sides, tokenizer, limit))
+    for shown in demonstrations[:1]:
+        if preferences and (shown.prompt, shown.completion) == (preferences[0].prompt, preferences[0].chosen):
+            continue  # made of the preference that is there already
+        sides, limit = {"completion": shown.completion}, recipe.sft.max_completion_tokens
+        found.append(_example("demonstration", shown.prompt, sides, tokenizer, limit))
+    return found
+
+
+def _example(
+    kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Example:
+    before = prompt_tokens(tokenizer, prompt)
+    sides = [Side("prompt", split_into_pieces(tokenizer, before), len(before), trained=False)]
+    for name, completion in completions.items():
+        tokens = completion_tokens(tokenizer, completion, limit=limit)
+        pieces = split_into_pieces(tokenizer, tokens, before=before)
+        cut = tokens[-1] != end_token(tokenizer)
+        sides.append(Side(name, pieces, len(tokens), trained=True, truncated=cut))
+    return Example(kind, sides)
+
+
+def split_into_pieces(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, before: Sequence[int] = ()
+) -> list[Piece]:
+    """The text that each token adds to the tokens before it; tokens that share a character are one piece."""
+    control = control_tokens(tokenizer)
+    whole, first = [*before, *tokens], len(before)
+    pieces, start = [], first
+    for end in range(first + 1, len(whole) + 1):
+        if whole[end - 1] in control:
+            pieces.append(Piece(visible(str(tokenizer.convert_ids_to_tokens(whole[end - 1]))), control=True))
+            start = end
+            continue
+        text = _added_text(tokenizer, whole[max(0, start - CONTEXT) : start], whole[start:end])
+        if text.endswith("\ufffd") and end - start < 4 and end < len(whole) and whole[end] not in control:
+            continue
+        pieces.append(Piece(visible(text), control=False))
+        start = end
+    return pieces
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that the tokenizer marks as special, named or not."""
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
+def _added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int]) -> str:
+    with_context, alone = (
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for ids in ([*context, *tokens], context)
+    )
+    if with_context.startswith(alone):
+        return str(with_context[len(alone) :])
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _describe_tokens(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How prompts begin and completions end, by the names of the tokens."""
+    begin, end, eos = tokenizer.bos_token_id, end_token(tokenizer), tokenizer.eos_token_id
+    begins = any(example.sides[0].pieces[0].text == _name(tokenizer, begin) for example in shown)
+    named = "the tokenizer has no BOS" if begin is None else f"BOS is {_name(tokenizer, begin)} ({begin})"
+    lines = [f"{named}; prompts begin {'with it' if begins else 'without one'}"]
+    other = f"; the tokenizer's eos is {_name(tokenizer, eos)} ({eos})" if eos not in (None, end) else ""
+    return [*lines, f"completions end with {_name(tokenizer, end)} ({end}){other}"]
+
+
+def _name(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
+    return "" if token is None else visible(str(tokenizer.convert_ids_to_tokens(token)))
+
+
+def _check_beginnings(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    twice = [_name(tokenizer, tokenizer.bos_token_id)] * 2
+    return [
+        f"the {example.kind}'s prompt begins with two BOS; the rows or the chat template write one that the tokenizer "
+        "writes too"
+        for example in shown
+        if [piece.text for piece in example.sides[0].pieces[:2]] == twice
+    ]
+
+
+def _check_embeddings(settings: PretrainedSettings, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Whether a local model has an embedding for every token; other models are checked when they are loaded."""
+    config = Path(settings.path).expanduser() / "config.json"
+    try:
+        size = json.loads(config.read_text(encoding="utf8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return []
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if not isinstance(size, int) or size >= needed:
+        return []
+    return [f"{config}: the model has embeddings for {size} tokens, the tokenizer has {needed}; expected as many"]
+
+
+def _counts(rows: SourceRows, figures: dict[str, Any]) -> dict[str, str]:
+    return {
+        "rows": f"{rows.total:,} read: {figures['train_rows']:,} to train, {figures['test_rows']:,} to test, "
+        f"{figures['demonstration_rows']:,} demonstrations",
+        "bad": f"{figures['bad_rows']:,}, of which {figures['equal_sides']:,} with equal sides",
+        "duplicate": _of_parts(figures["duplicate_rows"]),
+        "contradictory": _of_parts(figures["contradictory_rows"]),
+        "prompts in train and test": f"{figures['shared_prompts']:,} of {figures['test_prompts']:,} test prompts",
+    }
+
+
+def _of_parts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} in {part}" for part, count in counts.items())
+
+
+def _cut(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """How many completions would be cut, and the pairs that this leaves with two equal sides."""
+    end = end_token(tokenizer)
+
+    def in_tokens(completion: str, limit: int) -> list[int]:
+        return completion_tokens(tokenizer, completion, limit=limit)
+
+    lines = {}
+    if pairs := draw(split.train, MEASURED, COMPARED):
+        limit = recipe.reward.max_completion_tokens
+        sides = [[in_tokens(text, limit) for text in (row.chosen, row.rejected)] for row in pairs]
+        cut = sum(tokens[-1] != end for both in sides for tokens in both)
+        lines["cut"] = f"{cut:,} of {2 * len(pairs):,} sides are longer than max_completion_tokens {limit}"
+        lines["equal after the cut"] = f"{sum(one == other for one, other in sides):,} of {len(pairs):,} pairs"
+    if shown := draw(split.demonstrations, MEASURED, COMPARED):
+        limit = recipe.sft.max_completion_tokens
+        cut = sum(in_tokens(row.completion, limit)[-1] != end for row in shown)
+        lines["cut demonstrations"] = f"{cut:,} of {len(shown):,} are longer than max_completion_tokens {limit}"
+    return lines
+
+
+def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
+    """Say in four lines what a run learns from: a data stage's first pair as the model's tokenizer has it."""
+    tokenizer = load_tokenizer(model)
+    example = examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
+    figures = read_summary(data)
+    heading = (
+        f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
+        f"{figures['demonstration_rows']:,} demonstrations; {'; '.join(_describe_tokens([example], tokenizer))}; "
+        "the first pair:"
+    )
+    return [heading, *map(_on_one_line, example.sides)]
+
+
+def _on_one_line(side: Side) -> str:
+    text = side.text.replace("\n", "⏎")
+    short = text if len(text) <= 2 * LINE + 3 else f"{text[:LINE]} … {text[-LINE:]}"
+    fate = "trained on" if side.trained else "given"
+    return f"  {side.name:<10} {side.tokens:>4} tokens, {fate}{', cut' if side.truncated else ''}: {short}"
+
+
+def ends_of(pieces: Sequence[Piece], most: int) -> Iterator[Piece | int]:
+    """The first and the last pieces, and between them the number of those left out."""
+    if len(pieces) <= most:
+        yield from pieces
+        return
+    tail = most // 3
+    yield from pieces[: most - tail]
+    yield len(pieces) - most
+    yield from pieces[-tail:]

@@ -1,0 +1,225 @@
+"""`mixpo data preview`: what is trained on, in tokens, and what is wrong with the rows, before anything trains."""
+
+import copy
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mixpo.cli import main as cli
+from mixpo.cli.data import show_preview
+from mixpo.data.errors import InputError
+from mixpo.data.world import build_tokenizer
+from mixpo.experiments.preview import ends_of, preview, read_source, split_into_pieces
+from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.run import run_stage
+from watching import Watching
+
+ROW = {"prompt": [{"role": "user", "content": "How?"}], "chosen": "So.", "rejected": "No."}
+
+
+def rows(prompts: range, **fields: Any) -> list[dict[str, Any]]:
+    return [{**ROW, "prompt": [{"role": "user", "content": f"How {number}?"}], **fields} for number in prompts]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mixpo", "data", "preview", *words])
+        patch.setenv("COLUMNS", "400")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    captured = capsys.readouterr()
+    assert stopped.value.code == (2 if captured.err else 0)
+    return captured.out or captured.err
+
+
+def test_a_preview_shows_what_is_trained_on_and_what_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer()
+
+    def bracketed(text: str) -> str:
+        tokens = [token.replace("Ġ", " ") for token in tokenizer.tokenize(text)]
+        return "".join(f"«{token}»" if token in tokenizer.all_special_tokens else f"[{token}]" for token in tokens)
+
+    train = write(tmp_path / "rows.jsonl", rows(range(10), id=3, tools=[{"name": "f"}]))
+    lines = printed(capsys, train, f"data.test={write(tmp_path / 'test.jsonl', rows(range(10, 12)))}").splitlines()
+    before, chosen, rejected = map(bracketed, ("<|user|>How 0?<|assistant|>", "So.<|end|>", "No.<|end|>"))
+    assert before == "«<|user|>»[How][ ][0][?]«<|assistant|>»"
+    assert [line.strip() for line in lines[:7]] == [
+        "preference, the first",
+        "prompt  6 tokens, given, not trained on",
+        before,
+        f"chosen  {len(tokenizer.tokenize('So.')) + 1} tokens, trained on",
+        chosen,
+        f"rejected  {len(tokenizer.tokenize('No.')) + 1} tokens, trained on",
+        rejected,
+    ]
+    assert "the tokenizer has no BOS; prompts begin without one" in lines
+    assert f"completions end with <|end|> ({tokenizer.eos_token_id})" in lines
+    assert "preferences read as preference: prompt, chosen, rejected; ignored: id, tools" in lines
+    assert "tools and tool calls are ignored: mixpo renders the text of messages and nothing else" in lines
+    assert "demonstrations for SFT are the chosen completions of train" in lines
+
+
+def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
+    long = "very " * 50
+    train = [
+        *rows(range(10)),
+        *rows(range(2)),  # again, word for word
+        *rows(range(2, 3), chosen="No.", rejected="So."),  # sides exchanged
+        *rows(range(20, 23), chosen=long + "good", rejected=long + "bad"),  # equal after the cut
+        *rows(range(30, 31), chosen=long),  # cut on one side
+        *rows(range(40, 41), rejected="So."),  # equal sides
+        *rows(range(41, 42), rejected=None),
+    ]
+    paths = {
+        "data.train": write(tmp_path / "train.jsonl", train),
+        "data.test": write(tmp_path / "test.jsonl", rows(range(5, 12))),
+    }
+    recipe = read_source(paths["data.train"], [f"data.test={paths['data.test']}", "max_completion_tokens=20"])
+    seen = preview(recipe)
+    assert seen.counts == {
+        "rows": "26 read: 17 to train, 7 to test, 17 demonstrations",
+        "bad": "2, of which 1 with equal sides",
+        "duplicate": "2 in train, 0 in test",
+        "contradictory": "2 in train, 0 in test",
+        "prompts in train and test": "5 of 7 test prompts",
+        "cut": "7 of 34 sides are longer than max_completion_tokens 20",
+        "equal after the cut": "3 of 17 pairs",
+        "cut demonstrations": "4 of 17 are longer than max_completion_tokens 20",
+    }
+    assert "train: 2 of 17 rows stand there already, word for word" in seen.facts
+    assert "train: 2 of 17 rows contradict another, which prefers the other side" in seen.facts
+    assert "5 of 7 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in seen.facts
+    assert "1 of the bad rows have two equal sides" in seen.facts
+    assert [row.row for row in seen.bad] == [18, 19]
+    dropped = preview(recipe.model_copy(update={"data": recipe.data.model_copy(update={"shared_prompts": "drop"})}))
+    assert dropped.counts["prompts in train and test"] == "0 of 7 test prompts"
+    assert "5 rows left out, whose prompts are test prompts" in dropped.facts
+    assert dropped.counts["rows"] == "26 read: 12 to train, 7 to test, 12 demonstrations"
+
+
+def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> None:
+    (world,) = preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
+    assert world.kind == "preference"
+    assert world.sides[1].text.endswith("<|end|>")
+    path = write(tmp_path / "a.jsonl", [{"prompt": "How?", "completion": "So.", "score": 1}])
+    seen = preview(read_source(path))
+    assert [example.kind for example in seen.examples] == ["demonstration"]
+    assert [side.text for side in seen.examples[0].sides] == ["How?", "So.<|end|>"]
+    assert seen.facts == ["demonstrations read as demonstration: prompt, completion; ignored: score"]
+
+
+def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, write(tmp_path / "a.jsonl", [ROW]))
+    assert "tokens, trained on" in text
+    assert "warning: data.train: found one prompt in 1 usable rows" in text
+    assert "nor.jsonl: no such file" in printed(capsys, str(tmp_path / "nor.jsonl"))
+    bad = write(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": ""}])
+    assert "1 of 1 rows cannot be used:" in printed(capsys, bad)
+    assert "expected a .yaml file or one of" in printed(capsys, "wrld")
+
+
+def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
+    hostile = {"chosen": "\x1b[2JSo.\u202e", "rejected": "[bold]No.[/bold]", "\x1b[31mred": 1}
+    seen = preview(read_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
+    for color in (None, "256"):
+        file = io.StringIO()
+        show_preview(seen, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
+        text = file.getvalue()
+        assert "\x1b[2J" not in text
+        assert "\x1b[31m" not in text
+        assert "\u202e" not in text
+        assert "␛" in text
+        assert "⟦U+202E⟧" in text
+        assert ("\x1b[" in text) == (color is not None)
+        assert "«<|end|>»" in text if color is None else "<|end|>" in text
+    assert "[bold]" in "".join(piece.text for piece in seen.examples[0].sides[2].pieces)
+
+
+@pytest.mark.parametrize("text", ["Größe 日本語 👩‍💻!", " leading", "a\n\nb\tc", "<|end|> as text"])
+def test_pieces_are_the_text_and_every_token_is_in_one(text: str) -> None:
+    tokenizer = build_tokenizer()
+    tokens = tokenizer(text, split_special_tokens=True)["input_ids"]
+    pieces = split_into_pieces(tokenizer, tokens, before=tokenizer.encode("before"))
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(pieces) <= len(tokens)
+    assert not any(piece.control for piece in pieces)
+    (end,) = split_into_pieces(tokenizer, [tokenizer.eos_token_id])
+    assert (end.text, end.control) == ("<|end|>", True)
+
+
+def test_the_space_before_a_word_is_kept_by_tokenizers_whose_decoder_strips_it() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"▁So": 0, "▁what": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode([1]) == "what"
+    assert [piece.text for piece in split_into_pieces(tokenizer, [0, 1])] == ["So", " what"]
+    assert [piece.text for piece in split_into_pieces(tokenizer, [1], before=[0])] == [" what"]
+
+
+def test_the_middle_of_a_long_side_is_left_out() -> None:
+    tokenizer = build_tokenizer()
+    pieces = split_into_pieces(tokenizer, tokenizer.encode("word " * 100))
+    shown = list(ends_of(pieces, 30))
+    assert shown == [*pieces[:20], len(pieces) - 30, *pieces[-10:]]
+    assert list(ends_of(pieces, len(pieces))) == pieces
+
+
+def test_a_model_with_too_few_embeddings_and_a_prompt_with_two_begins(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(build_tokenizer())
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.chat_template = "<|user|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
+    seen = preview(read_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model")))
+    assert seen.warnings == [
+        f"{tmp_path}/model/config.json: the model has embeddings for 1000 tokens, the tokenizer has {len(tokenizer)}; "
+        "expected as many",
+        "the preference's prompt begins with two BOS; the rows or the chat template write one that the tokenizer "
+        "writes too",
+    ]
+    assert seen.tokens[0] == f"BOS is <|user|> ({tokenizer.bos_token_id}); prompts begin with it"
+
+
+def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(range(4)))
+    assert read_source(path).data.format == "preference"
+    with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
+        preview(read_source(path, ["data.format=tldr"]))
+
+
+def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = write(tmp_path / "rows.jsonl", rows(range(10), id=3))
+    test = write(tmp_path / "test.jsonl", rows(range(10, 12)))
+    recipe = read_source(train, [f"data.test={test}"])
+    expected = [
+        "preferences read as preference: prompt, chosen, rejected; ignored: id",
+        "demonstrations for SFT are the chosen completions of train",
+        "10 pairs to train, 2 to test, 10 demonstrations; the tokenizer has no BOS; prompts begin without one; "
+        "completions end with <|end|> (3); the first pair:",
+        "  prompt        6 tokens, given: <|user|>How 0?<|assistant|>",
+        "  chosen        4 tokens, trained on: So.<|end|>",
+        "  rejected      4 tokens, trained on: No.<|end|>",
+    ]
+    for _ in range(2):
+        watching = Watching()
+        run_stage(recipe, lambda setup: setup.data, watching)
+        assert watching.notes == expected
