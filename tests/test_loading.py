@@ -234,12 +234,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "found a tokenizer",
     ),
     "template: a number": (lambda f: _template(f, 7), "found a"),
-    "template: broken": (lambda f: _template(f, "{% if %}"), "found a chat template that does not render"),
-    "template: raises": (lambda f: _template(f, "{{ raise_exception('no') }}"), "found a chat template that does not"),
-    "template: divides by nothing": (lambda f: _template(f, "{{ 1 // 0 }}"), "found a chat template that does not"),
+    "template: broken": (lambda f: _template(f, "{% if %}"), "the chat template fails on a dialogue"),
+    "template: raises": (
+        lambda f: _template(f, "{{ raise_exception('no') }}"),
+        "the chat template fails on a dialogue",
+    ),
+    "template: divides by nothing": (lambda f: _template(f, "{{ 1 // 0 }}"), "the chat template fails on a dialogue"),
     "template: endless range": (
         lambda f: _template(f, "{% for i in range(10**9) %}x{% endfor %}"),
-        "found a chat template that does not render",
+        "the chat template fails on a dialogue",
     ),
     "special tokens: list": (text("special_tokens_map.json", "[1]"), "special_tokens_map.json: found"),
     "added tokens: torn": (text("added_tokens.json", '{"a"'), "added_tokens.json: found something other than JSON"),
@@ -482,7 +485,8 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     keys(CONFIG, **ids)(came)
 
     lm = new_reward_model(came, seed=0, device=CPU)
-    adapters = add_lora(lm, Lora(rank=2)) if lora else None
+    if lora:
+        add_lora(lm, Lora(rank=2))
     with torch.no_grad():
         lm.model.score.weight.mul_(20)
         for name, weight in lm.model.named_parameters():
@@ -492,7 +496,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     prompts, completions = [[1, 9, 30, 31], [1, 40]], [[[50, 60, end], [70]], [[80, 81, 82, 83, end], [90, 91]]]
     with torch.no_grad():
         ours = branch_scores(lm, pack(prompts, completions)).flatten()
-    save_model(lm, tmp_path / "saved", adapters)
+    save_model(lm, tmp_path / "saved")
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")

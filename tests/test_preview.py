@@ -163,10 +163,10 @@ def test_the_space_before_a_word_is_kept_by_tokenizers_whose_decoder_strips_it()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({"▁So": 0, "▁what": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel({"▁So": 0, "▁what": 1, "<unk>": 2, "</s>": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     assert tokenizer.decode([1]) == "what"
     assert [piece.text for piece in split_into_pieces(tokenizer, [0, 1])] == ["So", " what"]
     assert [piece.text for piece in split_into_pieces(tokenizer, [1], before=[0])] == [" what"]
@@ -180,7 +180,7 @@ def test_the_middle_of_a_long_side_is_left_out() -> None:
     assert list(ends_of(pieces, len(pieces))) == pieces
 
 
-def test_a_model_with_too_few_embeddings_and_a_prompt_with_two_begins(tmp_path: Path) -> None:
+def test_a_model_that_no_run_could_start_from_and_a_prompt_with_two_begins(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(build_tokenizer())
     tokenizer.bos_token = "<|user|>"
     tokenizer.chat_template = "<|user|>" + tokenizer.chat_template
@@ -188,8 +188,8 @@ def test_a_model_with_too_few_embeddings_and_a_prompt_with_two_begins(tmp_path: 
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
     seen = preview(read_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model")))
     assert seen.warnings == [
-        f"{tmp_path}/model/config.json: the model has embeddings for 1000 tokens, the tokenizer has {len(tokenizer)}; "
-        "expected as many",
+        f"{tmp_path}/model: found no config.json that names an architecture; expected a decoder-only language model in "
+        "a Hugging Face folder",
         "the preference's prompt begins with two BOS; the rows or the chat template write one that the tokenizer "
         "writes too",
     ]

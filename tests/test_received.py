@@ -106,6 +106,8 @@ def test_nothing_in_the_source_reads_what_can_run() -> None:
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             names = [ast.unparse(node.func)] if isinstance(node, ast.Call) else []
+            if names == ["torch.load"] and any(ast.unparse(one) == "weights_only=True" for one in node.keywords):
+                continue  # of weights that a user names: tensors alone, and no object is made
             if isinstance(node, ast.Import):
                 names = [one.name for one in node.names]
             elif isinstance(node, ast.ImportFrom):

@@ -429,10 +429,10 @@ def test_a_template_argument_is_the_value_that_was_given(value):
 
 def test_a_template_argument_that_nobody_reads_is_refused(tmp_path):
     with pytest.raises(
-        InputError, match=r"found 'enable_thinkin', which the chat template does not read.*enable_thinking"
+        ValidationError, match=r"found 'enable_thinkin', which the chat template does not read.*enable_thinking"
     ):
         build(tmp_path, "qwen3", template_arguments={"enable_thinkin": False})
-    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+    with pytest.raises(ValidationError, match="the tokenizer has no chat template"):
         build(tmp_path, "gpt2", template_arguments={"x": 1})
 
 

@@ -89,8 +89,9 @@ class Tensor:
 @contextmanager
 def reading(source: Path | str, found: str = "a model that cannot be read", fix: str = NEEDS) -> Iterator[None]:
     """Turn whatever transformers raises on a damaged `source` into an `InputError`, and keep it silent."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -101,6 +102,8 @@ def reading(source: Path | str, found: str = "a model that cannot be read", fix:
         raise InputError(f"{source}: found {found} ({type(error).__name__}: {first_line(error)}); {fix}") from error
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:
