@@ -15,12 +15,16 @@ from mixpo.report.traces import traced
 from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, plain, rows, scores, table
 
 NOISE = [0.3, -0.3, 0.5, -0.5, 0.1, -0.1, 0.7, -0.7]
+TILT = [1, 1, -1, -1, 1, -1, -1, 1]
 
 
 def around(mean: float, *, kl: float | Sequence[float] = 1.0, **means: float) -> Columns:
-    """A mean with noise that every arm shares, so that paired differences have none."""
-    others = {name: [other + noise for noise in NOISE] for name, other in means.items()}
-    return scores([mean + noise for noise in NOISE], kl=kl, **others)
+    """A mean with noise that every arm shares, so that paired differences vary by a thousandth of themselves alone."""
+    columns = {
+        name: [(1.0 + 0.001 * tilt) * one + noise for tilt, noise in zip(TILT, NOISE, strict=True)]
+        for name, one in {"score": mean, **means}.items()
+    }
+    return scores(columns.pop("score"), kl=kl, **columns)
 
 
 def ppo_curve(seeds: Sequence[int] = (0,)) -> list[Arm]:
