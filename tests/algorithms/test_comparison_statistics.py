@@ -69,7 +69,7 @@ def test_of_a_single_seed_or_prompt_it_is_students(axis, shift):
 def test_few_seeds_cover_what_they_say(seeds, spread):
     """Where seeds differ most, percentiles of resamples missed a fifth at two seeds and a tenth at three."""
     missed, small = sizes(np.random.default_rng(9), 800, seeds, 60, spread=spread, noise=0.5)
-    assert missed <= 0.06
+    assert missed <= 0.07  # 5% and less, and 2.5 standard errors of so many runs
     assert small == missed
 
 
@@ -123,6 +123,14 @@ def test_two_parts_by_hand():
     assert interval.high - 10.0 == pytest.approx((9 * one**2 + 4 * other**2) ** 0.5, rel=1e-9)
     tail = scipy.stats.t.ppf(1 - p / 2, [1, 4])
     assert 9 * tail[0] ** 2 + 4 * tail[1] ** 2 == pytest.approx(100.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", [[(9.0, 1), (0.0, 40)], [(0.0, 40), (9.0, 1)], [(9.0, 1), (1e-30, 40)]])
+def test_a_part_without_variance_counts_for_nothing(parts):
+    interval, p = student_estimate(10.0, parts)
+    alone, p_alone = student_estimate(10.0, [(9.0, 1)])
+    assert (interval.low, p) == pytest.approx((alone.low, p_alone), rel=1e-6)
+    assert p == pytest.approx(2 * scipy.stats.t.sf(10.0 / 3.0, 1), rel=1e-6)
 
 
 @pytest.mark.parametrize("values", [[[2.5]], [[0.3 - 0.1] * 3, [0.2] * 3], [[0.0] * 4]])

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.optimize import brentq
+from scipy.optimize import bisect
 from scipy.special import bdtr, expit, stdtr, stdtrit
 
 ALIKE = 1e-9
@@ -43,10 +43,12 @@ def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: 
         return math.sqrt(float((stdtrit(degrees, tail) ** 2) @ variances))
 
     width = half((1.0 - level) / 2.0)
-    # p lies between those of Student's t with the most and with the fewest degrees of any part.
-    least, most = (max(float(stdtr(d, -abs(mean) / math.sqrt(total))), 1e-300) for d in (degrees.max(), degrees.min()))
+    # The tail lies between those of Student's t with the most and with the fewest degrees of any part.
+    t = -abs(mean) / math.sqrt(total)
+    least = max(0.999 * float(stdtr(degrees.max(), t)), 1e-300)
+    most = min(1.001 * float(stdtr(degrees.min(), t)), 0.5)
     if half(least) > abs(mean) > half(most):
-        least = math.exp(brentq(lambda log: half(math.exp(log)) - abs(mean), math.log(least), math.log(most)))
+        least = math.exp(bisect(lambda log: half(math.exp(log)) - abs(mean), math.log(least), math.log(most)))
     return Interval(mean, mean - width, mean + width), min(1.0, 2.0 * least)
 
 

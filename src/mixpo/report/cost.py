@@ -16,7 +16,7 @@ from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")
 MEMORY = "peak_memory_mib"
-TRIED = 400
+TRIED = 65
 """Numbers of samples at which MPO's reward is held against PPO's."""
 HEADINGS = ("seconds", "tokens sampled", "tokens trained", "FLOPs", "peak memory (MiB)")
 
@@ -124,7 +124,7 @@ def _samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
         return None
     mpo, ppo = traces[one].at(seeds), traces[other].at(seeds)
     ahead = np.stack([mpo.values("score", point) for point in range(mpo.points)]) - ppo.values("score", ppo.points - 1)
-    reached = first_reached(mpo.sampled, ahead)
+    reached = reached_after(mpo.sampled, ahead)
     drawn_pairs = {stage.key: 2 * stage.summary["pairs"] for stage in results.stages_of("Samples")}
     pairs = np.mean([sum(drawn_pairs.get(key, 0) for key in results.done(one)[seed].needs) for seed in seeds])
     text = f"{other} samples {ppo.sampled[-1]:,.0f} completions{fewer(results, len(seeds), one, other)}"
@@ -156,24 +156,29 @@ def _samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
     return text, Group("Samples", [picture], notes=notes)
 
 
-def first_reached(x: Float64[np.ndarray, " points"], ahead: Float64[np.ndarray, "points seeds prompts"]) -> Interval:
-    """Where the lines between the points first come to 0; nan if they never do.
+def reached_after(x: Float64[np.ndarray, " points"], ahead: Float64[np.ndarray, "points seeds prompts"]) -> Interval:
+    """Where the lines between the points first come to 0 in the mean; nan if they never do.
 
-    The bounds are where the interval of `ahead` first holds 0 and where it first lies above it (Fieller 1954): nan
+    The bounds are where the interval of `ahead` first holds 0 and where it first lies above it (Fieller 1954); nan
     where it never does.
     """
     tried = np.union1d(np.linspace(x[0], x[-1], TRIED), x)
     right = np.clip(np.searchsorted(x, tried), 1, len(x) - 1)
     weight = ((tried - x[right - 1]) / (x[right] - x[right - 1]))[:, None, None]
     found = [crossed_interval(values) for values in (1 - weight) * ahead[right - 1] + weight * ahead[right]]
-    means, bounds = ahead.mean(axis=(1, 2)), np.array([[one.low, one.high] for one in found])
-    crossed = float(x[0]) if means[0] >= 0 else math.nan
-    for place in np.flatnonzero((means[:-1] < 0) & (means[1:] >= 0))[:1] if means[0] < 0 else ():
-        share = means[place] / (means[place] - means[place + 1])
-        crossed = float(x[place] + share * (x[place + 1] - x[place]))
-    inside = (bounds[:, 1] >= 0, bounds[:, 0] > 0)
-    low, high = (float(tried[held.argmax()]) if held.any() else math.nan for held in inside)
-    return Interval(crossed, low, high)
+    low, high = (first_reached(tried, np.array([getattr(one, end) for one in found])) for end in ("high", "low"))
+    return Interval(first_reached(x, ahead.mean(axis=(1, 2))), low, high)
+
+
+def first_reached(x: Float64[np.ndarray, " points"], y: Float64[np.ndarray, " points"]) -> float:
+    """Where the line through the points first comes to 0; nan if it never does."""
+    if y[0] >= 0:
+        return float(x[0])
+    for place in range(1, len(y)):
+        if y[place] >= 0:
+            share = y[place - 1] / (y[place - 1] - y[place])
+            return float(x[place - 1] + share * (x[place] - x[place - 1]))
+    return math.nan
 
 
 def _stage_table(results: Results) -> Table:

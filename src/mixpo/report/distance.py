@@ -241,8 +241,8 @@ def _opening(results: Results, equal: list[EqualKL]) -> str:
     where = f"{one.arm} ends {one.kl:.2f} nats from SFT"
     if not one.found:
         return (
-            f"{where}; PPO's sweep of kl_coef spans {one.reach[0]:.2f} to {one.reach[1]:.2f}, which is not told to "
-            "reach it, so the two are not compared at equal KL."
+            f"{where}; PPO's sweep of kl_coef spans {one.reach[0]:.2f} to {one.reach[1]:.2f}, which does not "
+            "reach it beyond the intervals, so the two are not compared at equal KL."
         )
     said = "; ".join(f"in {MEASURES[key]} {verdict(i, p)}" for key, (i, p) in one.found.items())
     seeds = results.common_seeds(one.arm, *(name for _, name in _sweep_of_ppo(results, results.run_of(one.arm))))
