@@ -178,7 +178,7 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     (_, *origin), (name, *gains) = figure_rows(section, "gains")
     assert origin == [0.0, None, None] * 2  # SFT against itself
     assert name == "ppo"
-    assert np.allclose(gains, [1.5] * 3 + [0.6] * 3)
+    assert np.allclose(gains, [1.5] * 3 + [0.6] * 3, atol=0.01)
     drawn = [row[2::3] for row in figure_rows(section, "over-optimisation")]
     assert np.allclose(drawn, [(kl, r) for r, kl, _ in points] + [(kl, true) for _, kl, true in points])
 

@@ -47,7 +47,7 @@ def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: 
     t = -abs(mean) / math.sqrt(total)
     least = max(0.999 * float(stdtr(degrees.max(), t)), 1e-300)
     most = min(1.001 * float(stdtr(degrees.min(), t)), 0.5)
-    if half(least) > abs(mean) > half(most):
+    if half(least) > abs(mean) >= half(most):
         least = math.exp(bisect(lambda log: half(math.exp(log)) - abs(mean), math.log(least), math.log(most)))
     return Interval(mean, mean - width, mean + width), min(1.0, 2.0 * least)
 
