@@ -13,7 +13,7 @@ SETTING = "selection.easy_fraction"
 
 def printed(folder: Path, capsys: pytest.CaptureFixture[str], width: int) -> list[str]:
     """Lines of the table of arms with long names and two measures, then what stands below it."""
-    values = {seed: scores(SFT_SCORES, second_score=SFT_SCORES) for seed in (0, 1)}
+    values = {seed: scores(SFT_SCORES, kl=SFT_SCORES, second_score=SFT_SCORES) for seed in (0, 1)}
     arms = [Arm("sft", values), Arm("ppo", values), Arm("mpo-sft-kl", values, changes={SETTING: 0.25})]
     results = Writer(folder / "run", second=True).load(arms)
     with pytest.MonkeyPatch.context() as patch:

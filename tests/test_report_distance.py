@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixpo.algorithms.statistics import crossed_interval
 from mixpo.experiments.results import load
 from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation
@@ -15,12 +16,16 @@ from mixpo.report.traces import traced
 from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, plain, rows, scores, table
 
 NOISE = [0.3, -0.3, 0.5, -0.5, 0.1, -0.1, 0.7, -0.7]
+TILT = [1, 1, -1, -1, 1, -1, -1, 1]
 
 
 def around(mean: float, *, kl: float | Sequence[float] = 1.0, **means: float) -> Columns:
-    """A mean with noise that every arm shares, so that paired differences have none."""
-    others = {name: [other + noise for noise in NOISE] for name, other in means.items()}
-    return scores([mean + noise for noise in NOISE], kl=kl, **others)
+    """A mean with noise that every arm shares, so that paired differences vary by a thousandth of themselves alone."""
+    columns = {
+        name: [(1.0 + 0.001 * tilt) * one + noise for tilt, noise in zip(TILT, NOISE, strict=True)]
+        for name, one in {"score": mean, **means}.items()
+    }
+    return scores(columns.pop("score"), kl=kl, **columns)
 
 
 def ppo_curve(seeds: Sequence[int] = (0,)) -> list[Arm]:
@@ -89,7 +94,7 @@ def test_nothing_is_said_where_ppos_sweep_does_not_reach(tmp_path: Path, kl: flo
     assert row[3] == "1.00 to 3.00"
     assert len(row) == 5  # no measure has a difference
     assert section is not None
-    assert "spans 1.00 to 3.00, which does not reach it often enough" in section.opening
+    assert "spans 1.00 to 3.00, which does not reach it beyond the intervals" in section.opening
     assert "zero" not in section.opening
 
 
@@ -141,7 +146,7 @@ def test_the_same_budget(tmp_path: Path) -> None:
     alone = Arm("mpo", {0: around(9.0)}, changes={"ppo.kl_budget": 3.0})
     section = distance.section(Writer(tmp_path / "run").load([*plain({"sft": [0.0] * 8}), *budgets, lost, alone]))
     found = rows(table(section, "On the same leash, by ppo.kl_budget"))
-    assert found["mpo ppo.kl_budget=2.0"][1:3] == ["2", "1.90 [1.90, 1.90]"]
+    assert found["mpo ppo.kl_budget=2.0"][1:3] == ["2", "1.90"]
     assert found["mpo ppo.kl_budget=2.0"][4].startswith("0.50 [0.50, 0.50] (p ")
     assert found["ppo ppo.kl_budget=2.0"][4] == ""
     assert found["mpo-sft-kl ppo.kl_budget=2.0"][2:] == ["failed", "failed", ""]
@@ -165,15 +170,15 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     ]
     assert section is not None
     assert section.opening == (
-        "At 0 of the 1 arms and seeds whose reward rises over SFT's, true r* falls below SFT's; along PPO of ppo the "
+        "At 0 of the 1 arms and seeds whose mean reward is above SFT's, true r* is below SFT's; along PPO of ppo the "
         "reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60], from the last "
         "snapshot to the end by 0.50 [0.50, 0.50] and -0.40 [-0.40, -0.40], so there the reward rises while true r* "
         "falls (95% intervals over 8 prompts at one seed, so it says nothing of other seeds)."
     )
     (_, *origin), (name, *gains) = figure_rows(section, "gains")
-    assert np.allclose(origin, 0.0)
+    assert origin == [0.0, None, None] * 2  # SFT against itself
     assert name == "ppo"
-    assert np.allclose(gains, [1.5] * 3 + [0.6] * 3)
+    assert np.allclose(gains, [1.5] * 3 + [0.6] * 3, atol=0.01)
     drawn = [row[2::3] for row in figure_rows(section, "over-optimisation")]
     assert np.allclose(drawn, [(kl, r) for r, kl, _ in points] + [(kl, true) for _, kl, true in points])
 
@@ -198,8 +203,56 @@ def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -
     section = overoptimisation.section(Writer(tmp_path / "run").load(done))
     assert section is not None
     (fallen,) = table(section, "More reward, less true r*").rows
-    assert list(fallen) == ["ppo", "1", "2.00 [2.00, 2.00]", "-0.50 [-0.50, -0.50]", "6.00", "50%"]
-    assert section.opening.startswith("At 1 of the 3 arms and seeds whose reward rises over SFT's, true r* falls below")
+    gains = ["2.00 [2.00, 2.00]", "<0.001", "-0.50 [-0.50, -0.50]", "<0.001"]
+    assert list(fallen) == ["ppo", "1", *gains, "6.00", "50%"]
+    assert section.opening == (
+        "At 1 of the 3 arms and seeds whose mean reward is above SFT's, true r* is below SFT's, and 1 of them is told "
+        "apart from SFT in both."
+    )
+
+
+def test_a_fall_within_the_noise_is_counted_but_not_told(tmp_path: Path) -> None:
+    noisy = around(1.0, true_reward=0.0) | {"true_reward": [-0.1 + 2 * noise for noise in NOISE]}
+    done = [Arm("sft", {0: around(0.0, true_reward=0.0)}), Arm("ppo", {0: noisy})]
+    section = overoptimisation.section(Writer(tmp_path / "run").load(done))
+    assert section is not None
+    assert section.opening.startswith("At 1 of the 1 arms and seeds")
+    assert section.opening.endswith("and 0 of them are told apart from SFT in both.")
+
+
+def over_training(
+    reward: Sequence[float], true: Sequence[float]
+) -> tuple[dict[int, list[Columns]], dict[int, Columns]]:
+    """A PPO whose reward and r* change by so much from its last snapshot to its end, seed by seed."""
+    traces, ends = dict[int, list[Columns]](), dict[int, Columns]()
+    for seed, (one, other) in enumerate(zip(reward, true, strict=True)):
+        traces[seed] = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        (ends[seed],) = path((1.0 + one, 3.0, 1.0 + other))
+    return traces, ends
+
+
+@pytest.mark.parametrize(
+    ("rises", "falls", "told"),
+    [
+        ([1.0], [-1.0], True),
+        ([1.0, 1.01], [-1.0, -1.01], True),
+        ([1.0, 1.5], [-1.0, -1.5], False),  # half its mean apart: two seeds do not tell it
+        ([1.0, 1.5, 1.0, 1.5], [-1.0, -1.5, -1.0, -1.5], True),  # four do
+        ([1.0, 1.5, 1.0, 1.5, 1.25], [-1.0, -1.5, -1.0, -1.5, -1.25], True),
+        ([0.1, 1.5, 0.1, -0.3, 1.25], [-1.0, -1.5, -1.0, -1.5, -1.25], False),
+    ],
+)
+def test_hacking_is_told_by_what_the_seeds_hold(
+    tmp_path: Path, rises: list[float], falls: list[float], told: bool
+) -> None:
+    way, ends = over_training(rises, falls)
+    section = overoptimisation.section(Writer(tmp_path / "run").load([Arm("ppo", ends, trace=way)]))
+    assert section is not None
+    assert ("so there the reward rises while true r* falls" in section.opening) == told
+    way, ends = over_training(rises, [-fall for fall in falls])
+    both = overoptimisation.section(Writer(tmp_path / "both", cache="both").load([Arm("ppo", ends, trace=way)]))
+    assert both is not None
+    assert ("so both still rise" in both.opening) == told
 
 
 def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
@@ -260,13 +313,24 @@ def test_samples_needed_where_the_start_is_above_and_where_none_is(tmp_path: Pat
     assert "[" not in never
 
 
-def test_samples_needed_where_some_resamples_never_come_there(tmp_path: Path) -> None:
+def test_samples_needed_that_are_not_told_have_no_bounds(tmp_path: Path) -> None:
+    """By the means after 20 + 20 * 0.5 / 0.6 = 36.7, but MPO's end is not told to be above PPO's."""
     said = samples(tmp_path, [0.5, 1.0, 1.6], 1.5, noise=[-noise for noise in NOISE])
-    found = re.search(r"after 37, and with .* mpo has then sampled 45, but in ([\d.]+)% of the resamples", said)
-    assert found is not None  # 20 + 20 * 0.5 / 0.6 = 36.7
-    drawn = np.random.default_rng(1).choice(NOISE, size=(20_000, len(NOISE))).mean(axis=1)
-    never = 1 - sum(max(0.5 + d, 1.0 + d, 1.6 + d) >= 1.5 - d for d in drawn) / len(drawn)
-    assert float(found[1]) == pytest.approx(100 * never, abs=2.0)
+    assert said.endswith(
+        "after 37, and with the 8 sampled for its pairs mpo has then sampled 45, by the means: nowhere is it told to "
+        "be above that reward."
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_bounds_of_the_samples_are_where_the_difference_is_told(seeds: int) -> None:
+    """Straight lines: at x the difference is x / 10 - 3 with the same noise everywhere, told within its half width."""
+    noise = 0.5 * np.random.default_rng(2).normal(size=(seeds, 50))
+    noise -= noise.mean()
+    ahead = np.array([-3.0, -1.0, 3.0])[:, None, None] + noise
+    found = cost.reached_after(np.array([0.0, 20.0, 60.0]), ahead)
+    half = crossed_interval(noise).high
+    assert (found.mean, found.low, found.high) == pytest.approx((30.0, 30 - 10 * half, 30 + 10 * half))
 
 
 def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:

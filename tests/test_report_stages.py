@@ -54,6 +54,17 @@ def test_calibration_by_hand(tmp_path: Path) -> None:
     ]
 
 
+def test_all_of_six_pairs_is_no_certainty(tmp_path: Path) -> None:
+    """The sentence has the bounds of the table below it, at one seed and at two that judge the same pairs."""
+    low, _ = proportion_confint(6, 6, method="wilson")
+    for seeds in ((0,), (0, 1)):
+        writer = Writer(tmp_path / f"{seeds}", cache=f"cache{len(seeds)}", margins=dict.fromkeys(seeds, [0.5] * 6))
+        section = reward_model.section(writer.load(plain(ARMS, seeds=seeds)))
+        assert section is not None
+        assert section.opening.startswith(f"The reward model orders 100% [{low:.0%}, 100%] of 6 test pairs")
+        assert "above chance" in section.opening  # 61%
+
+
 @pytest.mark.parametrize(
     ("right", "said"), [(30, "above chance"), (10, "below chance"), (21, "not told apart from chance")]
 )
@@ -195,10 +206,10 @@ def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
     found = rows(made)
     assert made.headings[1:] == ["0% flipped", "10% flipped", "30% flipped", "change from 0% to 30%"]
     assert [text.split()[0] for text in found["mpo"][1:]] == ["3.00", "2.90", "2.80", "-0.20"]
-    assert found["dpo-base"][4] == "-0.75 [-0.75, -0.75]"
+    assert found["dpo-base"][4] == "-0.75"  # the same on every prompt
     assert section is not None
     assert section.opening.startswith("From 0% to 30% of labels flipped reward changes by: mpo -0.20 [-0.")
-    assert "dpo-base -0.75 [-0.75, -0.75]; mpo's change minus dpo-base's is 0.55 [" in section.opening
+    assert "dpo-base -0.75; mpo's change minus dpo-base's is 0.55 [" in section.opening
     assert section.opening.count("), above zero") == 1
     drawn = [(row[0], row[2], round(row[5], 6)) for row in figure_rows(section, "noise-score")]
     assert drawn[:3] == [("mpo", 0.0, 3.0), ("mpo", 0.1, 2.9), ("mpo", 0.3, 2.8)]
@@ -273,18 +284,17 @@ def test_gradients_by_hand(tmp_path: Path) -> None:
     assert easy["median x_l / x_w"] == "0.25"
     assert hard["median x_l / x_w"] == "1.5"
     assert float(easy["largest error of Corollary 1 (log)"]) < 1e-12
-    assert easy["cosine of the two gradients"] == "0.00 [0.00, 0.00]"
-    assert hard["cosine of the two gradients"] == "1.00 [1.00, 1.00]"
-    left = f"{5**0.5 / 3:.2f}"  # |(2, -1)| / (2 + 1)
-    assert easy["left of them in DPO's"] == f"{left} [{left}, {left}]"
-    assert hard["left of them in DPO's"] == "0.33 [0.33, 0.33]"  # |(1, 0)| / (2 + 1)
+    assert easy["cosine of the two gradients"] == "0.00"  # alike, so without an interval
+    assert hard["cosine of the two gradients"] == "1.00"
+    assert easy["left of them in DPO's"] == f"{5**0.5 / 3:.2f}"  # |(2, -1)| / (2 + 1)
+    assert hard["left of them in DPO's"] == "0.33"  # |(1, 0)| / (2 + 1)
     assert easy["a step raises chosen and lowers rejected"].startswith("100% [")
     assert hard["a step raises chosen and lowers rejected"].startswith("0% [")
     assert easy["median rise / fall of log-probs"] == "4.00"
     assert hard["median rise / fall of log-probs"] == ""
     assert section is not None
-    assert "is 0.00 on easy and 1.00 on hard pairs, a difference of 1.00 [1.00, 1.00]" in section.opening
-    assert section.opening.endswith("(95% interval over pairs at one seed), which has Remark 1's sign.")
+    assert "is 0.00 on easy and 1.00 on hard pairs, a difference of 1.00" in section.opening
+    assert section.opening.endswith("which has no interval.")
     assert "x_l / x_w from 0.25 to 1.5" in section.opening
 
 
@@ -330,6 +340,29 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
     assert section.opening.endswith(f"a difference of {said}, which does not tell them apart.")
     assert rows_of(section, "dpo", "hard")[6].startswith(f"{0.2 + np.mean(apart):.2f} [{expected.low + 0.2:.2f}")
     assert rows_of(section, "dpo", "hard")[2:4] == ["3", "90"]
+
+
+@pytest.mark.parametrize(
+    ("hard", "said"),
+    [
+        ([0.8, 0.7, 0.75], "which has Remark 1's sign"),
+        ([-0.8, -0.7, -0.75], "against Remark 1"),
+        ([0.1, 0.3], "which does not tell them apart"),
+    ],
+)
+def test_one_seed_is_told_apart_by_its_pairs(tmp_path: Path, hard: list[float], said: str) -> None:
+    """Each part's variance with Student's quantile of its own pairs."""
+    writer, easy = Writer(tmp_path / "run"), [0.1, 0.2, 0.15]
+    measured = [
+        writer.gradients("dpo", part, 0, [cosine(one) for one in values])
+        for part, values in (("easy", easy), ("hard", hard))
+    ]
+    section = theorem.section(writer.load(plain(ARMS), measured))
+    half = sum((scipy.stats.t.ppf(0.975, len(part) - 1) * scipy.stats.sem(part)) ** 2 for part in (easy, hard)) ** 0.5
+    mean = np.mean(hard) - np.mean(easy)
+    assert section is not None
+    text = f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}] (95% interval over pairs at one seed), {said}."
+    assert section.opening.endswith(f"a difference of {text}")
 
 
 def rows_of(section: object, arm: str, part: str) -> list[str]:
@@ -416,8 +449,9 @@ def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
     section = reward_model.section(results)
     pooled, *each = figure_rows(section, "calibration")
     assert (pooled[1], pooled[2], pooled[-1]) == (8, 5 / 8, "")
-    low, high = proportion_confint(2.5, 4, method="wilson")  # no narrower than for one seed's pairs
-    assert pooled[3:5] == pytest.approx((low, high))
+    growth = 1 + scipy.stats.t.ppf(0.975, 1) ** 2 * (0.125**2) / (1.959964**2 * (5 / 8 * 3 / 8) / 4)
+    low, high = proportion_confint(5 / 8 * 4 / growth, 4 / growth, method="wilson")  # two seeds of 4 pairs: 3/4, 2/4
+    assert pooled[3:5] == pytest.approx((low, high), rel=1e-4)
     assert [(row[1], row[2], row[-1]) for row in each] == [(4, 0.75, "seed 0"), (4, 0.5, "seed 1")]
     rows = figure_rows(section, "accuracy-by-gap-test")
     assert [row[:3] for row in rows[:3]] == [("0–1", 8, 0.75), ("1–2", 0, None), ("≥2", 8, 0.75)]

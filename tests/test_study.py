@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import trustme
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
+from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.cli import main as cli
 from mixpo.cli import studied
 from mixpo.data.errors import InputError
 from mixpo.data.text import visible
 from mixpo.experiments.results import load
-from mixpo.report.people import _margins, opening, section, tables
+from mixpo.report.people import _corrected, opening, section, tables
 from mixpo.study import files, server, store
 from mixpo.study.app import Bucket
 from mixpo.study.begin import Wanted, names
@@ -989,7 +991,7 @@ def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     found = closed_study(tmp_path, said, kinds)
     for kind, shares, kappa in (("helpful", [62.0, 19.3, 18.7], 0.546049), ("harmless", [16.0, 78.0, 6.0], 0.521707)):
         each, agreement = found.shares[kind], found.agreement[kind]
-        assert (len(each.margins), agreement.common, agreement.several) == (50, 50, 50)
+        assert (each.prompts, agreement.common, agreement.several) == (50, 50, 50)
         assert [round(100 * share.mean, 1) for share in (each.win, each.tie, each.lose)] == shares
         assert agreement.kappa.mean == pytest.approx(kappa, abs=2e-6)
         assert agreement.kappa.low < kappa < agreement.kappa.high
@@ -1012,9 +1014,10 @@ def test_the_margins_of_categories_are_corrected_for_their_number(tmp_path):
     said = {"anna": [*"WWWWWWWWLLWTWWLWWT", *"WTWTTTTTT"]}
     alone = closed_study(tmp_path / "alone", said)
     several = closed_study(tmp_path / "several", said, ["helpful"] * 18 + ["harmless"] * 9)
-    one, many = (_margins(found)[None] for found in (alone, several))
-    assert one[0] == many[0]
-    assert many[1] > one[1]
+    one, many = (_corrected(found)[None] for found in (alone, several))
+    assert alone.shares[None].difference == several.shares[None].difference
+    assert one == pytest.approx(scipy.stats.binomtest(15, 18).pvalue)
+    assert many == pytest.approx(3 * one)
     assert "corrected for all rows (Holm)" in str(tables(several)["What people prefer"].notes)
     assert "corrected" not in str(tables(alone)["What people prefer"].notes)
 
@@ -1027,9 +1030,9 @@ def test_categories_stand_apart_and_together(tmp_path):
     assert found.shares["helpful"].win.mean == pytest.approx(7 / 8)
     assert found.shares["harmless"].win.mean == pytest.approx(4 / 8)
     assert found.shares[None].win.mean == pytest.approx(11 / 16)
-    assert [len(each.margins) for each in found.shares.values()] == [4, 4, 8]
+    assert [each.prompts for each in found.shares.values()] == [4, 4, 8]
     named = closed_study(tmp_path, {"anna": said}, ["all", None] * 4)  # no category is taken for the total
-    assert [len(named.shares[name].margins) for name in ("all", None)] == [4, 8]
+    assert [named.shares[name].prompts for name in ("all", None)] == [4, 8]
     assert list(rows(tables(named)["What people prefer"])) == ["all", "all prompts"]
 
 
@@ -1055,7 +1058,7 @@ def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
     assert (agreement.common, agreement.several) == (3, 4)
     assert agreement.alpha.mean == pytest.approx(28 / 78)
     assert agreement.pairs.mean == pytest.approx(10 / 20)
-    assert len(found.shares[None].margins) == 5
+    assert found.shares[None].prompts == 5
 
 
 def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
@@ -1075,14 +1078,17 @@ def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
     assert not re.search(r"\bwins\b|above zero|below zero", opening(found))
     lost = closed_study(tmp_path, {"anna": list("LLLLLL"), "ben": list("LLLLLT")})
     assert ", below zero." in opening(lost)
-    for said, margin in (("WW", 1), ("TTTTT", 0)):  # a resample of a constant has no width
+    for said, margin, p in (("WW", 1, 0.5), ("TTTTT", 0, 1.0)):  # alike on every prompt, and so few
         alike = closed_study(tmp_path, {"anna": list(said), "ben": list(said)})
-        assert f"difference {margin}.00, the same on every prompt, which has no interval." in opening(alike)
-        assert rows(tables(alike)["What people prefer"])["all prompts"][5:] == [f"{margin}.00", ""]
+        assert f"difference {margin}.00 [" in opening(alike)
+        assert f"(p {p:.2f}), which does not tell the two apart" in opening(alike)
+        low, high = proportion_confint(len(said), len(said), method="wilson")
+        shown = rows(tables(alike)["What people prefer"])["all prompts"]
+        assert shown[2 if margin else 3] == f"1.00 [{low:.2f}, {high:.2f}]"
     agreed = closed_study(tmp_path, {"anna": list("WL"), "ben": list("WL")})
     assert rows(tables(agreed)["How far they agree"])["all prompts"][1:6:4] == ["1.00", "2"]
     once = closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
-    assert "of one prompt, which has no interval" in opening(once)
+    assert "difference 0.00 [-" in opening(once)
     assert "nan" not in "".join(cell for table in tables(once).values() for row in table.rows for cell in row)
 
 
@@ -1101,7 +1107,7 @@ def test_completions_that_are_the_same_are_ties_that_nobody_was_asked(make):
     for number in range(1, 6):
         anna.prefer(number, "apples")
     found = close(study)
-    assert len(found.shares[None].margins) == 6
+    assert found.shares[None].prompts == 6
     assert found.shares[None].win.mean == pytest.approx(5 / 6)
     assert found.shares[None].tie.mean == pytest.approx(1 / 6)
     assert any("1 prompt that both arms completed alike" in note for note in tables(found)["What people prefer"].notes)

@@ -7,60 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from mixpo.algorithms import statistics
-from mixpo.algorithms.statistics import accuracy_by_gap, bootstrap_mean, wilson_interval, win_tie_lose
+from mixpo.algorithms.statistics import accuracy_by_gap, share_interval, wilson_interval, win_tie_lose
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 number = st.floats(-10.0, 10.0)
-
-
-def sample(size=60):
-    return np.random.default_rng(3).gamma(2.0, size=size)
-
-
-@pytest.mark.parametrize("level", [0.5, 0.95])
-def test_bootstrap_agrees_with_scipy(level):
-    values = sample()
-    ours = bootstrap_mean(values, level=level)
-    theirs = scipy.stats.bootstrap(
-        (values,), np.mean, method="percentile", confidence_level=level, n_resamples=10_000, rng=1
-    )
-    standard_error = values.std() / len(values) ** 0.5
-    assert ours.mean == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
-    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.1 * standard_error)
-    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.1 * standard_error)
-
-
-def test_bootstrap_agrees_with_the_normal_approximation():
-    values = sample(2000)
-    ours = bootstrap_mean(values, resamples=4000)
-    standard_error = values.std() / len(values) ** 0.5
-    assert ours.low == pytest.approx(values.mean() - 1.959964 * standard_error, abs=0.15 * standard_error)
-    assert ours.high == pytest.approx(values.mean() + 1.959964 * standard_error, abs=0.15 * standard_error)
-
-
-def test_bootstrap_draws_the_same_from_the_same_seed():
-    assert bootstrap_mean(sample(), seed=1) == bootstrap_mean(sample(), seed=1)
-    assert bootstrap_mean(sample(), seed=1) != bootstrap_mean(sample(), seed=2)
-
-
-def test_bootstrap_in_chunks_is_the_whole_bootstrap(monkeypatch):
-    whole = bootstrap_mean(sample(), resamples=1001)
-    monkeypatch.setattr(statistics, "CHUNK", 60 * 100)
-    assert bootstrap_mean(sample(), resamples=1001) == whole
-
-
-def test_bootstrap_takes_a_list():
-    assert bootstrap_mean([1.0, 2.0, 4.0]) == bootstrap_mean(np.array([1.0, 2.0, 4.0]))
-
-
-def test_one_value_has_no_bounds_and_none_no_mean():
-    one = bootstrap_mean([2.5])
-    assert one.mean == 2.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    with pytest.raises(ValueError, match="at least one value"):
-        bootstrap_mean([])
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -76,6 +26,45 @@ def test_wilson_agrees_with_statsmodels(successes, trials, level):
 def test_wilson_without_trials_is_refused():
     with pytest.raises(ValueError, match="at least one trial"):
         wilson_interval(0, 0)
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(6, 2), (6, 5), (1, 3)])
+def test_a_share_of_all_or_none_is_no_narrower_than_of_one_seed(count, seeds):
+    """Six of six pairs, at two seeds that judge the same six, say no more than six of six."""
+    for right in (0, count):
+        found = share_interval([right] * seeds, [count] * seeds)
+        low, high = proportion_confint(right, count, method="wilson")
+        assert (found.mean, found.low, found.high) == pytest.approx((right / count, low, high), abs=1e-10)
+
+
+def test_a_share_over_seeds_worked_by_hand():
+    """Shares 0.7, 0.8, 0.9 of 40: v = 0.01 / 3 between seeds beside 0.8 * 0.2 / 40 = 0.004 within one."""
+    found = share_interval([28, 32, 36], [40] * 3)
+    t = scipy.stats.t.ppf(0.975, 2)
+    trials = 40 / (1 + t**2 * (0.01 / 3) / (1.959964**2 * 0.004))
+    low, high = proportion_confint(0.8 * trials, trials, method="wilson")
+    assert (found.mean, found.low, found.high) == pytest.approx((0.8, low, high), rel=1e-5)
+    unlike = share_interval([10, 45], [20, 60])  # of unlike counts: 55 of 80, not the mean of the shares
+    assert unlike.mean == pytest.approx(55 / 80)
+    assert unlike.low < wilson_interval(55 / 2, 40).low
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("middle", "spread"), [(0.0, 1.0), (1.5, 1.0), (3.0, 0.3), (5.0, 0.3)])
+def test_shares_over_few_seeds_cover_what_they_say(seeds, middle, spread):
+    generator = np.random.default_rng(5)
+
+    def chances(size):
+        logits = (
+            middle + spread * generator.normal(size=(*size[:-1], 1)) + generator.normal(size=(*size[:-2], 1, size[-1]))
+        )
+        return 1 / (1 + np.exp(-logits))
+
+    truth = chances((40_000, 1, 1)).mean()
+    drawn = (generator.random((400, seeds, 60)) < chances((400, seeds, 60))).sum(axis=2)
+    found = [share_interval(row.astype(float).tolist(), [60.0] * seeds) for row in drawn]
+    assert np.mean([one.low <= truth <= one.high for one in found]) >= 0.93
+    assert all(one.low < one.high for one in found)
 
 
 def test_win_tie_lose_hand_example():

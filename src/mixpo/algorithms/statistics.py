@@ -3,16 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Float64, UInt16
-from scipy.special import bdtr, expit, ndtr, ndtri, stdtr, stdtrit
+from jaxtyping import Float64
+from scipy.optimize import bisect
+from scipy.special import bdtr, expit, stdtr, stdtrit
 
-CHUNK = 1 << 22
-"""Resampled values held at once."""
+ALIKE = 1e-9
+"""Values whose range is within this part of the largest one differ by rounding alone."""
 FEWEST_DECIDED = 10
 """Wins and defeats from which a win rate at equal length is told: its errors are those of many."""
 
@@ -26,151 +26,54 @@ class Interval:
     high: float
 
 
-def bootstrap_mean(
-    values: Sequence[float] | Float64[np.ndarray, " n"], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> Interval:
-    """The mean with its percentile bootstrap interval (Efron 1979): values drawn with replacement, `resamples` times.
+def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: float = 0.95) -> tuple[Interval, float]:
+    """A mean's interval and the p of "it is 0", where its variance is a sum of parts estimated apart.
 
-    Raises ValueError without values. One value has no spread to resample: its bounds are nan.
+    `parts` are the estimated variances v_i with their degrees of freedom d_i. The interval is mean -+ sqrt(sum t_i^2
+    v_i), t_i Student's quantile at d_i (Banerjee 1960): of normal parts it covers at least `level`, however few degrees
+    a part has. Of one part it is Student's. p is the level's complement at which the interval's bound is 0, so p < 0.05
+    is the same as a 95% interval without 0. Without any variance nothing is told: bounds of nan, p 1.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError("a mean needs at least one value")
-    if array.size == 1:
-        return Interval(float(array[0]), float("nan"), float("nan"))
-    generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK // array.size)
-    means = np.concatenate(
-        [
-            array[generator.integers(array.size, size=(min(rows, resamples - start), array.size))].mean(axis=1)
-            for start in range(0, resamples, rows)
-        ]
-    )
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Interval(float(array.mean()), float(low), float(high))
-
-
-def resampled_means(
-    values: Float64[np.ndarray, "items seeds prompts"], *, seed: int = 0, resamples: int = 10_000
-) -> Float64[np.ndarray, "items resamples"]:
-    """Means of every item in `resamples` crossed resamples: the pigeonhole bootstrap (Owen 2007).
-
-    A resample draws S - 1 of S seeds with replacement, so that the variance between seeds is unbiased (Rao and Wu
-    1988), and, independently, as many prompts as there are; a value counts as often as its seed times its prompt was
-    drawn. The same draws serve every item, so a difference of two rows is paired. Of a single seed only prompts vary,
-    of a single prompt only seeds. Raises ValueError without values or resamples.
-    """
-    items, seeds, prompts = values.shape
-    if values.size == 0:
-        raise ValueError(f"a mean needs at least one value, found {items} items of {seeds} seeds and {prompts} prompts")
-    if resamples < 1:
-        raise ValueError(f"expected at least one resample, found {resamples}")
-    flat = values.reshape(items * seeds, prompts)
-    means = []
-    for seed_counts, prompt_counts in _draws(seeds, prompts, seed, resamples):
-        sums = (flat @ prompt_counts.T.astype(np.float64)).reshape(items, seeds, len(seed_counts))
-        means.append(np.einsum("isr,rs->ir", sums, seed_counts.astype(np.float64)))
-    return np.asarray(np.concatenate(means, axis=1) / (max(1, seeds - 1) * prompts))
-
-
-@lru_cache(maxsize=4)
-def _draws(
-    seeds: int, prompts: int, seed: int, resamples: int
-) -> list[tuple[UInt16[np.ndarray, "resamples seeds"], UInt16[np.ndarray, "resamples prompts"]]]:
-    """How often each seed and prompt is drawn in each resample, in chunks; kept, since a report asks for them often."""
-    seed_generator, prompt_generator = np.random.default_rng(seed).spawn(2)
-    rows = max(1, CHUNK // max(seeds, prompts))
-    chunks = []
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
-        seed_counts = seed_generator.multinomial(max(1, seeds - 1), np.full(seeds, 1.0 / seeds), size)
-        prompt_counts = prompt_generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), size)
-        chunks.append((seed_counts.astype(np.uint16), prompt_counts.astype(np.uint16)))
-    return chunks
-
-
-def degrees_of_freedom(values: Float64[np.ndarray, "seeds prompts"]) -> float:
-    """Of the crossed mean's variance, v_seeds + v_prompts (Satterthwaite 1946): few where a few seeds are most of it.
-
-    (v_seeds + v_prompts)^2 / (v_seeds^2 / (S - 1) + v_prompts^2 / (P - 1)), v the variance of an axis's means over its
-    length. Infinite where nothing varies.
-    """
-    total, weighted = 0.0, 0.0
-    for means in (values.mean(axis=1), values.mean(axis=0)):
-        if len(means) > 1:
-            variance = float(means.var(ddof=1)) / len(means)
-            total, weighted = total + variance, weighted + variance**2 / (len(means) - 1)
-    return total**2 / weighted if weighted else math.inf
-
-
-def percentile_interval(
-    mean: float, means: Float64[np.ndarray, " resamples"], *, level: float = 0.95, df: float = math.inf
-) -> Interval:
-    """`mean` between the percentiles of its resamples, expanded for few degrees of freedom.
-
-    The tails are Phi(t) with t Student's quantile at `df` (Efron 1979; Hesterberg 2015, section 4.3.3). Raises
-    ValueError on no resample or a nan one.
-    """
-    _check_resamples(means)
-    tail = (1.0 - level) / 2.0
-    if math.isfinite(df):
-        tail = float(ndtr(stdtrit(df, tail)))
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Interval(mean, float(low), float(high))
-
-
-def _check_resamples(means: Float64[np.ndarray, " resamples"]) -> None:
-    """Raises ValueError where there is no resample or one is nan."""
-    if means.size == 0:
-        raise ValueError("expected at least one resample, found none")
-    if missing := int(np.isnan(means).sum()):
-        raise ValueError(f"{missing} of {means.size} resamples are nan; drop them or fix the values they come from")
-
-
-def crossed_interval(
-    values: Float64[np.ndarray, "seeds prompts"], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> Interval:
-    """The mean over seeds and prompts with the percentile interval of `resampled_means`, expanded for few seeds.
-
-    It speaks of other seeds and other prompts alike. One seed of one prompt has no spread: its bounds are nan.
-    """
-    mean = float(values.mean())
-    if values.size == 1:
-        return Interval(mean, float("nan"), float("nan"))
-    means = resampled_means(values[None], seed=seed, resamples=resamples)[0]
-    return percentile_interval(mean, means, level=level, df=degrees_of_freedom(values))
-
-
-def two_sided_p(means: Float64[np.ndarray, " resamples"], *, df: float = math.inf) -> float:
-    """The bootstrap p-value of "the mean is 0": twice the rarer side of 0, at most 1, expanded as the interval is.
-
-    p = min(1, 2 (min(#{means <= 0}, #{means >= 0}) + 1) / (n + 1)): the values themselves count as one more resample
-    (Davison and Hinkley 1997, chapter 4), so p is never 0. With few degrees of freedom its normal quantile is read as
-    Student's. Raises ValueError on no resample or a nan one.
-    """
-    _check_resamples(means)
-    rarer = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    tail = min(0.5, (rarer + 1) / (means.size + 1))
-    return 2.0 * (float(stdtr(df, ndtri(tail))) if math.isfinite(df) else tail)
-
-
-def estimate(
-    mean: float, means: Float64[np.ndarray, " resamples"], values: Float64[np.ndarray, "seeds prompts"]
-) -> tuple[Interval, float]:
-    """A mean's 95% interval and the p of "it is 0", from its resamples and the values that decide its freedom.
-
-    Where all resamples lie on one side, the tail that they cannot resolve is Student's, at the resamples' own spread:
-    without it no p of a few seeds would survive a correction. One value has no interval and tells nothing, p 1.
-    """
-    if values.size == 1:
+    variances, degrees = (np.array(column, dtype=np.float64) for column in zip(*parts, strict=True))
+    total = float(variances.sum())
+    if total == 0.0:
         return Interval(mean, math.nan, math.nan), 1.0
-    df, spread = degrees_of_freedom(values), float(means.std())
-    p = two_sided_p(means, df=df)
-    if spread and not means.min() <= 0 <= means.max():
-        t = -abs(mean) / spread
-        p = min(p, 2 * float(stdtr(df, t) if math.isfinite(df) else ndtr(t)))
-    return percentile_interval(mean, means, df=df), p
+
+    def half(tail: float) -> float:
+        return math.sqrt(float((stdtrit(degrees, tail) ** 2) @ variances))
+
+    width = half((1.0 - level) / 2.0)
+    # The tail lies between those of Student's t with the most and with the fewest degrees of any part.
+    t = -abs(mean) / math.sqrt(total)
+    least = max(0.999 * float(stdtr(degrees.max(), t)), 1e-300)
+    most = min(1.001 * float(stdtr(degrees.min(), t)), 0.5)
+    if half(least) > abs(mean) >= half(most):
+        least = math.exp(bisect(lambda log: half(math.exp(log)) - abs(mean), math.log(least), math.log(most)))
+    return Interval(mean, mean - width, mean + width), min(1.0, 2.0 * least)
+
+
+def crossed_estimate(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> tuple[Interval, float]:
+    """The mean over seeds and prompts with its interval and the p of "it is 0", which speak of others of both alike.
+
+    The variance of the seeds' means over S and that of the prompts' means over P are its parts, with S - 1 and P - 1
+    degrees of freedom (`student_estimate`). Both hold the noise of a seed's prompt, so the interval is rather too wide.
+    Of a single seed only prompts vary, and it says nothing of other seeds; of a single prompt only seeds do. Values
+    that are all alike, and a single one, have no spread: bounds of nan, p 1. Raises ValueError without values and on a
+    nan.
+    """
+    if values.size == 0 or np.isnan(values).any():
+        raise ValueError(f"expected numbers, found {int(np.isnan(values).sum())} nan among {values.size} values")
+    mean, parts = float(values.mean()), []
+    if np.ptp(values) > ALIKE * np.abs(values).max():
+        for means in (values.mean(axis=1), values.mean(axis=0)):
+            if len(means) > 1:
+                parts.append((float(means.var(ddof=1)) / len(means), len(means) - 1))
+    return student_estimate(mean, parts or [(0.0, 1)], level=level)
+
+
+def crossed_interval(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> Interval:
+    """The mean over seeds and prompts with the interval of `crossed_estimate`."""
+    return crossed_estimate(values, level=level)[0]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -184,14 +87,30 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def wilson_interval(successes: int | float, trials: int, *, level: float = 0.95) -> Interval:
+def wilson_interval(successes: int | float, trials: int | float, *, level: float = 0.95) -> Interval:
     """A share and its score interval (Wilson 1927); a tie may count half. Raises ValueError without trials."""
-    if trials < 1:
+    return share_interval([successes], [trials], level=level)
+
+
+def share_interval(successes: Sequence[int | float], trials: Sequence[int | float], *, level: float = 0.95) -> Interval:
+    """A share of all trials, given seed by seed, with an interval that never shrinks to nothing.
+
+    Wilson's of the trials of one seed (their mean), since the seeds may judge the same items, over the growth of the
+    variance by what the seeds differ in (an effective number, as in Korn and Graubard 1998): 1 + t^2 v / (z^2 p (1 - p)
+    / n), v the variance of the ratio over seeds, t Student's quantile at S - 1 degrees of freedom. Of one seed it is
+    Wilson's. Raises ValueError without trials.
+    """
+    wins, counts = np.array(successes, dtype=np.float64), np.array(trials, dtype=np.float64)
+    if counts.sum() <= 0:
         raise ValueError("a share needs at least one trial")
+    seeds, share, n = len(counts), float(wins.sum() / counts.sum()), float(counts.mean())
     z = NormalDist().inv_cdf(0.5 + level / 2.0)
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
+    if seeds > 1 and 0.0 < share < 1.0:
+        variance = float((((wins - share * counts) / n) ** 2).sum()) / (seeds - 1) / seeds
+        t = float(stdtrit(seeds - 1, 0.5 + level / 2.0))
+        n /= 1.0 + t * t * variance / (z * z * share * (1.0 - share) / n)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
@@ -200,14 +119,15 @@ def sign_test(wins: int, defeats: int) -> float:
     return min(1.0, 2.0 * float(bdtr(min(wins, defeats), wins + defeats, 0.5))) if wins + defeats else 1.0
 
 
-def win_minus_lose(wins: int, ties: int, defeats: int, *, level: float = 0.95) -> Interval:
+def win_minus_lose(wins: int | float, ties: int | float, defeats: int | float, *, level: float = 0.95) -> Interval:
     """The share of wins minus that of defeats, with an interval that is honest for few prompts too.
 
     Agresti and Min 2005: 1/2 is added to each cell of the table of matched pairs, so 1/2 to wins and to defeats and 1
     to ties, which are two of its cells; then it is Wald's, (w - d) / n -+ z sqrt(w + d - (w - d)^2 / n) / n, within
-    [-1, 1]. Raises ValueError without prompts.
+    [-1, 1]. A prompt may count in parts, as where its judges differ: then it is rather too wide. Raises ValueError
+    without prompts.
     """
-    if wins + ties + defeats < 1:
+    if wins + ties + defeats <= 0:
         raise ValueError("a difference of shares needs at least one prompt")
     n, decided, lead = wins + ties + defeats + 2.0, wins + defeats + 1.0, wins - defeats
     half = NormalDist().inv_cdf(0.5 + level / 2.0) * (decided - lead * lead / n) ** 0.5 / n
@@ -327,23 +247,3 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
         raise ValueError("a calibration error needs at least one pair")
     gaps = (b.count * abs(b.predicted - b.observed) for b in bins if b.predicted is not None and b.observed is not None)
     return sum(gaps) / total
-
-
-def value_at(
-    x: Float64[np.ndarray, "points n"], y: Float64[np.ndarray, "points n"], at: Float64[np.ndarray, " n"]
-) -> Float64[np.ndarray, " n"]:
-    """Column by column, y where x is `at`, on straight lines between the points in order of x; nan outside them.
-
-    Of points with the same x the last one given counts. Raises ValueError without points.
-    """
-    if len(x) == 0:
-        raise ValueError("a line needs at least one point")
-    order = np.argsort(x, axis=0, kind="stable")
-    x, y = np.take_along_axis(x, order, axis=0), np.take_along_axis(y, order, axis=0)
-    columns = np.arange(x.shape[1])
-    left = np.maximum((x <= at).sum(axis=0) - 1, 0)
-    right = np.minimum(left + 1, len(x) - 1)
-    width = x[right, columns] - x[left, columns]
-    weight = np.divide(at - x[left, columns], width, out=np.zeros_like(at), where=width > 0.0)
-    value = y[left, columns] + weight * (y[right, columns] - y[left, columns])
-    return np.where((at >= x[0]) & (at <= x[-1]), value, np.nan)

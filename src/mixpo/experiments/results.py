@@ -17,6 +17,8 @@ from mixpo.stages.rows import read_table
 
 MEASURES = {"score": "reward", "true_reward": "true r*", "second_score": "second reward"}
 """What is measured of a completion: the column of an evaluation, and its name in the report."""
+SHARES = ("ended",)
+"""Columns of an evaluation that are 1 or 0 of a completion: their means are shares."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _measures(results: Results) -> dict[str, str]:
 
 
 def main_table(results: Results, *, paper: bool = True) -> Table:
-    """A row an arm: means with bootstrap 95% intervals over test prompts and seeds."""
+    """A row an arm: means with 95% intervals over test prompts and seeds."""
     failures = [
         f"{name} failed at seed {arm.seed}: {arm.reason}"
         for name in results.names
@@ -178,8 +178,8 @@ def _notes(results: Results, measures: dict[str, str]) -> list[str]:
     ]
     if len(results.seeds) > 1:
         notes.append(
-            "Intervals are bootstrap 95% intervals over test prompts and seeds, both resampled; a few seeds make them "
-            "rather too narrow than too wide. sd: of an arm's means, over seeds."
+            "Intervals are 95% intervals over test prompts and seeds, Student's for either (Banerjee 1960), so two or "
+            "three seeds make them wide. sd: of an arm's means, over seeds."
         )
     else:
         notes.append("One seed: the intervals are over test prompts and say nothing of other seeds.")
@@ -235,7 +235,7 @@ def _differences_table(results: Results, pairs: Sequence[tuple[str, str]], found
         headings,
         rows,
         [
-            "Paired by prompt and seed. Each p is of no difference (two-sided, from the same bootstrap), corrected for "
+            "Paired by prompt and seed. Each p is of no difference (two-sided, of the same interval), corrected for "
             "the differences of its column (Holm)."
         ],
     )

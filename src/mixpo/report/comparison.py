@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_interval, estimate, holm, resampled_means
-from mixpo.experiments.results import Results
+from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, holm, share_interval
+from mixpo.experiments.results import SHARES, Results
 
 LEVEL = 0.05
 UNTOLD = "cannot be told"
@@ -28,8 +28,11 @@ class Difference:
 
 
 def mean_of(results: Results, name: str, key: str) -> Interval:
-    """An arm's mean of a column, with its 95% interval over prompts and seeds."""
-    return crossed_interval(results.values(name, key))
+    """An arm's mean of a column, or its share, with its 95% interval over prompts and seeds."""
+    values = results.values(name, key)
+    if key in SHARES:
+        return share_interval(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
+    return crossed_interval(values)
 
 
 def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) -> list[Difference]:
@@ -43,10 +46,7 @@ def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) ->
 
 def estimated(found: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
     """Differences of two arms from their paired values, each p corrected for the number of them."""
-    made = []
-    for one, other, values in found:
-        means = resampled_means(values[None])[0]
-        made.append((one, other, len(values), *estimate(float(values.mean()), means, values)))
+    made = [(one, other, len(values), *crossed_estimate(values)) for one, other, values in found]
     corrected = holm([p for *_, p in made])
     return [Difference(*made[place][:4], p) for place, p in enumerate(corrected)]
 
@@ -78,7 +78,7 @@ def interval_text(interval: Interval) -> str:
 
 
 def p_text(p: float) -> str:
-    """`0.034`; what the number of resamples cannot resolve as a bound."""
+    """`0.034`; what is smaller than a thousandth as a bound."""
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
@@ -103,7 +103,7 @@ def sign(interval: Interval, p: float) -> int:
 def verdict(interval: Interval, p: float) -> str:
     """A paired difference, and what it lets one say: `0.12 [0.05, 0.19] (p 0.002), above zero`."""
     if math.isnan(interval.low):
-        return f"{interval_text(interval)}, of one prompt, which has no interval"
+        return f"{interval_text(interval)}, of values all alike, which have no interval"
     said = {1: "above zero", -1: "below zero", 0: "which does not tell the two apart"}[sign(interval, p)]
     return f"{interval_text(interval)} (p {p_text(p)}), {said}"
 

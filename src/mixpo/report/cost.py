@@ -1,16 +1,12 @@
 """At what cost? Tokens, model FLOPs, seconds and memory by arm and by stage, and what a unit of them buys."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import (
-    Interval,
-    crossed_interval,
-    degrees_of_freedom,
-    percentile_interval,
-    resampled_means,
-)
+from mixpo.algorithms.statistics import Interval, crossed_interval
 from mixpo.experiments.results import Results, Run, StageFolder, evaluation, few
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
@@ -20,8 +16,8 @@ from mixpo.report.traces import traced
 
 COUNTED = ("seconds", "tokens_sampled", "tokens_trained", "flops")
 MEMORY = "peak_memory_mib"
-SEEN = 0.95
-"""Share of resamples in which MPO must come to PPO's reward for an interval to be given."""
+TRIED = 65
+"""Numbers of samples at which MPO's reward is held against PPO's."""
 HEADINGS = ("seconds", "tokens sampled", "tokens trained", "FLOPs", "peak memory (MiB)")
 
 
@@ -127,28 +123,19 @@ def _samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
     if not seeds:
         return None
     mpo, ppo = traces[one].at(seeds), traces[other].at(seeds)
-    values = np.stack(
-        [mpo.values("score", point) for point in range(mpo.points)] + [ppo.values("score", ppo.points - 1)]
-    )
-    drawn = resampled_means(values)
-    reached = np.array([first_reached(mpo.sampled, column[:-1], column[-1]) for column in drawn.T])
-    mean = first_reached(mpo.sampled, values.mean(axis=(1, 2))[:-1], float(values[-1].mean()))
-    share = float(np.isfinite(reached).mean())
+    ahead = np.stack([mpo.values("score", point) for point in range(mpo.points)]) - ppo.values("score", ppo.points - 1)
+    reached = reached_after(mpo.sampled, ahead)
     drawn_pairs = {stage.key: 2 * stage.summary["pairs"] for stage in results.stages_of("Samples")}
     pairs = np.mean([sum(drawn_pairs.get(key, 0) for key in results.done(one)[seed].needs) for seed in seeds])
     text = f"{other} samples {ppo.sampled[-1]:,.0f} completions{fewer(results, len(seeds), one, other)}"
-    if np.isfinite(mean):
-        bounds = ""
-        if share >= SEEN and values[0].size > 1:
-            df = degrees_of_freedom(values[-2] - values[-1])
-            interval = percentile_interval(mean, reached[np.isfinite(reached)], df=df)
-            bounds = f" [{interval.low:,.0f}, {interval.high:,.0f}]"
+    if np.isfinite(reached.mean):
+        bounds = f" [{reached.low:,.0f}, {reached.high:,.0f}]" if np.isfinite(reached.high) else ""
         text += (
-            f"; {one}'s PPO comes to the reward with which it ends after {mean:,.0f}{bounds}, and with the "
-            f"{pairs:,.0f} sampled for its pairs {one} has then sampled {mean + pairs:,.0f}"
+            f"; {one}'s PPO comes to the reward with which it ends after {reached.mean:,.0f}{bounds}, and with the "
+            f"{pairs:,.0f} sampled for its pairs {one} has then sampled {reached.mean + pairs:,.0f}"
         )
-        if share < 1:
-            text += f", but in {1 - share:.1%} of the resamples it does not come to it at all"
+        if not bounds:
+            text += ", by the means: nowhere is it told to be above that reward"
     else:
         text += (
             f"; {one}'s PPO does not come to the reward with which it ends in its {mpo.sampled[-1]:,.0f} completions, "
@@ -169,15 +156,29 @@ def _samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
     return text, Group("Samples", [picture], notes=notes)
 
 
-def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
-    """Where the line through the points first comes to `target`; nan if it never does."""
-    if y[0] >= target:
+def reached_after(x: Float64[np.ndarray, " points"], ahead: Float64[np.ndarray, "points seeds prompts"]) -> Interval:
+    """Where the lines between the points first come to 0 in the mean; nan if they never do.
+
+    The bounds are where the interval of `ahead` first holds 0 and where it first lies above it (Fieller 1954); nan
+    where it never does.
+    """
+    tried = np.union1d(np.linspace(x[0], x[-1], TRIED), x)
+    right = np.clip(np.searchsorted(x, tried), 1, len(x) - 1)
+    weight = ((tried - x[right - 1]) / (x[right] - x[right - 1]))[:, None, None]
+    found = [crossed_interval(values) for values in (1 - weight) * ahead[right - 1] + weight * ahead[right]]
+    low, high = (first_reached(tried, np.array([getattr(one, end) for one in found])) for end in ("high", "low"))
+    return Interval(first_reached(x, ahead.mean(axis=(1, 2))), low, high)
+
+
+def first_reached(x: Float64[np.ndarray, " points"], y: Float64[np.ndarray, " points"]) -> float:
+    """Where the line through the points first comes to 0; nan if it never does."""
+    if y[0] >= 0:
         return float(x[0])
     for place in range(1, len(y)):
-        if y[place] >= target:
-            share = (target - y[place - 1]) / (y[place] - y[place - 1])
+        if y[place] >= 0:
+            share = y[place - 1] / (y[place - 1] - y[place])
             return float(x[place - 1] + share * (x[place] - x[place - 1]))
-    return float("nan")
+    return math.nan
 
 
 def _stage_table(results: Results) -> Table:

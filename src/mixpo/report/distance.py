@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, estimate, holm, resampled_means, value_at
+from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, holm
 from mixpo.experiments.results import MEASURES, Results, Run
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -28,8 +28,6 @@ from mixpo.report.traces import traced
 KL_AXIS = "KL from SFT (nats a completion)"
 WIDE = 3.0
 """Where the largest KL is that many times the median, the plane's axis shows roots (a distance in Gao et al. 2022)."""
-SEEN = 0.95
-"""Share of resamples in which the rival's sweep must reach the arm's KL for an interval to be given."""
 
 
 def section(results: Results) -> Section | None:
@@ -103,8 +101,8 @@ class EqualKL:
 def at_equal_kl(results: Results) -> list[EqualKL]:
     """Every arm against PPO's curve of reward over KL in its run, which straight lines join between its kl_coefs.
 
-    All points are resampled together, KL and reward alike, so the interval holds the uncertainty of the distance too.
-    Without a seed at which the arm and all points finished, an arm is left out.
+    The interval is that of the difference to first order in all means, KL and reward alike, so it holds the uncertainty
+    of the distance too. Without a seed at which the arm and all points finished, an arm is left out.
     """
     measures = results.measures(results.finished)
     found = []
@@ -130,25 +128,23 @@ def _equal(results: Results, arm: str, rival: str, curve: list[tuple[float, str]
     names = [name for _, name in curve]
     seeds = results.comparable("score", arm, *names)
     kls = np.stack([results.values(name, "kl_from_sft", seeds) for name in [*names, arm]])
-    drawn = resampled_means(kls)
     means = kls.mean(axis=(1, 2))
-    coefs = np.array([[value] for value, _ in curve])
-    if coefs.min() > 0:
-        coef = float(np.exp(value_at(means[:-1, None], np.log(coefs), means[-1:]))[0])
-    else:
-        coef = float(value_at(means[:-1, None], coefs, means[-1:])[0])
+    order = np.argsort(means[:-1])
+    coefs = np.array([value for value, _ in curve])[order]
+    to, back = (np.log, np.exp) if coefs.min() > 0 else (np.positive, np.positive)
+    coef = float(back(np.interp(means[-1], means[order], to(coefs), left=np.nan, right=np.nan)))
     told: dict[str, tuple[Interval, float]] = {}
-    for key in measures:
-        values = np.stack([results.values(name, key, seeds) for name in [*names, arm]])
-        middle = values.mean(axis=(1, 2))
-        mean = float(middle[-1] - value_at(means[:-1, None], middle[:-1, None], means[-1:])[0])
-        again = resampled_means(values)
-        differences = again[-1] - value_at(drawn[:-1], again[:-1], drawn[-1])
-        seen = differences[np.isfinite(differences)]
-        if np.isfinite(mean) and len(seen) >= SEEN * len(differences):
-            told[key] = estimate(mean, seen, _linear(kls, values))
-    reach = (float(means[:-1].min()), float(means[:-1].max()))
+    if np.isfinite(coef) and not any(_may_be_below_zero(kls[a] - kls[b]) for a, b in ((-1, order[0]), (order[-1], -1))):
+        for key in measures:
+            values = np.stack([results.values(name, key, seeds) for name in [*names, arm]])
+            told[key] = crossed_estimate(_linear(kls, values))
+    reach = (float(means[order[0]]), float(means[order[-1]]))
     return EqualKL(arm, rival, len(seeds), float(means[-1]), coef, reach, told)
+
+
+def _may_be_below_zero(difference: Float64[np.ndarray, "seeds prompts"]) -> bool:
+    """Whether the interval of a KL above another reaches zero; what is the same on every prompt is exact."""
+    return crossed_interval(difference).low <= 0
 
 
 def _linear(
@@ -183,8 +179,8 @@ def _equal_table(equal: list[EqualKL]) -> Table:
     headings += [text for key in keys for text in (MEASURES[key], "p")]
     notes = [
         "Of the seeds at which the arm and all points of the sweep finished. Between the points straight lines are "
-        "drawn, and points and lines are resampled together. Nothing is said of an arm whose KL the sweep does not "
-        f"reach in {SEEN:.0%} of the resamples. p corrected for the number of arms (Holm)."
+        "drawn; intervals hold the uncertainty of both. Nothing is said of an arm whose KL is not told apart from the "
+        "ends of the sweep. p corrected for the number of arms (Holm)."
     ]
     if any(one.arm.endswith("best-of-n") for one in equal):
         notes.append(
@@ -245,8 +241,8 @@ def _opening(results: Results, equal: list[EqualKL]) -> str:
     where = f"{one.arm} ends {one.kl:.2f} nats from SFT"
     if not one.found:
         return (
-            f"{where}; PPO's sweep of kl_coef spans {one.reach[0]:.2f} to {one.reach[1]:.2f}, which does not reach it "
-            "often enough to compare the two at equal KL."
+            f"{where}; PPO's sweep of kl_coef spans {one.reach[0]:.2f} to {one.reach[1]:.2f}, which does not "
+            "reach it beyond the intervals, so the two are not compared at equal KL."
         )
     said = "; ".join(f"in {MEASURES[key]} {verdict(i, p)}" for key, (i, p) in one.found.items())
     seeds = results.common_seeds(one.arm, *(name for _, name in _sweep_of_ppo(results, results.run_of(one.arm))))

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Mapping
 
-import numpy as np
-
-from mixpo.algorithms.statistics import Interval
+from mixpo.algorithms.statistics import Interval, holm
 from mixpo.experiments.results import Results
-from mixpo.report.comparison import UNTOLD, counted, estimated, interval_text, p_text, verdict
+from mixpo.report.comparison import UNTOLD, counted, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table
 from mixpo.study.findings import Findings, findings
 from mixpo.study.plan import unchanged
@@ -39,18 +37,14 @@ def opening(found: Findings) -> str:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = found.shares[None], found.agreement[None]
     people = "one person" if len(found.counted) == 1 else f"{len(found.counted)} people"
-    margin, p = _margins(found)[None]
-    if math.isnan(margin.low) and len(shares.margins) > 1:
-        told = f"{interval_text(margin)}, the same on every prompt, which has no interval"
-    else:
-        told = verdict(margin, p)
+    difference = verdict(shares.difference, _corrected(found)[None])
     kappa = f"Fleiss' κ {_number(agreement.kappa)}"
     if not math.isnan(agreement.kappa.mean):
         kappa += f" over {counted(agreement.common, 'prompt')}"
     return (
         f"{people[0].upper()}{people[1:]}, who did not know which was which, preferred {one} to {other} on "
-        f"{shares.win.mean:.0%} of {counted(len(shares.margins), 'prompt')}, called {shares.tie.mean:.0%} a tie, and "
-        f"preferred {other} on {shares.lose.mean:.0%}: difference {told}. {kappa}."
+        f"{shares.win.mean:.0%} of {counted(shares.prompts, 'prompt')}, called {shares.tie.mean:.0%} a tie, and "
+        f"preferred {other} on {shares.lose.mean:.0%}: difference {difference}. {kappa}."
     )
 
 
@@ -63,36 +57,29 @@ def tables(found: Findings) -> Mapping[str, Table]:
     }
 
 
-def _margins(found: Findings) -> dict[str | None, tuple[Interval, float]]:
-    """Win minus lose with p, corrected for all that can be told; nan where all prompts are alike."""
-    told = {name: each.margins[None] for name, each in found.shares.items() if np.ptp(each.margins) > 0.0}
-    made = dict(zip(told, estimated([(*found.arms, values) for values in told.values()]), strict=True))
-    return {
-        name: (made[name].interval, made[name].p)
-        if name in made
-        else (Interval(float(each.margins[0]), math.nan, math.nan), math.nan)
-        for name, each in found.shares.items()
-    }
+def _corrected(found: Findings) -> dict[str | None, float]:
+    """The p of every row, corrected for their number."""
+    return dict(zip(found.shares, holm([each.p for each in found.shares.values()]), strict=True))
 
 
 def _shares(found: Findings) -> Table:
-    margins = _margins(found)
+    corrected = _corrected(found)
     rows = [
         [
             name or ALL,
-            str(len(each.margins)),
-            *map(interval_text, (each.win, each.tie, each.lose, margins[name][0])),
-            "" if math.isnan(margins[name][1]) else p_text(margins[name][1]),
+            str(each.prompts),
+            *map(interval_text, (each.win, each.tie, each.lose, each.difference)),
+            p_text(corrected[name]),
         ]
         for name, each in found.shares.items()
     ]
     notes = [
         f"Win: {found.arms[0]} was preferred to {found.arms[1]}, at seed {found.seed}. A prompt is the mean over those "
-        "who judged it. Intervals are 95%, over prompts: they say nothing of other annotators or seeds. What is the "
-        "same on every prompt has none."
+        "who judged it. Intervals are 95%, over prompts, and say nothing of other annotators or seeds: Wilson's of "
+        "shares, Agresti and Min's (2005) of win − lose.",
+        "p: of no difference, by the sign test of prompts won against prompts lost"
+        + (", corrected for all rows (Holm)." if len(rows) > 1 else "."),
     ]
-    if len(rows) > 1:
-        notes.append("p: of no difference, corrected for all rows (Holm).")
     if found.same:
         notes.append(f"{counted(found.same, 'prompt')} that both arms completed alike: a tie that nobody was asked.")
     return Table(["prompts", "number", "win", "tie", "lose", "win − lose", "p"], rows, notes)

@@ -10,8 +10,7 @@ from mixpo.algorithms.statistics import (
     Interval,
     calibration,
     calibration_error,
-    crossed_interval,
-    wilson_interval,
+    share_interval,
 )
 from mixpo.experiments.results import Results, StageFolder, each_seed
 from mixpo.report import figures
@@ -68,8 +67,8 @@ def section(results: Results) -> Section | None:
     whose = (
         f"Of {drawn[0].label}, with Wilson 95% intervals"
         if one
-        else f"Bold: the pairs of {len(drawn)} seeds together; thin: each seed's. Wilson 95% intervals, as wide as if "
-        "a bin held one seed's mean count, since all seeds judge the same test pairs"
+        else f"Bold: the pairs of {len(drawn)} seeds together; thin: each seed's. Wilson 95% intervals, of one seed's "
+        "mean count in a bin, since all seeds judge the same test pairs, and wider by what the seeds differ in"
     )
     notes = [
         f"{whose}; n is the number of pairs in the bin, dotted is chance. "
@@ -101,33 +100,30 @@ def pooled_shares(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures
     """The bins of several seeds together."""
     found = []
     for bins in zip(*by_gap, strict=True):
-        count = sum(one["count"] for one in bins)
-        right = sum(one["count"] * one["interval"]["mean"] for one in bins if one["interval"])
+        counts = [one["count"] for one in bins]
+        right = [one["count"] * one["interval"]["mean"] if one["interval"] else 0.0 for one in bins]
         low, high = bins[0]["low"], bins[0]["high"]
         label = f"≥{low:g}" if high is None else f"{low:g}–{high:g}"
-        found.append(figures.Share(label, count, _pooled(right / count, count, len(bins)) if count else None))
+        found.append(figures.Share(label, sum(counts), share_interval(right, counts) if any(counts) else None))
     return found
 
 
 def pooled_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[figures.Bin]:
     """The filled bins of the pairs of several seeds together."""
-    return [
-        (one.predicted, _pooled(one.observed, one.count, len(margins)), one.count)
-        for one in calibration(np.concatenate(margins), CONFIDENCE_EDGES)
-        if one.predicted is not None and one.observed is not None
-    ]
-
-
-def _pooled(share: float, count: int, seeds: int) -> Interval:
-    """A share of the pairs of several seeds, its interval that of a seed's mean count: they may be the same pairs."""
-    trials = max(1, round(count / seeds))
-    return wilson_interval(share * trials, trials)
+    found = []
+    for bins in zip(*(calibration(own, CONFIDENCE_EDGES) for own in margins), strict=True):
+        counts = [one.count for one in bins]
+        if any(counts):
+            predicted = sum(one.count * (one.predicted or 0.0) for one in bins) / sum(counts)
+            right = [one.count * (one.observed or 0.0) for one in bins]
+            found.append((predicted, share_interval(right, counts), sum(counts)))
+    return found
 
 
 def _opening(results: Results, stages: list[StageFolder], drawn: list[StageFolder]) -> str:
     test = [margins(stage, "test") for stage in drawn]
     under = float(np.mean([np.abs(one) < 1 for one in test]))
-    interval = crossed_interval(np.stack([one > 0 for one in test]).astype(np.float64))
+    interval = share_interval([float((one > 0).sum()) for one in test], [one.size for one in test])
     many = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"
     said = f"[{interval.low:.0%}, {interval.high:.0%}] of {test[0].size:,} test pairs as labelled (95% interval {many})"
     which = f" of {stages[0].run.name}" if len(results.runs) > 1 else ""

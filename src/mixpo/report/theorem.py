@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.special import stdtrit
 
-from mixpo.algorithms.statistics import Interval, bootstrap_mean, wilson_interval
+from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, share_interval, student_estimate
 from mixpo.experiments.results import Results
 from mixpo.report import figures
-from mixpo.report.comparison import interval_text
+from mixpo.report.comparison import interval_text, sign
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
 
@@ -125,8 +124,8 @@ def section(results: Results) -> Section | None:
         _of_a_step(measured),
         "Remark 1: DPO learns badly from hard pairs because the two gradients counteract each other, which is a large "
         "cosine and little left of them.",
-        "Intervals: of one seed over its pairs (bootstrap; Wilson for the share), of several over seeds (Student's t "
-        "of the seeds' means).",
+        "Intervals: Student's, of one seed over its pairs, of several over the seeds' means; of the share Wilson's, "
+        "wider by what the seeds differ in.",
         *notes_of_failed,
     ]
     picture = figures.scatter(
@@ -192,22 +191,15 @@ def measurements(results: Results) -> list[Measured]:
 
 
 def over_pairs(by_seed: Sequence[Values]) -> Interval:
-    """A mean over seeds of means over pairs: of one seed with its bootstrap interval, of several with Student's."""
+    """A mean over seeds of means over pairs, by Student's t: of one seed over its pairs, of several over seeds."""
     if len(by_seed) == 1:
-        return bootstrap_mean(by_seed[0])
-    return _students([float(values.mean()) for values in by_seed])
-
-
-def _students(means: Sequence[float]) -> Interval:
-    mean, spread = float(np.mean(means)), float(np.std(means, ddof=1))
-    half = -float(stdtrit(len(means) - 1, 0.025)) * spread / math.sqrt(len(means))
-    return Interval(mean, mean - half, mean + half)
+        return crossed_interval(by_seed[0][None])
+    return crossed_interval(np.array([[values.mean()] for values in by_seed]))
 
 
 def _share(by_seed: Sequence[Values]) -> str:
-    first = by_seed[0]
-    found = wilson_interval(int(first.sum()), len(first)) if len(by_seed) == 1 else over_pairs(by_seed)
-    return f"{found.mean:.0%} [{max(0.0, found.low):.0%}, {min(1.0, found.high):.0%}]"
+    found = share_interval([float(values.sum()) for values in by_seed], [len(values) for values in by_seed])
+    return f"{found.mean:.0%} [{found.low:.0%}, {found.high:.0%}]"
 
 
 def _correlation_of_a_step(measured: list[Measured]) -> tuple[float, int] | None:
@@ -247,15 +239,9 @@ def _opening(measured: list[Measured]) -> str:
     easy, hard = cosines(measured)
     if not easy:
         return f"{said}."
-    difference = apart(hard, easy)
-    if math.isnan(difference.low):
-        word = "which has no interval"
-    elif difference.low > 0:
-        word = "which has Remark 1's sign"
-    elif difference.high < 0:
-        word = "against Remark 1"
-    else:
-        word = "which does not tell them apart"
+    difference, p = apart(hard, easy)
+    words = {1: "which has Remark 1's sign", -1: "against Remark 1", 0: "which does not tell them apart"}
+    word = "which has no interval" if math.isnan(difference.low) else words[sign(difference, p)]
     one, other = (float(np.mean([values.mean() for values in part])) for part in (easy, hard))
     over = "pairs at one seed" if len(easy) == 1 else f"{len(easy)} seeds"
     return (
@@ -284,14 +270,11 @@ def cosines(measured: Sequence[Measured]) -> tuple[list[Values], list[Values]]:
     return easy, hard
 
 
-def apart(one: Sequence[Values], other: Sequence[Values]) -> Interval:
-    """The difference of two means: of one seed resampling either's pairs, of several by Student's of the seeds'."""
+def apart(one: Sequence[Values], other: Sequence[Values]) -> tuple[Interval, float]:
+    """The difference of two means and the p of none: of one seed over either's pairs, of several over seeds."""
     if len(one) > 1:
-        return _students([float(a.mean() - b.mean()) for a, b in zip(one, other, strict=True)])
-    mean = float(one[0].mean() - other[0].mean())
-    if min(len(one[0]), len(other[0])) == 1:
-        return Interval(mean, math.nan, math.nan)
-    draw = np.random.default_rng(0)
-    again = [values[draw.integers(len(values), size=(4000, len(values)))].mean(axis=1) for values in (one[0], other[0])]
-    low, high = np.quantile(again[0] - again[1], [0.025, 0.975])
-    return Interval(mean, float(low), float(high))
+        return crossed_estimate(np.array([[a.mean() - b.mean()] for a, b in zip(one, other, strict=True)]))
+    parts = [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in (one[0], other[0]) if len(part) > 1]
+    if len(parts) < 2:
+        parts = [(0.0, 1)]
+    return student_estimate(float(one[0].mean() - other[0].mean()), parts)

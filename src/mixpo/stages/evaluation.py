@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pydantic
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mixpo.algorithms.kl import kl_of_best_of
-from mixpo.algorithms.statistics import bootstrap_mean
+from mixpo.algorithms.statistics import crossed_interval, wilson_interval
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.data.world import true_reward
@@ -36,7 +38,7 @@ class EvaluationSettings(Seeded):
 
 
 class Evaluation(Stage, EvaluationSettings):
-    """Writes `completions.parquet`, a row a prompt, and the means with bootstrap 95% intervals."""
+    """Writes `completions.parquet`, a row a prompt, and the means with their 95% intervals over prompts."""
 
     policy: Stage | Snapshot
     sft: Stage
@@ -115,8 +117,10 @@ class Evaluation(Stage, EvaluationSettings):
         )
         figures = {}
         for name, column in columns.items():
-            interval = bootstrap_mean(column, seed=0)
-            figures[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+            values: Float64[np.ndarray, " prompts"] = np.array(column, dtype=np.float64)
+            share = name == "ended"
+            interval = wilson_interval(values.sum(), values.size) if share else crossed_interval(values[None])
+            figures[name] = asdict(interval)
         finish(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
         portions.remove()
 

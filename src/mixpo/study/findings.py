@@ -9,10 +9,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Int
 
 from mixpo.algorithms.agreement import fleiss_kappa, krippendorff_alpha, over_items, pairwise_agreement
-from mixpo.algorithms.statistics import Interval, crossed_interval, wilson_interval
+from mixpo.algorithms.statistics import Interval, sign_test, wilson_interval, win_minus_lose
 from mixpo.data.errors import InputError
 
 FORMAT = 1
@@ -21,16 +21,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Shares:
-    """How often the first arm won over some prompts, a prompt being the mean over those who judged it.
+    """How often the first arm won over some prompts, a prompt being the mean over those who judged it."""
 
-    What is the same on all prompts has no spread to resample: its bounds are nan.
-    """
-
+    prompts: int
     win: Interval
     tie: Interval
     lose: Interval
-    margins: Float64[np.ndarray, " prompts"]
+    difference: Interval
     """Win minus lose."""
+    p: float
+    """Of no difference, by the sign test of the prompts that more preferred one way than the other."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,10 @@ def _found(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Find
 
 def _shares(counts: Int[np.ndarray, "prompts choices"], same: int) -> Shares:
     of_prompts = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (same, 1))])
-    win, tie, lose = map(_mean, of_prompts.T)
-    return Shares(win, tie, lose, of_prompts[:, 0] - of_prompts[:, 2])
-
-
-def _mean(values: Float64[np.ndarray, " prompts"]) -> Interval:
-    found = crossed_interval(values[None])
-    return found if found.low < found.high else Interval(found.mean, math.nan, math.nan)
+    prompts, sums = len(of_prompts), of_prompts.sum(axis=0)
+    win, tie, lose = (wilson_interval(float(share), prompts) for share in sums)
+    won, lost = (int((counts[:, side] > counts[:, 2 - side]).sum()) for side in (0, 2))
+    return Shares(prompts, win, tie, lose, win_minus_lose(*sums.tolist()), sign_test(won, lost))
 
 
 def _agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> Agreement:
