@@ -17,7 +17,7 @@ settings.register_profile("no timings", deadline=None)
 settings.load_profile("no timings")
 
 if TYPE_CHECKING:
-    from worlds import World
+    from worlds import TinyWorld, World
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +39,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
 
     cache: Path = tmp_path_factory.mktemp("cache")
     return World(cache)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyWorld":
+    from worlds import TinyWorld
+
+    return TinyWorld(tmp_path_factory.mktemp("tiny"))

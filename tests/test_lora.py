@@ -17,8 +17,9 @@ from mixpo.stages.stage import Stage, model_in
 from mixpo.training.checkpoint import Checkpoint
 from mixpo.training.record import Metrics
 from mixpo.training.runtime import Runtime
-from models import ARCHITECTURES, tiny
-from worlds import World
+from models import ARCHITECTURES
+from models import tiny as tiny_model
+from worlds import TinyWorld
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
@@ -27,7 +28,7 @@ COMPLETIONS = [[[30, 31, 32, 5], [40, 5]], [[0, 7, 5], [41, 42, 43]], [[50], [51
 
 def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
     """Frozen, or adapted by adapters that change something."""
-    lm = tiny(name)
+    lm = tiny_model(name)
     lm.precision = "bfloat16"
     if not adapted:
         return freeze(lm)
@@ -75,8 +76,8 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
 
 
-def test_a_frozen_reward_model_keeps_its_head_in_float32(world: World) -> None:
-    policy, batch = model_in(world.build(world.sft)), pack(PROMPTS, COMPLETIONS)
+def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
+    policy, batch = model_in(tiny.engine.build(tiny.policy)), pack(PROMPTS, COMPLETIONS)
     wide, narrow = (new_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
     freeze(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
@@ -85,7 +86,7 @@ def test_a_frozen_reward_model_keeps_its_head_in_float32(world: World) -> None:
 
 
 def test_in_float32_nothing_is_narrowed() -> None:
-    lm = freeze(tiny("llama"))
+    lm = freeze(tiny_model("llama"))
     assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in lm.model.parameters())
 
@@ -93,10 +94,10 @@ def test_in_float32_nothing_is_narrowed() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["policy", "reward"])
 def test_adapters_are_merged_into_the_weights_that_the_folder_has(
-    world: World, tmp_path: Path, kind: str, precision: Any
+    tiny: TinyWorld, tmp_path: Path, kind: str, precision: Any
 ) -> None:
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
-    source = model_in(world.build(world.sft))
+    source = model_in(tiny.engine.build(tiny.policy))
     if kind == "policy":
         lm = load_policy(source, device=CPU, precision=precision)
     else:
@@ -128,15 +129,11 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
 LORA = {"rank": 4}
 
 
-def stage_of(world: World, kind: str, precision: str) -> Stage:
-    common = {"lora": Lora(**LORA), "precision": precision}
+def stage_of(tiny: TinyWorld, kind: str, precision: str = "float32", **settings: Any) -> Stage:
     name, _, init = kind.partition("-")
-    if name in ("sft", "reward"):
-        stage = {"sft": world.sft, "reward": world.reward}[name]
-        return stage.model_copy(update={**common, "epochs": 1, **({"base": world.sft} if name == "sft" else {})})
-    if name == "dpo":
-        return world.dpo(epochs=2, **common)
-    return world.ppo(**common, **({"value_init": init} if init else {}))
+    common = {"lora": LORA, "precision": precision, **({"value_init": init} if init else {}), **settings}
+    stage: Stage = getattr(tiny, name)(**common)
+    return stage
 
 
 @pytest.fixture
@@ -162,10 +159,10 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[LanguageMode
     ],
 )
 def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: list[Any], kind: str, precision: str
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: list[Any], kind: str, precision: str
 ) -> None:
-    stage = stage_of(world, kind, precision)
-    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    stage = stage_of(tiny, kind, precision)
+    folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
     monkeypatch.setattr(Checkpoint, "remove", lambda self: None)
     stage.work(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=0))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
@@ -194,20 +191,18 @@ def first_of(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
-def test_the_loss_falls(world: World, tmp_path: Path, kind: str) -> None:
-    stage = stage_of(world, kind, "float32").model_copy(update={"learning_rate": 3e-3, "epochs": 4})
-    if kind == "sft":
-        stage = stage.model_copy(update={"base": world.base})
-    folders = {name: world.build(source) for name, source in stage.inputs().items()}
-    stage.work(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=100))
-    losses = [row["loss"] for row in Metrics(tmp_path, resumed_at=10**6).rows()]
+def test_the_loss_falls(tiny: TinyWorld, kind: str) -> None:
+    out = tiny.run(
+        stage_of(tiny, kind, epochs=4, learning_rate=0.03, **({"base": tiny.policy} if kind == "sft" else {}))
+    )
+    losses = [row["loss"] for row in Metrics(out, resumed_at=10**6).rows()]
     part = len(losses) // 4
     assert sum(losses[-part:]) < 0.97 * sum(losses[:part])
 
 
 def test_dropout_acts_while_learning_alone() -> None:
     torch.manual_seed(0)
-    lm, batch = tiny("llama"), pack(PROMPTS, COMPLETIONS)
+    lm, batch = tiny_model("llama"), pack(PROMPTS, COMPLETIONS)
     add_lora(lm, Lora(rank=2, dropout=0.5))
     for parameter in lm.model.parameters():
         if parameter.requires_grad:

@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 
 from mixpo.stages.engine import read_summary
-from mixpo.stages.evaluation import Evaluation
-from mixpo.stages.gradients import Gradients
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.training import portions as portions_module
 from mixpo.training.portions import Portions
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
-from worlds import LIMIT, World
+from worlds import TinyWorld
 
 ROWS = [[0, 3], [1], [2, 4]]
 
@@ -57,30 +55,28 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
     assert not (tmp_path / "portions.jsonl").exists()
 
 
-def stages(world: World) -> dict[str, Callable[[], Stage]]:
-    evaluated = {"sft": world.sft, "reward": world.reward, "data": world.data, "max_completion_tokens": LIMIT}
-    pairs = {"reference": world.sft, "pairs": world.selection.easy, "max_completion_tokens": LIMIT}
+def stages(tiny: TinyWorld) -> dict[str, Callable[[], Stage]]:
     return {
-        "samples": lambda: world.samples,
-        "evaluation": lambda: Evaluation(policy=world.dpo(epochs=1), second=world.reward, **evaluated),
-        "best of": lambda: Evaluation(policy=world.sft, best_of=2, **evaluated),
-        "gradients": lambda: Gradients(policy=world.dpo(epochs=1), beta=0.1, count=3, **pairs),
-        "dpo": lambda: world.dpo(epochs=1, precision="bfloat16"),
+        "samples": lambda: tiny.samples(prompts=None),
+        "evaluation": lambda: tiny.evaluation(prompts=None, second=tiny.scored_by),
+        "best of": lambda: tiny.evaluation(prompts=None, policy=tiny.policy, best_of=2),
+        "gradients": lambda: tiny.gradients(pairs=3),
+        "dpo": lambda: tiny.dpo(pairs=tiny.pairs.train_pairs, samplings=0),
     }
 
 
 LINES = {"samples": 4, "evaluation": 6, "best of": 4, "gradients": 4, "dpo": 2}
 """Portions, at least, of each at the runtime below."""
-SMALL = Runtime(threads=1, sampling_tokens=2000, microbatch_tokens=150, checkpoint_minutes=100)
+SMALL = Runtime(threads=1, sampling_tokens=400, microbatch_tokens=20, checkpoint_minutes=100)
 
 
 @pytest.mark.parametrize(("kind", "killed_at"), [(kind, line) for kind, n in LINES.items() for line in {2, n}])
 def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, killed_at: int
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, killed_at: int
 ) -> None:
     """Killed before its second portion, and before its last, is written."""
-    stage = stages(world)[kind]()
-    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    stage = stages(tiny)[kind]()
+    folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
     drawn: list[list[list[int]]] = []
     original = portions_module.sample
 

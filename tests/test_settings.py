@@ -4,147 +4,31 @@ And where a setting must not act, as the runtime's, the same numbers come out to
 """
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo import Pretrained
 from mixpo.data.errors import InputError
-from mixpo.data.world import build_tokenizer
 from mixpo.experiments.recipe import _sections
 from mixpo.models.loading import load_policy, model_digest
 from mixpo.settings import Settings
 from mixpo.stages import ppo as ppo_module
-from mixpo.stages.gradients import Gradients
-from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training.record import Metrics
 from mixpo.training.step import Diverged, OptimizerSettings, learning_rate
 from models import plain_logprobs
+from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
 CPU = torch.device("cpu")
-LIMIT = 12
-RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=100)
-HH = "\n\nHuman: {0}\n\nAssistant: {1}"
-
-
-class TinyWorld:
-    """The stages of the embedded world on a model of two layers, and on few rows."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.numbers = folder, count()
-        self.engine = Engine(folder / "cache", RUNTIME)
-        tokenizer = build_tokenizer()
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / "base")
-        tokenizer.save_pretrained(folder / "base")
-        self.base = Pretrained(path=str(folder / "base"))
-        self.pairs = Data(base=self.base, train_rows=64, test_rows=16, demonstration_rows=64)
-        self.policy = SFT(base=self.base, data=self.pairs, learning_rate=0.01, batch_size=16, epochs=2, **SHORT)
-        self.scored_by = self.reward()
-        self.sampled = self.samples(prompts=16)
-        self.split = Selection(samples=self.sampled, easy_fraction=0.5)
-        self.tuned = self.dpo(epochs=3)
-        self._write_files()
-
-    def _write_files(self) -> None:
-        """Rows that both formats read, and one whose chosen completion is empty."""
-        rows = {"train": range(20), "test": range(20, 26), "more": range(26, 40)}
-        for name, numbers in rows.items():
-            text = "".join(json.dumps(self._row(number)) + "\n" for number in numbers)
-            (self.folder / f"{name}.jsonl").write_text(text)
-        bad = {**self._row(99), "chosen": ""}
-        (self.folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (self._row(1), bad)))
-        shown = {"prompt": "Q?", "completion": "Shown."}
-        (self.folder / "shown.jsonl").write_text(json.dumps(shown) + "\n")
-
-    def _row(self, number: int) -> dict[str, str]:
-        question = "Why" + number * " so" + "?"
-        sides = {side: HH.format(question, f"{side} {number}") for side in ("chosen", "rejected")}
-        return {"prompt": question, **sides}
-
-    def file(self, name: str) -> str:
-        return str(self.folder / f"{name}.jsonl")
-
-    def sft(self, **settings: Any) -> Stage:
-        return SFT(base=self.base, data=self.pairs, **{"learning_rate": 0.01, "batch_size": 16, **SHORT, **settings})
-
-    def reward(self, **settings: Any) -> Stage:
-        common = {"learning_rate": 0.01, "batch_size": 16, "warmup_steps": 0, **SHORT, **settings}
-        return RewardModel(policy=self.policy, pairs=self.pairs.train_pairs, data=self.pairs, **common)
-
-    def samples(self, **settings: Any) -> Stage:
-        common = {"rows": self.pairs.train_pairs, "prompts": 8, "max_completion_tokens": LIMIT, **settings}
-        return Samples(policy=self.policy, reward=self.scored_by, **common)
-
-    def selection(self, **settings: Any) -> Stage:
-        return Selection(samples=self.sampled, **(settings or {"easy_fraction": 0.5}))
-
-    def dpo(self, **settings: Any) -> Stage:
-        common = {"policy": self.policy, "reference": self.policy, "pairs": self.sampled.pairs, "samplings": 1}
-        steps = {"learning_rate": 0.01, "batch_size": 4, "warmup_steps": 0, **SHORT}
-        return DPO(**{**common, **steps, **settings})
-
-    def ppo(self, **settings: Any) -> Stage:
-        read = {"policy": self.policy, "reference": self.policy, "sft": self.policy, "reward": self.scored_by}
-        steps = {"learning_rate": 3e-3, "value_learning_rate": 3e-3, "batch_size": 8, "warmup_steps": 0, **SHORT}
-        return PPO(prompts=self.sampled.pairs, **{**read, **steps, **settings})
-
-    def evaluation(self, **settings: Any) -> Stage:
-        read = {"policy": self.tuned, "sft": self.policy, "reward": self.scored_by, "data": self.pairs}
-        return Evaluation(**{**read, "prompts": 8, "max_completion_tokens": LIMIT, **settings})
-
-    def data(self, **settings: Any) -> Stage:
-        files = {} if settings.get("format") == "world" else {"format": "preference", "train": self.file("train")}
-        return Data(base=self.base, **{**files, **settings})
-
-    def model(self, **settings: Any) -> Stage:
-        return Pretrained(**settings)
-
-    def label_noise(self, **settings: Any) -> Stage:
-        return LabelNoise(pairs=self.pairs.train_pairs, **settings)
-
-    def gradients(self, *, pairs: int = 1, **settings: Any) -> Stage:
-        read = {"policy": self.tuned, "reference": self.policy, "pairs": self.sampled.pairs}
-        return Gradients(**read, beta=0.1, count=pairs, max_completion_tokens=LIMIT, **settings)
-
-    def run(self, stage: Stage, runtime: Runtime = RUNTIME) -> Path:
-        """Compute a stage, though an equal one may be there; what is upstream is computed once."""
-        folders = {name: self.engine.build(source) for name, source in stage.inputs().items()}
-        out = self.folder / "runs" / str(next(self.numbers))
-        out.mkdir(parents=True)
-        stage.work(stage.paths(folders), out, runtime)
-        return out
-
-
-SHORT = {"max_completion_tokens": LIMIT, "warmup_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld(tmp_path_factory.mktemp("tiny"))
 
 
 @dataclass(frozen=True)
@@ -379,7 +263,7 @@ def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: 
         monkeypatch.setattr(f"mixpo.{module}.sample", once(importlib.import_module(f"mixpo.{module}").sample))
     settings = {"evaluation": {}, "samples": {}}.get(kind, {"epochs": 2})
     runs = [tiny.run(getattr(tiny, kind)(**settings))]
-    runs += [tiny.run(getattr(tiny, kind)(**settings), RUNTIME.model_copy(update=u)) for u in RUNTIMES.values()]
+    runs += [tiny.run(getattr(tiny, kind)(**settings), TINY_RUNTIME.model_copy(update=u)) for u in RUNTIMES.values()]
     rounding = {"rel": 2e-3, "abs": 5e-4}
     for name, out in zip(RUNTIMES, runs[1:], strict=True):
         for one, other in zip(metrics(runs[0]), metrics(out), strict=True):
@@ -401,7 +285,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
     models = [load_policy(model_in(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
-    pairs = read_pairs(part.path_in(tiny.engine.build(part.stage)), models[0], max_completion_tokens=LIMIT)
+    pairs = read_pairs(part.path_in(tiny.engine.build(part.stage)), models[0], max_completion_tokens=TINY_LIMIT)
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
         with torch.no_grad():
@@ -468,5 +352,5 @@ def test_a_revision_is_the_commit_that_is_asked_for(
             return original(tiny.folder / "base" if name == "some/model" else name, **others)
 
         monkeypatch.setattr(auto, "from_pretrained", loading)
-    Pretrained(path="some/model", revision="abc").work({}, tmp_path, RUNTIME)
+    Pretrained(path="some/model", revision="abc").work({}, tmp_path, TINY_RUNTIME)
     assert seen.count(("some/model", "abc")) == 2

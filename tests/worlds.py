@@ -1,9 +1,17 @@
 """A small world's stages, for the tests that compute some."""
 
+import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mixpo import DPO, PPO, SFT, Data, Engine, Pretrained, RewardModel, Runtime, Samples, Selection
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo.data.world import build_tokenizer
+from mixpo.stages.gradients import Gradients
+from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.stage import Stage
 
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
@@ -56,3 +64,111 @@ class World:
 
     def build(self, stage: Stage) -> Path:
         return self.engine.build(stage)
+
+
+TINY_RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=100)
+TINY_LIMIT = 12
+SHORT = {"max_completion_tokens": TINY_LIMIT, "warmup_steps": 0}
+HH = "\n\nHuman: {0}\n\nAssistant: {1}"
+
+
+class TinyWorld:
+    """The stages of the embedded world on a model of two layers, and on few rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.numbers = folder, count()
+        self.engine = Engine(folder / "cache", TINY_RUNTIME)
+        tokenizer = build_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        self.base = Pretrained(path=str(folder / "base"))
+        self.pairs = Data(base=self.base, train_rows=64, test_rows=16, demonstration_rows=64)
+        self.policy = SFT(base=self.base, data=self.pairs, learning_rate=0.01, batch_size=16, epochs=2, **SHORT)
+        self.scored_by = self.reward()
+        self.sampled = self.samples(prompts=16)
+        self.split = Selection(samples=self.sampled, easy_fraction=0.5)
+        self.tuned = self.dpo(epochs=3)
+        self._write_files()
+
+    def _write_files(self) -> None:
+        """Rows that both formats read, and one whose chosen completion is empty."""
+        rows = {"train": range(20), "test": range(20, 26), "more": range(26, 40)}
+        for name, numbers in rows.items():
+            text = "".join(json.dumps(self._row(number)) + "\n" for number in numbers)
+            (self.folder / f"{name}.jsonl").write_text(text)
+        bad = {**self._row(99), "chosen": ""}
+        (self.folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (self._row(1), bad)))
+        shown = {"prompt": "Q?", "completion": "Shown."}
+        (self.folder / "shown.jsonl").write_text(json.dumps(shown) + "\n")
+
+    def _row(self, number: int) -> dict[str, str]:
+        question = "Why" + number * " so" + "?"
+        sides = {side: HH.format(question, f"{side} {number}") for side in ("chosen", "rejected")}
+        return {"prompt": question, **sides}
+
+    def file(self, name: str) -> str:
+        return str(self.folder / f"{name}.jsonl")
+
+    def sft(self, **settings: Any) -> Stage:
+        common = {"base": self.base, "learning_rate": 0.01, "batch_size": 16, **SHORT, **settings}
+        return SFT(data=self.pairs, **common)
+
+    def reward(self, **settings: Any) -> Stage:
+        common = {"learning_rate": 0.01, "batch_size": 16, "warmup_steps": 0, **SHORT, **settings}
+        return RewardModel(policy=self.policy, pairs=self.pairs.train_pairs, data=self.pairs, **common)
+
+    def samples(self, **settings: Any) -> Stage:
+        common = {"rows": self.pairs.train_pairs, "prompts": 8, "max_completion_tokens": TINY_LIMIT, **settings}
+        return Samples(policy=self.policy, reward=self.scored_by, **common)
+
+    def selection(self, **settings: Any) -> Stage:
+        return Selection(samples=self.sampled, **(settings or {"easy_fraction": 0.5}))
+
+    def dpo(self, **settings: Any) -> Stage:
+        common = {"policy": self.policy, "reference": self.policy, "pairs": self.sampled.pairs, "samplings": 1}
+        steps = {"learning_rate": 0.01, "batch_size": 4, "warmup_steps": 0, **SHORT}
+        return DPO(**{**common, **steps, **settings})
+
+    def ppo(self, **settings: Any) -> Stage:
+        read = {"policy": self.policy, "reference": self.policy, "sft": self.policy, "reward": self.scored_by}
+        steps = {"learning_rate": 3e-3, "value_learning_rate": 3e-3, "batch_size": 8, "warmup_steps": 0, **SHORT}
+        return PPO(prompts=self.sampled.pairs, **{**read, **steps, **settings})
+
+    def evaluation(self, **settings: Any) -> Stage:
+        read = {"policy": self.tuned, "sft": self.policy, "reward": self.scored_by, "data": self.pairs}
+        return Evaluation(**{**read, "prompts": 8, "max_completion_tokens": TINY_LIMIT, **settings})
+
+    def data(self, **settings: Any) -> Stage:
+        files = {} if settings.get("format") == "world" else {"format": "preference", "train": self.file("train")}
+        return Data(base=self.base, **{**files, **settings})
+
+    def model(self, **settings: Any) -> Stage:
+        return Pretrained(**settings)
+
+    def label_noise(self, **settings: Any) -> Stage:
+        return LabelNoise(pairs=self.pairs.train_pairs, **settings)
+
+    def gradients(self, *, pairs: int = 1, **settings: Any) -> Stage:
+        read = {"policy": self.tuned, "reference": self.policy, "pairs": self.sampled.pairs}
+        return Gradients(**read, beta=0.1, count=pairs, max_completion_tokens=TINY_LIMIT, **settings)
+
+    def run(self, stage: Stage, runtime: Runtime = TINY_RUNTIME) -> Path:
+        """Compute a stage, though an equal one may be there; what is upstream is computed once."""
+        folders = {name: self.engine.build(source) for name, source in stage.inputs().items()}
+        out = self.folder / "runs" / str(next(self.numbers))
+        out.mkdir(parents=True)
+        stage.work(stage.paths(folders), out, runtime)
+        return out
