@@ -278,7 +278,7 @@ def _without(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
 def describe(
     settings: DataSettings, rows: SourceRows, split: SplitRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Count what is worth knowing of the rows, and say how the tokenizer reads them: for `summary.json` and previews."""
+    """Count what is worth knowing of the rows, and say how the tokenizer reads them: for `summary.json`, previews."""
     trained = {prompt_key(row.prompt) for row in split.train} | {prompt_key(row.prompt) for row in split.demonstrations}
     tested = {prompt_key(row.prompt) for row in split.test}
     repeats = {name: count_repeats(part) for name, part in (("train", split.train), ("test", split.test))}
