@@ -155,6 +155,7 @@ def _wrap(model: PreTrainedModel, folder: Path, device: torch.device, precision:
         end_token(tokenizer),
         shares_prompts=True,
         end_tokens=_generation_end_tokens(model),
+        unused_tokens=_unused_tokens(model, tokenizer),
     )
     lm.model.eval()
     try:
@@ -174,6 +175,12 @@ def _generation_end_tokens(model: PreTrainedModel) -> frozenset[int]:
     if ends is None:
         return frozenset()
     return frozenset(ends if isinstance(ends, list | tuple) else [ends])
+
+
+def _unused_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of a model's vocabulary that are no token of its tokenizer: padding at the end, and holes."""
+    tokens = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
+    return tuple(sorted(set(range(model.config.get_text_config().vocab_size)) - tokens))
 
 
 @torch.no_grad()
