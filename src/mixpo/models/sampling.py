@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer
 from mixpo.data.branches import by_tokens, pack_prompts
 from mixpo.data.errors import InputError
 from mixpo.models.attention import decoding
-from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, by_layer_type, hidden_states, portions
+from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, by_layer_type, hidden_states, row_slices
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
@@ -142,7 +142,8 @@ def draw_tokens(
     block = (blocks.sum(dim=-1) / noise[:, BLOCK:]).argmax(dim=-1)
     place = torch.arange(len(blocks), device=blocks.device) * blocks.shape[1] + block
     inside = blocks.flatten(0, 1).index_select(0, place)
-    return block * BLOCK + (inside / noise[:, :BLOCK]).argmax(dim=-1)
+    tokens: Tensor = block * BLOCK + (inside / noise[:, :BLOCK]).argmax(dim=-1)
+    return tokens
 
 
 def count_noise(vocabulary: int) -> int:
@@ -238,7 +239,7 @@ def _make_chooser(
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
         noise = exponential_noise(keys, count_noise(logits.shape[1]))
         tokens, logprobs = torch.empty_like(keys), torch.empty_like(noise[:, 0])
-        for rows in portions(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+        for rows in row_slices(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
             wide = logits[rows].float()
             largest = wide.amax(dim=-1, keepdim=True)
             probabilities = (wide - largest).exp_()
