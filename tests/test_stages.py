@@ -106,12 +106,16 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
     def scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
         return torch.tensor([[0.25, 0.5]]).repeat(len(prompts), 1)
 
+    def draw(lm: Any, prompts: list[Any], **_: Any) -> list[Sampled]:
+        """The same twice for every third prompt."""
+        return [Sampled([[5, 6], [5, 6 + (n % 3 > 0)]], [[-1.0, -1.0]] * 2) for n in range(len(prompts))]
+
     monkeypatch.setattr(samples_module, "scores", scores)
-    many = world.samples.model_copy(update={"max_completion_tokens": 1})
-    many.work(many.paths(folders), tmp_path, RUNTIME)
+    monkeypatch.setattr(samples_module, "sample", draw)
+    world.samples.work(world.samples.paths(folders), tmp_path, RUNTIME)
     rows = read_table(tmp_path / "pairs.parquet")
     same = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
-    assert 0 < len(same) < len(rows)
+    assert (len(same), len(rows)) == (22, 64)
     assert {row["gap"] for row in same} == {0.0}
     assert {row["gap"] for row in rows if row not in same} == {0.25}
     assert {tuple(row["scores"]) for row in rows} == {(0.5, 0.25)}

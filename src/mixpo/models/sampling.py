@@ -140,8 +140,7 @@ def draw_tokens(
         probabilities = torch.nn.functional.pad(probabilities, (0, -vocabulary % BLOCK))
     blocks = probabilities.unflatten(1, (-1, BLOCK))
     block = (blocks.sum(dim=-1) / noise[:, BLOCK:]).argmax(dim=-1)
-    place = torch.arange(len(blocks), device=blocks.device) * blocks.shape[1] + block
-    inside = blocks.flatten(0, 1).index_select(0, place)
+    inside = blocks.take_along_dim(block[:, None, None], dim=1)[:, 0]
     tokens: Tensor = block * BLOCK + (inside / noise[:, :BLOCK]).argmax(dim=-1)
     return tokens
 
@@ -238,7 +237,7 @@ def _make_chooser(
         logits: Float[Tensor, "rows vocabulary"], keys: Int[Tensor, " rows"]
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
         noise = exponential_noise(keys, count_noise(logits.shape[1]))
-        tokens, logprobs = torch.empty_like(keys), torch.empty_like(noise[:, 0])
+        tokens, logprobs = list[Tensor](), list[Tensor]()
         for rows in row_slices(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
             wide = logits[rows].float()
             largest = wide.amax(dim=-1, keepdim=True)
@@ -247,9 +246,9 @@ def _make_chooser(
             if truncates:
                 known = wide.index_fill(1, unused, float("-inf")) if len(unused) else wide
                 probabilities = truncate(known, temperature=temperature, top_p=top_p, top_k=top_k)
-            tokens[rows] = draw_tokens(probabilities, noise[rows])
-            logprobs[rows] = (wide.gather(-1, tokens[rows, None]) - largest)[:, 0] - total.log()
-        return tokens, logprobs
+            tokens.append(draw_tokens(probabilities, noise[rows]))
+            logprobs.append((wide.gather(-1, tokens[-1][:, None]) - largest)[:, 0] - total.log())
+        return torch.cat(tokens), torch.cat(logprobs)
 
     return choose
 
