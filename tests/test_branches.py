@@ -22,8 +22,8 @@ from mixpo.models.language_model import (
     learn,
 )
 from mixpo.models.loading import Lora, add_lora
-from mixpo.models.sampling import draw, sample, truncate
-from models import ARCHITECTURES, VOCABULARY, plain_logprobs, tiny
+from mixpo.models.sampling import sample
+from models import ARCHITECTURES, plain_logprobs, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 COMPLETIONS = [
@@ -240,14 +240,6 @@ def test_kept_logprobs_equal_plain_forward_passes(
             assert completion[-1] == end or len(completion) == 10
 
 
-def test_a_completion_does_not_depend_on_its_batch() -> None:
-    lm = tiny("llama")
-    together = sample(lm, PROMPTS, k=2, max_tokens=12, seed=3)
-    in_parts = sample(lm, PROMPTS, k=2, max_tokens=12, seed=3, token_budget=1)
-    assert [row.completions for row in together] == [row.completions for row in in_parts]
-    assert sample(lm, PROMPTS, k=2, max_tokens=12, seed=4) != together
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("shares_prompts", [True, False])
 def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family: str, shares_prompts: bool) -> None:
@@ -264,19 +256,6 @@ def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family
     assert len(read) > 1
 
 
-def test_prompts_are_read_in_any_order() -> None:
-    lm = tiny("llama")
-    uniforms = torch.rand(len(PROMPTS), 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    choose = sampling._chooser(temperature=1.0, top_p=1.0, top_k=0)
-
-    def drawn(order: list[int]) -> list[list[list[int]]]:
-        with torch.no_grad():
-            found = sampling._sample_batch(lm, [PROMPTS[row] for row in order], uniforms[order], choose)
-        return [found[order.index(row)].completions for row in range(len(order))]
-
-    assert drawn([0, 1, 2]) == drawn([2, 0, 1]) == drawn([1, 2, 0])
-
-
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
 def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
     keys = sorted(keys, reverse=True)
@@ -287,48 +266,6 @@ def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[in
         assert sum(most - own for own in keys[rows]) <= apart
     for (rows, most), (after, _) in pairwise(buckets):
         assert sum(most - own for own in keys[rows.start : after.start + 1]) > apart, "the next row had no room"
-
-
-def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
-    lm = tiny("llama")
-    drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
-    counts = torch.bincount(torch.tensor([c[0] for c in drawn[0].completions]), minlength=VOCABULARY).double()
-    with torch.no_grad():
-        expected = 4000 * lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
-    common = expected > 5
-    statistic = float(((counts - expected) ** 2 / expected)[common].sum())
-    freedom = int(common.sum()) - 1
-    assert freedom > 10
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
-
-
-@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}], ids=str)
-def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
-    """So sharp that nothing but the most probable token is left."""
-    lm = tiny("llama")
-    drawn = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
-    for prompt, row in zip(PROMPTS, drawn, strict=True):
-        for completion in row.completions:
-            for place, token in enumerate(completion):
-                with torch.no_grad():
-                    logits = lm.model(input_ids=torch.tensor([[*prompt, *completion[:place]]])).logits[0, -1]
-                assert token == int(logits.argmax())
-
-
-def test_truncation() -> None:
-    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    assert truncate(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [[True, True, False, False]]
-    assert truncate(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [[True, True, True, False]]
-    sharp = truncate(logits, temperature=0.5, top_p=1.0, top_k=0)
-    torch.testing.assert_close(sharp[0, 0] / sharp[0, 1], torch.tensor(4.0))
-
-
-def test_draw_never_takes_an_impossible_token() -> None:
-    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).repeat(5, 1)
-    uniforms = torch.tensor([0.0, 0.4999, 0.5, 0.9999, 1.0])
-    assert draw(probabilities, uniforms).tolist()[:4] == [1, 1, 3, 3]
-    assert draw(probabilities, uniforms).tolist()[4] in (1, 3)
-    assert draw(torch.tensor([[0.3, 0.7]]), torch.tensor([1.0])).tolist() == [1], "float32 rounds uniforms up to 1"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])

@@ -1,18 +1,27 @@
 """A small world's stages, for the tests that compute some."""
 
 import json
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo.data.tokens import tokenize_row
 from mixpo.data.world import build_tokenizer
+from mixpo.models.folders import load_tokenizer
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.sampling import Sampled
+from mixpo.models.scoring import token_logprobs
+from mixpo.stages import dpo, ppo
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
-from mixpo.stages.stage import Stage
+from mixpo.stages.rows import read_table
+from mixpo.stages.stage import Stage, model_in
 
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
 LIMIT = 40
@@ -64,6 +73,37 @@ class World:
 
     def build(self, stage: Stage) -> Path:
         return self.engine.build(stage)
+
+    def work(self, stage: Stage, out: Path, runtime: Runtime = RUNTIME) -> Path:
+        """Compute a stage into a folder of its own, apart from the cache."""
+        folders = {name: self.build(source) for name, source in stage.inputs().items()}
+        out.mkdir()
+        stage.work(stage.paths(folders), out, runtime)
+        return out
+
+    def force_completions(self, patch: pytest.MonkeyPatch) -> None:
+        """Give DPO and PPO the data's own completions instead of drawn ones, with the log-probs they have.
+
+        For what is compared across processors or threads, where rounding may draw another token. The prompts must be
+        those of `data.train_pairs`; the first completion of each is the chosen one, the second the rejected one.
+        """
+        tokenizer = load_tokenizer(model_in(self.build(self.base)))
+        rows = read_table(self.build(self.data) / "train.parquet")
+        tokens = [tokenize_row(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=LIMIT) for row in rows]
+        given = {tuple(prompt): completions for prompt, completions in tokens}
+
+        def read(
+            lm: LanguageModel, prompts: Sequence[list[int]], *, k: int, token_budget: int, **_: Any
+        ) -> list[Sampled]:
+            completions = [given[tuple(prompt)][:k] for prompt in prompts]
+            logprobs = token_logprobs(lm, prompts, completions, token_budget=token_budget).tolist()
+            return [
+                Sampled(branches, [kept[: len(tokens)] for kept, tokens in zip(each, branches, strict=True)])
+                for branches, each in zip(completions, logprobs, strict=True)
+            ]
+
+        for module in (dpo, ppo):
+            patch.setattr(module, "sample", read)
 
 
 TINY_RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=100)

@@ -47,6 +47,8 @@ class LanguageModel:
     """Where the weights were read; None where they are not from a folder."""
     end_tokens: frozenset[int] = frozenset()
     """Every token that ends a completion when it is drawn: `end_token` always, and what `generation_config` names."""
+    unused_tokens: tuple[int, ...] = ()
+    """Ids that the tokenizer has no token for (a padded vocabulary). Never drawn; log-probs are of all ids still."""
 
     def __post_init__(self) -> None:
         self.model.set_attn_implementation(ATTENTION)
@@ -182,7 +184,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weights_learn = learning and any(ctx.needs_input_grad[1:3])
         few = len(targets) * len(weight) <= KEPT_ELEMENTS
         kept = narrow.new_empty(len(targets), len(weight)) if weights_learn and few else None
-        for rows in _portions(len(targets), CHUNK_ELEMENTS // len(weight)):
+        for rows in row_slices(len(targets), CHUNK_ELEMENTS // len(weight)):
             logits = torch.mm(narrow[rows], narrow_weight.T, out=None if kept is None else kept[rows])
             logprobs[rows], entropies[rows], normalizers[rows] = _read(
                 logits, bias, targets[rows], with_entropy, learning
@@ -206,7 +208,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if of_weight is None and of_bias is None:
             return of_hidden, *[None] * 7
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
-        for columns in _portions(len(weight), CHUNK_ELEMENTS // max(1, *hidden.shape)):
+        for columns in row_slices(len(weight), CHUNK_ELEMENTS // max(1, *hidden.shape)):
             if kept is None:
                 of_logits = _gradient_of_logits(hidden, weight, bias, targets, normalizers, columns)
             else:
@@ -232,7 +234,7 @@ def _read(
     What is done to them element by element is done in float32, in blocks that a CPU's caches hold.
     """
     logprobs, entropies, normalizers = torch.zeros(3, len(targets), device=logits.device)
-    for rows in _portions(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+    for rows in row_slices(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
         wide = logits[rows].float() if bias is None else logits[rows].float() + bias
         largest = wide.amax(dim=-1, keepdim=True)
         wide -= largest
@@ -261,14 +263,15 @@ def _gradient_of_logits(
     logits = hidden @ weight[columns].T
     places = targets - columns.start
     here = (places >= 0) & (places < logits.shape[1])
-    for rows in _portions(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+    for rows in row_slices(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
         wide = logits[rows].float() if bias is None else logits[rows].float() + bias[columns]
         odds = wide.sub_(normalizers[rows, None]).exp_().neg_()
         logits[rows] = odds.scatter_add_(1, places[rows, None].clamp(0, logits.shape[1] - 1), here[rows, None].float())
     return logits
 
 
-def _portions(count: int, size: int) -> Iterator[slice]:
+def row_slices(count: int, size: int) -> Iterator[slice]:
+    """Slices of `size`, at least 1, that cover `count`; the last one may be smaller."""
     for start in range(0, count, max(1, size)):
         yield slice(start, start + max(1, size))
 

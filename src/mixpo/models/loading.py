@@ -258,6 +258,7 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
             end_token(folder.tokenizer),
             shares_prompts=True,
             end_tokens=generation_end_tokens(model, path),
+            unused_tokens=_unused_tokens(model, folder.tokenizer),
             folder=path,
             dtype=folder.dtype,
         )
@@ -271,6 +272,12 @@ def _probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     text = model.config.get_text_config()
     drawn = torch.randint(min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0))
     return [token for token in drawn.tolist() if token != text.pad_token_id][:12]
+
+
+def _unused_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of a model's vocabulary that are no token of its tokenizer: padding at the end, and holes."""
+    tokens = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
+    return tuple(sorted(set(range(model.config.get_text_config().vocab_size)) - tokens))
 
 
 @torch.no_grad()

@@ -5,14 +5,23 @@ row a completion, in tensors allocated once, and drawn tokens are written right 
 length can be attended to together without the padding of longer ones. Finished rows are dropped from the batch when
 there are enough of them to be worth the copy.
 
-A token is drawn by inverting the cumulative distribution at one uniform number. The uniforms of all completions are
-drawn before the first token, so a completion does not depend on which others share its batch.
+A token is drawn by the Gumbel-max trick in its exponential form: the token whose probability is the largest multiple
+of its own exponential noise (Gumbel 1954; Maddison et al. 2014). Logits that round otherwise then change the token only
+where two tokens are neck and neck, and two models that share noise share most of what they draw. The noise is counter-
+based (Salmon et al. 2011), a function of the seed, the prompt, the branch and the position alone, made of integers: so
+the batch, its order, the threads, the device and the number of processes change nothing but rounding.
+
+To need noise for a few hundred numbers instead of the whole vocabulary, a block of tokens is drawn first, by its
+probability, and then a token of that block.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,13 +29,16 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import by_tokens, pack_prompts
+from mixpo.data.errors import InputError
 from mixpo.models.attention import decoding
-from mixpo.models.language_model import LanguageModel, by_layer_type, hidden_states
+from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, by_layer_type, hidden_states, row_slices
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
 PREFILL_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 16}
 """Tokens of prompts that are read at once: what a layer makes of them stays in a CPU's caches; a GPU's is a guess."""
+BLOCK = 64
+"""Tokens of a block of the vocabulary: one of its blocks is drawn first, then a token of the block."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ def truncate(
 ) -> Float[Tensor, "rows vocabulary"]:
     """Probabilities after temperature, then top_k (0 = all), then top_p (1 = all): the smallest set of most probable
     tokens that holds at least `top_p` of the mass."""
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if top_k:
         least = probabilities.topk(min(top_k, probabilities.shape[-1])).values[:, -1:]
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
@@ -116,13 +128,57 @@ def truncate(
     return probabilities
 
 
-def draw(probabilities: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """One token a row: the first whose cumulative probability exceeds the uniform number. Need not be normalised."""
-    cumulative = probabilities.cumsum(dim=-1)
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
-    possible = probabilities.gather(-1, tokens[:, None])[:, 0] > 0
-    return tokens if bool(possible.all()) else torch.where(possible, tokens, probabilities.argmax(dim=-1))
+def draw_tokens(
+    probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, "rows numbers"]
+) -> Int[Tensor, " rows"]:
+    """One token a row, drawn from unnormalised probabilities with standard exponential noise.
+
+    The first numbers of the noise are for the tokens of the block drawn, the others for the blocks of the vocabulary.
+    """
+    vocabulary = probabilities.shape[1]
+    if vocabulary % BLOCK:
+        probabilities = torch.nn.functional.pad(probabilities, (0, -vocabulary % BLOCK))
+    blocks = probabilities.unflatten(1, (-1, BLOCK))
+    block = (blocks.sum(dim=-1) / noise[:, BLOCK:]).argmax(dim=-1)
+    inside = blocks.take_along_dim(block[:, None, None], dim=1)[:, 0]
+    tokens: Tensor = block * BLOCK + (inside / noise[:, :BLOCK]).argmax(dim=-1)
+    return tokens
+
+
+def count_noise(vocabulary: int) -> int:
+    """Exponential numbers that a draw takes: one a token of a block, one a block of the vocabulary."""
+    return BLOCK + -(-vocabulary // BLOCK)
+
+
+def noise_keys(
+    prompt: Sequence[int], *, seed: int, occurrence: int, k: int, max_tokens: int
+) -> Int[Tensor, "k max_tokens"]:
+    """A 64-bit key for the noise of every token of k completions: SHAKE-128 of all that the noise may depend on.
+
+    `occurrence` tells apart the places where the same prompt stands in one call.
+    """
+    streams = [
+        hashlib.shake_128(" ".join(map(str, (seed, occurrence, branch, *prompt))).encode()).digest(8 * max_tokens)
+        for branch in range(k)
+    ]
+    return torch.from_numpy(np.frombuffer(b"".join(streams), "<i8").astype(np.int64).reshape(k, max_tokens))
+
+
+def exponential_noise(keys: Int[Tensor, " rows"], count: int) -> Float[Tensor, "rows count"]:
+    """Standard exponential numbers, a stream a key, from the same integers on every device.
+
+    The streams are those of SplitMix64 (Steele et al. 2014), but that PyTorch's shifts repeat the sign, which costs one
+    bit of 64. The first 52 make a number inside (0, 1), of which minus the logarithm is taken: 1e-16 to 37.
+    """
+    x = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15)
+    x = (x >> 30).bitwise_xor_(x).mul_(_signed(0xBF58476D1CE4E5B9))
+    x = (x >> 27).bitwise_xor_(x).mul_(_signed(0x94D049BB133111EB))
+    return (x >> 12).double().mul_(2.0**-52).add_(0.5 + 2.0**-53).log_().neg_().float()
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as PyTorch has it, its highest bit being set."""
+    return word - (1 << 64)
 
 
 @torch.no_grad()
@@ -142,17 +198,27 @@ def sample(
     """Draw k completions of at most `max_tokens` tokens for every prompt.
 
     `token_budget` bounds the tokens in the cache at once; it changes speed and memory only. `advance` is called with
-    the number of prompts that were finished.
+    the number of prompts that were finished. Tokens that the tokenizer does not know are never drawn.
+
+    Raises:
+        InputError: The model's logits are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(prompts), k, max_tokens, generator=generator, dtype=torch.float64)
+    counts = Counter[tuple[int, ...]]()
+    occurrences = []
+    for prompt in map(tuple, prompts):
+        occurrences.append(counts[prompt])
+        counts[prompt] += 1
     sampled: list[Sampled | None] = [None] * len(prompts)
     lm.model.eval()
     lengths = [len(prompt) + max_tokens for prompt in prompts]
-    choose = _chooser(temperature=temperature, top_p=top_p, top_k=top_k)
+    choose = _make_chooser(lm, temperature=temperature, top_p=top_p, top_k=top_k)
     with lm.autocast():
         for rows in by_tokens(lengths, max(1, token_budget // k), padded=True):
-            part = _sample_batch(lm, [prompts[row] for row in rows], uniforms[rows].to(lm.device), choose)
+            keys = [
+                noise_keys(prompts[row], seed=seed, occurrence=occurrences[row], k=k, max_tokens=max_tokens)
+                for row in rows
+            ]
+            part = _sample_batch(lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), choose)
             for row, completions in zip(rows, part, strict=True):
                 sampled[row] = completions
             if advance is not None:
@@ -160,19 +226,29 @@ def sample(
     return [completions for completions in sampled if completions is not None]
 
 
-def _chooser(*, temperature: float, top_p: float, top_k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Draws tokens from logits; returns them with their log-probs at temperature 1, nothing truncated."""
+def _make_chooser(
+    lm: LanguageModel, *, temperature: float, top_p: float, top_k: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A function that draws tokens from logits, and returns them with the model's own log-probs."""
+    unused = torch.tensor(lm.unused_tokens, device=lm.device)
+    truncates = temperature != 1.0 or top_p != 1.0 or top_k != 0 or len(unused) > 0
 
-    plain = temperature == 1.0 and top_p == 1.0 and top_k == 0
-
-    def choose(logits: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> tuple[Tensor, Tensor]:
-        logits = logits.float()
-        logits = logits - logits.amax(dim=-1, keepdim=True)
-        odds = logits.exp()
-        kept = odds if plain else truncate(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-        tokens = draw(kept, uniforms.float())
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - odds.sum(dim=-1).log()
-        return tokens, logprobs
+    def choose(
+        logits: Float[Tensor, "rows vocabulary"], keys: Int[Tensor, " rows"]
+    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        noise = exponential_noise(keys, count_noise(logits.shape[1]))
+        tokens, logprobs = list[Tensor](), list[Tensor]()
+        for rows in row_slices(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+            wide = logits[rows].float()
+            largest = wide.amax(dim=-1, keepdim=True)
+            probabilities = (wide - largest).exp_()
+            total = probabilities.sum(dim=-1)
+            if truncates:
+                known = wide.index_fill(1, unused, float("-inf")) if len(unused) else wide
+                probabilities = truncate(known, temperature=temperature, top_p=top_p, top_k=top_k)
+            tokens.append(draw_tokens(probabilities, noise[rows]))
+            logprobs.append((wide.gather(-1, tokens[-1][:, None]) - largest)[:, 0] - total.log())
+        return torch.cat(tokens), torch.cat(logprobs)
 
     return choose
 
@@ -180,24 +256,24 @@ def _chooser(*, temperature: float, top_p: float, top_k: int) -> Callable[[Tenso
 def _sample_batch(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    uniforms: Float[Tensor, "prompts k tokens"],
+    keys: Int[Tensor, "prompts k tokens"],
     choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> list[Sampled]:
     device = lm.device
-    count, k, max_tokens = uniforms.shape
+    count, k, max_tokens = keys.shape
     head = lm.model.get_output_embeddings()
     end_tokens = torch.tensor(sorted(lm.end_tokens), device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
     shared = _Rows(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
     logits = head(_prefill(lm, prompts, k, shared, cache))
-    uniforms = uniforms.flatten(0, 1)
+    keys = keys.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
     ended_at = torch.full((count * k,), max_tokens, device=device)
     active, prompted = torch.arange(count * k, device=device), lengths.tolist()
     for step in range(max_tokens):
-        tokens, logprobs = choose(logits, uniforms[active, step])
+        tokens, logprobs = choose(logits, keys[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
         ended = torch.isin(tokens, end_tokens)
         ended_at[active] = torch.where(ended, ended_at[active].clamp(max=step + 1), ended_at[active])
@@ -223,6 +299,11 @@ def _sample_batch(
             ).last_hidden_state[:, 0]
         logits = head(hidden)
 
+    if bool(logprobs_out.isnan().any()):
+        raise InputError(
+            "sampling: found logits that are nan or infinite; expected finite ones; the model's weights are damaged or "
+            "its training diverged: look at its loss, and lower the learning rate"
+        )
     out_tokens, out_logprobs, ends = tokens_out.tolist(), logprobs_out.tolist(), ended_at.tolist()
     return [
         Sampled(

@@ -1,0 +1,340 @@
+"""How tokens are drawn: from the model's distribution, with noise that nothing but seed, prompt, branch and position
+decides. The noise is made of integers, so the figures here are the same on every processor.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from mixpo.data.errors import InputError
+from mixpo.models.loading import load_policy
+from mixpo.models.sampling import BLOCK, count_noise, draw_tokens, exponential_noise, noise_keys, sample, truncate
+from models import END, VOCABULARY, plain_logprobs, tiny
+
+PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
+DRAWS = 40_000
+
+
+def keys(count: int, *, prompt: list[int] | None = None, seed: int = 0, branch: int = 0, occurrence: int = 0) -> Tensor:
+    """Those of the first positions of a completion."""
+    return noise_keys(prompt or [7], seed=seed, occurrence=occurrence, k=branch + 1, max_tokens=count)[branch]
+
+
+def draw(probabilities: Tensor, keys: Tensor) -> Tensor:
+    """A token a key, all from one distribution, in portions."""
+    noise = count_noise(len(probabilities))
+    return torch.cat(
+        [draw_tokens(probabilities.expand(len(some), -1), exponential_noise(some, noise)) for some in keys.split(500)]
+    )
+
+
+def peaked(vocabulary: int, scale: float) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.softmax(torch.randn(vocabulary, generator=generator) * scale, dim=-1)
+
+
+def agrees(counts: np.ndarray, probabilities: np.ndarray) -> bool:
+    """Whether the chi-square test of counts passes, with events of fewer than 5 draws taken together."""
+    expected = probabilities.astype(np.float64) / probabilities.sum() * counts.sum()
+    rare = expected < 5
+    found, wanted = [*counts[~rare]], [*expected[~rare]]
+    if expected[rare].sum() > 5:
+        found, wanted = [*found, counts[rare].sum()], [*wanted, expected[rare].sum()]
+    statistic = sum((one - other) ** 2 / other for one, other in zip(found, wanted, strict=True))
+    return bool(1e-4 < stats.chi2.sf(statistic, len(found) - 1) < 1 - 1e-4)
+
+
+# --- the noise
+
+
+def test_noise_is_minus_the_logarithm_of_splitmix64() -> None:
+    """With Python's integers, which do not wrap around."""
+
+    def signed(word: int) -> int:
+        return (word + 2**63) % 2**64 - 2**63
+
+    def expected(key: int, place: int) -> float:
+        x = signed(key + place * 0x9E3779B97F4A7C15)
+        x = signed((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9)
+        x = signed((x ^ (x >> 27)) * 0x94D049BB133111EB)
+        return -math.log((x // 2**12 + 2**51 + 0.5) / 2**52)
+
+    some = [0, -1, 2**63 - 1, -(2**63), 123456789]
+    found = exponential_noise(torch.tensor(some), 50)
+    assert found.dtype == torch.float32
+    wanted = [[expected(key, place) for place in range(1, 51)] for key in some]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=0.0)
+
+
+def test_keys_are_told_apart_by_all_that_the_noise_depends_on_and_by_nothing_else() -> None:
+    one = keys(20)
+    assert torch.equal(keys(10), one[:10]), "how many tokens may come changes none of them"
+    assert torch.equal(noise_keys([7], seed=0, occurrence=0, k=3, max_tokens=20)[0], one), "nor do other branches"
+    others = (
+        keys(20, seed=1),
+        keys(20, branch=1),
+        keys(20, occurrence=1),
+        keys(20, prompt=[7, 0]),
+        keys(20, prompt=[0, 7]),
+        keys(20, seed=-1),
+        keys(20, seed=2**70),
+    )
+    assert len({*one.tolist()}.union(*(other.tolist() for other in others))) == 20 * 8
+    digest = hashlib.shake_128(b"0 0 0 7").digest(8 * 20)
+    assert one.tolist() == [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, 160, 8)]
+
+
+STREAMS: dict[str, Callable[[], Tensor]] = {
+    "tokens": lambda: exponential_noise(keys(1), 100_000),
+    "positions": lambda: exponential_noise(keys(100_000), 1),
+    "seeds": lambda: exponential_noise(torch.cat([keys(1, seed=seed) for seed in range(20_000)]), 1),
+    "branches": lambda: exponential_noise(noise_keys([7], seed=0, occurrence=0, k=20_000, max_tokens=1)[:, 0], 1),
+    "prompts": lambda: exponential_noise(torch.cat([keys(1, prompt=[x, 5]) for x in range(20_000)]), 1),
+    "adjacent keys": lambda: exponential_noise(torch.arange(100_000), 1),
+}
+
+
+@pytest.mark.parametrize("along", STREAMS)
+def test_noise_is_exponential_and_independent(along: str) -> None:
+    noise = STREAMS[along]().flatten().double().numpy()
+    uniform = np.exp(-noise)
+    assert stats.kstest(uniform, "uniform").pvalue > 1e-3
+    rare = noise[noise < 1e-2] * 100
+    assert stats.kstest(-np.expm1(-rare / 100) / -math.expm1(-1e-2), "uniform").pvalue > 1e-3, "small numbers decide"
+    for lag in (1, 2, 64):
+        correlation = np.corrcoef(uniform[lag:], uniform[:-lag])[0, 1]
+        assert abs(correlation) * len(uniform) ** 0.5 < 4
+        pairs = np.histogram2d(uniform[lag:], uniform[:-lag], bins=16)[0].flatten()
+        assert agrees(pairs, np.ones(256))
+
+
+# --- the draws
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "scale", "draws"),
+    [
+        (2, 1.0, DRAWS),
+        (7, 3.0, DRAWS),
+        (BLOCK, 2.0, DRAWS),
+        (BLOCK + 1, 4.0, DRAWS),
+        (1000, 3.0, DRAWS),
+        (5000, 1.0, 8000),
+    ],
+)
+def test_draws_follow_the_probabilities(vocabulary: int, scale: float, draws: int) -> None:
+    probabilities = peaked(vocabulary, scale)
+    counts = torch.bincount(draw(probabilities, keys(draws)), minlength=vocabulary)
+    assert len(counts) == vocabulary
+    assert agrees(counts.numpy(), probabilities.numpy())
+    assert agrees(
+        torch.bincount(draw(10 * probabilities, keys(draws, seed=1)), minlength=vocabulary).numpy(),
+        probabilities.numpy(),
+    )
+
+
+def test_draws_of_a_large_vocabulary_follow_the_probabilities() -> None:
+    """In 100 groups of tokens, and those of 1e-4 and less among each other."""
+    probabilities = peaked(49_152, 3.0)
+    tokens = draw(probabilities, keys(4000)).numpy()
+    order = probabilities.argsort(descending=True).numpy()
+    cumulative = probabilities.double().numpy()[order].cumsum()
+    group = np.empty(49_152, dtype=int)
+    group[order] = np.minimum(cumulative * 100, 99).astype(int)
+    assert agrees(np.bincount(group[tokens], minlength=100), np.bincount(group, probabilities.double().numpy(), 100))
+    rare = probabilities.numpy() < 1e-4
+    places = np.cumsum(rare) * 20 // (rare.sum() + 1)
+    found, wanted = tokens[rare[tokens]], np.where(rare, probabilities.double().numpy(), 0.0)
+    assert len(found) > 500
+    assert agrees(np.bincount(places[found], minlength=20), np.bincount(places, wanted, 20))
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
+    """Of a thousandth each, beside one that takes the rest; and never the impossible ones between them."""
+    probabilities = torch.zeros(300)
+    probabilities[[3, 100, 101, 299]] = torch.tensor([1e-3, 1e-3, 0.997, 1e-3])
+    counts = torch.bincount(draw(probabilities, keys(200_000)), minlength=300)
+    assert int(counts.count_nonzero()) == 4
+    for token in (3, 100, 299):
+        assert abs(int(counts[token]) - 200) < 4 * 200**0.5
+
+
+@pytest.mark.parametrize("along", ["seed", "branch", "occurrence", "prompt", "position"])
+def test_draws_are_independent(along: str) -> None:
+    """Two that differ in one thing are the same token as often as chance has it, the sum of p^2."""
+    probabilities = peaked(200, 2.0)
+    if along == "position":
+        tokens = draw(probabilities, keys(DRAWS + 1))
+        one, other = tokens[1:], tokens[:-1]
+    else:
+        differs = {"prompt": {"prompt": [8]}}.get(along, {along: 1})
+        one, other = draw(probabilities, keys(DRAWS)), draw(probabilities, keys(DRAWS, **differs))
+    chance = float((probabilities**2).sum())
+    same = float((one == other).double().mean())
+    assert abs(same - chance) < 4 * (chance * (1 - chance) / DRAWS) ** 0.5
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(1024, 4000), (49_152, 200)])
+@pytest.mark.parametrize(("rounding", "flips"), [(1e-6, 0.0), (2e-2, 0.025)])
+def test_rounding_hardly_ever_changes_a_token(vocabulary: int, rows: int, rounding: float, flips: float) -> None:
+    """By inverting the cumulative distribution it would be a seventh and half of them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, vocabulary, generator=generator)
+    other = logits + rounding * torch.randn(rows, vocabulary, generator=generator)
+    noise = exponential_noise(keys(rows), count_noise(vocabulary))
+    changed = draw_tokens(logits.softmax(-1), noise) != draw_tokens(other.softmax(-1), noise)
+    assert float(changed.double().mean()) <= flips
+
+
+def test_draws_never_take_an_impossible_token() -> None:
+    for possible in ([0], [88], [63], [64], [5, 70]):
+        probabilities = torch.zeros(89)
+        probabilities[possible] = 1e-30
+        assert set(draw(probabilities, keys(500)).tolist()) == set(possible)
+
+
+# --- completions of a model
+
+
+def test_a_completion_depends_on_nothing_but_its_seed_prompt_and_branch() -> None:
+    """Not on the portion, its neighbours, their order, the other branches or how many tokens may come."""
+    lm = tiny("llama")
+
+    def completions(prompts: list[list[int]], *, k: int = 2, max_tokens: int = 12, seed: int = 3, **how: int) -> list:
+        return [row.completions for row in sample(lm, prompts, k=k, max_tokens=max_tokens, seed=seed, **how)]
+
+    together = completions(PROMPTS)
+    assert completions(PROMPTS, token_budget=1) == together
+    assert completions(PROMPTS[::-1]) == together[::-1]
+    assert completions(PROMPTS[1:2]) == together[1:2]
+    assert [branches[:1] for branches in together] == completions(PROMPTS, k=1)
+    assert [[c[:5] for c in branches] for branches in together] == completions(PROMPTS, max_tokens=5)
+    assert completions(PROMPTS, seed=4) != together
+    twice = completions([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    assert twice[:2] == together[:2]
+    assert len({tuple(c) for row in (0, 2) for c in twice[row]}) == 4, "a prompt that comes twice has other completions"
+
+
+def test_threads_change_no_token() -> None:
+    lm, threads = tiny("llama"), torch.get_num_threads()
+    drawn = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            drawn.append([row.completions for row in sample(lm, PROMPTS, k=4, max_tokens=20, seed=0)])
+    finally:
+        torch.set_num_threads(threads)
+    assert drawn[0] == drawn[1]
+
+
+def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
+    lm = tiny("llama")
+    drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
+    counts = torch.bincount(torch.tensor([c[0] for c in drawn[0].completions]), minlength=VOCABULARY).double()
+    with torch.no_grad():
+        expected = 4000 * lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
+    common = expected > 5
+    statistic = float(((counts - expected) ** 2 / expected)[common].sum())
+    freedom = int(common.sum()) - 1
+    assert freedom > 10
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}], ids=str)
+def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
+    """So sharp that nothing but the most probable token is left."""
+    lm = tiny("llama")
+    drawn = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
+    for prompt, row in zip(PROMPTS, drawn, strict=True):
+        for completion in row.completions:
+            for place, token in enumerate(completion):
+                with torch.no_grad():
+                    logits = lm.model(input_ids=torch.tensor([[*prompt, *completion[:place]]])).logits[0, -1]
+                assert token == int(logits.argmax())
+
+
+def test_truncation() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    assert truncate(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [[True, True, False, False]]
+    assert truncate(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [[True, True, True, False]]
+    sharp = truncate(logits, temperature=0.5, top_p=1.0, top_k=0)
+    torch.testing.assert_close(sharp[0, 0] / sharp[0, 1], torch.tensor(4.0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 10}, {"top_k": 30, "top_p": 0.5, "temperature": 2.0}],
+    ids=str,
+)
+def test_first_tokens_are_drawn_from_the_truncated_distribution(settings: dict[str, float]) -> None:
+    lm = tiny("llama")
+    drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6, **settings)
+    tokens = [completion[0] for completion in drawn[0].completions]
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().numpy()
+    probabilities = np.exp(logits / settings.get("temperature", 1.0))
+    order = np.argsort(-probabilities)[: settings.get("top_k", VOCABULARY)]
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = order[before / probabilities[order].sum() < settings.get("top_p", 1.0)]
+    assert 1 < len(kept) <= VOCABULARY
+    assert set(tokens) <= set(kept.tolist())
+    assert agrees(np.bincount(tokens, minlength=VOCABULARY)[kept], probabilities[kept])
+    own = torch.tensor(logits).log_softmax(-1)[tokens].float()
+    torch.testing.assert_close(torch.tensor([x[0] for x in drawn[0].logprobs]), own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5}, {"top_k": 1}], ids=str)
+@pytest.mark.parametrize("share", ["some", "nearly all", "all that float32 holds"])
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str, float], share: str) -> None:
+    """Whatever the model gives them; log-probs stay those of the whole vocabulary."""
+    lm = tiny("llama")
+    lm.unused_tokens = (11, 40, *range(60, VOCABULARY))
+    head = lm.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    head.bias.data[60:] = {"some": 0.0, "nearly all": 8.0, "all that float32 holds": 200.0}[share]
+    for prompt, row in zip(PROMPTS, sample(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings), strict=True):
+        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
+            assert not set(completion) & set(lm.unused_tokens)
+            with torch.no_grad():
+                expected = plain_logprobs(lm, prompt, completion)
+            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> None:
+    from mixpo.models.loading import new_world_model
+
+    model, tokenizer = new_world_model(0)
+    size = len(tokenizer)
+    model.resize_token_embeddings(size + 30)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = load_policy(tmp_path, device=torch.device("cpu"))
+    assert lm.unused_tokens == tuple(range(size, size + 30))
+    drawn = sample(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
+    assert max(max(completion) for completion in drawn[0].completions) < size
+
+
+def test_every_end_token_ends_a_completion() -> None:
+    lm = tiny("llama")
+    lm.end_tokens = frozenset({END, 17, 60})
+    drawn = [c for row in sample(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0) for c in row.completions]
+    assert {c[-1] for c in drawn if len(c) < 12} == lm.end_tokens
+    assert not any(set(completion[:-1]) & lm.end_tokens for completion in drawn)
+    assert all(lm.has_ended(completion) or len(completion) == 12 for completion in drawn)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_logits_that_are_not_finite_are_refused(value: float, settings: dict[str, float]) -> None:
+    lm = tiny("llama")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[7] = value
+    with pytest.raises(InputError, match="found logits that are nan or infinite; expected finite ones"):
+        sample(lm, PROMPTS, k=2, max_tokens=3, seed=0, **settings)
