@@ -378,6 +378,7 @@ _FAMILIES = {
         GRANITE,
         special=("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
         named=("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
+        config={"logits_scaling": 3.0, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
     ),
     "opt": Family(
         "opt",

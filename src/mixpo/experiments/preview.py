@@ -20,6 +20,7 @@ from mixpo.data.sources import (
 from mixpo.data.splits import COMPARED, draw
 from mixpo.data.text import visible
 from mixpo.data.tokens import control_tokens, end_token, tokenize_row
+from mixpo.experiments.expressions import explained
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
@@ -231,7 +232,8 @@ def _check_beginnings(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBa
 def _check_model(recipe: Recipe) -> list[str]:
     """Why no run could start from the model, as far as its folder tells."""
     try:
-        Pretrained(special_tokens=recipe.data.special_tokens, **recipe.model)
+        with explained():
+            Pretrained(special_tokens=recipe.data.special_tokens, **recipe.model)
     except InputError as error:
         return [str(error)]
     return []

@@ -47,6 +47,8 @@ class LanguageModel:
     """Where the weights were read; None where they are not from a folder."""
     end_tokens: frozenset[int] = frozenset()
     """Every token that ends a completion when it is drawn: `end_token` always, and what `generation_config` names."""
+    logit_scale: float = 1.0
+    """What the output head's product is multiplied by (Granite, Cohere)."""
     unused_tokens: tuple[int, ...] = ()
     """Ids that the tokenizer has no token for (a padded vocabulary). Never drawn; log-probs are of all ids still."""
 
@@ -146,7 +148,7 @@ def branch_predictions(
         hidden = hidden_states(lm, batch)
     head = lm.model.get_output_embeddings()
     logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden[batch.source[batch.mask]],
+        hidden[batch.source[batch.mask]] * lm.logit_scale,
         head.weight,
         head.bias,
         batch.completions[batch.mask],

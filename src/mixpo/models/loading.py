@@ -258,6 +258,7 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
             end_token(folder.tokenizer),
             shares_prompts=True,
             end_tokens=generation_end_tokens(model, path),
+            logit_scale=_logit_scale(folder.config),
             unused_tokens=_unused_tokens(model, folder.tokenizer),
             folder=path,
             dtype=folder.dtype,
@@ -272,6 +273,12 @@ def _probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     text = model.config.get_text_config()
     drawn = torch.randint(min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0))
     return [token for token in drawn.tolist() if token != text.pad_token_id][:12]
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    """What the architecture multiplies its logits by; wrong for one that does it by another name, which is refused."""
+    text = config.get_text_config()
+    return float(getattr(text, "logit_scale", 1.0)) / float(getattr(text, "logits_scaling", 1.0))
 
 
 def _unused_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -266,7 +266,7 @@ def _sample_batch(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
     shared = _Rows(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
-    logits = head(_prefill(lm, prompts, k, shared, cache))
+    logits = head(_prefill(lm, prompts, k, shared, cache) * lm.logit_scale)
     keys = keys.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
@@ -297,7 +297,7 @@ def _sample_batch(
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, 0]
-        logits = head(hidden)
+        logits = head(hidden * lm.logit_scale)
 
     if bool(logprobs_out.isnan().any()):
         raise InputError(

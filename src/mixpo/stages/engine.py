@@ -21,7 +21,7 @@ from mixpo.training import memory
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
-VERSION = "5"
+VERSION = "6"
 """Bump when stages compute something else from the same config: folders of other versions are left alone."""
 
 SETTINGS = "settings.json"
