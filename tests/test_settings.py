@@ -71,6 +71,8 @@ TABLE: dict[str, dict[str, Other | ByTest]] = {
         "path": Other("{folder}/base"),
         "revision": ByTest("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
         "chat_template": Other("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
+        "template_arguments": ByTest("data/test_tokens.py", "test_template_arguments_are_in_the_folder_for_everyone"),
+        "dtype": ByTest("test_loading.py", "test_a_recipe_may_choose_the_type"),
         "init_seed": Other(1),
     },
     "data": {
@@ -85,6 +87,10 @@ TABLE: dict[str, dict[str, Other | ByTest]] = {
         "demonstration_rows": Other(5),
         "test_share": Other(0.4),
         "second_rows": Other(4),
+        "special_tokens": ByTest("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
+        "shared_prompts": ByTest(
+            "test_stages.py", "test_prompts_of_train_and_test_are_counted_and_left_out_on_request"
+        ),
         "max_prompt_tokens": Other(12, {"on_bad_row": "drop"}),
         "on_bad_row": Other("drop", {"train": "{folder}/bad.jsonl", "test": "{folder}/test.jsonl"}),
         "data_seed": Other(1),
