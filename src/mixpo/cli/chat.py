@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mixpo.data.rows import Message
-from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.data.errors import InputError
+from mixpo.data.rows import Message, RowError
+from mixpo.data.tokens import prompt_tokens
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
 
@@ -27,7 +28,10 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             turns = []
             continue
         turns.append({"role": "user", "content": line})
-        tokens = prompt_tokens(lm.tokenizer, turns)
+        try:
+            tokens = prompt_tokens(lm.tokenizer, turns)
+        except RowError as error:
+            raise InputError(f"{folder}: the dialogue {error.problem}") from error
         drawn = sample(
             lm,
             [tokens],
@@ -38,6 +42,6 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             top_k=int(not temperature),
         )
         seed += 1
-        text = completion_text(lm.tokenizer, drawn[0].completions[0]).strip()
+        text = lm.read_text(drawn[0].completions[0]).strip()
         console.print(text, markup=False, highlight=False)
         turns.append({"role": "assistant", "content": text})

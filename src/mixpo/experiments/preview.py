@@ -98,11 +98,11 @@ def read_source(source: str, overrides: Sequence[str] = (), model: str | None = 
 
     A source's format is guessed from its first row where the overrides do not say it.
     """
-    of_model = [f"model.path={json.dumps(model)}"] if model else []
+    of_model = [f"model.path={json.dumps(model, ensure_ascii=False)}"] if model else []
     if not (source.startswith("hub:") or is_data_file(source)):
         return read_recipe(source, [*overrides, *of_model])
     format = guess_format(_first_record(source, overrides))
-    names = json.dumps([source])
+    names = json.dumps([source], ensure_ascii=False)
     rows = [f"data.train={names}", f"data.format={format}"]
     if format == "demonstrations":
         rows = ["data.train=[]", f"data.demonstrations={names}", "data.format=preference"]
@@ -116,7 +116,7 @@ def _first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
         records = hub_records(dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None)
     else:
         records = read_records(Path(source).expanduser())
-    _, record = next(records)
+    _, record = next(records, (0, {}))
     return {} if isinstance(record, RowError) else record
 
 

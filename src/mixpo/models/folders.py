@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class ModelFolder:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     """Of most of its weights."""
+    end_tokens: frozenset[int]
+    """The tokens that end a completion by its `generation_config.json`."""
 
 
 @dataclass(frozen=True)
@@ -238,14 +240,17 @@ def load_weights(
 
 def generation_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:
     """The tokens that end a completion by the model's `generation_config`; none where it has none."""
+    named = [folder / name for name in ("generation_config.json", "config.json")]
+    if not any("eos_token_id" in _read_object(file) for file in named if file.exists()):
+        return frozenset()  # transformers fills in what is usual for the architecture, of any vocabulary
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
     vocabulary = model.config.get_text_config().vocab_size
     wrong = [end for end in ends if type(end) is not int or not 0 <= end < vocabulary]
     if wrong:
         raise InputError(
-            f"{folder}: found eos_token_id {wrong[0]!r} in generation_config.json; expected a token of the "
-            f"vocabulary, 0 to {vocabulary - 1}"
+            f"{folder}: found eos_token_id {wrong[0]!r} in generation_config.json or config.json; expected a token of "
+            f"the vocabulary, 0 to {vocabulary - 1}"
         )
     return frozenset(ends)
 
@@ -262,9 +267,9 @@ def _checked(
     _refuse_absurd_sizes(folder, config, tensors)
     with reading(folder, "a chat template that does not render", "set another as `model.chat_template`"):
         check_tokenizer(tokenizer)
-    checked = ModelFolder(folder, config, network, tokenizer, dtype)
+    checked = ModelFolder(folder, config, network, tokenizer, dtype, frozenset())
     model = load_weights(checked, meta=True)
-    generation_end_tokens(model, folder)
+    checked = replace(checked, end_tokens=generation_end_tokens(model, folder))
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         raise InputError(f"{folder}: found a {type(model).__name__}, whose attention has sinks; {UNSUPPORTED}")
     rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from mixpo.data.branches import BranchBatch, PromptBatch
+from mixpo.data.tokens import completion_text
 from mixpo.models.attention import NAME as ATTENTION
 from mixpo.models.attention import attending
 
@@ -42,7 +43,7 @@ class LanguageModel:
     """Whether branches of one row see exactly what they would see alone; found out when the model is loaded."""
     precision: Precision = "float32"
     dtype: torch.dtype = torch.float32
-    """Of the weights in the folder that it came from, and in those that it is saved to; here they are float32."""
+    """Of the weights in the folder that it came from, and in those that it is saved to."""
     folder: Path | None = None
     """Where the weights were read; None where they are not from a folder."""
     end_tokens: frozenset[int] = frozenset()
@@ -55,6 +56,11 @@ class LanguageModel:
     def __post_init__(self) -> None:
         self.model.set_attn_implementation(ATTENTION)
         self.end_tokens |= {self.end_token}
+
+    def read_text(self, completion: Sequence[int]) -> str:
+        """The text of a completion, without the token that ended it and without special tokens."""
+        ended = [*completion[:-1], self.end_token] if self.has_ended(completion) else completion
+        return completion_text(self.tokenizer, ended)
 
     def has_ended(self, completion: Sequence[int]) -> bool:
         """Whether a completion's last token ends it: false where it was cut off."""

@@ -32,7 +32,6 @@ from mixpo.data.tokens import end_token, parses_special_tokens
 from mixpo.data.world import build_tokenizer
 from mixpo.models.folders import (
     ModelFolder,
-    generation_end_tokens,
     load_weights,
     read_policy_folder,
     read_reward_folder,
@@ -137,31 +136,49 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     """
     model = merge_adapters(lm)
     model.eval()
-    if getattr(model, "generation_config", None) is not None:
-        others = sorted(lm.end_tokens - {lm.end_token})
-        model.generation_config.eos_token_id = [lm.end_token, *others] if others else lm.end_token
     config, tokenizer = copy.deepcopy(model.config), copy.deepcopy(lm.tokenizer)
-    weights = _cast(model.state_dict(), lm.dtype)
+    weights = _cast(model, lm.dtype)
     if hasattr(model, "score"):
-        tokenizer.add_special_tokens({"pad_token": choose_pad_token(tokenizer, lm.end_tokens)})
+        tokenizer.pad_token = choose_pad_token(tokenizer, lm.end_tokens)
+        if tokenizer.pad_token_id is None:
+            tokenizer.add_special_tokens({"pad_token": tokenizer.pad_token})
         config.pad_token_id = tokenizer.pad_token_id
         _make_room(weights, model, config)
     model.save_pretrained(folder, state_dict=weights)
     config.architectures, config.dtype = model.config.architectures, lm.dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _write_end_tokens(folder / "generation_config.json", lm)
     return model_digest(folder)
 
 
-def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in another floating-point type; those that are tied stay one tensor."""
-    cast: dict[Any, Tensor] = {}
+def _write_end_tokens(file: Path, lm: LanguageModel) -> None:
+    """Name the end tokens in a saved `generation_config.json`, whose other entries stay as they were published.
 
-    def once(weight: Tensor) -> Tensor:
+    Transformers would check all of them where one has changed, and refuse what many published files hold.
+    """
+    if file.exists():
+        others = sorted(lm.end_tokens - {lm.end_token})
+        content = json.loads(file.read_text(encoding="utf8"))
+        content["eos_token_id"] = [lm.end_token, *others] if others else lm.end_token
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A model's weights in another floating-point type; those that are tied stay one tensor.
+
+    What the architecture keeps in float32 (a router's correction, say) stays in it.
+    """
+    cast: dict[Any, Tensor] = {}
+    wide = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+
+    def once(name: str, weight: Tensor) -> Tensor:
+        if not weight.is_floating_point() or any(part in name for part in wide):
+            return weight
         place = weight.data_ptr(), weight.shape, weight.stride()
         return cast.setdefault(place, weight.to(dtype))
 
-    return {name: once(weight) if weight.is_floating_point() else weight for name, weight in weights.items()}
+    return {name: once(name, weight) for name, weight in model.state_dict().items()}
 
 
 def _make_room(weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -219,16 +236,18 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
         return True
     rules, added = _rules(one)
     other_rules, other_added = _rules(other)
-    unlike = {str(added[text]["content"]) for text in added.keys() - other_added.keys()}
-    other_unlike = {str(other_added[text]["content"]) for text in other_added.keys() - added.keys()}
+    unlike = {str(entry["content"]) for entry in _differing(added, other_added) + _differing(other_added, added)}
     return (
         rules == other_rules
-        and unlike <= {one.pad_token}
-        and other_unlike <= {other.pad_token}
+        and unlike <= {one.pad_token, other.pad_token}
         and one.chat_template == other.chat_template
         and end_token(one) == end_token(other)
         and parses_special_tokens(one) == parses_special_tokens(other)
     )
+
+
+def _differing(added: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for text, entry in added.items() if text not in other]
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, dict[str, Any]]]:
@@ -257,7 +276,7 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
             folder.tokenizer,
             end_token(folder.tokenizer),
             shares_prompts=True,
-            end_tokens=generation_end_tokens(model, path),
+            end_tokens=folder.end_tokens,
             logit_scale=_logit_scale(folder.config),
             unused_tokens=_unused_tokens(model, folder.tokenizer),
             folder=path,

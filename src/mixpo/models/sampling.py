@@ -181,6 +181,16 @@ def _signed(word: int) -> int:
     return word - (1 << 64)
 
 
+def count_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How often each prompt stands among those before it, so that equal prompts get completions of their own."""
+    counts = Counter[tuple[int, ...]]()
+    numbers = []
+    for prompt in map(tuple, prompts):
+        numbers.append(counts[prompt])
+        counts[prompt] += 1
+    return numbers
+
+
 @torch.no_grad()
 def sample(
     lm: LanguageModel,
@@ -193,21 +203,19 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
     token_budget: int = 16_384,
+    occurrences: Sequence[int] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
     """Draw k completions of at most `max_tokens` tokens for every prompt.
 
     `token_budget` bounds the tokens in the cache at once; it changes speed and memory only. `advance` is called with
-    the number of prompts that were finished. Tokens that the tokenizer does not know are never drawn.
+    the number of prompts that were finished. Tokens that the tokenizer does not know are never drawn. `occurrences`
+    are `count_occurrences` of a larger set that the prompts are a portion of; their own if not given.
 
     Raises:
         InputError: The model's logits are not finite.
     """
-    counts = Counter[tuple[int, ...]]()
-    occurrences = []
-    for prompt in map(tuple, prompts):
-        occurrences.append(counts[prompt])
-        counts[prompt] += 1
+    occurrences = count_occurrences(prompts) if occurrences is None else occurrences
     sampled: list[Sampled | None] = [None] * len(prompts)
     lm.model.eval()
     lengths = [len(prompt) + max_tokens for prompt in prompts]

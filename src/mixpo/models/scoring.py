@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
+from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import completion_text, tokenize_row
+from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores, hidden_states
 from mixpo.models.loading import same_tokens
 
@@ -68,16 +69,16 @@ def sequence_logprobs(
 def scores(
     reward: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
-    """The reward model's score of every completion. Raises `FloatingPointError` if one is not a finite number."""
+    """The reward model's score of every completion. Raises `InputError` if one is not a finite number."""
     found = read_all(
         reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget
     )
     if broken := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
         start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
-        raise FloatingPointError(
-            f"row {row + 1} of {len(prompts)} has the scores {found[row].tolist()}; expected finite numbers "
-            f"({len(broken)} rows have none); look at the reward model's training; the row's prompt ends with {start!r}"
+        raise InputError(
+            f"reward model: found the scores {found[row].tolist()} for the prompt that ends with {start!r}; expected "
+            "finite numbers; look at the reward model's training"
         )
     return found
 
@@ -111,7 +112,7 @@ def retokenised(
 
     again: list[tuple[Tokens, list[Tokens]]] = []
     for row, branches in zip(rows, completions, strict=True):
-        texts = [completion_text(policy.tokenizer, completion) for completion in branches]
+        texts = [policy.read_text(completion) for completion in branches]
         prompt, tokens = tokenize_row(reward.tokenizer, row, texts, limit=1 << 30)
         ended = map(policy.has_ended, branches)
         again.append((prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)]))

@@ -171,6 +171,8 @@ def _prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
         if kinds[-1] is not kinds[0]:
             raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
         length = len(prompt_tokens(tokenizer, prompt))
+        if not length:
+            raise RowError("prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX}")
         if length > settings.max_prompt_tokens:
             raise RowError(
                 "prompt",

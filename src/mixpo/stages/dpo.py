@@ -11,7 +11,6 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.splits import COMPARED, draw
-from mixpo.data.tokens import completion_text
 from mixpo.models.language_model import LanguageModel, branch_logprobs
 from mixpo.models.loading import Lora, add_lora, freeze, load_policy, model_digest, save_model
 from mixpo.models.sampling import sample
@@ -175,7 +174,7 @@ def _look(
     )
     completions = [row.completions[0] for row in drawn]
     cost.sampled(lm.model, sum(map(len, completions)), sum(map(len, prompts)))
-    texts = [completion_text(lm.tokenizer, completion) for completion in completions]
+    texts = [lm.read_text(completion) for completion in completions]
     append_jsonl(
         out / "samples.jsonl",
         [

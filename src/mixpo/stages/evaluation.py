@@ -14,7 +14,7 @@ from torch import Tensor
 from mixpo.algorithms.kl import kl_of_best_of
 from mixpo.algorithms.statistics import crossed_interval, wilson_interval
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.data.tokens import prompt_tokens
 from mixpo.data.world import true_reward
 from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
@@ -95,7 +95,7 @@ class Evaluation(Stage, EvaluationSettings):
             read = portions.read("sft", sequence_logprobs, sft, prompts, completions, token_budget=budget)
             kl = logprobs - read[:, 0]
 
-        texts = [completion_text(lm.tokenizer, branches[0]) for branches in completions]
+        texts = [lm.read_text(branches[0]) for branches in completions]
         columns: dict[str, list[float]] = {
             "score": found.double().tolist(),
             "kl_from_sft": kl.double().tolist(),

@@ -31,7 +31,7 @@ from mixpo.algorithms.ppo import (
 from mixpo.data.branches import by_tokens, pack, row_lengths
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.data.tokens import prompt_tokens
 from mixpo.models.language_model import LanguageModel, branch_predictions, branch_values, hidden_states, learn
 from mixpo.models.loading import (
     Lora,
@@ -303,7 +303,7 @@ class PPO(Stage, PPOSettings):
                 learner.multiplier, learner.errors = steer(
                     learner.errors, metrics["kl_from_sft"], budget=self.kl_budget
                 )
-            shown = completion_text(policy.tokenizer, rollout.drawn.completions[0][0])
+            shown = policy.read_text(rollout.drawn.completions[0][0])
             append_jsonl(out / "completions.jsonl", [{"step": step, "prompt": asked[rows[0]], "completion": shown}])
             log.add(step, total, metrics)
             if step + 1 in kept:
@@ -448,7 +448,7 @@ def _draw(
         prompts,
         k=stage.completions_per_prompt,
         max_tokens=stage.max_completion_tokens,
-        seed=stage.seed * 1_000_003 + step,
+        seed=-1 - stage.seed * 1_000_003 - step,  # of its own: Samples and Evaluation draw from the seeds above 0
         token_budget=runtime.sampling_tokens,
     )
     completions = [row.completions for row in sampled]

@@ -138,7 +138,7 @@ class Pretrained(Stage, PretrainedSettings):
             return read_gguf(local)
         if self.local_folder is not None:
             checked = _check_folder(local, model_digest(local), self.chat_template, self.template_arguments)
-            return None if self.dtype == "auto" else load_weights(checked), checked.tokenizer
+            return None if self.dtype == "auto" else load_weights(checked), load_tokenizer(local)
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")

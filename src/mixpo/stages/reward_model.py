@@ -15,7 +15,7 @@ from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import hold_out
 from mixpo.models.language_model import branch_scores
-from mixpo.models.loading import Lora, add_lora, new_reward_model, save_model
+from mixpo.models.loading import Lora, add_lora, freeze, load_reward_model, new_reward_model, save_model
 from mixpo.models.scoring import last_states, scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
@@ -67,6 +67,7 @@ class RewardModel(Stage, RewardModelSettings):
         if self.lora:
             add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
+        test = read_pairs(inputs["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
         train, held = hold_out(
             list(map(tuple, pairs.prompts)),
             self.validation_share,
@@ -117,21 +118,21 @@ class RewardModel(Stage, RewardModelSettings):
             log.add(step, total, metrics)
             checkpoint.maybe_write(step + 1, cost.counts())
 
-        test = read_pairs(inputs["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
+        digest = save_model(lm, model_in(out))
+        saved = freeze(load_reward_model(model_in(out), device=device, precision=self.precision))
         judged: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in held], [pairs.completions[row] for row in held]),
             ("test", test.prompts, test.completions),
         ):
-            found = scores(lm, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
-            cost.scored(lm.model, sum(row_lengths(prompts, completions)))
+            found = scores(saved, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
+            cost.scored(saved.model, sum(row_lengths(prompts, completions)))
             write_table(
                 out / f"{name}_scores.parquet",
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in found],
             )
             judged[name] = _judge(found)
         judged["test"].update(truncated=test.truncated, identical=test.identical)
-        digest = save_model(lm, model_in(out))
         accuracy, (low, _) = judged["test"]["accuracy"], judged["test"]["accuracy_interval"]
         train_accuracy = mean_of_last(log.rows(), "accuracy")
         finish(

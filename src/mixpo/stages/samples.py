@@ -7,7 +7,7 @@ import numpy as np
 import pydantic
 
 from mixpo.algorithms.selection import order_by_score, score_gaps
-from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.data.tokens import prompt_tokens
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
 from mixpo.models.scoring import retokenised, scores
@@ -75,7 +75,7 @@ class Samples(Stage, SamplesSettings):
             {
                 "prompt": prompt,
                 "gap": gap,
-                "completions": [completion_text(lm.tokenizer, row.completions[place]) for place in order],
+                "completions": [lm.read_text(row.completions[place]) for place in order],
                 "tokens": [row.completions[place] for place in order],
                 "logprobs": [row.logprobs[place] for place in order],
                 "scores": [scored[place] for place in order],

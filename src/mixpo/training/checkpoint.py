@@ -78,17 +78,17 @@ class Checkpoint:
             saved = _insert_tensors(json.loads(tensors.pop(_JSON).numpy().tobytes()), tensors)
             if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
                 raise ValueError(f"{sorted(saved['parts'])} in format {saved['format']}")
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["parts"][name])
+            torch.set_rng_state(saved["random_state"])
+            if torch.cuda.is_available() and saved["cuda_random_state"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_random_state"])
+            return int(saved["step"]), saved["extra"]
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: found no checkpoint of this stage ({type(error).__name__}: {str(error)[:200]}); "
                 f"expected {sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
             ) from error
-        for name, part in self.parts.items():
-            part.load_state_dict(saved["parts"][name])
-        torch.set_rng_state(saved["random_state"])
-        if torch.cuda.is_available() and saved["cuda_random_state"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_random_state"])
-        return int(saved["step"]), saved["extra"]
 
     def maybe_write(self, step: int, extra: Mapping[str, Any]) -> None:
         """Write the state before step `step` if it is time."""

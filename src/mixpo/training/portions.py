@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixpo.data.branches import Tokens, by_tokens, row_lengths
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import Sampled, sample
+from mixpo.models.sampling import Sampled, count_occurrences, sample
 from mixpo.models.scoring import Completions
 from mixpo.training.record import Cost, progress, read_jsonl, write_text
 
@@ -69,11 +69,15 @@ class Portions:
 
         def work(rows: list[int]) -> list[Any]:
             portion = [prompts[row] for row in rows]
-            drawn = sample(lm, portion, k=k, max_tokens=max_tokens, token_budget=token_budget, **how)
+            numbers = [occurrences[row] for row in rows]
+            drawn = sample(
+                lm, portion, k=k, max_tokens=max_tokens, token_budget=token_budget, occurrences=numbers, **how
+            )
             tokens = sum(len(completion) for row in drawn for completion in row.completions)
             self.cost.sampled(lm.model, tokens, sum(map(len, portion)))
             return [(row.completions, row.logprobs) for row in drawn]
 
+        occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
         portions = by_tokens(lengths, max(1, token_budget // k), padded=True)
         results = self.compute("drawn", portions, work, advance=progress(len(prompts)))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from mixpo.data.errors import InputError
 from mixpo.models.language_model import matrix_modules
 from mixpo.training import memory
 
@@ -158,13 +159,26 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a JSON Lines file that was written here; a last line that was not finished is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """The rows of a JSON Lines file that was written here; a last line that was not finished is left out.
+
+    Raises `InputError` on a damaged one.
+    """
+    rows = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}:{number}: found no JSON ({type(error).__name__}); expected the lines that the stage wrote; "
+                "delete the stage's folder to compute it again"
+            ) from error
+    return rows
 
 
 def trim_jsonl(path: Path, step: int) -> None:
     """Drop the lines of `step` and later ones, and a last line that was not finished."""
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
+    rows = read_jsonl(path)
+    kept = [line for line, row in zip(_whole_lines(path), rows, strict=True) if row["step"] < step]
     write_text(path, "".join(kept))
 
 
