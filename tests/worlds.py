@@ -50,6 +50,7 @@ class World:
             learning_rate=5e-4,
             batch_size=32,
             warmup_steps=2,
+            center_coef=0.01,  # so that PPO's score_clip lets the scores through
             max_completion_tokens=LIMIT,
         )
         self.samples = Samples(

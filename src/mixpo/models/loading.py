@@ -139,9 +139,11 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     config, tokenizer = copy.deepcopy(model.config), copy.deepcopy(lm.tokenizer)
     weights = _cast(model, lm.dtype)
     if hasattr(model, "score"):
-        tokenizer.pad_token = choose_pad_token(tokenizer, lm.end_tokens)
-        if tokenizer.pad_token_id is None:
-            tokenizer.add_special_tokens({"pad_token": tokenizer.pad_token})
+        pad = choose_pad_token(tokenizer, lm.end_tokens)
+        if pad in tokenizer.get_vocab():
+            tokenizer.pad_token = pad  # added again, its entry would lose its flags
+        else:
+            tokenizer.add_special_tokens({"pad_token": pad})
         config.pad_token_id = tokenizer.pad_token_id
         _make_room(weights, model, config)
     model.save_pretrained(folder, state_dict=weights)
