@@ -37,6 +37,7 @@ from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table, unique_prompts, write_table
 from mixpo.stages.stage import Snapshot, Stage, model_in
+from mixpo.training import portions as portions_module
 from mixpo.training.checkpoint import Trainable
 from mixpo.training.record import Metrics, watcher
 from mixpo.training.runtime import Runtime
@@ -116,7 +117,7 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
         return [Sampled([[5, 6], [5, 6 + (n % 3 > 0)]], [[-1.0, -1.0]] * 2) for n in range(len(prompts))]
 
     monkeypatch.setattr(samples_module, "scores", scores)
-    monkeypatch.setattr(samples_module, "sample", draw)
+    monkeypatch.setattr(portions_module, "sample", draw)
     world.samples.work(world.samples.paths(folders), tmp_path, RUNTIME)
     rows = read_table(tmp_path / "pairs.parquet")
     same = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
@@ -182,7 +183,7 @@ def test_dpo_with_lora_starts_at_its_reference_and_moves(world: World) -> None:
 
 def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> None:
     def first_losses(**settings: Any) -> float:
-        stage = world.reward.model_copy(update={"learning_rate": 1e-6, **settings})
+        stage = world.reward.model_copy(update={"learning_rate": 1e-6, "center_coef": 0.0, **settings})
         rows = Metrics(world.build(stage), resumed_at=10**6).rows()
         return sum(row["loss"] for row in rows[:4]) / 4
 
@@ -210,16 +211,24 @@ def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, mon
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
-def test_ppo_starts_at_its_reference_and_raises_the_score(world: World, advantage: str) -> None:
+def test_ppo_starts_at_its_reference_and_raises_the_score(
+    world: World, advantage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The score here is for short completions, which a few iterations learn with room to spare on any processor."""
+
+    def shortness(reward: Any, prompts: Any, completions: list[list[list[int]]], **_: Any) -> torch.Tensor:
+        return torch.tensor([[2.0 - len(completion) / 8 for completion in branches] for branches in completions])
+
+    monkeypatch.setattr(ppo_module, "scores", shortness)
     group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
-    epochs = 6 if advantage == "gae" else 12
-    stage = world.ppo(advantage=advantage, epochs=epochs, kl_coef=0.02, prompts=world.samples.pairs, **group)
-    rows = rows_of(world.build(stage))
+    steps = {"epochs": 8 if advantage == "gae" else 12, "learning_rate": 3e-4, "kl_coef": 0.0, "max_kl": 100.0}
+    stage = world.ppo(advantage=advantage, prompts=world.samples.pairs, **steps, **group)
+    rows = rows_of(world.work(stage, tmp_path / "ppo"))
     assert rows[0]["kl_abs_per_token"] < 1e-4
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert rows[0]["clip_fraction"] == 0.0
     third = len(rows) // 3
-    assert sum(row["score"] for row in rows[-third:]) > sum(row["score"] for row in rows[:third])
+    assert sum(row["score"] for row in rows[-third:]) > sum(row["score"] for row in rows[:third]) + 0.5 * third
     assert rows[-1]["kl"] > 0
     assert ("value_explained_variance" in rows[0]) == (advantage == "gae")
 

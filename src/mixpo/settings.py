@@ -9,7 +9,7 @@ import pydantic
 class Settings(pydantic.BaseModel):
     """A frozen group of settings: unknown keys are refused, and `**settings` passes them on."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def keys(self) -> Iterable[str]:
         """The names of the settings, so that `**settings` works."""

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Message, RowError
+from mixpo.data.text import visible
 from mixpo.data.tokens import prompt_tokens
+from mixpo.models.folders import read_context
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
 
@@ -16,6 +18,9 @@ from mixpo.models.sampling import sample
 def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
     """Read a user's messages from standard input, print the model's completions."""
     console = Console()
+    context = read_context(folder)
+    if context is not None and max_tokens >= context:
+        raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
     lm = load_policy(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     turns: list[Message] = []
     seed = 0
@@ -27,11 +32,22 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
         if not line:
             turns = []
             continue
+        if not line.isascii() and line != line.encode("utf8", "ignore").decode("utf8"):
+            print("left out: a line that is not UTF-8", file=sys.stderr)
+            continue
         turns.append({"role": "user", "content": line})
         try:
             tokens = prompt_tokens(lm.tokenizer, turns)
         except RowError as error:
             raise InputError(f"{folder}: the dialogue {error.problem}") from error
+        if context is not None and len(tokens) + max_tokens > context:
+            print(
+                f"left out: the dialogue has {len(tokens)} tokens, which with --max-tokens {max_tokens} are more than "
+                f"the model's context of {context}; begin a new one with an empty line",
+                file=sys.stderr,
+            )
+            turns.pop()
+            continue
         drawn = sample(
             lm,
             [tokens],
@@ -43,5 +59,5 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
         )
         seed += 1
         text = lm.read_text(drawn[0].completions[0]).strip()
-        console.print(text, markup=False, highlight=False)
+        console.print(visible(text), markup=False, highlight=False)
         turns.append({"role": "assistant", "content": text})

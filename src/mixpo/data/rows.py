@@ -177,7 +177,7 @@ def _with_system(fields: Mapping[str, object], prompt: Prompt) -> Prompt:
 
 
 def _category(fields: Mapping[str, object]) -> str | None:
-    return None if fields.get("category") is None else _text("category", "", fields["category"])
+    return None if fields.get("category") in NOTHING else _text("category", "", fields["category"])
 
 
 def text_of(fields: Mapping[str, object], field: str) -> str:

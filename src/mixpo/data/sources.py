@@ -237,6 +237,14 @@ def source_identity(path: Path, format: str) -> str:
     return f"{content_digest([path])}{_ending(path)}{_subset_of(path, format) or ''}"
 
 
+def local_path(name: str) -> Path:
+    """The path that a text names, `~` and `~user` written out. Raises `InputError` on a user that is not there."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name}: found no home folder of that user; expected a path; write it out") from error
+
+
 def content_digest(paths: Sequence[Path]) -> str:
     """Digest what files hold, in this order and whatever their names: 16 hex digits of SHA-256."""
     whole = hashlib.sha256()

@@ -83,7 +83,10 @@ def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
 
 
 def check_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """How many prompts hold control tokens, and what becomes of them, a line for each kind; nothing if none do."""
+    """What a person should know of how prompts are read, a line for each kind of thing; nothing if there is none.
+
+    How many hold control tokens and what becomes of them, and roles whose messages the chat template leaves out.
+    """
     codec = _codec(tokenizer)
     started = sum(isinstance(prompt, str) and codec.without_start(prompt) != prompt for prompt in prompts)
     texts = [codec.without_start(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -97,7 +100,23 @@ def check_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
         lines.append(
             f"{len(held)} of {len(prompts)} prompts hold names of control tokens, such as {held[0]!r}, which {fate}"
         )
-    return lines
+    return [*lines, *_check_roles(tokenizer, prompts)]
+
+
+def _check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Roles whose messages a rendered prompt does not hold, looked at in the first prompt that has them."""
+    first: dict[str, list[Message]] = {}
+    for prompt in prompts:
+        for message in prompt if not isinstance(prompt, str) else ():
+            first.setdefault(message["role"], prompt)  # type: ignore[arg-type]
+    return [
+        f"the chat template does not write messages from {role!r} as they are; look at them in a preview"
+        for role, messages in first.items()
+        if any(
+            one["role"] == role and one["content"].strip() not in render(tokenizer, messages, prompt=True)
+            for one in messages
+        )
+    ]
 
 
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
@@ -225,7 +244,8 @@ class _Codec:
             if completion.strip():  # a drawn completion may be empty
                 turn = Message(role="assistant", content=completion)
                 whole = render(self.tokenizer, [*prompt, turn], prompt=False)
-                if whole.startswith(text) and whole.endswith(self.turn.after):
+                around = len(text) + len(self.turn.after)  # a template may leave a message out
+                if len(whole) > around and whole.startswith(text) and whole.endswith(self.turn.after):
                     content = whole[len(text) : len(whole) - len(self.turn.after)]
             bodies.append(content + self.closing)
         return text, bodies

@@ -14,6 +14,7 @@ from mixpo.data.sources import (
     guess_format,
     hub_records,
     is_data_file,
+    local_path,
     read_preference_rows,
     read_records,
 )
@@ -115,7 +116,7 @@ def _first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
         revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
         records = hub_records(dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None)
     else:
-        records = read_records(Path(source).expanduser())
+        records = read_records(local_path(source))
     _, record = next(records, (0, {}))
     return {} if isinstance(record, RowError) else record
 

@@ -82,7 +82,7 @@ class TraceSettings(Settings):
 class Recipe(Settings):
     """A whole experiment."""
 
-    name: str = pydantic.Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: str = pydantic.Field(min_length=1, pattern=r"^[\w-][\w.-]*$")
     arms: tuple[str, ...] = pydantic.Field(min_length=1)
     seeds: tuple[int, ...] = pydantic.Field((0,), min_length=1)
     """Every arm is run once for each; a section's own `seed` stands for all of them."""

@@ -336,6 +336,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         shards = _read_object(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
             raise InputError(f"{folder / name}: found no weight_map of file names; download or save the folder again")
+        elsewhere = [file for file in shards.values() if Path(file).name != file]
+        if elsewhere:
+            raise InputError(f"{folder / name}: found {elsewhere[0]!r}; expected names of files beside it")
         files = [folder / file for file in sorted(set(shards.values()))]
         for file in files:
             if not file.is_file():

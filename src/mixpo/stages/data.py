@@ -26,6 +26,7 @@ from mixpo.data.sources import (
     Check,
     Reading,
     Row,
+    local_path,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
@@ -186,7 +187,7 @@ def _prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
 def _read_preferences(settings: DataSettings, name: str, split: str, check: Check) -> Reading[Preference]:
     assert settings.format != "world"
     if not name.startswith("hub:"):
-        return read_preferences(Path(name).expanduser(), settings.format, check)
+        return read_preferences(local_path(name), settings.format, check)
     dataset, data_dir = hub_parts(name)
     return read_hub_preferences(
         dataset, settings.format, check, split=split, data_dir=data_dir, revision=settings.revision
@@ -195,16 +196,17 @@ def _read_preferences(settings: DataSettings, name: str, split: str, check: Chec
 
 def _read_demonstrations(settings: DataSettings, name: str, check: Check) -> Reading[Demonstration]:
     if not name.startswith("hub:"):
-        return read_demonstrations(Path(name).expanduser(), check)
+        return read_demonstrations(local_path(name), check)
     dataset, data_dir = hub_parts(name)
     return read_hub_demonstrations(dataset, check, split="train", data_dir=data_dir, revision=settings.revision)
 
 
 def hub_parts(name: str) -> tuple[str, str | None]:
     """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set and its folder."""
-    owner, _, rest = name.removeprefix("hub:").partition("/")
-    dataset, _, data_dir = rest.partition("/")
-    return f"{owner}/{dataset}", data_dir or None
+    owner, *rest = name.removeprefix("hub:").split("/", 2)
+    if not owner:
+        raise InputError(f"{name}: found no name; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
+    return "/".join([owner, *rest[:1]]), "".join(rest[1:]) or None
 
 
 def _as_messages(prompt: str) -> Prompt:
@@ -361,10 +363,7 @@ class Data(Stage, DataSettings):
         groups = [settings.train, settings.test, settings.demonstrations]
         groups += [settings.second] if settings.second and settings.second_rows else []
         digests = [
-            [
-                name if name.startswith("hub:") else source_identity(Path(name).expanduser(), settings.format)
-                for name in group
-            ]
+            [name if name.startswith("hub:") else source_identity(local_path(name), settings.format) for name in group]
             for group in groups
         ]
         return {**values, "content": " | ".join(" ".join(group) for group in digests)}

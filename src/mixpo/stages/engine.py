@@ -51,7 +51,7 @@ class Engine:
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage's folder is complete. Raises `InputError` if made with other defaults than today's."""
         folder = self.folder(stage)
-        settings, done = read_settings(folder), (folder / SUMMARY).exists()
+        settings, done = read_settings(folder), (folder / SUMMARY).is_file()
         if settings == stage.model_dump(mode="json"):
             return done
         # a folder's name leaves out defaults, and what does not belong to the identity, such as paths
@@ -71,7 +71,8 @@ class Engine:
         out = self.folder(stage)
         with _alone(self.cache / "locks" / self.identity(stage)):
             if not self.is_done(stage):
-                out.mkdir(parents=True, exist_ok=True)
+                with _writable(out):
+                    out.mkdir(parents=True, exist_ok=True)
                 folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
                 write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 memory.reset_peak()
@@ -89,10 +90,24 @@ class Engine:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Hold a lock between processes; it falls when the process ends, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with _writable(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn what a damaged cache raises into `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: found a place that cannot be written ({error.strerror}); expected a cache that mixpo wrote; "
+            "choose another with cache=PATH"
+        ) from error
 
 
 def in_order(stage: Stage) -> Iterator[Stage]:
@@ -140,7 +155,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     try:
         content: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf8")))
-    except (ValueError, TypeError, RecursionError) as error:
+        content["cost"]["seconds"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: found no readable summary ({type(error).__name__}); expected the one that the stage wrote; "
             "delete the stage's folder and run again"

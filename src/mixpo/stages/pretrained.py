@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.sources import content_digest
+from mixpo.data.sources import content_digest, local_path
 from mixpo.data.templates import bake_arguments
 from mixpo.data.tokens import SPECIAL_TOKENS, parses_special_tokens
 from mixpo.models.folders import ModelFolder, load_tokenizer, load_weights, read_policy_folder, reading
@@ -81,7 +81,7 @@ class Pretrained(Stage, PretrainedSettings):
             return values
         if path.startswith("package:"):
             return {**values, "content": content_digest([resolve_package_file(path)])}
-        local = Path(path).expanduser()
+        local = local_path(path)
         if path.endswith(".gguf"):
             return {**values, "content": content_digest([local])}
         if local.is_dir():
@@ -89,7 +89,7 @@ class Pretrained(Stage, PretrainedSettings):
                 digest = model_digest(local)
             _check_folder(local, digest, values.get("chat_template"), _pairs(values.get("template_arguments") or ()))
             return {**values, "content": digest}
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        if path.startswith((".", "/", "~")) or path.count("/") > 1 or local.is_file():
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
 
@@ -99,13 +99,13 @@ class Pretrained(Stage, PretrainedSettings):
     @property
     def local_folder(self) -> Path | None:
         """The model folder that it copies; None where the model comes from elsewhere."""
-        local = Path(self.path).expanduser()
+        local = local_path(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, after it was tried with a few tokens."""
         device, cost, model = runtime.start(), Cost(), model_in(out)
-        local = Path(self.path).expanduser()
+        local = local_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:
             model.mkdir(exist_ok=True)
@@ -151,10 +151,10 @@ def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -
     if path == "world":
         tokenizer = new_world_model(settings.init_seed)[1]
     elif path.startswith("package:") or path.endswith(".gguf"):
-        file = resolve_package_file(path) if path.startswith("package:") else Path(path).expanduser()
+        file = resolve_package_file(path) if path.startswith("package:") else local_path(path)
         tokenizer = read_gguf_tokenizer(file)
     else:
-        local = Path(path).expanduser()
+        local = local_path(path)
         tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
     _set_template(tokenizer, settings.chat_template, settings.template_arguments)
     tokenizer.init_kwargs[SPECIAL_TOKENS] = special_tokens

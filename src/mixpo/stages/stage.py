@@ -22,7 +22,7 @@ class Stage(exca.helpers.DiscriminatedModel):
     the upstream stages' folders and writes its own; `summary.json`, written last, says that it is complete.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def inputs(self) -> dict[str, "Stage"]:
         """The upstream stages by the name of the field that holds them."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import pydantic
 import torch
@@ -30,7 +30,10 @@ class OptimizerSettings(Settings):
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up, towards a tenth of the peak."""
     weight_decay: float = pydantic.Field(0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Annotated[float, pydantic.Field(ge=0, lt=1)], Annotated[float, pydantic.Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
     max_grad_norm: float = pydantic.Field(1.0, gt=0)
     """Gradients are scaled down to this norm; the norm before it is logged."""
 
