@@ -929,7 +929,8 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.M
     monkeypatch.setattr(scoring, "read_all", lambda *_, **__: found)
     tokenizer = build_tokenizer()
     prompts = [tokenizer.encode(f"Question {n}?") for n in range(3)]
-    with pytest.raises(FloatingPointError, match=rf"^row 3 of 3 has the scores \[1.0, {broken}\].*'Question 2\?'$"):
+    where = rf"found the scores \[1.0, {broken}\] for the prompt that ends with 'Question 2\?'; expected finite"
+    with pytest.raises(InputError, match=where):
         scoring.scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
     found[2, 1] = 2.0
     assert torch.equal(scoring.scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), found)
