@@ -18,10 +18,10 @@ from mixpo.models.sampling import sample
 def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
     """Read a user's messages from standard input, print the model's completions."""
     console = Console()
+    lm = load_policy(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     context = read_context(folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
-    lm = load_policy(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     turns: list[Message] = []
     seed = 0
     while True:
