@@ -21,7 +21,6 @@ from mixpo.data.tokens import (
     check_prompts,
     check_tokenizer,
     completion_text,
-    completion_tokens,
     end_token,
     prompt_tokens,
     tokenize_row,
@@ -158,8 +157,8 @@ def test_a_continuation_gets_no_space_of_its_own(name):
 
 def test_completions_are_cut_to_the_limit_without_an_end():
     tokenizer = family_tokenizer("smollm2")
-    whole = completion_tokens(tokenizer, "The answer is short.", prompt=dialogue("Hi"), limit=99)
-    assert completion_tokens(tokenizer, "The answer is short.", prompt=dialogue("Hi"), limit=4) == whole[:4]
+    whole = tokenize_row(tokenizer, dialogue("Hi"), ["The answer is short."], limit=99)[1][0]
+    assert tokenize_row(tokenizer, dialogue("Hi"), ["The answer is short."], limit=4)[1][0] == whole[:4]
     assert len(whole) > 5
 
 
@@ -168,7 +167,7 @@ def test_text_of_completion_tokens_is_the_completion(name):
     tokenizer = family_tokenizer(name)
     asked = dialogue("Hi") if tokenizer.chat_template else "Hi"
     for content in ("The answer", "a <b>b</b>\n\n  c: 東京", FORGED):
-        tokens = completion_tokens(tokenizer, content, prompt=asked, limit=10**6)
+        tokens = tokenize_row(tokenizer, asked, [content], limit=10**6)[1][0]
         assert as_written(tokenizer, completion_text(tokenizer, tokens)) == as_written(tokenizer, content)
         cut_off = completion_text(tokenizer, tokens[:-1])
         assert as_written(tokenizer, cut_off).strip() == as_written(tokenizer, content)

@@ -40,15 +40,13 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return tokenize_row(tokenizer, prompt, (), limit=0)[0]
 
 
-def completion_tokens(tokenizer: Tokenizer, completion: str, *, prompt: Prompt, limit: int) -> list[int]:
-    """Token ids of a prompt's completion with its end token, cut to `limit` tokens (then without an end token)."""
-    return tokenize_row(tokenizer, prompt, [completion], limit=limit)[1][0]
-
-
 def tokenize_row(
     tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int
 ) -> tuple[list[int], list[list[int]]]:
-    """`prompt_tokens` of a prompt and `completion_tokens` of each of its completions."""
+    """Token ids of a prompt (`prompt_tokens`), and of each of its completions with its end token.
+
+    Completions are cut to `limit` tokens, and then have no end token.
+    """
     return _codec(tokenizer).encode_row(prompt, completions, limit)
 
 

@@ -81,7 +81,7 @@ class ModelFolder:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorHeader:
     """What a weight file says of one tensor."""
 
     dtype: torch.dtype | str
@@ -324,7 +324,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
     """Names, types and shapes of all tensors in a folder's weight files, from their headers."""
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
@@ -343,7 +343,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{folder}: found no {file.name}, which {name} names; download the folder again")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorHeader] = {}
     for file in files:
         with reading(file, "weights that cannot be read", "the file may be torn; download or save the folder again"):
             tensors |= _headers(file)
@@ -352,22 +352,22 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _headers(file: Path) -> dict[str, Tensor]:
+def _headers(file: Path) -> dict[str, TensorHeader]:
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: Tensor(FLOATS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                name: TensorHeader(FLOATS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     state = torch.load(file, map_location="meta", weights_only=True)
     return {
-        name: Tensor(tensor.dtype if tensor.dtype in FLOATS.values() else str(tensor.dtype), tuple(tensor.shape))
+        name: TensorHeader(tensor.dtype if tensor.dtype in FLOATS.values() else str(tensor.dtype), tuple(tensor.shape))
         for name, tensor in state.items()
     }
 
 
-def _common_dtype(folder: Path, tensors: dict[str, Tensor]) -> torch.dtype:
+def _common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.dtype:
     """The type of most weights. Raises `InputError` where one is no floating-point number, or packed."""
     counts: dict[torch.dtype, int] = {}
     for name, tensor in tensors.items():
@@ -383,7 +383,7 @@ def _common_dtype(folder: Path, tensors: dict[str, Tensor]) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _refuse_absurd_sizes(folder: Path, config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
+def _refuse_absurd_sizes(folder: Path, config: PretrainedConfig, tensors: dict[str, TensorHeader]) -> None:
     """Refuse a config of which a model could not even be laid out, before anything is."""
     text = config.get_text_config()
     longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
