@@ -437,11 +437,22 @@ def test_templates_that_cannot_serve_are_refused(name, template, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_never_ends_is_refused(monkeypatch):
-    monkeypatch.setattr(templates, "PROBE_SECONDS", 0.2)
-    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-    with pytest.raises(InputError, match="TimeoutError: it does not end"):
-        check_tokenizer(with_template("smollm2", loops))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "TimeoutError: it does not end"),
+        ("{{ 9**(9**8) }}", "TimeoutError: it does not end"),
+        (
+            "{% if messages | length == 3 %}{% generation %}{{ 9**(9**8) }}{% endgeneration %}{% endif %}",
+            "TimeoutError",
+        ),
+        ("{{ 'x' * 2**32 }}", "MemoryError: it takes more than 1 GiB"),
+    ],
+)
+def test_a_template_that_never_ends_is_refused(monkeypatch, text, message):
+    monkeypatch.setattr(templates, "PROBE_SECONDS", 1)
+    with pytest.raises(InputError, match=message):
+        check_tokenizer(with_template("smollm2", family_tokenizer("smollm2").chat_template + text))
 
 
 def test_an_opened_thinking_block_names_the_argument_that_closes_it():
