@@ -216,6 +216,12 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
         preview(read_source(path, ["data.format=tldr"]))
 
 
+@pytest.mark.parametrize("given", ["''", "['a.jsonl', '']"])
+def test_an_empty_name_of_a_file_is_refused(given: str) -> None:
+    with pytest.raises(InputError, match=r"data\.train: found ''; expected the name of a file or hub:NAME$"):
+        read_recipe("pairs", ["model.path=world", f"data.train={given}"])
+
+
 def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,8 +84,11 @@ class DataSettings(Settings):
 
     @pydantic.field_validator("train", "test", "demonstrations", "second", mode="before")
     @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _one_or_more(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        names = (value,) if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and "" in names:
+            raise InputError(f"data.{info.field_name}: found ''; expected the name of a file or hub:NAME")
+        return names
 
 
 WORLD_ROWS = {"train_rows": 3072, "test_rows": 512, "demonstration_rows": 3072}
