@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = 3
 class Generation(Extension):
     """`{% generation %}` of transformers, which marks what a model says, without the mark."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         """The nodes within."""
