@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.mathematics import forward_flops
 from benchmarks.worker import answer, median_seconds
 from mixpo.data.branches import by_tokens, pack, row_lengths
-from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import OptimizerSettings, make_optimizer, update
@@ -87,10 +87,10 @@ def _updating(
 
     def loss(rows: list[int]) -> Any:
         batch = pack([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
-        return -branch_logprobs(lm, batch).sum(), {}
+        return -lm(batch, "logprobs").sum(), {}
 
     def work() -> None:
-        learn(lm)
+        lm.train()
         update(optimizer, by_tokens(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6)
 
     return work

@@ -14,7 +14,6 @@ from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import end_token
 from mixpo.experiments.preview import preview, read_source
-from mixpo.models.language_model import branch_logprobs, branch_scores
 from mixpo.models.loading import load_policy, load_reward_model, new_reward_model, same_tokens, save_model
 from mixpo.stages.rows import read_table
 
@@ -50,7 +49,7 @@ def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Pat
     lm = load_policy(family_folder(folders, name), device=CPU)
     prompts, completions = rows(lm)
     with torch.no_grad():
-        ours = branch_logprobs(lm, pack(prompts, completions, share_prompt=lm.shares_prompts))
+        ours = lm(pack(prompts, completions, share_prompt=lm.shares_prompts), "logprobs")
     save_model(lm, tmp_path / "saved")
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == (
         load_file(folders / name / "model.safetensors").keys()
@@ -70,12 +69,12 @@ def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_pat
     prompts, completions = rows(lm)
     with torch.no_grad():
         lm.model.score.weight.mul_(20)
-        ours = branch_scores(lm, pack(prompts, completions, share_prompt=lm.shares_prompts)).flatten()
+        ours = lm(pack(prompts, completions, share_prompt=lm.shares_prompts), "scores").flatten()
     saved = tmp_path / "saved"
     save_model(lm, saved)
     again = load_reward_model(saved, device=CPU)
     with torch.no_grad():
-        reloaded = branch_scores(again, pack(prompts, completions, share_prompt=again.shares_prompts)).flatten()
+        reloaded = again(pack(prompts, completions, share_prompt=again.shares_prompts), "scores").flatten()
     torch.testing.assert_close(reloaded, ours, rtol=1e-5, atol=1e-5)
     assert same_tokens(again.tokenizer, load_policy(folders / name, device=CPU).tokenizer)
 

@@ -21,7 +21,6 @@ from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.models import loading
 from mixpo.models.folders import ModelFolder, generation_end_tokens, read_policy_folder
-from mixpo.models.language_model import branch_logprobs, branch_scores
 from mixpo.models.loading import (
     Lora,
     add_lora,
@@ -563,10 +562,10 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
     model.to(dtype).save_pretrained(came)
     size = (came / TENSORS).stat().st_size
     lm = load_policy(came, device=CPU)
-    before = [weight.clone() for weight in lm.model.parameters()]
+    before = [weight.clone() for weight in lm.parameters()]
     save_model(lm, tmp_path / "saved")
-    assert {weight.dtype for weight in lm.model.parameters()} == {torch.float32}, "training goes on in float32"
-    assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters(), strict=True))
+    assert {weight.dtype for weight in lm.parameters()} == {torch.float32}, "training goes on in float32"
+    assert all(torch.equal(a, b) for a, b in zip(before, lm.parameters(), strict=True))
     assert tensor_types(tmp_path / "saved") == {dtype}
     assert (tmp_path / "saved" / TENSORS).stat().st_size == pytest.approx(size, rel=0.02)
     assert json.loads((tmp_path / "saved" / CONFIG).read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -590,11 +589,11 @@ def test_a_saved_bfloat16_reward_model_gives_its_scores_to_rounding(folder: Path
     batch = pack([[5, 6, 7]], [[[8, 9], [10, 11, lm.end_token]]])
     with torch.no_grad():
         lm.model.score.weight.mul_(30)
-        ours = branch_scores(lm, batch)
+        ours = lm(batch, "scores")
     save_model(lm, tmp_path / "saved")
     assert tensor_types(tmp_path / "saved") == {torch.bfloat16}
     with torch.no_grad():
-        again = branch_scores(load_reward_model(tmp_path / "saved", device=CPU), batch)
+        again = load_reward_model(tmp_path / "saved", device=CPU)(batch, "scores")
     torch.testing.assert_close(again, ours, rtol=0.02, atol=0.02)
 
 
@@ -637,7 +636,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     end = lm.end_token
     prompts, completions = [[1, 9, 30, 31], [1, 40]], [[[50, 60, end], [70]], [[80, 81, 82, 83, end], [90, 91]]]
     with torch.no_grad():
-        ours = branch_scores(lm, pack(prompts, completions)).flatten()
+        ours = lm(pack(prompts, completions), "scores").flatten()
     save_model(lm, tmp_path / "saved")
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
@@ -672,5 +671,5 @@ def test_the_embedding_of_the_pad_token_learns(untied: Path) -> None:
     """Transformers' embeddings give their pad token no gradient, and here the pad token ends every turn."""
     lm = load_policy(untied, device=CPU)
     assert lm.model.config.pad_token_id == lm.end_token
-    branch_logprobs(lm, pack([[5, lm.end_token, 7]], [[[8, 9]]])).sum().backward()
+    lm(pack([[5, lm.end_token, 7]], [[[8, 9]]]), "logprobs").sum().backward()
     assert lm.model.get_input_embeddings().weight.grad[lm.end_token].abs().sum() > 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mixpo.data.branches import pack
 from mixpo.models import loading
-from mixpo.models.language_model import LanguageModel, branch_predictions, branch_scores, hidden_states, learn
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import Lora, add_lora, freeze, load_policy, new_reward_model, save_model
 from mixpo.models.sampling import sample
 from mixpo.stages.stage import Stage, model_in
@@ -66,14 +66,14 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     batch = pack(PROMPTS, COMPLETIONS)
     found = []
     for lm in (narrow, wide):
-        learn(lm)
-        logprobs, entropies = branch_predictions(lm, batch)
+        lm.train()
+        logprobs, entropies = lm(batch, "logprobs", "entropies")
         if adapted:
             logprobs.sum().backward()
-        gradients = [p.grad for p in lm.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in lm.parameters() if p.grad is not None]
         assert bool(gradients) == adapted
         drawn = sample(lm, PROMPTS, k=2, max_tokens=6, seed=0)
-        found.append((logprobs, entropies, hidden_states(lm, batch), *gradients, drawn))
+        found.append((logprobs, entropies, lm(batch, "states"), *gradients, drawn))
     assert found[0][-1] == found[1][-1]
     assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
 
@@ -84,13 +84,13 @@ def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> Non
     freeze(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
     with torch.no_grad():
-        assert torch.equal(branch_scores(narrow, batch), branch_scores(wide, batch))
+        assert torch.equal(narrow(batch, "scores"), wide(batch, "scores"))
 
 
 def test_in_float32_nothing_is_narrowed() -> None:
     lm = freeze(tiny_model("llama"))
-    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in lm.model.parameters())
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in lm.parameters())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -107,14 +107,14 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     add_lora(lm, Lora(rank=3, alpha=7.0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in lm.model.parameters():
+        for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     batch, trained = pack(PROMPTS, COMPLETIONS), dict(lm.model.named_parameters())
     with torch.no_grad():
-        before = hidden_states(lm, batch)
+        before = lm(batch, "states")
         save_model(lm, tmp_path / "saved")
-        assert torch.equal(hidden_states(lm, batch), before), "and it can be trained further"
+        assert torch.equal(lm(batch, "states"), before), "and it can be trained further"
     base, saved = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == base.keys() | ({"score.weight"} if kind == "reward" else set())
     for name, weight in base.items():
@@ -208,10 +208,10 @@ def test_dropout_acts_while_learning_alone() -> None:
     torch.manual_seed(0)
     lm, batch = tiny_model("llama"), pack(PROMPTS, COMPLETIONS)
     add_lora(lm, Lora(rank=2, dropout=0.5))
-    for parameter in lm.model.parameters():
+    for parameter in lm.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    learn(lm)
-    assert not torch.equal(branch_predictions(lm, batch)[0], branch_predictions(lm, batch)[0])
+    lm.train()
+    assert not torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
     lm.model.eval()
-    assert torch.equal(branch_predictions(lm, batch)[0], branch_predictions(lm, batch)[0])
+    assert torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))

@@ -25,7 +25,7 @@ from mixpo.data.splits import COMPARED, draw
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.data.world import build_tokenizer
 from mixpo.models import scoring
-from mixpo.models.language_model import LanguageModel, branch_logprobs
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
 from mixpo.models.sampling import Sampled, sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
@@ -322,8 +322,8 @@ def test_value_model_starts_where_it_says(world: World, value_init: str) -> None
     assert learner.value is not None
     assert learner.shared == (value_init == "shared")
     if value_init == "reward":
-        assert torch.equal(learner.value_head.weight, reward.model.score.weight)
-        assert learner.value_head is not reward.model.score
+        assert torch.equal(learner.value.model.score.weight, reward.model.score.weight)
+        assert learner.value.model.score is not reward.model.score
     assert (world.build(stage) / "model").exists()
 
 
@@ -576,12 +576,12 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     anchored = sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
     assert [row["log_x_chosen"], row["log_x_rejected"]] == pytest.approx((before - anchored).tolist(), abs=1e-4)
     batch = pack(prompts, completions)
-    chosen, rejected = branch_logprobs(lm, batch).sum(dim=-1)[0]
+    chosen, rejected = lm(batch, "logprobs").sum(dim=-1)[0]
     loss = dpo_loss(chosen[None], rejected[None], anchored[:1], anchored[1:], beta=0.1)
     loss.sum().backward()
     rate, weight = 1e-4, 0.1 * float(torch.sigmoid(-0.1 * ((chosen - rejected).detach() - (anchored[0] - anchored[1]))))
     with torch.no_grad():
-        for parameter in lm.model.parameters():
+        for parameter in lm.parameters():
             if parameter.grad is not None:
                 parameter -= rate * parameter.grad
     moved = sequence_logprobs(lm, prompts, completions, token_budget=4096)[0] - before

@@ -11,7 +11,7 @@ This module alone decides where a completion starts, where it ends and where its
 never from padding ids.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -66,60 +66,96 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **tensors)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Completions:
+    """k completions of each prompt, padded on the right: the layout of everything that has a number a token."""
+
+    tokens: Int[Tensor, "prompts k tokens"]
+    mask: Bool[Tensor, "prompts k tokens"]
+    """True for a completion's tokens, its end token included."""
+
+    @classmethod
+    def from_lists(cls, completions: Sequence[Sequence[Tokens]]) -> "Completions":
+        """Pad lists of tokens. Raises ValueError if the prompts do not all have the same number of completions."""
+        k = len(completions[0])
+        if any(len(branches) != k for branches in completions):
+            counts = sorted({*map(len, completions)})
+            raise ValueError(f"every prompt needs the same number of completions; found {counts}")
+        lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
+        mask = torch.arange(int(lengths.max())) < lengths[..., None]
+        tokens = torch.zeros(mask.shape, dtype=torch.long)
+        tokens[mask] = torch.tensor([token for branches in completions for c in branches for token in c])
+        return cls(tokens, mask)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Int[Tensor, "prompts k"]:
+        """Tokens of each completion."""
+        return self.mask.sum(dim=-1)
+
+    def select(self, rows: Sequence[int]) -> "Completions":
+        """Take the completions of some prompts, as wide as the longest of them."""
+        longest = int(self.lengths[list(rows)].max())
+        return Completions(self.tokens[list(rows), :, :longest], self.mask[list(rows), :, :longest])
+
+
 def pack(
-    prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, share_prompt: bool = True
+    prompts: Sequence[Tokens],
+    completions: Completions | Sequence[Sequence[Tokens]],
+    rows: Sequence[int] | None = None,
+    *,
+    share_prompt: bool = True,
 ) -> BranchBatch:
-    """Lay out prompts and their completions (k for each, none empty) as a branch batch.
+    """Lay out prompts and their completions (k for each, none empty) as a branch batch; `rows` takes some of them.
 
     With `share_prompt=False` every completion has a row and a copy of the prompt of its own: the layout for models
     whose attention is not ours to choose (state-space layers). What is computed from the batch is the same.
     """
-    k = len(completions[0])
-    if any(len(branches) != k for branches in completions):
-        raise ValueError(f"every prompt needs the same number of completions; found {sorted({*map(len, completions)})}")
-    if any(len(prompt) == 0 for prompt in prompts) or any(len(c) == 0 for branches in completions for c in branches):
-        raise ValueError("a prompt or a completion without tokens cannot be predicted or scored")
-    pairs = list(zip(prompts, completions, strict=True))
-    if share_prompt:
-        spans = tuple(Span(len(prompt), tuple(map(len, branches))) for prompt, branches in pairs)
-        length, rows = sum(row_lengths(prompts, completions)), 1
+    rows = range(len(prompts)) if rows is None else rows
+    if isinstance(completions, Completions):
+        chosen = completions.select(rows)
     else:
-        spans = ()
-        length, rows = max(len(prompt) + max(map(len, branches)) for prompt, branches in pairs), len(prompts) * k
-    longest = max(len(c) for branches in completions for c in branches)
-    input_ids = torch.zeros(rows * length, dtype=torch.long)
-    position_ids = torch.arange(length).repeat(rows)
-    source = torch.zeros(len(prompts) * k, longest, dtype=torch.long)
-    last = []
-    place = tokens = 0
-    for row, (prompt, completion) in enumerate((prompt, c) for prompt, branches in pairs for c in branches):
-        if not share_prompt or row % k == 0:
-            place = place if share_prompt else row * length
-            prompt_end = place + len(prompt)
-            input_ids[place:prompt_end] = torch.as_tensor(prompt)
-            position_ids[place:prompt_end] = torch.arange(len(prompt))
-            place, tokens = prompt_end, tokens + len(prompt)
-        end = place + len(completion)
-        input_ids[place:end] = torch.as_tensor(completion)
-        position_ids[place:end] = torch.arange(len(prompt), len(prompt) + len(completion))
-        source[row, : len(completion)] = torch.arange(place - 1, end - 1)
-        source[row, 0] = prompt_end - 1
-        last.append(end - 1)
-        place, tokens = end, tokens + len(completion)
+        chosen = Completions.from_lists([completions[row] for row in rows])
+    count, k, longest = chosen.mask.shape
+    sizes = chosen.lengths
+    prompt_sizes = torch.tensor([len(prompts[row]) for row in rows])
+    if not prompt_sizes.all() or not sizes.all():
+        raise ValueError("a prompt or a completion without tokens cannot be predicted or scored")
+    if share_prompt:
+        pieces = torch.cat([prompt_sizes[:, None], sizes], dim=1)
+        starts = (pieces.flatten().cumsum(0) - pieces.flatten()).view_as(pieces)
+        prompt_starts, completion_starts = starts[:, :1], starts[:, 1:]
+        height, width = 1, int(pieces.sum())
+    else:
+        height, width = count * k, int((prompt_sizes[:, None] + sizes).max())
+        prompt_starts = (torch.arange(count * k) * width).view(count, k)
+        completion_starts = prompt_starts + prompt_sizes[:, None]
+    input_ids = torch.zeros(height * width, dtype=torch.long)
+    position_ids = torch.arange(width).repeat(height)
 
-    lengths = torch.tensor([[len(c) for c in branches] for branches in completions])
-    padded = torch.zeros(len(prompts), k, longest, dtype=torch.long)
-    mask = torch.arange(longest) < lengths[..., None]
-    padded[mask] = torch.tensor([token for branches in completions for c in branches for token in c])
+    copies = prompt_starts.shape[1]
+    places, real = padded_places(prompt_starts.flatten(), prompt_sizes.repeat_interleave(copies))
+    input_ids[places[real]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
+    position_ids[places[real]] = torch.arange(places.shape[1]).expand_as(places)[real]
+
+    within = torch.arange(longest)
+    places = completion_starts[..., None] + within
+    input_ids[places[chosen.mask]] = chosen.tokens[chosen.mask]
+    position_ids[places[chosen.mask]] = (prompt_sizes[:, None, None] + within).expand_as(places)[chosen.mask]
+    source = places - 1
+    source[..., 0] = prompt_starts + prompt_sizes[:, None] - 1
+    spans = zip(prompt_sizes.tolist(), sizes.tolist(), strict=True)
     return BranchBatch(
-        input_ids=input_ids.view(rows, length),
-        position_ids=position_ids.view(rows, length),
-        completions=padded,
-        mask=mask,
-        source=source.view(len(prompts), k, longest),
-        last=torch.tensor(last).view(len(prompts), k),
-        tokens=tokens,
-        spans=spans,
+        input_ids=input_ids.view(height, width),
+        position_ids=position_ids.view(height, width),
+        completions=chosen.tokens,
+        mask=chosen.mask,
+        source=source.masked_fill(~chosen.mask, 0),
+        last=completion_starts + sizes - 1,
+        tokens=copies * int(prompt_sizes.sum()) + int(sizes.sum()),
+        spans=tuple(Span(prompt, tuple(branches)) for prompt, branches in spans) if share_prompt else (),
     )
 
 
@@ -142,6 +178,21 @@ class PromptBatch:
     def to(self, device: torch.device) -> "PromptBatch":
         """The same batch on another device."""
         return _to(self, device)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One new token a row, whose prompt and earlier tokens are in a cache."""
+
+    input_ids: Int[Tensor, "rows 1"]
+    position_ids: Int[Tensor, "rows 1"]
+    lengths: list[int]
+    """Tokens of each row, the new one included."""
+
+    @property
+    def last(self) -> Int[Tensor, " rows"]:
+        """Where each row's new token stands."""
+        return torch.arange(len(self.lengths), device=self.input_ids.device)
 
 
 def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> PromptBatch:
@@ -188,6 +239,10 @@ def by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = False) -> I
         yield batch
 
 
-def row_lengths(prompts: Iterable[Tokens], completions: Iterable[Sequence[Tokens]]) -> list[int]:
-    """Tokens in the row of each prompt: the prompt and all its completions."""
-    return [len(prompt) + sum(map(len, branches)) for prompt, branches in zip(prompts, completions, strict=True)]
+def row_lengths(prompts: Sequence[Tokens], completions: Completions | Sequence[Sequence[Tokens]]) -> list[int]:
+    """Count the tokens in the row of each prompt: the prompt and all its completions."""
+    if isinstance(completions, Completions):
+        sizes = completions.lengths.sum(dim=1).tolist()
+    else:
+        sizes = [sum(map(len, branches)) for branches in completions]
+    return [len(prompt) + size for prompt, size in zip(prompts, sizes, strict=True)]

@@ -41,9 +41,6 @@ from mixpo.models.folders import (
 from mixpo.models.language_model import (
     LanguageModel,
     Precision,
-    branch_logprobs,
-    branch_scores,
-    hidden_states,
     matrix_modules,
 )
 from mixpo.models.reward_heads import choose_pad_token, classifier_class, score_head
@@ -357,22 +354,22 @@ def _check(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[T
     shared = pack(prompts, completions).to(lm.device)
     alone = pack(prompts, completions, share_prompt=False).to(lm.device)
     states, logits = expected
-    hidden = hidden_states(lm, alone)
+    hidden = lm(alone, "states")
     if not _close(hidden[alone.last][0, 1], states[-1]):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose attention is not a softmax of scaled products (capped, "
             "perhaps, or with sinks); expected plain attention; this architecture is not supported"
         )
-    lm.shares_prompts = _close(hidden_states(lm, shared)[shared.last], hidden[alone.last])
+    lm.shares_prompts = _close(lm(shared, "states")[shared.last], hidden[alone.last])
     if lm.model.get_output_embeddings() is None:
         score_head(lm.model, folder)
-        if not _close(branch_scores(lm, alone)[0, 1], logits[0]):
+        if not _close(lm(alone, "scores")[0, 1], logits[0]):
             raise InputError(
                 f"{folder}: found a {type(lm.model).__name__} whose score is not a linear map of the last token's "
                 "hidden state; expected a plain head; this architecture is not supported"
             )
         return
-    logprobs = branch_logprobs(lm, alone)[0, 1, :4]
+    logprobs = lm(alone, "logprobs")[0, 1, :4]
     plain = logits[4:8].log_softmax(dim=-1).gather(1, torch.tensor(tokens[8:12], device=lm.device)[:, None])[:, 0]
     if not _close(logprobs, plain):
         raise InputError(
@@ -381,7 +378,7 @@ def _check(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[T
         )
     drawn = sample(lm, prompts, k=2, max_tokens=4, seed=0)
     batch = pack(prompts, [one.completions for one in drawn], share_prompt=lm.shares_prompts).to(lm.device)
-    for again, one in zip(branch_logprobs(lm, batch).cpu(), drawn, strict=True):
+    for again, one in zip(lm(batch, "logprobs").cpu(), drawn, strict=True):
         for row, kept in zip(again, one.logprobs, strict=True):
             if not _close(row[: len(kept)], torch.tensor(kept)):
                 raise InputError(

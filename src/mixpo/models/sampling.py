@@ -28,10 +28,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from mixpo.data.branches import by_tokens, pack_prompts
+from mixpo.data.branches import TokenBatch, by_tokens, pack_prompts
 from mixpo.data.errors import InputError
-from mixpo.models.attention import decoding
-from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, by_layer_type, hidden_states, row_slices
+from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, row_slices
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
@@ -217,7 +216,7 @@ def sample(
     """
     occurrences = count_occurrences(prompts) if occurrences is None else occurrences
     sampled: list[Sampled | None] = [None] * len(prompts)
-    lm.model.eval()
+    lm.eval()
     lengths = [len(prompt) + max_tokens for prompt in prompts]
     choose = _make_chooser(lm, temperature=temperature, top_p=top_p, top_k=top_k)
     with lm.autocast():
@@ -269,12 +268,11 @@ def _sample_batch(
 ) -> list[Sampled]:
     device = lm.device
     count, k, max_tokens = keys.shape
-    head = lm.model.get_output_embeddings()
     end_tokens = torch.tensor(sorted(lm.end_tokens), device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
     shared = _Rows(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
-    logits = head(_prefill(lm, prompts, k, shared, cache) * lm.logit_scale)
+    logits = _prefill(lm, prompts, k, shared, cache)
     keys = keys.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
@@ -297,15 +295,8 @@ def _sample_batch(
                 layer.take(kept)
         position = lengths[active] + step
         shared.held, shared.ends = max(prompted) + step, (torch.arange(len(active), device=device), position)
-        with decoding([length + step + 1 for length in prompted], device):
-            hidden = lm.model.base_model(
-                input_ids=tokens[:, None],
-                position_ids=position[:, None],
-                attention_mask=_decoding_masks(lm, position[:, None], shared.held + 1),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, 0]
-        logits = head(hidden * lm.logit_scale)
+        batch = TokenBatch(tokens[:, None], position[:, None], [length + step + 1 for length in prompted])
+        logits = lm(batch, "logits", cache=cache)
 
     if bool(logprobs_out.isnan().any()):
         raise InputError(
@@ -324,24 +315,13 @@ def _sample_batch(
 
 def _prefill(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], k: int, shared: _Rows, cache: Cache
-) -> Float[Tensor, "rows width"]:
-    """Fill the cache with every prompt; the hidden state at its last token, once a completion."""
+) -> Float[Tensor, "rows vocabulary"]:
+    """Fill the cache with every prompt, and compute the logits of the first token, a row a completion."""
     found, order = [], []
     for part in by_tokens([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
         batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)
         rows = torch.tensor([row * k + branch for row in part for branch in range(k)], device=lm.device)
         shared.portion = (rows, batch.places.repeat_interleave(k, dim=0))
-        found.append(hidden_states(lm, batch, cache=cache)[batch.last].repeat_interleave(k, dim=0))
+        found.append(lm(batch, "logits", cache=cache).repeat_interleave(k, dim=0))
         order.append(rows)
     return torch.cat(found)[torch.cat(order).argsort()]
-
-
-def _decoding_masks(lm: LanguageModel, position: Int[Tensor, "rows 1"], seen: int) -> Tensor | dict[str, Tensor]:
-    """The mask of one new token a row over `seen` keys, with the model's sliding window where it has one."""
-    distance = position - torch.arange(seen, device=position.device)
-
-    def attends(window: int | None = None) -> Tensor:
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return visible[:, None, None]
-
-    return by_layer_type(lm.model, attends)

@@ -1,6 +1,6 @@
 """Whole sets of completions through a frozen model: sequence log-probs and scores, in portions of like length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_length
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores, hidden_states
+from mixpo.models.language_model import LanguageModel, Output
 from mixpo.models.loading import same_tokens
 
 Completions = Sequence[Sequence[Tokens]]
@@ -30,16 +30,16 @@ def read_all(
     lm: LanguageModel,
     prompts: Sequence[Tokens],
     completions: Completions,
-    read: Callable[[BranchBatch], Tensor],
+    output: Output,
     *,
     token_budget: int,
 ) -> Float[Tensor, "prompts k *rest"]:
-    """What `read` finds for every completion, on the CPU; token axes are padded with 0 to the longest completion."""
+    """Compute an output of the model for every completion, on the CPU; token axes are padded with 0."""
     longest = max(len(c) for branches in completions for c in branches)
     result: Tensor | None = None
-    lm.model.eval()
+    lm.eval()
     for rows, batch in portions(lm, prompts, completions, token_budget):
-        found = read(batch).cpu()
+        found = lm(batch, output).cpu()
         if result is None:
             width = (longest,) if found.ndim == 3 else ()
             result = torch.zeros(len(prompts), found.shape[1], *width)
@@ -56,7 +56,7 @@ def token_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
     """Log-prob of every completion token in nats, 0 behind a completion's end."""
-    return read_all(lm, prompts, completions, lambda batch: branch_logprobs(lm, batch), token_budget=token_budget)
+    return read_all(lm, prompts, completions, "logprobs", token_budget=token_budget)
 
 
 def sequence_logprobs(
@@ -70,9 +70,7 @@ def scores(
     reward: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
     """The reward model's score of every completion. Raises `InputError` if one is not a finite number."""
-    found = read_all(
-        reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget
-    )
+    found = read_all(reward, prompts, completions, "scores", token_budget=token_budget)
     if broken := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
         start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
@@ -90,9 +88,9 @@ def last_states(
     """The hidden state at the last token of every completion, which a reward model's head reads; on the CPU."""
     width = lm.model.config.get_text_config().hidden_size
     states = torch.zeros(len(prompts), len(completions[0]), width)
-    lm.model.eval()
+    lm.eval()
     for rows, batch in portions(lm, prompts, completions, token_budget):
-        states[rows] = hidden_states(lm, batch)[batch.last].float().cpu()
+        states[rows] = lm(batch, "states")[batch.last].float().cpu()
     return states
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.splits import COMPARED, draw
-from mixpo.models.language_model import LanguageModel, branch_logprobs
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import Lora, add_lora, freeze, load_policy, model_digest, save_model
 from mixpo.models.sampling import sample
 from mixpo.models.scoring import sequence_logprobs
@@ -64,9 +64,9 @@ class DPO(Stage, DPOSettings):
         reference = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
         if self.lora:
             add_lora(lm, self.lora)
-        optimizer = make_optimizer(lm.model.parameters(), self)
+        optimizer = make_optimizer(lm.parameters(), self)
         checkpoint = Checkpoint(
-            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
+            out, {"model": Trainable(lm), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
         )
         first, spent = checkpoint.resume()
         trim_jsonl(out / "samples.jsonl", first)
@@ -74,7 +74,7 @@ class DPO(Stage, DPOSettings):
         log, total = Metrics(out, resumed_at=first), steps_of(len(pairs.prompts), self)
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs = branch_logprobs(lm, batch)
+            logprobs = lm(batch, "logprobs")
             cost.trained(lm.model, batch.tokens)
             chosen, rejected = logprobs.sum(dim=-1).unbind(dim=1)
             chosen_reference, rejected_reference = reference[rows].to(device).unbind(dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack
 from mixpo.data.splits import COMPARED, draw
-from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import freeze, load_policy
 from mixpo.models.scoring import sequence_logprobs
 from mixpo.settings import Settings
@@ -82,11 +82,11 @@ class Gradients(Stage):
 
 def _gradients(lm: LanguageModel, prompt: list[int], branches: list[list[int]]) -> tuple[list[float], list[Tensor]]:
     """The log-prob of each completion, and its gradient over all weights as one vector."""
-    learn(lm)
-    parameters = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    lm.train()
+    parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     logprobs, gradients = [], []
     for completion in branches:
-        logprob = branch_logprobs(lm, pack([prompt], [[completion]]).to(lm.device)).sum()
+        logprob = lm(pack([prompt], [[completion]]).to(lm.device), "logprobs").sum()
         logprobs.append(float(logprob.detach()))
         found = torch.autograd.grad(logprob, parameters)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))

@@ -32,7 +32,7 @@ from mixpo.data.branches import by_tokens, pack, row_lengths
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import prompt_tokens
-from mixpo.models.language_model import LanguageModel, branch_predictions, branch_values, hidden_states, learn
+from mixpo.models.language_model import LanguageModel, Output
 from mixpo.models.loading import (
     Lora,
     add_lora,
@@ -209,12 +209,11 @@ class Rollout:
 
 @dataclass
 class Learner:
-    """What learns: the policy, and with `gae` a value head on its own model or on the policy's."""
+    """What learns: the policy, and with `gae` a value model, which may be the policy itself with a second head."""
 
     policy: LanguageModel
     policy_optimizer: torch.optim.Optimizer
     value: LanguageModel | None
-    value_head: nn.Module | None
     value_optimizer: torch.optim.Optimizer | None
     kl_coef: float
     multiplier: float = 1.0
@@ -365,17 +364,15 @@ def _learner(
     device: torch.device,
 ) -> Learner:
     value: LanguageModel | None = None
-    head: nn.Module | None = None
     if stage.advantage == "gae":
         if stage.value_init == "shared":
             value = policy
-            width = policy.model.config.get_text_config().hidden_size
-            head = nn.Linear(width, 1).to(device)
+            head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(device)
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+            policy.value_head = head
         elif stage.value_init == "policy":
             value = new_reward_model(policy_folder, seed=stage.seed, device=device, precision=stage.precision)
-            head = value.model.score
         else:
             if not same_tokens(reward.tokenizer, policy.tokenizer):
                 raise InputError(
@@ -383,28 +380,22 @@ def _learner(
                     "expected the same tokens in both; set ppo.value_init: policy"
                 )
             value = load_reward_model(reward_folder, device=device, precision=stage.precision)
-            head = value.model.score
         if value is not policy and stage.lora:
             add_lora(value, stage.lora)
-    trained = list(policy.model.parameters())
     value_optimizer = None
-    if value is policy and head is not None:
-        trained += list(head.parameters())
-    elif value is not None:
+    if value is not None and value is not policy:
         value_settings = stage.model_copy(update={"learning_rate": stage.value_learning_rate})
-        value_optimizer = make_optimizer(value.model.parameters(), value_settings)
-    return Learner(policy, make_optimizer(trained, stage), value, head, value_optimizer, stage.kl_coef)
+        value_optimizer = make_optimizer(value.parameters(), value_settings)
+    return Learner(policy, make_optimizer(policy.parameters(), stage), value, value_optimizer, stage.kl_coef)
 
 
 def _parts(learner: Learner) -> dict[str, Stateful]:
     parts: dict[str, Stateful] = {
-        "policy": Trainable(learner.policy.model),
+        "policy": Trainable(learner.policy),
         "policy_optimizer": learner.policy_optimizer,
     }
-    if learner.shared and learner.value_head is not None:
-        parts["value_head"] = Trainable(learner.value_head)
-    elif learner.value is not None and learner.value_optimizer is not None:
-        parts |= {"value": Trainable(learner.value.model), "value_optimizer": learner.value_optimizer}
+    if learner.value is not None and learner.value_optimizer is not None:
+        parts |= {"value": Trainable(learner.value), "value_optimizer": learner.value_optimizer}
     return parts
 
 
@@ -496,16 +487,9 @@ def _with_advantages(
     if stage.advantage != "gae":
         compare = rloo_advantages if stage.advantage == "rloo" else grpo_advantages
         return Rollout(drawn, compare(rewards.sum(dim=-1))[..., None] * drawn.mask, None, None)
-    value, head = learner.value, learner.value_head
+    value = learner.value
     assert value is not None
-    assert head is not None
-    values = read_all(
-        value,
-        drawn.prompts,
-        drawn.completions,
-        lambda batch: branch_values(value, batch, head),
-        token_budget=runtime.microbatch_tokens,
-    )
+    values = read_all(value, drawn.prompts, drawn.completions, "values", token_budget=runtime.microbatch_tokens)
     cost.scored(value.model, drawn.tokens)
     advantages = generalized_advantages(
         rewards.flatten(0, 1),
@@ -640,12 +624,14 @@ def _policy_step(
     *,
     warming: bool,
 ) -> dict[str, float]:
-    lm, head = learner.policy, learner.value_head
+    lm = learner.policy
 
     def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
         batch = _pack(lm, rollout.drawn, chosen)
-        hidden = hidden_states(lm, batch)
-        logprobs, entropy = branch_predictions(lm, batch, hidden)
+        outputs: tuple[Output, ...] = (
+            ("logprobs", "entropies", "values") if learner.shared else ("logprobs", "entropies")
+        )
+        logprobs, entropy, *values = lm(batch, *outputs, detach_values=warming)
         (cost.scored if warming else cost.trained)(lm.model, batch.tokens)
         kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.drawn.logprobs, rollout.advantages))
         mask, number = batch.mask, batch.mask.sum()
@@ -660,15 +646,14 @@ def _policy_step(
                 "ratio": (((logprobs - kept).exp() * mask).sum(), number),
                 "clip_fraction": (clip_fraction(*flat, clip=stage.clip) * number, number),
             }
-        if learner.shared and head is not None:
-            read = hidden.detach() if warming else hidden
-            value_summed = _value_losses(stage, branch_values(lm, batch, head, read), rollout, chosen, mask)
+        if learner.shared:
+            value_summed = _value_losses(stage, values[0], rollout, chosen, mask)
             metrics["value_loss"] = (value_summed.detach(), number)
             value_summed = stage.shared_value_coef * value_summed
             summed = value_summed if warming else summed + value_summed
         return summed, metrics
 
-    learn(lm)
+    lm.train()
     return update(
         learner.policy_optimizer,
         _portions(rollout.drawn, rows, runtime),
@@ -682,17 +667,16 @@ def _policy_step(
 def _value_step(
     stage: PPOSettings, learner: Learner, rollout: Rollout, rows: list[int], rate: float, runtime: Runtime, cost: Cost
 ) -> dict[str, float]:
-    lm, head, optimizer = learner.value, learner.value_head, learner.value_optimizer
+    lm, optimizer = learner.value, learner.value_optimizer
     assert lm is not None
-    assert head is not None
     assert optimizer is not None
 
     def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
         batch = _pack(lm, rollout.drawn, chosen)
         cost.trained(lm.model, batch.tokens)
-        return _value_losses(stage, branch_values(lm, batch, head), rollout, chosen, batch.mask), {}
+        return _value_losses(stage, lm(batch, "values"), rollout, chosen, batch.mask), {}
 
-    learn(lm)
+    lm.train()
     return update(
         optimizer,
         _portions(rollout.drawn, rows, runtime),

@@ -14,7 +14,6 @@ from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_
 from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import hold_out
-from mixpo.models.language_model import branch_scores
 from mixpo.models.loading import Lora, add_lora, freeze, load_reward_model, new_reward_model, save_model
 from mixpo.models.scoring import last_states, scores
 from mixpo.stages.rows import read_pairs, write_table
@@ -76,9 +75,9 @@ class RewardModel(Stage, RewardModelSettings):
             remedy="add pairs with other prompts to the train rows (those of a second reward model: raise "
             "data.second_rows)",
         )
-        optimizer = make_optimizer(lm.model.parameters(), self)
+        optimizer = make_optimizer(lm.parameters(), self)
         checkpoint = Checkpoint(
-            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
+            out, {"model": Trainable(lm), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
         )
         first, spent = checkpoint.resume()
         cost.resume(spent)
@@ -90,7 +89,7 @@ class RewardModel(Stage, RewardModelSettings):
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            chosen, rejected = branch_scores(lm, batch).unbind(dim=1)
+            chosen, rejected = lm(batch, "scores").unbind(dim=1)
             cost.trained(lm.model, batch.tokens)
             number = torch.tensor(len(rows))
             metrics = {

@@ -10,7 +10,6 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch
 from mixpo.data.sources import read_demonstration_rows
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.language_model import branch_logprobs
 from mixpo.models.loading import Lora, add_lora, load_policy, save_model
 from mixpo.stages.rows import note_truncated
 from mixpo.stages.stage import Seeded, Stage, finish, model_in
@@ -53,16 +52,16 @@ class SFT(Stage, SFTSettings):
         prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
         note_truncated("demonstrations", truncated, len(rows), self.max_completion_tokens)
-        optimizer = make_optimizer(lm.model.parameters(), self)
+        optimizer = make_optimizer(lm.parameters(), self)
         checkpoint = Checkpoint(
-            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
+            out, {"model": Trainable(lm), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
         )
         first, spent = checkpoint.resume()
         cost.resume(spent)
         log, total = Metrics(out, resumed_at=first), steps_of(len(rows), self)
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs = branch_logprobs(lm, batch)
+            logprobs = lm(batch, "logprobs")
             cost.trained(lm.model, batch.tokens)
             return -logprobs.sum(), {}
 

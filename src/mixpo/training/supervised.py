@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
-from mixpo.models.language_model import LanguageModel, learn
+from mixpo.models.language_model import LanguageModel
 from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, remedies, update
 
 
@@ -66,7 +66,7 @@ def supervised(
                 )
                 yield batch.to(lm.device), chosen
 
-        learn(lm)
+        lm.train()
         try:
             metrics = update(
                 optimizer,
