@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
 from benchmarks.worker import answer, median_seconds
-from mixpo.data.branches import by_tokens, pack, row_lengths
+from mixpo.data.branches import pack, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample
 from mixpo.training.runtime import Runtime
@@ -65,7 +65,7 @@ AXES: dict[str, list[Point]] = {
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of an update on every completion's log-probs, or of a call that samples them."""
     point = Point(**spec["point"])
-    device = Runtime().start()
+    device = Runtime().start().device
     torch.manual_seed(0)
     model = LlamaForCausalLM(point.config()).to(device)
     lm = LanguageModel(model, None, end_token=-1, shares_prompts=True, precision=point.precision)  # type: ignore[arg-type]
@@ -91,7 +91,9 @@ def _updating(
 
     def work() -> None:
         lm.train()
-        update(optimizer, by_tokens(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6)
+        update(
+            optimizer, split_into_microbatches(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6
+        )
 
     return work
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.data.branches import BranchBatch, by_tokens, pack, pack_prompts
+from mixpo.data.branches import BranchBatch, pack, pack_prompts, split_into_microbatches
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
 from mixpo.models.language_model import LanguageModel, _TokenLogprobs
 from mixpo.models.loading import Lora, add_lora
 from mixpo.models.sampling import sample
-from models import ARCHITECTURES, plain_logprobs, tiny
+from models import ARCHITECTURES, Row, plain_logprobs, rows_of_sample, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 COMPLETIONS = [
@@ -179,7 +179,7 @@ def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
 @settings(max_examples=50, deadline=None)
 def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
     for padded in (False, True):
-        parts = list(by_tokens(lengths, budget, padded=padded))
+        parts = list(split_into_microbatches(lengths, budget, padded=padded))
         assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
         for part in parts:
             sizes = [lengths[row] for row in part]
@@ -208,8 +208,8 @@ def test_kept_logprobs_equal_plain_forward_passes(
         dropped.append(len(layer.keys) - len(rows))
         take(layer, rows)
 
-    def draw() -> list[sampling.Sampled]:
-        return sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
+    def draw() -> list[Row]:
+        return rows_of_sample(sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
 
     monkeypatch.setattr(sampling._Preallocated, "take", taking)
     lm.end_tokens = frozenset()
@@ -240,10 +240,9 @@ def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family
     monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", len(PROMPTS[0]) + 1)
     read = []
     monkeypatch.setattr(sampling, "pack_prompts", lambda prompts, **how: read.append(1) or pack_prompts(prompts, **how))
-    for one, other in zip(sample(lm, PROMPTS, k=2, max_tokens=8, seed=3), whole, strict=True):
-        assert one.completions == other.completions
-        for found, expected in zip(one.logprobs, other.logprobs, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    in_portions = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
+    assert torch.equal(in_portions.tokens, whole.tokens)
+    torch.testing.assert_close(in_portions.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
     assert len(read) > 1
 
 

@@ -5,13 +5,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mixpo.cli import main as cli
+from mixpo.data.branches import Completions
 from mixpo.data.world import build_tokenizer
 from mixpo.models.loading import load_policy, new_world_model
 
@@ -36,7 +36,7 @@ def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
 
         def sample(lm: Any, tokens: list[list[int]], **settings: Any) -> Any:
             prompts.append(tokenizer.decode(tokens[0]))
-            return [SimpleNamespace(completions=[[*tokenizer.encode(answer), tokenizer.eos_token_id]])]
+            return Completions.from_lists([[[*tokenizer.encode(answer), tokenizer.eos_token_id]]])
 
         stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8", errors="surrogateescape")
         monkeypatch.setattr(sys, "stdin", stdin)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from mixpo.stages import ppo
-from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
 from mixpo.training.health import loss_alarms, mean_of_last, policy_alarms, reward_model_alarms
 from mixpo.training.step import OptimizerSettings, remedies
 
@@ -85,7 +84,7 @@ def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: f
 )
 def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor: str) -> None:
     """kl_target and kl_budget change kl_coef themselves."""
-    found = ppo._remedies(PPOSettings(**settings, missing_end_penalty=2.0))
+    found = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
     assert found.keys() == {*HEALTHY}
     assert all(found[name].startswith(anchor) for name in found.keys() - {"end_rate"})
     assert found["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
@@ -105,7 +104,7 @@ def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor:
     ],
 )
 def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dict[str, float], expected: str) -> None:
-    assert ppo._against_divergence(PPOSettings(**settings), list(range(11)), step) == expected
+    assert suggest_against_divergence(PPOSettings(**settings), list(range(11)), step) == expected
 
 
 @pytest.mark.parametrize(

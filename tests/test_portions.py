@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from mixpo.models.samplers import LocalSampler
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
-from mixpo.training import portions as portions_module
 from mixpo.training.portions import Portions
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
@@ -64,8 +64,9 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
         folder = tmp_path / str(budget)
         folder.mkdir()
         portions = Portions(folder, Cost())
-        rows = portions.draw(lm, prompts, k=1, max_tokens=8, token_budget=budget, seed=0)
-        drawn.append([tuple(row.completions[0]) for row in rows])
+        sampler = LocalSampler(cache_tokens=budget)
+        completions, _ = portions.sample(sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0)
+        drawn.append([tuple(branches[0]) for branches in completions])
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == len(prompts)
     assert len((tmp_path / "1" / "portions.jsonl").read_text().splitlines()) == len(prompts)
@@ -119,13 +120,13 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     stage = stages(tiny)[kind]()
     folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
     drawn: list[list[list[int]]] = []
-    original = portions_module.sample
+    original = LocalSampler.draw
 
-    def sampling(lm: Any, prompts: list[list[int]], **how: Any) -> Any:
+    def sampling(sampler: LocalSampler, prompts: list[list[int]], **how: Any) -> Any:
         drawn.append(prompts)
-        return original(lm, prompts, **how)
+        return original(sampler, prompts, **how)
 
-    monkeypatch.setattr(portions_module, "sample", sampling)
+    monkeypatch.setattr(LocalSampler, "draw", sampling)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -147,7 +148,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     kept = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
     drawn.clear()
     stage.work(stage.paths(folders), killed, SMALL)
-    assert drawn == unbroken[sum(line["name"] == "drawn" for line in kept) :], "only what is missing is drawn"
+    assert drawn == unbroken[sum(line["name"] == "sampled" for line in kept) :], "only what is missing is drawn"
     assert not (killed / "portions.jsonl").exists()
     for file in whole.glob("*.parquet"):
         assert read_table(file) == read_table(killed / file.name)

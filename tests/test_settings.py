@@ -3,7 +3,6 @@
 And where a setting must not act, as the runtime's, the same numbers come out to rounding.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,15 @@ from mixpo import Pretrained
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import _sections
 from mixpo.models.loading import load_policy, model_digest
+from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
-from mixpo.stages import ppo as ppo_module
-from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.ppo import count_updates
+from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_in
-from mixpo.training.record import Metrics
+from mixpo.training.record import read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, learning_rate
-from models import plain_logprobs
+from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
     except (InputError, Diverged, ValueError) as error:
         return str(error)
     rows = {file.name: read_table(file) for file in out.glob("*.parquet")}
-    lines = [{k: v for k, v in row.items() if k not in TIMES} for row in Metrics(out, resumed_at=10**6).rows()]
+    lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
     samples = out / "samples.jsonl"
     drawn = samples.read_text() if samples.exists() else ""
     return rows, lines, drawn, model_digest(model_in(out)) if model_in(out).exists() else None
@@ -238,7 +238,7 @@ def test_the_same_settings_give_the_same(tiny: TinyWorld, section: str) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return Metrics(folder, resumed_at=10**6).rows()
+    return read_metrics(folder)
 
 
 RUNTIMES = {
@@ -253,20 +253,17 @@ RUNTIMES = {
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "samples", "evaluation"])
 def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Completions are drawn once, by the first run, since rounding may draw others; all runs read the same ones."""
-    drawn: dict[Any, Any] = {}
+    drawn: dict[Any, Row] = {}
+    draw = LocalSampler.draw
 
-    def once(sample: Callable[..., Any]) -> Callable[..., Any]:
-        def sampling(lm: Any, prompts: Any, **how: Any) -> Any:
-            missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in drawn]
-            if missing:
-                for prompt, completions in zip(missing, sample(lm, missing, **how), strict=True):
-                    drawn[how["seed"], *prompt] = completions
-            return [drawn[how["seed"], *prompt] for prompt in prompts]
+    def draw_once(sampler: LocalSampler, prompts: Any, **how: Any) -> Any:
+        missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in drawn]
+        if missing:
+            for prompt, row in zip(missing, rows_of_sample(draw(sampler, missing, **how)), strict=True):
+                drawn[how["seed"], *prompt] = row
+        return sample_of_rows([drawn[how["seed"], *prompt] for prompt in prompts], sampler.policy.end_tokens)
 
-        return sampling
-
-    for module in ("stages.ppo", "stages.dpo", "training.portions"):
-        monkeypatch.setattr(f"mixpo.{module}.sample", once(importlib.import_module(f"mixpo.{module}").sample))
+    monkeypatch.setattr(LocalSampler, "draw", draw_once)
     settings = {"evaluation": {}, "samples": {}}.get(kind, {"epochs": 2})
     runs = [tiny.run(getattr(tiny, kind)(**settings))]
     runs += [tiny.run(getattr(tiny, kind)(**settings), TINY_RUNTIME.model_copy(update=u)) for u in RUNTIMES.values()]
@@ -343,7 +340,7 @@ def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> Non
 def test_optimizer_steps_of_iterations(
     prompts: int, iterations: int, settings: dict[str, int], expected: list[int]
 ) -> None:
-    assert ppo_module._count_updates(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
+    assert count_updates(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
 
 
 def test_a_revision_is_the_commit_that_is_asked_for(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mixpo import SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Selection
 from mixpo.algorithms.preference import dpo_loss
-from mixpo.data.branches import pack
+from mixpo.data.branches import Completions, pack
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Preference
 from mixpo.data.sources import write_rows
@@ -27,7 +27,8 @@ from mixpo.data.world import build_tokenizer
 from mixpo.models import scoring
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
-from mixpo.models.sampling import Sampled, sample
+from mixpo.models.samplers import LocalSampler
+from mixpo.models.sampling import SampledCompletions, sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import evaluation as evaluation_module
@@ -36,14 +37,15 @@ from mixpo.stages import samples as samples_module
 from mixpo.stages.engine import in_order, read_settings, read_summary
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
-from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.ppo_models import make_actor_critic
+from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table, unique_prompts, write_table
 from mixpo.stages.stage import Snapshot, Stage, model_in
-from mixpo.training import portions as portions_module
 from mixpo.training.checkpoint import Trainable
-from mixpo.training.record import Metrics, watcher
+from mixpo.training.record import Metrics, read_metrics, watcher
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
+from models import Row, sample_of_rows
 from worlds import LIMIT, RUNTIME, SHORT, TINY_LIMIT, TINY_RUNTIME, TinyWorld, World
 
 CPU = torch.device("cpu")
@@ -161,12 +163,13 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
     def scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
         return torch.tensor([[0.25, 0.5]]).repeat(len(prompts), 1)
 
-    def draw(lm: Any, prompts: list[Any], **_: Any) -> list[Sampled]:
+    def draw(sampler: LocalSampler, prompts: list[Any], **_: Any) -> SampledCompletions:
         """The same twice for every third prompt."""
-        return [Sampled([[5, 6], [5, 6 + (n % 3 > 0)]], [[-1.0, -1.0]] * 2) for n in range(len(prompts))]
+        rows = [Row([[5, 6], [5, 6 + (n % 3 > 0)]], [[-1.0, -1.0]] * 2) for n in range(len(prompts))]
+        return sample_of_rows(rows, ())
 
     monkeypatch.setattr(samples_module, "scores", scores)
-    monkeypatch.setattr(portions_module, "sample", draw)
+    monkeypatch.setattr(LocalSampler, "draw", draw)
     world.samples.work(world.samples.paths(folders), tmp_path, RUNTIME)
     rows = read_table(tmp_path / "pairs.parquet")
     same = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
@@ -233,7 +236,7 @@ def test_dpo_with_lora_starts_at_its_reference_and_moves(world: World) -> None:
 def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> None:
     def first_losses(**settings: Any) -> float:
         stage = world.reward.model_copy(update={"learning_rate": 1e-6, "center_coef": 0.0, **settings})
-        rows = Metrics(world.build(stage), resumed_at=10**6).rows()
+        rows = read_metrics(world.build(stage))
         return sum(row["loss"] for row in rows[:4]) / 4
 
     fitted = first_losses(head="fitted")
@@ -265,8 +268,8 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(
 ) -> None:
     """The score here is for short completions, which a few iterations learn with room to spare on any processor."""
 
-    def shortness(reward: Any, prompts: Any, completions: list[list[list[int]]], **_: Any) -> torch.Tensor:
-        return torch.tensor([[2.0 - len(completion) / 8 for completion in branches] for branches in completions])
+    def shortness(reward: Any, prompts: Any, completions: Completions, **_: Any) -> torch.Tensor:
+        return 2.0 - completions.lengths / 8
 
     monkeypatch.setattr(ppo_module, "scores", shortness)
     group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
@@ -318,9 +321,9 @@ def test_value_model_starts_where_it_says(world: World, value_init: str) -> None
     folders = {name: world.build(source) for name, source in stage.inputs().items()}
     policy = load_policy(model_in(folders["policy"]), device=CPU)
     reward = load_reward_model(model_in(folders["reward"]), device=CPU)
-    learner = ppo_module._learner(stage, policy, model_in(folders["policy"]), reward, model_in(folders["reward"]), CPU)
+    learner = make_actor_critic(stage, folders, policy, reward)
     assert learner.value is not None
-    assert learner.shared == (value_init == "shared")
+    assert learner.shares_model == (value_init == "shared")
     if value_init == "reward":
         assert torch.equal(learner.value.model.score.weight, reward.model.score.weight)
         assert learner.value.model.score is not reward.model.score
@@ -337,11 +340,8 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     reference = load_policy(model_in(world.build(world.sft)), device=CPU)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
     drawn = sample(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
-    completions = [row.completions for row in drawn]
-    difference = sum(sum(sum(kept) for kept in row.logprobs) for row in drawn) - float(
-        sequence_logprobs(reference, prompts, completions, token_budget=4096).sum()
-    )
-    assert difference / sum(len(c) for branches in completions for c in branches) < 0.3, "the last policy within max_kl"
+    difference = drawn.logprobs.sum() - sequence_logprobs(reference, prompts, drawn, token_budget=4096).sum()
+    assert difference / drawn.mask.sum() < 0.3, "the last policy within max_kl"
     assert not world.engine.is_done(stage)
 
 
@@ -444,10 +444,8 @@ def evaluation(world: World, policy: Stage | Snapshot, **settings: Any) -> Evalu
 
 def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = world.build(evaluation(world, world.sft))
-    record = list[list[Sampled]]()
-    monkeypatch.setattr(
-        portions_module, "sample", lambda *given, **how: record.append(sample(*given, **how)) or record[-1]
-    )
+    record, draw = list[SampledCompletions](), LocalSampler.draw
+    monkeypatch.setattr(LocalSampler, "draw", lambda *args, **how: record.append(draw(*args, **how)) or record[-1])
     best = world.build(evaluation(world, world.sft, best_of=8))
     summary = read_summary(best)
     assert summary["score"]["mean"] > read_summary(one)["score"]["mean"] + 0.1
@@ -457,7 +455,7 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
     reward = load_reward_model(model_in(world.build(world.reward)), device=CPU)
     rows = read_table(best / "completions.parquet")
     prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows]
-    drawn = [row.completions for row in record[0]]
+    drawn = record[0].to_lists()
 
     def assert_best(kept: list[dict[str, Any]], found: torch.Tensor) -> None:
         """The highest score is that of what was kept; rounding may choose between two that score alike."""
@@ -471,7 +469,7 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
     other = world.reward.model_copy(update={"center_coef": 1.0})
     chosen_by_other = world.build(evaluation(world, world.sft, best_of=8, chooser=other))
     kept = read_table(chosen_by_other / "completions.parquet")
-    drawn = [row.completions for row in record[1]]
+    drawn = record[1].to_lists()
     other_model = load_reward_model(model_in(world.build(other)), device=CPU)
     assert_best(kept, scores(other_model, prompts, drawn, token_budget=4096))
     assert [row["completion"] for row in kept] != [row["completion"] for row in rows]

@@ -16,7 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.results import evaluation, load
 from mixpo.experiments.run import run
-from mixpo.training.runtime import Runtime, cores
+from mixpo.training.runtime import Runtime, count_cores
 from watching import Watching
 
 TINY = [
@@ -132,7 +132,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_workers_are_a_number_or_one_a_core() -> None:
-    assert Runtime(device="cpu", workers="cores").workers == cores()
+    assert Runtime(device="cpu", workers="cores").workers == count_cores()
     with pytest.raises(InputError, match=r"runtime\.workers: found 'core'; expected a number of at least 1, or cores$"):
         read_recipe("world", ["runtime.workers=core"])
     with pytest.raises(InputError, match=r"runtime\.workers: found 0;"):

@@ -48,7 +48,7 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             )
             turns.pop()
             continue
-        drawn = sample(
+        sampled = sample(
             lm,
             [tokens],
             k=1,
@@ -58,6 +58,6 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             top_k=int(not temperature),
         )
         seed += 1
-        text = lm.read_text(drawn[0].completions[0]).strip()
+        text = lm.read_text(sampled.to_lists()[0][0]).strip()
         console.print(visible(text), markup=False, highlight=False)
         turns.append({"role": "assistant", "content": text})

@@ -13,7 +13,7 @@ never from padding ids.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -95,15 +95,36 @@ class Completions:
         """Tokens of each completion."""
         return self.mask.sum(dim=-1)
 
+    def to_lists(self) -> list[list[list[int]]]:
+        """The completions without padding."""
+        return unpad(self.tokens, self.mask)
+
     def select(self, rows: Sequence[int]) -> "Completions":
         """Take the completions of some prompts, as wide as the longest of them."""
         longest = int(self.lengths[list(rows)].max())
         return Completions(self.tokens[list(rows), :, :longest], self.mask[list(rows), :, :longest])
 
 
+AnyCompletions = Completions | Sequence[Sequence[Tokens]]
+"""Padded tensors, as they are sampled, or lists, as they are read from rows."""
+
+
+def select_completions(completions: AnyCompletions, rows: Sequence[int]) -> AnyCompletions:
+    """Take the completions of some prompts."""
+    if isinstance(completions, Completions):
+        return completions.select(rows)
+    return [completions[row] for row in rows]
+
+
+def unpad(values: Tensor, mask: Bool[Tensor, "prompts k tokens"]) -> list[list[list[Any]]]:
+    """The values [prompts, k, tokens] of each completion as lists, without padding."""
+    rows = zip(values.tolist(), mask.sum(dim=-1).tolist(), strict=True)
+    return [[row[:length] for row, length in zip(*branches, strict=True)] for branches in rows]
+
+
 def pack(
     prompts: Sequence[Tokens],
-    completions: Completions | Sequence[Sequence[Tokens]],
+    completions: AnyCompletions,
     rows: Sequence[int] | None = None,
     *,
     share_prompt: bool = True,
@@ -114,10 +135,8 @@ def pack(
     whose attention is not ours to choose (state-space layers). What is computed from the batch is the same.
     """
     rows = range(len(prompts)) if rows is None else rows
-    if isinstance(completions, Completions):
-        chosen = completions.select(rows)
-    else:
-        chosen = Completions.from_lists([completions[row] for row in rows])
+    selected = select_completions(completions, rows)
+    chosen = selected if isinstance(selected, Completions) else Completions.from_lists(selected)
     count, k, longest = chosen.mask.shape
     sizes = chosen.lengths
     prompt_sizes = torch.tensor([len(prompts[row]) for row in rows])
@@ -221,7 +240,7 @@ def padded_places(
     return (starts[:, None] + within) * real, real
 
 
-def by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:
+def split_into_microbatches(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:
     """Split rows into microbatches of at most `budget` tokens, padded to the longest or not; a longer row stands alone.
 
     Rows of like length go together. Yields lists of row numbers; every row is in exactly one.
@@ -239,7 +258,7 @@ def by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = False) -> I
         yield batch
 
 
-def row_lengths(prompts: Sequence[Tokens], completions: Completions | Sequence[Sequence[Tokens]]) -> list[int]:
+def row_lengths(prompts: Sequence[Tokens], completions: AnyCompletions) -> list[int]:
     """Count the tokens in the row of each prompt: the prompt and all its completions."""
     if isinstance(completions, Completions):
         sizes = completions.lengths.sum(dim=1).tolist()

@@ -14,7 +14,7 @@ from mixpo.experiments.setup import Setup
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.ppo import PPO
-from mixpo.stages.stage import Snapshot, Stage
+from mixpo.stages.stage import PolicyStage, Snapshot
 
 MEASURED = {"dpo-easy": dpo_easy, "dpo-hard": dpo_hard, "dpo": dpo}
 """The DPO models of which gradients are measured."""
@@ -106,7 +106,7 @@ def _traced_run(arm: str, setup: Setup) -> ArmRun:
     made = ARMS[arm](setup)
     if not isinstance(made, PPO):
         raise InputError(f"trace.arms: found {arm!r}, which ends with {type(made).__name__}; expected one with PPO")
-    passed: list[Stage | Snapshot] = [made.policy]
+    passed: list[PolicyStage | Snapshot] = [made.policy]
     passed += [Snapshot(stage=made, number=number + 1) for number in range(made.snapshots)]
     return ArmRun(arm, setup.seed, setup.evaluation(made), trace=tuple(setup.evaluation(policy) for policy in passed))
 

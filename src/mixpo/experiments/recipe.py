@@ -21,7 +21,7 @@ from mixpo.stages.dpo import DPOSettings
 from mixpo.stages.evaluation import EvaluationSettings
 from mixpo.stages.gradients import GradientsSettings
 from mixpo.stages.label_noise import LabelNoiseSettings
-from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.pretrained import PretrainedSettings
 from mixpo.stages.reward_model import RewardModelSettings
 from mixpo.stages.samples import SamplesSettings

@@ -16,7 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.stages.engine import Engine, read_summary
 from mixpo.stages.stage import Stage
 from mixpo.training.record import Watcher, watcher
-from mixpo.training.runtime import cores
+from mixpo.training.runtime import count_cores
 from mixpo.training.step import Diverged
 
 
@@ -107,7 +107,7 @@ class _Beside:
     def __init__(self, engine: Engine) -> None:
         runtime = engine.runtime
         self.count = runtime.workers
-        threads = runtime.threads or max(1, cores() // self.count)
+        threads = runtime.threads or max(1, count_cores() // self.count)
         self.engine = Engine(engine.cache, runtime.model_copy(update={"threads": threads}))
         self.processes: dict[Connection, SpawnProcess] = {}
         self.busy: dict[Connection, tuple[Stage, StageDisplay]] = {}

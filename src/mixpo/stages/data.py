@@ -41,7 +41,7 @@ from mixpo.data.tokens import check_rows, check_tokenizer, prompt_tokens
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
-from mixpo.stages.stage import Part, Stage, finish, model_in
+from mixpo.stages.stage import DataStage, Part, PolicyStage, finish, model_in
 from mixpo.training.record import Cost, append_jsonl, watcher
 from mixpo.training.runtime import Runtime
 
@@ -352,10 +352,12 @@ def facts(figures: Mapping[str, Any]) -> list[str]:
     return [*lines, *figures["tokenizer"]]
 
 
-class Data(Stage, DataSettings):
+class Data(DataStage, DataSettings):
     """Writes `train.parquet`, `test.parquet` (preferences), `demonstrations.parquet` and `bad_rows.jsonl`."""
 
-    base: Stage
+    parts = ("train", "second")
+
+    base: PolicyStage
     """Its tokenizer measures the prompts."""
     content: str = ""
     """What the rows depend on: what the files hold and what is read from their paths; found out here."""

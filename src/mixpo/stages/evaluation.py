@@ -19,7 +19,7 @@ from mixpo.data.world import true_reward
 from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages.rows import read_table, unique_prompts, write_table
-from mixpo.stages.stage import Seeded, Snapshot, Stage, finish, model_in
+from mixpo.stages.stage import DataStage, PolicyStage, RewardStage, Seeded, Snapshot, Stage, finish, model_in
 from mixpo.training.portions import Portions
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
@@ -40,21 +40,21 @@ class EvaluationSettings(Seeded):
 class Evaluation(Stage, EvaluationSettings):
     """Writes `completions.parquet`, a row a prompt, and the means with their 95% intervals over prompts."""
 
-    policy: Stage | Snapshot
-    sft: Stage
+    policy: PolicyStage | Snapshot
+    sft: PolicyStage
     """The KL is measured from it, whatever the policy was anchored to."""
-    reward: Stage
-    second: Stage | None = None
+    reward: RewardStage
+    second: RewardStage | None = None
     """A reward model trained on other pairs, which nothing was optimised for."""
-    data: Stage
+    data: DataStage
     best_of: int = pydantic.Field(1, ge=1)
     """Draw so many completions a prompt and keep the one with the highest score; SFT only."""
-    chooser: Stage | None = None
+    chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample, score, measure."""
-        device, cost = runtime.start(), Cost()
+        device, cost = runtime.start().device, Cost()
         policy_folder, sft_folder = model_in(inputs["policy"]), model_in(inputs["sft"])
         lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
         asked = unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
@@ -66,20 +66,20 @@ class Evaluation(Stage, EvaluationSettings):
                 "the KL is known; evaluate the policy with best_of=1"
             )
         portions, budget = Portions(out, cost), runtime.microbatch_tokens
-        drawn = portions.draw(
+        completions, sampled_logprobs = portions.sample(
+            runtime.make_sampler(),
             lm,
             prompts,
             k=self.best_of,
             max_tokens=self.max_completion_tokens,
             seed=self.seed,
-            token_budget=runtime.sampling_tokens,
+            portion_tokens=runtime.sampling_tokens,
         )
-        completions = [row.completions for row in drawn]
 
         def scored(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
             reward = freeze(load_reward_model(model_in(reward_folder), device=device, precision=self.precision))
             read = retokenised(reward, lm, asked, prompts, completions)
-            return portions.read(name, scores, reward, *read, token_budget=budget)
+            return portions.score(name, scores, reward, *read, token_budget=budget)
 
         chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
         judged = scored("chooser", chooser)
@@ -90,9 +90,9 @@ class Evaluation(Stage, EvaluationSettings):
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
         else:
-            logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
+            logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
             sft = freeze(load_policy(sft_folder, device=device, precision=self.precision))
-            read = portions.read("sft", sequence_logprobs, sft, prompts, completions, token_budget=budget)
+            read = portions.score("sft", sequence_logprobs, sft, prompts, completions, token_budget=budget)
             kl = logprobs - read[:, 0]
 
         texts = [lm.read_text(branches[0]) for branches in completions]

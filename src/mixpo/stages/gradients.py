@@ -15,9 +15,9 @@ from mixpo.models.loading import freeze, load_policy
 from mixpo.models.scoring import sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import Part, Stage, finish, model_in
+from mixpo.stages.stage import Part, PolicyStage, Stage, finish, model_in
 from mixpo.training.portions import Portions
-from mixpo.training.record import Cost, progress
+from mixpo.training.record import Cost, report_progress
 from mixpo.training.runtime import Runtime
 
 
@@ -37,9 +37,9 @@ class Gradients(Stage):
     log-probs: what a small step does to both is their combination.
     """
 
-    policy: Stage
+    policy: PolicyStage
     """The DPO model."""
-    reference: Stage
+    reference: PolicyStage
     pairs: Part
     beta: float
     count: int = pydantic.Field(ge=1)
@@ -48,14 +48,14 @@ class Gradients(Stage):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Measure pair by pair."""
-        device, cost = runtime.start(), Cost()
+        device, cost = runtime.start().device, Cost()
         lm = load_policy(model_in(inputs["policy"]), device=device)
         reference = freeze(load_policy(model_in(inputs["reference"]), device=device))
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         drawn = draw(range(len(pairs.prompts)), self.count, COMPARED)
         prompts, completions = [pairs.prompts[row] for row in drawn], [pairs.completions[row] for row in drawn]
         portions, budget = Portions(out, cost), runtime.microbatch_tokens
-        anchored = portions.read("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
+        anchored = portions.score("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
 
         def measure(row: int) -> dict[str, float]:
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompts[row], completions[row])
@@ -73,7 +73,7 @@ class Gradients(Stage):
             }
 
         single = [[row] for row in range(len(prompts))]
-        advance = progress(len(prompts))
+        advance = report_progress(len(prompts))
         rows = portions.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
         write_table(out / "gradients.parquet", rows)
         finish(out, cost, pairs=len(rows))

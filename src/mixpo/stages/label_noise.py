@@ -26,6 +26,8 @@ class LabelNoiseSettings(Settings):
 class LabelNoise(Stage, LabelNoiseSettings):
     """Writes `train.parquet`: all pairs in their order, chosen and rejected exchanged in the share that is flipped."""
 
+    parts = ("train",)
+
     pairs: Part
 
     @property

@@ -27,7 +27,7 @@ from mixpo.models.loading import (
     resolve_package_file,
 )
 from mixpo.settings import Settings
-from mixpo.stages.stage import Stage, finish, model_in
+from mixpo.stages.stage import PolicyStage, finish, model_in
 from mixpo.training.record import Cost, watcher
 from mixpo.training.runtime import Runtime
 
@@ -63,7 +63,7 @@ def _pairs(arguments: Any) -> Any:
     return tuple(sorted(arguments.items())) if isinstance(arguments, Mapping) else arguments
 
 
-class Pretrained(Stage, PretrainedSettings):
+class Pretrained(PolicyStage, PretrainedSettings):
     """A model folder to start from. A local folder is copied, so that it can be moved or trained further."""
 
     special_tokens: Literal["text", "parse"] = "text"
@@ -104,7 +104,7 @@ class Pretrained(Stage, PretrainedSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, after it was tried with a few tokens."""
-        device, cost, model = runtime.start(), Cost(), model_in(out)
+        device, cost, model = runtime.start().device, Cost(), model_in(out)
         local = local_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:

@@ -17,13 +17,12 @@ from mixpo.data.splits import hold_out
 from mixpo.models.loading import Lora, add_lora, freeze, load_reward_model, new_reward_model, save_model
 from mixpo.models.scoring import last_states, scores
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, Seeded, finish, model_in
 from mixpo.training.health import mean_of_last, reward_model_alarms, tell
-from mixpo.training.record import Cost, Metrics
+from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, make_optimizer
-from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+from mixpo.training.step import Sums
+from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 GAP_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Bins of the paper's Figure 2 (left edges; the last is open)."""
@@ -49,18 +48,19 @@ class RewardModelSettings(Seeded, SupervisedSettings):
     lora: Lora | None = None
 
 
-class RewardModel(Stage, RewardModelSettings):
+class RewardModel(RewardStage, RewardModelSettings):
     """Minimises equation 1 of the paper on the scores, each read at its completion's last token."""
 
-    policy: Stage
+    policy: PolicyStage
     """Whose weights it starts from."""
     pairs: Part
-    data: Stage
+    data: DataStage
     """Its test pairs are scored at the end."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, and the scores of validation and test pairs."""
-        device, cost = runtime.start(), Cost()
+        processes, cost = runtime.start(), Cost()
+        device = processes.device
         torch.manual_seed(self.seed)
         lm = new_reward_model(model_in(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
         if self.lora:
@@ -75,22 +75,25 @@ class RewardModel(Stage, RewardModelSettings):
             remedy="add pairs with other prompts to the train rows (those of a second reward model: raise "
             "data.second_rows)",
         )
-        optimizer = make_optimizer(lm.parameters(), self)
-        checkpoint = Checkpoint(
-            out, {"model": Trainable(lm), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
-        )
-        first, spent = checkpoint.resume()
-        cost.resume(spent)
-        log, total = Metrics(out, resumed_at=first), steps_of(len(train), self)
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
-        if self.head == "fitted" and first == 0:
+        training = SupervisedTraining(
+            lm,
+            prompts,
+            completions,
+            settings=self,
+            seed=self.seed,
+            out=out,
+            cost=cost,
+            runtime=runtime,
+            processes=processes,
+        )
+        if self.head == "fitted" and training.first_step == 0:
             states = last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
             cost.scored(lm.model, sum(row_lengths(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             chosen, rejected = lm(batch, "scores").unbind(dim=1)
-            cost.trained(lm.model, batch.tokens)
             number = torch.tensor(len(rows))
             metrics = {
                 "accuracy": ((chosen > rejected).sum(), number),
@@ -102,20 +105,8 @@ class RewardModel(Stage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for step, metrics in supervised(
-            lm,
-            optimizer,
-            prompts,
-            completions,
-            loss,
-            count=len,
-            settings=self,
-            seed=self.seed,
-            first_step=first,
-            microbatch_tokens=runtime.microbatch_tokens,
-        ):
-            log.add(step, total, metrics)
-            checkpoint.maybe_write(step + 1, cost.counts())
+        for _ in training.steps(loss, count=len):
+            pass
 
         digest = save_model(lm, model_in(out))
         saved = freeze(load_reward_model(model_in(out), device=device, precision=self.precision))
@@ -133,7 +124,7 @@ class RewardModel(Stage, RewardModelSettings):
             judged[name] = _judge(found)
         judged["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = judged["test"]["accuracy"], judged["test"]["accuracy_interval"]
-        train_accuracy = mean_of_last(log.rows(), "accuracy")
+        train_accuracy = mean_of_last(training.metrics.rows(), "accuracy")
         finish(
             out,
             cost,
@@ -141,11 +132,11 @@ class RewardModel(Stage, RewardModelSettings):
             pairs=len(train),
             truncated=pairs.truncated,
             identical=pairs.identical,
-            steps=total,
+            steps=training.total_steps,
             alarms=tell(reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
             **judged,
         )
-        checkpoint.remove()
+        training.checkpoint.remove()
 
 
 def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:

@@ -12,13 +12,12 @@ from mixpo.data.sources import read_demonstration_rows
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.loading import Lora, add_lora, load_policy, save_model
 from mixpo.stages.rows import note_truncated
-from mixpo.stages.stage import Seeded, Stage, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Trainable
+from mixpo.stages.stage import DataStage, PolicyStage, Seeded, finish, model_in
 from mixpo.training.health import loss_alarms, mean_of_last, tell
-from mixpo.training.record import Cost, Metrics
+from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, make_optimizer, remedies
-from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+from mixpo.training.step import Sums, remedies
+from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
 class SFTSettings(Seeded, SupervisedSettings):
@@ -32,17 +31,17 @@ class SFTSettings(Seeded, SupervisedSettings):
     lora: Lora | None = None
 
 
-class SFT(Stage, SFTSettings):
+class SFT(PolicyStage, SFTSettings):
     """Minimises the mean negative log-likelihood of a batch's completion tokens, end tokens included."""
 
-    base: Stage
-    data: Stage
+    base: PolicyStage
+    data: DataStage
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`."""
-        device, cost = runtime.start(), Cost()
+        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_in(inputs["base"]), device=device, precision=self.precision)
+        lm = load_policy(model_in(inputs["base"]), device=processes.device, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
         rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
@@ -52,35 +51,25 @@ class SFT(Stage, SFTSettings):
         prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
         note_truncated("demonstrations", truncated, len(rows), self.max_completion_tokens)
-        optimizer = make_optimizer(lm.parameters(), self)
-        checkpoint = Checkpoint(
-            out, {"model": Trainable(lm), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
-        )
-        first, spent = checkpoint.resume()
-        cost.resume(spent)
-        log, total = Metrics(out, resumed_at=first), steps_of(len(rows), self)
-
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs = lm(batch, "logprobs")
-            cost.trained(lm.model, batch.tokens)
-            return -logprobs.sum(), {}
-
-        for step, metrics in supervised(
+        training = SupervisedTraining(
             lm,
-            optimizer,
             prompts,
             completions,
-            loss,
-            count=lambda rows: sum(len(completions[row][0]) for row in rows),
             settings=self,
             seed=self.seed,
-            first_step=first,
-            microbatch_tokens=runtime.microbatch_tokens,
-        ):
-            log.add(step, total, metrics)
-            checkpoint.maybe_write(step + 1, cost.counts())
+            out=out,
+            cost=cost,
+            runtime=runtime,
+            processes=processes,
+        )
 
-        digest, log_rows = save_model(lm, model_in(out)), log.rows()
+        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            return -lm(batch, "logprobs").sum(), {}
+
+        for _ in training.steps(loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
+            pass
+
+        digest, metrics, total = save_model(lm, model_in(out)), training.metrics.rows(), training.total_steps
         tips = remedies(total - 1, total=total, settings=self, precision=self.precision)
         finish(
             out,
@@ -88,8 +77,8 @@ class SFT(Stage, SFTSettings):
             model=digest,
             rows=len(rows),
             steps=total,
-            alarms=tell(loss_alarms(log_rows, tips)),
-            loss=mean_of_last(log_rows, "loss"),
+            alarms=tell(loss_alarms(metrics, tips)),
+            loss=mean_of_last(metrics, "loss"),
             truncated=truncated,
         )
-        checkpoint.remove()
+        training.checkpoint.remove()

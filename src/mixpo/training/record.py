@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import matrix_modules
 from mixpo.training import memory
+from mixpo.training.parallel import Processes
 
 
 class Watcher(Protocol):
@@ -36,8 +37,8 @@ class _Nobody:
 watcher: ContextVar[Watcher] = ContextVar("watcher", default=_Nobody())  # noqa: B039
 
 
-def progress(total: int) -> Callable[[int], None]:
-    """Something to call with the number of things just done, which tells the watcher how many of `total` are."""
+def report_progress(total: int) -> Callable[[int], None]:
+    """Return a function that adds to the number of things done and tells the watcher, out of `total`."""
     done = 0
 
     def advance(count: int) -> None:
@@ -71,12 +72,15 @@ def _finite(value: Any) -> Any:
 class Metrics:
     """`metrics.jsonl`: one line a step. Lines of steps that a resumed stage will take again are dropped."""
 
-    def __init__(self, folder: Path, *, resumed_at: int) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int, processes: Processes) -> None:
         self.path = folder / "metrics.jsonl"
+        self.processes = processes
         trim_jsonl(self.path, resumed_at)
 
     def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step (counted from 0) and tell the watcher."""
+        if not self.processes.is_main:
+            return
         with self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
         watcher.get().step(step + 1, total, metrics)
@@ -173,6 +177,11 @@ def read_jsonl(path: Path) -> list[Any]:
                 "delete the stage's folder to compute it again"
             ) from error
     return rows
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of every step of a stage."""
+    return read_jsonl(folder / "metrics.jsonl")
 
 
 def trim_jsonl(path: Path, step: int) -> None:
