@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mixpo.data.branches import BranchBatch, pack, pack_prompts, split_into_microbatches
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
+from mixpo.models.adapters import Lora, add_lora
 from mixpo.models.language_model import LanguageModel, _TokenLogprobs
-from mixpo.models.loading import Lora, add_lora
 from mixpo.models.sampling import sample
 from models import ARCHITECTURES, Row, plain_logprobs, rows_of_sample, tiny
 

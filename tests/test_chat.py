@@ -13,7 +13,8 @@ import torch
 from mixpo.cli import main as cli
 from mixpo.data.branches import Completions
 from mixpo.data.world import build_tokenizer
-from mixpo.models.loading import load_policy, new_world_model
+from mixpo.models.loading import load_policy
+from mixpo.models.sources import new_world_model
 
 Talk = Callable[..., tuple[str, str, list[str]]]
 

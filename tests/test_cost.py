@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
+from mixpo.models.adapters import Lora, add_lora
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import Lora, add_lora
 from mixpo.training.record import Cost, count_weights
 from models import END, tiny
 

@@ -14,7 +14,9 @@ from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import end_token
 from mixpo.experiments.preview import preview, read_source
-from mixpo.models.loading import load_policy, load_reward_model, new_reward_model, same_tokens, save_model
+from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.saving import save_model
+from mixpo.models.tokenizers import same_tokens
 from mixpo.stages.rows import read_table
 
 CPU = torch.device("cpu")

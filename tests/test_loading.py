@@ -20,16 +20,11 @@ from mixpo.cli import main as cli
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.models import loading
+from mixpo.models.adapters import Lora, add_lora
 from mixpo.models.folders import ModelFolder, generation_end_tokens, read_policy_folder
-from mixpo.models.loading import (
-    Lora,
-    add_lora,
-    load_policy,
-    load_reward_model,
-    new_reward_model,
-    same_tokens,
-    save_model,
-)
+from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.saving import save_model
+from mixpo.models.tokenizers import same_tokens
 from mixpo.stages import pretrained
 from mixpo.stages.stage import model_in
 
@@ -419,7 +414,7 @@ def test_a_lack_of_memory_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loading, "_plain", fail)
+    monkeypatch.setattr(loading, "compute_plain_outputs", fail)
     with pytest.raises(type(error)) as raised:
         load_policy(good, device=CPU)
     assert raised.value is error

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from mixpo.data.branches import pack
-from mixpo.models import loading
+from mixpo.models import adapters
+from mixpo.models.adapters import Lora, add_lora, freeze
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import Lora, add_lora, freeze, load_policy, new_reward_model, save_model
+from mixpo.models.loading import load_policy, new_reward_model
 from mixpo.models.sampling import sample
+from mixpo.models.saving import save_model
 from mixpo.stages.stage import Stage, model_in
 from mixpo.training import checkpoint
 from mixpo.training.checkpoint import Checkpoint
@@ -52,7 +54,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     """Bit for bit: autocast rounds a float32 matrix to the same bfloat16 one at every product."""
     narrow = in_bfloat16(name, adapted=adapted)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "_narrow_frozen", lambda lm: None)
+        patch.setattr(adapters, "cast_frozen_weights", lambda lm: None)
         wide = in_bfloat16(name, adapted=adapted)
     frozen = {key: p for key, p in narrow.model.named_parameters() if not p.requires_grad}
     assert {p.dtype for key, p in frozen.items() if "proj" in key and "weight" in key} <= {torch.bfloat16}

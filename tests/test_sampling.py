@@ -309,7 +309,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
 
 
 def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> None:
-    from mixpo.models.loading import new_world_model
+    from mixpo.models.sources import new_world_model
 
     model, tokenizer = new_world_model(0)
     size = len(tokenizer)

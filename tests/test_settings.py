@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import _sections
-from mixpo.models.loading import load_policy, model_digest
+from mixpo.models.digests import model_digest
+from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
 from mixpo.stages.ppo import count_updates

@@ -25,11 +25,14 @@ from mixpo.data.splits import COMPARED, draw
 from mixpo.data.tokens import completion_text, prompt_tokens
 from mixpo.data.world import build_tokenizer
 from mixpo.models import scoring
+from mixpo.models.adapters import Lora
+from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
+from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions, sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
+from mixpo.models.tokenizers import same_tokens
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import evaluation as evaluation_module
 from mixpo.stages import ppo as ppo_module

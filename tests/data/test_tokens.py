@@ -27,7 +27,7 @@ from mixpo.data.tokens import (
 )
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.setup import Setup
-from mixpo.models.loading import same_tokens
+from mixpo.models.tokenizers import same_tokens
 
 CHAT = tuple(name for name in FAMILIES if family_tokenizer(name).chat_template is not None)
 ENDS = {

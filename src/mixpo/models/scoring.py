@@ -19,7 +19,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, Output
-from mixpo.models.loading import same_tokens
+from mixpo.models.tokenizers import same_tokens
 
 
 def iterate_batches(

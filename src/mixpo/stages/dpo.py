@@ -10,9 +10,12 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.splits import COMPARED, draw
+from mixpo.models.adapters import Lora, add_lora, freeze
+from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import Lora, add_lora, freeze, load_policy, model_digest, save_model
+from mixpo.models.loading import load_policy
 from mixpo.models.samplers import Sampler
+from mixpo.models.saving import save_model
 from mixpo.models.scoring import sequence_logprobs
 from mixpo.stages.rows import Pairs, read_pairs, sampler_name
 from mixpo.stages.stage import Part, PolicyStage, Seeded, finish, model_in

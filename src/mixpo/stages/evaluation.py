@@ -16,7 +16,9 @@ from mixpo.algorithms.statistics import crossed_interval, wilson_interval
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import prompt_tokens
 from mixpo.data.world import true_reward
-from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
+from mixpo.models.adapters import freeze
+from mixpo.models.digests import model_digest
+from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages.rows import read_table, unique_prompts, write_table
 from mixpo.stages.stage import DataStage, PolicyStage, RewardStage, Seeded, Snapshot, Stage, finish, model_in

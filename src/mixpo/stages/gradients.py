@@ -10,8 +10,9 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack
 from mixpo.data.splits import COMPARED, draw
+from mixpo.models.adapters import freeze
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import freeze, load_policy
+from mixpo.models.loading import load_policy
 from mixpo.models.scoring import sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table

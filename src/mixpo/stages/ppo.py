@@ -32,9 +32,12 @@ from mixpo.data.branches import BranchBatch, pack, row_lengths, split_into_micro
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import prompt_tokens
+from mixpo.models.adapters import add_lora
+from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import add_lora, load_policy, model_digest, save_model
+from mixpo.models.loading import load_policy
 from mixpo.models.sampling import SampledCompletions
+from mixpo.models.saving import save_model
 from mixpo.models.scoring import read_all, retokenised, scores, token_logprobs
 from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
 from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence

@@ -9,16 +9,11 @@ import torch
 from torch import nn
 
 from mixpo.data.errors import InputError
+from mixpo.models.adapters import add_lora, freeze
+from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.models.loading import (
-    add_lora,
-    freeze,
-    load_policy,
-    load_reward_model,
-    model_digest,
-    new_reward_model,
-    same_tokens,
-)
+from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.tokenizers import same_tokens
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.stage import model_in
 from mixpo.training.checkpoint import Stateful, Trainable

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from mixpo.data.errors import InputError
-from mixpo.models.loading import Lora
+from mixpo.models.adapters import Lora
 from mixpo.stages.stage import Seeded
 from mixpo.training.step import OptimizerSettings, remedies
 

@@ -14,18 +14,10 @@ from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest, local_path
 from mixpo.data.templates import bake_arguments
 from mixpo.data.tokens import SPECIAL_TOKENS, parses_special_tokens
+from mixpo.models.digests import model_digest, model_files
 from mixpo.models.folders import ModelFolder, load_tokenizer, load_weights, read_policy_folder, reading
-from mixpo.models.loading import (
-    load_policy,
-    model_digest,
-    model_files,
-    new_reward_model,
-    new_world_model,
-    read_gguf,
-    read_gguf_tokenizer,
-    read_hub_model,
-    resolve_package_file,
-)
+from mixpo.models.loading import load_policy, new_reward_model
+from mixpo.models.sources import new_world_model, read_gguf, read_gguf_tokenizer, read_hub_model, resolve_package_file
 from mixpo.settings import Settings
 from mixpo.stages.stage import PolicyStage, finish, model_in
 from mixpo.training.record import Cost, watcher

@@ -14,7 +14,9 @@ from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_
 from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import hold_out
-from mixpo.models.loading import Lora, add_lora, freeze, load_reward_model, new_reward_model, save_model
+from mixpo.models.adapters import Lora, add_lora, freeze
+from mixpo.models.loading import load_reward_model, new_reward_model
+from mixpo.models.saving import save_model
 from mixpo.models.scoring import last_states, scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, Seeded, finish, model_in

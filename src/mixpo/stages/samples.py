@@ -8,8 +8,10 @@ import pydantic
 
 from mixpo.algorithms.selection import order_by_score, score_gaps
 from mixpo.data.tokens import prompt_tokens
+from mixpo.models.adapters import freeze
+from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
+from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import retokenised, scores
 from mixpo.stages.rows import read_table, sampler_name, unique_prompts, write_table
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage, Seeded, finish, model_in

@@ -10,7 +10,9 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch
 from mixpo.data.sources import read_demonstration_rows
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.loading import Lora, add_lora, load_policy, save_model
+from mixpo.models.adapters import Lora, add_lora
+from mixpo.models.loading import load_policy
+from mixpo.models.saving import save_model
 from mixpo.stages.rows import note_truncated
 from mixpo.stages.stage import DataStage, PolicyStage, Seeded, finish, model_in
 from mixpo.training.health import loss_alarms, mean_of_last, tell
