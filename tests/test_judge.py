@@ -27,7 +27,8 @@ from scipy.stats import binomtest
 
 from judge_server import Asked, Response, Server, completion, error, said, serving
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
-from mixpo.algorithms.statistics import holm, win_minus_lose
+from mixpo.algorithms.multiple_testing import holm
+from mixpo.algorithms.win_rates import win_minus_lose
 from mixpo.cli import judged
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import load
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import differences, estimated, sign, verdict

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixpo.algorithms.statistics import crossed_interval
+from mixpo.algorithms.intervals import crossed_interval
 from mixpo.experiments.results import load
 from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation

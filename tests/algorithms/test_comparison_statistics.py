@@ -8,14 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from mixpo.algorithms.statistics import (
-    calibration,
-    calibration_error,
-    crossed_estimate,
-    crossed_interval,
-    holm,
-    student_estimate,
-)
+from mixpo.algorithms.calibration import calibration, calibration_error
+from mixpo.algorithms.intervals import crossed_estimate, crossed_interval, student_estimate
+from mixpo.algorithms.multiple_testing import holm
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 number = st.floats(-10.0, 10.0)

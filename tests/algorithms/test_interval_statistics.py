@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from mixpo.algorithms.statistics import accuracy_by_gap, share_interval, wilson_interval, win_tie_lose
+from mixpo.algorithms.calibration import accuracy_by_gap
+from mixpo.algorithms.intervals import share_interval, wilson_interval
+from mixpo.algorithms.win_rates import win_tie_lose
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 number = st.floats(-10.0, 10.0)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mixpo.algorithms.statistics import length_controlled
+from mixpo.algorithms.win_rates import length_controlled
 
 
 def drawn(theta: float, phi: float, *, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64, Int
 
-from mixpo.algorithms.statistics import Interval
+from mixpo.algorithms.intervals import Interval
 
 RESAMPLES = 1_000
 

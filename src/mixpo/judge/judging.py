@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha, over_items
-from mixpo.algorithms.statistics import Interval, length_controlled, sign_test, wilson_interval, win_minus_lose
+from mixpo.algorithms.intervals import Interval, wilson_interval
+from mixpo.algorithms.win_rates import length_controlled, sign_test, win_minus_lose
 from mixpo.experiments.comparisons import Comparison, MissingError, comparisons
 from mixpo.experiments.results import Results
 from mixpo.judge.questions import Judge, Question, Template, both_orders, digest

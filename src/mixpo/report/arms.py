@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixpo.algorithms.statistics import win_tie_lose
+from mixpo.algorithms.win_rates import win_tie_lose
 from mixpo.experiments.results import MEASURES, Results, few
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures

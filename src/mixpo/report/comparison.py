@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, holm, share_interval
+from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval
+from mixpo.algorithms.multiple_testing import holm
 from mixpo.experiments.results import SHARES, Results
 
 LEVEL = 0.05

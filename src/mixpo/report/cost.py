@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results, Run, StageFolder, evaluation, few
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, holm
+from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval
+from mixpo.algorithms.multiple_testing import holm
 from mixpo.experiments.results import MEASURES, Results, Run
 from mixpo.report import figures
 from mixpo.report.comparison import (

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mixpo.algorithms.statistics import Interval, holm
+from mixpo.algorithms.intervals import Interval
+from mixpo.algorithms.multiple_testing import holm
 from mixpo.experiments.comparisons import categories
 from mixpo.experiments.results import Results, few
 from mixpo.judge.judging import Judged, Tally, agreement, judged_runs, tally

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from mixpo.algorithms.statistics import Interval, holm
+from mixpo.algorithms.intervals import Interval
+from mixpo.algorithms.multiple_testing import holm
 from mixpo.experiments.results import Results
 from mixpo.report.comparison import UNTOLD, counted, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table

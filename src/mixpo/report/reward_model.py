@@ -6,12 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import (
-    Interval,
-    calibration,
-    calibration_error,
-    share_interval,
-)
+from mixpo.algorithms.calibration import calibration, calibration_error
+from mixpo.algorithms.intervals import Interval, share_interval
 from mixpo.experiments.results import Results, StageFolder, each_seed
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table

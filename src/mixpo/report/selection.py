@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mixpo.algorithms.statistics import wilson_interval
+from mixpo.algorithms.intervals import wilson_interval
 from mixpo.data.world import true_reward
 from mixpo.experiments.results import Results, StageFolder, each_seed
 from mixpo.report import figures

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results, columns, metrics
 from mixpo.stages.engine import read_summary
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from mixpo.algorithms.intervals import crossed_interval, wilson_interval
 from mixpo.algorithms.kl import kl_of_best_of
-from mixpo.algorithms.statistics import crossed_interval, wilson_interval
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import prompt_tokens
 from mixpo.data.world import true_reward

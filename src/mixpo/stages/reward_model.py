@@ -10,8 +10,9 @@ import pydantic
 import torch
 from torch import Tensor
 
+from mixpo.algorithms.calibration import accuracy_by_gap
+from mixpo.algorithms.intervals import wilson_interval
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
-from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import hold_out
 from mixpo.models.adapters import Lora, add_lora, freeze

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from mixpo.algorithms.agreement import fleiss_kappa, krippendorff_alpha, over_items, pairwise_agreement
-from mixpo.algorithms.statistics import Interval, sign_test, wilson_interval, win_minus_lose
+from mixpo.algorithms.intervals import Interval, wilson_interval
+from mixpo.algorithms.win_rates import sign_test, win_minus_lose
 from mixpo.data.errors import InputError
 
 FORMAT = 1
