@@ -395,7 +395,8 @@ class Data(DataStage, DataSettings):
             )
         return self
 
-    def _exclude_from_cls_uid(self) -> list[str]:
+    def fields_outside_identity(self) -> list[str]:
+        """Return the paths, since the content of what they name is a field."""
         return ["train", "test", "demonstrations", "second"]
 
     @property

@@ -85,7 +85,8 @@ class Pretrained(PolicyStage, PretrainedSettings):
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
 
-    def _exclude_from_cls_uid(self) -> list[str]:
+    def fields_outside_identity(self) -> list[str]:
+        """Return the paths, since the content of what they name is a field."""
         return ["path", "revision"] if self.content else []
 
     @property

@@ -4,19 +4,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import exca.helpers
 import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
+from mixpo.stages.identity import Identified
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
 
 SUMMARY = "summary.json"
 
 
-class Stage(exca.helpers.DiscriminatedModel):
+class Stage(Identified):
     """A node of an experiment. Equal stages are one stage.
 
     Its identity is its settings, its upstream stages' identities and the content of the data it reads. `work` reads
