@@ -224,7 +224,7 @@ def _check_model(recipe: Recipe) -> list[str]:
     """Why no run could start from the model, as far as its folder tells."""
     try:
         with explained():
-            Pretrained(special_tokens=recipe.data.special_tokens, **recipe.model)
+            Pretrained(special_tokens=recipe.data.special_tokens, **dict(recipe.model))
     except InputError as error:
         return [str(error)]
     return []
