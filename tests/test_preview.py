@@ -180,20 +180,33 @@ def test_the_middle_of_a_long_side_is_left_out() -> None:
     assert list(ends_of(pieces, len(pieces))) == pieces
 
 
-def test_a_model_that_no_run_could_start_from_and_a_prompt_with_two_begins(tmp_path: Path) -> None:
+def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(build_tokenizer())
     tokenizer.bos_token = "<|user|>"
-    tokenizer.chat_template = "<|user|>" + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
     seen = preview(read_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model")))
     assert seen.warnings == [
         f"{tmp_path}/model: found no config.json that names an architecture; expected a decoder-only language model in "
         "a Hugging Face folder",
-        "the preference's prompt begins with two BOS; the rows or the chat template write one that the tokenizer "
-        "writes too",
     ]
     assert seen.tokens[0] == f"BOS is <|user|> ({tokenizer.bos_token_id}); prompts begin with it"
+
+
+def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path) -> None:
+    given = [*rows(range(3), chosen="So.<|end|>"), *rows(range(3, 4), prompt="a<|user|>b"), *rows(range(4, 6))]
+    path = write(
+        tmp_path / "a.jsonl", [{**row, "prompt": [{"role": "user", "content": str(row["prompt"])}]} for row in given]
+    )
+    facts = preview(read_source(path)).facts
+    assert [line for line in facts if "names of control tokens" in line] == [
+        "1 of 6 prompts hold names of control tokens, such as '<|user|>', which stay text; "
+        "data.special_tokens=parse takes them as control tokens",
+        "3 of 12 completions hold names of control tokens, such as '<|end|>', which stay text",
+    ]
+    path = write(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2)
+    (line,) = [line for line in preview(read_source(path)).facts if "names of control tokens" in line]
+    assert line.startswith("2 of 2 completions hold")
 
 
 def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
@@ -201,6 +214,12 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     assert read_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
         preview(read_source(path, ["data.format=tldr"]))
+
+
+@pytest.mark.parametrize("given", ["''", "['a.jsonl', '']"])
+def test_an_empty_name_of_a_file_is_refused(given: str) -> None:
+    with pytest.raises(InputError, match=r"data\.train: found ''; expected the name of a file or hub:NAME$"):
+        read_recipe("pairs", ["model.path=world", f"data.train={given}"])
 
 
 def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
@@ -223,3 +242,28 @@ def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
         watching = Watching()
         run_stage(recipe, lambda setup: setup.data, watching)
         assert watching.notes == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ({"columns": None}, "AttributeError: "),
+        ({"columns": ...}, "KeyError: 'columns'"),
+        ({"train_rows": ...}, "KeyError: 'train_rows'"),
+        ({"train_rows": "many"}, "ValueError: "),
+        ({"tokenizer": 3}, "TypeError: "),
+    ],
+)
+def test_a_cache_without_the_counts_of_its_rows_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: dict[str, Any], found: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = read_source(write(tmp_path / "rows.jsonl", rows(range(10))))
+    run_stage(recipe, lambda setup: setup.data, Watching())
+    (summary,) = [path for path in tmp_path.rglob("summary.json") if "columns" in json.loads(path.read_text())]
+    figures = json.loads(summary.read_text()) | damage
+    summary.write_text(json.dumps({name: value for name, value in figures.items() if value is not ...}))
+    with pytest.raises(InputError) as caught:
+        run_stage(recipe, lambda setup: setup.data, Watching())
+    assert f"summary.json of the data stage: found no usable counts of its rows ({found}" in str(caught.value)
+    assert "delete the stage's folder and run again" in str(caught.value)

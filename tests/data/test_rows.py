@@ -85,6 +85,7 @@ GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
         ),
         pytest.param(GOOD | {"category": "h"}, Preference("Why?", "Because.", "No.", "h"), id="category"),
         pytest.param(GOOD | {"category": None}, Preference("Why?", "Because.", "No."), id="no category"),
+        pytest.param(GOOD | {"category": ""}, Preference("Why?", "Because.", "No."), id="an empty cell of CSV"),
     ],
 )
 def test_preferences_are_read_in_every_shape(fields, expected):
@@ -220,6 +221,12 @@ def test_what_makes_a_preference_bad(fields, line):
             f"is missing; found 'prompt', 'chosen', 'rejected'; {FIX}",
         ),
         ({"prompt": "Why?", "completion": " "}, "completion", f"is empty; {FIX}"),
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}]},
+            "completion",
+            "is missing; found 'conversations'; name the column of dialogues 'messages'; each message has 'role' and "
+            "'content'",
+        ),
         ({"messages": []}, "messages", f"is empty; {FIX}"),
         (
             {"messages": [user("Why?")]},

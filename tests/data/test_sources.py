@@ -2,6 +2,7 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from mixpo.data.sources import (
     content_digest,
     guess_format,
     hub_records,
+    local_path,
     parse_hh_rlhf,
     parse_tldr,
     read_demonstration_rows,
@@ -167,6 +169,30 @@ def test_csv_rows_with_other_columns_than_the_header_are_bad(tmp_path):
     ]
 
 
+def test_a_key_that_stands_twice_in_an_object_makes_a_bad_row(tmp_path):
+    good = jsonl(ROWS[:1]).decode().strip()
+    twice = f'{good[:-1]}, "rejected": "again"}}'
+    nested = '{"messages": [{"role": "user", "role": "user", "content": "a"}], "id": 1}'
+    for name, content in {"a.jsonl": f"{twice}\n{good}\n{nested}", "a.json": f"[{twice}, {good}, {nested}]"}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        rows, bad, *_ = read_preferences(tmp_path / name, "preference")
+        assert rows == PREFERENCES[:1]
+        assert [str(row) for row in bad] == [
+            f"{tmp_path / name}:1: 'rejected' stands twice in one object; expected one value; {FIX}",
+            f"{tmp_path / name}:3: 'role' stands twice in one object; expected one value; {FIX}",
+        ]
+    (tmp_path / "b.json").write_text(twice, encoding="utf-8")
+    assert refusal(read_records, tmp_path / "b.json").endswith("b.json: holds an object; expected a list of objects")
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,chosen\na,b,c,d\n", encoding="utf-8")
+    assert refusal(read_records, path) == (
+        f"{path}:1: the header has two columns 'chosen'; expected each once; rename one of them"
+    )
+
+
 def test_csv_cells_may_be_long(tmp_path):
     row = {"prompt": "a" * 200_000, "completion": "b"}
     assert read_demonstrations(write(tmp_path / "a.csv", [row]))[:2] == ([Demonstration(**row)], [])
@@ -194,6 +220,23 @@ def test_a_folder_is_no_file(tmp_path):
     for number in range(12):
         (tmp_path / f"{number:02}.jsonl").touch()
     assert refusal(read_records, tmp_path).endswith("'08.jsonl', '09.jsonl' and 2 more")
+
+
+def test_what_is_there_and_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    expected = "expected a file, which is read more than once"
+    for call in (read_records, lambda path: content_digest([path])):
+        assert refusal(call, tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'}: is a pipe or a device; {expected}"
+        assert refusal(call, Path("/dev/null")) == f"/dev/null: is a pipe or a device; {expected}"
+        found = refusal(call, tmp_path / "b.jsonl")
+        assert found == f"{tmp_path / 'b.jsonl'}: is a link to a file that is not there; {expected}"
+
+
+def test_a_home_folder_of_nobody_is_named():
+    name = "~no-such-user-of-this-machine/a.jsonl"
+    assert refusal(local_path, name) == f"{name}: found no home folder of that user; expected a path; write it out"
+    assert local_path("~/a.jsonl") == Path.home() / "a.jsonl"
 
 
 def test_an_unknown_ending_names_the_known_ones(tmp_path):

@@ -18,7 +18,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import RowError
 from mixpo.data.tokens import (
     SPECIAL_TOKENS,
-    check_prompts,
+    check_rows,
     check_tokenizer,
     completion_text,
     end_token,
@@ -270,18 +270,110 @@ def test_a_plain_prompt_has_one_start_and_no_end():
     assert check_tokenizer(family_tokenizer("llama2")) == []
 
 
-def test_prompts_that_hold_control_tokens_are_counted():
+def test_texts_that_hold_control_tokens_are_counted():
     tokenizer = family_tokenizer("llama2")
     prompts = ["<s>Hello", "world", "Hello</s>", "x <s> y"]
-    started, held = check_prompts(tokenizer, prompts)
+    started, held = check_rows(tokenizer, [(prompt, [" a"]) for prompt in prompts])
     assert started == "1 of 4 prompts begin with '<s>', which is not written twice"
     assert held == (
         "2 of 4 prompts hold names of control tokens, such as '</s>', which stay text; "
         "data.special_tokens=parse takes them as control tokens"
     )
-    (line,) = check_prompts(tokenizer, [dialogue("a</s>"), dialogue("b")])
+    (line,) = check_rows(tokenizer, [(dialogue("a</s>"), []), (dialogue("b"), [])])
     assert line.startswith("1 of 2 prompts hold")
-    assert check_prompts(tokenizer, ["Hello", "world"]) == []
+    for reader in (tokenizer, parsing("llama2")):
+        (line,) = check_rows(reader, [("Hello", ["a", "b</s>"]), ("world", ["<s>c</s>"])])
+        assert line == "2 of 3 completions hold names of control tokens, such as '</s>', which stay text"
+    assert check_rows(tokenizer, [("Hello", ["a"]), ("world", ["b"])]) == []
+
+
+def test_roles_that_the_template_does_not_write_are_named():
+    template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    asked = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
+    (line,) = check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (asked, ["a"])])
+    assert line == "the chat template does not write messages from 'system' as they are; look at them in a preview"
+    assert check_rows(family_tokenizer("smollm2"), [(asked, ["a"])]) == []
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content FILTER }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "completions", "expected"),
+    [
+        (TURNS.replace("FILTER", ""), [" a ", "<think>b</think>c", "<|im_end|>"], []),
+        (
+            TURNS.replace("FILTER", "| trim"),
+            [" a ", "b"],
+            ["the chat template changes the whitespace of 1 of 2 completions, which are trained on as it writes them"],
+        ),
+        (
+            TURNS.replace("FILTER", "| replace('zz', 'x')"),
+            ["b", "b zz", "zz"],
+            [
+                "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained "
+                f"on as it writes them; {templates.REMEDY}"
+            ],
+        ),
+        (
+            TURNS.replace("{{ m.content FILTER }}", KEPT),
+            ["<think>b</think>c"],
+            [
+                "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they "
+                f"are trained on as it writes them; {templates.REMEDY}"
+            ],
+        ),
+        (
+            TURNS.replace("FILTER", "if m.content != 'a'"),
+            ["a", "b"],
+            [
+                "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end "
+                "of a turn; they are trained on behind the prompt that is sampled from, which no rendered dialogue "
+                f"shows; {templates.REMEDY}"
+            ],
+        ),
+    ],
+)
+def test_completions_that_the_template_changes_are_told_and_trained_on_as_it_writes_them(
+    template, completions, expected
+):
+    tokenizer = with_template("smollm2", template)
+    lines = check_rows(tokenizer, [(dialogue("Hi"), completions)])
+    assert [line for line in lines if "names of control tokens" not in line] == expected
+    for completion, tokens in zip(
+        completions, tokenize_row(tokenizer, dialogue("Hi"), completions, limit=99)[1], strict=True
+    ):
+        whole = plain_ids(tokenizer, [*dialogue("Hi"), {"role": "assistant", "content": completion}], tokenize=False)
+        if "between" not in "".join(expected):
+            assert whole.endswith(f"assistant\n{tokenizer.decode(tokens)}\n")
+
+
+def test_a_generation_prompt_that_only_later_turns_differ_from_is_told():
+    template = TURNS.replace("FILTER", "").replace(
+        "assistant\n{% endif %}", "assistant\n{% if messages | length > 1 %}<b>{% endif %}{% endif %}"
+    )
+    tokenizer = with_template("smollm2", template)
+    assert check_tokenizer(tokenizer) == []
+    assert check_rows(tokenizer, [(dialogue("Hi"), ["a", "b"])]) == []
+    (line,) = check_rows(tokenizer, [(dialogue("Hi"), ["a", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c", "d"])])
+    assert line.startswith("the chat template does not write 2 of 4 completions, such as 'c', between")
+
+
+def test_a_dialogue_that_the_template_refuses_is_told():
+    template = TURNS.replace("FILTER", "}}{{ raise_exception('no b') if m.content == 'b'")
+    with pytest.raises(InputError, match=r"the dialogue of the prompt 'Hi' and 'b' is refused by .* \(no b\)"):
+        check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["b"])])
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_the_templates_of_families_write_completions_as_they_are(name):
+    rows = [(dialogue("Hi"), ["The answer.", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c"])]
+    assert check_rows(family_tokenizer(name), rows) == []
 
 
 def parsing(name):
@@ -345,11 +437,22 @@ def test_templates_that_cannot_serve_are_refused(name, template, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_never_ends_is_refused(monkeypatch):
-    monkeypatch.setattr(templates, "PROBE_SECONDS", 0.2)
-    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-    with pytest.raises(InputError, match="TimeoutError: it does not end"):
-        check_tokenizer(with_template("smollm2", loops))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "TimeoutError: it does not end"),
+        ("{{ 9**(9**8) }}", "TimeoutError: it does not end"),
+        (
+            "{% if messages | length == 3 %}{% generation %}{{ 9**(9**8) }}{% endgeneration %}{% endif %}",
+            "TimeoutError",
+        ),
+        ("{{ 'x' * 2**32 }}", "MemoryError: it takes more than 1 GiB"),
+    ],
+)
+def test_a_template_that_never_ends_is_refused(monkeypatch, text, message):
+    monkeypatch.setattr(templates, "PROBE_SECONDS", 1)
+    with pytest.raises(InputError, match=message):
+        check_tokenizer(with_template("smollm2", family_tokenizer("smollm2").chat_template + text))
 
 
 def test_an_opened_thinking_block_names_the_argument_that_closes_it():

@@ -260,6 +260,8 @@ def _value(fields: Mapping[str, object], field: str) -> object:
 def _remedy(fields: Mapping[str, object], field: str) -> str:
     if field == "prompt" and str(fields.get("chosen")).startswith("\n\nHuman:"):
         return "these look like raw HH-RLHF dialogues: read them with format hh-rlhf"
+    if field == "completion" and "conversations" in fields:
+        return "name the column of dialogues 'messages'; each message has 'role' and 'content'"
     near = get_close_matches(field, fields, n=1)
     return f"did you mean {near[0]!r}? rename the field" if near else FIX
 

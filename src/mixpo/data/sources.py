@@ -274,6 +274,9 @@ def _must_be_file(path: Path) -> None:
         raise InputError(f"{path}: no such file, and no folder '{path.parent}'; check the path")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected a file; it holds {_listing(path)}")
+    if path.is_symlink() or path.exists():
+        found = "is a pipe or a device" if path.exists() else "is a link to a file that is not there"
+        raise InputError(f"{path}: {found}; expected a file, which is read more than once")
     near = get_close_matches(path.name, _names(path.parent), n=3)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"the folder holds {_listing(path.parent)}"
     raise InputError(f"{path}: no such file; {hint}")
@@ -328,7 +331,7 @@ def _jsonl(path: Path) -> Records:
 
 def _object_in(line: str) -> Record | RowError:
     try:
-        return _object(json.loads(line))
+        return _object(json.loads(line, object_pairs_hook=_fields))
     except json.JSONDecodeError as error:
         return RowError("", f"is not JSON: {error.msg} at column {error.colno}; {FIX}")
     except (ValueError, RecursionError) as error:
@@ -336,18 +339,35 @@ def _object_in(line: str) -> Record | RowError:
 
 
 def _object(value: object) -> Record | RowError:
-    return value if isinstance(value, dict) else RowError("", f"is {kind_of(value)}; expected an object; {FIX}")
+    if isinstance(value, dict | RowError):
+        return value
+    return RowError("", f"is {kind_of(value)}; expected an object; {FIX}")
+
+
+def _fields(pairs: list[tuple[str, object]]) -> Record | RowError:
+    """An object of JSON, or what is wrong with it or with one in it: a key that stands there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        return RowError(_repeated([key for key, _ in pairs]), f"stands twice in one object; expected one value; {FIX}")
+    within = (item for value in fields.values() for item in (value if isinstance(value, list) else [value]))
+    return next((item for item in within if isinstance(item, RowError)), fields)
+
+
+def _repeated(names: Sequence[str]) -> str:
+    """The first name that stands there again."""
+    return next(name for place, name in enumerate(names) if name in names[:place])
 
 
 def _json(path: Path) -> Records:
     text = "".join(line for _, line in _lines(path))
     try:
-        rows = json.loads(text) if text.strip() else []
+        rows = json.loads(text, object_pairs_hook=_fields) if text.strip() else []
     except (ValueError, RecursionError) as error:
         hint = "a file with one object a line is named .jsonl"
         raise InputError(f"{path}: is not JSON: {_first_line(error)}; {hint}") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path}: holds {kind_of(rows)}; expected a list of objects")
+        kind = "an object" if isinstance(rows, RowError) else kind_of(rows)
+        raise InputError(f"{path}: holds {kind}; expected a list of objects")
     yield from enumerate(map(_object, rows), start=1)
 
 
@@ -356,6 +376,9 @@ def _csv(path: Path) -> Records:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            name = _repeated(header)
+            raise InputError(f"{path}:1: the header has two columns {name!r}; expected each once; rename one of them")
         begin = reader.line_num + 1
         for row in reader:
             if row:

@@ -4,27 +4,33 @@ A completion is what the template writes between its own generation prompt and t
 is sampled from must be how the rendered dialogue begins; a template for which it is not is refused before training.
 """
 
+import json
 import re
+import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any
 
+from mixpo.data import template_trial
 from mixpo.data.errors import InputError
 from mixpo.data.rows import FIX, Message, RowError, excerpt
+from mixpo.data.template_trial import OUT_OF_MEMORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
     Tokenizer = Any
 
-PROBE_SECONDS = 5.0
-"""A template that takes longer over a dialogue of two short messages never ends."""
+PROBE_SECONDS = 5
+"""A template that computes for longer over a few short dialogues never ends."""
 REMEDY = "set another as `model.chat_template`"
 ASK = Message(role="user", content="What is new?")
 ANSWER = Message(role="assistant", content="Nothing is.")
+LONGER = [[*first, ASK, ANSWER, ASK] for first in ([], [Message(role="system", content="Be brief.")])]
+"""Dialogues whose assistant's message is not the last, without and with a system message."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,12 @@ def read_turn(tokenizer: Tokenizer) -> Turn:
     """
     name = f"{tokenizer.name_or_path}: the chat template"
     try:
-        with _time_limit(PROBE_SECONDS):
-            prompt = _apply(tokenizer, [ASK], prompt=True)
-            bare = _apply(tokenizer, [ASK], prompt=False)
-            whole = _apply(tokenizer, [ASK, ANSWER], prompt=False)
-            dialogues = tuple(_longer_dialogues(tokenizer)) or (whole,)
-            reads_clock = _reads_clock(tokenizer)
+        _check_that_it_ends(tokenizer)
+        prompt = _apply(tokenizer, [ASK], prompt=True)
+        bare = _apply(tokenizer, [ASK], prompt=False)
+        whole = _apply(tokenizer, [ASK, ANSWER], prompt=False)
+        dialogues = tuple(_longer_dialogues(tokenizer)) or (whole,)
+        reads_clock = _reads_clock(tokenizer)
     except Exception as error:
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise InputError(
@@ -143,15 +149,13 @@ def _apply(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool, *
 
 
 def _longer_dialogues(tokenizer: Tokenizer) -> Iterator[str]:
-    """A dialogue whose assistant's message is not the last, without and with a system message where there may be one.
+    """The longer dialogues as far as the template takes them.
 
     What a template writes around the last answer alone, such as an empty thinking block, is not in it.
     """
-    for first in ([], [Message(role="system", content="Be brief.")]):
+    for messages in LONGER:
         try:
-            yield _apply(tokenizer, [*first, ASK, ANSWER, ASK], prompt=False)
-        except TimeoutError:
-            raise
+            yield _apply(tokenizer, messages, prompt=False)
         except Exception:  # a template is a program; what it does with these messages does not matter
             continue
 
@@ -167,21 +171,34 @@ def _reads_clock(tokenizer: Tokenizer) -> bool:
     return False
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the code within, in any thread, when it runs Python for longer."""
-    end, outer = time.monotonic() + seconds, sys.gettrace()
+def _check_that_it_ends(tokenizer: Tokenizer) -> None:
+    """Render the short dialogues in a process of its own. Raises `TimeoutError` or `MemoryError` where it is ended."""
+    job = {
+        "template": tokenizer.get_chat_template(),
+        "variables": tokenizer.special_tokens_map,
+        "dialogues": [
+            {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+            for messages, prompt in (
+                ([ASK], True),
+                ([ASK], False),
+                ([ASK, ANSWER], False),
+                *((m, False) for m in LONGER),
+            )
+        ],
+        "seconds": PROBE_SECONDS,
+    }
+    code = _try_template(json.dumps(job, default=str))
+    if code < 0:
+        raise TimeoutError("it does not end")
+    if code == OUT_OF_MEMORY:
+        raise MemoryError("it takes more than 1 GiB")
 
-    def check(frame: Any, event: str, argument: Any) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError("it does not end")
-        return check
 
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(outer)
+@lru_cache
+def _try_template(job: str) -> int:
+    """Exit code of `template_trial.py`."""
+    words = [sys.executable, "-P", template_trial.__file__]
+    return subprocess.run(words, input=job, text=True, stdout=DEVNULL, stderr=DEVNULL, check=False).returncode
 
 
 def _ending(prompt: str, before: str) -> str:

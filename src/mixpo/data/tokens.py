@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Message, Prompt
-from mixpo.data.templates import ANSWER, ASK, Turn, read_turn, render
+from mixpo.data.rows import Message, Prompt, RowError, excerpt
+from mixpo.data.templates import ANSWER, ASK, REMEDY, Turn, read_turn, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -80,25 +80,71 @@ def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
     return list(_codec(tokenizer).warnings)
 
 
-def check_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """What a person should know of how prompts are read, a line for each kind of thing; nothing if there is none.
+def check_rows(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
+    """What a person should know of how prompts and their completions are read, a line for each kind of thing, if any.
 
-    How many hold control tokens and what becomes of them, and roles whose messages the chat template leaves out.
+    How many hold control tokens and what becomes of them, roles whose messages the chat template leaves out, and
+    completions that it does not write as they are.
     """
     codec = _codec(tokenizer)
+    prompts = [prompt for prompt, _ in rows]
     started = sum(isinstance(prompt, str) and codec.without_start(prompt) != prompt for prompt in prompts)
     texts = [codec.without_start(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    held = [names[0] for text in texts if (names := [name for part in _strings(text) for name in codec.find(part)])]
     lines = []
     if started:
         lines.append(f"{started} of {len(prompts)} prompts begin with {codec.start_text!r}, which is not written twice")
-    if held:
-        text = "stay text; data.special_tokens=parse takes them as control tokens"
-        fate = "are taken as such, as data.special_tokens=parse asks" if codec.parses else text
+    parsed = "are taken as such, as data.special_tokens=parse asks"
+    text = "stay text; data.special_tokens=parse takes them as control tokens"
+    lines += _count_names(codec, "prompts", texts, parsed if codec.parses else text)
+    lines += _count_names(codec, "completions", [text for _, texts in rows for text in texts], "stay text")
+    return [*lines, *_check_roles(tokenizer, prompts), *_check_rendering(codec, rows)]
+
+
+def _count_names(codec: "_Codec", what: str, texts: Sequence[Any], fate: str) -> list[str]:
+    """Say how many texts hold names of control tokens."""
+    held = [names[0] for text in texts if (names := [name for part in _strings(text) for name in codec.find(part)])]
+    if not held:
+        return []
+    return [f"{len(held)} of {len(texts)} {what} hold names of control tokens, such as {held[0]!r}, which {fate}"]
+
+
+def _check_rendering(codec: "_Codec", rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
+    """Say how many completions the chat template does not write as they are, or not behind their prompt."""
+    total, apart, spaces, changed = 0, list[str](), 0, list[tuple[str, str]]()
+    for prompt, completions in rows:
+        if isinstance(prompt, str):
+            continue
+        total += len(completions)
+        try:
+            rendered = codec.written(prompt, completions)
+        except RowError as error:
+            dialogue = f"the dialogue of the prompt {excerpt(prompt[-1]['content'])} and {excerpt(completions[0])}"
+            raise InputError(f"{dialogue} {error.problem}") from error
+        for completion, written in zip(completions, rendered, strict=True):
+            if written is None:
+                apart.append(completion)
+            elif "".join(completion.split()) not in "".join(written.split()):
+                changed.append((completion, written))
+            else:
+                spaces += completion not in written
+    lines = []
+    if apart:
         lines.append(
-            f"{len(held)} of {len(prompts)} prompts hold names of control tokens, such as {held[0]!r}, which {fate}"
+            f"the chat template does not write {len(apart)} of {total} completions, such as {excerpt(apart[0])}, "
+            "between their prompt and the end of a turn; they are trained on behind the prompt that is sampled from, "
+            f"which no rendered dialogue shows; {REMEDY}"
         )
-    return [*lines, *_check_roles(tokenizer, prompts)]
+    if changed:
+        lines.append(
+            f"the chat template changes the text of {len(changed)} of {total} completions, such as "
+            f"{excerpt(changed[0][0])} to {excerpt(changed[0][1])}; they are trained on as it writes them; {REMEDY}"
+        )
+    if spaces:
+        lines.append(
+            f"the chat template changes the whitespace of {spaces} of {total} completions, which are trained on as it "
+            "writes them"
+        )
+    return lines
 
 
 def _check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
@@ -198,10 +244,7 @@ class _Codec:
         start: list[int] = []
         if isinstance(prompt, str):
             start, prompt = self.start, self.without_start(prompt)
-        marked = any(map(self.find, _strings([*completions, prompt])))
-        if marked:
-            prompt = prompt if self.parses else _map_strings(prompt, self._mark)
-            completions = [self._mark(completion) for completion in completions]
+        marked, prompt, completions = self._mark_row(prompt, completions)
         encode = self._encode_marked if marked else self._encode
         text, bodies = (prompt, completions) if isinstance(prompt, str) else self._render(prompt, completions)
         ids = encode(text)
@@ -234,19 +277,35 @@ class _Codec:
         """A plain prompt without the start token, which is written anyway."""
         return text.removeprefix(self.start_text)
 
+    def written(self, prompt: list[Message], completions: Sequence[str]) -> list[str | None]:
+        """What the chat template writes of each completion; None where that does not stand right behind the prompt."""
+        _, prompt, completions = self._mark_row(prompt, completions)
+        text = render(self.tokenizer, prompt, prompt=True)
+        bodies = [self._written(prompt, text, completion) for completion in completions]
+        return [body if body is None else body.replace(MARK, "") for body in bodies]
+
     def _render(self, prompt: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
         """A prompt as the chat template writes it, and what it writes behind that for each completion."""
-        text, bodies = render(self.tokenizer, prompt, prompt=True), []
-        for completion in completions:
-            content = self.turn.lead + completion
-            if completion.strip():  # a drawn completion may be empty
-                turn = Message(role="assistant", content=completion)
-                whole = render(self.tokenizer, [*prompt, turn], prompt=False)
-                around = len(text) + len(self.turn.after)  # a template may leave a message out
-                if len(whole) > around and whole.startswith(text) and whole.endswith(self.turn.after):
-                    content = whole[len(text) : len(whole) - len(self.turn.after)]
-            bodies.append(content + self.closing)
-        return text, bodies
+        text = render(self.tokenizer, prompt, prompt=True)
+        bodies = [self._written(prompt, text, one) or self.turn.lead + one for one in completions]
+        return text, [body + self.closing for body in bodies]
+
+    def _written(self, prompt: list[Message], text: str, completion: str) -> str | None:
+        if not completion.strip():  # a drawn completion may be empty
+            return None
+        turn = Message(role="assistant", content=completion)
+        whole = render(self.tokenizer, [*prompt, turn], prompt=False)
+        around = len(text) + len(self.turn.after)  # a template may leave a message out
+        if len(whole) > around and whole.startswith(text) and whole.endswith(self.turn.after):
+            return whole[len(text) : len(whole) - len(self.turn.after)]
+        return None
+
+    def _mark_row(self, prompt: Any, completions: Sequence[str]) -> tuple[bool, Any, Sequence[str]]:
+        """Whether a row names control tokens, and the row with a mark in those that are text."""
+        if not any(map(self.find, _strings([*completions, prompt]))):
+            return False, prompt, completions
+        marked = prompt if self.parses else _map_strings(prompt, self._mark)
+        return True, marked, [self._mark(completion) for completion in completions]
 
     def _last_control(self, text: str) -> int:
         return max((match.start() for match in self._control.finditer(text)), default=0)

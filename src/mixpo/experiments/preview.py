@@ -32,6 +32,7 @@ from mixpo.stages.data import (
     fill_in_world_rows,
     hub_parts,
     read_sources,
+    reading_figures,
     split_rows,
 )
 from mixpo.stages.engine import read_summary
@@ -140,7 +141,6 @@ def preview(recipe: Recipe) -> Preview:
             warnings.append(str(error))
     figures = describe(settings, rows, split, tokenizer)
     shown = examples(recipe, split.train, split.demonstrations, tokenizer)
-    warnings += _check_beginnings(shown, tokenizer)
     counts = _counts(rows, figures) | _cut(recipe, split, tokenizer)
     return Preview(shown, _describe_tokens(shown, tokenizer), counts, facts(figures), warnings, rows.bad)
 
@@ -220,16 +220,6 @@ def _name(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
     return "" if token is None else visible(str(tokenizer.convert_ids_to_tokens(token)))
 
 
-def _check_beginnings(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    twice = [_name(tokenizer, tokenizer.bos_token_id)] * 2
-    return [
-        f"the {example.kind}'s prompt begins with two BOS; the rows or the chat template write one that the tokenizer "
-        "writes too"
-        for example in shown
-        if [piece.text for piece in example.sides[0].pieces[:2]] == twice
-    ]
-
-
 def _check_model(recipe: Recipe) -> list[str]:
     """Why no run could start from the model, as far as its folder tells."""
     try:
@@ -278,11 +268,12 @@ def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
     tokenizer = load_tokenizer(model)
     example = examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
     figures = read_summary(data)
-    heading = (
-        f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
-        f"{figures['demonstration_rows']:,} demonstrations; {'; '.join(_describe_tokens([example], tokenizer))}; "
-        "the first pair:"
-    )
+    with reading_figures():
+        counts = (
+            f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
+            f"{figures['demonstration_rows']:,} demonstrations"
+        )
+    heading = f"{counts}; {'; '.join(_describe_tokens([example], tokenizer))}; the first pair:"
     return [heading, *map(_on_one_line, example.sides)]
 
 

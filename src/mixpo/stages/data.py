@@ -1,6 +1,7 @@
 """Data: rows read, validated and cut to size once, before anything trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -36,7 +37,7 @@ from mixpo.data.sources import (
 )
 from mixpo.data.splits import draw, hold_out
 from mixpo.data.text import visible
-from mixpo.data.tokens import check_prompts, check_tokenizer, prompt_tokens
+from mixpo.data.tokens import check_rows, check_tokenizer, prompt_tokens
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
@@ -83,8 +84,11 @@ class DataSettings(Settings):
 
     @pydantic.field_validator("train", "test", "demonstrations", "second", mode="before")
     @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _one_or_more(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        names = (value,) if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and "" in names:
+            raise InputError(f"data.{info.field_name}: found ''; expected the name of a file or hub:NAME")
+        return names
 
 
 WORLD_ROWS = {"train_rows": 3072, "test_rows": 512, "demonstration_rows": 3072}
@@ -126,11 +130,6 @@ class SplitRows:
     demonstrations: list[Demonstration]
     dropped: int = 0
     """Rows left out because their prompt is a test prompt."""
-
-    @property
-    def all_rows(self) -> list[Preference | Demonstration]:
-        """The rows of every part."""
-        return [*self.train, *self.test, *self.second, *self.demonstrations]
 
 
 def fill_in_world_rows(settings: DataSettings) -> DataSettings:
@@ -285,6 +284,10 @@ def describe(
     """Count what is worth knowing of the rows, and say how the tokenizer reads them: for `summary.json`, previews."""
     trained = {prompt_key(row.prompt) for row in split.train} | {prompt_key(row.prompt) for row in split.demonstrations}
     tested = {prompt_key(row.prompt) for row in split.test}
+    pairs = [*split.train, *split.test, *split.second]
+    shown = split.demonstrations if rows.demonstrations else []  # others are made of train
+    texts = [(row.prompt, [row.chosen, row.rejected]) for row in pairs]
+    texts += [(row.prompt, [row.completion]) for row in shown]
     repeats = {name: count_repeats(part) for name, part in (("train", split.train), ("test", split.test))}
     return {
         "format": settings.format,
@@ -300,10 +303,23 @@ def describe(
         "test_prompts": len(tested),
         "shared_prompts": len(trained & tested),
         "shared_rows_dropped": split.dropped,
-        "tokenizer": check_tokenizer(tokenizer) + check_prompts(tokenizer, [row.prompt for row in split.all_rows]),
+        "tokenizer": check_tokenizer(tokenizer) + check_rows(tokenizer, texts),
     }
 
 
+@contextmanager
+def reading_figures() -> Iterator[None]:
+    """Turn what a summary raises that does not hold what `describe` counts into `InputError`."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"summary.json of the data stage: found no usable counts of its rows ({type(error).__name__}: {error}); "
+            "expected those of this version; delete the stage's folder and run again"
+        ) from error
+
+
+@reading_figures()
 def facts(figures: Mapping[str, Any]) -> list[str]:
     """Put what `describe` counted into words, a line for each thing that a reader should know."""
     lines = [

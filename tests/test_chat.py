@@ -1,0 +1,93 @@
+"""`mixpo chat`: a dialogue that outgrows the context, lines that are no text, and completions that are not plain."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixpo.cli import main as cli
+from mixpo.data.world import build_tokenizer
+from mixpo.models.loading import load_policy, new_world_model
+
+Talk = Callable[..., tuple[str, str, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    for part in new_world_model(0):
+        part.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Talk:
+    """Say lines to a model that answers `answer`: what is printed, standard error, and the prompts it was given."""
+    tokenizer = build_tokenizer()
+
+    def say(lines: bytes, *words: str, answer: str = "Yes.", code: int = 0) -> tuple[str, str, list[str]]:
+        prompts: list[str] = []
+
+        def sample(lm: Any, tokens: list[list[int]], **settings: Any) -> Any:
+            prompts.append(tokenizer.decode(tokens[0]))
+            return [SimpleNamespace(completions=[[*tokenizer.encode(answer), tokenizer.eos_token_id]])]
+
+        stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8", errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr("mixpo.cli.chat.sample", sample)
+        monkeypatch.setattr(sys, "argv", ["mixpo", "chat", str(folder), *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert (stopped.value.code or 0) == code
+        printed = capfd.readouterr()
+        return printed.out, printed.err, prompts
+
+    return say
+
+
+def test_a_dialogue_goes_on_until_an_empty_line(talk: Talk) -> None:
+    out, err, prompts = talk(b"One?\nTwo?\n\nThree?\n", "--max-tokens", "8")
+    assert (out, err) == ("Yes.\n" * 3, "")
+    one, three = ("<|user|>One?<|assistant|>", "<|user|>Three?<|assistant|>")
+    assert prompts == [one, f"{one}Yes.<|end|><|user|>Two?<|assistant|>", three]
+
+
+def test_a_message_that_the_context_has_no_room_for_is_left_out(talk: Talk) -> None:
+    long = b"why " * 400
+    out, err, prompts = talk(b"One?\n" + long + b"\nTwo?\n", "--max-tokens", "300")
+    assert out == "Yes.\n" * 2
+    assert len(err.splitlines()) == 1
+    assert "which with --max-tokens 300 are more than the model's context of 512; begin a new one with an empty" in err
+    assert prompts[1] == "<|user|>One?<|assistant|>Yes.<|end|><|user|>Two?<|assistant|>"
+    _, err, prompts = talk(b"One?\n", "--max-tokens", "512", code=2)
+    assert (err, prompts) == ("--max-tokens: found 512; expected less than 512, the model's context\n", [])
+
+
+def test_a_line_that_is_no_text_is_left_out(talk: Talk) -> None:
+    out, err, prompts = talk("One \xff?\n".encode("latin-1") + "Größe?\n".encode())
+    assert (out, err) == ("Yes.\n", "left out: a line that is not UTF-8\n")
+    assert prompts == ["<|user|>Größe?<|assistant|>"]
+
+
+def test_nothing_in_a_completion_reaches_the_terminal_raw(talk: Talk) -> None:
+    out, _, _ = talk(b"One?\n", answer="\x1b[2JSo.\u202e [bold]No.[/bold]")
+    assert out == "␛[2JSo.⟦U+202E⟧ [bold]No.[/bold]\n"
+
+
+def test_the_text_of_a_completion_is_without_whichever_end_token_it_has(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    settings, tokenizer = json.loads(file.read_text()), build_tokenizer()
+    (other,) = tokenizer.encode("?")
+    file.write_text(json.dumps(settings | {"eos_token_id": [tokenizer.eos_token_id, other]}))
+    lm = load_policy(folder, device=torch.device("cpu"))
+    file.write_text(json.dumps(settings))
+    body = tokenizer.encode("So? Yes")
+    assert lm.read_text([*body, other]) == lm.read_text([*body, lm.end_token]) == "So? Yes"
+    assert lm.read_text([*body, *tokenizer.encode(".")]) == "So? Yes."
