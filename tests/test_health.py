@@ -4,7 +4,7 @@ import pytest
 
 from mixpo.stages import ppo
 from mixpo.stages.ppo import PPOSettings
-from mixpo.training.health import mean_of_last, policy_alarms, reward_model_alarms
+from mixpo.training.health import loss_alarms, mean_of_last, policy_alarms, reward_model_alarms
 from mixpo.training.step import OptimizerSettings, remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
@@ -49,6 +49,15 @@ def test_dpo_draws_samples_at_some_steps_only() -> None:
     ]
     (alarm,) = policy_alarms(rows, {"end_rate": "a higher beta"})
     assert alarm == "only 10% of the completions end by themselves: try a higher beta"
+
+
+def test_a_loss_that_ends_above_its_beginning() -> None:
+    def rows(*losses: float) -> list[dict[str, float]]:
+        return [{"loss": loss} for loss in losses for _ in range(10)]
+
+    assert loss_alarms([], []) == loss_alarms(rows(2.0, 9.0, 2.9), []) == []
+    (alarm,) = loss_alarms(rows(2.0, 1.5, 3.1), ["a lower learning_rate", "precision: float32"])
+    assert alarm == ("the loss rose from 2 to 3.1: training diverged; try a lower learning_rate or precision: float32")
 
 
 @pytest.mark.parametrize(

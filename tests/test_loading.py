@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,7 +19,8 @@ from mixpo import Engine, Pretrained, Runtime
 from mixpo.cli import main as cli
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
-from mixpo.models.folders import read_policy_folder
+from mixpo.models import loading
+from mixpo.models.folders import ModelFolder, generation_end_tokens, read_policy_folder
 from mixpo.models.language_model import branch_logprobs, branch_scores
 from mixpo.models.loading import (
     Lora,
@@ -29,6 +31,7 @@ from mixpo.models.loading import (
     same_tokens,
     save_model,
 )
+from mixpo.stages import pretrained
 from mixpo.stages.stage import model_in
 
 CPU = torch.device("cpu")
@@ -216,6 +219,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "needs Python of its own",
     ),
     "adapters alone": (keys("adapter_config.json", base_model_name_or_path="x/y"), "found adapters"),
+    "config: pad is far": (
+        keys(CONFIG, pad_token_id=5000),
+        r"found pad_token_id 5000 in config.json; expected a token of the vocabulary, 0 to \d+, or none",
+    ),
+    "config: pad is a word": (keys(CONFIG, pad_token_id="<pad>"), "found pad_token_id '<pad>'|cannot be read"),
     "generation: list": (text(GENERATION, "[]"), "generation_config.json: found"),
     "generation: torn": (cut(GENERATION, 0.5), "generation_config.json: found something other than JSON"),
     "generation: end is a word": (keys(GENERATION, eos_token_id="abc"), "found eos_token_id 'abc'|cannot be read"),
@@ -285,6 +293,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "shards: one gone": (shards(), "found no model-1.safetensors, which model.safetensors.index.json names"),
     "shards: no map": (shards(weight_map=None), "found no weight_map"),
     "shards: map of numbers": (shards(weight_map={"a": 1}), "found no weight_map"),
+    "shards: elsewhere": (
+        shards(weight_map={UP: "../model.safetensors"}),
+        r"index.json: found '../model.safetensors'; expected names of files beside it",
+    ),
     "shards: torn index": (
         both(shards(remove=False), cut("model.safetensors.index.json", 0.5)),
         "index.json: found something other than JSON",
@@ -392,6 +404,137 @@ def test_weights_that_are_not_numbers_are_refused(folder: Path) -> None:
     weights(lambda t: t[UP][3].fill_(float("nan")))(folder)
     with pytest.raises(InputError, match=f"found infinite or undefined numbers in {UP}"):
         load_policy(folder, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lack_of_memory_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "_plain", fail)
+    with pytest.raises(type(error)) as raised:
+        load_policy(good, device=CPU)
+    assert raised.value is error
+
+
+def test_a_pad_token_that_is_counted_from_the_end_is_taken(folder: Path) -> None:
+    keys(CONFIG, pad_token_id=-1)(folder)
+    load_policy(folder, device=CPU)
+
+
+@pytest.mark.parametrize("path", ["weights", "./weights"])
+def test_a_file_for_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("weights").write_text("")
+    with pytest.raises(ValidationError, match=rf"model.path: found no folder '{path}'; expected a model folder"):
+        Pretrained(path=path)
+
+
+def test_what_is_read_of_a_folder_may_be_changed_by_who_reads_it(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is checked once, but no config or tokenizer of that is handed out again."""
+    widths = []
+
+    def change(checked: ModelFolder) -> None:
+        widths.append(checked.config.hidden_size)
+        checked.config.hidden_size = 7
+
+    monkeypatch.setattr(pretrained, "load_weights", change)
+    for _ in range(2):
+        Pretrained(path=str(good), dtype="bfloat16")._load(good)
+    assert widths == [32, 32]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_are_not_finite_are_not_saved(good: Path, tmp_path: Path, dtype: str) -> None:
+    """In float16 all above 65504 is infinite."""
+    lm = load_policy(good, device=CPU)
+    lm.dtype = getattr(torch, dtype)
+    with torch.no_grad():
+        lm.model.get_parameter(UP)[3, 4] = 1e5
+    where = f"saved: found infinite or undefined numbers in {UP}; expected finite weights; the training diverged: lower"
+    if dtype == "float16":
+        with pytest.raises(InputError, match=rf"{where} the learning rate, or save .* by model.dtype=bfloat16"):
+            save_model(lm, tmp_path / "saved")
+    else:
+        save_model(lm, tmp_path / "finite")
+        with torch.no_grad():
+            lm.model.get_parameter(UP)[3, 4] = float("nan")
+        with pytest.raises(InputError, match=where):
+            save_model(lm, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_the_architecture_keeps_in_float32_is_saved_so(good: Path, tmp_path: Path) -> None:
+    lm = load_policy(good, device=CPU)
+    lm.dtype = torch.bfloat16
+    lm.model._keep_in_fp32_modules, lm.model._keep_in_fp32_modules_strict = ["input_layernorm"], {"up_proj"}
+    save_model(lm, tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / TENSORS)
+    wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in tensors if "input_layernorm" in name or "up_proj" in name}
+    assert {tensors[name].dtype for name in tensors.keys() - wide} == {torch.bfloat16}
+
+
+def test_end_tokens_are_those_that_the_folders_files_name(folder: Path) -> None:
+    end = load_policy(folder, device=CPU).end_token
+    keys(GENERATION, eos_token_id=[end, 7])(folder)
+    assert load_policy(folder, device=CPU).end_tokens == {end, 7}
+    removed(GENERATION)(folder)
+    keys(CONFIG, eos_token_id=[end, 9])(folder)
+    assert load_policy(folder, device=CPU).end_tokens == {end, 9}
+
+
+def test_end_tokens_that_no_file_names_are_not_guessed(tmp_path: Path) -> None:
+    """Whatever transformers has made of an architecture's defaults."""
+    folder = make_family("gpt2", tmp_path / "model")
+    removed(GENERATION)(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = 50256
+    with pytest.raises(InputError, match="found eos_token_id 50256"):
+        generation_end_tokens(model, folder)
+    content = json.loads((folder / CONFIG).read_text())
+    del content["eos_token_id"]
+    (folder / CONFIG).write_text(json.dumps(content))
+    assert generation_end_tokens(model, folder) == frozenset()
+    lm = load_policy(folder, device=CPU)
+    assert lm.end_tokens == {lm.end_token}
+
+
+def test_a_published_generation_config_is_kept_though_transformers_would_refuse_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """`temperature` without `do_sample`."""
+    end = load_policy(folder, device=CPU).end_token
+    keys(GENERATION, temperature=0.6, eos_token_id=7)(folder)
+    assert "do_sample" not in json.loads((folder / GENERATION).read_text())
+    save_model(load_policy(folder, device=CPU), tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / GENERATION).read_text())
+    assert (saved["temperature"], saved["eos_token_id"]) == (0.6, [end, 7])
+
+
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}, {"normalized": True}], ids=str)
+def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
+    untied: Path, tmp_path: Path, flags: dict[str, bool]
+) -> None:
+    """But for the pad token, which no text is meant to hold."""
+    came = Path(shutil.copytree(untied, tmp_path / "came"))
+    content = json.loads((came / TOKENIZER).read_text())
+    (unknown,) = [token for token in content["added_tokens"] if token["content"] == "<unk>"]
+    assert not any(unknown[flag] for flag in flags)
+    unknown.update(flags)
+    (came / TOKENIZER).write_text(json.dumps(content))
+    one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
+    assert "<unk>" not in (one.pad_token, other.pad_token)
+    assert same_tokens(one, other) == same_tokens(other, one) == (not flags)
 
 
 def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(folder: Path) -> None:

@@ -12,8 +12,9 @@ from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.training import portions as portions_module
 from mixpo.training.portions import Portions
-from mixpo.training.record import Cost
+from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
+from models import tiny as tiny_model
 from worlds import TinyWorld
 
 ROWS = [[0, 3], [1], [2, 4]]
@@ -53,6 +54,46 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
     assert len((tmp_path / "portions.jsonl").read_text().splitlines()) == 5
     again.remove()
     assert not (tmp_path / "portions.jsonl").exists()
+
+
+def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp_path: Path) -> None:
+    """An equal prompt is another occurrence wherever it stands: in one portion or in portions of their own."""
+    lm, prompts = tiny_model("llama"), [[3, 9, 4], [12, 13], [3, 9, 4], [3, 9, 4], [12, 13]]
+    drawn = []
+    for budget in (1, 10_000):
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        portions = Portions(folder, Cost())
+        rows = portions.draw(lm, prompts, k=1, max_tokens=8, token_budget=budget, seed=0)
+        drawn.append([tuple(row.completions[0]) for row in rows])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == len(prompts)
+    assert len((tmp_path / "1" / "portions.jsonl").read_text().splitlines()) == len(prompts)
+
+
+@pytest.mark.parametrize("killed", ["before its last portion", "while it trains"])
+def test_the_seconds_of_the_reference_are_those_of_all_processes(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    stage = tiny.dpo(pairs=tiny.pairs.train_pairs, samplings=0)
+    folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "add", die)
+        with pytest.raises(KeyboardInterrupt):
+            stage.work(stage.paths(folders), tmp_path, SMALL)
+    lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 0 for line in lines)
+    kept = lines[: len(lines) - (killed != "while it trains")]
+    text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in kept)
+    (tmp_path / "portions.jsonl").write_text(text)
+    stage.work(stage.paths(folders), tmp_path, SMALL)
+    seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(kept)
+    assert (seconds == 0.0) == (killed == "while it trains")
+    assert seconds >= 0.0
 
 
 def stages(tiny: TinyWorld) -> dict[str, Callable[[], Stage]]:

@@ -3,15 +3,17 @@
 import fcntl
 import json
 import math
+import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mixpo import SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Selection
 from mixpo.algorithms.preference import dpo_loss
@@ -28,9 +30,10 @@ from mixpo.models.loading import Lora, load_policy, load_reward_model, model_dig
 from mixpo.models.sampling import Sampled, sample
 from mixpo.models.scoring import retokenised, scores, sequence_logprobs
 from mixpo.stages import dpo as dpo_module
+from mixpo.stages import evaluation as evaluation_module
 from mixpo.stages import ppo as ppo_module
 from mixpo.stages import samples as samples_module
-from mixpo.stages.engine import read_settings, read_summary
+from mixpo.stages.engine import in_order, read_settings, read_summary
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo import PPOSettings
@@ -41,7 +44,7 @@ from mixpo.training.checkpoint import Trainable
 from mixpo.training.record import Metrics, watcher
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
-from worlds import LIMIT, RUNTIME, World
+from worlds import LIMIT, RUNTIME, SHORT, TINY_LIMIT, TINY_RUNTIME, TinyWorld, World
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,53 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert read_settings(folder) == world.sft.model_dump(mode="json")
     assert not list(folder.glob("checkpoint*"))
+
+
+def test_sft_that_diverges_raises_an_alarm(tiny: TinyWorld) -> None:
+    watching = Mock()
+    token = watcher.set(watching)
+    summary = read_summary(tiny.run(tiny.sft(learning_rate=3.0, warmup_steps=0, epochs=2)))
+    watcher.reset(token)
+    (alarm,) = summary["alarms"]
+    assert re.fullmatch(
+        r"the loss rose from 6\.9\d? to .*: training diverged; try a lower learning_rate \(now 3\)", alarm
+    )
+    watching.note.assert_any_call(f"alarm: {alarm}")
+    assert read_summary(tiny.engine.build(tiny.policy))["alarms"] == []
+
+
+def replaced(file: Path) -> None:
+    """Other weights of the same size."""
+    tensors = load_file(file)
+    save_file({name: -tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def torn(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [replaced, torn])
+@pytest.mark.parametrize(("kind", "of"), [("reward", "policy"), ("dpo", "policy"), ("samples", "scored_by")])
+def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
+    tiny: TinyWorld, tmp_path: Path, kind: str, of: str, damage: Callable[[Path], None]
+) -> None:
+    """By each way to load one; before anything is computed."""
+    stage = getattr(tiny, kind)(**({"pairs": tiny.pairs.train_pairs} if kind == "dpo" else {}))
+    engine = Engine(tmp_path, TINY_RUNTIME)
+    for upstream in in_order(stage):
+        if upstream != stage:
+            shutil.copytree(tiny.engine.build(upstream), engine.folder(upstream))
+    source = engine.folder(getattr(tiny, of))
+    expected = read_summary(source)["model"]
+    damage(model_in(source) / "model.safetensors")
+    with pytest.raises(InputError) as refused:
+        engine.compute(stage)
+    assert re.fullmatch(
+        rf"{model_in(source)}: found files of the digest [0-9a-f]{{16}}; expected {expected}, by the summary.json of "
+        rf"the stage that wrote them: .*; delete {source} to compute the stage again",
+        str(refused.value),
+    )
+    assert {file.name for file in engine.folder(stage).iterdir()} == {"settings.json"}
 
 
 def test_reward_model_orders_pairs(world: World) -> None:
@@ -427,6 +477,48 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
     assert [row["completion"] for row in kept] != [row["completion"] for row in rows]
     with pytest.raises(InputError, match="with another policy than SFT"):
         world.build(evaluation(world, world.dpo(epochs=4), best_of=2))
+
+
+@pytest.mark.parametrize("chosen_by", ["the reward model", "itself", "another"])
+def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, chosen_by: str) -> None:
+    """And gives what scoring the kept ones alone gives."""
+    calls = list[tuple[list[Any], torch.Tensor]]()
+
+    def scoring(reward: Any, prompts: Any, completions: Any, **how: Any) -> torch.Tensor:
+        calls.append((completions, scores(reward, prompts, completions, **how)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(evaluation_module, "scores", scoring)
+    choosers = {
+        "the reward model": {},
+        "itself": {"chooser": tiny.scored_by},
+        "another": {"chooser": tiny.reward(seed=5)},
+    }
+    folder = tiny.run(tiny.evaluation(policy=tiny.policy, best_of=3, **choosers[chosen_by]))
+    sides = [len(branches) for completions, _ in calls for branches in completions]
+    assert sides == [3] * 8 + ([1] * 8 if chosen_by == "another" else [])
+    kept = [row["score"] for row in read_table(folder / "completions.parquet")]
+    completions, found = calls[0]
+    best = [[branches[place]] for branches, place in zip(completions, found.argmax(dim=1).tolist(), strict=True)]
+    lm = load_policy(model_in(tiny.engine.build(tiny.policy)), device=CPU)
+    reward = load_reward_model(model_in(tiny.engine.build(tiny.scored_by)), device=CPU)
+    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
+    assert kept == pytest.approx(scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5)
+
+
+def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -> None:
+    """Saved in bfloat16, it is another than the one that was trained in float32."""
+    base = Pretrained(path=tiny.base.path, dtype="bfloat16")
+    stage = RewardModel(policy=base, pairs=tiny.pairs.train_pairs, data=tiny.pairs, learning_rate=0.01, **SHORT)
+    folder = tiny.run(stage)
+    saved = load_reward_model(model_in(folder), device=CPU)
+    assert saved.dtype == torch.bfloat16
+    test = read_pairs(tiny.engine.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
+    found = scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
+    rows = read_table(folder / "test_scores.parquet")
+    written = torch.tensor([[row["chosen_score"], row["rejected_score"]] for row in rows])
+    torch.testing.assert_close(written, found, rtol=1e-5, atol=1e-5)
+    assert read_summary(folder)["test"]["score_mean"] == pytest.approx(float(found.mean()), abs=1e-5)
 
 
 def test_a_second_reward_model_scores_the_same_completions(world: World) -> None:

@@ -90,7 +90,10 @@ class TensorHeader:
 
 @contextmanager
 def reading(source: Path | str, found: str = "a model that cannot be read", fix: str = NEEDS) -> Iterator[None]:
-    """Turn whatever transformers raises on a damaged `source` into an `InputError`, and keep it silent."""
+    """Turn whatever transformers raises on a damaged `source` into an `InputError`, and keep it silent.
+
+    A lack of memory says nothing of the source, and stays what it is.
+    """
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -101,6 +104,8 @@ def reading(source: Path | str, found: str = "a model that cannot be read", fix:
     except InputError:
         raise
     except Exception as error:  # no list of types holds for files that anybody may have written
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise  # the last are RuntimeErrors of PyTorch on a CPU, and ENOMEM
         raise InputError(f"{source}: found {found} ({type(error).__name__}: {first_line(error)}); {fix}") from error
     finally:
         transformers_logging.set_verbosity(level)
@@ -395,6 +400,12 @@ def _refuse_absurd_sizes(folder: Path, config: PretrainedConfig, tensors: dict[s
                 f"{folder}: found {key} {size} in config.json, and weights that allow 1 to {bound}; expected the "
                 "config that the weights were saved with"
             )
+    pad, vocabulary = getattr(text, "pad_token_id", None), text.vocab_size
+    if pad is not None and not (isinstance(pad, int) and -vocabulary <= pad < vocabulary):  # -1 is the last row
+        raise InputError(
+            f"{folder}: found pad_token_id {pad!r} in config.json; expected a token of the vocabulary, 0 to "
+            f"{vocabulary - 1}, or none"
+        )
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

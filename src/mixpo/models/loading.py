@@ -8,6 +8,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,14 @@ class Lora(Settings):
 
 def load_policy(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
     """A causal language model from a folder, checked: every weight is there, and is computed with as it should be."""
+    _refuse_changed(folder)
     checked = read_policy_folder(folder)
     return _wrap(load_weights(checked), checked, device, precision)
 
 
 def load_reward_model(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
     """A reward model from a folder: a sequence classifier with one label."""
+    _refuse_changed(folder)
     checked = read_reward_folder(folder)
     return _wrap(load_weights(checked), checked, device, precision)
 
@@ -74,6 +77,7 @@ def new_reward_model(
     policy: Path, *, seed: int, device: torch.device, precision: Precision = "float32"
 ) -> LanguageModel:
     """A reward model with a policy's weights and a new scalar head, drawn from N(0, 1/(width+1)) (Stiennon 2020)."""
+    _refuse_changed(policy)
     checked = read_policy_folder(policy)
     checked.config.num_labels, checked.config.problem_type = 1, None
     model = load_weights(checked, network=classifier_class(checked.config, policy), new_head=True)
@@ -132,12 +136,16 @@ def _narrow_frozen(lm: LanguageModel) -> None:
 def save_model(lm: LanguageModel, folder: Path) -> str:
     """Write a plain Hugging Face folder, adapters merged, in the type of the folder it began as; returns its digest.
 
-    The model can be trained further.
+    The model can be trained further. Raises `InputError` if a weight is not finite in that type, and writes nothing.
     """
     model = merge_adapters(lm)
     model.eval()
     config, tokenizer = copy.deepcopy(model.config), copy.deepcopy(lm.tokenizer)
     weights = _cast(model, lm.dtype)
+    remedy = "the training diverged: lower the learning rate"
+    if lm.dtype == torch.float16:
+        remedy += f", or save larger numbers than {torch.finfo(lm.dtype).max:g} by model.dtype=bfloat16"
+    _refuse_non_finite(folder, {name: weights[name] for name, _ in model.named_parameters()}, remedy)
     if hasattr(model, "score"):
         pad = choose_pad_token(tokenizer, lm.end_tokens)
         if pad in tokenizer.get_vocab():
@@ -164,6 +172,14 @@ def _write_end_tokens(file: Path, lm: LanguageModel) -> None:
         content = json.loads(file.read_text(encoding="utf8"))
         content["eos_token_id"] = [lm.end_token, *others] if others else lm.end_token
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
+
+
+def _refuse_non_finite(folder: Path, weights: Mapping[str, Tensor], remedy: str) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"{folder}: found infinite or undefined numbers in {name}; expected finite weights; {remedy}"
+            )
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -232,6 +248,24 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _refuse_changed(folder: Path) -> None:
+    """Refuse a stage's model that is not the one whose digest stands in the stage's `summary.json`.
+
+    Every file is hashed, once a process (`file_digest`): some 10 seconds for 14 GB, which are read anyway, before hours
+    of training. Sizes and headers are the same where weights were replaced, and times change where a cache is copied.
+    """
+    try:
+        summary = json.loads((folder.parent / "summary.json").read_text(encoding="utf8"))
+        expected, _ = summary["model"], summary["cost"]["seconds"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # not a finished stage's
+    if folder.name == "model" and expected != (found := model_digest(folder)):
+        raise InputError(
+            f"{folder}: found files of the digest {found}; expected {expected}, by the summary.json of the stage that "
+            f"wrote them: they are damaged or were replaced; delete {folder.parent} to compute the stage again"
+        )
+
+
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers turn every prompt and completion into the same tokens, whatever they pad with."""
     if one is other:
@@ -264,9 +298,7 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, dict[str,
 
 def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, precision: Precision) -> LanguageModel:
     path = folder.path
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        name = next(name for name, weight in model.named_parameters() if not weight.isfinite().all())
-        raise InputError(f"{path}: found infinite or undefined numbers in {name}; expected finite weights")
+    _refuse_non_finite(path, dict(model.named_parameters()), "download or train the model again")
     model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, would never learn
     model = model.to(device).eval()
     odd = f"a {type(model).__name__}, which cannot compute a prompt with its completions"

@@ -1,6 +1,5 @@
 """DPO: direct preference optimization on any pairs, from any start, against any reference (Rafailov et al. 2023)."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,9 +60,8 @@ class DPO(Stage, DPOSettings):
         torch.manual_seed(self.seed)
         lm = load_policy(model_in(inputs["policy"]), device=device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        started, portions = time.perf_counter(), Portions(out, cost)
+        portions = Portions(out, cost)
         reference = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
-        reference_seconds = time.perf_counter() - started
         if self.lora:
             add_lora(lm, self.lora)
         optimizer = make_optimizer(lm.model.parameters(), self)
@@ -122,7 +120,7 @@ class DPO(Stage, DPOSettings):
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
         }
         alarms = tell(policy_alarms(rows, remedies))
-        figures["reference_seconds"] = reference_seconds
+        figures["reference_seconds"] = portions.seconds["reference"]
         left = {"truncated": pairs.truncated, "identical": pairs.identical}
         finish(out, cost, model=digest, pairs=len(pairs.prompts), **left, steps=total, alarms=alarms, **figures)
         checkpoint.remove()

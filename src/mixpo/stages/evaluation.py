@@ -81,11 +81,11 @@ class Evaluation(Stage, EvaluationSettings):
             read = retokenised(reward, lm, asked, prompts, completions)
             return portions.read(name, scores, reward, *read, token_budget=budget)
 
-        if self.best_of > 1:
-            chooser = inputs["reward" if self.chooser is None else "chooser"]
-            best = scored("chooser", chooser).argmax(dim=1).tolist()
-            completions = [[branches[place]] for branches, place in zip(completions, best, strict=True)]
-        found = scored("reward", inputs["reward"])[:, 0]
+        chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
+        judged = scored("chooser", chooser)
+        best = judged.argmax(dim=1, keepdim=True)
+        completions = [[branches[place]] for branches, place in zip(completions, best[:, 0].tolist(), strict=True)]
+        found = (judged.gather(1, best) if chooser == inputs["reward"] else scored("reward", inputs["reward"]))[:, 0]
         second = scored("second", inputs["second"])[:, 0] if self.second is not None else None
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))

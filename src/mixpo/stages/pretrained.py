@@ -137,8 +137,9 @@ class Pretrained(Stage, PretrainedSettings):
         if self.path.endswith(".gguf"):
             return read_gguf(local)
         if self.local_folder is not None:
-            checked = _check_folder(local, model_digest(local), self.chat_template, self.template_arguments)
-            return None if self.dtype == "auto" else load_weights(checked), load_tokenizer(local)
+            if self.dtype == "auto":
+                return None, load_tokenizer(local)
+            return load_weights(_read_folder(local, self.chat_template, self.template_arguments)), load_tokenizer(local)
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
@@ -164,8 +165,15 @@ def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -
 @lru_cache
 def _check_folder(
     folder: Path, digest: str, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
+) -> None:
+    """`_read_folder`, once for a state of the folder. What is read is not kept: whoever loads it may change it."""
+    _read_folder(folder, chat_template, template_arguments)
+
+
+def _read_folder(
+    folder: Path, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
 ) -> ModelFolder:
-    """Refuse a folder by all that can be known without reading its weights; once for a state of it."""
+    """Refuse a folder by all that can be known without reading its weights."""
 
     def read_tokenizer(folder: Path) -> Any:
         tokenizer = load_tokenizer(folder)

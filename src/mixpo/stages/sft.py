@@ -15,10 +15,10 @@ from mixpo.models.loading import Lora, add_lora, load_policy, save_model
 from mixpo.stages.rows import note_truncated
 from mixpo.stages.stage import Seeded, Stage, finish, model_in
 from mixpo.training.checkpoint import Checkpoint, Trainable
-from mixpo.training.health import mean_of_last
+from mixpo.training.health import loss_alarms, mean_of_last, tell
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, make_optimizer
+from mixpo.training.step import Sums, make_optimizer, remedies
 from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
 
 
@@ -81,14 +81,16 @@ class SFT(Stage, SFTSettings):
             log.add(step, total, metrics)
             checkpoint.maybe_write(step + 1, cost.counts())
 
-        digest = save_model(lm, model_in(out))
+        digest, log_rows = save_model(lm, model_in(out)), log.rows()
+        tips = remedies(total - 1, total=total, settings=self, precision=self.precision)
         finish(
             out,
             cost,
             model=digest,
             rows=len(rows),
             steps=total,
-            loss=mean_of_last(log.rows(), "loss"),
+            alarms=tell(loss_alarms(log_rows, tips)),
+            loss=mean_of_last(log_rows, "loss"),
             truncated=truncated,
         )
         checkpoint.remove()

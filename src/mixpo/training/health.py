@@ -47,6 +47,17 @@ def policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
     return found
 
 
+def loss_alarms(rows: Rows, remedies: Sequence[str]) -> list[str]:
+    """An alarm on a loss in nats a token that ends more than 1 above its beginning: each token is e times less likely.
+
+    Losses that are not finite need none: they stop the stage.
+    """
+    first, last = _first(rows, "loss"), mean_of_last(rows, "loss")
+    if first is None or last is None or last <= first + 1:
+        return []
+    return [f"the loss rose from {first:.3g} to {last:.3g}: training diverged; try {' or '.join(remedies)}"]
+
+
 def reward_model_alarms(accuracy: float, low: float, *, train_accuracy: float | None) -> list[str]:
     """An alarm on a reward model whose accuracy on test pairs, or its interval's lower end, is not above chance.
 

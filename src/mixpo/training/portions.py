@@ -1,6 +1,8 @@
 """Work on many rows in portions, each kept on disk once it is done: a stage that was killed does what is left."""
 
 import json
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ class Portions:
         self.path = folder / "portions.jsonl"
         self.cost = cost
         self.lines = read_jsonl(self.path)
+        self.seconds = defaultdict[str, float](float)
+        """Spent on each computation by its name, by earlier processes too."""
+        for line in self.lines:
+            self.seconds[line["name"]] += line.get("seconds", 0.0)  # of an earlier version
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
         if self.lines:
             cost.resume(self.lines[-1]["cost"])
@@ -53,9 +59,13 @@ class Portions:
         for portion in portions:
             rows = sorted(row for row in portion if row not in results)
             if rows:
+                started = time.perf_counter()
                 computed = list(work(rows))
+                seconds = time.perf_counter() - started
+                self.seconds[name] += seconds
                 results |= zip(rows, computed, strict=True)
-                line = {"name": name, "rows": rows, "results": computed, "cost": self.cost.counts()}
+                line = {"name": name, "rows": rows, "results": computed, "seconds": seconds}
+                line["cost"] = self.cost.counts()
                 with self.path.open("a", encoding="utf8") as file:
                     file.write(json.dumps(line) + "\n")
             if advance is not None:
