@@ -425,11 +425,12 @@ def test_a_pad_token_that_is_counted_from_the_end_is_taken(folder: Path) -> None
     load_policy(folder, device=CPU)
 
 
-def test_a_file_for_a_folder_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_text("")
-    with pytest.raises(ValidationError, match=r"model.path: found no folder '.*model.safetensors'; expected a model f"):
-        Pretrained(path=str(file))
+@pytest.mark.parametrize("path", ["weights", "./weights"])
+def test_a_file_for_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("weights").write_text("")
+    with pytest.raises(ValidationError, match=rf"model.path: found no folder '{path}'; expected a model folder"):
+        Pretrained(path=path)
 
 
 def test_what_is_read_of_a_folder_may_be_changed_by_who_reads_it(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

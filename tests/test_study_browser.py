@@ -49,7 +49,7 @@ def opened(browser: Any, study: tuple[Study, str]) -> Opened:
     def one(name: str, **settings: Any) -> Iterator[Any]:
         context = browser.new_context(**settings)
         tab = context.new_page()
-        tab.set_default_timeout(5000)
+        tab.set_default_timeout(60_000)
         said: list[str] = []
         asked: list[str] = []
         tab.on("console", lambda message: said.append(message.text))
