@@ -13,6 +13,11 @@ from mixpo.cli import main as cli
 from mixpo.experiments.expressions import arm_runs
 from mixpo.experiments.plan import plan
 from mixpo.experiments.recipe import read_recipe
+from mixpo.stages.engine import SETTINGS, Engine
+from mixpo.stages.pretrained import Pretrained
+from mixpo.stages.stage import SUMMARY
+from mixpo.training.record import write_json
+from mixpo.training.runtime import Runtime
 
 GOOD = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
 
@@ -155,8 +160,67 @@ def test_lengths_beyond_the_models_context(here: Path, capsys: pytest.CaptureFix
 
 
 def test_a_cache_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "cache").write_text("")
-    assert "cannot be written" in refused(capsys, "run", "-q", "cache=cache")
+    (here / "cache").write_text("mine")
+    for command in (["run", "-q"], ["plan"], ["select", "-q"]):
+        (line,) = refused(capsys, *command, "cache=cache").splitlines()
+        assert "cache: found a place that cannot be written" in line
+    (line,) = refused(capsys, "plan", f"cache={'x' * 300}").splitlines()
+    assert "found a place that cannot be written (File name too long)" in line
+    assert (here / "cache").read_text() == "mine"
+
+
+def test_a_damaged_cache_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file where the stage's folder, that of all locks, or its lock is to be; nothing of it is lost."""
+    engine = Engine((here / "cache").resolve(), Runtime(threads=1))
+    folder, locks = engine.folder(Pretrained()), here / "cache" / "locks"
+    for file in (locks, folder):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+        (line,) = refused(capsys, "run", "-q", "cache=cache").splitlines()
+        assert line.startswith(str(file))
+        assert "found a place that cannot be written (" in line
+        assert file.read_text() == "mine"
+        file.unlink()
+    (folder / SETTINGS).mkdir(parents=True)
+    assert f"{folder}: found a place that cannot be written (" in refused(capsys, "run", "-q", "cache=cache")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '{"cost": {"sec', "", None], ids=repr)
+def test_a_damaged_summary_is_told_before_anything_computes(
+    here: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    engine = Engine((here / "cache").resolve(), Runtime(threads=1))
+    recipe = read_recipe("world", ["cache=cache"])
+    last = arm_runs(recipe)[-1].evaluation
+    summary = engine.folder(last) / SUMMARY
+    summary.parent.mkdir(parents=True)
+    write_json(summary.parent / SETTINGS, last.model_dump(mode="json"))
+    if content is None:
+        summary.mkdir()
+    else:
+        summary.write_text(content)
+    for command in (["plan"], ["run", "-q"]):
+        (line,) = refused(capsys, *command, "cache=cache").splitlines()
+        assert f"{summary}: found no readable summary" in line
+        assert "delete the stage's folder and run again" in line
+    assert not list((here / "cache").glob("pretrained/*"))
+    assert summary.exists()
+
+
+@pytest.mark.parametrize("name", ["models", "models/sft-0", "recipe.yaml", "report.html", "results.json"])
+def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    place = here / "runs" / "world" / name
+    if name == "models":
+        place.parent.mkdir(parents=True)
+        place.write_text("mine")
+    else:
+        place.mkdir(parents=True)
+    (line,) = refused(capsys, "run", "-q").splitlines()
+    assert line.startswith(f"runs/world/{name}: found ")
+    assert not list((here / "runs" / "cache").glob("*"))
+    assert place.exists()
 
 
 def test_ctrl_c_says_that_nothing_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
