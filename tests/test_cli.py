@@ -58,12 +58,55 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
             "world: arms: found ['sft', 'dpo', 'dpo']; expected each once; 'dpo' stands there twice",
         ),
         ("seeds=[0,0]", "world: seeds: found [0, 0]; expected each once; 0 stands there twice"),
-        ("model.path=./nowhere", "model.path: found no folder './nowhere'"),
+        ("model.path=./nowhere", "world: model.path: found './nowhere', which is not here"),
         ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
     ],
 )
 def test_bad_keys_and_values(here: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str) -> None:
     assert expected in refused(capsys, "plan", override)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("chat here --temperature -1", "mixpo chat: --temperature: found '-1'; expected greater than or equal to 0"),
+        ("chat here --temperature inf", "mixpo chat: --temperature: found 'inf'; expected less than or equal to 100"),
+        ("chat here --temperature warm", "mixpo chat: --temperature: found 'warm'; expected a valid number"),
+        ("chat here --max-tokens 0", "mixpo chat: --max-tokens: found '0'; expected greater than or equal to 1"),
+        ("chat", "mixpo chat: Missing argument 'MODEL'; usage: mixpo chat [OPTIONS]"),
+        ("plan --ppo.kl_coef=1", "mixpo plan: No such option: --ppo.kl_coef; usage: mixpo plan [OPTIONS]"),
+        ("run --quite", "mixpo run: No such option: --quite (Possible options: --quiet); usage: mixpo run [OPTIONS]"),
+        ("runn", "mixpo: No such command 'runn'. Did you mean 'run'?; usage: mixpo [OPTIONS] COMMAND"),
+        ("report here --format pdf", "mixpo report: --format: found 'pdf'; expected one of 'html', 'md'"),
+        ("report here --out", "mixpo: Option '--out' requires an argument"),
+        ("judge here --arms a b --model x --concurrency 0", "mixpo judge: --concurrency: found '0'; expected greater"),
+        (
+            "plan ppo.kl_coef = 0.2",
+            "ppo.kl_coef: found neither a recipe file nor a recipe of that name; expected a .yaml",
+        ),
+        ("data preview ", "'': found neither a recipe file nor a recipe of that name; expected a .yaml file"),
+    ],
+)
+def test_a_hasty_command_line_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mixpo", *words.split(" ")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(expected)
+
+
+def test_no_command_at_all_shows_the_help(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in (([], 2), (["-h"], 0), (["data"], 2), (["chat", "-h"], 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["mixpo", *words])
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        assert (stopped.value.code or 0) == code
+        printed = capsys.readouterr()
+        assert "Usage: mixpo" in printed.out + printed.err
 
 
 def test_what_a_recipe_leaves_open_must_be_given(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,7 @@ class Recipe(Settings):
         if model.init_seed < 0:
             raise InputError(f"model.init_seed: found {model.init_seed}; expected greater than or equal to 0")
         path = model.path
-        if path.endswith(".gguf") or path.startswith(("package:", ".", "/", "~")) or os.path.exists(path):
+        if path.endswith(".gguf") or path.startswith("package:") or os.path.exists(os.path.expanduser(path)):
             return model
         if not _is_hub_id(path):
             raise InputError(
