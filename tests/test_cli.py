@@ -13,6 +13,11 @@ from mixpo.cli import main as cli
 from mixpo.experiments.expressions import arm_runs
 from mixpo.experiments.plan import plan
 from mixpo.experiments.recipe import read_recipe
+from mixpo.stages.engine import SETTINGS, Engine
+from mixpo.stages.pretrained import Pretrained
+from mixpo.stages.stage import SUMMARY
+from mixpo.training.record import write_json
+from mixpo.training.runtime import Runtime
 
 GOOD = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
 
@@ -53,12 +58,55 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
             "world: arms: found ['sft', 'dpo', 'dpo']; expected each once; 'dpo' stands there twice",
         ),
         ("seeds=[0,0]", "world: seeds: found [0, 0]; expected each once; 0 stands there twice"),
-        ("model.path=./nowhere", "model.path: found no folder './nowhere'"),
+        ("model.path=./nowhere", "world: model.path: found './nowhere', which is not here"),
         ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
     ],
 )
 def test_bad_keys_and_values(here: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str) -> None:
     assert expected in refused(capsys, "plan", override)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("chat here --temperature -1", "mixpo chat: --temperature: found '-1'; expected greater than or equal to 0"),
+        ("chat here --temperature inf", "mixpo chat: --temperature: found 'inf'; expected less than or equal to 100"),
+        ("chat here --temperature warm", "mixpo chat: --temperature: found 'warm'; expected a valid number"),
+        ("chat here --max-tokens 0", "mixpo chat: --max-tokens: found '0'; expected greater than or equal to 1"),
+        ("chat", "mixpo chat: Missing argument 'MODEL'; usage: mixpo chat [OPTIONS]"),
+        ("plan --ppo.kl_coef=1", "mixpo plan: No such option: --ppo.kl_coef; usage: mixpo plan [OPTIONS]"),
+        ("run --quite", "mixpo run: No such option: --quite (Possible options: --quiet); usage: mixpo run [OPTIONS]"),
+        ("runn", "mixpo: No such command 'runn'. Did you mean 'run'?; usage: mixpo [OPTIONS] COMMAND"),
+        ("report here --format pdf", "mixpo report: --format: found 'pdf'; expected one of 'html', 'md'"),
+        ("report here --out", "mixpo: Option '--out' requires an argument"),
+        ("judge here --arms a b --model x --concurrency 0", "mixpo judge: --concurrency: found '0'; expected greater"),
+        (
+            "plan ppo.kl_coef = 0.2",
+            "ppo.kl_coef: found neither a recipe file nor a recipe of that name; expected a .yaml",
+        ),
+        ("data preview ", "'': found neither a recipe file nor a recipe of that name; expected a .yaml file"),
+    ],
+)
+def test_a_hasty_command_line_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mixpo", *words.split(" ")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(expected)
+
+
+def test_no_command_at_all_shows_the_help(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in (([], 2), (["-h"], 0), (["data"], 2), (["chat", "-h"], 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["mixpo", *words])
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        assert (stopped.value.code or 0) == code
+        printed = capsys.readouterr()
+        assert "Usage: mixpo" in printed.out + printed.err
 
 
 def test_what_a_recipe_leaves_open_must_be_given(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +203,67 @@ def test_lengths_beyond_the_models_context(here: Path, capsys: pytest.CaptureFix
 
 
 def test_a_cache_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "cache").write_text("")
-    assert "cannot be written" in refused(capsys, "run", "-q", "cache=cache")
+    (here / "cache").write_text("mine")
+    for command in (["run", "-q"], ["plan"], ["select", "-q"]):
+        (line,) = refused(capsys, *command, "cache=cache").splitlines()
+        assert "cache: found a place that cannot be written" in line
+    (line,) = refused(capsys, "plan", f"cache={'x' * 300}").splitlines()
+    assert "found a place that cannot be written (File name too long)" in line
+    assert (here / "cache").read_text() == "mine"
+
+
+def test_a_damaged_cache_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file where the stage's folder, that of all locks, or its lock is to be; nothing of it is lost."""
+    engine = Engine((here / "cache").resolve(), Runtime(threads=1))
+    folder, locks = engine.folder(Pretrained()), here / "cache" / "locks"
+    for file in (locks, folder):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+        (line,) = refused(capsys, "run", "-q", "cache=cache").splitlines()
+        assert line.startswith(str(file))
+        assert "found a place that cannot be written (" in line
+        assert file.read_text() == "mine"
+        file.unlink()
+    (folder / SETTINGS).mkdir(parents=True)
+    assert f"{folder}: found a place that cannot be written (" in refused(capsys, "run", "-q", "cache=cache")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '{"cost": {"sec', "", None], ids=repr)
+def test_a_damaged_summary_is_told_before_anything_computes(
+    here: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    engine = Engine((here / "cache").resolve(), Runtime(threads=1))
+    recipe = read_recipe("world", ["cache=cache"])
+    last = arm_runs(recipe)[-1].evaluation
+    summary = engine.folder(last) / SUMMARY
+    summary.parent.mkdir(parents=True)
+    write_json(summary.parent / SETTINGS, last.model_dump(mode="json"))
+    if content is None:
+        summary.mkdir()
+    else:
+        summary.write_text(content)
+    for command in (["plan"], ["run", "-q"]):
+        (line,) = refused(capsys, *command, "cache=cache").splitlines()
+        assert f"{summary}: found no readable summary" in line
+        assert "delete the stage's folder and run again" in line
+    assert not list((here / "cache").glob("pretrained/*"))
+    assert summary.exists()
+
+
+@pytest.mark.parametrize("name", ["models", "models/sft-0", "recipe.yaml", "report.html", "results.json"])
+def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    place = here / "runs" / "world" / name
+    if name == "models":
+        place.parent.mkdir(parents=True)
+        place.write_text("mine")
+    else:
+        place.mkdir(parents=True)
+    (line,) = refused(capsys, "run", "-q").splitlines()
+    assert line.startswith(f"runs/world/{name}: found ")
+    assert not list((here / "runs" / "cache").glob("*"))
+    assert place.exists()
 
 
 def test_ctrl_c_says_that_nothing_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

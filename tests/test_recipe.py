@@ -1,5 +1,6 @@
 """Recipes as YAML: what a value may be, and what a hostile file cannot do."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import plan
-from mixpo.experiments.recipe import LARGEST, read_recipe
+from mixpo.experiments.recipe import LARGEST, Recipe, _sections, read_recipe
+from mixpo.models.loading import Lora
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -92,6 +94,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nname: *c\n"
         ("ppo:\n  kl_coef: 1\n  kl_coef: 2\n", "a key that stands there twice in line 2"),
         ("name: 'a", "found unexpected end of stream"),
         ("name: \0", "unacceptable character"),
+        ('cache: "a\\0b"', "NUL or half a surrogate pair in line 1"),
+        ('cache: "\\ud800"', "NUL or half a surrogate pair in line 1"),
     ],
 )
 def test_hostile_yaml_is_one_line(tmp_path: Path, content: str, problem: str) -> None:
@@ -121,3 +125,138 @@ def test_an_override_lies_over_what_the_recipe_gives(tmp_path: Path) -> None:
     assert recipe.sweep[0].values == {"ppo.kl_coef": (0.3,)}
     with pytest.raises(InputError, match="sweep"):
         read_recipe(str(tmp_path / "mine.yaml"), words)
+
+
+def numbers() -> list[tuple[str, bool]]:
+    """The dotted key of every setting that is a number, or several, and whether it is whole."""
+    groups = {"": Recipe, "ppo.lora.": Lora} | {f"{name}.": section for name, section in _sections().items()}
+    kinds = {
+        before + key: str(one.annotation) for before, group in groups.items() for key, one in group.model_fields.items()
+    }
+    found = {key: kind for key, kind in kinds.items() if re.search(r"\b(int|float)\b", kind) and "bool" not in kind}
+    return [(key, "float" not in kind) for key, kind in found.items()]
+
+
+def refusal(*overrides: str) -> str:
+    """The one line in which a recipe is refused."""
+    with pytest.raises(InputError) as error:
+        read_recipe("world", overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("key", "whole"), numbers())
+def test_no_number_is_true_below_zero_or_endless(key: str, whole: bool) -> None:
+    several = {"seeds": "[{}]", "adam_betas": "[0.9, {}]"}.get(key.rpartition(".")[2], "{}")
+    for value in ("true", "-1", ".nan", ".inf"):
+        assert refusal(f"{key}={several.format(value)}").startswith(f"world: {key}")
+    if not whole:
+        assert refusal(f"{key}={several.format('.inf')}").endswith("expected a finite number")
+
+
+def test_there_are_numbers_to_look_at() -> None:
+    assert {"seeds", "best_of", "sft.adam_betas", "ppo.lora.alpha", "data.test_share", "gradients.pairs"} <= {
+        key for key, _ in numbers()
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seeds=[true]", "world: seeds: found [True]; expected a number, not true or false"),
+        ("seeds=[0,-1]", "world: seeds.1: found -1; expected greater than or equal to 0"),
+        ("seeds=[]", "world: seeds: found []; expected at least one value"),
+        ("seeds=3", "world: seeds: found 3; expected a list"),
+        ("arms=[1]", "world: arms.0: found 1; expected a valid string"),
+        ("sweep={ppo.kl_coef: []}", "world: sweep.0.ppo.kl_coef: found []; expected at least one value"),
+        ("sweep={ppo.kl_coef: 0.1}", "world: sweep.0.ppo.kl_coef: found 0.1; expected a list"),
+        ("sweep=[{arms: [], ppo.kl_coef: [1]}]", "world: sweep.0.arms: found []; expected at least one value"),
+        ("model=null", "world: model: found nothing; expected keys and values"),
+        ("ppo=false", "world: ppo: found False; expected keys and values"),
+        ("ppo.adam_betas=[1,0.5]", "world: ppo.adam_betas.0: found 1; expected less than 1"),
+        ("cache=null", "world: cache: found nothing; expected a path"),
+        ("precision=fp16", "world: precision: found 'fp16'; expected 'float32' or 'bfloat16'"),
+        ("lora=3", "world: lora: found 3; expected keys and values"),
+        ("lora.rnk=3", "world: lora.rnk: unknown key; did you mean rank?"),
+        (
+            "model.template_arguments={a: [1]}",
+            "world: model.template_arguments.0.1: found [1]; "
+            "expected true or false or a valid integer or a valid number or a valid string",
+        ),
+    ],
+)
+def test_silly_settings_are_one_line(override: str, expected: str) -> None:
+    assert refusal(override) == expected
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a b", "", "a\\n"])
+def test_a_recipes_name_is_that_of_a_folder(name: str) -> None:
+    expected = "expected a folder's name: letters, digits, -, _, and . but not at its beginning"
+    assert refusal(f'name="{name}"').startswith("world: name: found '")
+    assert refusal(f'name="{name}"').endswith(expected)
+
+
+@pytest.mark.parametrize(
+    "path", ["my model", "a/b/c", "hub:", "hub:gpt2", "gpt2/", "", "http://host/gpt2", "a..b", "./a", "/a/b", "~/a"]
+)
+def test_what_can_be_no_model_is_refused_without_the_network(path: str) -> None:
+    assert refusal(f'model.path="{path}"').startswith(
+        f"world: model.path: found '{path}', which is not here and cannot be a Hugging Face id; expected a model folder"
+    )
+
+
+@pytest.mark.parametrize("path", ["gpt2", "meta-llama/Llama-2-7b-hf", "package:own/x.gguf", "x.gguf"])
+def test_what_may_be_a_model_is_looked_for_later(path: str) -> None:
+    assert read_recipe("world", [f"model.path={path}"]).model.path == path
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("my model", "./my model", "~/my model", "my model/"):
+        assert read_recipe("world", [f"model.path={path}"]).model.path == path
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:/x", "hub:a b/c", "hub:a/"])
+def test_what_can_be_no_data_set_is_refused_without_the_network(name: str) -> None:
+    for key in ("train", "test", "demonstrations", "second"):
+        assert f"{name}" in (said := refusal("data.format=preference", f'data.{key}=["hub:a/b", "{name}"]'))
+        assert "expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR" in said
+
+
+def test_what_may_be_a_data_set_is_looked_for_later() -> None:
+    names = ["hub:imdb", "hub:Anthropic/hh-rlhf", "hub:Anthropic/hh-rlhf/helpful-base", "hub:a/b/c/d"]
+    recipe = read_recipe("world", ["data.format=preference", f"data.train={names}"])
+    assert recipe.data.train == tuple(names)
+
+
+def test_a_shared_lora_is_every_sections_but_where_one_has_its_own() -> None:
+    recipe = read_recipe("world", ["lora.rank=4", "ppo.lora=null"])
+    assert recipe.sft.lora == recipe.dpo.lora == Lora(rank=4)
+    assert recipe.ppo.lora is None
+    assert Recipe(**recipe.resolved()) == recipe.changed({})
+
+
+def test_no_name_at_all_is_no_name_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="'': found neither a recipe file nor a recipe of that name"):
+        read_recipe("")
+
+
+@pytest.mark.parametrize("override", [".=3", "ppo.=3", ".ppo=3", "ppo..clip=3", "=3", "world"])
+def test_an_override_has_a_key(override: str) -> None:
+    assert (
+        refusal(override) == f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe"
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_file_is_no_recipe_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("pipe.yaml", "folder.yaml"):
+        with pytest.raises(InputError, match=f"{name}: found something other than a file; expected a recipe"):
+            read_recipe(str(tmp_path / name))
+    for name in (f"{'x' * 300}.yaml", "x" * 300):
+        with pytest.raises(InputError, match=r"x: found neither|yaml: found no readable recipe file"):
+            read_recipe(name)

@@ -1,22 +1,29 @@
 """The command line: parse, call, print. Bad input is one line a problem on standard error, and exit code 2."""
 
 import os
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
+import pydantic
 import typer
 
 from mixpo.cli import data, studied
 from mixpo.cli.judged import judge
 from mixpo.data.errors import InputError
+from mixpo.settings import found_and_expected
+
+UsageError = cast(type[Exception], typer.BadParameter.__base__)
+"""Of click, which some versions of typer have within them."""
 
 app = typer.Typer(
     name="mixpo",
     help="Mixed Preference Optimization: preference pairs in, an aligned model and its evidence out.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -72,9 +79,7 @@ def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     show_selection(found)
 
 
-RunFolders = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, such as runs/world.")
-]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs, such as runs/world.")]
 
 
 class Form(StrEnum):
@@ -127,8 +132,8 @@ app.command()(judge)
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A model folder, such as `mixpo run` prints.")],
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.7,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as `mixpo run` prints.")],
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the most probable token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
     """Talk to a model. An empty line starts a new dialogue, Ctrl-D ends."""
@@ -157,10 +162,31 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait starve a shared machine
     try:
-        app()
+        sys.exit(app(prog_name="mixpo", standalone_mode=False))
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except UsageError as error:
+        if text := _in_one_line(error):
+            print(text, file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        print("stopped", file=sys.stderr)
+        sys.exit(1)
+
+
+def _in_one_line(error: Any) -> str:
+    """What is wrong with a command line, as every other error is told."""
+    text = error.format_message().strip().rstrip(".")
+    if not text or "\n" in text:  # the help, or nothing where it is printed already
+        return str(text)
+    command = error.ctx.command_path if error.ctx else "mixpo"
+    if isinstance(error.__cause__, pydantic.ValidationError):
+        found, expected = found_and_expected(error.__cause__.errors()[0])
+        expected = re.sub("^.* is not (?=one of )", "", expected)
+        return f"{command}: {error.param.opts[0]}: found {found}; expected {expected}"
+    usage = f"; usage: {error.ctx.get_usage().removeprefix('Usage: ').strip()}" if error.ctx else ""
+    return f"{command}: {text}{usage}"
 
 
 if __name__ == "__main__":

@@ -2,21 +2,25 @@
 
 import copy
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import pydantic
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import kind_of
 from mixpo.models.language_model import Precision
-from mixpo.settings import Settings
-from mixpo.stages.data import DataSettings
+from mixpo.models.loading import Lora
+from mixpo.settings import Settings, found_and_expected
+from mixpo.stages.data import DataSettings, hub_parts
 from mixpo.stages.dpo import DPOSettings
 from mixpo.stages.evaluation import EvaluationSettings
 from mixpo.stages.gradients import GradientsSettings
@@ -32,6 +36,8 @@ from mixpo.training.runtime import Runtime
 EMBEDDED = "world"
 SHARED = ("precision", "max_completion_tokens", "lora")
 """Keys that a recipe may set once for all its sections."""
+KINDS = ("bool", "int", "float", "str")
+"""What pydantic adds to a key of which the value may be of several kinds."""
 UNSWEPT = ("trace", "gradients", "runtime")
 """Sections that change nothing in an arm."""
 MANDATORY = "???"
@@ -46,8 +52,8 @@ class Sweep(Settings):
     Written as `{arms: [ppo, mpo], ppo.kl_coef: [0.05, 0.2]}`; all arms of the recipe if none are named.
     """
 
-    arms: tuple[str, ...] | None = None
-    values: dict[str, tuple[Any, ...]] = pydantic.Field(min_length=1)
+    arms: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None = None
+    values: dict[str, Annotated[tuple[Any, ...], pydantic.Field(min_length=1)]] = pydantic.Field(min_length=1)
     """By dotted key."""
 
     @pydantic.model_validator(mode="before")
@@ -82,9 +88,9 @@ class TraceSettings(Settings):
 class Recipe(Settings):
     """A whole experiment."""
 
-    name: str = pydantic.Field(min_length=1, pattern=r"^[\w-][\w.-]*$")
+    name: str
     arms: tuple[str, ...] = pydantic.Field(min_length=1)
-    seeds: tuple[int, ...] = pydantic.Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = pydantic.Field((0,), min_length=1)
     """Every arm is run once for each; a section's own `seed` stands for all of them."""
     sweep: tuple[Sweep, ...] = ()
     """One sweep or a list of them."""
@@ -99,6 +105,7 @@ class Recipe(Settings):
     """Where stages are kept, for all runs."""
     precision: Precision = "float32"
     max_completion_tokens: int = pydantic.Field(512, ge=1)
+    lora: Lora | None = None
     model: PretrainedSettings = PretrainedSettings()
     data: DataSettings = DataSettings()
     label_noise: LabelNoiseSettings = LabelNoiseSettings()
@@ -117,9 +124,9 @@ class Recipe(Settings):
     def _share(cls, values: Any) -> Any:
         """Hand the shared keys down to every section that has them and does not set its own."""
         shared = {key: values[key] for key in SHARED if key in values}
-        values = {key: value for key, value in values.items() if key != "lora"}
+        values = dict(values)
         for name, section in _sections().items():
-            given = values.get(name) or {}
+            given = values.get(name, {})
             if isinstance(given, Mapping):
                 values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **given}
         if isinstance(values.get("sweep"), Mapping):
@@ -127,6 +134,37 @@ class Recipe(Settings):
         elif values.get("sweep") is None:
             values.pop("sweep", None)
         return values
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise ValueError("a folder's name: letters, digits, -, _, and . but not at its beginning")
+        return name
+
+    @pydantic.field_validator("model")
+    @classmethod
+    def _names_a_model(cls, model: PretrainedSettings) -> PretrainedSettings:
+        if model.init_seed < 0:
+            raise InputError(f"model.init_seed: found {model.init_seed}; expected greater than or equal to 0")
+        path = model.path
+        if path.endswith(".gguf") or path.startswith("package:") or os.path.exists(os.path.expanduser(path)):
+            return model
+        if not _is_hub_id(path):
+            raise InputError(
+                f"model.path: found {path!r}, which is not here and cannot be a Hugging Face id; expected a model "
+                "folder, a .gguf file, package:NAME/FILE.gguf, or an id such as gpt2 or OWNER/NAME"
+            )
+        return model
+
+    @pydantic.field_validator("data")
+    @classmethod
+    def _names_data_sets(cls, data: DataSettings) -> DataSettings:
+        for key in ("train", "test", "demonstrations", "second"):
+            for name in data[key]:
+                if name.startswith("hub:") and not _is_hub_id(hub_parts(name)[0]):
+                    raise InputError(f"data.{key}: found {name!r}; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
+        return data
 
     @pydantic.field_validator("arms", "seeds")
     @classmethod
@@ -169,6 +207,15 @@ class Recipe(Settings):
             raise InputError("\n".join(f"sweep: {line}" for line in explain(error))) from error
 
 
+def _is_hub_id(name: str) -> bool:
+    """Whether the Hugging Face Hub may have something of that name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _sections() -> dict[str, type[Settings]]:
     return {
         name: field.annotation
@@ -182,12 +229,12 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
 
     Raises `InputError` with a line for every problem.
     """
-    source = name or EMBEDDED
+    source = EMBEDDED if name is None else name
     values = _read(source)
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"{override!r}: found no key=value; expected for example ppo.kl_coef=0.2")
+        if not equals or not all(key.split(".")):
+            raise InputError(f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe")
         value = _parse(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -231,6 +278,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:
+        if re.search("[\0\ud800-\udfff]", node.value):
+            raise yaml.MarkedYAMLError(problem="NUL or half a surrogate pair", problem_mark=node.start_mark)
         if re.search(r"\$\{\w", node.value):
             problem = "an interpolation ${...}; recipes read nothing from elsewhere: write the value"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
@@ -284,49 +333,57 @@ def _are_sections(*values: Any) -> bool:
 
 def _find(name: str) -> tuple[str, str]:
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(name):
         try:
+            if not path.is_file():
+                near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+                hint = f"; did you mean {path.parent / near[0]}?" if near and not path.exists() else ""
+                kind = "something other than a file" if path.exists() else "no such file"
+                raise InputError(f"{name}: found {kind}; expected a recipe: a .yaml file of keys and values{hint}")
             with path.open("rb") as file:
                 content = file.read(LARGEST + 1)
             if len(content) > LARGEST:
                 raise InputError(f"{name}: found more than {LARGEST:,} bytes; expected a recipe: keys and values")
             return name, content.decode()
         except (OSError, UnicodeDecodeError) as error:
-            near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
-            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-            raise InputError(f"{name}: found no readable recipe file ({type(error).__name__}){hint}") from error
+            raise InputError(f"{name}: found no readable recipe file ({type(error).__name__})") from error
     shipped = {Path(file.name).stem: file for file in files("mixpo.recipes").iterdir() if file.name.endswith(".yaml")}
     if name not in shipped:
         raise InputError(
-            f"{name}: found neither a recipe file nor a recipe of that name; expected a .yaml file or one of "
-            f"{', '.join(sorted(shipped))}{nearest(name, shipped)}"
+            f"{name or repr(name)}: found neither a recipe file nor a recipe of that name; expected a .yaml file or "
+            f"one of those that come with mixpo, then KEY=VALUE without spaces{nearest(name, shipped)}"
         )
     return name, shipped[name].read_text(encoding="utf8")
 
 
 def explain(error: pydantic.ValidationError) -> list[str]:
-    """One line a problem: the key, what was found, what was expected."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+    """One line a key that is wrong: what was found, what was expected."""
+    problems = error.errors()
+    places = {problem["loc"] for problem in problems}
+    lines: list[str] = []
+    for problem in problems:
+        place = problem["loc"]
+        if place[1:2] and place[1] in SHARED and place[1:] in places:
+            continue  # handed down from there
+        if problem["type"] == "too_short" and any(place == other[: len(place)] != other for other in places):
+            continue  # only because one of its values is wrong
+        key = ".".join(str(part) for part in place if part not in ("values", *KINDS))
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, InputError):
             lines.append(str(cause))
         elif problem["type"] == "extra_forbidden":
-            known = _keys_beside(problem["loc"])
-            lines.append(f"{key}: unknown key{nearest(str(problem['loc'][-1]), known)}")
+            known = _keys_beside(place)
+            lines.append(f"{key}: unknown key{nearest(str(place[-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{key}: not given; expected a value")
         else:
-            expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            lines.append(f"{key}: found {_shortened(problem['input'])}; expected {expected}")
+            found, expected = found_and_expected(problem)
+            line = f"{key}: found {found}; expected "
+            if not lines or not lines[-1].startswith(line):
+                lines.append(line + expected)
+            elif not lines[-1].endswith(expected):  # a value of another kind would do too
+                lines[-1] += f" or {expected}"
     return lines
-
-
-def _shortened(value: Any) -> str:
-    """A value as it stands in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
@@ -335,7 +392,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
         annotation = fields[str(part)].annotation if str(part) in fields else None
         models = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")]
         fields = models[0].model_fields if models else {}
-    return [*fields, *(["lora"] if len(location) == 1 else [])]
+    return list(fields)
 
 
 def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

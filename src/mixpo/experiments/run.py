@@ -1,6 +1,8 @@
 """Running a recipe: every stage once, shared by the arms; what fails takes only the arms that need it along."""
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -96,6 +98,9 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     runs, measured = arm_runs(recipe), gradients_runs(recipe)
     uses = _uses(runs, measured)
     folder = claim_folder(recipe)
+    for link in (folder / "models" / _link_name(run) for run in runs):
+        if link.exists() and not link.is_symlink():
+            raise InputError(f"{link}: found what no run wrote; expected a link to a model; move it elsewhere")
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     computed, failures = _compute(recipe, uses, engine, display)
     for link in (folder / "models").glob("*"):
@@ -118,6 +123,8 @@ def _compute(
 ) -> tuple[int, dict[Stage, Failure]]:
     """Compute every stage that is not there, after its inputs; how many were, and what failed."""
     stages = _early_first(uses)
+    for stage in stages:
+        engine.is_done(stage)  # a damaged folder is told before the first stage computes
     number = {stage: place for place, stage in enumerate(stages)}
     order = TopologicalSorter(
         {place: [number[source] for source in stage.inputs().values()] for stage, place in number.items()}
@@ -214,8 +221,9 @@ def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], mode
     lost = [failures[stage].reason for stage in run.trace if stage in failures]
     model = None
     if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
-        name = re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
-        model = str(_link(models / name, model_in(engine.folder(run.evaluation.policy))))
+        link = models / _link_name(run)
+        link.symlink_to(model_in(engine.folder(run.evaluation.policy)), target_is_directory=True)
+        model = str(link)
     return replace(
         result,
         reason=f"along its training: {lost[0]}" if lost else None,
@@ -231,10 +239,8 @@ def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage
     return GradientsResult(run.arm, run.part, run.seed, folder, failed.reason if failed else None)
 
 
-def _link(link: Path, target: Path) -> Path:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(target, target_is_directory=True)
-    return link
+def _link_name(run: ArmRun) -> str:
+    return re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
 
 
 def claim_folder(recipe: Recipe) -> Path:
@@ -242,10 +248,13 @@ def claim_folder(recipe: Recipe) -> Path:
     folder = recipe.folder
     earlier = folder / "results.json"
     try:
-        for place in (folder, recipe.cache):
+        for place in (folder, folder / "models", recipe.cache):
             place.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=place):
                 pass
+        for file in (folder / "recipe.yaml", folder / "report.html", earlier):
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         found = _format_of(earlier)
         if found not in (None, FORMAT):
             raise InputError(

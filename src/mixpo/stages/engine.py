@@ -5,8 +5,10 @@ the same folder, where it finds its checkpoint; a failed one is tried again. A c
 is read of it is JSON, Parquet and safetensors, never a pickle.
 """
 
+import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._folders: dict[Stage, Path] = {}
+        with _writable(self.cache):
+            if self.cache.exists() and not self.cache.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are or will be."""
@@ -48,9 +53,14 @@ class Engine:
         return self.folder(stage).name[-8:]
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's folder is complete. Raises `InputError` if made with other defaults than today's."""
+        """Whether the stage's folder is complete.
+
+        Raises `InputError` if it was made with other defaults than today's, or if its summary is damaged.
+        """
         folder = self.folder(stage)
-        settings, done = read_settings(folder), (folder / SUMMARY).is_file()
+        settings, done = read_settings(folder), (folder / SUMMARY).exists()
+        if done:
+            read_summary(folder)
         if settings == stage.model_dump(mode="json"):
             return done
         # a folder's name leaves out defaults, and what does not belong to the identity, such as paths
@@ -72,8 +82,8 @@ class Engine:
             if not self.is_done(stage):
                 with _writable(out):
                     out.mkdir(parents=True, exist_ok=True)
+                    write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
-                write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 memory.reset_peak()
                 stage.work(stage.paths(folders), out, self.runtime)
         return out
