@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mixpo.data.errors import InputError
 from mixpo.data.rows import kind_of
 from mixpo.models.language_model import Precision
-from mixpo.models.loading import Lora
+from mixpo.models.adapters import Lora
 from mixpo.settings import Settings, found_and_expected
 from mixpo.stages.data import DataSettings, hub_parts
 from mixpo.stages.dpo import DPOSettings
@@ -161,7 +161,7 @@ class Recipe(Settings):
     @classmethod
     def _names_data_sets(cls, data: DataSettings) -> DataSettings:
         for key in ("train", "test", "demonstrations", "second"):
-            for name in data[key]:
+            for name in getattr(data, key):
                 if name.startswith("hub:") and not _is_hub_id(hub_parts(name)[0]):
                     raise InputError(f"data.{key}: found {name!r}; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
         return data
