@@ -13,7 +13,7 @@ from mixpo.data.branches import pack, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import OptimizerSettings, make_optimizer, update
+from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
 
 REPEATS = 3
 """Of which the median is taken, after one more that is not timed."""
@@ -91,7 +91,7 @@ def _updating(
 
     def work() -> None:
         lm.train()
-        update(
+        take_optimizer_step(
             optimizer, split_into_microbatches(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6
         )
 

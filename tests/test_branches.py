@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mixpo.data.branches import BranchBatch, pack, pack_prompts, split_into_microbatches
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
-from mixpo.models.adapters import Lora, add_lora
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel, _TokenLogprobs
 from mixpo.models.sampling import sample
 from models import ARCHITECTURES, Row, plain_logprobs, rows_of_sample, tiny
@@ -159,7 +159,7 @@ def test_score_stands_on_the_last_token_whatever_pads() -> None:
 def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
     lm, plain = tiny("llama"), tiny("llama")
     before = {key: value.clone() for key, value in plain.model.state_dict().items()}
-    add_lora(lm, Lora(rank=2))
+    add_lora(lm, LoraSettings(rank=2))
     batch = pack(PROMPTS, COMPLETIONS)
     with torch.no_grad():
         torch.testing.assert_close(lm(batch, "logprobs"), plain(batch, "logprobs"))
@@ -269,7 +269,7 @@ def test_an_update_sees_the_model_that_sampled(name: str) -> None:
         assert not torch.allclose(lm(batch, "logprobs"), before), "the test's model has dropout"
         lm.train()
         assert torch.equal(lm(batch, "logprobs"), before)
-    add_lora(lm, Lora(rank=2, dropout=0.5))
+    add_lora(lm, LoraSettings(rank=2, dropout=0.5))
     lm.train()
     dropouts = [module for module in lm.model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
     assert dropouts

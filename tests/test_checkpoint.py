@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mixpo.data.errors import InputError
-from mixpo.training.checkpoint import FILE, Checkpoint, Trainable
+from mixpo.training.checkpoint import FILE, Checkpoint, TrainableWeights
 from mixpo.training.parallel import Processes
 
 ONE = {"processes": Processes(torch.device("cpu"))}
@@ -71,7 +71,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         return (
             model,
             optimizer,
-            Checkpoint(tmp_path, {"m": Trainable(model), "o": optimizer}, every_minutes=0, **ONE),
+            Checkpoint(tmp_path, {"m": TrainableWeights(model), "o": optimizer}, every_minutes=0, **ONE),
         )
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:

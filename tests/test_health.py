@@ -3,8 +3,8 @@
 import pytest
 
 from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
-from mixpo.training.health import loss_alarms, mean_of_last, policy_alarms, reward_model_alarms
-from mixpo.training.step import OptimizerSettings, remedies
+from mixpo.training.health import loss_alarms, mean_of_last_steps, policy_alarms, reward_model_alarms
+from mixpo.training.step import OptimizerSettings, suggest_remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
 
@@ -120,10 +120,10 @@ def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dic
 )
 def test_a_divergence_is_met_by_what_can_act(step: int, warmup: int, precision: str, expected: list[str]) -> None:
     settings = OptimizerSettings(learning_rate=1e-3, warmup_steps=warmup)
-    assert remedies(step, total=100, settings=settings, precision=precision) == expected
+    assert suggest_remedies(step, total=100, settings=settings, precision=precision) == expected
 
 
 def test_mean_of_last_is_over_the_last_tenth() -> None:
     rows = [{"x": float(value)} for value in range(30)]
-    assert mean_of_last(rows, "x") == 28.0
-    assert mean_of_last(rows, "y") is None
+    assert mean_of_last_steps(rows, "x") == 28.0
+    assert mean_of_last_steps(rows, "y") is None

@@ -20,13 +20,13 @@ from mixpo.cli import main as cli
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.models import loading
-from mixpo.models.adapters import Lora, add_lora
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.folders import ModelFolder, generation_end_tokens, read_policy_folder
 from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
 from mixpo.models.saving import save_model
-from mixpo.models.tokenizers import same_tokens
+from mixpo.models.tokenizers import tokenize_alike
 from mixpo.stages import pretrained
-from mixpo.stages.stage import model_in
+from mixpo.stages.stage import model_folder
 
 CPU = torch.device("cpu")
 Damage = Callable[[Path], None]
@@ -528,7 +528,7 @@ def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
     (came / TOKENIZER).write_text(json.dumps(content))
     one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
     assert "<unk>" not in (one.pad_token, other.pad_token)
-    assert same_tokens(one, other) == same_tokens(other, one) == (not flags)
+    assert tokenize_alike(one, other) == tokenize_alike(other, one) == (not flags)
 
 
 def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(folder: Path) -> None:
@@ -574,7 +574,7 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
 def test_a_recipe_may_choose_the_type(good: Path, tmp_path: Path, asked: str) -> None:
     folder = Engine(tmp_path, Runtime(threads=1)).build(Pretrained(path=str(good), dtype=asked))
-    assert tensor_types(model_in(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
+    assert tensor_types(model_folder(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
     plain = Pretrained(path=str(good))
     assert (Engine(tmp_path, Runtime(threads=1)).folder(plain) == folder) == (asked == "auto")
 
@@ -623,7 +623,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
 
     lm = new_reward_model(came, seed=0, device=CPU)
     if lora:
-        add_lora(lm, Lora(rank=2))
+        add_lora(lm, LoraSettings(rank=2))
     with torch.no_grad():
         lm.model.score.weight.mul_(20)
         for name, weight in lm.model.named_parameters():
@@ -648,7 +648,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     assert model.config.num_labels == 1
     policy = load_policy(came, device=CPU)
     again = load_reward_model(tmp_path / "saved", device=CPU)
-    assert same_tokens(again.tokenizer, policy.tokenizer)
+    assert tokenize_alike(again.tokenizer, policy.tokenizer)
     assert (
         again.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"]
         == (policy.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"])

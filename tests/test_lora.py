@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from mixpo.data.branches import pack
 from mixpo.models import adapters
-from mixpo.models.adapters import Lora, add_lora, freeze
+from mixpo.models.adapters import LoraSettings, add_lora, freeze
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, new_reward_model
 from mixpo.models.sampling import sample
 from mixpo.models.saving import save_model
-from mixpo.stages.stage import Stage, model_in
+from mixpo.stages.stage import Stage, model_folder
 from mixpo.training import checkpoint
 from mixpo.training.checkpoint import Checkpoint
 from mixpo.training.record import read_metrics
@@ -36,7 +36,7 @@ def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
     lm.precision = "bfloat16"
     if not adapted:
         return freeze(lm)
-    add_lora(lm, Lora(rank=2))
+    add_lora(lm, LoraSettings(rank=2))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, parameter in lm.model.named_parameters():
@@ -80,7 +80,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
-    policy, batch = model_in(tiny.engine.build(tiny.policy)), pack(PROMPTS, COMPLETIONS)
+    policy, batch = model_folder(tiny.engine.build(tiny.policy)), pack(PROMPTS, COMPLETIONS)
     wide, narrow = (new_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
     freeze(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
@@ -100,12 +100,12 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     tiny: TinyWorld, tmp_path: Path, kind: str, precision: Any
 ) -> None:
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
-    source = model_in(tiny.engine.build(tiny.policy))
+    source = model_folder(tiny.engine.build(tiny.policy))
     if kind == "policy":
         lm = load_policy(source, device=CPU, precision=precision)
     else:
         lm = new_reward_model(source, seed=0, device=CPU, precision=precision)
-    add_lora(lm, Lora(rank=3, alpha=7.0))
+    add_lora(lm, LoraSettings(rank=3, alpha=7.0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in lm.parameters():
@@ -144,7 +144,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[LanguageMode
     """Every model that got adapters, with its weights as they were then."""
     seen: list[tuple[LanguageModel, dict[str, torch.Tensor]]] = []
 
-    def adapting(lm: LanguageModel, lora: Lora) -> None:
+    def adapting(lm: LanguageModel, lora: LoraSettings) -> None:
         add_lora(lm, lora)
         seen.append((lm, {name: p.detach().clone() for name, p in lm.model.named_parameters()}))
 
@@ -184,7 +184,9 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     parts = checkpoint._insert_tensors(json.loads(tensors.pop("json").numpy().tobytes()), tensors)["parts"]
     kept = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
     assert kept == {name for lm, _ in adapted for name, p in lm.model.named_parameters() if p.requires_grad}
-    start, end = (load_file(model_in(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path))
+    start, end = (
+        load_file(model_folder(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path)
+    )
     moved = [name for name in start if not torch.equal(start[name], end[name])]
     assert moved
     assert all("proj" in name for name in moved), "embeddings and norms are as they were"
@@ -208,7 +210,7 @@ def test_the_loss_falls(tiny: TinyWorld, kind: str, least: float) -> None:
 def test_dropout_acts_while_learning_alone() -> None:
     torch.manual_seed(0)
     lm, batch = tiny_model("llama"), pack(PROMPTS, COMPLETIONS)
-    add_lora(lm, Lora(rank=2, dropout=0.5))
+    add_lora(lm, LoraSettings(rank=2, dropout=0.5))
     for parameter in lm.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)

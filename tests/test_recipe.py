@@ -9,7 +9,7 @@ import pytest
 
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
-from mixpo.experiments.plan import plan
+from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import LARGEST, Recipe, _sections, read_recipe
 from mixpo.models.loading import Lora
 
@@ -41,7 +41,7 @@ def test_a_key_in_the_environment_is_in_nothing_that_is_written(
     template = "${{ messages[0].content }}${ x }"
     recipe = read_recipe("world", [f"model.chat_template='{template}'", f"cache={tmp_path / 'cache'}"])
     assert recipe.model.chat_template == template
-    assert plan(recipe)
+    assert plan_stages(recipe)
     words = ["mixpo", "run", "-q", "name=${oc.env:OPENAI_API_KEY}", f"out={tmp_path / 'run'}"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:

@@ -23,9 +23,9 @@ from mixpo.settings import Settings
 from mixpo.stages.ppo import count_updates
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
-from mixpo.stages.stage import Stage, model_in
+from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import read_metrics
-from mixpo.training.step import Diverged, OptimizerSettings, learning_rate
+from mixpo.training.step import Diverged, OptimizerSettings, scheduled_learning_rate
 from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
@@ -204,7 +204,7 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
     lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
     samples = out / "samples.jsonl"
     drawn = samples.read_text() if samples.exists() else ""
-    return rows, lines, drawn, model_digest(model_in(out)) if model_in(out).exists() else None
+    return rows, lines, drawn, model_digest(model_folder(out)) if model_folder(out).exists() else None
 
 
 OUTCOMES: dict[str, Any] = {}
@@ -288,7 +288,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     policy, reference = (tiny.policy, tiny.tuned) if reverse else (tiny.tuned, tiny.policy)
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
-    models = [load_policy(model_in(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
+    models = [load_policy(model_folder(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
     pairs = read_pairs(part.path_in(tiny.engine.build(part.stage)), models[0], max_completion_tokens=TINY_LIMIT)
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
@@ -315,7 +315,9 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
 def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
     """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
-    assert [learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+    assert [scheduled_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
+        expected, abs=1e-6
+    )
     steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}
     rows = metrics(tiny.run(tiny.dpo(**steps, batch_size=16, epochs=6)))
     assert [1e3 * row["learning_rate"] for row in rows] == pytest.approx(expected, abs=1e-6)

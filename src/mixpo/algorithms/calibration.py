@@ -23,7 +23,7 @@ class AccuracyBin:
     interval: Interval | None
 
 
-def accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[AccuracyBin]:
+def bin_accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[AccuracyBin]:
     """Accuracy and count per bin of |margin|, margin = score of chosen - score of rejected. Figure 2 of the paper.
 
     `edges` are the bins' lower bounds, from 0 up; the last bin is open, so every pair is in exactly one. A margin of
@@ -57,7 +57,7 @@ class CalibrationBin:
     """Of the observed share (Wilson)."""
 
 
-def calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[CalibrationBin]:
+def bin_calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[CalibrationBin]:
     """Predicted and observed accuracy per bin of sigma(|margin|), the Bradley-Terry probability of the order given.
 
     margin = score of chosen - score of rejected. `edges` are the bins' lower bounds, from 0.5 up; the last bin is

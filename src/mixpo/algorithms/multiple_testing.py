@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def correct_by_holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number (Holm 1979), in the order given. Raises ValueError on one outside [0, 1]."""
     if wrong := [p for p in p_values if not 0.0 <= p <= 1.0]:
         raise ValueError(f"expected p-values from 0 to 1, found {wrong}")

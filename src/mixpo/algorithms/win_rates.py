@@ -37,7 +37,7 @@ def win_tie_lose(one: Float64[np.ndarray, " n"], other: Float64[np.ndarray, " n"
     return float((one > other).mean()), float((one == other).mean()), float((one < other).mean())
 
 
-def length_controlled(wins: Float64[np.ndarray, " n"], longer: Float64[np.ndarray, " n"]) -> Interval | None:
+def length_controlled_win_rate(wins: Float64[np.ndarray, " n"], longer: Float64[np.ndarray, " n"]) -> Interval | None:
     """The win rate at equal length with its 95% interval (Dubois et al. 2024, without their difficulty of prompts).
 
     sigma(theta) of the logistic regression sigma(theta + phi tanh(d / sd(d))) of wins (1, a tie 0.5, a defeat 0) on how

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Message, RowError
-from mixpo.data.text import visible
-from mixpo.data.tokens import prompt_tokens
+from mixpo.data.text import escape_invisible
+from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.folders import read_context
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
@@ -37,7 +37,7 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             continue
         turns.append({"role": "user", "content": line})
         try:
-            tokens = prompt_tokens(lm.tokenizer, turns)
+            tokens = tokenize_prompt(lm.tokenizer, turns)
         except RowError as error:
             raise InputError(f"{folder}: the dialogue {error.problem}") from error
         if context is not None and len(tokens) + max_tokens > context:
@@ -59,5 +59,5 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
         )
         seed += 1
         text = lm.read_text(sampled.to_lists()[0][0]).strip()
-        console.print(visible(text), markup=False, highlight=False)
+        console.print(escape_invisible(text), markup=False, highlight=False)
         turns.append({"role": "assistant", "content": text})

@@ -155,7 +155,7 @@ def pack(
     position_ids = torch.arange(width).repeat(height)
 
     copies = prompt_starts.shape[1]
-    places, real = padded_places(prompt_starts.flatten(), prompt_sizes.repeat_interleave(copies))
+    places, real = pad_positions(prompt_starts.flatten(), prompt_sizes.repeat_interleave(copies))
     input_ids[places[real]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
     position_ids[places[real]] = torch.arange(places.shape[1]).expand_as(places)[real]
 
@@ -221,7 +221,7 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
         raise ValueError("found a prompt without tokens; expected at least one, to predict the first token from")
     width = int(lengths.sum() if share_row else lengths.max())
     starts = lengths.cumsum(0) - lengths if share_row else torch.arange(len(prompts)) * width
-    places, real = padded_places(starts, lengths)
+    places, real = pad_positions(starts, lengths)
     within = torch.arange(places.shape[1])
     input_ids = torch.zeros(width if share_row else len(prompts) * width, dtype=torch.long)
     input_ids[places[real]] = torch.tensor([token for prompt in prompts for token in prompt])
@@ -231,7 +231,7 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
     return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, places, spans)
 
 
-def padded_places(
+def pad_positions(
     starts: Int[Tensor, " pieces"], sizes: Int[Tensor, " pieces"]
 ) -> tuple[Int[Tensor, "pieces longest"], Bool[Tensor, "pieces longest"]]:
     """Where the tokens of pieces of a row stand, the pieces under each other; place 0 and false for padding."""

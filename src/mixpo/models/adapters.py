@@ -7,16 +7,16 @@ from transformers import (
 )
 
 from mixpo.models.folders import (
-    reading,
+    explain_loading_errors,
 )
 from mixpo.models.language_model import (
     LanguageModel,
-    matrix_modules,
+    iterate_matrix_modules,
 )
 from mixpo.settings import Settings
 
 
-class Lora(Settings):
+class LoraSettings(Settings):
     """Low-rank adapters on every linear layer, merged into the weights when the stage is done (Hu et al. 2021)."""
 
     rank: int = pydantic.Field(16, ge=1)
@@ -24,7 +24,7 @@ class Lora(Settings):
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
 
 
-def add_lora(lm: LanguageModel, lora: Lora) -> None:
+def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
     """Freeze the weights and add adapters, which `save_model` merges; a scalar head stays trainable."""
     from peft import LoraConfig, get_peft_model
 
@@ -58,7 +58,7 @@ def cast_frozen_weights(lm: LanguageModel) -> None:
     if lm.precision != "bfloat16":
         return
     head = lm.model.get_output_embeddings()
-    for module in matrix_modules(lm.model):
+    for module in iterate_matrix_modules(lm.model):
         if module is getattr(lm.model, "score", None):
             continue
         for name in ("weight",) if module is head else ("weight", "bias"):
@@ -78,7 +78,7 @@ def merge_adapters(lm: LanguageModel) -> PreTrainedModel:
     adapted = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
     if not adapted:
         return lm.model
-    with reading(str(lm.folder)):
+    with explain_loading_errors(str(lm.folder)):
         merged: PreTrainedModel = type(lm.model).from_pretrained(
             lm.folder, config=lm.model.config, dtype=torch.float32, local_files_only=True
         )

@@ -13,9 +13,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from mixpo.data.branches import BranchBatch, PromptBatch, TokenBatch
-from mixpo.data.tokens import completion_text
+from mixpo.data.tokens import decode_completion
 from mixpo.models.attention import NAME as ATTENTION
-from mixpo.models.attention import attending, decoding
+from mixpo.models.attention import branch_attention, decoding_attention
 
 Precision = Literal["float32", "bfloat16"]
 Output = Literal["states", "logprobs", "entropies", "values", "scores", "logits"]
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
     def read_text(self, completion: Sequence[int]) -> str:
         """Decode a completion, without the token that ended it and without special tokens."""
         ended = [*completion[:-1], self.end_token] if self.has_ended(completion) else completion
-        return completion_text(self.tokenizer, ended)
+        return decode_completion(self.tokenizer, ended)
 
     def has_ended(self, completion: Sequence[int]) -> bool:
         """Whether a completion's last token ends it: false where it was cut off."""
@@ -162,11 +162,11 @@ class LanguageModel(nn.Module):
     def _compute_states(self, batch: Batch, cache: Cache | None) -> Float[Tensor, "places width"]:
         mask: Tensor | dict[str, Tensor] | None
         if isinstance(batch, TokenBatch):
-            mask, attention = self._mask_of_new_tokens(batch), decoding(batch.lengths, self.device)
+            mask, attention = self._mask_of_new_tokens(batch), decoding_attention(batch.lengths, self.device)
         else:
             unread = torch.empty(1, 1, 1, 1, device=self.device)  # of four dimensions, so that no mask is made instead
-            mask = by_layer_type(self.model, lambda _: unread) if batch.spans else None
-            attention = attending(batch.spans, self.device)
+            mask = make_layer_masks(self.model, lambda _: unread) if batch.spans else None
+            attention = branch_attention(batch.spans, self.device)
         with self.autocast(), attention:
             output = self.model.base_model(
                 input_ids=batch.input_ids,
@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             return visible[:, None, None]
 
-        return by_layer_type(self.model, attends)
+        return make_layer_masks(self.model, attends)
 
     def _compute_logprobs(
         self, states: Float[Tensor, "places width"], batch: BranchBatch, *, with_entropy: bool
@@ -205,14 +205,14 @@ class LanguageModel(nn.Module):
         return empty.masked_scatter(batch.mask, logprobs), empty.masked_scatter(batch.mask, entropies)
 
 
-def matrix_modules(model: nn.Module) -> Iterator[Any]:
+def iterate_matrix_modules(model: nn.Module) -> Iterator[Any]:
     """The modules that multiply by a weight matrix, adapters and heads among them: linear layers, and GPT-2's."""
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield module
 
 
-def by_layer_type(
+def make_layer_masks(
     model: PreTrainedModel, attends: Callable[[int | None], Bool[Tensor, "rows 1 queries keys"]]
 ) -> Tensor | dict[str, Tensor]:
     """An attention mask in the form the model takes: with its sliding window, one mask a layer type where they differ.
@@ -255,7 +255,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weights_learn = learning and any(ctx.needs_input_grad[1:3])
         few = len(targets) * len(weight) <= KEPT_ELEMENTS
         kept = narrow.new_empty(len(targets), len(weight)) if weights_learn and few else None
-        for rows in row_slices(len(targets), CHUNK_ELEMENTS // len(weight)):
+        for rows in slice_rows(len(targets), CHUNK_ELEMENTS // len(weight)):
             logits = torch.mm(narrow[rows], narrow_weight.T, out=None if kept is None else kept[rows])
             logprobs[rows], entropies[rows], normalizers[rows] = _read(
                 logits, bias, targets[rows], with_entropy, learning
@@ -279,7 +279,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if of_weight is None and of_bias is None:
             return of_hidden, *[None] * 7
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
-        for columns in row_slices(len(weight), CHUNK_ELEMENTS // max(1, *hidden.shape)):
+        for columns in slice_rows(len(weight), CHUNK_ELEMENTS // max(1, *hidden.shape)):
             if kept is None:
                 of_logits = _gradient_of_logits(hidden, weight, bias, targets, normalizers, columns)
             else:
@@ -305,7 +305,7 @@ def _read(
     What is done to them element by element is done in float32, in blocks that a CPU's caches hold.
     """
     logprobs, entropies, normalizers = torch.zeros(3, len(targets), device=logits.device)
-    for rows in row_slices(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+    for rows in slice_rows(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
         wide = logits[rows].float() if bias is None else logits[rows].float() + bias
         largest = wide.amax(dim=-1, keepdim=True)
         wide -= largest
@@ -334,14 +334,14 @@ def _gradient_of_logits(
     logits = hidden @ weight[columns].T
     places = targets - columns.start
     here = (places >= 0) & (places < logits.shape[1])
-    for rows in row_slices(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+    for rows in slice_rows(len(targets), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
         wide = logits[rows].float() if bias is None else logits[rows].float() + bias[columns]
         odds = wide.sub_(normalizers[rows, None]).exp_().neg_()
         logits[rows] = odds.scatter_add_(1, places[rows, None].clamp(0, logits.shape[1] - 1), here[rows, None].float())
     return logits
 
 
-def row_slices(count: int, size: int) -> Iterator[slice]:
+def slice_rows(count: int, size: int) -> Iterator[slice]:
     """Slices of `size`, at least 1, that cover `count`; the last one may be smaller."""
     for start in range(0, count, max(1, size)):
         yield slice(start, start + max(1, size))

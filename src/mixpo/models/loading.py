@@ -9,20 +9,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mixpo.data.tokens import end_token
+from mixpo.data.tokens import find_end_token
 from mixpo.models.digests import refuse_changed_model
 from mixpo.models.folders import (
     ModelFolder,
+    explain_loading_errors,
     load_weights,
     read_policy_folder,
     read_reward_folder,
-    reading,
 )
 from mixpo.models.language_model import (
     LanguageModel,
     Precision,
 )
-from mixpo.models.reward_heads import classifier_class, score_head
+from mixpo.models.reward_heads import find_classifier_class, find_score_head
 from mixpo.models.saving import refuse_non_finite_weights
 from mixpo.models.verification import compute_plain_outputs, draw_probe_tokens, verify_model
 
@@ -48,8 +48,8 @@ def new_reward_model(
     refuse_changed_model(policy)
     checked = read_policy_folder(policy)
     checked.config.num_labels, checked.config.problem_type = 1, None
-    model = load_weights(checked, network=classifier_class(checked.config, policy), new_head=True)
-    head = score_head(model, policy)
+    model = load_weights(checked, network=find_classifier_class(checked.config, policy), new_head=True)
+    head = find_score_head(model, policy)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5)
@@ -64,13 +64,13 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
     model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, would never learn
     model = model.to(device).eval()
     odd = f"a {type(model).__name__}, which cannot compute a prompt with its completions"
-    with reading(path, odd, "expected a decoder-only transformer with attention masks"):
+    with explain_loading_errors(path, odd, "expected a decoder-only transformer with attention masks"):
         tokens = draw_probe_tokens(model, folder.tokenizer)
         expected = compute_plain_outputs(model, tokens)
         lm = LanguageModel(
             model,
             folder.tokenizer,
-            end_token(folder.tokenizer),
+            find_end_token(folder.tokenizer),
             shares_prompts=True,
             end_tokens=folder.end_tokens,
             logit_scale=_logit_scale(folder.config),

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import Completions, TokenBatch, pack_prompts, split_into_microbatches
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, row_slices
+from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, slice_rows
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
@@ -248,7 +248,7 @@ def _make_chooser(
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
         noise = exponential_noise(keys, count_noise(logits.shape[1]))
         tokens, logprobs = list[Tensor](), list[Tensor]()
-        for rows in row_slices(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+        for rows in slice_rows(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
             wide = logits[rows].float()
             largest = wide.amax(dim=-1, keepdim=True)
             probabilities = (wide - largest).exp_()

@@ -19,7 +19,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, Output
-from mixpo.models.tokenizers import same_tokens
+from mixpo.models.tokenizers import tokenize_alike
 
 
 def iterate_batches(
@@ -31,7 +31,7 @@ def iterate_batches(
 
 
 @torch.no_grad()
-def read_all(
+def compute_output(
     lm: LanguageModel,
     prompts: Sequence[Tokens],
     completions: AnyCompletions,
@@ -55,25 +55,25 @@ def read_all(
     return result
 
 
-def token_logprobs(
+def compute_token_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
     """Log-prob of every completion token in nats, 0 behind a completion's end."""
-    return read_all(lm, prompts, completions, "logprobs", token_budget=token_budget)
+    return compute_output(lm, prompts, completions, "logprobs", token_budget=token_budget)
 
 
-def sequence_logprobs(
+def compute_sequence_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
     """Log-prob of every completion in nats, its end token included."""
-    return token_logprobs(lm, prompts, completions, token_budget=token_budget).sum(dim=-1)
+    return compute_token_logprobs(lm, prompts, completions, token_budget=token_budget).sum(dim=-1)
 
 
-def scores(
+def compute_scores(
     reward: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
     """The reward model's score of every completion. Raises `InputError` if one is not a finite number."""
-    found = read_all(reward, prompts, completions, "scores", token_budget=token_budget)
+    found = compute_output(reward, prompts, completions, "scores", token_budget=token_budget)
     if broken := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
         start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
@@ -85,7 +85,7 @@ def scores(
 
 
 @torch.no_grad()
-def last_states(
+def compute_last_states(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, token_budget: int
 ) -> Float[Tensor, "prompts k width"]:
     """The hidden state at the last token of every completion, which a reward model's head reads; on the CPU."""
@@ -97,7 +97,7 @@ def last_states(
     return states
 
 
-def retokenised(
+def retokenize(
     reward: LanguageModel,
     policy: LanguageModel,
     rows: Sequence[Prompt],
@@ -108,7 +108,7 @@ def retokenised(
 
     A completion that ended keeps an end token, one that was cut off does not get one.
     """
-    if same_tokens(reward.tokenizer, policy.tokenizer):
+    if tokenize_alike(reward.tokenizer, policy.tokenizer):
         return prompts, completions
 
     again: list[tuple[Tokens, list[Tokens]]] = []

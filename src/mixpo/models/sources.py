@@ -19,7 +19,7 @@ from transformers import (
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
 from mixpo.models.folders import (
-    reading,
+    explain_loading_errors,
 )
 
 
@@ -67,7 +67,7 @@ def read_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 def _reading_gguf(file: Path) -> AbstractContextManager[None]:
     fix = "the file may be torn, or of an architecture that transformers does not read"
-    return reading(file, "a GGUF file that cannot be read", fix)
+    return explain_loading_errors(file, "a GGUF file that cannot be read", fix)
 
 
 def _gguf_options(file: Path) -> dict[str, Any]:
@@ -76,7 +76,9 @@ def _gguf_options(file: Path) -> dict[str, Any]:
 
 def read_hub_model(name: str, revision: str | None) -> PreTrainedModel:
     """The causal language model of a Hugging Face id, in its own type."""
-    with reading(name, "no Hugging Face model that can be read", "check the name, the network, or give a local folder"):
+    with explain_loading_errors(
+        name, "no Hugging Face model that can be read", "check the name, the network, or give a local folder"
+    ):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision or "main",

@@ -7,10 +7,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mixpo.data.tokens import end_token, parses_special_tokens
+from mixpo.data.tokens import find_end_token, parses_special_tokens
 
 
-def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+def tokenize_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers turn every prompt and completion into the same tokens, whatever they pad with."""
     if one is other:
         return True
@@ -21,7 +21,7 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
         rules == other_rules
         and unlike <= {one.pad_token, other.pad_token}
         and one.chat_template == other.chat_template
-        and end_token(one) == end_token(other)
+        and find_end_token(one) == find_end_token(other)
         and parses_special_tokens(one) == parses_special_tokens(other)
     )
 

@@ -14,7 +14,7 @@ from mixpo.data.errors import InputError
 from mixpo.models.language_model import (
     LanguageModel,
 )
-from mixpo.models.reward_heads import score_head
+from mixpo.models.reward_heads import find_score_head
 from mixpo.models.sampling import sample
 
 
@@ -36,7 +36,7 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
         )
     lm.shares_prompts = _close(lm(shared, "states")[shared.last], hidden[alone.last])
     if lm.model.get_output_embeddings() is None:
-        score_head(lm.model, folder)
+        find_score_head(lm.model, folder)
         if not _close(lm(alone, "scores")[0, 1], logits[0]):
             raise InputError(
                 f"{folder}: found a {type(lm.model).__name__} whose score is not a linear map of the last token's "

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
-from mixpo.data.splits import COMPARED, draw
-from mixpo.models.adapters import Lora, add_lora, freeze
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.models.adapters import LoraSettings, add_lora, freeze
 from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import Sampler
 from mixpo.models.saving import save_model
-from mixpo.models.scoring import sequence_logprobs
-from mixpo.stages.rows import Pairs, read_pairs, sampler_name
-from mixpo.stages.stage import Part, PolicyStage, Seeded, finish, model_in
-from mixpo.training.health import mean_of_last, policy_alarms, tell
-from mixpo.training.portions import Portions
+from mixpo.models.scoring import compute_sequence_logprobs
+from mixpo.stages.rows import Pairs, name_sampler, read_pairs
+from mixpo.stages.stage import Part, PolicyStage, SeededSettings, model_folder, write_summary
+from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
+from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums
@@ -34,7 +34,7 @@ AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a kept log-prob may be from a forward pass, in nats a token."""
 
 
-class DPOSettings(Seeded, SupervisedSettings):
+class DPOSettings(SeededSettings, SupervisedSettings):
     """Direct preference optimization."""
 
     beta: float = pydantic.Field(0.1, gt=0)
@@ -46,7 +46,7 @@ class DPOSettings(Seeded, SupervisedSettings):
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     samplings: int = pydantic.Field(4, ge=0)
     """So many times during training, completions of a few prompts are drawn and written to `samples.jsonl`."""
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
 
 
 class DPO(PolicyStage, DPOSettings):
@@ -60,9 +60,9 @@ class DPO(PolicyStage, DPOSettings):
         """Write `model/`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_in(inputs["policy"]), device=processes.device, precision=self.precision)
+        lm = load_policy(model_folder(inputs["policy"]), device=processes.device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        portions = Portions(out, cost)
+        portions = ResumableWork(out, cost)
         reference_logprobs = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
         if self.lora:
             add_lora(lm, self.lora)
@@ -103,14 +103,14 @@ class DPO(PolicyStage, DPOSettings):
             if step + 1 in probed:
                 metrics |= _sample_probes(self, lm, sampler, pairs, out, step, cost)
 
-        digest = save_model(lm, model_in(out))
+        digest = save_model(lm, model_folder(out))
         rows = training.metrics.rows()
-        figures = {name: mean_of_last(rows, name) for name in ("loss", "accuracy", "margin")}
+        figures = {name: mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
         advice = {
             "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
         }
-        finish(
+        write_summary(
             out,
             cost,
             model=digest,
@@ -118,7 +118,7 @@ class DPO(PolicyStage, DPOSettings):
             truncated=pairs.truncated,
             identical=pairs.identical,
             steps=training.total_steps,
-            alarms=tell(policy_alarms(rows, advice)),
+            alarms=emit_alarms(policy_alarms(rows, advice)),
             reference_seconds=portions.seconds["reference"],
             **figures,
         )
@@ -127,22 +127,24 @@ class DPO(PolicyStage, DPOSettings):
 
 
 def _reference_logprobs(
-    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, portions: Portions, runtime: Runtime
+    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, portions: ResumableWork, runtime: Runtime
 ) -> Tensor:
     """Sequence log-probs of all pairs under the reference, [pairs, 2].
 
     Free where the reference itself drew the pairs: those kept from sampling are used, after a few of them were
     compared with a forward pass. Computed once otherwise.
     """
-    policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
+    policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
     digest = model_digest(reference_folder)
     same = digest == model_digest(policy_folder)
     reference = lm if same else freeze(load_policy(reference_folder, device=lm.device, precision=stage.precision))
-    kept = pairs.logprobs if pairs.sampler == sampler_name(digest, stage.precision) else None
-    checked = draw(range(len(pairs.prompts)), None if kept is None else CHECKED_PAIRS, COMPARED)
+    kept = pairs.logprobs if pairs.sampler == name_sampler(digest, stage.precision) else None
+    checked = draw_subset(range(len(pairs.prompts)), None if kept is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in checked], [pairs.completions[row] for row in checked]
     budget = runtime.microbatch_tokens
-    computed = portions.score("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
+    computed = portions.score(
+        "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
+    )
     if kept is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
@@ -160,7 +162,7 @@ def _sample_probes(
     stage: DPO, lm: LanguageModel, sampler: Sampler, pairs: Pairs, out: Path, step: int, cost: Cost
 ) -> dict[str, float]:
     """Sample completions of a few training prompts, so that a policy that stops ending its completions is seen."""
-    rows = draw(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARED)
+    rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)

@@ -90,7 +90,7 @@ class Engine:
 
     def build(self, stage: Stage) -> Path:
         """The stage's folder, complete, after what is missing upstream and the stage itself were computed."""
-        for needed in in_order(stage):
+        for needed in sort_topologically(stage):
             if not self.is_done(needed):
                 self.compute(needed)
         return self.folder(stage)
@@ -119,7 +119,7 @@ def _writable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def in_order(stage: Stage) -> Iterator[Stage]:
+def sort_topologically(stage: Stage) -> Iterator[Stage]:
     """The stage and everything upstream, each once, inputs before what reads them."""
     seen: set[int] = set()
 

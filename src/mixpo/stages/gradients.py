@@ -9,15 +9,15 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack
-from mixpo.data.splits import COMPARED, draw
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.models.adapters import freeze
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy
-from mixpo.models.scoring import sequence_logprobs
+from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import Part, PolicyStage, Stage, finish, model_in
-from mixpo.training.portions import Portions
+from mixpo.stages.stage import Part, PolicyStage, Stage, model_folder, write_summary
+from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost, report_progress
 from mixpo.training.runtime import Runtime
 
@@ -50,13 +50,15 @@ class Gradients(Stage):
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Measure pair by pair."""
         device, cost = runtime.start().device, Cost()
-        lm = load_policy(model_in(inputs["policy"]), device=device)
-        reference = freeze(load_policy(model_in(inputs["reference"]), device=device))
+        lm = load_policy(model_folder(inputs["policy"]), device=device)
+        reference = freeze(load_policy(model_folder(inputs["reference"]), device=device))
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        drawn = draw(range(len(pairs.prompts)), self.count, COMPARED)
+        drawn = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in drawn], [pairs.completions[row] for row in drawn]
-        portions, budget = Portions(out, cost), runtime.microbatch_tokens
-        anchored = portions.score("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
+        portions, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        anchored = portions.score(
+            "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
+        )
 
         def measure(row: int) -> dict[str, float]:
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompts[row], completions[row])
@@ -77,7 +79,7 @@ class Gradients(Stage):
         advance = report_progress(len(prompts))
         rows = portions.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
         write_table(out / "gradients.parquet", rows)
-        finish(out, cost, pairs=len(rows))
+        write_summary(out, cost, pairs=len(rows))
         portions.remove()
 
 

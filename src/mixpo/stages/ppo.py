@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3, sft_weight, steer
+from mixpo.algorithms.kl import adapt_kl_coef, compute_sft_weight, control_kl_budget, kl_k1, kl_k3
 from mixpo.algorithms.masked import masked_mean, whiten
 from mixpo.algorithms.ppo import (
     clip_fraction,
@@ -31,24 +31,24 @@ from mixpo.algorithms.ppo import (
 from mixpo.data.branches import BranchBatch, pack, row_lengths, split_into_microbatches
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import prompt_tokens
+from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.adapters import add_lora
 from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.saving import save_model
-from mixpo.models.scoring import read_all, retokenised, scores, token_logprobs
+from mixpo.models.scoring import compute_output, compute_scores, compute_token_logprobs, retokenize
 from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
 from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
-from mixpo.stages.rows import read_table, unique_prompts
-from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Trainable
-from mixpo.training.health import mean_of_last, policy_alarms, tell
+from mixpo.stages.rows import read_table, select_unique_prompts
+from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
+from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
 from mixpo.training.parallel import Processes
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Diverged, Sums, learning_rate, update
+from mixpo.training.step import Diverged, Sums, scheduled_learning_rate, take_optimizer_step
 
 Loss = Callable[[tuple[BranchBatch, list[int]]], tuple[Tensor, Sums]]
 STEP_0_KL = {"float32": 1e-3, "bfloat16": 0.1}
@@ -71,14 +71,14 @@ class PPO(PolicyStage, PPOSettings):
         """Write `model/` and `completions.jsonl`, one completion of each iteration to read."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
+        policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
         policy = load_policy(policy_folder, device=processes.device, precision=self.precision)
         frozen = load_frozen_models(self, inputs, policy)
         starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
         if self.lora:
             add_lora(policy, self.lora)
         models = make_actor_critic(self, inputs, policy, frozen.reward)
-        prompts = unique_prompts(read_table(inputs["prompts"]))
+        prompts = select_unique_prompts(read_table(inputs["prompts"]))
         training = PPOTraining(self, models, frozen, prompts, runtime, processes, cost)
         total = training.total_steps
         snapshot_steps = _snapshot_steps(self.snapshots, total)
@@ -91,7 +91,7 @@ class PPO(PolicyStage, PPOSettings):
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
         trim_jsonl(out / "completions.jsonl", first_step)
         log = Metrics(out, resumed_at=first_step, processes=processes)
-        weights = Trainable(policy)
+        weights = TrainableWeights(policy)
         last_good_weights = weights.copy()
 
         for step in range(first_step, total):
@@ -117,21 +117,21 @@ class PPO(PolicyStage, PPOSettings):
             log.add(step, total, metrics)
             if step + 1 in snapshot_steps:
                 snapshot = Snapshot(stage=self, number=snapshot_steps.index(step + 1) + 1)
-                save_model(policy, model_in(snapshot.path_in(out)))
+                save_model(policy, model_folder(snapshot.path_in(out)))
             kl_state = [models.kl_coef, models.kl_multiplier, models.kl_error_sum]
             checkpoint.maybe_write(step + 1, {"cost": cost.counts(), "kl": kl_state})
 
-        digest, metrics_rows = save_model(policy, model_in(out)), log.rows()
+        digest, metrics_rows = save_model(policy, model_folder(out)), log.rows()
         names = ("score", "reward", "kl", "kl_from_sft", "entropy", "end_rate", "completion_tokens")
-        finish(
+        write_summary(
             out,
             cost,
             model=digest,
             prompts=len(prompts),
             steps=total,
             snapshots=snapshot_steps,
-            alarms=tell(policy_alarms(metrics_rows, suggest_against_alarms(self))),
-            **{name: mean_of_last(metrics_rows, name) for name in names},
+            alarms=emit_alarms(policy_alarms(metrics_rows, suggest_against_alarms(self))),
+            **{name: mean_of_last_steps(metrics_rows, name) for name in names},
         )
         checkpoint.remove()
 
@@ -162,7 +162,7 @@ class PPOTraining:
     ) -> None:
         self.settings, self.models, self.frozen = settings, models, frozen
         self.prompts = prompts
-        self.prompt_tokens = [prompt_tokens(models.policy.tokenizer, prompt) for prompt in prompts]
+        self.prompt_tokens = [tokenize_prompt(models.policy.tokenizer, prompt) for prompt in prompts]
         self.sampler, self.processes, self.cost = runtime.make_sampler(), processes, cost
         self.microbatch_tokens = runtime.microbatch_tokens
         self.steps_per_epoch = -(-len(prompts) // settings.batch_size)
@@ -198,20 +198,20 @@ class PPOTraining:
 
         # Score
         texts = [self.prompts[row] for row in rows]
-        reward_inputs = retokenised(frozen.reward, policy, texts, prompts, completions)
-        found_scores = scores(frozen.reward, *reward_inputs, token_budget=budget)
+        reward_inputs = retokenize(frozen.reward, policy, texts, prompts, completions)
+        found_scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
         self.cost.scored(frozen.reward.model, tokens)
-        reference_logprobs = token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
+        reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
         self.cost.scored(frozen.reference.model, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
-            sft_logprobs = token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
+            sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
             if settings.kl_budget is not None:  # else it is a metric alone, and costs no method anything
                 self.cost.scored(frozen.sft.model, tokens)
 
         # Shape rewards
-        anchor_logprobs = reference_logprobs.lerp(sft_logprobs, sft_weight(models.kl_multiplier))
+        anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_weight(models.kl_multiplier))
         kl_coef = models.kl_coef * models.kl_multiplier
         rewards = shaped_rewards(
             logprobs,
@@ -226,7 +226,7 @@ class PPOTraining:
         # Advantages
         values = returns = None
         if models.value is not None:
-            values = read_all(models.value, prompts, completions, "values", token_budget=budget)
+            values = compute_output(models.value, prompts, completions, "values", token_budget=budget)
             self.cost.scored(models.value.model, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
@@ -286,7 +286,7 @@ class PPOTraining:
         if settings.kl_target is not None:
             models.kl_coef = adapt_kl_coef(models.kl_coef, metrics["kl"], target=settings.kl_target)
         if settings.kl_budget is not None:
-            models.kl_multiplier, models.kl_error_sum = steer(
+            models.kl_multiplier, models.kl_error_sum = control_kl_budget(
                 models.kl_error_sum, metrics["kl_from_sft"], budget=settings.kl_budget
             )
 
@@ -357,13 +357,13 @@ class PPOTraining:
         peak: float,
     ) -> dict[str, float]:
         lm.train()
-        return update(
+        return take_optimizer_step(
             optimizer,
             self._microbatches(lm, rollout, self.processes.share(rows)),
             loss,
             count=int(rollout.completions.mask[list(rows)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
-            rate=learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
+            rate=scheduled_learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
             processes=self.processes,
         )
 

@@ -13,10 +13,10 @@ from mixpo.models.adapters import add_lora, freeze
 from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
-from mixpo.models.tokenizers import same_tokens
+from mixpo.models.tokenizers import tokenize_alike
 from mixpo.stages.ppo_settings import PPOSettings
-from mixpo.stages.stage import model_in
-from mixpo.training.checkpoint import Stateful, Trainable
+from mixpo.stages.stage import model_folder
+from mixpo.training.checkpoint import Stateful, TrainableWeights
 from mixpo.training.step import make_optimizer
 
 
@@ -59,9 +59,12 @@ class ActorCritic:
 
     def stateful_parts(self) -> dict[str, Stateful]:
         """Return what a checkpoint holds of it."""
-        parts: dict[str, Stateful] = {"policy": Trainable(self.policy), "policy_optimizer": self.policy_optimizer}
+        parts: dict[str, Stateful] = {
+            "policy": TrainableWeights(self.policy),
+            "policy_optimizer": self.policy_optimizer,
+        }
         if self.value is not None and self.value_optimizer is not None:
-            parts |= {"value": Trainable(self.value), "value_optimizer": self.value_optimizer}
+            parts |= {"value": TrainableWeights(self.value), "value_optimizer": self.value_optimizer}
         return parts
 
 
@@ -71,14 +74,14 @@ def load_frozen_models(settings: PPOSettings, inputs: Mapping[str, Path], policy
     Raises `InputError` if reference or SFT have another tokenizer than the policy.
     """
     where = Where(device=policy.device, precision=settings.precision)
-    reference_folder, sft_folder = model_in(inputs["reference"]), model_in(inputs["sft"])
+    reference_folder, sft_folder = model_folder(inputs["reference"]), model_folder(inputs["sft"])
     reference = sft = freeze(load_policy(reference_folder, **where))
     if model_digest(reference_folder) != model_digest(sft_folder):
         sft = freeze(load_policy(sft_folder, **where))
     for name, model in (("reference", reference), ("sft", sft)):
-        if not same_tokens(model.tokenizer, policy.tokenizer):
+        if not tokenize_alike(model.tokenizer, policy.tokenizer):
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    return FrozenModels(reference, sft, freeze(load_reward_model(model_in(inputs["reward"]), **where)))
+    return FrozenModels(reference, sft, freeze(load_reward_model(model_folder(inputs["reward"]), **where)))
 
 
 def make_actor_critic(
@@ -92,14 +95,14 @@ def make_actor_critic(
             value = policy
             policy.value_head = _zero_head(policy)
         elif settings.value_init == "policy":
-            value = new_reward_model(model_in(inputs["policy"]), seed=settings.seed, **where)
+            value = new_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **where)
         else:
-            if not same_tokens(reward.tokenizer, policy.tokenizer):
+            if not tokenize_alike(reward.tokenizer, policy.tokenizer):
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"
                 )
-            value = load_reward_model(model_in(inputs["reward"]), **where)
+            value = load_reward_model(model_folder(inputs["reward"]), **where)
     value_optimizer = None
     if value is not None and value is not policy:
         if settings.lora:

@@ -6,9 +6,9 @@ from typing import Any, Literal, Self
 import pydantic
 
 from mixpo.data.errors import InputError
-from mixpo.models.adapters import Lora
-from mixpo.stages.stage import Seeded
-from mixpo.training.step import OptimizerSettings, remedies
+from mixpo.models.adapters import LoraSettings
+from mixpo.stages.stage import SeededSettings
+from mixpo.training.step import OptimizerSettings, suggest_remedies
 
 DEEPSPEED_CHAT: dict[str, Any] = {
     "kl_coef": 0.1,
@@ -42,7 +42,7 @@ GAE_SETTINGS = (
 """Settings that do nothing with another advantage."""
 
 
-class PPOSettings(Seeded, OptimizerSettings):
+class PPOSettings(SeededSettings, OptimizerSettings):
     """Proximal policy optimization of completions (Schulman et al. 2017; Ziegler et al. 2019)."""
 
     preset: Literal["mixpo", "deepspeed-chat"] = "mixpo"
@@ -87,7 +87,7 @@ class PPOSettings(Seeded, OptimizerSettings):
     max_kl: float = pydantic.Field(1.0, gt=0)
     """Mean KL to the reference, in nats a token, above which the stage stops."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
     """Adapts the policy and, with a model of its own, the value model, whose head trains whole."""
 
     @pydantic.model_validator(mode="wrap")
@@ -116,7 +116,7 @@ class PPOSettings(Seeded, OptimizerSettings):
 
 def suggest_against_divergence(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
     """Say what to try where an iteration diverged; `updates` are the optimizer steps before each iteration."""
-    tips = remedies(updates[step], total=updates[-1], settings=stage, precision=stage.precision)
+    tips = suggest_remedies(updates[step], total=updates[-1], settings=stage, precision=stage.precision)
     if step > 0:
         tips.append(suggest_tighter_anchor(stage))
     if stage.advantage == "gae" and step >= stage.value_warmup_steps:

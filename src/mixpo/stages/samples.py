@@ -7,20 +7,28 @@ import numpy as np
 import pydantic
 
 from mixpo.algorithms.selection import order_by_score, score_gaps
-from mixpo.data.tokens import prompt_tokens
+from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.adapters import freeze
 from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model
-from mixpo.models.scoring import retokenised, scores
-from mixpo.stages.rows import read_table, sampler_name, unique_prompts, write_table
-from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage, Seeded, finish, model_in
-from mixpo.training.portions import Portions
+from mixpo.models.scoring import compute_scores, retokenize
+from mixpo.stages.rows import name_sampler, read_table, select_unique_prompts, write_table
+from mixpo.stages.stage import (
+    Part,
+    PolicyStage,
+    RewardStage,
+    ScoredPairsStage,
+    SeededSettings,
+    model_folder,
+    write_summary,
+)
+from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
 
-class SamplesSettings(Seeded):
+class SamplesSettings(SeededSettings):
     """How completions are drawn."""
 
     temperature: float = pydantic.Field(1.0, gt=0)
@@ -53,11 +61,11 @@ class Samples(ScoredPairsStage, SamplesSettings):
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample and score."""
         device, cost = runtime.start().device, Cost()
-        lm = freeze(load_policy(model_in(inputs["policy"]), device=device, precision=self.precision))
-        reward = freeze(load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision))
-        asked = unique_prompts(read_table(inputs["rows"]), self.prompts)
-        prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
-        portions = Portions(out, cost)
+        lm = freeze(load_policy(model_folder(inputs["policy"]), device=device, precision=self.precision))
+        reward = freeze(load_reward_model(model_folder(inputs["reward"]), device=device, precision=self.precision))
+        asked = select_unique_prompts(read_table(inputs["rows"]), self.prompts)
+        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in asked]
+        portions = ResumableWork(out, cost)
         completions, logprobs = portions.sample(
             runtime.make_sampler(),
             lm,
@@ -70,8 +78,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
             top_k=self.top_k,
             portion_tokens=runtime.sampling_tokens,
         )
-        read = retokenised(reward, lm, asked, prompts, completions)
-        found = portions.score("scores", scores, reward, *read, token_budget=runtime.microbatch_tokens)
+        read = retokenize(reward, lm, asked, prompts, completions)
+        found = portions.score("scores", compute_scores, reward, *read, token_budget=runtime.microbatch_tokens)
         numbers = found.double().numpy()
         same = np.array([first == second for first, second in completions])
         gaps = np.where(same, 0.0, score_gaps(numbers))
@@ -94,9 +102,9 @@ class Samples(ScoredPairsStage, SamplesSettings):
                 strict=True,
             )
         ]
-        sampler = sampler_name(model_digest(model_in(inputs["policy"])), self.precision)
+        sampler = name_sampler(model_digest(model_folder(inputs["policy"])), self.precision)
         write_table(out / "pairs.parquet", rows, sampler=sampler)
-        finish(
+        write_summary(
             out,
             cost,
             pairs=len(rows),

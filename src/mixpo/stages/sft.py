@@ -10,19 +10,19 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch
 from mixpo.data.sources import read_demonstration_rows
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.adapters import Lora, add_lora
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.loading import load_policy
 from mixpo.models.saving import save_model
-from mixpo.stages.rows import note_truncated
-from mixpo.stages.stage import DataStage, PolicyStage, Seeded, finish, model_in
-from mixpo.training.health import loss_alarms, mean_of_last, tell
+from mixpo.stages.rows import report_truncation
+from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
+from mixpo.training.health import emit_alarms, loss_alarms, mean_of_last_steps
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, remedies
+from mixpo.training.step import Sums, suggest_remedies
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
-class SFTSettings(Seeded, SupervisedSettings):
+class SFTSettings(SeededSettings, SupervisedSettings):
     """Supervised fine-tuning."""
 
     learning_rate: float = pydantic.Field(5e-5, gt=0)
@@ -30,7 +30,7 @@ class SFTSettings(Seeded, SupervisedSettings):
     warmup_steps: int = pydantic.Field(500, ge=0)
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     """A longer completion is cut, and then has no end token."""
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
 
 
 class SFT(PolicyStage, SFTSettings):
@@ -43,7 +43,7 @@ class SFT(PolicyStage, SFTSettings):
         """Write `model/`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_in(inputs["base"]), device=processes.device, precision=self.precision)
+        lm = load_policy(model_folder(inputs["base"]), device=processes.device, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
         rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
@@ -52,7 +52,7 @@ class SFT(PolicyStage, SFTSettings):
         ]
         prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
-        note_truncated("demonstrations", truncated, len(rows), self.max_completion_tokens)
+        report_truncation("demonstrations", truncated, len(rows), self.max_completion_tokens)
         training = SupervisedTraining(
             lm,
             prompts,
@@ -71,16 +71,16 @@ class SFT(PolicyStage, SFTSettings):
         for _ in training.steps(loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
             pass
 
-        digest, metrics, total = save_model(lm, model_in(out)), training.metrics.rows(), training.total_steps
-        tips = remedies(total - 1, total=total, settings=self, precision=self.precision)
-        finish(
+        digest, metrics, total = save_model(lm, model_folder(out)), training.metrics.rows(), training.total_steps
+        tips = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
+        write_summary(
             out,
             cost,
             model=digest,
             rows=len(rows),
             steps=total,
-            alarms=tell(loss_alarms(metrics, tips)),
-            loss=mean_of_last(metrics, "loss"),
+            alarms=emit_alarms(loss_alarms(metrics, tips)),
+            loss=mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )
         training.checkpoint.remove()

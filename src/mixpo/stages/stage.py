@@ -94,7 +94,7 @@ class Snapshot(Settings):
         return folder / "snapshots" / str(self.number)
 
 
-class Seeded(Settings):
+class SeededSettings(Settings):
     """Settings of every stage that draws random numbers and computes with a model."""
 
     seed: int = pydantic.Field(0, ge=0)
@@ -102,11 +102,11 @@ class Seeded(Settings):
     """`bfloat16` runs matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
 
 
-def finish(out: Path, cost: Cost, **figures: Any) -> None:
+def write_summary(out: Path, cost: Cost, **figures: Any) -> None:
     """Write `summary.json`: the final figures and the cost."""
     write_json(out / SUMMARY, {**figures, "cost": cost.summary()})
 
 
-def model_in(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """The model folder inside a stage's folder."""
     return folder / "model"

@@ -30,7 +30,7 @@ class Stateful(Protocol):
         """Go back to a state."""
 
 
-class Trainable:
+class TrainableWeights:
     """The trainable weights of a model; frozen ones are read from where they came from."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -28,7 +28,7 @@ MICROBATCHES = 16
 """Microbatches of a portion that only goes forward."""
 
 
-class Portions:
+class ResumableWork:
     """`portions.jsonl` in a stage's folder: a line a portion, with its rows' results and the cost up to there.
 
     Which rows make a portion may change between two runs (it follows the runtime); what is computed from a row may not.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import matrix_modules
+from mixpo.models.language_model import iterate_matrix_modules
 from mixpo.training import memory
 from mixpo.training.parallel import Processes
 
@@ -26,15 +26,17 @@ class Watcher(Protocol):
         """Called with a line worth reading now."""
 
 
-class _Nobody:
+class NullWatcher:
+    """A watcher that does nothing."""
+
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        pass
+        """Ignore progress."""
 
     def note(self, text: str) -> None:
-        pass
+        """Ignore a line."""
 
 
-watcher: ContextVar[Watcher] = ContextVar("watcher", default=_Nobody())  # noqa: B039
+watcher: ContextVar[Watcher] = ContextVar("watcher", default=NullWatcher())  # noqa: B039
 
 
 def report_progress(total: int) -> Callable[[int], None]:
@@ -138,7 +140,7 @@ class Cost:
 
     def summary(self) -> dict[str, float]:
         """The counts, and the peak memory of the process in MiB."""
-        return {**self.counts(), "peak_memory_mib": memory.peak_mib()}
+        return {**self.counts(), "peak_memory_mib": memory.read_peak_mib()}
 
 
 def count_weights(model: PreTrainedModel) -> tuple[int, int]:
@@ -147,7 +149,7 @@ def count_weights(model: PreTrainedModel) -> tuple[int, int]:
     Not embeddings, norms and biases, which multiply no matrix, nor attention, which has no weights.
     """
     counts = {True: 0, False: 0}
-    for module in matrix_modules(model):
+    for module in iterate_matrix_modules(model):
         counts[module.weight.requires_grad] += module.weight.numel()
     for weight in model.parameters():
         if weight.ndim == 3:  # all experts of a layer

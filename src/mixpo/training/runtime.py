@@ -48,7 +48,7 @@ class Runtime(Settings):
     def start(self) -> Processes:
         """Set up this process's threads, memory and device."""
         torch.set_num_threads(self.threads or count_cores())
-        memory.keep_freed()
+        memory.keep_freed_memory()
         cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
         return Processes(torch.device("cuda" if cuda else "cpu"))
 

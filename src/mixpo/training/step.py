@@ -39,7 +39,7 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this norm; the norm before it is logged."""
 
 
-def remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
+def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
     """What to try against a divergence at an optimizer step: only what can act there and is not so already."""
     warmup = min(settings.warmup_steps, total // 2)
     found = [f"a lower learning_rate (now {settings.learning_rate:g})"]
@@ -61,7 +61,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
 
-def learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
+def scheduled_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
     """The learning rate of a step (counted from 0) of `total`."""
     peak = settings.learning_rate if peak is None else peak
     warmup = min(settings.warmup_steps, total // 2)
@@ -74,7 +74,7 @@ def learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: f
     return peak * (1 - 0.9 * fall)
 
 
-def update(
+def take_optimizer_step(
     optimizer: torch.optim.Optimizer,
     microbatches: Iterable[Batch],
     loss: Callable[[Batch], tuple[Tensor, Sums]],

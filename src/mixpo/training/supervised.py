@@ -10,11 +10,19 @@ from torch import Tensor
 
 from mixpo.data.branches import BranchBatch, Tokens, pack, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
+from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
 from mixpo.training.parallel import Processes
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, remedies, update
+from mixpo.training.step import (
+    Diverged,
+    OptimizerSettings,
+    Sums,
+    make_optimizer,
+    scheduled_learning_rate,
+    suggest_remedies,
+    take_optimizer_step,
+)
 
 
 class SupervisedSettings(OptimizerSettings):
@@ -63,7 +71,7 @@ class SupervisedTraining:
         self.lengths = row_lengths(prompts, completions)
         self.total_steps = count_steps(len(prompts), settings)
         self.optimizer = make_optimizer(lm.parameters(), settings)
-        parts: dict[str, Stateful] = {"model": Trainable(lm), "optimizer": self.optimizer}
+        parts: dict[str, Stateful] = {"model": TrainableWeights(lm), "optimizer": self.optimizer}
         self.checkpoint = Checkpoint(out, parts, every_minutes=runtime.checkpoint_minutes, processes=processes)
         self.first_step, spent = self.checkpoint.resume()
         cost.resume(spent)
@@ -82,17 +90,19 @@ class SupervisedTraining:
             rows = select_batch(step, len(self.prompts), self.settings, self.seed)
             self.lm.train()
             try:
-                metrics = update(
+                metrics = take_optimizer_step(
                     self.optimizer,
                     self._microbatches(rows),
                     lambda microbatch: loss(*microbatch),
                     count=count(rows),
                     max_grad_norm=self.settings.max_grad_norm,
-                    rate=learning_rate(step, total=self.total_steps, settings=self.settings),
+                    rate=scheduled_learning_rate(step, total=self.total_steps, settings=self.settings),
                     processes=self.processes,
                 )
             except Diverged as error:
-                tips = remedies(step, total=self.total_steps, settings=self.settings, precision=self.lm.precision)
+                tips = suggest_remedies(
+                    step, total=self.total_steps, settings=self.settings, precision=self.lm.precision
+                )
                 message = f"step {step + 1} of {self.total_steps}: {error}; try {' or '.join(tips)}"
                 raise Diverged(message) from error
             metrics["tokens"] = sum(self.lengths[row] for row in rows)
