@@ -148,7 +148,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[LanguageMode
         add_lora(lm, lora)
         seen.append((lm, {name: p.detach().clone() for name, p in lm.model.named_parameters()}))
 
-    for name in ("sft", "reward_model", "dpo", "ppo"):
+    for name in ("sft", "reward_model", "dpo", "ppo", "ppo_models"):
         monkeypatch.setattr(f"mixpo.stages.{name}.add_lora", adapting)
     return seen
 
@@ -183,7 +183,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     tensors = load_file(tmp_path / checkpoint.FILE)
     parts = checkpoint._insert_tensors(json.loads(tensors.pop("json").numpy().tobytes()), tensors)["parts"]
     kept = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
-    assert kept == {name for lm, _ in adapted for name, p in lm.model.named_parameters() if p.requires_grad}
+    assert kept == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
     start, end = (
         load_file(model_folder(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path)
     )

@@ -1011,10 +1011,10 @@ def test_a_part_without_rows_is_named(world: World, tmp_path: Path, sources: dic
         world.build(Data(base=world.base, format="preference", on_bad_row="drop", **files))
 
 
-def test_a_gap_that_is_no_number_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "gap": gap, "scores": [gap, 0.0], "tokens": [[1], [2]]} for gap in (1.0, math.nan, 2.0)]
     write_table(tmp_path / "pairs.parquet", rows)
-    selection = Selection(samples=Pretrained(), threshold=1.5)
+    selection = Selection(samples=world.samples, threshold=1.5)
     with pytest.raises(InputError, match=r"pairs.parquet: row 2 has the gap nan and the scores \[nan, 0.0\].*1 of 3"):
         selection.work({"samples": tmp_path}, tmp_path, RUNTIME)
 
