@@ -39,7 +39,7 @@ def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
             prompts.append(tokenizer.decode(tokens[0]))
             return Completions.from_lists([[[*tokenizer.encode(answer), tokenizer.eos_token_id]]])
 
-        stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8", errors="surrogateescape")
+        stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8")
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr("mixpo.cli.chat.sample", sample)
         monkeypatch.setattr(sys, "argv", ["mixpo", "chat", str(folder), *words])

@@ -1,5 +1,6 @@
 """`mixpo chat`: try a model by hand."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
     context = read_context(folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else a line that is not UTF-8 is a traceback
     turns: list[Message] = []
     seed = 0
     while True:
