@@ -38,11 +38,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead 
 
 
 @app.command()
-def run_recipe(words: RecipeArgument = None, quiet: Quiet = False) -> None:
+def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Run a recipe: compute what is missing, print the table, write the report."""
     from mixpo.cli.display import show_results, watch
     from mixpo.experiments.results import load_runs
-    from mixpo.experiments.run import run_recipe as run_recipe
+    from mixpo.experiments.run import run_recipe
     from mixpo.report.page import write_page
 
     recipe = _recipe(words)
@@ -56,12 +56,12 @@ def run_recipe(words: RecipeArgument = None, quiet: Quiet = False) -> None:
 
 
 @app.command()
-def plan_stages(words: RecipeArgument = None) -> None:
+def plan(words: RecipeArgument = None) -> None:
     """Print the tree of stages: identity, whether it is there, and why one would be computed."""
     from mixpo.cli.display import show_plan
-    from mixpo.experiments.plan import plan_stages as make_plan
+    from mixpo.experiments.plan import plan_stages
 
-    show_plan(make_plan(_recipe(words)))
+    show_plan(plan_stages(_recipe(words)))
 
 
 @app.command()
