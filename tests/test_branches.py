@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.data.branches import BranchBatch, pack, pack_prompts, split_into_microbatches
+from mixpo.data.branches import BranchBatch, pack, pack_prompts, row_lengths, split_into_microbatches
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
 from mixpo.models.adapters import LoraSettings, add_lora
@@ -192,6 +192,12 @@ def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budg
 def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> None:
     with pytest.raises(ValueError, match=r"without tokens|same number"):
         pack(prompts, completions)
+
+
+def test_row_lengths_are_of_prompts_with_their_completions() -> None:
+    assert row_lengths([[1, 2], [3]], [[[4], [5, 6]], [[7]]]) == [5, 2]
+    with pytest.raises(ValueError, match="zip"):
+        row_lengths([[1, 2], [3]], [[[4], [5, 6]]])
 
 
 @pytest.mark.usefixtures("attention")

@@ -54,6 +54,8 @@ def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     cost = Cost()
     cost.trained(lm.model, IDS.numel())
     assert cost.flops == counted(lm.model, backward=True)
+    counts = cost.counts()
+    assert [counts[f"tokens_{kind}"] for kind in ("sampled", "trained", "scored")] == [0, IDS.numel(), 0]
 
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
@@ -69,6 +71,12 @@ def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
     cost.sampled(lm.model, 4, 6)
     assert (cost.tokens_sampled, cost.flops) == (4, counted(lm.model, backward=False))
+
+
+def test_peak_memory_is_the_gpus_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", True), ("is_initialized", True), ("max_memory_allocated", 7 << 19)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    assert Cost().summary()["peak_memory_mib"] == 3.5
 
 
 def test_of_experts_those_count_that_a_token_visits() -> None:

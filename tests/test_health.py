@@ -114,6 +114,8 @@ def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dic
         (0, 0, "bfloat16", ["another model or other rows, since nothing was trained before", "precision: float32"]),
         (3, 2, "float32", ["a lower learning_rate (now 0.001)", "more warmup_steps (now 2)"]),
         (3, 2, "bfloat16", ["a lower learning_rate (now 0.001)", "more warmup_steps (now 2)", "precision: float32"]),
+        (9, 2, "float32", ["a lower learning_rate (now 0.001)", "more warmup_steps (now 2)"]),  # the first tenth
+        (10, 2, "float32", ["a lower learning_rate (now 0.001)"]),
         (90, 2, "float32", ["a lower learning_rate (now 0.001)"]),  # long after the warm-up
         (30, 70, "float32", ["a lower learning_rate (now 0.001)"]),  # half of all steps are its most
     ],

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from mixpo.data.errors import InputError
+from mixpo.models import sampling
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import BLOCK, count_noise, draw_tokens, exponential_noise, noise_keys, sample, truncate
 from models import END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
@@ -220,6 +221,20 @@ def test_a_completion_depends_on_nothing_but_its_seed_prompt_and_branch() -> Non
     twice = completions([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
     assert twice[:2] == together[:2]
     assert len({tuple(c) for row in (0, 2) for c in twice[row]}) == 4, "a prompt that comes twice has other completions"
+
+
+def test_the_cache_holds_no_more_tokens_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions of 12, 9 and 6 tokens with their prompts, two of each: 2 x 12 and 4 x 9, not 4 x 12 and 2 x 6."""
+    held, room = set(), sampling._Preallocated._room
+
+    def making(layer: sampling._Preallocated, states: Tensor, dtype: torch.dtype) -> Tensor:
+        made = room(layer, states, dtype)
+        held.add((len(made), made.shape[2]))
+        return made
+
+    monkeypatch.setattr(sampling._Preallocated, "_room", making)
+    sample(tiny("llama"), PROMPTS, k=2, max_tokens=4, seed=0, token_budget=44)
+    assert held == {(2, 12), (4, 9)}
 
 
 def test_threads_change_no_token() -> None:

@@ -20,12 +20,14 @@ from mixpo.models.digests import model_digest
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
+from mixpo.stages.engine import read_summary
 from mixpo.stages.ppo import count_updates
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, scheduled_learning_rate
+from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch
 from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
@@ -332,6 +334,22 @@ def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> Non
     assert [5e2 * row["value_learning_rate"] for row in rows] == pytest.approx(expected)
 
 
+def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
+    settings = SupervisedSettings(learning_rate=1.0, batch_size=4, epochs=3)
+    steps = [select_batch(step, 10, settings, 0) for step in range(count_steps(10, settings))]
+    assert [len(rows) for rows in steps] == 3 * [4, 4, 2]
+    epochs = [[row for rows in steps[first : first + 3] for row in rows] for first in (0, 3, 6)]
+    assert [sorted(epoch) for epoch in epochs] == 3 * [[*range(10)]]
+    assert len({*map(tuple, epochs)}) == 3
+
+
+def test_sft_counts_as_read_where_its_kl_is_held(tiny: TinyWorld) -> None:
+    """Of one iteration the reward model, the reference and the value model read all tokens; SFT where a budget asks."""
+    stage = {"policy": tiny.tuned, "reference": tiny.tuned, "epochs": 0.5}
+    free, held = (read_summary(tiny.run(tiny.ppo(**stage, **more)))["cost"] for more in ({}, {"kl_budget": 1.0}))
+    assert 3 * held["tokens_scored"] == 4 * free["tokens_scored"] > 0
+
+
 @pytest.mark.parametrize(
     ("prompts", "iterations", "settings", "expected"),
     [
@@ -354,9 +372,9 @@ def test_a_revision_is_the_commit_that_is_asked_for(
         original = auto.from_pretrained
 
         def loading(name: Any, *, original: Any = original, revision: Any = None, **others: Any) -> Any:
-            seen.append((str(name), revision))
+            seen.append((str(name), revision, others.get("trust_remote_code")))
             return original(tiny.folder / "base" if name == "some/model" else name, **others)
 
         monkeypatch.setattr(auto, "from_pretrained", loading)
     Pretrained(path="some/model", revision="abc").work({}, tmp_path, TINY_RUNTIME)
-    assert seen.count(("some/model", "abc")) == 2
+    assert seen.count(("some/model", "abc", False)) == 2, "and with no code of its own"

@@ -844,6 +844,14 @@ def language_model(tokenizer: Any) -> LanguageModel:
     return LanguageModel(Mock(), tokenizer, tokenizer.eos_token_id, shares_prompts=True)
 
 
+def test_a_reward_model_with_other_tokens_reads_long_text_whole() -> None:
+    policy, reward = (language_model(build_tokenizer(size)) for size in (1024, 512))
+    text = "Castle soon. " * 20
+    completion = [*policy.tokenizer.encode(text), policy.end_token]
+    ((found,),) = retokenize(reward, policy, ["Any advice?"], [[5]], [[completion]])[1]
+    assert reward.tokenizer.decode(found) == text + "<|end|>"
+
+
 def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     long = "a b c d e f"

@@ -131,8 +131,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
     pytest.fail("waited for two minutes in vain")
 
 
-def test_workers_are_a_number_or_one_a_core() -> None:
+def test_workers_are_a_number_or_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Runtime(device="cpu", workers="cores").workers == count_cores()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        assert Runtime(workers="cores").workers == 1, "a GPU is shared by none"
+        patch.setattr("mixpo.training.runtime.count_cores", lambda: 7)
+        assert Runtime(device="cpu", workers="cores").workers == 7
     with pytest.raises(InputError, match=r"runtime\.workers: found 'core'; expected a number of at least 1, or cores$"):
         read_recipe("world", ["runtime.workers=core"])
     with pytest.raises(InputError, match=r"runtime\.workers: found 0;"):

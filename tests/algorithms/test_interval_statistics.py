@@ -25,6 +25,12 @@ def test_wilson_agrees_with_statsmodels(successes, trials, level):
     assert ours.high == pytest.approx(high, abs=1e-10)
 
 
+def test_wilson_stays_within_0_and_1_where_rounding_would_leave_them():
+    for trials in range(1, 200):
+        assert wilson_interval(0, trials).low >= 0.0
+        assert wilson_interval(trials, trials).high <= 1.0
+
+
 def test_wilson_without_trials_is_refused():
     with pytest.raises(ValueError, match="at least one trial"):
         wilson_interval(0, 0)
