@@ -84,7 +84,8 @@ class Completions:
         lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
         mask = torch.arange(int(lengths.max())) < lengths[..., None]
         tokens = torch.zeros(mask.shape, dtype=torch.long)
-        tokens[mask] = torch.tensor([token for branches in completions for c in branches for token in c])
+        flat = [token for branches in completions for completion in branches for token in completion]
+        tokens[mask] = torch.tensor(flat, dtype=torch.long)
         return cls(tokens, mask)
 
     def __len__(self) -> int:
@@ -156,7 +157,8 @@ def pack(
 
     copies = prompt_starts.shape[1]
     places, real = pad_positions(prompt_starts.flatten(), prompt_sizes.repeat_interleave(copies))
-    input_ids[places[real]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
+    flat = [token for row in rows for _ in range(copies) for token in prompts[row]]
+    input_ids[places[real]] = torch.tensor(flat)
     position_ids[places[real]] = torch.arange(places.shape[1]).expand_as(places)[real]
 
     within = torch.arange(longest)
