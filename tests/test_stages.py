@@ -196,7 +196,7 @@ def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: 
 def counted(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs went through the reference, call by call, from here on."""
     counts: list[int] = []
-    original = dpo_module.sequence_logprobs
+    original = dpo_module.compute_sequence_logprobs
 
     def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
         counts.append(len(prompts))
@@ -363,7 +363,7 @@ def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> N
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ppo_module.token_logprobs
+    original = ppo_module.compute_token_logprobs
     monkeypatch.setattr(ppo_module, "compute_token_logprobs", lambda *args, **kwargs: original(*args, **kwargs) + 0.1)
     with pytest.raises(RuntimeError, match="the policy starts as its own reference, yet"):
         world.build(world.ppo(seed=78))
