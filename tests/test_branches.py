@@ -28,13 +28,13 @@ COMPLETIONS = [
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes at which work is cut are those of real rows; and a GPU's road, taken on the CPU."""
     if request.param == "in small blocks":
-        monkeypatch.setattr(blocked_attention, "QUERIES", 3)
-        monkeypatch.setattr(blocked_attention, "SCORES", 100)
+        monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
+        monkeypatch.setattr(blocked_attention, "BLOCK_SCORES", 100)
     if request.param == "in many buckets":
-        monkeypatch.setattr(attention_module, "APART", {"cpu": 0})
-        monkeypatch.setattr(attention_module, "APART_DECODING", {"cpu": 0})
+        monkeypatch.setattr(attention_module, "BUCKET_COST_IN_PAIRS", {"cpu": 0})
+        monkeypatch.setattr(attention_module, "DECODING_BUCKET_COST_IN_KEYS", {"cpu": 0})
     if request.param == "by PyTorch":
-        monkeypatch.setattr(attention_module, "OURS", frozenset())
+        monkeypatch.setattr(attention_module, "BLOCKED_ATTENTION_DEVICES", frozenset())
 
 
 @pytest.mark.usefixtures("attention")
@@ -86,9 +86,9 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
 def test_fused_logprobs_are_those_of_autograd(
     monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, block: int
 ) -> None:
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr("mixpo.models.language_model.BLOCK_ELEMENTS", {"cpu": block})
-    monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_LOGITS", chunk)
+    monkeypatch.setattr("mixpo.models.language_model.BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr("mixpo.models.language_model.STORED_LOGIT_GRADIENTS", kept)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
     weight = torch.randn(7, 3, generator=generator, requires_grad=True)
@@ -118,10 +118,10 @@ def test_gradients_made_again_are_those_that_were_kept(
     shapes = ((rows, 16), (40, 16), (40,))
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     targets, upstream = torch.tensor([0, 39, 3, 3, 1])[:rows], torch.randn(rows, generator=generator)
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 35)
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_LOGITS", 35)
     found = []
     for kept in (0, 1 << 20):
-        monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
+        monkeypatch.setattr("mixpo.models.language_model.STORED_LOGIT_GRADIENTS", kept)
         inputs = [value.clone().requires_grad_(learn) for value, learn in zip(values, learns, strict=True)]
         logprobs, _ = _TokenLogprobs.apply(*inputs, targets, torch.bfloat16, False, True)
         (logprobs * upstream).sum().backward()
@@ -202,16 +202,16 @@ def test_kept_logprobs_equal_plain_forward_passes(
 ) -> None:
     lm, dropped = tiny(name), list[int]()
     lm.shares_prompts = shares_prompts
-    take = sampling._Preallocated.take
+    take = sampling._PreallocatedLayer.select_rows
 
-    def taking(layer: sampling._Preallocated, rows: torch.Tensor) -> None:
+    def taking(layer: sampling._PreallocatedLayer, rows: torch.Tensor) -> None:
         dropped.append(len(layer.keys) - len(rows))
         take(layer, rows)
 
     def draw() -> list[Row]:
         return rows_of_sample(sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
 
-    monkeypatch.setattr(sampling._Preallocated, "take", taking)
+    monkeypatch.setattr(sampling._PreallocatedLayer, "select_rows", taking)
     lm.end_tokens = frozenset()
     seen = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
     assert not dropped
@@ -249,7 +249,7 @@ def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
 def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
     keys = sorted(keys, reverse=True)
-    buckets = list(attention_module._of_like_length(keys, apart))
+    buckets = list(attention_module._split_by_key_count(keys, apart))
     assert [row for rows, _ in buckets for row in range(rows.start, rows.stop)] == list(range(len(keys)))
     for rows, most in buckets:
         assert most == max(keys[rows])
@@ -314,8 +314,8 @@ def test_blocked_attention_is_attention(
     monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, kv_heads: int, held: int
 ) -> None:
     """With a last group of rows that is smaller, too, and values narrower than keys."""
-    monkeypatch.setattr(blocked_attention, "QUERIES", 3)
-    monkeypatch.setattr(blocked_attention, "SCORES", held)
+    monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
+    monkeypatch.setattr(blocked_attention, "BLOCK_SCORES", held)
     torch.manual_seed(0)
     heads, rows = 4, 3
     shapes = ((queries, heads, 3), (keys, kv_heads, 3), (keys, kv_heads, 2))
@@ -356,7 +356,7 @@ def test_decoding_attention_is_attention(kv_heads: int, dtype: torch.dtype, tole
     query, key, value = (torch.randn(3, *shape, 8).to(dtype) for shape in ((4, 1), (kv_heads, 7), (kv_heads, 7)))
     visible = torch.rand(3, 1, 1, 7) < 0.6
     visible[..., -1] = True
-    found = attention_module._decode(query, key, value, visible, None)
+    found = attention_module._attend_new_tokens(query, key, value, visible, None)
     key, value = (x.double().repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))
     scores = (query.double() @ key.transpose(-1, -2) / 8**0.5).masked_fill(~visible, float("-inf"))
     expected = (scores.softmax(dim=-1) @ value).transpose(1, 2)

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mixpo.data.errors import InputError
 from mixpo.models.loading import load_policy
-from mixpo.models.sampling import BLOCK, count_noise, draw_tokens, exponential_noise, noise_keys, sample, truncate
+from mixpo.models.sampling import (
+    BLOCK_TOKENS,
+    compute_truncated_probabilities,
+    count_noise_values,
+    draw_tokens,
+    make_exponential_noise,
+    make_noise_keys,
+    sample,
+)
 from models import END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
@@ -24,14 +32,17 @@ DRAWS = 40_000
 
 def keys(count: int, *, prompt: list[int] | None = None, seed: int = 0, branch: int = 0, occurrence: int = 0) -> Tensor:
     """Those of the first positions of a completion."""
-    return noise_keys(prompt or [7], seed=seed, occurrence=occurrence, k=branch + 1, max_tokens=count)[branch]
+    return make_noise_keys(prompt or [7], seed=seed, occurrence=occurrence, k=branch + 1, max_tokens=count)[branch]
 
 
 def draw(probabilities: Tensor, keys: Tensor) -> Tensor:
     """A token a key, all from one distribution, in portions."""
-    noise = count_noise(len(probabilities))
+    noise = count_noise_values(len(probabilities))
     return torch.cat(
-        [draw_tokens(probabilities.expand(len(some), -1), exponential_noise(some, noise)) for some in keys.split(500)]
+        [
+            draw_tokens(probabilities.expand(len(some), -1), make_exponential_noise(some, noise))
+            for some in keys.split(500)
+        ]
     )
 
 
@@ -67,7 +78,7 @@ def test_noise_is_minus_the_logarithm_of_splitmix64() -> None:
         return -math.log((x // 2**12 + 2**51 + 0.5) / 2**52)
 
     some = [0, -1, 2**63 - 1, -(2**63), 123456789]
-    found = exponential_noise(torch.tensor(some), 50)
+    found = make_exponential_noise(torch.tensor(some), 50)
     assert found.dtype == torch.float32
     wanted = [[expected(key, place) for place in range(1, 51)] for key in some]
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=0.0)
@@ -76,7 +87,7 @@ def test_noise_is_minus_the_logarithm_of_splitmix64() -> None:
 def test_keys_are_told_apart_by_all_that_the_noise_depends_on_and_by_nothing_else() -> None:
     one = keys(20)
     assert torch.equal(keys(10), one[:10]), "how many tokens may come changes none of them"
-    assert torch.equal(noise_keys([7], seed=0, occurrence=0, k=3, max_tokens=20)[0], one), "nor do other branches"
+    assert torch.equal(make_noise_keys([7], seed=0, occurrence=0, k=3, max_tokens=20)[0], one), "nor do other branches"
     others = (
         keys(20, seed=1),
         keys(20, branch=1),
@@ -92,12 +103,14 @@ def test_keys_are_told_apart_by_all_that_the_noise_depends_on_and_by_nothing_els
 
 
 STREAMS: dict[str, Callable[[], Tensor]] = {
-    "tokens": lambda: exponential_noise(keys(1), 100_000),
-    "positions": lambda: exponential_noise(keys(100_000), 1),
-    "seeds": lambda: exponential_noise(torch.cat([keys(1, seed=seed) for seed in range(20_000)]), 1),
-    "branches": lambda: exponential_noise(noise_keys([7], seed=0, occurrence=0, k=20_000, max_tokens=1)[:, 0], 1),
-    "prompts": lambda: exponential_noise(torch.cat([keys(1, prompt=[x, 5]) for x in range(20_000)]), 1),
-    "adjacent keys": lambda: exponential_noise(torch.arange(100_000), 1),
+    "tokens": lambda: make_exponential_noise(keys(1), 100_000),
+    "positions": lambda: make_exponential_noise(keys(100_000), 1),
+    "seeds": lambda: make_exponential_noise(torch.cat([keys(1, seed=seed) for seed in range(20_000)]), 1),
+    "branches": lambda: make_exponential_noise(
+        make_noise_keys([7], seed=0, occurrence=0, k=20_000, max_tokens=1)[:, 0], 1
+    ),
+    "prompts": lambda: make_exponential_noise(torch.cat([keys(1, prompt=[x, 5]) for x in range(20_000)]), 1),
+    "adjacent keys": lambda: make_exponential_noise(torch.arange(100_000), 1),
 }
 
 
@@ -123,8 +136,8 @@ def test_noise_is_exponential_and_independent(along: str) -> None:
     [
         (2, 1.0, DRAWS),
         (7, 3.0, DRAWS),
-        (BLOCK, 2.0, DRAWS),
-        (BLOCK + 1, 4.0, DRAWS),
+        (BLOCK_TOKENS, 2.0, DRAWS),
+        (BLOCK_TOKENS + 1, 4.0, DRAWS),
         (1000, 3.0, DRAWS),
         (5000, 1.0, 8000),
     ],
@@ -188,7 +201,7 @@ def test_rounding_hardly_ever_changes_a_token(vocabulary: int, rows: int, roundi
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(rows, vocabulary, generator=generator)
     other = logits + rounding * torch.randn(rows, vocabulary, generator=generator)
-    noise = exponential_noise(keys(rows), count_noise(vocabulary))
+    noise = make_exponential_noise(keys(rows), count_noise_values(vocabulary))
     changed = draw_tokens(logits.softmax(-1), noise) != draw_tokens(other.softmax(-1), noise)
     assert float(changed.double().mean()) <= flips
 
@@ -262,9 +275,13 @@ def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
 
 def test_truncation() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    assert truncate(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [[True, True, False, False]]
-    assert truncate(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [[True, True, True, False]]
-    sharp = truncate(logits, temperature=0.5, top_p=1.0, top_k=0)
+    assert compute_truncated_probabilities(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [
+        [True, True, False, False]
+    ]
+    assert compute_truncated_probabilities(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [
+        [True, True, True, False]
+    ]
+    sharp = compute_truncated_probabilities(logits, temperature=0.5, top_p=1.0, top_k=0)
     torch.testing.assert_close(sharp[0, 0] / sharp[0, 1], torch.tensor(4.0))
 
 
