@@ -20,8 +20,7 @@ from mixpo.models.digests import model_digest
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
-from mixpo.stages.ppo import count_updates
-from mixpo.stages.ppo_settings import PPOSettings
+from mixpo.stages.ppo_settings import PPOSettings, count_updates
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import read_metrics

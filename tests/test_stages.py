@@ -119,7 +119,7 @@ def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
     with pytest.raises(InputError) as refused:
         engine.compute(stage)
     assert re.fullmatch(
-        rf"{model_folder(source)}: found files of the digest [0-9a-f]{{16}}; expected {expected}, by the summary.json "
+        rf"{model_folder(source)}: found files with digest [0-9a-f]{{16}}; expected {expected}, as in the summary.json "
         rf"of the stage that wrote them: .*; delete {source} to compute the stage again",
         str(refused.value),
     )
@@ -196,7 +196,7 @@ def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: 
 def counted(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs went through the reference, call by call, from here on."""
     counts: list[int] = []
-    original = dpo_module.sequence_logprobs
+    original = dpo_module.compute_sequence_logprobs
 
     def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
         counts.append(len(prompts))
@@ -261,7 +261,7 @@ def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, mon
     monkeypatch.setattr(
         dpo_module, "compute_sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
     )
-    with pytest.raises(RuntimeError, match="kept from sampling differ from a forward pass"):
+    with pytest.raises(RuntimeError, match="from sampling differ from a forward pass"):
         world.engine.compute(world.dpo(seed=77))
 
 
@@ -363,9 +363,9 @@ def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> N
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ppo_module.token_logprobs
+    original = ppo_module.compute_token_logprobs
     monkeypatch.setattr(ppo_module, "compute_token_logprobs", lambda *args, **kwargs: original(*args, **kwargs) + 0.1)
-    with pytest.raises(RuntimeError, match="the policy starts as its own reference, yet"):
+    with pytest.raises(RuntimeError, match="found log-probs of policy and reference that differ by"):
         world.build(world.ppo(seed=78))
 
 

@@ -11,8 +11,8 @@ from mixpo.models.samplers import LocalSampler
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
-from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost, Metrics
+from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 from models import tiny as tiny_model
 from worlds import TinyWorld
