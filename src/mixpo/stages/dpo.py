@@ -171,7 +171,7 @@ def _sample_probes(
     append_jsonl(
         out / "samples.jsonl",
         [
-            {"step": step, "prompt": pairs.untokenised[row], "completion": text}
+            {"step": step, "prompt": pairs.prompt_texts[row], "completion": text}
             for row, text in zip(rows, texts, strict=True)
         ],
     )

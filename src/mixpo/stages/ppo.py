@@ -36,8 +36,15 @@ from mixpo.models.loading import load_policy
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_output, compute_scores, compute_token_logprobs, retokenize
+from mixpo.stages.ppo_kl import check_kl, compute_kl_metrics
 from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
-from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
+from mixpo.stages.ppo_settings import (
+    PPOSettings,
+    choose_snapshot_steps,
+    count_updates,
+    suggest_against_alarms,
+    suggest_against_divergence,
+)
 from mixpo.stages.rows import read_table, select_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights

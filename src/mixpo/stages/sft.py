@@ -1,4 +1,4 @@
-"""SFT: supervised fine-tuning on demonstrations, loss on completion tokens only."""
+"""SFT: supervised fine-tuning on demonstrations, with the loss on completion tokens only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,24 +23,24 @@ from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
 class SFTSettings(SeededSettings, SupervisedSettings):
-    """Supervised fine-tuning."""
+    """Settings of supervised fine-tuning."""
 
     learning_rate: float = pydantic.Field(5e-5, gt=0)
     batch_size: int = pydantic.Field(16, ge=1)
     warmup_steps: int = pydantic.Field(500, ge=0)
     max_completion_tokens: int = pydantic.Field(512, ge=1)
-    """A longer completion is cut, and then has no end token."""
+    """Longer completions are cut, and then have no end token."""
     lora: LoraSettings | None = None
 
 
 class SFT(PolicyStage, SFTSettings):
-    """Minimises the mean negative log-likelihood of a batch's completion tokens, end tokens included."""
+    """A policy trained on the mean negative log-likelihood of completion tokens, end tokens included."""
 
     base: PolicyStage
     data: DataStage
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`."""
+        """Train, and write `model/`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = load_policy(model_folder(inputs["base"]), device=processes.device, precision=self.precision)
@@ -72,14 +72,14 @@ class SFT(PolicyStage, SFTSettings):
             pass
 
         digest, metrics, total = save_model(lm, model_folder(out)), training.metrics.rows(), training.total_steps
-        tips = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
+        remedies = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
         write_summary(
             out,
             cost,
             model=digest,
             rows=len(rows),
             steps=total,
-            alarms=emit_alarms(loss_alarms(metrics, tips)),
+            alarms=emit_alarms(loss_alarms(metrics, remedies)),
             loss=mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )
