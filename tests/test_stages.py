@@ -857,7 +857,7 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
     read = read_pairs(tmp_path / "train.parquet", language_model(tokenizer), max_completion_tokens=limit)
     watcher.reset(token)
     assert read.completions == [[side[:limit] for side in ids[n]] for n in (0, 2, 3)]
-    assert read.untokenised == [f"Question {n}?" for n in (0, 2, 3)]
+    assert read.prompt_texts == [f"Question {n}?" for n in (0, 2, 3)]
     assert read.prompts == [tokenizer(f"Question {n}?")["input_ids"] for n in (0, 2, 3)]
     assert (read.truncated, read.identical) == (sum(len(side) > limit for sides in ids for side in sides), 1) == (3, 1)
     assert [call.args[0] for call in watching.note.call_args_list] == [
