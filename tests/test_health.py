@@ -84,10 +84,10 @@ def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: f
 )
 def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor: str) -> None:
     """kl_target and kl_budget change kl_coef themselves."""
-    found = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
-    assert found.keys() == {*HEALTHY}
-    assert all(found[name].startswith(anchor) for name in found.keys() - {"end_rate"})
-    assert found["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
+    suggestions = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
+    assert suggestions.keys() == {*HEALTHY}
+    assert all(suggestions[name].startswith(anchor) for name in suggestions.keys() - {"end_rate"})
+    assert suggestions["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Portions: a stage that draws or measures goes on where it was killed, and ends with the same rows."""
+"""Resumable work: a killed stage of sampling or scoring computes only what is missing, and ends with the same rows.
 
 import json
 from collections.abc import Callable
