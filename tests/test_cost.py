@@ -23,7 +23,7 @@ def reward_model() -> LanguageModel:
     return LanguageModel(LlamaForSequenceClassification(config).eval(), None, END, shares_prompts=True)  # type: ignore[arg-type]
 
 
-def counted(model: Any, *, backward: bool) -> int:
+def count_flops(model: Any, *, backward: bool) -> int:
     """FLOPs of matrix products by weights; gradients go down to what the layers read."""
     model.set_attn_implementation("eager")
     states = model.get_input_embeddings()(IDS).detach().requires_grad_(backward)
@@ -50,10 +50,10 @@ def build(name: str, *, lora: bool) -> LanguageModel:
 def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     lm, cost = build(name, lora=lora), Cost()
     cost.scored(lm.model, IDS.numel())
-    assert cost.flops == counted(lm.model, backward=False)
+    assert cost.flops == count_flops(lm.model, backward=False)
     cost = Cost()
     cost.trained(lm.model, IDS.numel())
-    assert cost.flops == counted(lm.model, backward=True)
+    assert cost.flops == count_flops(lm.model, backward=True)
 
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
@@ -68,7 +68,7 @@ def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
 def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
     cost.sampled(lm.model, 4, 6)
-    assert (cost.tokens_sampled, cost.flops) == (4, counted(lm.model, backward=False))
+    assert (cost.tokens_sampled, cost.flops) == (4, count_flops(lm.model, backward=False))
 
 
 def test_of_experts_those_count_that_a_token_visits() -> None:
