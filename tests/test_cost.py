@@ -49,17 +49,17 @@ def build(name: str, *, lora: bool) -> LanguageModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     lm, cost = build(name, lora=lora), Cost()
-    cost.scored(lm.model, IDS.numel())
+    cost.count_scored(lm.model, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=False)
     cost = Cost()
-    cost.trained(lm.model, IDS.numel())
+    cost.count_trained(lm.model, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=True)
 
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
     whole, adapted = Cost(), Cost()
-    whole.trained(build("llama", lora=False).model, 10)
-    adapted.trained(build("llama", lora=True).model, 10)
+    whole.count_trained(build("llama", lora=False).model, 10)
+    adapted.count_trained(build("llama", lora=True).model, 10)
     trained, frozen = count_weights(build("llama", lora=True).model)
     assert 0 < trained < frozen
     assert adapted.flops == pytest.approx(whole.flops * 2 / 3 + 60.0 * trained)
@@ -67,7 +67,7 @@ def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
 
 def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
-    cost.sampled(lm.model, 4, 6)
+    cost.count_sampled(lm.model, 4, 6)
     assert (cost.tokens_sampled, cost.flops) == (4, count_flops(lm.model, backward=False))
 
 

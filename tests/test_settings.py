@@ -24,7 +24,7 @@ from mixpo.stages.ppo_settings import PPOSettings, count_updates
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import read_metrics
-from mixpo.training.step import Diverged, OptimizerSettings, scheduled_learning_rate
+from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
 from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
@@ -314,7 +314,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
 def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
     """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
-    assert [scheduled_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
+    assert [compute_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
         expected, abs=1e-6
     )
     steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}

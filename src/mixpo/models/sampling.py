@@ -224,14 +224,14 @@ def sample(
     lengths = torch.zeros(len(prompts), k, dtype=torch.long)
     lm.eval()
     capacities = [len(prompt) + max_tokens for prompt in prompts]
-    draw = _make_draw_function(lm, temperature=temperature, top_p=top_p, top_k=top_k)
+    draw_next_tokens = _make_draw_function(lm, temperature=temperature, top_p=top_p, top_k=top_k)
     with lm.autocast():
         for rows in split_into_microbatches(capacities, max(1, token_budget // k), padded=True):
             keys = [
                 make_noise_keys(prompts[row], seed=seed, occurrence=occurrences[row], k=k, max_tokens=max_tokens)
                 for row in rows
             ]
-            part = _sample_batch(lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), draw)
+            part = _sample_batch(lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), draw_next_tokens)
             tokens[rows], logprobs[rows], lengths[rows] = (x.unflatten(0, (-1, k)).cpu() for x in part)
     longest = int(lengths.max())
     mask = torch.arange(longest) < lengths[..., None]
@@ -247,7 +247,7 @@ def _make_draw_function(
     unused = torch.tensor(lm.unused_tokens, device=lm.device)
     truncates = temperature != 1.0 or top_p != 1.0 or top_k != 0 or len(unused) > 0
 
-    def draw(
+    def draw_next_tokens(
         logits: Float[Tensor, "rows vocabulary"], keys: Int[Tensor, " rows"]
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
         noise = make_exponential_noise(keys, count_noise_values(logits.shape[1]))
@@ -266,14 +266,14 @@ def _make_draw_function(
             logprobs.append((float_logits.gather(-1, tokens[-1][:, None]) - largest)[:, 0] - total.log())
         return torch.cat(tokens), torch.cat(logprobs)
 
-    return draw
+    return draw_next_tokens
 
 
 def _sample_batch(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     keys: Int[Tensor, "prompts k tokens"],
-    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    draw_next_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Int[Tensor, "rows tokens"], Float[Tensor, "rows tokens"], Int[Tensor, " rows"]]:
     """Sample k completions of each prompt of one batch; returns tokens, log-probs and lengths, one row a completion."""
     device = lm.device
@@ -289,7 +289,7 @@ def _sample_batch(
     ended_at = torch.full((count * k,), max_tokens, device=device)
     active, prompt_lengths = torch.arange(count * k, device=device), lengths.tolist()
     for step in range(max_tokens):
-        tokens, logprobs = draw(logits, keys[active, step])
+        tokens, logprobs = draw_next_tokens(logits, keys[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
         ended = torch.isin(tokens, end_tokens)
         ended_at[active] = torch.where(ended, ended_at[active].clamp(max=step + 1), ended_at[active])

@@ -19,7 +19,7 @@ from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.stages.rows import Pairs, name_sampler, read_pairs
 from mixpo.stages.stage import Part, PolicyStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
+from mixpo.training.health import emit_alarms, find_policy_alarms, mean_of_last_steps
 from mixpo.training.record import Cost, append_jsonl, trim_jsonl
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
@@ -81,7 +81,7 @@ class DPO(PolicyStage, DPOSettings):
         sampler = runtime.make_sampler()
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             chosen, rejected = lm(batch, "logprobs").sum(dim=-1).unbind(dim=1)
             chosen_reference, rejected_reference = reference_logprobs[rows].to(lm.device).unbind(dim=1)
             losses = dpo_loss(chosen, rejected, chosen_reference, rejected_reference, beta=self.beta)
@@ -99,7 +99,7 @@ class DPO(PolicyStage, DPOSettings):
                 }
             return losses.sum(), metrics
 
-        for step, metrics in training.steps(loss, count=len):
+        for step, metrics in training.iterate_steps(compute_loss, count=len):
             if step + 1 in probe_steps:
                 metrics |= _sample_probes(self, lm, sampler, pairs, out, step, cost)
 
@@ -118,7 +118,7 @@ class DPO(PolicyStage, DPOSettings):
             truncated=pairs.truncated,
             identical=pairs.identical,
             steps=training.total_steps,
-            alarms=emit_alarms(policy_alarms(rows, remedies)),
+            alarms=emit_alarms(find_policy_alarms(rows, remedies)),
             reference_seconds=resumable.seconds["reference"],
             **figures,
         )
@@ -166,7 +166,7 @@ def _sample_probes(
     prompts = [pairs.prompts[row] for row in rows]
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
-    cost.sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.read_text(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
         out / "samples.jsonl",

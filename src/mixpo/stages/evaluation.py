@@ -86,18 +86,18 @@ class Evaluation(Stage, EvaluationSettings):
             portion_tokens=runtime.sampling_tokens,
         )
 
-        def compute(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
+        def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
             reward = freeze(load_reward_model(model_folder(reward_folder), device=device, precision=self.precision))
             reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
             return resumable.score(name, compute_scores, reward, *reward_inputs, token_budget=budget)
 
         chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
-        chooser_scores = compute("chooser", chooser)
+        chooser_scores = compute_reward_scores("chooser", chooser)
         best = chooser_scores.argmax(dim=1, keepdim=True)
         completions = [[branches[index]] for branches, index in zip(completions, best[:, 0].tolist(), strict=True)]
         same = chooser == inputs["reward"]
-        scores = (chooser_scores.gather(1, best) if same else compute("reward", inputs["reward"]))[:, 0]
-        second = compute("second", inputs["second"])[:, 0] if self.second is not None else None
+        scores = (chooser_scores.gather(1, best) if same else compute_reward_scores("reward", inputs["reward"]))[:, 0]
+        second = compute_reward_scores("second", inputs["second"])[:, 0] if self.second is not None else None
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
         else:

@@ -64,7 +64,7 @@ class Gradients(Stage):
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _compute_gradients(
                 lm, prompts[row], completions[row]
             )
-            cost.trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            cost.count_trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
             log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
             return {

@@ -48,11 +48,11 @@ from mixpo.stages.ppo_settings import (
 from mixpo.stages.rows import read_table, select_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
-from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
+from mixpo.training.health import emit_alarms, find_policy_alarms, mean_of_last_steps
 from mixpo.training.parallel import Processes
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Diverged, Sums, scheduled_learning_rate, take_optimizer_step
+from mixpo.training.step import Diverged, Sums, compute_learning_rate, take_optimizer_step
 
 Loss = Callable[[tuple[BranchBatch, list[int]]], tuple[Tensor, Sums]]
 
@@ -132,7 +132,7 @@ class PPO(PolicyStage, PPOSettings):
             prompts=len(prompts),
             steps=total,
             snapshots=snapshot_steps,
-            alarms=emit_alarms(policy_alarms(metrics_rows, suggest_against_alarms(self))),
+            alarms=emit_alarms(find_policy_alarms(metrics_rows, suggest_against_alarms(self))),
             **{name: mean_of_last_steps(metrics_rows, name) for name in names},
         )
         checkpoint.remove()
@@ -196,21 +196,21 @@ class PPOTraining:
         )
         mask, logprobs = completions.mask, completions.logprobs
         tokens = sum(map(len, prompts)) + int(mask.sum())
-        self.cost.sampled(policy.model, int(mask.sum()), sum(map(len, prompts)))
+        self.cost.count_sampled(policy.model, int(mask.sum()), sum(map(len, prompts)))
 
         # Score
         rows_text = [self.prompts[row] for row in rows]
         reward_inputs = retokenize(frozen.reward, policy, rows_text, prompts, completions)
         scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
-        self.cost.scored(frozen.reward.model, tokens)
+        self.cost.count_scored(frozen.reward.model, tokens)
         reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
-        self.cost.scored(frozen.reference.model, tokens)
+        self.cost.count_scored(frozen.reference.model, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
             sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
-                self.cost.scored(frozen.sft.model, tokens)
+                self.cost.count_scored(frozen.sft.model, tokens)
 
         # Shape rewards
         anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_weight(models.kl_multiplier))
@@ -229,7 +229,7 @@ class PPOTraining:
         values = returns = None
         if models.value is not None:
             values = compute_output(models.value, prompts, completions, "values", token_budget=budget)
-            self.cost.scored(models.value.model, tokens)
+            self.cost.count_scored(models.value.model, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
             )
@@ -298,9 +298,9 @@ class PPOTraining:
         """Take one optimizer step on the policy loss; on a shared model plus the value loss, or that alone."""
         settings, policy, shares_model = self.settings, self.models.policy, self.models.shares_model
 
-        def loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
+        def compute_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             batch, selected = microbatch
-            (self.cost.scored if value_only else self.cost.trained)(policy.model, batch.tokens)
+            (self.cost.count_scored if value_only else self.cost.count_trained)(policy.model, batch.tokens)
             if shares_model:
                 logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
             else:
@@ -319,13 +319,15 @@ class PPOTraining:
                     "clip_fraction": (clipped * number, number),
                 }
             if shares_model:
-                summed_value = self._value_loss(values, rollout, selected, mask)
+                summed_value = self._sum_value_loss(values, rollout, selected, mask)
                 metrics["value_loss"] = (summed_value.detach(), number)
                 summed_value = settings.shared_value_coef * summed_value
                 summed = summed_value if value_only else summed + summed_value
             return summed, metrics
 
-        return self._update(policy, self.models.policy_optimizer, rollout, rows, loss, number, settings.learning_rate)
+        return self._update(
+            policy, self.models.policy_optimizer, rollout, rows, compute_loss, number, settings.learning_rate
+        )
 
     def _update_value(self, rollout: Rollout, rows: Sequence[int], number: int) -> dict[str, float]:
         """Take one optimizer step of the separate value model."""
@@ -333,14 +335,14 @@ class PPOTraining:
         assert value is not None
         assert optimizer is not None
 
-        def loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
+        def compute_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             batch, selected = microbatch
-            self.cost.trained(value.model, batch.tokens)
-            return self._value_loss(value(batch, "values"), rollout, selected, batch.mask), {}
+            self.cost.count_trained(value.model, batch.tokens)
+            return self._sum_value_loss(value(batch, "values"), rollout, selected, batch.mask), {}
 
-        return self._update(value, optimizer, rollout, rows, loss, number, self.settings.value_learning_rate)
+        return self._update(value, optimizer, rollout, rows, compute_loss, number, self.settings.value_learning_rate)
 
-    def _value_loss(
+    def _sum_value_loss(
         self, values: Tensor, rollout: Rollout, selected: list[int], mask: Bool[Tensor, "prompts k tokens"]
     ) -> Tensor:
         """Sum the clipped value loss over the tokens of a microbatch."""
@@ -367,7 +369,7 @@ class PPOTraining:
             loss,
             count=int(rollout.completions.mask[list(rows)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
-            rate=scheduled_learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
+            rate=compute_learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
             processes=self.processes,
         )
 

@@ -21,7 +21,7 @@ from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, mean_of_last_steps, reward_model_alarms
+from mixpo.training.health import emit_alarms, find_reward_model_alarms, mean_of_last_steps
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums
@@ -92,10 +92,10 @@ class RewardModel(RewardStage, RewardModelSettings):
         )
         if self.head == "fitted" and training.first_step == 0:
             states = compute_last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
-            cost.scored(lm.model, sum(row_lengths(prompts, completions)))
+            cost.count_scored(lm.model, sum(row_lengths(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             chosen, rejected = lm(batch, "scores").unbind(dim=1)
             number = torch.tensor(len(rows))
             metrics = {
@@ -108,7 +108,7 @@ class RewardModel(RewardStage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for _ in training.steps(loss, count=len):
+        for _ in training.iterate_steps(compute_loss, count=len):
             pass
 
         digest = save_model(lm, model_folder(out))
@@ -120,7 +120,7 @@ class RewardModel(RewardStage, RewardModelSettings):
         ):
             budget = runtime.microbatch_tokens
             scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
-            cost.scored(saved.model, sum(row_lengths(prompts, completions)))
+            cost.count_scored(saved.model, sum(row_lengths(prompts, completions)))
             write_table(
                 out / f"{name}_scores.parquet",
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
@@ -137,7 +137,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             truncated=pairs.truncated,
             identical=pairs.identical,
             steps=training.total_steps,
-            alarms=emit_alarms(reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
+            alarms=emit_alarms(find_reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
             **accuracies,
         )
         training.checkpoint.remove()

@@ -15,7 +15,7 @@ from mixpo.models.loading import load_policy
 from mixpo.models.saving import save_model
 from mixpo.stages.rows import report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, loss_alarms, mean_of_last_steps
+from mixpo.training.health import emit_alarms, find_loss_alarms, mean_of_last_steps
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, suggest_remedies
@@ -65,10 +65,10 @@ class SFT(PolicyStage, SFTSettings):
             processes=processes,
         )
 
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             return -lm(batch, "logprobs").sum(), {}
 
-        for _ in training.steps(loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
+        for _ in training.iterate_steps(compute_loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
             pass
 
         digest, metrics, total = save_model(lm, model_folder(out)), training.metrics.rows(), training.total_steps
@@ -79,7 +79,7 @@ class SFT(PolicyStage, SFTSettings):
             model=digest,
             rows=len(rows),
             steps=total,
-            alarms=emit_alarms(loss_alarms(metrics, remedies)),
+            alarms=emit_alarms(find_loss_alarms(metrics, remedies)),
             loss=mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )

@@ -17,7 +17,7 @@ def mean_of_last_steps(rows: Rows, name: str) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
+def find_policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
     """Alarms on a policy's training: completions that do not end, do not vary, grow long, or have equal scores.
 
     `remedies` are the stage's settings to change, by the name of the metric.
@@ -49,7 +49,7 @@ def policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
     return alarms
 
 
-def loss_alarms(rows: Rows, remedies: Sequence[str]) -> list[str]:
+def find_loss_alarms(rows: Rows, remedies: Sequence[str]) -> list[str]:
     """An alarm if a loss, in nats a token, rose by more than 1: the probability of a token fell by a factor of e.
 
     Losses that are not finite stop the stage and need no alarm.
@@ -60,7 +60,7 @@ def loss_alarms(rows: Rows, remedies: Sequence[str]) -> list[str]:
     return [f"the loss rose from {first:.3g} to {last:.3g}: training diverged; try {' or '.join(remedies)}"]
 
 
-def reward_model_alarms(accuracy: float, low: float, *, train_accuracy: float | None) -> list[str]:
+def find_reward_model_alarms(accuracy: float, low: float, *, train_accuracy: float | None) -> list[str]:
     """An alarm if a reward model's accuracy on test pairs is not significantly above chance.
 
     `low` is the lower end of its 95% interval; `train_accuracy`, at the end of training, shows overfitting.

@@ -109,12 +109,12 @@ class Cost:
         for name, value in spent.items():
             setattr(self, name, value)
 
-    def sampled(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
+    def count_sampled(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
         """Count tokens sampled from a model, and prompt tokens of the prefill."""
         self.tokens_sampled += tokens
         self.flops += 2.0 * sum(count_weights(model)) * (tokens + prompt_tokens)
 
-    def trained(self, model: PreTrainedModel, tokens: int) -> None:
+    def count_trained(self, model: PreTrainedModel, tokens: int) -> None:
         """Count tokens of forward and backward passes, prompts included: 6 FLOPs a trained weight, 4 a frozen one.
 
         A product takes 2 in the forward pass, 2 for the gradient of its input, and 2 for that of trained weights.
@@ -123,7 +123,7 @@ class Cost:
         self.tokens_trained += tokens
         self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def scored(self, model: PreTrainedModel, tokens: int) -> None:
+    def count_scored(self, model: PreTrainedModel, tokens: int) -> None:
         """Count tokens of forward passes: 2 FLOPs a weight."""
         self.tokens_scored += tokens
         self.flops += 2.0 * sum(count_weights(model)) * tokens

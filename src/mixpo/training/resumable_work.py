@@ -92,18 +92,18 @@ class ResumableWork:
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
         """Sample k completions of every prompt in portions of `portion_tokens`; returns their tokens and log-probs."""
 
-        def work(rows: list[int]) -> list[Any]:
+        def sample_rows(rows: list[int]) -> list[Any]:
             portion = [prompts[row] for row in rows]
             part_occurrences = [occurrences[row] for row in rows]
             sampled = sampler.draw(portion, k=k, max_tokens=max_tokens, occurrences=part_occurrences, **sampling)
-            self.cost.sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
+            self.cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
             return list(zip(sampled.to_lists(), unpad(sampled.logprobs, sampled.mask), strict=True))
 
         sampler.load_policy(lm)
         occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
         portions = split_into_microbatches(lengths, max(1, portion_tokens // k), padded=True)
-        results = self.compute("sampled", portions, work, advance=report_progress(len(prompts)))
+        results = self.compute("sampled", portions, sample_rows, advance=report_progress(len(prompts)))
         return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
     def score(
@@ -119,14 +119,14 @@ class ResumableWork:
         """Compute a number for each completion with `compute_scores` or `compute_sequence_logprobs`."""
         lengths = row_lengths(prompts, completions)
 
-        def work(rows: list[int]) -> list[Any]:
+        def score_rows(rows: list[int]) -> list[Any]:
             part = [prompts[row] for row in rows], select_completions(completions, rows)
             numbers = compute(lm, *part, token_budget=token_budget)
-            self.cost.scored(lm.model, sum(lengths[row] for row in rows))
+            self.cost.count_scored(lm.model, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
         portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
-        return torch.tensor(self.compute(name, portions, work))
+        return torch.tensor(self.compute(name, portions, score_rows))
 
     def remove(self) -> None:
         """Delete the saved results of a complete stage."""

@@ -61,7 +61,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
 
-def scheduled_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
+def compute_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
     """Learning rate of a step (counted from 0) out of `total`; `peak` replaces the setting."""
     peak = settings.learning_rate if peak is None else peak
     warmup = min(settings.warmup_steps, total // 2)

@@ -18,8 +18,8 @@ from mixpo.training.step import (
     Diverged,
     OptimizerSettings,
     Sums,
+    compute_learning_rate,
     make_optimizer,
-    scheduled_learning_rate,
     suggest_remedies,
     take_optimizer_step,
 )
@@ -77,7 +77,7 @@ class SupervisedTraining:
         cost.resume(spent)
         self.metrics = Metrics(out, resumed_at=self.first_step, processes=processes)
 
-    def steps(
+    def iterate_steps(
         self, loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]], *, count: Callable[[list[int]], int]
     ) -> Iterator[tuple[int, dict[str, float]]]:
         """Train, and yield (step, metrics) after every optimizer step; the caller may add metrics to the log.
@@ -96,7 +96,7 @@ class SupervisedTraining:
                     lambda microbatch: loss(*microbatch),
                     count=count(rows),
                     max_grad_norm=self.settings.max_grad_norm,
-                    rate=scheduled_learning_rate(step, total=self.total_steps, settings=self.settings),
+                    rate=compute_learning_rate(step, total=self.total_steps, settings=self.settings),
                     processes=self.processes,
                 )
             except Diverged as error:
@@ -117,5 +117,5 @@ class SupervisedTraining:
         for part in split_into_microbatches([self.lengths[row] for row in share], self.microbatch_tokens):
             selected = [share[index] for index in part]
             batch = pack(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
-            self.cost.trained(self.lm.model, batch.tokens)
+            self.cost.count_trained(self.lm.model, batch.tokens)
             yield batch.to(self.lm.device), selected
