@@ -62,19 +62,19 @@ class DataSettings(Settings):
     revision: str | None = None
     """The commit of a hub data set. Without it a cache knows the set by its name alone, whatever it held that day."""
     train_rows: int | None = pydantic.Field(None, ge=1)
-    """Use so many preference rows (drawn by `data_seed`); all if not given. For the world: how many to make."""
+    """Number of preference rows, a random subset by `data_seed`; all if not given. For the world: rows to generate."""
     test_rows: int | None = pydantic.Field(None, ge=1)
     demonstration_rows: int | None = pydantic.Field(None, ge=1)
     test_share: float = pydantic.Field(0.1, gt=0, lt=1)
     second_rows: int = pydantic.Field(0, ge=0)
-    """So many preference rows for a second reward model, none of whose prompts is in train or test: drawn from
-    `second`, or, if that is empty, about so many kept apart from train. With 0 there is no second reward model."""
+    """Number of preference rows for a second reward model, with prompts that are neither in train nor test: drawn from
+    `second`, or if that is empty held out of train (about as many). 0 trains no second reward model."""
     special_tokens: Literal["text", "parse"] = "text"
-    """What names of control tokens such as `</s>` are in prompts: `text`, so that no row can end or forge a turn, or
-    `parse`, for prompts that were rendered before. In completions they are text."""
+    """Meaning of names of control tokens such as `</s>` in prompts: `text`, so that no row can end or forge a turn, or
+    `parse`, for prompts that are already rendered. In completions they are text."""
     shared_prompts: Literal["keep", "drop"] = "keep"
-    """What becomes of rows of train and demonstrations whose prompt stands in the test files too: `keep` says how many
-    prompts are shared, `drop` leaves the rows out."""
+    """Treatment of rows of train and demonstrations whose prompt is also in the test files: `keep` reports the number
+    of shared prompts, `drop` leaves the rows out."""
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     """A longer prompt is a bad row."""
     on_bad_row: Literal["error", "drop"] | None = None

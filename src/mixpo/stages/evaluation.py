@@ -43,7 +43,7 @@ class EvaluationSettings(SeededSettings):
     """
 
     prompts: int | None = pydantic.Field(256, ge=1)
-    """Use so many of the test prompts, drawn, and the same ones for every arm and seed; all if null."""
+    """Number of test prompts, a random subset that is the same for every arm and seed; all if null."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
 
 

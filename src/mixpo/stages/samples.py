@@ -37,7 +37,7 @@ class SamplesSettings(SeededSettings):
     """0 keeps every token."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     prompts: int | None = pydantic.Field(None, ge=1)
-    """Use so many of the prompts, drawn, and the same ones at every seed; all if not given."""
+    """Number of prompts, a random subset that is the same at every seed; all if not given."""
 
 
 class Samples(ScoredPairsStage, SamplesSettings):

@@ -29,7 +29,7 @@ class OptimizerSettings(Settings):
     warmup_steps: int = pydantic.Field(0, ge=0)
     """Optimizer steps in which the learning rate rises linearly to its peak; at most half of all steps."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up, towards a tenth of the peak."""
+    """Shape of the learning rate's decay after the warm-up, to a tenth of the peak."""
     weight_decay: float = pydantic.Field(0.0, ge=0)
     adam_betas: tuple[Annotated[float, pydantic.Field(ge=0, lt=1)], Annotated[float, pydantic.Field(ge=0, lt=1)]] = (
         0.9,
