@@ -158,8 +158,8 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     whole = torch.tensor([prompt + rows[0]["tokens"][0]])
     with torch.no_grad():
         logprobs = policy(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    drawn = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
-    torch.testing.assert_close(drawn, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
+    token_logprobs = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
+    torch.testing.assert_close(token_logprobs, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
     if name not in WITHOUT_CLASSIFIER:
         classifier = AutoModelForSequenceClassification.from_pretrained(
             engine.folder(reward) / "model", attn_implementation="eager"

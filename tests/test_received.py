@@ -70,8 +70,8 @@ def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: P
     for folder in folders:
         (folder / "summary.json").unlink()
     assert not any(line.done for _, lines in plan_stages(recipe) for line in lines)
-    found = run_recipe(recipe, Watching())  # a checkpoint that is none ends the stage that would go on from it
-    assert found.arms[0].status == "failed"
+    run = run_recipe(recipe, Watching())  # a checkpoint that is none ends the stage that would go on from it
+    assert run.arms[0].status == "failed"
     assert not marker.exists()
     pickle.loads(pickle.dumps(Runs(marker)))
     assert marker.exists(), "the pickle does run where it is read"
@@ -102,7 +102,7 @@ OWN_LOADER = ("yaml.load", "experiments/recipe.py")
 def test_nothing_in_the_source_reads_what_can_run() -> None:
     """Every import and call; the recipe's own YAML loader is a SafeLoader."""
     root = Path(mixpo.__file__).parent
-    found = []
+    violations = []
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             names = [ast.unparse(node.func)] if isinstance(node, ast.Call) else []
@@ -112,5 +112,5 @@ def test_nothing_in_the_source_reads_what_can_run() -> None:
                 names = [one.name for one in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(f"{node.module}.{one.name}" for one in node.names)]
-            found += [(name, str(path.relative_to(root))) for name in names if name in FORBIDDEN]
-    assert [one for one in found if one != OWN_LOADER] == []
+            violations += [(name, str(path.relative_to(root))) for name in names if name in FORBIDDEN]
+    assert [one for one in violations if one != OWN_LOADER] == []

@@ -29,10 +29,10 @@ from mixpo.stages.data import (
     SplitRows,
     count_row_facts,
     describe_row_facts,
+    explain_summary_errors,
     fill_in_world_rows,
     hub_parts,
     read_sources,
-    reading_figures,
     split_rows,
 )
 from mixpo.stages.engine import read_summary
@@ -270,7 +270,7 @@ def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
     tokenizer = load_tokenizer(model)
     example = make_examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
     figures = read_summary(data)
-    with reading_figures():
+    with explain_summary_errors():
         counts = (
             f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
             f"{figures['demonstration_rows']:,} demonstrations"
