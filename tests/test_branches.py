@@ -303,8 +303,8 @@ def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> Non
         lm.model.set_attn_implementation("eager")
         for row, prompt in enumerate(PROMPTS):
             expected = lm.model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
-            torch.testing.assert_close(found[batch.places[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found[batch.last[row]], expected[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[batch.token_index[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[batch.last_index[row]], expected[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

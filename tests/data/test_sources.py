@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Demonstration, Preference, RowError
 from mixpo.data.sources import (
+    compute_source_identity,
     content_digest,
+    expand_path,
     guess_format,
-    hub_records,
-    local_path,
     parse_hh_rlhf,
     parse_tldr,
     read_demonstration_rows,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
+    read_hub_records,
     read_preference_rows,
     read_preferences,
     read_records,
-    source_identity,
     write_rows,
 )
 
@@ -78,7 +78,7 @@ def write(path: Path, rows):
 
 
 def refusal(call, *arguments, **options):
-    """Return the message of the `InputError` that a call raises, reading all it yields."""
+    """Return the message of the `InputError` that a call raises, parsed all it yields."""
     with pytest.raises(InputError) as caught:
         list(call(*arguments, **options))
     return str(caught.value)
@@ -178,18 +178,18 @@ def test_a_key_that_stands_twice_in_an_object_makes_a_bad_row(tmp_path):
         rows, bad, *_ = read_preferences(tmp_path / name, "preference")
         assert rows == PREFERENCES[:1]
         assert [str(row) for row in bad] == [
-            f"{tmp_path / name}:1: 'rejected' stands twice in one object; expected one value; {FIX}",
-            f"{tmp_path / name}:3: 'role' stands twice in one object; expected one value; {FIX}",
+            f"{tmp_path / name}:1: 'rejected' occurs twice in one object; expected one value; {FIX}",
+            f"{tmp_path / name}:3: 'role' occurs twice in one object; expected one value; {FIX}",
         ]
     (tmp_path / "b.json").write_text(twice, encoding="utf-8")
-    assert refusal(read_records, tmp_path / "b.json").endswith("b.json: holds an object; expected a list of objects")
+    assert refusal(read_records, tmp_path / "b.json").endswith("b.json: contains an object; expected a list of objects")
 
 
 def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected,chosen\na,b,c,d\n", encoding="utf-8")
     assert refusal(read_records, path) == (
-        f"{path}:1: the header has two columns 'chosen'; expected each once; rename one of them"
+        f"{path}:1: the header has two columns 'chosen'; expected different names; rename one of them"
     )
 
 
@@ -225,25 +225,28 @@ def test_a_folder_is_no_file(tmp_path):
 def test_what_is_there_and_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
-    expected = "expected a file, which is read more than once"
+    expected = "expected a regular file, because it is read more than once"
     for call in (read_records, lambda path: content_digest([path])):
         assert refusal(call, tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'}: is a pipe or a device; {expected}"
         assert refusal(call, Path("/dev/null")) == f"/dev/null: is a pipe or a device; {expected}"
         found = refusal(call, tmp_path / "b.jsonl")
-        assert found == f"{tmp_path / 'b.jsonl'}: is a link to a file that is not there; {expected}"
+        assert found == f"{tmp_path / 'b.jsonl'}: is a link to a missing file; {expected}"
 
 
 def test_a_home_folder_of_nobody_is_named():
     name = "~no-such-user-of-this-machine/a.jsonl"
-    assert refusal(local_path, name) == f"{name}: found no home folder of that user; expected a path; write it out"
-    assert local_path("~/a.jsonl") == Path.home() / "a.jsonl"
+    assert (
+        refusal(expand_path, name)
+        == f"{name}: found no home folder of that user; expected an existing user; write the full path"
+    )
+    assert expand_path("~/a.jsonl") == Path.home() / "a.jsonl"
 
 
 def test_an_unknown_ending_names_the_known_ones(tmp_path):
     path = tmp_path / "a.txt"
     path.touch()
     assert refusal(read_records, path) == (
-        f"{path}: unknown kind of file '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
+        f"{path}: unsupported suffix '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
         "convert the file"
     )
 
@@ -294,22 +297,22 @@ WHOLE = gzip.compress(jsonl(ROWS * 50), mtime=0)
             "a.jsonl.gz",
             WHOLE[:-20],
             ": cannot be read: Compressed file ended before the end-of-stream marker was reached; "
-            "check that the file is whole",
+            "check that the file is complete",
             id="truncated gzip",
         ),
         pytest.param(
             "a.jsonl.gz",
             b"{}",
-            ": cannot be read: Not a gzipped file (b'{}'); check that the file is whole",
+            ": cannot be read: Not a gzipped file (b'{}'); check that the file is complete",
             id="not gzip",
         ),
         pytest.param(
             "a.json",
             b'{"a": 1}\n{"a": 2}\n',
-            ": is not JSON: Extra data: line 2 column 1 (char 9); a file with one object a line is named .jsonl",
+            ": is not JSON: Extra data: line 2 column 1 (char 9); name a file with one object per line .jsonl",
             id="JSON Lines named JSON",
         ),
-        pytest.param("a.json", b'{"a": 1}', ": holds an object; expected a list of objects", id="JSON object"),
+        pytest.param("a.json", b'{"a": 1}', ": contains an object; expected a list of objects", id="JSON object"),
         pytest.param(
             "a.csv",
             b'a,b\n1,"2\n',
@@ -329,7 +332,7 @@ def test_damaged_gzip_is_refused(tmp_path):
     path.write_bytes(WHOLE[:20] + b"\xff" * 20 + WHOLE[40:])
     message = refusal(read_records, path)
     assert message.startswith(f"{path}: cannot be read: ")
-    assert message.endswith("; check that the file is whole")
+    assert message.endswith("; check that the file is complete")
 
 
 def test_what_is_no_parquet_is_refused(tmp_path):
@@ -422,7 +425,7 @@ A = "\n\nHuman: a\n\nAssistant: b"
         (
             {"chosen": A, "rejected": A + "\n\nHuman: c"},
             "rejected",
-            f"ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+            f"has a last message from 'user'; expected 'assistant'; {FIX}",
         ),
         (
             {"chosen": A, "rejected": "\n\nHuman: a\n\nAssistant:"},
@@ -433,8 +436,8 @@ A = "\n\nHuman: a\n\nAssistant: b"
         (
             {"chosen": A, "rejected": "\n\nHuman: z\n\nAssistant: c"},
             "rejected",
-            "has another prompt than 'chosen': they differ from message 1 on ('rejected' has 1, 'chosen' 1); "
-            f"expected the same prompt on both sides; {FIX}",
+            "has another prompt than 'chosen': they differ from message 1 ('rejected' has 1 messages, 'chosen' 1); "
+            f"expected the same prompt in both; {FIX}",
         ),
         ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
     ],
@@ -519,7 +522,7 @@ def test_what_is_read_from_a_path_is_part_of_a_files_identity(tmp_path):
     def identity(name, format="hh-rlhf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("same")
-        return source_identity(tmp_path / name, format)
+        return compute_source_identity(tmp_path / name, format)
 
     mine = identity("mine/a.jsonl")
     assert mine == identity("yours/b.JSONL")
@@ -539,9 +542,9 @@ def test_what_is_read_from_a_path_is_part_of_a_files_identity(tmp_path):
 )
 def test_readers_name_the_columns_they_read_and_those_they_do_not(tmp_path, format, row, used):
     path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
-    reading = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
-    assert reading.used == used
-    assert set(reading.ignored) == {*row, "id", "score"} - set(used)
+    parsed = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
+    assert parsed.used_columns == used
+    assert set(parsed.ignored_columns) == {*row, "id", "score"} - set(used)
     assert guess_format(row) == format
 
 
@@ -582,7 +585,7 @@ def test_hub_demonstrations(hub):
 
 def test_a_hub_data_set_that_cannot_be_loaded(hub):
     with pytest.raises(InputError) as caught:
-        hub_records("some/set", split="tran")
+        read_hub_records("some/set", split="tran")
     assert str(caught.value) == (
         "Hub data set 'some/set[tran]' cannot be loaded: ValueError: Unknown split \"tran\".; "
         "check its name, split, data_dir and the network, or name a local file"
@@ -592,7 +595,7 @@ def test_a_hub_data_set_that_cannot_be_loaded(hub):
 
 def test_the_hub_needs_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refusal(hub_records, "some/set", split="train") == (
+    assert refusal(read_hub_records, "some/set", split="train") == (
         "Hub data set 'some/set' needs the package 'datasets'; pip install 'mixpo[hub]'"
     )
 
@@ -645,7 +648,7 @@ def test_one_kind_of_prompt_in_a_file(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [Demonstration("a", "b"), Demonstration([user("a")], "b"), Demonstration("c", "d")]
     assert refusal(write_rows, path, rows) == (
-        f"{path}: 2 prompts are text and 1 are lists of messages; expected one kind in a file; "
+        f"{path}: 2 prompts are text and 1 are lists of messages; expected one kind per file; "
         "write every prompt as messages"
     )
     assert not path.exists()

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixpo.data.errors import InputError
-from mixpo.data.splits import draw_subset, hold_out
+from mixpo.data.splits import draw_subset, split_by_prompt
 
 
 def split(prompts, share=0.1, seed=0):
-    return hold_out(prompts, share, seed, setting="data.train", remedy="add rows")
+    return split_by_prompt(prompts, share, seed, setting="data.train", remedy="add rows")
 
 
 @given(
@@ -37,7 +37,7 @@ def test_rows_of_one_prompt_cannot_be_split():
     with pytest.raises(InputError) as caught:
         split(["a"] * 12)
     assert str(caught.value) == (
-        "data.train: found one prompt in 12 usable rows, and rows of one prompt are not split; expected at least two "
+        "data.train: found one prompt in 12 usable rows; rows of one prompt are not split; expected at least two "
         "prompts, one to train on and one to hold out; add rows"
     )
 

@@ -17,7 +17,7 @@ from mixpo.data import templates
 from mixpo.data.errors import InputError
 from mixpo.data.rows import RowError
 from mixpo.data.tokens import (
-    SPECIAL_TOKENS,
+    SPECIAL_TOKENS_KEY,
     check_rows,
     check_tokenizer,
     decode_completion,
@@ -317,7 +317,7 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
             ["b", "b zz", "zz"],
             [
                 "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained "
-                f"on as it writes them; {templates.REMEDY}"
+                f"on as it writes them; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
         (
@@ -325,7 +325,7 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
             ["<think>b</think>c"],
             [
                 "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they "
-                f"are trained on as it writes them; {templates.REMEDY}"
+                f"are trained on as it writes them; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
         (
@@ -334,7 +334,7 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
             [
                 "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end "
                 "of a turn; they are trained on behind the prompt that is sampled from, which no rendered dialogue "
-                f"shows; {templates.REMEDY}"
+                f"shows; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
     ],
@@ -378,7 +378,7 @@ def test_the_templates_of_families_write_completions_as_they_are(name):
 
 def parsing(name):
     tokenizer = family_tokenizer(name)
-    tokenizer.init_kwargs[SPECIAL_TOKENS] = "parse"
+    tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = "parse"
     return tokenizer
 
 
@@ -451,7 +451,7 @@ def test_templates_that_cannot_serve_are_refused(name, template, message):
     ],
 )
 def test_a_template_that_never_ends_is_refused(monkeypatch, text, message):
-    monkeypatch.setattr(templates, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
     with pytest.raises(InputError, match=message):
         check_tokenizer(with_template("smollm2", family_tokenizer("smollm2").chat_template + text))
 

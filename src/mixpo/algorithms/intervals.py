@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from scipy.optimize import bisect
 from scipy.special import stdtr, stdtrit
 
-ALIKE = 1e-9
+RELATIVE_TOLERANCE = 1e-9
 """Values whose range is within this part of the largest one differ by rounding alone."""
 
 
@@ -61,7 +61,7 @@ def crossed_estimate(values: Float64[np.ndarray, "seeds prompts"], *, level: flo
     if values.size == 0 or np.isnan(values).any():
         raise ValueError(f"expected numbers, found {int(np.isnan(values).sum())} nan among {values.size} values")
     mean, parts = float(values.mean()), []
-    if np.ptp(values) > ALIKE * np.abs(values).max():
+    if np.ptp(values) > RELATIVE_TOLERANCE * np.abs(values).max():
         for means in (values.mean(axis=1), values.mean(axis=0)):
             if len(means) > 1:
                 parts.append((float(means.var(ddof=1)) / len(means), len(means) - 1))

@@ -8,7 +8,7 @@ from scipy.special import bdtr, expit
 
 from mixpo.algorithms.intervals import Interval
 
-FEWEST_DECIDED = 10
+MIN_DECIDED = 10
 """Wins and defeats from which a win rate at equal length is told: its errors are those of many."""
 
 
@@ -42,13 +42,13 @@ def length_controlled_win_rate(wins: Float64[np.ndarray, " n"], longer: Float64[
 
     sigma(theta) of the logistic regression sigma(theta + phi tanh(d / sd(d))) of wins (1, a tie 0.5, a defeat 0) on how
     much longer, d, the first completion is; the errors are robust, since a tie is no draw of 0 or 1, times the root of
-    n / (n - 2) for the two that are fitted. None where it cannot be told: of fewer than `FEWEST_DECIDED` wins and
+    n / (n - 2) for the two that are fitted. None where it cannot be told: of fewer than `MIN_DECIDED` wins and
     defeats, where d does not vary, and where a length parts wins from defeats, so that no theta is best (Albert and
     Anderson 1984).
     """
     won, lost = longer[wins > 0.0], longer[wins < 1.0]
     parted = won.size == 0 or lost.size == 0 or won.min() >= lost.max() or won.max() <= lost.min()
-    if parted or (wins != 0.5).sum() < FEWEST_DECIDED or longer.min() == longer.max():
+    if parted or (wins != 0.5).sum() < MIN_DECIDED or longer.min() == longer.max():
         return None
     from statsmodels.genmod.families import Binomial  # slow to import
     from statsmodels.genmod.generalized_linear_model import GLM

@@ -318,7 +318,7 @@ def _prefill(
     for part in split_into_microbatches([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
         batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)
         rows = torch.tensor([row * k + branch for row in part for branch in range(k)], device=lm.device)
-        shared.portion = (rows, batch.places.repeat_interleave(k, dim=0))
+        shared.portion = (rows, batch.token_index.repeat_interleave(k, dim=0))
         found.append(lm(batch, "logits", cache=cache).repeat_interleave(k, dim=0))
         order.append(rows)
     return torch.cat(found)[torch.cat(order).argsort()]

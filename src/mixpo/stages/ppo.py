@@ -298,7 +298,7 @@ class PPOTraining:
 
         def loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             batch, chosen = microbatch
-            (self.cost.scored if value_only else self.cost.trained)(policy.model, batch.tokens)
+            (self.cost.scored if value_only else self.cost.trained)(policy.model, batch.token_count)
             if shares_model:
                 logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
             else:
@@ -333,7 +333,7 @@ class PPOTraining:
 
         def loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             batch, chosen = microbatch
-            self.cost.trained(value.model, batch.tokens)
+            self.cost.trained(value.model, batch.token_count)
             return self._value_loss(value(batch, "values"), rollout, chosen, batch.mask), {}
 
         return self._update(value, optimizer, rollout, rows, loss, number, self.settings.value_learning_rate)

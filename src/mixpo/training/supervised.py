@@ -116,5 +116,5 @@ class SupervisedTraining:
         for part in split_into_microbatches([self.lengths[row] for row in share], self.microbatch_tokens):
             chosen = [share[place] for place in part]
             batch = pack(self.prompts, self.completions, chosen, share_prompt=self.lm.shares_prompts)
-            self.cost.trained(self.lm.model, batch.tokens)
+            self.cost.trained(self.lm.model, batch.token_count)
             yield batch.to(self.lm.device), chosen
