@@ -72,7 +72,10 @@ def test_no_rows_is_fine() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [((0, 99_999, 1), r"the world has \d+ prompts, 100000 were asked for"), ((0, -1, 0), "expected counts of 0")],
+    [
+        ((0, 99_999, 1), r"found \d+ prompts in the world; expected at least 100000"),
+        ((0, -1, 0), "expected counts of 0"),
+    ],
 )
 def test_impossible_counts_are_refused(counts: tuple[int, int, int], message: str) -> None:
     demonstrations, train, test = counts

@@ -266,7 +266,7 @@ def test_a_plain_prompt_has_one_start_and_no_end():
     prompt, (completion,) = tokenize_row(tokenizer, "<s>Hello world", [" The"], limit=9)
     assert prompt + completion == [*family_tokenizer("llama2")("Hello world The")["input_ids"], 2]
     (line,) = check_tokenizer(tokenizer)
-    assert "puts '</s>' behind text; prompts are taken without it" in line
+    assert "appends '</s>' to text; prompts are tokenized without it" in line
     assert check_tokenizer(family_tokenizer("llama2")) == []
 
 
@@ -276,14 +276,14 @@ def test_texts_that_hold_control_tokens_are_counted():
     started, held = check_rows(tokenizer, [(prompt, [" a"]) for prompt in prompts])
     assert started == "1 of 4 prompts begin with '<s>', which is not written twice"
     assert held == (
-        "2 of 4 prompts hold names of control tokens, such as '</s>', which stay text; "
-        "data.special_tokens=parse takes them as control tokens"
+        "2 of 4 prompts contain names of control tokens, such as '</s>', which are plain text; "
+        "data.special_tokens=parse makes them control tokens"
     )
     (line,) = check_rows(tokenizer, [(dialogue("a</s>"), []), (dialogue("b"), [])])
-    assert line.startswith("1 of 2 prompts hold")
+    assert line.startswith("1 of 2 prompts contain")
     for reader in (tokenizer, parsing("llama2")):
         (line,) = check_rows(reader, [("Hello", ["a", "b</s>"]), ("world", ["<s>c</s>"])])
-        assert line == "2 of 3 completions hold names of control tokens, such as '</s>', which stay text"
+        assert line == "2 of 3 completions contain names of control tokens, such as '</s>', which are plain text"
     assert check_rows(tokenizer, [("Hello", ["a"]), ("world", ["b"])]) == []
 
 
@@ -292,7 +292,7 @@ def test_roles_that_the_template_does_not_write_are_named():
     template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     asked = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
     (line,) = check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (asked, ["a"])])
-    assert line == "the chat template does not write messages from 'system' as they are; look at them in a preview"
+    assert line == "the chat template changes or leaves out messages from 'system'; look at them in a preview"
     assert check_rows(family_tokenizer("smollm2"), [(asked, ["a"])]) == []
 
 
@@ -310,14 +310,14 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
         (
             TURNS.replace("FILTER", "| trim"),
             [" a ", "b"],
-            ["the chat template changes the whitespace of 1 of 2 completions, which are trained on as it writes them"],
+            ["the chat template changes the whitespace of 1 of 2 completions; they are trained as rendered"],
         ),
         (
             TURNS.replace("FILTER", "| replace('zz', 'x')"),
             ["b", "b zz", "zz"],
             [
                 "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained "
-                f"on as it writes them; {templates.CHAT_TEMPLATE_HINT}"
+                f"as rendered; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
         (
@@ -325,7 +325,7 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
             ["<think>b</think>c"],
             [
                 "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they "
-                f"are trained on as it writes them; {templates.CHAT_TEMPLATE_HINT}"
+                f"are trained as rendered; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
         (
@@ -333,8 +333,8 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
             ["a", "b"],
             [
                 "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end "
-                "of a turn; they are trained on behind the prompt that is sampled from, which no rendered dialogue "
-                f"shows; {templates.CHAT_TEMPLATE_HINT}"
+                "of a turn; they are trained directly after the sampling prompt, unlike any rendered dialogue; "
+                f"{templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
     ],
@@ -421,8 +421,8 @@ R1 = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
             "ignores add_generation_prompt: the assistant's message comes after '<|im_start|>assistant\\n'",
         ),
-        ("smollm2", "{{ messages[0].content }}", "does not print an assistant's message"),
-        ("smollm2", "{{ messages[-1].content if messages[1] is defined }}", "does not print a user's message"),
+        ("smollm2", "{{ messages[0].content }}", "does not write an assistant's message"),
+        ("smollm2", "{{ messages[-1].content if messages[1] is defined }}", "does not write a user's message"),
         ("smollm2", "{{ raise_exception('no\nchat') }}", "fails on a dialogue of a user's and an assistant's message"),
         ("smollm2", "{% for m in messages %}", "TemplateSyntaxError"),
         ("smollm2", "{{ messages[0].content + 1 }}", "TypeError"),
@@ -441,13 +441,16 @@ def test_templates_that_cannot_serve_are_refused(name, template, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "TimeoutError: it does not end"),
-        ("{{ 9**(9**8) }}", "TimeoutError: it does not end"),
+        (
+            "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+            "TimeoutError: it renders for more than 1 s of CPU time",
+        ),
+        ("{{ 9**(9**8) }}", "TimeoutError: it renders for more than 1 s of CPU time"),
         (
             "{% if messages | length == 3 %}{% generation %}{{ 9**(9**8) }}{% endgeneration %}{% endif %}",
             "TimeoutError",
         ),
-        ("{{ 'x' * 2**32 }}", "MemoryError: it takes more than 1 GiB"),
+        ("{{ 'x' * 2**32 }}", "MemoryError: it uses more than 1 GiB"),
     ],
 )
 def test_a_template_that_never_ends_is_refused(monkeypatch, text, message):
@@ -471,7 +474,7 @@ def test_templates_worth_a_warning():
     assert "ends an assistant's message with no token; completions end with '<|endoftext|>'" in line
     chat = family_tokenizer("smollm2").chat_template
     (line,) = check_tokenizer(with_template("smollm2", "{{ strftime_now('%d %b %Y') }}" + chat))
-    assert "writes the date" in line
+    assert "writes the current date" in line
     assert check_tokenizer(with_template("smollm2", "{% set strftime_now = 1 %}" + chat)) == []
     assert [name for name in FAMILIES if check_tokenizer(family_tokenizer(name))] == ["qwen3", "falcon"]
 
@@ -532,7 +535,7 @@ def test_a_template_argument_is_the_value_that_was_given(value):
 
 def test_a_template_argument_that_nobody_reads_is_refused(tmp_path):
     with pytest.raises(
-        ValidationError, match=r"found 'enable_thinkin', which the chat template does not read.*enable_thinking"
+        ValidationError, match=r"found 'enable_thinkin', which the chat template does not use.*enable_thinking"
     ):
         build(tmp_path, "qwen3", template_arguments={"enable_thinkin": False})
     with pytest.raises(ValidationError, match="the tokenizer has no chat template"):

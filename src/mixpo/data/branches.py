@@ -235,7 +235,7 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
 def compute_token_indices(
     starts: Int[Tensor, " segments"], lengths: Int[Tensor, " segments"]
 ) -> tuple[Int[Tensor, "segments longest"], Bool[Tensor, "segments longest"]]:
-    """Indices of the tokens of each segment of a flattened row, padded to the longest, and their mask; 0 for padding."""
+    """Indices of the tokens of each segment of a flattened row, padded with 0 to the longest, and their mask."""
     offsets = torch.arange(int(lengths.max()) if len(lengths) else 0)
     is_token = offsets < lengths[:, None]
     return (starts[:, None] + offsets) * is_token, is_token

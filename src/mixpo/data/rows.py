@@ -64,7 +64,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An invalid row with its location and problem; `row` is the line number (JSON Lines, CSV) or row number, from 1."""
+    """An invalid row with its location and problem; `row` is the line (JSON Lines, CSV) or row number, from 1."""
 
     file: str
     row: int
@@ -285,7 +285,7 @@ def _suggest_fix(fields: Mapping[str, object], field: str) -> str:
 
 
 def _require_text(field: str, where: str, value: object) -> str:
-    """Text of a value. Raises `RowError` if it is empty or not text; `where` is the part of the field, such as a message."""
+    """Text of a value at `where` in a field. Raises `RowError` if it is empty or not text."""
     if not isinstance(value, str):
         raise RowError(field, f"{where}is {describe_type(value)}; expected text; {FIX_HINT}")
     if not value.strip():
@@ -298,7 +298,7 @@ def _require_text(field: str, where: str, value: object) -> str:
 
 
 def _describe_prompt_difference(rejected: list[Message], chosen: list[Message]) -> str:
-    """Problem of a row whose two dialogues have different prompts."""
+    """Describe the difference between the prompts of two dialogues."""
     first = next(i for i, (a, b) in enumerate(zip_longest(rejected, chosen), start=1) if a != b)
     return (
         f"has another prompt than 'chosen': they differ from message {first} "

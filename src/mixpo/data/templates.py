@@ -1,7 +1,7 @@
-"""Chat templates: the text of a dialogue, what stands around an assistant's message, and templates that cannot serve.
+"""Chat templates: rendering dialogues, inferring the format of an assistant's turn, and rejecting unusable templates.
 
-A completion is what the template writes between its own generation prompt and the end of the turn. So the prompt that
-is sampled from must be how the rendered dialogue begins; a template for which it is not is refused before training.
+A completion is the text between the template's generation prompt and the end of the turn. The prompt that is sampled
+from must therefore be a prefix of the rendered dialogue; a template that violates this is rejected before training.
 """
 
 import json
@@ -25,36 +25,36 @@ else:
     Tokenizer = Any
 
 RENDER_SECONDS = 5
-"""A template that computes for longer over a few short dialogues never ends."""
+"""CPU time limit for rendering the probe dialogues."""
 CHAT_TEMPLATE_HINT = "set another as `model.chat_template`"
 USER_MESSAGE = Message(role="user", content="What is new?")
 ASSISTANT_MESSAGE = Message(role="assistant", content="Nothing is.")
 PROBE_DIALOGUES = [
-    [*first, USER_MESSAGE, ASSISTANT_MESSAGE, USER_MESSAGE]
-    for first in ([], [Message(role="system", content="Be brief.")])
+    [*system, USER_MESSAGE, ASSISTANT_MESSAGE, USER_MESSAGE]
+    for system in ([], [Message(role="system", content="Be brief.")])
 ]
-"""Dialogues whose assistant's message is not the last, without and with a system message."""
+"""Dialogues with an assistant's message before the last one, without and with a system message."""
 
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """What a chat template writes around an assistant's last message."""
+    """Text that a chat template writes around an assistant's last message, and warnings about the template."""
 
     prompt: str
-    """A prompt, as it is before the completion."""
-    lead: str
-    """Between the generation prompt and the content."""
-    after: str
-    """Behind the content."""
+    """A rendered one-message prompt with its generation prompt."""
+    prefix: str
+    """Text between the generation prompt and the message's content."""
+    suffix: str
+    """Text after the message's content."""
     dialogues: tuple[str, ...]
-    """Dialogues that hold what the template writes around messages of every kind."""
+    """Rendered dialogues with messages of every role."""
     warnings: tuple[str, ...]
 
 
 def render_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool) -> str:
-    """The text of a dialogue by the chat template; a prompt ends with the generation prompt.
+    """Render a dialogue with the chat template; with `prompt`, the text ends with the generation prompt.
 
-    Raises `RowError` on messages that the template refuses.
+    Raises `RowError` if the template rejects the messages and `InputError` if the tokenizer has no template.
     """
     if tokenizer.chat_template is None:
         raise InputError(
@@ -69,17 +69,17 @@ def render_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt
 
 
 def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
-    """What the chat template writes around an assistant's message, by rendering a short dialogue.
+    """Infer the text that a chat template writes around an assistant's message, by rendering a short dialogue.
 
-    Raises `InputError` if completions could not be trained and sampled by this template.
+    Raises `InputError` if the template is not usable for training and sampling completions.
     """
     name = f"{tokenizer.name_or_path}: the chat template"
     try:
         _check_rendering_terminates(tokenizer)
         prompt = _apply_template(tokenizer, [USER_MESSAGE], prompt=True)
-        bare = _apply_template(tokenizer, [USER_MESSAGE], prompt=False)
-        whole = _apply_template(tokenizer, [USER_MESSAGE, ASSISTANT_MESSAGE], prompt=False)
-        dialogues = tuple(_render_probe_dialogues(tokenizer)) or (whole,)
+        without_generation_prompt = _apply_template(tokenizer, [USER_MESSAGE], prompt=False)
+        dialogue = _apply_template(tokenizer, [USER_MESSAGE, ASSISTANT_MESSAGE], prompt=False)
+        dialogues = tuple(_render_probe_dialogues(tokenizer)) or (dialogue,)
         depends_on_date = _depends_on_date(tokenizer)
     except Exception as error:
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -87,42 +87,43 @@ def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
             f"{name} fails on a dialogue of a user's and an assistant's message ({type(error).__name__}: {problem}); "
             f"expected a template that renders it; {CHAT_TEMPLATE_HINT}"
         ) from error
-    for kind, text, message in (("an assistant's", whole, ASSISTANT_MESSAGE), ("a user's", prompt, USER_MESSAGE)):
+    for kind, text, message in (("an assistant's", dialogue, ASSISTANT_MESSAGE), ("a user's", prompt, USER_MESSAGE)):
         if message["content"] not in text:
             raise InputError(
-                f"{name} does not print {kind} message; expected a template of the messages' roles and contents; "
+                f"{name} does not write {kind} message; expected a template that writes the content of every message; "
                 f"{CHAT_TEMPLATE_HINT}"
             )
-    before, _, after = whole.rpartition(ASSISTANT_MESSAGE["content"])
+    before, _, suffix = dialogue.rpartition(ASSISTANT_MESSAGE["content"])
     if not before.startswith(prompt):
         raise InputError(
-            f"{name} ends a prompt with {_excerpt_difference(prompt, before)}, which a rendered dialogue does not have before the "
-            f"assistant's message: completions would be trained inside it; {_suggest_fix(tokenizer)}"
+            f"{name} ends a prompt with {_excerpt_difference(prompt, before)}, which a rendered dialogue does not have "
+            "before the assistant's message, so completions would be trained at the wrong position; "
+            f"{_suggest_fix(tokenizer)}"
         )
-    lead = before[len(prompt) :]
-    if lead.strip() and prompt == bare:
+    prefix = before[len(prompt) :]
+    if prefix.strip() and prompt == without_generation_prompt:
         raise InputError(
-            f"{name} ignores add_generation_prompt: the assistant's message comes after {lead!r}, which no prompt "
+            f"{name} ignores add_generation_prompt: the assistant's message comes after {prefix!r}, which no prompt "
             f"ends with; expected it at the end of a prompt; {CHAT_TEMPLATE_HINT}"
         )
     warnings = []
-    if lead.strip():
+    if prefix.strip():
         warnings.append(
-            f"{name} writes {lead!r} before an assistant's message, which is trained on as a part of every completion; "
-            f"to have it in the prompt {_suggest_fix(tokenizer)}"
+            f"{name} writes {prefix!r} before an assistant's message, and every completion is trained with it; to move "
+            f"it into the prompt {_suggest_fix(tokenizer)}"
         )
     if depends_on_date:
         warnings.append(
-            f"{name} writes the date, so that prompts have other tokens on another day; fix it, in most templates "
-            "with model.template_arguments={date_string: '1 Jan 2026'}"
+            f"{name} writes the current date, so prompts change from day to day; fix the date, in most templates with "
+            "model.template_arguments={date_string: '1 Jan 2026'}"
         )
-    return TurnFormat(prompt, lead, after, dialogues, tuple(warnings))
+    return TurnFormat(prompt, prefix, suffix, dialogues, tuple(warnings))
 
 
 def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, bool | int | float | str]) -> str:
-    """A tokenizer's chat template that begins by setting its own arguments, so that whoever renders it has them.
+    """Return the tokenizer's chat template with assignments of its arguments prepended.
 
-    Raises `InputError` on an argument that the template does not read.
+    Raises `InputError` on an argument that the template does not use.
     """
     if tokenizer.chat_template is None:
         raise InputError(
@@ -133,7 +134,7 @@ def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, 
     for name in arguments:
         if not name.isidentifier() or not re.search(rf"\b{name}\b", template):
             raise InputError(
-                f"model.template_arguments: found {name!r}, which the chat template does not read; expected names of "
+                f"model.template_arguments: found {name!r}, which the chat template does not use; expected names of "
                 f"its variables{_format_examples(_find_thinking_variables(template))}"
             )
     lines = [f"{{%- set {name} = {_format_jinja_literal(value)} %}}" for name, value in arguments.items()]
@@ -141,6 +142,7 @@ def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, 
 
 
 def _format_jinja_literal(value: bool | int | float | str) -> str:
+    """Format a value as a literal of a Jinja template."""
     if not isinstance(value, str):
         return repr(value).lower()
     escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
@@ -152,10 +154,7 @@ def _apply_template(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt
 
 
 def _render_probe_dialogues(tokenizer: Tokenizer) -> Iterator[str]:
-    """The longer dialogues as far as the template takes them.
-
-    What a template writes around the last answer alone, such as an empty thinking block, is not in it.
-    """
+    """Render the probe dialogues, leaving out those that the template rejects."""
     for messages in PROBE_DIALOGUES:
         try:
             yield _apply_template(tokenizer, messages, prompt=False)
@@ -164,7 +163,7 @@ def _render_probe_dialogues(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _depends_on_date(tokenizer: Tokenizer) -> bool:
-    """Whether a prompt depends on the time: the template fails without its clock."""
+    """True if rendering a prompt calls `strftime_now`."""
     if "strftime_now" not in str(tokenizer.chat_template):
         return False
     try:
@@ -175,7 +174,7 @@ def _depends_on_date(tokenizer: Tokenizer) -> bool:
 
 
 def _check_rendering_terminates(tokenizer: Tokenizer) -> None:
-    """Render the short dialogues in a process of its own. Raises `TimeoutError` or `MemoryError` where it is ended."""
+    """Render the probe dialogues in a subprocess. Raises `TimeoutError` or `MemoryError` if it exceeds a limit."""
     job = {
         "template": tokenizer.get_chat_template(),
         "variables": tokenizer.special_tokens_map,
@@ -192,26 +191,26 @@ def _check_rendering_terminates(tokenizer: Tokenizer) -> None:
     }
     code = _run_sandbox(json.dumps(job, default=str))
     if code < 0:
-        raise TimeoutError("it does not end")
+        raise TimeoutError(f"it renders for more than {RENDER_SECONDS} s of CPU time")
     if code == OUT_OF_MEMORY:
-        raise MemoryError("it takes more than 1 GiB")
+        raise MemoryError("it uses more than 1 GiB")
 
 
 @lru_cache
 def _run_sandbox(job: str) -> int:
-    """Exit code of `template_sandbox.py`."""
-    words = [sys.executable, "-P", template_sandbox.__file__]
-    return subprocess.run(words, input=job, text=True, stdout=DEVNULL, stderr=DEVNULL, check=False).returncode
+    """Run `template_sandbox.py` on a job and return its exit code."""
+    command = [sys.executable, "-P", template_sandbox.__file__]
+    return subprocess.run(command, input=job, text=True, stdout=DEVNULL, stderr=DEVNULL, check=False).returncode
 
 
 def _excerpt_difference(prompt: str, before: str) -> str:
-    """What the prompt has and the dialogue has not."""
+    """Excerpt of the prompt from the first character that differs from the rendered dialogue."""
     common = next((i for i, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), len(before))
     return excerpt(prompt[common:])
 
 
 def _find_thinking_variables(template: str) -> list[str]:
-    """Variables of a template that switch thinking on or off, as the well-known ones are called."""
+    """Names of a template's variables that switch thinking on or off, among the well-known ones."""
     return sorted(set(re.findall(r"\b(?:enable_)?thinking\b", template)))
 
 
@@ -220,6 +219,7 @@ def _format_examples(names: Sequence[str]) -> str:
 
 
 def _suggest_fix(tokenizer: Tokenizer) -> str:
+    """Advice for an unusable template: an argument that switches thinking off, or another template."""
     names = _find_thinking_variables(str(tokenizer.chat_template))
     return (
         f"set model.template_arguments={{{names[0]}: false}} or {CHAT_TEMPLATE_HINT}" if names else CHAT_TEMPLATE_HINT
