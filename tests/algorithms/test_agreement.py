@@ -109,7 +109,7 @@ def test_what_chance_alone_explains_is_not_a_number():
 
 @pytest.mark.parametrize("counts", [[[2, 1], [1, 1]], [[1, 0], [0, 1]]])
 def test_fleiss_kappa_needs_as_many_ratings_everywhere(counts):
-    with pytest.raises(ValueError, match="expected the same number of ratings an item, two or more, found"):
+    with pytest.raises(ValueError, match="expected the same number of ratings per item, two or more, found"):
         fleiss_kappa(np.array(counts))
 
 

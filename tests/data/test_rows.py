@@ -158,7 +158,7 @@ def without(name):
                 "rejected": [user("a"), assistant("e")],
             },
             "'rejected' has another prompt than 'chosen': they differ from message 2 "
-            f"('rejected' has 1 messages, 'chosen' 3); expected the same prompt in both; {FIX}",
+            f"('rejected' has 1 messages, 'chosen' 3); expected equal prompts; {FIX}",
             id="prompts differ",
         ),
         pytest.param(

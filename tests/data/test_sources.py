@@ -437,7 +437,7 @@ A = "\n\nHuman: a\n\nAssistant: b"
             {"chosen": A, "rejected": "\n\nHuman: z\n\nAssistant: c"},
             "rejected",
             "has another prompt than 'chosen': they differ from message 1 ('rejected' has 1 messages, 'chosen' 1); "
-            f"expected the same prompt in both; {FIX}",
+            f"expected equal prompts; {FIX}",
         ),
         ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
     ],

@@ -302,7 +302,7 @@ def _describe_prompt_difference(rejected: list[Message], chosen: list[Message]) 
     first = next(i for i, (a, b) in enumerate(zip_longest(rejected, chosen), start=1) if a != b)
     return (
         f"has another prompt than 'chosen': they differ from message {first} "
-        f"('rejected' has {len(rejected)} messages, 'chosen' {len(chosen)}); expected the same prompt in both; {FIX_HINT}"
+        f"('rejected' has {len(rejected)} messages, 'chosen' {len(chosen)}); expected equal prompts; {FIX_HINT}"
     )
 
 
