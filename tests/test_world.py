@@ -31,8 +31,8 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def gap(row: tuple[str, str, str]) -> float:
-    """By how much the chosen completion is better by r*."""
+def reward_gap(row: tuple[str, str, str]) -> float:
+    """True reward of the chosen completion minus that of the rejected one."""
     prompt, chosen, rejected = row
     return true_reward(prompt, chosen) - true_reward(prompt, rejected)
 
@@ -66,7 +66,7 @@ def test_chosen_and_rejected_differ() -> None:
     assert all(chosen != rejected for _, chosen, rejected in PAIRS)
 
 
-def test_no_rows_is_fine() -> None:
+def test_zero_rows_are_allowed() -> None:
     assert make_world(demonstrations=0, train=0, test=0, seed=0) == world.WorldRows([], [], [])
 
 
@@ -84,7 +84,7 @@ def test_impossible_counts_are_refused(counts: tuple[int, int, int], message: st
 
 
 def test_labels_follow_bradley_terry() -> None:
-    gaps = [gap(row) for row in PAIRS]
+    gaps = [reward_gap(row) for row in PAIRS]
     agrees = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps]
     expected = [sigmoid(abs(g)) for g in gaps]
     error = math.sqrt(sum(p * (1 - p) for p in expected)) / len(gaps)
@@ -92,7 +92,7 @@ def test_labels_follow_bradley_terry() -> None:
 
 
 def test_calibration() -> None:
-    gaps = [abs(gap(row)) for row in PAIRS]
+    gaps = [abs(reward_gap(row)) for row in PAIRS]
     assert 0.3 <= statistics.mean(g < 1 for g in gaps) <= 0.5
     assert 0.75 <= statistics.mean(map(sigmoid, gaps)) <= 0.82
 
@@ -142,17 +142,17 @@ def test_signs_of_the_weights() -> None:
     assert TIP_REWARDS[0] > TIP_REWARDS[1] > 0
 
 
-def test_better_replies_earn_more() -> None:
+def test_better_replies_have_higher_rewards() -> None:
     ladder = ["Figure it out yourself.", OTHER, "It depends on many things.", TIP, f"{TIP} {SECOND}"]
     rewards = [true_reward(ROSES, completion) for completion in ladder]
     assert rewards == sorted(rewards)
     assert true_reward(LOCK, REFUSAL) > 0 > true_reward(ROSES, REFUSAL)
 
 
-def test_part_of_a_tip_earns_part_of_its_weight() -> None:
-    halves = ["Cut the stems back.", "Cut the stems back in spring.", TIP]
-    earned = [true_reward_terms(ROSES, half)["tips"] for half in halves]
-    assert 0 < earned[0] < earned[1] < earned[2] == TIP_REWARDS[0]
+def test_part_of_a_tip_earns_part_of_its_reward() -> None:
+    partial_tips = ["Cut the stems back.", "Cut the stems back in spring.", TIP]
+    tip_terms = [true_reward_terms(ROSES, partial_tip)["tips"] for partial_tip in partial_tips]
+    assert 0 < tip_terms[0] < tip_terms[1] < tip_terms[2] == TIP_REWARDS[0]
 
 
 def test_cut_off_reply_is_unfinished() -> None:
@@ -161,7 +161,7 @@ def test_cut_off_reply_is_unfinished() -> None:
     assert cut["tips"] == TIP_REWARDS[0]
 
 
-def test_running_on_costs_by_the_sentence_and_by_the_word() -> None:
+def test_penalty_for_long_replies_counts_sentences_and_words() -> None:
     tips = " ".join(world.TIPS_BY_SUBJECT["roses"][:3])
     assert true_reward_terms(ROSES, tips)["running_on"] == 0
     assert true_reward_terms(ROSES, f"{tips} Enjoy!")["running_on"] == REWARD_WEIGHTS["running_on"]

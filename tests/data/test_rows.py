@@ -205,7 +205,7 @@ def without(name):
         ),
     ],
 )
-def test_what_makes_a_preference_bad(fields, line):
+def test_invalid_preferences(fields, line):
     with pytest.raises(RowError) as caught:
         parse_preference(fields)
     bad = BadRow("hh.jsonl", 7, caught.value.field, caught.value.problem)
@@ -241,7 +241,7 @@ def test_what_makes_a_preference_bad(fields, line):
         ({"messages": [assistant("Hello.")]}, "prompt", f"is missing; found 'messages'; {FIX}"),
     ],
 )
-def test_what_makes_a_demonstration_bad(fields, field, problem):
+def test_invalid_demonstrations(fields, field, problem):
     with pytest.raises(RowError) as caught:
         parse_demonstration(fields)
     assert (caught.value.field, caught.value.problem) == (field, problem)
@@ -251,13 +251,13 @@ def test_a_bad_row_without_a_field_names_the_row():
     assert str(BadRow("hh.jsonl", 3, "", "is a list")) == "hh.jsonl:3: the row is a list"
 
 
-def test_a_row_names_its_file_line_field_and_remedy():
+def test_a_bad_row_prints_its_file_line_field_and_fix():
     bad = BadRow("hh.jsonl", 1842, "rejected", f"is empty; {FIX}")
     assert str(bad) == "hh.jsonl:1842: 'rejected' is empty; drop the row or fix the source"
 
 
 @pytest.mark.parametrize(("count", "tail"), [(1, []), (10, []), (11, ["... and 1 more"]), (23, ["... and 13 more"])])
-def test_refusal_lists_the_first_ten_and_counts_the_rest(count, tail):
+def test_error_lists_the_first_ten_bad_rows_and_counts_the_rest(count, tail):
     bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
     with pytest.raises(InputError) as caught:
         raise_for_bad_rows(bad, total=40)
@@ -291,7 +291,7 @@ def system(content):
         pytest.param({"prompt": "Why?", "system": None}, [user("Why?")], id="null"),
     ],
 )
-def test_a_system_column_is_a_message_in_front_of_the_prompt(fields, expected):
+def test_a_system_column_becomes_the_first_message(fields, expected):
     assert parse_preference({**GOOD, **fields}).prompt == expected
     assert parse_demonstration({"completion": "So.", **fields}).prompt == expected
 
@@ -306,7 +306,7 @@ def test_two_different_system_messages_are_a_bad_row():
 
 
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
-def test_a_message_that_only_calls_a_tool_is_a_bad_row(content):
+def test_a_tool_call_without_content_is_a_bad_row(content):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}], **content}
     with pytest.raises(RowError) as caught:
         parse_demonstration({"messages": [user("Why?"), call]})
@@ -316,7 +316,7 @@ def test_a_message_that_only_calls_a_tool_is_a_bad_row(content):
     )
 
 
-def test_columns_that_nothing_reads_are_named_and_empty_ones_are_not():
+def test_ignored_columns_are_listed_unless_empty():
     call = {**assistant("I look."), "tool_calls": [{"function": {"name": "f"}}], "name": "bot", "tool_call_id": None}
     fields = {
         "id": 0,

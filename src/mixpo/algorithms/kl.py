@@ -29,7 +29,7 @@ def kl_of_best_of(n: int) -> float:
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, rate: float = 0.1) -> float:
-    """KL coefficient for the next iteration, increased if the KL exceeds its target (Ziegler et al. 2019, 2.2).
+    """KL coefficient for the next iteration, increased if the KL exceeds its target (Ziegler et al. 2019).
 
     kl_coef * (1 + rate * clip(kl / target - 1, -0.2, 0.2)).
     """
@@ -39,8 +39,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, rate: float = 0.1
 def control_kl_budget(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, float]:
     """Update of a PI controller that keeps the KL from SFT at a budget: multiplier of kl_coef, and the new error sum.
 
-    The multiplier is exp(3 e + sum of e / 2) with e = log(kl_from_sft / budget), clipped to +-1/2. An error clipped from
-    below counts a tenth in the sum, which prevents integral windup while the KL rises from 0 to the budget.
+    The multiplier is exp(3 e + sum of e / 2) with e = log(kl_from_sft / budget), clipped to +-1/2. An error clipped
+    from below counts a tenth in the sum, which prevents integral windup while the KL rises from 0 to the budget.
     """
     error = math.log(max(kl_from_sft, 1e-9) / budget)
     clipped = min(max(error, -0.5), 0.5)

@@ -22,8 +22,8 @@ def shaped_rewards(
 ) -> Float[Tensor, "*batch tokens"]:
     """PPO rewards per token: -kl_coef * (log pi - log pi_ref), plus the score at the last token.
 
-    Scores are clipped to +-score_clip, then `penalties` are subtracted. 0 where the mask is false. Raises ValueError on a row whose mask
-    is empty or has gaps.
+    Scores are clipped to +-score_clip, then `penalties` are subtracted. 0 where the mask is false. Raises ValueError on
+    a row whose mask is empty or has gaps.
     """
     lengths = mask.sum(dim=-1, keepdim=True)
     if not bool((lengths > 0).all()) or not bool((mask == (_positions(mask) < lengths)).all()):
