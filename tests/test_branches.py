@@ -46,7 +46,7 @@ def test_logprobs_equal_plain_forward_passes(name: str, completions: list[list[l
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logprobs_of_rows_of_their_own_equal_plain_forward_passes(name: str) -> None:
+def test_logprobs_of_unshared_prompts_equal_plain_forward_passes(name: str) -> None:
     compare_with_plain(tiny(name), pack(PROMPTS, COMPLETIONS, share_prompt=False), COMPLETIONS)
 
 
@@ -54,10 +54,10 @@ def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[
     with torch.no_grad():
         actual = lm(batch, "logprobs")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, completions, strict=True)):
-            for place, completion in enumerate(branches):
+            for branch, completion in enumerate(branches):
                 expected = plain_logprobs(lm, prompt, completion)
-                torch.testing.assert_close(actual[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
-                assert not actual[row, place, len(completion) :].any()
+                torch.testing.assert_close(actual[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
+                assert not actual[row, branch, len(completion) :].any()
 
 
 @pytest.mark.usefixtures("attention")
@@ -71,8 +71,8 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
     lm.model.zero_grad()
     total = torch.zeros(())
     for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        for place, completion in enumerate(branches):
-            total = total + (plain_logprobs(lm, prompt, completion) * weights[row, place, : len(completion)]).sum()
+        for branch, completion in enumerate(branches):
+            total = total + (plain_logprobs(lm, prompt, completion) * weights[row, branch, : len(completion)]).sum()
     total.backward()
     assert actual
     for key, parameter in lm.model.named_parameters():
@@ -110,7 +110,7 @@ def test_fused_logprobs_are_those_of_autograd(
 
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("learns", [(True, False, False), (False, True, False), (False, False, True)])
-def test_gradients_made_again_are_those_that_were_kept(
+def test_recomputed_gradients_equal_stored_ones(
     monkeypatch: pytest.MonkeyPatch, learns: tuple[bool, bool, bool], rows: int
 ) -> None:
     """In bfloat16, for one of hidden, weight and bias at a time."""
@@ -140,7 +140,7 @@ def test_entropy_is_that_of_the_predicting_distribution() -> None:
     torch.testing.assert_close(entropy[0, 1, 0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_score_stands_on_the_last_token_whatever_pads() -> None:
+def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
     """Completions here hold the padding id 0 and end with or without an end token."""
     lm = tiny("llama")
     head = torch.nn.Linear(32, 1, bias=False)
@@ -149,11 +149,11 @@ def test_score_stands_on_the_last_token_whatever_pads() -> None:
         actual = lm(pack(PROMPTS, COMPLETIONS), "scores")
         values = lm(pack(PROMPTS, COMPLETIONS), "values")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-            for place, completion in enumerate(branches):
+            for branch, completion in enumerate(branches):
                 states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
                 torch.testing.assert_close(actual[row, place], head(states[-1])[0], rtol=1e-5, atol=1e-5)
                 expected = head(states[len(prompt) - 1 : -1])[:, 0]
-                torch.testing.assert_close(values[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(values[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
@@ -189,7 +189,7 @@ def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budg
 @pytest.mark.parametrize(
     ("prompts", "completions"), [([[1]], [[[]]]), ([[]], [[[1]]]), ([[1], [2]], [[[1]], [[1], [2]]])]
 )
-def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> None:
+def test_pack_refuses_empty_prompts_and_completions(prompts: list, completions: list) -> None:
     with pytest.raises(ValueError, match=r"without tokens|same number"):
         pack(prompts, completions)
 
@@ -239,7 +239,9 @@ def test_kept_logprobs_equal_plain_forward_passes(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("shares_prompts", [True, False])
-def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family: str, shares_prompts: bool) -> None:
+def test_prefill_in_portions_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, family: str, shares_prompts: bool
+) -> None:
     lm = tiny(family)
     lm.shares_prompts = shares_prompts
     whole = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
@@ -294,14 +296,14 @@ def test_scalar_heads_compute_in_float32() -> None:
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
-def test_a_prompt_without_tokens_has_nothing_to_predict_from() -> None:
+def test_pack_prompts_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="found a prompt without tokens"):
         pack_prompts([[1, 2], []])
 
 
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("share_row", [True, False])
-def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> None:
+def test_states_of_prompts_equal_plain_forward_passes(share_row: bool) -> None:
     lm = tiny("llama")
     batch = pack_prompts(PROMPTS, share_row=share_row)
     with torch.no_grad():
@@ -309,8 +311,8 @@ def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> Non
         lm.model.set_attn_implementation("eager")
         for row, prompt in enumerate(PROMPTS):
             expected = lm.model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
-            torch.testing.assert_close(actual[batch.places[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(actual[batch.last[row]], expected[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[batch.token_index[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[batch.last_index[row]], expected[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

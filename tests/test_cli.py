@@ -184,7 +184,7 @@ def test_a_prompt_that_the_chat_template_refuses(here: Path, capsys: pytest.Capt
 
 
 def test_a_chat_template_that_prints_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "does not print an assistant's message" in refused(capsys, "run", "-q", "model.chat_template=x")
+    assert "does not write an assistant's message" in refused(capsys, "run", "-q", "model.chat_template=x")
 
 
 def test_a_data_file_given_as_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,13 +202,13 @@ def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path)
     )
     facts = make_preview(read_source(path)).facts
     assert [line for line in facts if "names of control tokens" in line] == [
-        "1 of 6 prompts hold names of control tokens, such as '<|user|>', which stay text; "
-        "data.special_tokens=parse takes them as control tokens",
-        "3 of 12 completions hold names of control tokens, such as '<|end|>', which stay text",
+        "1 of 6 prompts contain names of control tokens, such as '<|user|>', which are plain text; "
+        "data.special_tokens=parse makes them control tokens",
+        "3 of 12 completions contain names of control tokens, such as '<|end|>', which are plain text",
     ]
     path = write(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2)
     (line,) = [line for line in make_preview(read_source(path)).facts if "names of control tokens" in line]
-    assert line.startswith("2 of 2 completions hold")
+    assert line.startswith("2 of 2 completions contain")
 
 
 def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse_bad_rows
+from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, raise_for_bad_rows
 from mixpo.data.sources import (
+    expand_path,
     guess_format,
-    hub_records,
     is_data_file,
-    local_path,
+    read_hub_records,
     read_preference_rows,
     read_records,
 )
@@ -115,9 +115,11 @@ def _first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
     if source.startswith("hub:"):
         dataset, data_dir = hub_parts(source)
         revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
-        records = hub_records(dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None)
+        records = read_hub_records(
+            dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None
+        )
     else:
-        records = read_records(local_path(source))
+        records = read_records(expand_path(source))
     _, record = next(records, (0, {}))
     return {} if isinstance(record, RowError) else record
 
@@ -131,7 +133,7 @@ def make_preview(recipe: Recipe) -> Preview:
     tokenizer = read_tokenizer(recipe.model, settings.special_tokens)
     rows = read_sources(settings, tokenizer)
     if rows.total == len(rows.bad):
-        refuse_bad_rows(rows.bad, rows.total)
+        raise_for_bad_rows(rows.bad, rows.total)
     warnings, given = _check_model(recipe), rows.preferences
     split = SplitRows(given["train"], given["test"], given["second"], rows.demonstrations)
     if split.train or split.test:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import kind_of
+from mixpo.data.rows import describe_type
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings, found_and_expected
@@ -254,7 +254,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     source, text = _find(name)
     given = _parse(source, text) or {}
     if not isinstance(given, dict):
-        raise InputError(f"{source}: found {kind_of(given)}; expected a recipe: keys and values")
+        raise InputError(f"{source}: found {describe_type(given)}; expected a recipe: keys and values")
     base = given.pop("base", None)
     if base is None:
         return given

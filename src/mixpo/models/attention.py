@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixpo.data.branches import Span, pad_positions
+from mixpo.data.branches import PackedLengths, compute_token_indices
 from mixpo.models.blocked_attention import blocked_attention
 
 ATTENTION_NAME = "mixpo_branches"
@@ -64,18 +64,17 @@ class BucketLayout:
     """Slot of each token of the row."""
 
 
-def make_bucket_layout(spans: Sequence[Span], device: torch.device) -> BucketLayout:
+def make_bucket_layout(spans: Sequence[PackedLengths], device: torch.device) -> BucketLayout:
     """Sort the prompts and completions of a row into buckets; computed on the CPU, then moved to the device."""
-    one_completion = all(len(span.completions) == 1 for span in spans)
-    lengths = [
-        (span.prompt + span.completions[0],) if one_completion else (span.prompt, *span.completions) for span in spans
-    ]
+    lengths = [(span.prompt_length, *span.completion_lengths) for span in spans]
+    if all(len(row) == 2 for row in lengths):  # a prompt and its one completion are one sequence
+        lengths = [(sum(row),) for row in lengths]
     sizes = torch.tensor(lengths)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
     buckets, tokens, masks = [], [], []
     for rows in _group_by_length(lengths, BUCKET_COST_IN_PAIRS[device.type]):
-        prompts, prompt_mask = pad_positions(starts[rows, 0], sizes[rows, 0])
-        completions, completion_mask = pad_positions(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
+        prompts, prompt_mask = compute_token_indices(starts[rows, 0], sizes[rows, 0])
+        completions, completion_mask = compute_token_indices(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
         buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
         tokens += [prompts.flatten(), completions.flatten()]
         masks += [prompt_mask.flatten(), completion_mask.flatten()]
@@ -161,7 +160,7 @@ _layout: ContextVar[BucketLayout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def use_branch_attention(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
+def use_branch_attention(spans: Sequence[PackedLengths], device: torch.device) -> Iterator[None]:
     """Make the model's attention that of one row with these prompts and completions; no spans, no effect."""
     token = _layout.set(make_bucket_layout(spans, device) if spans else None)
     try:

@@ -146,12 +146,12 @@ class LanguageModel(nn.Module):
             if "values" in outputs:
                 head = self.model.score if self.value_head is None else self.value_head
                 read = states.detach() if detach_values else states
-                computed["values"] = head(read[batch.source].float())[..., 0].masked_fill(~batch.mask, 0.0)
+                computed["values"] = head(read[batch.predictor_index].float())[..., 0].masked_fill(~batch.mask, 0.0)
             if "scores" in outputs:
-                computed["scores"] = self.model.score(states[batch.last].float())[..., 0]
+                computed["scores"] = self.model.score(states[batch.last_index].float())[..., 0]
         elif "logits" in outputs:
             with self.autocast():
-                computed["logits"] = self.model.get_output_embeddings()(states[batch.last] * self.logit_scale)
+                computed["logits"] = self.model.get_output_embeddings()(states[batch.last_index] * self.logit_scale)
         results = tuple(computed[output] for output in outputs)
         return results[0] if len(results) == 1 else results
 
@@ -164,8 +164,8 @@ class LanguageModel(nn.Module):
             unused_mask = torch.empty(
                 1, 1, 1, 1, device=self.device
             )  # with four dimensions, so that transformers makes none
-            mask = make_layer_masks(self.model, lambda _: unused_mask) if batch.spans else None
-            attention = use_branch_attention(batch.spans, self.device)
+            mask = make_layer_masks(self.model, lambda _: unused_mask) if batch.packed_lengths else None
+            attention = use_branch_attention(batch.packed_lengths, self.device)
         with self.autocast(), attention:
             output = self.model.base_model(
                 input_ids=batch.input_ids,
@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
         """Compute log-probs and entropies (0 if not `with_entropy`) of a batch's completion tokens from the states."""
         head = self.model.get_output_embeddings()
         logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            states[batch.source[batch.mask]] * self.logit_scale,
+            states[batch.predictor_index[batch.mask]] * self.logit_scale,
             head.weight,
             head.bias,
             batch.completions[batch.mask],

@@ -325,7 +325,7 @@ def _prefill(
     for part in split_into_microbatches([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
         batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)
         rows = torch.tensor([row * k + branch for row in part for branch in range(k)], device=lm.device)
-        cache_rows.prefill_index = (rows, batch.places.repeat_interleave(k, dim=0))
+        cache_rows.prefill_index = (rows, batch.token_index.repeat_interleave(k, dim=0))
         logits.append(lm(batch, "logits", cache=cache).repeat_interleave(k, dim=0))
         cache_order.append(rows)
     return torch.cat(logits)[torch.cat(cache_order).argsort()]

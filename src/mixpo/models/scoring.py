@@ -93,7 +93,7 @@ def compute_last_states(
     states = torch.zeros(len(prompts), len(completions[0]), width)
     lm.eval()
     for rows, batch in iterate_batches(lm, prompts, completions, token_budget):
-        states[rows] = lm(batch, "states")[batch.last].float().cpu()
+        states[rows] = lm(batch, "states")[batch.last_index].float().cpu()
     return states
 
 

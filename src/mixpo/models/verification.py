@@ -29,12 +29,12 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
     separate = pack(prompts, completions, share_prompt=False).to(lm.device)
     states, logits = expected
     hidden = lm(separate, "states")
-    if not _are_close(hidden[separate.last][0, 1], states[-1]):
+    if not _are_close(hidden[separate.last_index][0, 1], states[-1]):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose attention is not a softmax of scaled products (capped, "
             "perhaps, or with sinks); expected plain attention; this architecture is not supported"
         )
-    lm.shares_prompts = _are_close(lm(shared, "states")[shared.last], hidden[separate.last])
+    lm.shares_prompts = _are_close(lm(shared, "states")[shared.last_index], hidden[separate.last_index])
     if lm.model.get_output_embeddings() is None:
         find_score_head(lm.model, folder)
         if not _are_close(lm(separate, "scores")[0, 1], logits[0]):

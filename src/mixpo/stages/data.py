@@ -11,31 +11,31 @@ from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import (
-    EQUAL_SIDES,
-    FIX,
+    EQUAL_COMPLETIONS,
+    FIX_HINT,
     BadRow,
     Demonstration,
     Preference,
     Prompt,
     RowError,
     count_repeats,
-    kind_of,
+    describe_type,
     prompt_key,
-    refuse_bad_rows,
+    raise_for_bad_rows,
 )
 from mixpo.data.sources import (
-    Check,
-    Reading,
+    ParsedRows,
+    PromptCheck,
     Row,
-    local_path,
+    compute_source_identity,
+    expand_path,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
     read_preferences,
-    source_identity,
     write_rows,
 )
-from mixpo.data.splits import draw_subset, hold_out
+from mixpo.data.splits import draw_subset, split_by_prompt
 from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import check_rows, check_tokenizer, tokenize_prompt
 from mixpo.data.world import WORLD_VERSION, make_world
@@ -111,11 +111,11 @@ class SourceRows:
         """Number of rows, bad ones included."""
         return sum(map(len, self.preferences.values())) + len(self.demonstrations) + len(self.bad)
 
-    def record(self, kind: str, reading: Reading[Row]) -> list[Row]:
+    def record(self, kind: str, reading: ParsedRows[Row]) -> list[Row]:
         """Record a source's bad rows and columns, and return its good rows."""
-        self.bad += reading.bad
+        self.bad += reading.bad_rows
         columns = self.columns.setdefault(kind, {"used": [], "ignored": []})
-        for name, names in (("used", reading.used), ("ignored", reading.ignored)):
+        for name, names in (("used", reading.used_columns), ("ignored", reading.ignored_columns)):
             columns[name] = list(dict.fromkeys(columns[name] + names))
         return reading.rows
 
@@ -163,17 +163,21 @@ def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> 
     return rows
 
 
-def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Check:
+def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PromptCheck:
     """Make a function that raises `RowError` if a prompt is of another kind than the first, empty or too long."""
     kinds: list[type] = []
 
     def check(prompt: Prompt) -> None:
         kinds.append(type(prompt))
         if kinds[-1] is not kinds[0]:
-            raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
+            raise RowError(
+                "prompt", f"is {describe_type(prompt)}, the first row's is not; expected one kind; {FIX_HINT}"
+            )
         length = len(tokenize_prompt(tokenizer, prompt))
         if not length:
-            raise RowError("prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX}")
+            raise RowError(
+                "prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX_HINT}"
+            )
         if length > settings.max_prompt_tokens:
             raise RowError(
                 "prompt",
@@ -184,21 +188,21 @@ def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
     return check
 
 
-def _read_preferences(settings: DataSettings, name: str, split: str, check: Check) -> Reading[Preference]:
+def _read_preferences(settings: DataSettings, name: str, split: str, check: PromptCheck) -> ParsedRows[Preference]:
     """Read preference rows from a file or a hub data set."""
     assert settings.format != "world"
     if not name.startswith("hub:"):
-        return read_preferences(local_path(name), settings.format, check)
+        return read_preferences(expand_path(name), settings.format, check)
     dataset, data_dir = hub_parts(name)
     return read_hub_preferences(
         dataset, settings.format, check, split=split, data_dir=data_dir, revision=settings.revision
     )
 
 
-def _read_demonstrations(settings: DataSettings, name: str, check: Check) -> Reading[Demonstration]:
+def _read_demonstrations(settings: DataSettings, name: str, check: PromptCheck) -> ParsedRows[Demonstration]:
     """Read demonstrations from a file or a hub data set."""
     if not name.startswith("hub:"):
-        return read_demonstrations(local_path(name), check)
+        return read_demonstrations(expand_path(name), check)
     dataset, data_dir = hub_parts(name)
     return read_hub_demonstrations(dataset, check, split="train", data_dir=data_dir, revision=settings.revision)
 
@@ -273,7 +277,7 @@ def _hold_out(rows: Sequence[Preference], share: float, seed: int) -> tuple[list
     """Split rows by their prompts into two lists, the second with about `share` of them."""
     remedy = "add rows, or name held-out rows in data.test (for a second reward model in data.second)"
     keys = [prompt_key(row.prompt) for row in rows]
-    first, second = hold_out(keys, share, seed, setting="data.train", remedy=remedy)
+    first, second = split_by_prompt(keys, share, seed, setting="data.train", remedy=remedy)
     return [rows[index] for index in first], [rows[index] for index in second]
 
 
@@ -302,7 +306,7 @@ def count_row_facts(
         "demonstration_rows": len(split.demonstrations),
         "second_rows": len(split.second),
         "bad_rows": len(rows.bad),
-        "equal_sides": sum(row.problem == EQUAL_SIDES for row in rows.bad),
+        "equal_sides": sum(row.problem == EQUAL_COMPLETIONS for row in rows.bad),
         "duplicate_rows": {name: duplicate for name, (duplicate, _) in repeats.items()},
         "contradictory_rows": {name: contradictory for name, (_, contradictory) in repeats.items()},
         "test_prompts": len(tested),
@@ -387,7 +391,10 @@ class Data(DataStage, DataSettings):
         groups = [settings.train, settings.test, settings.demonstrations]
         groups += [settings.second] if settings.second and settings.second_rows else []
         digests = [
-            [name if name.startswith("hub:") else source_identity(local_path(name), settings.format) for name in group]
+            [
+                name if name.startswith("hub:") else compute_source_identity(expand_path(name), settings.format)
+                for name in group
+            ]
             for group in groups
         ]
         return {**values, "content": " | ".join(" ".join(group) for group in digests)}
@@ -425,7 +432,7 @@ class Data(DataStage, DataSettings):
             (out / "bad_rows.jsonl").unlink(missing_ok=True)
             append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
-                refuse_bad_rows(rows.bad, rows.total)
+                raise_for_bad_rows(rows.bad, rows.total)
         split = split_rows(self, rows)
         for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
             part: list[Any] = getattr(split, name)

@@ -300,7 +300,7 @@ class PPOTraining:
 
         def compute_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             batch, selected = microbatch
-            (self.cost.count_scored if value_only else self.cost.count_trained)(policy.model, batch.tokens)
+            (self.cost.count_scored if value_only else self.cost.count_trained)(policy.model, batch.token_count)
             if shares_model:
                 logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
             else:
@@ -337,7 +337,7 @@ class PPOTraining:
 
         def compute_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             batch, selected = microbatch
-            self.cost.count_trained(value.model, batch.tokens)
+            self.cost.count_trained(value.model, batch.token_count)
             return self._sum_value_loss(value(batch, "values"), rollout, selected, batch.mask), {}
 
         return self._update(value, optimizer, rollout, rows, compute_loss, number, self.settings.value_learning_rate)

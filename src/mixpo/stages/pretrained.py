@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.sources import content_digest, local_path
+from mixpo.data.sources import content_digest, expand_path
 from mixpo.data.templates import write_arguments_into_template
-from mixpo.data.tokens import SPECIAL_TOKENS, parses_special_tokens
+from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
 from mixpo.models.digests import model_digest, model_files
 from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
 from mixpo.models.loading import load_policy, new_reward_model
@@ -72,7 +72,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
             return values
         if path.startswith("package:"):
             return {**values, "content": content_digest([resolve_package_file(path)])}
-        local = local_path(path)
+        local = expand_path(path)
         if path.endswith(".gguf"):
             return {**values, "content": content_digest([local])}
         if local.is_dir():
@@ -96,13 +96,13 @@ class Pretrained(PolicyStage, PretrainedSettings):
     @property
     def local_folder(self) -> Path | None:
         """The local model folder; None if the model has another source."""
-        local = local_path(self.path)
+        local = expand_path(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, and verify that policy and reward models can be loaded from it."""
         device, cost, model = runtime.start().device, Cost(), model_folder(out)
-        local = local_path(self.path)
+        local = expand_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:
             model.mkdir(exist_ok=True)
@@ -122,7 +122,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         parse = self.special_tokens == "parse"
         if self.chat_template is not None or self.template_arguments or parse != parses_special_tokens(tokenizer):
             _set_template(tokenizer, self.chat_template, self.template_arguments)
-            tokenizer.init_kwargs[SPECIAL_TOKENS] = self.special_tokens
+            tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = self.special_tokens
             tokenizer.save_pretrained(model)
 
     def _load(self, local: Path) -> tuple[Any, Any]:
@@ -149,13 +149,13 @@ def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -
     if path == "world":
         tokenizer = new_world_model(settings.init_seed)[1]
     elif path.startswith("package:") or path.endswith(".gguf"):
-        file = resolve_package_file(path) if path.startswith("package:") else local_path(path)
+        file = resolve_package_file(path) if path.startswith("package:") else expand_path(path)
         tokenizer = read_gguf_tokenizer(file)
     else:
-        local = local_path(path)
+        local = expand_path(path)
         tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
     _set_template(tokenizer, settings.chat_template, settings.template_arguments)
-    tokenizer.init_kwargs[SPECIAL_TOKENS] = special_tokens
+    tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = special_tokens
     return tokenizer
 
 

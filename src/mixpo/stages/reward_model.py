@@ -14,7 +14,7 @@ from mixpo.algorithms.calibration import bin_accuracy_by_gap
 from mixpo.algorithms.intervals import wilson_interval
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
 from mixpo.data.branches import BranchBatch, row_lengths
-from mixpo.data.splits import hold_out
+from mixpo.data.splits import split_by_prompt
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
 from mixpo.models.loading import load_reward_model, new_reward_model
 from mixpo.models.saving import save_model
@@ -70,7 +70,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         test = read_pairs(inputs["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
-        train, validation = hold_out(
+        train, validation = split_by_prompt(
             list(map(tuple, pairs.prompts)),
             self.validation_share,
             self.seed,

@@ -117,5 +117,5 @@ class SupervisedTraining:
         for part in split_into_microbatches([self.lengths[row] for row in share], self.microbatch_tokens):
             selected = [share[index] for index in part]
             batch = pack(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
-            self.cost.count_trained(self.lm.model, batch.tokens)
+            self.cost.count_trained(self.lm.model, batch.token_count)
             yield batch.to(self.lm.device), selected
