@@ -1,4 +1,4 @@
-"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `plan_stages`."""
+"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `mixpo plan`."""
 
 import json
 import os

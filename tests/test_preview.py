@@ -38,7 +38,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     captured = capsys.readouterr()
-    assert stopped.value.code == (2 if captured.err else 0)
+    assert (stopped.value.code or 0) == (2 if captured.err else 0)
     return captured.out or captured.err
 
 

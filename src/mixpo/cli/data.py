@@ -25,8 +25,8 @@ def _group() -> None:
     """Look at rows before anything trains on them."""
 
 
-@app.command()
-def make_preview(
+@app.command("preview")
+def preview(
     source: Annotated[
         str, typer.Argument(help="A file of rows, hub:NAME, or a recipe: its name, or its file.", metavar="SOURCE")
     ],
@@ -39,35 +39,34 @@ def make_preview(
     ] = None,
 ) -> None:
     """Show what would be learnt: a row of each kind in tokens, which columns are read, and what is wrong with rows."""
-    from mixpo.experiments.preview import make_preview as make_preview
-    from mixpo.experiments.preview import read_source
+    from mixpo.experiments.preview import make_preview, read_source
 
     show_preview(make_preview(read_source(source, overrides or (), model)), Console(highlight=False))
 
 
-def show_preview(make_preview: "Preview", console: Console) -> None:
+def show_preview(preview: "Preview", console: Console) -> None:
     """Print a preview: in colours, or with a pair of brackets around every token where there are none."""
     plain = console.color_system is None
-    for example in make_preview.examples:
+    for example in preview.examples:
         console.print(Text(f"{example.kind}, the first", style="bold"))
         for side in example.sides:
             console.print(_heading(side))
             console.print(Padding(_tokens(side, plain=plain), (0, 0, 0, 2)))
     legend = "[a token]  «a control token»" if plain else "shades part tokens; control tokens are magenta"
-    for line in (f"{legend}; ⏎ is a line break", *make_preview.tokens):
+    for line in (f"{legend}; ⏎ is a line break", *preview.tokens):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
-    width = max(map(len, make_preview.counts))
-    for name, count in make_preview.counts.items():
+    width = max(map(len, preview.counts))
+    for name, count in preview.counts.items():
         console.print(Text.assemble((f"{name:>{width}}  ", "dim"), count), soft_wrap=True)
-    for line in make_preview.facts:
+    for line in preview.facts:
         console.print(Text(escape_invisible(line)), soft_wrap=True)
-    for line in make_preview.warnings:
+    for line in preview.warnings:
         console.print(Text.assemble(("warning: ", "bold yellow"), escape_invisible(line)), soft_wrap=True)
-    for row in make_preview.bad[:LISTED]:
+    for row in preview.bad[:LISTED]:
         console.print(Text.assemble(("bad row: ", "bold red"), escape_invisible(str(row))), soft_wrap=True)
-    if len(make_preview.bad) > LISTED:
-        console.print(Text(f"... and {len(make_preview.bad) - LISTED} more bad rows"))
+    if len(preview.bad) > LISTED:
+        console.print(Text(f"... and {len(preview.bad) - LISTED} more bad rows"))
 
 
 def _heading(side: "TokenizedText") -> Text:

@@ -37,12 +37,12 @@ RecipeArgument = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")]
 
 
-@app.command()
-def run_recipe(words: RecipeArgument = None, quiet: Quiet = False) -> None:
+@app.command("run")
+def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Run a recipe: compute what is missing, print the table, write the report."""
     from mixpo.cli.display import show_results, watch
     from mixpo.experiments.results import load_runs
-    from mixpo.experiments.run import run_recipe as run_recipe
+    from mixpo.experiments.run import run_recipe
     from mixpo.report.page import write_page
 
     recipe = _recipe(words)
@@ -55,16 +55,16 @@ def run_recipe(words: RecipeArgument = None, quiet: Quiet = False) -> None:
         raise typer.Exit(2 if all(arm.bad_input for arm in failed) else 1)
 
 
-@app.command()
-def plan_stages(words: RecipeArgument = None) -> None:
+@app.command("plan")
+def plan(words: RecipeArgument = None) -> None:
     """Print the tree of stages: identity, whether it is there, and why one would be computed."""
     from mixpo.cli.display import show_plan
-    from mixpo.experiments.plan import plan_stages as make_plan
+    from mixpo.experiments.plan import plan_stages
 
-    show_plan(make_plan(_recipe(words)))
+    show_plan(plan_stages(_recipe(words)))
 
 
-@app.command()
+@app.command("select")
 def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Sample, score and split as a recipe says; print sizes, the gap histogram, and samples from both ends."""
     from mixpo.cli.display import show_selection, watch
@@ -91,7 +91,7 @@ class Form(StrEnum):
     JSON = "json"
 
 
-@app.command()
+@app.command("report")
 def report(
     runs: RunFolders,
     form: Annotated[Form, typer.Option("--format", help="html is a page; csv holds the means alone.")] = Form.HTML,
@@ -118,7 +118,7 @@ def report(
     print(f"report: {path}")
 
 
-@app.command()
+@app.command("compare")
 def compare(runs: RunFolders) -> None:
     """Print the main table of finished runs, side by side."""
     from mixpo.cli.display import show_table
@@ -127,10 +127,10 @@ def compare(runs: RunFolders) -> None:
     show_table(load_runs(*runs))
 
 
-app.command()(judge)
+app.command("judge")(judge)
 
 
-@app.command()
+@app.command("chat")
 def chat(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as `mixpo run` prints.")],
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the most probable token.")] = 0.7,

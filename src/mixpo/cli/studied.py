@@ -23,7 +23,7 @@ StoreOption = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, such as runs/world.")]
 
 
-@app.command()
+@app.command("annotate")
 def annotate(
     context: typer.Context,
     run: RunFolder,
@@ -93,7 +93,7 @@ def annotate(
             opened.dispose()
 
 
-@app.command()
+@app.command("agreement")
 def agreement(run: RunFolder, store: StoreOption = None) -> None:
     """Print what a closed study says and how far its annotators agree; before that, how far they are."""
     from mixpo.cli.display import show
