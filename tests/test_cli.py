@@ -1,4 +1,4 @@
-"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `plan_stages`."""
+"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `mixpo plan`."""
 
 import json
 import os
@@ -55,10 +55,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("data.train=pairs.jsonl", "data.train: found 'pairs.jsonl' beside format 'world', whose rows are generated"),
         (
             "arms=[sft,dpo,dpo]",
-            "world: arms: found ['sft', 'dpo', 'dpo']; expected each once; 'dpo' stands there twice",
+            "world: arms: found ['sft', 'dpo', 'dpo']; expected each only once; 'dpo' is repeated",
         ),
-        ("seeds=[0,0]", "world: seeds: found [0, 0]; expected each once; 0 stands there twice"),
-        ("model.path=./nowhere", "world: model.path: found './nowhere', which is not here"),
+        ("seeds=[0,0]", "world: seeds: found [0, 0]; expected each only once; 0 is repeated"),
+        ("model.path=./nowhere", "world: model.path: found './nowhere', which does not exist here"),
         ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
     ],
 )
@@ -369,4 +369,4 @@ def test_plan_shows_sweeps_traces_and_gradients(here: Path) -> None:
     planned = dict(plan_stages(read_recipe("world", overrides)))
     assert list(planned)[:3] == ["sft (seed 0)", "mpo (seed 0)", "mpo ppo.kl_coef=0.2 (seed 0)"]
     assert "gradients of dpo-easy on hard (seed 0)" in planned
-    assert {line.field for line in planned["mpo (seed 0)"] if line.depth == 0} == {"", "along 0", "along 1"}
+    assert {line.field for line in planned["mpo (seed 0)"] if line.depth == 0} == {"", "trace 0", "trace 1"}

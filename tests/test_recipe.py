@@ -10,7 +10,7 @@ import pytest
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import plan_stages
-from mixpo.experiments.recipe import LARGEST, Recipe, _sections, read_recipe
+from mixpo.experiments.recipe import MAX_RECIPE_BYTES, Recipe, _list_section_types, read_recipe
 from mixpo.models.adapters import LoraSettings
 
 SECRET = "sk-very-secret-0123456789"
@@ -90,8 +90,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nname: *c\n"
         ("seeds: [" + "9" * 5_000 + "]", "Exceeds the limit"),
         ("seeds: [0x" + "f" * 5_000 + "]", "a whole number beyond 64 bits in line 1"),
         ("name: !!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
-        ("? [a]\n: 1", "a key that is no text in line 1"),
-        ("ppo:\n  kl_coef: 1\n  kl_coef: 2\n", "a key that stands there twice in line 2"),
+        ("? [a]\n: 1", "a key that is not text in line 1"),
+        ("ppo:\n  kl_coef: 1\n  kl_coef: 2\n", "a duplicate key in line 2"),
         ("name: 'a", "found unexpected end of stream"),
         ("name: \0", "unacceptable character"),
         ('cache: "a\\0b"', "NUL or half a surrogate pair in line 1"),
@@ -111,7 +111,7 @@ def test_values_and_files_of_any_length_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_recipe("world", ["name=" + "x" * 100_000 + "/"])
     assert len(str(error.value)) < 400
-    (tmp_path / "big.yaml").write_text("name: a\n#" + "x" * LARGEST)
+    (tmp_path / "big.yaml").write_text("name: a\n#" + "x" * MAX_RECIPE_BYTES)
     with pytest.raises(InputError, match=r"big\.yaml: found more than 1,048,576 bytes; expected a recipe"):
         read_recipe(str(tmp_path / "big.yaml"))
 
@@ -129,7 +129,9 @@ def test_an_override_lies_over_what_the_recipe_gives(tmp_path: Path) -> None:
 
 def numbers() -> list[tuple[str, bool]]:
     """The dotted key of every setting that is a number, or several, and whether it is whole."""
-    groups = {"": Recipe, "ppo.lora.": LoraSettings} | {f"{name}.": section for name, section in _sections().items()}
+    groups = {"": Recipe, "ppo.lora.": LoraSettings} | {
+        f"{name}.": section for name, section in _list_section_types().items()
+    }
     kinds = {
         before + key: str(one.annotation) for before, group in groups.items() for key, one in group.model_fields.items()
     }
@@ -201,7 +203,7 @@ def test_a_recipes_name_is_that_of_a_folder(name: str) -> None:
 )
 def test_what_can_be_no_model_is_refused_without_the_network(path: str) -> None:
     assert refusal(f'model.path="{path}"').startswith(
-        f"world: model.path: found '{path}', which is not here and cannot be a Hugging Face id; expected a model folder"
+        f"world: model.path: found '{path}', which does not exist here and is not a valid Hugging Face id; expected a "
     )
 
 
@@ -235,7 +237,7 @@ def test_a_shared_lora_is_every_sections_but_where_one_has_its_own() -> None:
     recipe = read_recipe("world", ["lora.rank=4", "ppo.lora=null"])
     assert recipe.sft.lora == recipe.dpo.lora == LoraSettings(rank=4)
     assert recipe.ppo.lora is None
-    assert Recipe(**recipe.resolved()) == recipe.changed({})
+    assert Recipe(**recipe.dump_settings()) == recipe.with_changes({})
 
 
 def test_no_name_at_all_is_no_name_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.cli import main as cli
-from mixpo.cli import studied
+from mixpo.cli import study as study_commands
 from mixpo.data.errors import InputError
 from mixpo.data.text import escape_invisible
 from mixpo.experiments.results import load_runs
@@ -693,7 +693,7 @@ def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
     code, said = run_cli(capsys, "agreement", run)
     assert (code, said.count("\n")) == (2, 1)
     assert "found a store that cannot be used (file is not a database)" in said
-    monkeypatch.setattr(studied, "NEEDED", ("no_such_package",))
+    monkeypatch.setattr(study_commands, "REQUIRED_PACKAGES", ("no_such_package",))
     code, said = run_cli(capsys, "annotate", run)
     assert code == 2
     assert said.endswith("`pip install 'mixpo[study]'`\n")

@@ -15,7 +15,7 @@ class Watching:
         self.notes: list[str] = []
         self.failures: list[Failure] = []
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
         self.begun.append(f"{stage} for {', '.join(arms)}")
         self.going += 1
         self.most_at_once = max(self.most_at_once, self.going)

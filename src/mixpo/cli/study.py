@@ -1,4 +1,4 @@
-"""`mixpo annotate` and `mixpo agreement`: a blind study with people, and what it says."""
+"""`mixpo annotate` and `mixpo agreement`: a blind study with annotators, and its results."""
 
 import sys
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from mixpo.study.tables import StudyRow
 
 app = typer.Typer()
-NEEDED = ("fastapi", "python_multipart", "sqlalchemy", "uvicorn")
+REQUIRED_PACKAGES = ("fastapi", "python_multipart", "sqlalchemy", "uvicorn")
 StoreOption = Annotated[
     str | None, typer.Option(help="A PostgreSQL database by URL instead of study/study.sqlite in the run's folder.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, such as runs/world.")]
 
 
-@app.command()
+@app.command("annotate")
 def annotate(
     context: typer.Context,
     run: RunFolder,
@@ -40,24 +40,24 @@ def annotate(
     tls_key: Annotated[Path | None, typer.Option(help="Its key, as PEM.")] = None,
     store: StoreOption = None,
     export: Annotated[Path | None, typer.Option(help="Write the judgements to a .csv or .jsonl file.")] = None,
-    take: Annotated[Path | None, typer.Option("--import", help="Take in what --export wrote.")] = None,
-    close: Annotated[bool, typer.Option("--close", help="End the study and reveal what it says.")] = False,
+    import_path: Annotated[Path | None, typer.Option("--import", help="Read judgements that --export wrote.")] = None,
+    close: Annotated[bool, typer.Option("--close", help="End the study and reveal its results.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Close without asking.")] = False,
 ) -> None:
-    """Let people compare two arms blindly in a browser: begins a study of a run, or goes on with it.
+    """Serve a blind comparison of two arms to annotators in a browser: starts a study of a run, or resumes it.
 
     Prints a link for every annotator. Nobody learns which arm is which before --close.
     """
-    _refuse_missing()
-    _refuse_ignored(context, close=close)
-    if export is not None or take is not None or close:
-        with _there(run, store, changed=export is not None) as (opened, study):
+    _require_study_packages()
+    _reject_unused_options(context, close=close)
+    if export is not None or import_path is not None or close:
+        with _open_study(run, store, allow_changed=export is not None) as (opened, study):
             if export is not None:
-                _export(opened, study, export)
-            elif take is not None:
-                _import(opened, study, take)
+                _export_judgements(opened, study, export)
+            elif import_path is not None:
+                _import_judgements(opened, study, import_path)
             else:
-                _close(opened, study, run, yes=yes)
+                _close_study(opened, study, run, yes=yes)
         return
 
     from mixpo.experiments.results import load_runs
@@ -68,7 +68,9 @@ def annotate(
 
     server.check_certificate(tls_cert, tls_key)
     results = load_runs(run)
-    wanted = Wanted(arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read(guidelines))
+    wanted = Wanted(
+        arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read_guidelines(guidelines)
+    )
     with server.listen(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
         at, hosts = server.addresses(host, bound, address, tls=tls)
@@ -88,75 +90,78 @@ def annotate(
             scheme = at.partition(":")[0]
             server.serve(make_app(opened, study, hosts=hosts, scheme=scheme), listening, tls_cert, tls_key)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on where this one was")
+            print("stopped; run the same command again to resume")
         finally:
             opened.dispose()
 
 
-@app.command()
+@app.command("agreement")
 def agreement(run: RunFolder, store: StoreOption = None) -> None:
-    """Print what a closed study says and how far its annotators agree; before that, how far they are."""
-    from mixpo.cli.display import show
+    """Print the results and the agreement of a closed study, or the progress of an open one."""
+    from mixpo.cli.display import print_report_table
     from mixpo.experiments.results import load_runs
     from mixpo.report.people import section
 
-    found = section(load_runs(run))
-    if found is None:
-        _refuse_missing()
-        with _there(run, store) as (opened, study):
-            _show_progress(opened, study, run)
+    results = section(load_runs(run))
+    if results is None:
+        _require_study_packages()
+        with _open_study(run, store) as (opened, study):
+            _print_progress(opened, study, run)
         return
-    print(found.opening)
-    for group in found.groups:
+    print(results.opening)
+    for group in results.groups:
         if group.table is not None:
-            show(group.table, group.title)
+            print_report_table(group.table, group.title)
 
 
-def _export(store: "Store", study: "StudyRow", path: Path) -> None:
+def _export_judgements(store: "Store", study: "StudyRow", path: Path) -> None:
     from mixpo.study.files import export
 
     print(f"{export(store, study, path)} judgements: {path}")
 
 
-def _import(store: "Store", study: "StudyRow", path: Path) -> None:
+def _import_judgements(store: "Store", study: "StudyRow", path: Path) -> None:
     from mixpo.study.files import take_in
 
-    found, new = take_in(store, study, path)
-    print(f"{found} judgements in {path}: {new} new, {found - new} there before")
+    count, new = take_in(store, study, path)
+    print(f"{count} judgements in {path}: {new} new, {count - new} already in the study")
 
 
-def _close(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> None:
+def _close_study(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> None:
     from mixpo.study.files import write_closed
 
     if not study.closed:
-        _show_counts(store)
+        _print_counts(store)
         typer.echo("Nobody can judge, change or import anything after this, and which arm is which is revealed.")
         if not yes and not typer.confirm("Close the study?"):
             raise typer.Exit(1)
     study.closed = store.close()
     print(f"closed at {study.closed}: {write_closed(store, study, run / 'study')}")
-    print(f"`mixpo agreement {run}` shows what it says, `mixpo report {run}` has it in the report")
+    print(f"`mixpo agreement {run}` shows the results, `mixpo report {run}` adds them to the report")
 
 
-def _show_progress(store: "Store", study: "StudyRow", run: Path) -> None:
-    _show_counts(store)
+def _print_progress(store: "Store", study: "StudyRow", run: Path) -> None:
+    _print_counts(store)
     if study.closed:
-        print(f"the study was closed at {study.closed}, its files are not here: `mixpo annotate {run} --close`")
+        print(f"closed at {study.closed}, but its files are missing: `mixpo annotate {run} --close` writes them again")
     else:
-        print(f"nothing more is told before the study is closed: `mixpo annotate {run} --close`")
+        print(f"results are shown once the study is closed: `mixpo annotate {run} --close`")
 
 
-def _show_counts(store: "Store") -> None:
+def _print_counts(store: "Store") -> None:
     progress = store.progress()
-    for one in progress:
-        print(f"{one.name}: {one.judged} of {one.questions} judged, {one.skipped} skipped")
-    missing = sum(one.questions - one.judged for one in progress)
-    print(f"{missing} of {sum(one.questions for one in progress)} judgements are missing")
+    for annotator in progress:
+        print(f"{annotator.name}: {annotator.judged} of {annotator.questions} judged, {annotator.skipped} skipped")
+    missing = sum(annotator.questions - annotator.judged for annotator in progress)
+    print(f"{missing} of {sum(annotator.questions for annotator in progress)} judgements are missing")
 
 
 @contextmanager
-def _there(run: Path, url: str | None, *, changed: bool = False) -> Iterator[tuple["Store", "StudyRow"]]:
-    """The study of a run, which must be there, and of what the run is now unless it may have `changed`."""
+def _open_study(run: Path, url: str | None, *, allow_changed: bool = False) -> Iterator[tuple["Store", "StudyRow"]]:
+    """Open the store and the study of a run.
+
+    Raises `InputError` if there is no study or, unless `allow_changed`, if the run has changed since it began.
+    """
     from mixpo.experiments.results import load_runs
     from mixpo.study.begin import refuse_changed
     from mixpo.study.store import Store, store_url
@@ -166,25 +171,26 @@ def _there(run: Path, url: str | None, *, changed: bool = False) -> Iterator[tup
         study = opened.study()
         if study is None:
             raise InputError(f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`")
-        if not changed:
+        if not allow_changed:
             refuse_changed(results, opened, study)
         yield opened, study
     finally:
         opened.dispose()
 
 
-def _refuse_ignored(context: typer.Context, *, close: bool) -> None:
-    """Raises `InputError` on options that nothing would be done with."""
-    options = {name: "--import" if name == "take" else f"--{name.replace('_', '-')}" for name in context.params}
-    given = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    mode = next((name for name in ("export", "take", "close") if name in given), None)
+def _reject_unused_options(context: typer.Context, *, close: bool) -> None:
+    """Raise `InputError` on options that the chosen mode does not use."""
+    options = {name: "--import" if name == "import_path" else f"--{name.replace('_', '-')}" for name in context.params}
+    set_options = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    mode = next((name for name in ("export", "import_path", "close") if name in set_options), None)
     used = {"run", "store", mode, "yes" if close else None} if mode else options.keys() - {"yes"}
-    if ignored := [options[name] for name in given if name not in used]:
+    if ignored := [options[name] for name in set_options if name not in used]:
         where = f"beside {options[mode]}, which does nothing with it" if mode else "without --close"
         raise InputError(f"{', '.join(ignored)}: found {where}; leave it out")
 
 
-def _read(path: Path | None) -> str | None:
+def _read_guidelines(path: Path | None) -> str | None:
+    """Read the text shown to annotators. Raises `InputError` if it is empty or not text."""
     try:
         text = None if path is None else path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
@@ -194,9 +200,7 @@ def _read(path: Path | None) -> str | None:
     return text
 
 
-def _refuse_missing() -> None:
-    for name in NEEDED:
+def _require_study_packages() -> None:
+    for name in REQUIRED_PACKAGES:
         if find_spec(name) is None:
-            raise InputError(
-                f"mixpo annotate: found no package {name}; expected what a study needs; `pip install 'mixpo[study]'`"
-            )
+            raise InputError(f"mixpo annotate: found no package {name}; a study needs it: `pip install 'mixpo[study]'`")
