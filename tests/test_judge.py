@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mixpo.judge.judging import Verdict, tally
 from scipy.stats import binomtest
 
 from judge_server import Asked, Response, Server, completion, error, said, serving
@@ -36,7 +37,6 @@ from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
 from mixpo.judge import asking
 from mixpo.judge.endpoint import checked, is_loopback, is_sent_in_clear
-from mixpo.judge.judging import Verdict, tally
 from mixpo.judge.questions import Template, read_template
 from mixpo.judge.replies import Reply, read_reply, scores
 from mixpo.judge.verdicts import FILE, appending, read

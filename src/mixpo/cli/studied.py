@@ -63,19 +63,26 @@ def annotate(
     from mixpo.experiments.results import load_runs
     from mixpo.study import server
     from mixpo.study.app import make_app
-    from mixpo.study.begin import Wanted, begin_or_go_on, links, names
-    from mixpo.study.store import Store, store_url
+    from mixpo.study.opening import StudyOptions, load_or_issue_tokens, open_study, parse_annotator_names
+    from mixpo.study.store import Store, parse_store_url
 
     server.check_certificate(tls_cert, tls_key)
     results = load_runs(run)
-    wanted = Wanted(arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read(guidelines))
-    with server.listen(host, port) as listening:
+    wanted = StudyOptions(
+        arms,
+        prompts,
+        parse_annotator_names(annotators) if annotators is not None else None,
+        seed,
+        draw,
+        _read(guidelines),
+    )
+    with server.open_listening_socket(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
-        at, hosts = server.addresses(host, bound, address, tls=tls)
-        opened = Store(store_url(run, store))
+        at, hosts = server.build_base_url(host, bound, address, tls=tls)
+        opened = Store(parse_store_url(run, store))
         try:
-            study = begin_or_go_on(results, opened, wanted)
-            tokens, lost = links(opened, run / "study")
+            study = open_study(results, opened, wanted)
+            tokens, lost = load_or_issue_tokens(opened, run / "study")
             if lost:
                 print(f"warning: links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)
             if not server.is_encrypted(bound[0], at, tls=tls):
@@ -113,28 +120,28 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
 
 
 def _export(store: "Store", study: "StudyRow", path: Path) -> None:
-    from mixpo.study.files import export
+    from mixpo.study.files import export_judgements
 
-    print(f"{export(store, study, path)} judgements: {path}")
+    print(f"{export_judgements(store, study, path)} judgements: {path}")
 
 
 def _import(store: "Store", study: "StudyRow", path: Path) -> None:
-    from mixpo.study.files import take_in
+    from mixpo.study.files import import_judgements
 
-    found, new = take_in(store, study, path)
+    found, new = import_judgements(store, study, path)
     print(f"{found} judgements in {path}: {new} new, {found - new} there before")
 
 
 def _close(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> None:
-    from mixpo.study.files import write_closed
+    from mixpo.study.files import write_closed_study
 
     if not study.closed:
         _show_counts(store)
         typer.echo("Nobody can judge, change or import anything after this, and which arm is which is revealed.")
         if not yes and not typer.confirm("Close the study?"):
             raise typer.Exit(1)
-    study.closed = store.close()
-    print(f"closed at {study.closed}: {write_closed(store, study, run / 'study')}")
+    study.closed = store.close_study()
+    print(f"closed at {study.closed}: {write_closed_study(store, study, run / 'study')}")
     print(f"`mixpo agreement {run}` shows what it says, `mixpo report {run}` has it in the report")
 
 
@@ -147,7 +154,7 @@ def _show_progress(store: "Store", study: "StudyRow", run: Path) -> None:
 
 
 def _show_counts(store: "Store") -> None:
-    progress = store.progress()
+    progress = store.count_progress()
     for one in progress:
         print(f"{one.name}: {one.judged} of {one.questions} judged, {one.skipped} skipped")
     missing = sum(one.questions - one.judged for one in progress)
@@ -158,16 +165,16 @@ def _show_counts(store: "Store") -> None:
 def _there(run: Path, url: str | None, *, changed: bool = False) -> Iterator[tuple["Store", "StudyRow"]]:
     """The study of a run, which must be there, and of what the run is now unless it may have `changed`."""
     from mixpo.experiments.results import load_runs
-    from mixpo.study.begin import refuse_changed
-    from mixpo.study.store import Store, store_url
+    from mixpo.study.opening import check_completions_unchanged
+    from mixpo.study.store import Store, parse_store_url
 
-    results, opened = load_runs(run), Store(store_url(run, url))
+    results, opened = load_runs(run), Store(parse_store_url(run, url))
     try:
-        study = opened.study()
+        study = opened.load_study()
         if study is None:
             raise InputError(f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`")
         if not changed:
-            refuse_changed(results, opened, study)
+            check_completions_unchanged(results, opened, study)
         yield opened, study
     finally:
         opened.dispose()
