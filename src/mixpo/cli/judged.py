@@ -13,7 +13,7 @@ import typer
 from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
-    from mixpo.judge.asking import Progress
+    from mixpo.judge.client import Progress
 
 Number = TypeVar("Number", int, float)
 
@@ -56,22 +56,22 @@ def judge(
     from mixpo.data.text import escape_invisible
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
-    from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
-    from mixpo.judge.judging import as_judged, judged, questions
-    from mixpo.judge.questions import judges, read_template
-    from mixpo.judge.verdicts import FILE, appending, assignment_row, read
+    from mixpo.judge.endpoint import is_unencrypted, normalize_endpoint, read_api_key
+    from mixpo.judge.outcomes import choose_arm_order, collect_verdicts, make_assignment
+    from mixpo.judge.questions import make_judges, read_template
+    from mixpo.judge.verdicts import FILE, make_assignment_row, open_for_append, read_verdicts
     from mixpo.report.judges import groups, rows_of
 
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
-    before = read(run / FILE)
-    order = as_judged(before, arms, at)
+    before = read_verdicts(run / FILE)
+    order = choose_arm_order(before, arms, at)
     rows = pair_completions(results, order, seed=at, prompts=prompts, draw=draw)
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
-    words, address = read_template(template), checked(endpoint)
+    words, address = read_template(template), normalize_endpoint(endpoint)
     settings = _number("--temperature", temperature, 0.0), _number("--reply-tokens", reply_tokens, 1)
-    asked = [questions(one, words, order, at, rows) for one in judges(model, address, *settings, words)]
+    asked = [make_assignment(one, words, order, at, rows) for one in make_judges(model, address, *settings, words)]
     every = {question.id: question for _, some in asked for question in some}
     if dry_run:
         known = before.scores.keys() & every.keys()
@@ -79,26 +79,26 @@ def judge(
             _say(escape_invisible(next(iter(every.values())).text) + "\n")
         _say(f"{len(every)} questions, {len(known)} of them asked before: {len(every) - len(known)} calls")
         return
-    with appending(run / FILE) as keep:
-        kept, done = read(run / FILE), None
+    with open_for_append(run / FILE) as keep:
+        kept, done = read_verdicts(run / FILE), None
         missing = [question for number, question in every.items() if number not in kept.scores]
         if missing:
-            from mixpo.judge.asking import Limits, ask
+            from mixpo.judge.client import Limits, ask_questions
 
-            key = key_in_environment()
-            if key and is_sent_in_clear(address):
+            key = read_api_key()
+            if key and is_unencrypted(address):
                 print(f"--endpoint: {address} gets the key in the clear; expected https://", file=sys.stderr)
         for assignment, _ in asked:
-            if not kept.has(assignment):
-                keep(assignment_row(assignment))
+            if not kept.contains(assignment):
+                keep(make_assignment_row(assignment))
         if missing:
             limits = Limits(concurrency, attempts, timeout, max_requests, max_tokens)
-            proven = {question.judge for number, question in every.items() if number in kept.scores}
+            replied_judges = {question.judge for number, question in every.items() if number in kept.scores}
             with _watching(len(missing), run / FILE, plain=quiet) as watch:
-                done = ask(missing, key, limits, keep, watch, proven=proven)
-    scores = read(run / FILE).scores
-    found = [judged(assignment, order, rows, scores) for assignment, _ in asked]
-    found = found if order == arms else [one.turned() for one in found]
+                done = ask_questions(missing, key, limits, keep, watch, replied_judges=replied_judges)
+    scores = read_verdicts(run / FILE).scores
+    found = [collect_verdicts(assignment, order, rows, scores) for assignment, _ in asked]
+    found = found if order == arms else [one.swap_arms() for one in found]
     for group in groups(found, rows_of(found)):
         if group.table is not None:
             show(group.table, group.title)
@@ -137,7 +137,10 @@ def _watching(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[
     def watch(progress: "Progress") -> None:
         nonlocal done, printed
         done = progress.done
-        over, spent = progress.questions - progress.left, f"{progress.requests} requests, {progress.tokens:,} tokens"
+        over, spent = (
+            progress.questions - progress.remaining,
+            f"{progress.requests} requests, {progress.tokens:,} tokens",
+        )
         bars.update(task, completed=over, spent=spent)
         if plain and time.monotonic() - printed >= PLAIN_SECONDS:
             printed = time.monotonic()
@@ -156,9 +159,9 @@ def _show_end(done: "Progress") -> None:
     _say(f"{done.requests} requests, {done.tokens:,} tokens, {done.done} of {done.questions} questions done")
     for kind, said in done.failures.items():
         print(f"{len(said)} questions failed: {kind}: {said[-1]}", file=sys.stderr)
-    if done.stopped:
-        why = "; ".join(done.stopped)
-        print(f"stopped: {why}; {done.left} questions are left; the same command asks them", file=sys.stderr)
+    if done.stop_reasons:
+        why = "; ".join(done.stop_reasons)
+        print(f"stopped: {why}; {done.remaining} questions are left; the same command asks them", file=sys.stderr)
     if done.failures:
         raise typer.Exit(1)
 

@@ -24,7 +24,9 @@ def normalize_endpoint(endpoint: str) -> str:
     except ValueError:
         raise InputError(f"--endpoint: found no address; {EXPECTED}") from None
     if "@" in parts.netloc:
-        raise InputError(f"--endpoint: found a user name or password in it; {EXPECTED}; the key comes from {KEY_VARIABLE}")
+        raise InputError(
+            f"--endpoint: found a user name or password in it; {EXPECTED}; the key comes from {KEY_VARIABLE}"
+        )
     if "?" in endpoint or "#" in endpoint:
         raise InputError(f"--endpoint: found a query in it; {EXPECTED}; the key comes from {KEY_VARIABLE}")
     if not is_valid or not (endpoint.isascii() and endpoint.isprintable()) or " " in endpoint:
@@ -54,7 +56,8 @@ def read_api_key() -> str:
     key = os.environ.get(KEY_VARIABLE, "")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise InputError(
-            f"{KEY_VARIABLE}: found a line break, a space or a character that no key has; expected the bare key (not shown here)"
+            f"{KEY_VARIABLE}: found a line break, a space or a character that no key has; "
+            "expected the bare key (not shown here)"
         )
     return key
 

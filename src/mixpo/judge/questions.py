@@ -69,7 +69,7 @@ class Template:
             return replace_surrogates(_compile_template(self.text).render(values))
         except Exception as error:  # a template is its author's code
             raise InputError(
-                f"{self.name}: found a template that cannot be rendered ({type(error).__name__}: {_format_error(error)}); "
+                f"{self.name}: found an invalid template ({type(error).__name__}: {_format_error(error)}); "
                 f"expected one of the variables {', '.join(VARIABLES)}"
             ) from error
 
@@ -80,7 +80,7 @@ def make_judges(
     """Make a judge for each model. Raises `InputError` on an empty, unprintable or repeated name."""
     for index, name in enumerate(models):
         if not (name.isprintable() and name.strip()) or name in models[:index]:
-            raise InputError(f"--model: found {name!r}, which is empty, repeated or unprintable; expected different model names")
+            raise InputError(f"--model: found {name!r}, empty, repeated or unprintable; expected different model names")
     return [Judge(name, endpoint, temperature, reply_tokens, compute_digest(template.text)) for name in models]
 
 

@@ -63,14 +63,16 @@ def _parse_usage(usage: object) -> tuple[int, int] | None:
 def sum_tokens(replies: Sequence[Reply]) -> tuple[int, int] | None:
     """Sum the token counts of several replies; None where one is unknown."""
     counts = [reply.tokens for reply in replies if reply.tokens is not None]
-    return (sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts)) if len(counts) == len(replies) else None
+    if len(counts) < len(replies):
+        return None
+    return sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts)
 
 
 def parse_scores(reply: Reply) -> tuple[float, float] | None:
-    """Parse the scores of both completions, in the order shown, from the format of the paper's prompt; None if it differs.
+    """Parse the scores of both completions, in the order shown, as the paper's prompt asks for them; None on others.
 
-    The format is `Response 1 Quality Score: x`, then `Response 2 Quality Score: x`, each once, x from 0 to 10, followed by
-    nothing but `/10`, the end of the line or `Explanation:`. Bold marks are ignored, and so is a truncated last word.
+    The format is `Response 1 Quality Score: x`, then `Response 2 Quality Score: x`, each once, x from 0 to 10, with
+    nothing behind it but `/10`, the end of the line or `Explanation:`. Bold marks and a truncated last word are ignored.
     """
     text = (reply.text or "").replace("**", "")
     text = _drop_last_word(text) if reply.truncated else text

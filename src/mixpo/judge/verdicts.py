@@ -79,10 +79,14 @@ class VerdictLog:
         return stored is not None and assignment.pairs.items() <= stored.pairs.items()
 
 
-def _parse_assignment(judge: dict[str, Any], arms: list[str], seed: int, pairs: dict[str, dict[str, Any]]) -> Assignment:
+def _parse_assignment(
+    judge: dict[str, Any], arms: list[str], seed: int, pairs: dict[str, dict[str, Any]]
+) -> Assignment:
     """Parse an assignment from its JSON fields."""
     first, second = arms
-    assigned = {int(number): AssignedPair(str(pair["digest"]), tuple(pair["questions"])) for number, pair in pairs.items()}
+    assigned = {
+        int(number): AssignedPair(str(pair["digest"]), tuple(pair["questions"])) for number, pair in pairs.items()
+    }
     return Assignment(Judge(**judge), (first, second), seed, assigned)
 
 
@@ -121,8 +125,8 @@ def read_verdicts(file: Path) -> VerdictLog:
                     log.add_row(json.loads(line))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
-                    f"{file}:{number}: found no valid verdict ({type(error).__name__}: {str(error)[:200]}); expected a line "
-                    "that this version's `mixpo judge` wrote; delete the line, or update mixpo"
+                    f"{file}:{number}: found no valid verdict ({type(error).__name__}: {str(error)[:200]}); expected a "
+                    "line that this version's `mixpo judge` wrote; delete the line, or update mixpo"
                 ) from error
     return log
 
