@@ -15,8 +15,10 @@ Response = tuple[int, dict[str, str], bytes | Iterator[bytes]]
 
 def format_scores(first: object, second: object) -> str:
     """Two scores in the format of the paper's prompt."""
-    return f"Response 1 Quality Score: {first}\nExplanation: because.\n\n"
-    f"Response 2 Quality Score: {second}\nExplanation: so."
+    return (
+        f"Response 1 Quality Score: {first}\nExplanation: because.\n\n"
+        f"Response 2 Quality Score: {second}\nExplanation: so."
+    )
 
 
 def make_completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish: str = "stop") -> Response:

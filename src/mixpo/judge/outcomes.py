@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from mixpo.algorithms.compute_agreement import bootstrap_over_items, cohen_kappa, krippendorff_alpha
+from mixpo.algorithms.agreement import bootstrap_over_items, cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.intervals import Interval, wilson_interval
 from mixpo.algorithms.win_rates import length_controlled_win_rate, sign_test, win_minus_lose
 from mixpo.experiments.comparisons import Comparison, MissingError, pair_completions

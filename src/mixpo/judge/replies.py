@@ -72,7 +72,7 @@ def parse_scores(reply: Reply) -> tuple[float, float] | None:
     """Parse the scores of both completions, in the order shown, as the paper's prompt asks for them; None on others.
 
     The format is `Response 1 Quality Score: x`, then `Response 2 Quality Score: x`, each once, x from 0 to 10, with
-    nothing behind it but `/10`, the end of the line or `Explanation:`. Bold marks and a truncated last word are ignored.
+    nothing after it but `/10`, the end of the line or `Explanation:`. Bold marks and a truncated last word are ignored.
     """
     text = (reply.text or "").replace("**", "")
     text = _drop_last_word(text) if reply.truncated else text
