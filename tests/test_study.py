@@ -952,7 +952,7 @@ def test_files_that_are_no_export_are_refused(make, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             files.import_judgements(study.store, study.row, tmp_path / name)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "LARGEST", 100)
+        patch.setattr(files, "MAX_IMPORT_BYTES", 100)
         with pytest.raises(InputError, match="found more than 100 bytes; expected what --export writes"):
             files.import_judgements(study.store, study.row, path)
     with pytest.raises(InputError, match="found a path that cannot be written"):
