@@ -13,7 +13,7 @@ import typer
 from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
-    from mixpo.judge.asking import Progress
+    from mixpo.judge.client import Progress
 
 Number = TypeVar("Number", int, float)
 
@@ -56,23 +56,24 @@ def judge(
     from mixpo.data.text import escape_invisible
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
-    from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
-    from mixpo.judge.judging import as_judged, judged, questions
-    from mixpo.judge.questions import judges, read_template
-    from mixpo.judge.verdicts import FILE, appending, assignment_row, read
+    from mixpo.judge.endpoint import is_unencrypted, normalize_endpoint, read_api_key
+    from mixpo.judge.outcomes import choose_arm_order, collect_verdicts, make_assignment
+    from mixpo.judge.questions import make_judges, read_template
+    from mixpo.judge.verdicts import FILE, make_assignment_row, open_for_append, read_verdicts
     from mixpo.report.judges import groups, rows_of
 
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
-    before = read(run / FILE)
-    order = as_judged(before, arms, at)
+    before = read_verdicts(run / FILE)
+    order = choose_arm_order(before, arms, at)
     rows = pair_completions(results, order, seed=at, prompts=prompts, draw=draw)
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
-    prompt_template, address = read_template(template), checked(endpoint)
+    prompt_template, address = read_template(template), normalize_endpoint(endpoint)
     settings = _parse_number("--temperature", temperature, 0.0), _parse_number("--reply-tokens", reply_tokens, 1)
     assignments = [
-        questions(one, prompt_template, order, at, rows) for one in judges(model, address, *settings, prompt_template)
+        make_assignment(one, prompt_template, order, at, rows)
+        for one in make_judges(model, address, *settings, prompt_template)
     ]
     by_id = {question.id: question for _, questions_of_judge in assignments for question in questions_of_judge}
     if dry_run:
@@ -81,26 +82,26 @@ def judge(
             _print_line(escape_invisible(next(iter(by_id.values())).text) + "\n")
         _print_line(f"{len(by_id)} questions, {len(answered)} of them asked before: {len(by_id) - len(answered)} calls")
         return
-    with appending(run / FILE) as keep:
-        saved, progress = read(run / FILE), None
+    with open_for_append(run / FILE) as keep:
+        saved, progress = read_verdicts(run / FILE), None
         missing = [question for number, question in by_id.items() if number not in saved.scores]
         if missing:
-            from mixpo.judge.asking import Limits, ask
+            from mixpo.judge.client import Limits, ask_questions
 
-            key = key_in_environment()
-            if key and is_sent_in_clear(address):
+            key = read_api_key()
+            if key and is_unencrypted(address):
                 print(f"--endpoint: {address} gets the key in the clear; expected https://", file=sys.stderr)
         for assignment, _ in assignments:
-            if not saved.has(assignment):
-                keep(assignment_row(assignment))
+            if not saved.contains(assignment):
+                keep(make_assignment_row(assignment))
         if missing:
             limits = Limits(concurrency, attempts, timeout, max_requests, max_tokens)
-            proven = {question.judge for number, question in by_id.items() if number in saved.scores}
+            replied_judges = {question.judge for number, question in by_id.items() if number in saved.scores}
             with _show_progress(len(missing), run / FILE, plain=quiet) as show_progress:
-                progress = ask(missing, key, limits, keep, show_progress, proven=proven)
-    scores = read(run / FILE).scores
-    judgements = [judged(assignment, order, rows, scores) for assignment, _ in assignments]
-    judgements = judgements if order == arms else [one.turned() for one in judgements]
+                progress = ask_questions(missing, key, limits, keep, show_progress, replied_judges=replied_judges)
+    scores = read_verdicts(run / FILE).scores
+    judgements = [collect_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
+    judgements = judgements if order == arms else [one.swap_arms() for one in judgements]
     for group in groups(judgements, rows_of(judgements)):
         if group.table is not None:
             print_report_table(group.table, group.title)
@@ -139,7 +140,10 @@ def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Call
     def show(progress: "Progress") -> None:
         nonlocal done, printed
         done = progress.done
-        over, spent = progress.questions - progress.left, f"{progress.requests} requests, {progress.tokens:,} tokens"
+        over, spent = (
+            progress.questions - progress.remaining,
+            f"{progress.requests} requests, {progress.tokens:,} tokens",
+        )
         bars.update(task, completed=over, spent=spent)
         if plain and time.monotonic() - printed >= PLAIN_SECONDS:
             printed = time.monotonic()
@@ -161,9 +165,11 @@ def _print_totals(progress: "Progress") -> None:
     )
     for kind, messages in progress.failures.items():
         print(f"{len(messages)} questions failed: {kind}: {messages[-1]}", file=sys.stderr)
-    if progress.stopped:
-        reasons = "; ".join(progress.stopped)
-        print(f"stopped: {reasons}; {progress.left} questions are left; the same command asks them", file=sys.stderr)
+    if progress.stop_reasons:
+        reasons = "; ".join(progress.stop_reasons)
+        print(
+            f"stopped: {reasons}; {progress.remaining} questions are left; the same command asks them", file=sys.stderr
+        )
     if progress.failures:
         raise typer.Exit(1)
 

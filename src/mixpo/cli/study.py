@@ -63,21 +63,26 @@ def annotate(
     from mixpo.experiments.results import load_runs
     from mixpo.study import server
     from mixpo.study.app import make_app
-    from mixpo.study.begin import Wanted, begin_or_go_on, links, names
-    from mixpo.study.store import Store, store_url
+    from mixpo.study.opening import StudyOptions, load_or_issue_tokens, open_study, parse_annotator_names
+    from mixpo.study.store import Store, parse_store_url
 
     server.check_certificate(tls_cert, tls_key)
     results = load_runs(run)
-    wanted = Wanted(
-        arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read_guidelines(guidelines)
+    wanted = StudyOptions(
+        arms,
+        prompts,
+        parse_annotator_names(annotators) if annotators is not None else None,
+        seed,
+        draw,
+        _read_guidelines(guidelines),
     )
-    with server.listen(host, port) as listening:
+    with server.open_listening_socket(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
-        at, hosts = server.addresses(host, bound, address, tls=tls)
-        opened = Store(store_url(run, store))
+        at, hosts = server.build_base_url(host, bound, address, tls=tls)
+        opened = Store(parse_store_url(run, store))
         try:
-            study = begin_or_go_on(results, opened, wanted)
-            tokens, lost = links(opened, run / "study")
+            study = open_study(results, opened, wanted)
+            tokens, lost = load_or_issue_tokens(opened, run / "study")
             if lost:
                 print(f"warning: links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)
             if not server.is_encrypted(bound[0], at, tls=tls):
@@ -115,28 +120,28 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
 
 
 def _export_judgements(store: "Store", study: "StudyRow", path: Path) -> None:
-    from mixpo.study.files import export
+    from mixpo.study.files import export_judgements
 
-    print(f"{export(store, study, path)} judgements: {path}")
+    print(f"{export_judgements(store, study, path)} judgements: {path}")
 
 
 def _import_judgements(store: "Store", study: "StudyRow", path: Path) -> None:
-    from mixpo.study.files import take_in
+    from mixpo.study.files import import_judgements
 
-    count, new = take_in(store, study, path)
+    count, new = import_judgements(store, study, path)
     print(f"{count} judgements in {path}: {new} new, {count - new} already in the study")
 
 
 def _close_study(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> None:
-    from mixpo.study.files import write_closed
+    from mixpo.study.files import write_closed_study
 
     if not study.closed:
         _print_counts(store)
         typer.echo("Nobody can judge, change or import anything after this, and which arm is which is revealed.")
         if not yes and not typer.confirm("Close the study?"):
             raise typer.Exit(1)
-    study.closed = store.close()
-    print(f"closed at {study.closed}: {write_closed(store, study, run / 'study')}")
+    study.closed = store.close_study()
+    print(f"closed at {study.closed}: {write_closed_study(store, study, run / 'study')}")
     print(f"`mixpo agreement {run}` shows the results, `mixpo report {run}` adds them to the report")
 
 
@@ -149,7 +154,7 @@ def _print_progress(store: "Store", study: "StudyRow", run: Path) -> None:
 
 
 def _print_counts(store: "Store") -> None:
-    progress = store.progress()
+    progress = store.count_progress()
     for annotator in progress:
         print(f"{annotator.name}: {annotator.judged} of {annotator.questions} judged, {annotator.skipped} skipped")
     missing = sum(annotator.questions - annotator.judged for annotator in progress)
@@ -163,16 +168,16 @@ def _open_study(run: Path, url: str | None, *, allow_changed: bool = False) -> I
     Raises `InputError` if there is no study or, unless `allow_changed`, if the run has changed since it began.
     """
     from mixpo.experiments.results import load_runs
-    from mixpo.study.begin import refuse_changed
-    from mixpo.study.store import Store, store_url
+    from mixpo.study.opening import check_completions_unchanged
+    from mixpo.study.store import Store, parse_store_url
 
-    results, opened = load_runs(run), Store(store_url(run, url))
+    results, opened = load_runs(run), Store(parse_store_url(run, url))
     try:
-        study = opened.study()
+        study = opened.load_study()
         if study is None:
             raise InputError(f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`")
         if not allow_changed:
-            refuse_changed(results, opened, study)
+            check_completions_unchanged(results, opened, study)
         yield opened, study
     finally:
         opened.dispose()
