@@ -138,7 +138,7 @@ class Writer:
         (self.folder / "results.json").write_text(json.dumps(content), encoding="utf8")
         return self.folder
 
-    def load_runs(self, arms: Sequence[Arm], gradients: Sequence[dict[str, Any]] = ()) -> Results:
+    def load(self, arms: Sequence[Arm], gradients: Sequence[dict[str, Any]] = ()) -> Results:
         return load_runs(self.run(arms, gradients))
 
     def arm(self, arm: Arm, seed: int) -> dict[str, Any]:

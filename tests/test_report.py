@@ -85,7 +85,7 @@ def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
 def test_page_needs_no_network(page: str) -> None:
     loads = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', page.replace(str(escape(HOSTILE)), ""))
     assert loads
-    assert all(load_runs.startswith(("#", "data:text/csv")) for load_runs in loads), loads
+    assert all(address.startswith(("#", "data:text/csv")) for address in loads), loads
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
 
