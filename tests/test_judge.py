@@ -217,7 +217,7 @@ def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study,
     assert "1.00 [" in printed.row("tie")
     assert "1.00 [" in printed.row("flips")
     assert "1.00 [" in printed.row("flips to the first")
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     assert section is not None
     assert "100% of those asked flip with the order, 100% of these to the completion shown first." in section.opening
 
@@ -271,7 +271,7 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
     server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) in (2, 5)))
     printed = study.judge("--template", str(own))
     assert server.asked[0].body["messages"][0]["content"].startswith("question ")
-    made = table(judges.section(load_runs(study.run)), "tiny")
+    made = table(judges.build_section(load_runs(study.run)), "tiny")
     found = rows(made)
     assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
     # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
@@ -293,13 +293,13 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     # by hand: one says 1 five times; two says 1 three times and -1 twice
     one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
     counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
-    found = rows(table(judges.section(load_runs(study.run)), "Agreement of judges"))
+    found = rows(table(judges.build_section(load_runs(study.run)), "Agreement of judges"))
     assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
     assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}")
     assert "Agreement of judges" in printed.out
-    each = [rows(table(judges.section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
+    each = [rows(table(judges.build_section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
     assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
 
 
@@ -317,7 +317,7 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
 
 
 def _rows(study: Study) -> list[judges.Row]:
-    return judges.rows_of(judges.judged_runs(load_runs(study.run)))
+    return judges.collect_rows(judges.judged_runs(load_runs(study.run)))
 
 
 # Servers that behave badly
@@ -790,7 +790,7 @@ def test_options_that_are_refused(study: Study, server: Server, words: list[str]
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
     study.judge("--temperature", "none", "--reply-tokens", "none")
     assert {frozenset(asked.body) for asked in server.asked} == {frozenset({"model", "messages"})}
-    notes = table(judges.section(load_runs(study.run)), "tiny")
+    notes = table(judges.build_section(load_runs(study.run)), "tiny")
     assert notes is not None
     assert "its own temperature, replies as long as it likes" in page.text(load_runs(study.run), "md")
     study.judge("--temperature", "none")
@@ -1005,10 +1005,10 @@ def test_the_papers_prompt() -> None:
 
 
 def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) -> None:
-    assert judges.section(load_runs(study.run)) is None
+    assert judges.build_section(load_runs(study.run)) is None
     study.judge()
     results = load_runs(study.run)
-    section = judges.section(results)
+    section = judges.build_section(results)
     assert section is not None
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     mean, low, high = map(float, re.findall(r"-?[\d.]+", row[5]))
@@ -1027,7 +1027,7 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
 def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
     server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) < 4))
     study.judge()
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     assert section is not None
     assert "does not tell the two apart" in section.opening
     assert not re.search(r"\b(above|below) zero", section.opening)
@@ -1074,7 +1074,7 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     for number in (2, 5):
         changed[number]["completion"] += "!"
     write_table(place, changed)
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
     assert section is not None
@@ -1082,7 +1082,7 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     assert "2 prompts left out, judged before completions changed" in page.text(load_runs(study.run), "md")
     assert study.judge().code == 0
     assert len(server.asked) == 14  # both orders of the two
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
     assert "left out" not in section.opening
@@ -1096,9 +1096,9 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     )
     (other / "judge").mkdir()
     (other / FILE).write_bytes(study.file.read_bytes())
-    alone = judges.section(load_runs(other))
+    alone = judges.build_section(load_runs(other))
     assert alone is not None
     assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
-    both = judges.section(load_runs(study.run, other))
+    both = judges.build_section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
     assert set(read(study.file).assignments) == set(read(other / FILE).assignments)

@@ -110,13 +110,13 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
     chance = (14 / 15) ** 2 + (1 / 15) ** 2
     kappa = ((4 + 1 / 3) / 5 - chance) / (1 - chance)
     assert found.agreement[None].kappa.mean == pytest.approx(kappa)
-    assert set(rows_of(found)) == set(PEOPLE)
+    assert set(collect_rows(found)) == set(PEOPLE)
 
 
-def rows_of(found: Any) -> Any:
-    from mixpo.report.people import tables
+def collect_rows(found: Any) -> Any:
+    from mixpo.report.people import build_tables
 
-    return rows(tables(found)["The annotators"])
+    return rows(build_tables(found)["The annotators"])
 
 
 def by_keyboard(made: Study, tab: Any) -> None:

@@ -20,11 +20,11 @@ from mixpo.experiments.results import Results, list_first
 from mixpo.experiments.run import Display
 from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
-from mixpo.report.arms import main_table
+from mixpo.report.arms import build_main_table
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
-SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
+EXAMPLES = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
 OPTIONAL = ("tokens", "end rate", "win/tie/lose", "sd of")
 """How the headings of columns begin that a narrow terminal does without, in this order."""
 NAME_WIDTH = 24
@@ -142,18 +142,18 @@ def _display(console: Console, *, plain: bool) -> Iterator[Display]:
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    """The speed, then what there is of `SHOWN`; PPO's loss is about 0 whatever happens, so it is left out."""
+    """The speed, then what there is of `EXAMPLES`; PPO's loss is about 0 whatever happens, so it is left out."""
     shown = []
     if metrics.get("seconds") and metrics.get("tokens"):
         shown.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
-    names = [name for name in SHOWN if name in metrics and (name != "loss" or "kl" not in metrics)]
+    names = [name for name in EXAMPLES if name in metrics and (name != "loss" or "kl" not in metrics)]
     return "  ".join([*shown, *(f"{name} {metrics[name]:.3g}" for name in names)])
 
 
 def show_table(results: Results) -> None:
     """The main table, without the less important columns where the terminal is narrow."""
     console = Console()
-    table = main_table(results, paper=False)
+    table = build_main_table(results, paper=False)
     optional = [heading for part in OPTIONAL for heading in table.headings if heading.startswith(part)]
     tries = [([], True), *((optional[:count], False) for count in range(len(optional) + 1))]
     for left_out, beside, name_width in [*((*one, NAME_WIDTH) for one in tries), (optional, False, NAME_WIDTH // 3)]:

@@ -60,7 +60,7 @@ def judge(
     from mixpo.judge.judging import as_judged, judged, questions
     from mixpo.judge.questions import judges, read_template
     from mixpo.judge.verdicts import FILE, appending, assignment_row, read
-    from mixpo.report.judges import groups, rows_of
+    from mixpo.report.judges import build_groups, collect_rows
 
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
@@ -99,7 +99,7 @@ def judge(
     scores = read(run / FILE).scores
     found = [judged(assignment, order, rows, scores) for assignment, _ in asked]
     found = found if order == arms else [one.turned() for one in found]
-    for group in groups(found, rows_of(found)):
+    for group in build_groups(found, collect_rows(found)):
         if group.table is not None:
             show(group.table, group.title)
         for note in group.notes:

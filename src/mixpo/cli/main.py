@@ -102,9 +102,9 @@ def report(
     md, csv and json go to standard output unless --out names a file.
     """
     from mixpo.experiments.results import load_runs
-    from mixpo.report.page import text
+    from mixpo.report.page import render_report
 
-    written = text(load_runs(*runs), form.value)
+    written = render_report(load_runs(*runs), form.value)
     if out is None and form is not Form.HTML:
         sys.stdout.write(written)
         return

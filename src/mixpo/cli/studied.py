@@ -98,9 +98,9 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
     """Print what a closed study says and how far its annotators agree; before that, how far they are."""
     from mixpo.cli.display import show
     from mixpo.experiments.results import load_runs
-    from mixpo.report.people import section
+    from mixpo.report.people import build_section
 
-    found = section(load_runs(run))
+    found = build_section(load_runs(run))
     if found is None:
         _refuse_missing()
         with _there(run, store) as (opened, study):
