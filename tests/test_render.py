@@ -192,7 +192,7 @@ def test_page_is_whole_without_its_script(page: Page) -> None:
     assert len(blocks) == 30 * 8
     assert not [block for block in blocks if "hidden" in block]
     assert "answer 30 of arm 7" in page.text
-    assert "score 9.00 · r* -1.50 · second score -0.25" in " ".join(page.text.split())
+    assert "score 9.00 · r* −1.50 · second score −0.25" in " ".join(page.text.split())
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_markdown_holds_the_pair_of_the_first_prompts() -> None:
     assert "answer 5 of arm 2" in text
     assert "answer 6" not in text
     assert "of arm 0" not in text
-    assert "mpo · score 9.00 · r\\* -1.50 · second score -0.25:" in text
+    assert "mpo · score 9.00 · r\\* −1.50 · second score −0.25:" in text
     assert "`````yaml\nname: x" in text
 
 
@@ -276,7 +276,9 @@ def test_markdown_holds_the_pair_of_the_first_prompts() -> None:
     ],
 )
 def test_markdown_words(given: str, expected: str) -> None:
-    assert f"\n\n{expected}\n\n" in render_markdown(Document("t", [], [Section("a", "A", given)], "None.", [], None, []))
+    assert f"\n\n{expected}\n\n" in render_markdown(
+        Document("t", [], [Section("a", "A", given)], "None.", [], None, [])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -318,40 +320,47 @@ def count(tab: Any) -> str:
 
 
 def test_search_in_a_browser(tab: Any) -> None:
-    assert count(tab) == "30 of 30 prompts"
+    assert count(tab) == "20 of 30 prompts shown"
     tab.fill("[name=find]", "QUESTION 1")
     assert prompts(tab) == [1, *range(10, 20)]
-    assert count(tab) == "11 of 30 prompts"
+    assert count(tab) == "11 of 11 prompts shown"
     tab.fill("[name=find]", "answer 7 of arm 3")
     assert prompts(tab) == [7]
     tab.fill("[name=find]", "answer 7 of arm 7")  # an arm that is not shown
     assert prompts(tab) == []
     tab.fill("[name=find]", "<img src=x")
+    assert len(prompts(tab)) == 20
+    tab.click("#completions-more")
     assert len(prompts(tab)) == 30
+    assert not tab.locator("#completions-more").is_visible()
 
 
 def test_orders_in_a_browser(tab: Any) -> None:
     tab.select_option("[name=order]", "gain")
     assert prompts(tab)[:4] == [2, 1, 3, 5]
+    tab.click("#completions-more")
     assert prompts(tab)[-1] == 4
     assert "score of mpo over ppo: +8.80" in tab.locator(".prompt-block").first.text_content()
     tab.select_option("[name=order]", "loss")
     assert prompts(tab)[0] == 4
+    tab.click("#completions-more")
     assert prompts(tab)[-1] == 2
     assert "mpo over ppo: −7.70" in tab.locator(".prompt-block").first.text_content()
     tab.select_option("[name=order]", "highest")
     assert prompts(tab)[:2] == [2, 1]
     assert not tab.locator("[name=other]").is_visible()
     tab.select_option("[name=one]", label="sft")
+    tab.click("#completions-more")
     assert (prompts(tab)[0], prompts(tab)[-1]) == (5, 1)
     tab.select_option("[name=order]", "lowest")
+    tab.click("#completions-more")
     assert (prompts(tab)[0], prompts(tab)[-1]) == (1, 5)
     tab.select_option("[name=measure]", label="r*")
     assert prompts(tab)[:3] == [30, 29, 28]
     tab.select_option("[name=order]", "highest")
     assert prompts(tab)[:3] == [1, 2, 3]
     tab.select_option("[name=order]", "given")
-    assert prompts(tab) == list(range(1, 31))
+    assert prompts(tab) == list(range(1, 21))
     assert not tab.locator("[name=measure]").is_visible()
 
 
@@ -413,6 +422,8 @@ def test_bounds_stand_on_one_line_in_a_browser(tab: Any, media: str) -> None:
 def test_names_leave_room_on_a_phone_in_a_browser(tab: Any) -> None:
     tab.set_viewport_size({"width": 390, "height": 700})
     assert tab.locator("tbody th").first.bounding_box()["width"] < 0.4 * 390
+    tab.locator(".scroll").first.evaluate("one => { one.scrollLeft = 100; }")
+    assert tab.locator("tbody th").first.bounding_box()["x"] >= 0  # stays in view
 
 
 def test_dark_scheme_in_a_browser(tab: Any) -> None:

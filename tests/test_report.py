@@ -79,7 +79,7 @@ def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
     ]
     assert re.findall(r'<li><a href="#([^"]*)">', page) == names
     assert "9.9.9" in page
-    assert "1,280 pairs to train, 8 to test, 7 demonstrations; 1 rows were left out" in page
+    assert "1,280 train pairs, 8 test pairs, 7 demonstrations; 1 bad rows were excluded" in page
 
 
 def test_page_needs_no_network(page: str) -> None:
@@ -265,8 +265,8 @@ def test_completions_are_of_the_seed_at_which_most_arms_finished(tmp_path: Path)
     arms[2] = Arm("mpo", {1: arms[2].done[1]}, failed={0: "lost"})
     made = build_document(Writer(tmp_path / "run").load(arms))
     assert made.completions_opening == (
-        "The first 6 test prompts, and completions of 3 arms at seed 1; the score of mpo is above that of ppo on 6 of "
-        "them and below it on 0."
+        "Completions of 3 arms for the first 6 test prompts, at seed 1. mpo scores higher than ppo on 6 of them and lower "
+        "on 0."
     )
     assert [len(asked.completions) for asked in made.prompts] == [3] * 6
     assert made.prompts[1].last_message == "question 1 & <b>more</b>"
@@ -284,7 +284,12 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     made = build_document(results)
     assert made.title == "a, b"
     assert made.pair == ("b: mpo", "a: mpo")
-    assert made.sections[0].opening.startswith("b: mpo minus a: mpo: reward 1.00 [0.85, 1.15] (p <0.001), above zero")
+    assert (
+        made.sections[0].opening.count(
+            "b: mpo has a significantly higher reward than a: mpo (+1.00, 95% CI [0.85, 1.15], p <0.001)"
+        )
+        == 1
+    )
     assert "at one seed" in made.sections[0].opening
     assert ("b: dpo-base (seed 0)", RAN_AWAY) in made.failures
     assert [name for name, _ in made.recipes] == ["a", "b"]
@@ -303,13 +308,17 @@ def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None
     two = Writer(tmp_path / "two", name="b", world=True, cache="others", reward="other").run(arms)
     results = load_runs(one, two)
     opening = build_document(results).sections[0].opening
-    assert "reward was given by other models and is not compared; true r* 0.00, of values all alike" in opening
-    assert "Of all arms" not in opening
+    assert (
+        "reward is not compared, because different models gave it; b: mpo minus a: mpo in true r* is +0.00" in opening
+    )
+    assert "highest" not in opening
     table = build_main_table(results)
     assert rows(table)["b: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == ""
     assert rows(table)["a: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == "100%/0%/0%"
-    assert any("not all rewards are on one scale" in note for note in table.notes)
-    assert build_document(results).completions_opening.endswith("6 arms at seed 0.")
+    assert list(table.headings[1:3]) == ["reward (model of a)", "reward (model of b)"]
+    assert rows(table)["a: mpo"][2] == rows(table)["b: mpo"][1] == ""
+    assert any("whose scales differ" in note for note in table.notes)
+    assert build_document(results).completions_opening.endswith("test prompts, at seed 0.")
 
 
 def test_damaged_rows_are_named(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ CLEAR = {
 EVEN = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 0.1, 1.9, 0.0, 1.6, 0.6])}
 REVERSED = {"ppo": CLEAR["mpo"], "mpo": CLEAR["ppo"]}
 EVEN_BELOW = {"ppo": EVEN["mpo"], "mpo": EVEN["ppo"]}
-CLAIMS = (", above zero", ", below zero", "does not tell the two apart")
+CLAIMS = (
+    "mpo has a significantly higher reward",
+    "mpo has a significantly lower reward",
+    "o significant difference between",
+)
 
 
 def many(mean: float, *, seed: int, prompts: int = 40, spread: float = 1.0) -> list[float]:
@@ -45,19 +49,26 @@ def test_first_sentence_claims_what_the_paired_interval_holds(
     sentence = arms.build_section(Writer(tmp_path / "run").load(plain(values))).opening
     paired = np.array(values["mpo"]) - np.array(values["ppo"])
     interval = crossed_interval(paired[None])
-    assert f"mpo minus ppo: reward {paired.mean():.2f} [{interval.low:.2f}, {interval.high:.2f}]" in sentence
+    evidence = f"({paired.mean():+.2f}, 95% CI [{interval.low:.2f}, {interval.high:.2f}], p "
+    assert evidence.replace("-", "−") in sentence
     assert sentence.count(said) == 1
     assert sum(claim in sentence for claim in CLAIMS) == 1
-    assert "over 6 prompts at one seed, so it says nothing of other seeds" in sentence
+    assert "over 6 prompts at one seed; other seeds may differ" in sentence
     assert not re.search(r"\b(wins?|better|beats?|outperforms?)\b", sentence)
 
 
 def test_verdict_at_the_edge() -> None:
-    assert CLAIMS[2] in verdict(Interval(0.1, 0.0, 0.2), 0.01)
-    assert CLAIMS[2] in verdict(Interval(-0.1, -0.2, 0.0), 0.01)
-    assert CLAIMS[2] in verdict(Interval(0.1, 0.05, 0.2), 0.05)
-    assert verdict(Interval(-0.1, -0.2, -0.05), 0.04) == "-0.10 [-0.20, -0.05] (p 0.040), below zero"
-    assert "no interval" in verdict(Interval(0.1, math.nan, math.nan), 1.0)
+    def said(interval: Interval, p: float) -> str:
+        return describe_difference("reward", "mpo", "ppo", interval, p)
+
+    assert CLAIMS[2] in said(Interval(0.1, 0.0, 0.2), 0.01)
+    assert CLAIMS[2] in said(Interval(-0.1, -0.2, 0.0), 0.01)
+    assert CLAIMS[2] in said(Interval(0.1, 0.05, 0.2), 0.05)
+    assert said(Interval(-0.1, -0.2, -0.05), 0.04) == (
+        "mpo has a significantly lower reward than ppo (−0.10, 95% CI [−0.20, −0.05], p 0.040)"
+    )
+    assert "no interval" in said(Interval(0.1, math.nan, math.nan), 1.0)
+    assert "reward (0.00, 95% CI [0.00, 0.00]" in said(Interval(-0.001, -0.002, 0.001), 0.5).replace("+", "")
 
 
 def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
@@ -78,7 +89,7 @@ def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
     assert found["sft"][5] == "0%/0%/100%"
     assert found["ppo"][5] == ""
     assert found["mpo"][6:] == ["2.801", "3.784"]
-    assert any(note.startswith("One seed: ") for note in made.notes)
+    assert any(note.endswith("at one seed; other seeds may differ.") for note in made.notes)
     assert arms.build_main_table(results, paper=False).headings == made.headings[:6]
 
 
@@ -105,15 +116,15 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert made.headings[1:3] == ["reward", "sd of reward"]
     assert sft[1].startswith("2.33 [")  # (1 + 2 + 4) / 3
     assert sft[2] == f"{np.std([1.0, 2.0, 4.0], ddof=1):.2f}"
-    assert not any("One seed" in note for note in made.notes)
-    assert "(95% intervals over 6 prompts and 3 seeds;" in arms.build_section(results).opening
+    assert not any("one seed" in note for note in made.notes)
+    assert "Intervals are over 6 prompts and 3 seeds;" in arms.build_section(results).opening
 
 
 def test_differences_by_hand(tmp_path: Path) -> None:
     made = table(arms.build_section(Writer(tmp_path / "run").load(plain(CLEAR))), "Differences")
     found = rows(made)
     assert list(found) == ["sft − ppo", "mpo − ppo", "sft − mpo"]
-    assert found["sft − ppo"][1:3] == ["-1.00", "1.00"]  # the same on every prompt: no spread to tell from
+    assert found["sft − ppo"][1:3] == ["−1.00", "1.00"]  # the same on every prompt: no spread to tell from
     expected = scipy.stats.ttest_1samp([1.0, 1.2, 0.9, 1.1, 1.0, 0.8], 0.0).confidence_interval(0.95)
     assert found["mpo − ppo"][1] == f"1.00 [{expected.low:.2f}, {expected.high:.2f}]"
 
@@ -140,7 +151,7 @@ def test_few_seeds_decide_only_what_they_hold(tmp_path: Path, seeds: int, said: 
     (found,) = compute_differences(results, [("mpo", "ppo")], "score")
     assert CLAIMS[said] in arms.build_section(results).opening
     order = table(arms.build_section(results), "The paper's order").rows[0][3]
-    assert order == {0: "appears" if seeds > 1 else "appears at this seed", 2: "not told apart"}[said]
+    assert order == {0: "confirmed" if seeds > 1 else "confirmed at this seed", 2: "not significant"}[said]
     assert (found.interval.low > 0) == (found.p < 0.05) == (said == 0)
 
 
@@ -161,11 +172,11 @@ def test_the_papers_order_is_held_against_ours(tmp_path: Path) -> None:
     here = {row[0]: (row[1], row[3]) for row in made.rows}
     assert here == {
         "dpo-base > sft": ("Table 3", "reversed at this seed"),
-        "mpo > ppo": ("Table 3", "not told apart"),
-        "mpo > mpo-reverse": ("Table 6", "appears at this seed"),
-        "ppo > mpo-reverse": ("Table 6", "appears at this seed"),
+        "mpo > ppo": ("Table 3", "not significant"),
+        "mpo > mpo-reverse": ("Table 6", "confirmed at this seed"),
+        "ppo > mpo-reverse": ("Table 6", "confirmed at this seed"),
     }
-    assert "One seed: another may order the arms otherwise." in made.notes
+    assert "One seed: the order may differ at another." in made.notes
     assert "p corrected for the claims of the column, 4 at most" in made.notes[0]
 
 
@@ -176,7 +187,9 @@ def test_the_papers_figures_bear_out_the_papers_claims() -> None:
             if all(figures) and (data in where or ", " not in where):
                 assert float(figures[0]) > float(figures[1]), (one, other, data)
     assert ("mpo", "mpo-sft-kl", "Table 6") in arms.PAPER_ORDER
-    assert arms.PAPER_REWARDS["dpo"][1] < arms.PAPER_REWARDS["dpo-base"][1]  # on TL;DR DPO on resampled pairs is below DPO-base
+    assert (
+        arms.PAPER_REWARDS["dpo"][1] < arms.PAPER_REWARDS["dpo-base"][1]
+    )  # on TL;DR DPO on resampled pairs is below DPO-base
 
 
 @pytest.mark.parametrize(
@@ -211,24 +224,26 @@ def test_the_best_arm_stands_to_ppo_and_mpo_as_the_table_has_it(tmp_path: Path) 
     def said(name: str, means: dict[str, list[float]]) -> str:
         section = arms.build_section(Writer(tmp_path / name, cache=name).load(plain(means)))
         found = rows(table(section, "Differences"))
-        assert f"reward {found['mpo − ppo'][1]} (p {found['mpo − ppo'][2]})" in section.opening
-        return section.opening.rpartition(". ")[2]
+        mean, bounds = found["mpo − ppo"][1].split(" ", 1)
+        assert f"(+{mean}, 95% CI {bounds}, p {found['mpo − ppo'][2]})" in section.opening
+        return re.split(r"\. (?=mpo|No|Int)", section.opening)[0]
 
-    best = "Of the recipe's arms {} has the highest mean reward, "
-    assert said("even", values).startswith(best.format("mpo") + "1.10: not told apart from ppo")
+    best = "{} has the highest mean reward of the {} arms"
+    equal = "with no significant difference from"
+    assert said("even", values) == best.format("mpo", 3) + f" (1.10), significantly above sft, {equal} ppo"
     clear = {**values, "mpo": shifted(many(3.0, seed=2), base)}
-    assert said("clear", clear) == best.format("mpo") + "3.00: above ppo."
+    assert said("clear", clear) == best.format("mpo", 3) + " (3.00), significantly above ppo and sft"
     other = {**values, "dpo": shifted(many(3.0, seed=4), base)}
-    assert said("other", other) == best.format("dpo") + "3.00: above ppo, above mpo."
+    assert said("other", other) == best.format("dpo", 4) + " (3.00), significantly above ppo and mpo"
     near = {**values, "dpo": shifted(many(1.05, seed=4), base)}
-    assert said("near", near) == best.format("mpo") + "1.10: not told apart from ppo, not told apart from dpo."
+    assert said("near", near) == best.format("mpo", 4) + f" (1.10), significantly above sft, {equal} ppo and dpo"
 
 
 def test_an_arm_that_failed_everywhere_is_said_first(tmp_path: Path) -> None:
     results = Writer(tmp_path / "run").load(
         [*plain({"sft": SFT_SCORES, "mpo": SFT_SCORES}), Arm("ppo", failed={0: "lost"})]
     )
-    assert arms.build_section(results).opening.startswith("ppo failed at every seed. mpo minus sft: ")
+    assert arms.build_section(results).opening.startswith("mpo minus sft in reward is +0.00 on every prompt")
 
 
 @pytest.mark.parametrize(
@@ -246,8 +261,8 @@ def test_the_best_arm_is_sought_among_those_with_every_seed(tmp_path: Path) -> N
     done[2] = Arm("mpo", {1: done[2].done[1]}, failed={0: "lost"})
     results = Writer(tmp_path / "run").load(done)
     opening = arms.build_section(results).opening
-    assert "Of the 3 arms that finished every seed ppo has the highest mean reward, 2.50" in opening
-    assert "over 6 prompts at one seed, so it says nothing of other seeds (1 of 2 seeds)" in opening
+    assert "ppo has the highest mean reward of the 3 arms without failed seeds (2.50)" in opening
+    assert "over 6 prompts at one seed; other seeds may differ (1 of 2 seeds)" in opening
     assert "mpo − ppo (1 of 2 seeds)" in rows(table(arms.build_section(results), "Differences"))
 
 
@@ -268,15 +283,15 @@ def test_orders_of_figure_4(tmp_path: Path) -> None:
     section = subsets.build_section(Writer(tmp_path / "run").load(plain(values)))
     here = {row[0]: row[2] for row in table(section).rows}
     assert here == {
-        "dpo-easy > dpo-hard": "appears at this seed",
+        "dpo-easy > dpo-hard": "confirmed at this seed",
         "dpo-easy > dpo": "reversed at this seed",
-        "ppo > ppo-easy": "not told apart",
-        "ppo > ppo-hard": "not told apart",
+        "ppo > ppo-easy": "not significant",
+        "ppo > ppo-hard": "not significant",
     }
     assert section is not None
     assert section.opening == (
-        "Of the 4 orders of reward that the paper's Figure 4 shows, here, at one seed: appears 1; reversed 1; not told "
-        "apart 2."
+        "Of the 4 differences in reward that the paper's Figure 4 shows, 1 are confirmed, 1 are reversed and 2 are not "
+        "significant (at one seed)."
     )
 
 
@@ -285,7 +300,7 @@ def test_a_subset_that_failed_stays_in_figure_4(tmp_path: Path) -> None:
     section = subsets.build_section(Writer(tmp_path / "run").load([*done, Arm("dpo-hard", failed={0: "lost"})]))
     found = rows(table(section))
     assert found["dpo-easy > dpo-hard"] == ["dpo-easy > dpo-hard", "", "dpo-hard failed"]
-    assert found["dpo-easy > dpo"][2] == "appears at this seed"
+    assert found["dpo-easy > dpo"][2] == "confirmed at this seed"
     assert section is not None
-    assert "could not be compared 1" in section.opening
+    assert "1 are not compared" in section.opening
     assert section.groups[0].notes == ["dpo-hard (failed at 1 of 1 seeds)."]

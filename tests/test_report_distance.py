@@ -48,14 +48,14 @@ def test_equal_kl_by_hand(tmp_path: Path) -> None:
     section = distance.build_section(Writer(tmp_path / "run").load([*ppo_curve(), mpo, near]))
     found = rows(table(section, "At equal KL, by PPO's sweep"))
     assert found["mpo − ppo"][1:6] == ["1", "2.50", "1.00 to 3.00", f"{(0.1 * 0.05) ** 0.5:.3g}", "0.20 [0.20, 0.20]"]
-    assert found["mpo − ppo"][7] == "-0.10 [-0.10, -0.10]"
-    assert found["dpo − ppo"][4:6] == [f"{0.2**0.75 * 0.1**0.25:.3g}", "-0.75 [-0.75, -0.75]"]
+    assert found["mpo − ppo"][7] == "−0.10 [−0.10, −0.10]"
+    assert found["dpo − ppo"][4:6] == [f"{0.2**0.75 * 0.1**0.25:.3g}", "−0.75 [−0.75, −0.75]"]
     assert found["dpo − ppo"][7] == "0.10 [0.10, 0.10]"
     assert section is not None
     assert section.opening == (
-        "mpo ends 2.50 nats from SFT, which PPO reaches at a kl_coef of about 0.071; there mpo minus ppo is in "
-        "reward 0.20 [0.20, 0.20] (p <0.001), above zero; in true r* -0.10 [-0.10, -0.10] (p <0.001), below zero (95% "
-        "intervals over 8 prompts at one seed, so it says nothing of other seeds)."
+        "At equal KL, mpo has a significantly higher reward than ppo (+0.20, 95% CI [0.20, 0.20], p <0.001); mpo has a "
+        "significantly lower true r* than ppo (−0.10, 95% CI [−0.10, −0.10], p <0.001). mpo ends 2.50 nats from SFT, "
+        "which PPO reaches at a kl_coef of about 0.071; intervals are over 8 prompts at one seed; other seeds may differ."
     )
 
 
@@ -94,8 +94,8 @@ def test_nothing_is_said_where_ppos_sweep_does_not_reach(tmp_path: Path, kl: flo
     assert row[3] == "1.00 to 3.00"
     assert len(row) == 5  # no measure has a difference
     assert section is not None
-    assert "spans 1.00 to 3.00, which does not reach it beyond the intervals" in section.opening
-    assert "zero" not in section.opening
+    assert "reaches only 1.00 to 3.00" in section.opening
+    assert "significant" not in section.opening
 
 
 def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) -> None:
@@ -106,10 +106,7 @@ def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) 
     (row,) = table(section, "At equal KL, by PPO's sweep").rows
     assert (row[1], row[5]) == ("1", "0.20 [0.20, 0.20]")
     assert section is not None
-    assert (
-        "(95% intervals over 8 prompts at one seed, so it says nothing of other seeds (1 of 2 seeds))"
-        in section.opening
-    )
+    assert "intervals are over 8 prompts at one seed; other seeds may differ (1 of 2 seeds)." in section.opening
 
 
 def test_equal_kl_within_each_of_two_runs(tmp_path: Path) -> None:
@@ -118,13 +115,15 @@ def test_equal_kl_within_each_of_two_runs(tmp_path: Path) -> None:
     found = rows(table(distance.build_section(load_runs(one, two)), "At equal KL, by PPO's sweep"))
     assert {name: row[5] for name, row in found.items()} == {
         "a: mpo − a: ppo": "0.20 [0.20, 0.20]",
-        "b: mpo − b: ppo": "-0.80 [-0.80, -0.80]",
+        "b: mpo − b: ppo": "−0.80 [−0.80, −0.80]",
     }
 
 
 def test_a_sweep_to_no_penalty_has_a_kl_coef(tmp_path: Path) -> None:
     sweep = [Arm("ppo", {0: around(2.0, kl=3.0)}, changes={"ppo.kl_coef": 0.0}), Arm("ppo", {0: around(1.0, kl=1.0)})]
-    (found,) = distance.compare_at_equal_kl(Writer(tmp_path / "run").load([*sweep, Arm("mpo", {0: around(2.0, kl=2.0)})]))
+    (found,) = distance.compare_at_equal_kl(
+        Writer(tmp_path / "run").load([*sweep, Arm("mpo", {0: around(2.0, kl=2.0)})])
+    )
     assert found.coef == pytest.approx(0.05)
 
 
@@ -134,7 +133,7 @@ def test_without_a_sweep_only_distances_are_told(tmp_path: Path) -> None:
     assert section is not None
     assert "between 1.50 (ppo) and 2.50 (mpo) nats from SFT" in section.opening
     assert figure_rows(section, "kl-score")[2][:2] == ("mpo", 2.5)
-    assert "zero" not in section.opening
+    assert "significant" not in section.opening
 
 
 def test_the_same_budget(tmp_path: Path) -> None:
@@ -145,7 +144,7 @@ def test_the_same_budget(tmp_path: Path) -> None:
     lost = Arm("mpo-sft-kl", failed={0: "lost"}, changes={"ppo.kl_budget": 2.0})
     alone = Arm("mpo", {0: around(9.0)}, changes={"ppo.kl_budget": 3.0})
     section = distance.build_section(Writer(tmp_path / "run").load([*plain({"sft": [0.0] * 8}), *budgets, lost, alone]))
-    found = rows(table(section, "On the same leash, by ppo.kl_budget"))
+    found = rows(table(section, "At the same KL budget, by ppo.kl_budget"))
     assert found["mpo ppo.kl_budget=2.0"][1:3] == ["2", "1.90"]
     assert found["mpo ppo.kl_budget=2.0"][4].startswith("0.50 [0.50, 0.50] (p ")
     assert found["ppo ppo.kl_budget=2.0"][4] == ""
@@ -170,10 +169,10 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     ]
     assert section is not None
     assert section.opening == (
-        "At 0 of the 1 arms and seeds whose mean reward is above SFT's, true r* is below SFT's; along PPO of ppo the "
-        "reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60], from the last "
-        "snapshot to the end by 0.50 [0.50, 0.50] and -0.40 [-0.40, -0.40], so there the reward rises while true r* "
-        "falls (95% intervals over 8 prompts at one seed, so it says nothing of other seeds)."
+        "0 of the 1 arms and seeds with a higher mean reward than SFT have a lower true r* than SFT. During PPO of ppo "
+        "the reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60]; from the last snapshot to the end "
+        "by 0.50 [0.50, 0.50] and −0.40 [−0.40, −0.40]: the reward rises significantly while true r* falls (95% "
+        "intervals over 8 prompts at one seed; other seeds may differ)."
     )
     (_, *origin), (name, *gains) = figure_rows(section, "gains")
     assert origin == [0.0, None, None] * 2  # SFT against itself
@@ -183,7 +182,7 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     assert np.allclose(drawn, [(kl, r) for r, kl, _ in points] + [(kl, true) for _, kl, true in points])
 
 
-@pytest.mark.parametrize(("reward", "true", "said"), [(1.6, 1.2, ", so both still rise"), (1.0, 0.5, "")])
+@pytest.mark.parametrize(("reward", "true", "said"), [(1.6, 1.2, ": both still rise significantly"), (1.0, 0.5, "")])
 def test_nothing_is_called_hacked_that_does_not_rise_and_fall(
     tmp_path: Path, reward: float, true: float, said: str
 ) -> None:
@@ -191,7 +190,7 @@ def test_nothing_is_called_hacked_that_does_not_rise_and_fall(
     made = overoptimisation.build_section(Writer(tmp_path / "run").load([Arm("ppo", {0: end}, trace={0: way})]))
     assert made is not None
     assert f"{said} (95% intervals" in made.opening
-    assert "rises while" not in made.opening
+    assert "significantly while" not in made.opening
 
 
 def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -> None:
@@ -203,11 +202,11 @@ def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -
     section = overoptimisation.build_section(Writer(tmp_path / "run").load(done))
     assert section is not None
     (fallen,) = table(section, "More reward, less true r*").rows
-    gains = ["2.00 [2.00, 2.00]", "<0.001", "-0.50 [-0.50, -0.50]", "<0.001"]
+    gains = ["2.00 [2.00, 2.00]", "<0.001", "−0.50 [−0.50, −0.50]", "<0.001"]
     assert list(fallen) == ["ppo", "1", *gains, "6.00", "50%"]
     assert section.opening == (
-        "At 1 of the 3 arms and seeds whose mean reward is above SFT's, true r* is below SFT's, and 1 of them is told "
-        "apart from SFT in both."
+        "1 of the 3 arms and seeds with a higher mean reward than SFT have a lower true r* than SFT, 1 of them "
+        "significantly in both."
     )
 
 
@@ -216,8 +215,8 @@ def test_a_fall_within_the_noise_is_counted_but_not_told(tmp_path: Path) -> None
     done = [Arm("sft", {0: around(0.0, true_reward=0.0)}), Arm("ppo", {0: noisy})]
     section = overoptimisation.build_section(Writer(tmp_path / "run").load(done))
     assert section is not None
-    assert section.opening.startswith("At 1 of the 1 arms and seeds")
-    assert section.opening.endswith("and 0 of them are told apart from SFT in both.")
+    assert section.opening.startswith("1 of the 1 arms and seeds")
+    assert section.opening.endswith(", 0 of them significantly in both.")
 
 
 def over_training(
@@ -248,16 +247,17 @@ def test_hacking_is_told_by_what_the_seeds_hold(
     way, ends = over_training(rises, falls)
     section = overoptimisation.build_section(Writer(tmp_path / "run").load([Arm("ppo", ends, trace=way)]))
     assert section is not None
-    assert ("so there the reward rises while true r* falls" in section.opening) == told
+    assert ("the reward rises significantly while true r* falls" in section.opening) == told
     way, ends = over_training(rises, [-fall for fall in falls])
     both = overoptimisation.build_section(Writer(tmp_path / "both", cache="both").load([Arm("ppo", ends, trace=way)]))
     assert both is not None
-    assert ("so both still rise" in both.opening) == told
+    assert ("both still rise significantly" in both.opening) == told
 
 
 def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
     assert (
-        overoptimisation.build_section(Writer(tmp_path / "run").load(plain({"sft": SFT_SCORES, "ppo": SFT_SCORES}))) is None
+        overoptimisation.build_section(Writer(tmp_path / "run").load(plain({"sft": SFT_SCORES, "ppo": SFT_SCORES})))
+        is None
     )
 
 
@@ -279,7 +279,7 @@ def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:
     assert found.estimate_mean("score", 2).mean == pytest.approx(1.5)
     section = overoptimisation.build_section(results)
     assert section is not None
-    assert "along PPO of ppo (1 of 2 seeds)" in section.opening.replace("Along", "along")
+    assert "During PPO of ppo (1 of 2 seeds)" in section.opening
 
 
 def samples(folder: Path, mpo: Sequence[float], ppo: float, *, noise: Sequence[float] = NOISE) -> str:
@@ -298,18 +298,15 @@ def test_samples_needed_by_hand(tmp_path: Path) -> None:
     """MPO is at 0.5, 1, 2 after 0, 20, 40 completions: at 1.5 after 30. Its pairs are 4 of two completions."""
     said = samples(tmp_path, [0.5, 1.0, 2.0], 1.5)
     assert said.endswith(
-        "ppo samples 40 completions; mpo's PPO comes to the reward with which it ends after 30 [30, 30], and with the "
-        "8 sampled for its pairs mpo has then sampled 38."
+        "ppo samples 40 completions; mpo's PPO reaches the final reward of ppo after 30 [30, 30], or 38 with the 8 sampled "
+        "for its pairs."
     )
 
 
 def test_samples_needed_where_the_start_is_above_and_where_none_is(tmp_path: Path) -> None:
-    assert "after 0 [0, 0], and with the 8 sampled for its pairs mpo has then sampled 8" in samples(
-        tmp_path / "a", [1.6, 1.0, 2.0], 1.5
-    )
+    assert "after 0 [0, 0], or 8 with the 8 sampled for its pairs" in samples(tmp_path / "a", [1.6, 1.0, 2.0], 1.5)
     never = samples(tmp_path / "b", [0.5, 1.0, 1.4], 1.5)
-    assert "does not come to the reward with which it ends in its 40 completions" in never
-    assert "besides 8 sampled for its pairs" in never
+    assert "does not reach the final reward of ppo within its 40 completions and the 8 sampled for its pairs" in never
     assert "[" not in never
 
 
@@ -317,8 +314,7 @@ def test_samples_needed_that_are_not_told_have_no_bounds(tmp_path: Path) -> None
     """By the means after 20 + 20 * 0.5 / 0.6 = 36.7, but MPO's end is not told to be above PPO's."""
     said = samples(tmp_path, [0.5, 1.0, 1.6], 1.5, noise=[-noise for noise in NOISE])
     assert said.endswith(
-        "after 37, and with the 8 sampled for its pairs mpo has then sampled 45, by the means: nowhere is it told to "
-        "be above that reward."
+        "after 37, or 45 with the 8 sampled for its pairs (by the means; it is nowhere significantly above that reward)."
     )
 
 
@@ -341,8 +337,8 @@ def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
     ]
     section = cost.build_section(Writer(tmp_path / "run").load(arms))
     assert section is not None
-    assert "ppo samples 40 completions (1 of 2 seeds); mpo's PPO comes" in section.opening
-    assert "with the 8 sampled for its pairs mpo has then sampled 38" in section.opening
+    assert "ppo samples 40 completions (1 of 2 seeds); mpo's PPO reaches" in section.opening
+    assert "or 38 with the 8 sampled for its pairs" in section.opening
 
 
 @pytest.mark.parametrize(
@@ -379,14 +375,17 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     ppo = found["ppo (failed at 1 of 2 seeds)"]
     assert list(ppo[1:5]) == ["131.0", "6,000", "10,000", "1.10e+10"]
     assert list(found["mpo"][1:5]) == ["167.0", "6,540", "13,000", "1.80e+10"]
-    assert "mpo, with all that it needs, takes 1.64 times the FLOPs of ppo" in section.opening
-    assert "samples 6,540 tokens to its 6,000" in section.opening
+    assert "mpo, with all its stages, needs 1.64 times the FLOPs of ppo" in section.opening
+    assert "samples 6,540 tokens instead of 6,000" in section.opening
     assert found["dpo"][1] == "failed"
 
 
 def test_a_ratio_of_costs_is_of_common_seeds_with_its_range() -> None:
     mpo = {0: {"flops": 3.0}, 1: {"flops": 5.0}}
-    assert cost._format_flops_ratio(mpo, {0: {"flops": 2.0}, 1: {"flops": 5.0}}) == "1.14 (1.00 to 1.50 over the seeds) times"
+    assert (
+        cost._format_flops_ratio(mpo, {0: {"flops": 2.0}, 1: {"flops": 5.0}})
+        == "1.14 (1.00 to 1.50 over the seeds) times"
+    )
     assert cost._format_flops_ratio(mpo, {0: {"flops": 2.0}}) == "1.50 times"
     assert cost._format_flops_ratio(mpo, {2: {"flops": 2.0}}) == "(at no common seed)"
 
@@ -420,8 +419,8 @@ def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Pa
         section = distance.build_section(Writer(tmp_path / f"{far}", cache=f"cache-{far}").load(arms))
         assert section is not None
         figure = section.groups[0].figures[0]
-        assert figure.columns[1] == "KL from SFT (nats a completion)"  # the numbers are no roots
+        assert figure.columns[1] == "KL from SFT (nats per completion)"  # the numbers are no roots
         return re.findall(r">(KL [^<]*)<", figure.svg)[0]
 
-    assert axis(12.0) == "KL from SFT (nats a completion), root scale"
-    assert axis(1.5) == "KL from SFT (nats a completion)"
+    assert axis(12.0) == "KL from SFT (nats per completion), root scale"
+    assert axis(1.5) == "KL from SFT (nats per completion)"

@@ -61,20 +61,27 @@ def test_all_of_six_pairs_is_no_certainty(tmp_path: Path) -> None:
         writer = Writer(tmp_path / f"{seeds}", cache=f"cache{len(seeds)}", margins=dict.fromkeys(seeds, [0.5] * 6))
         section = reward_model.build_section(writer.load(plain(ARMS, seeds=seeds)))
         assert section is not None
-        assert section.opening.startswith(f"The reward model orders 100% [{low:.0%}, 100%] of 6 test pairs")
-        assert "above chance" in section.opening  # 61%
+        assert section.opening.startswith(
+            f"The reward model agrees with 100% of the labels of 6 test pairs (95% CI [{low:.0%}, 100%]"
+        )
+        assert "significantly above chance" in section.opening  # 61%
 
 
 @pytest.mark.parametrize(
-    ("right", "said"), [(30, "above chance"), (10, "below chance"), (21, "not told apart from chance")]
+    ("right", "said"),
+    [
+        (30, "significantly above chance"),
+        (10, "significantly below chance"),
+        (21, "not significantly different from chance"),
+    ],
 )
 def test_accuracy_is_held_against_chance(tmp_path: Path, right: int, said: str) -> None:
     margins = {0: [0.5] * right + [-1.5] * (40 - right)}
     section = reward_model.build_section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS)))
     assert section is not None
     found = re.match(
-        r"The reward model orders (\d+)% \[(\d+)%, (\d+)%\] of 40 test pairs as labelled \(95% interval over pairs at "
-        rf"one seed\), which is {said}; (\d+)% of them have a gap under 1\.",
+        r"The reward model agrees with (\d+)% of the labels of 40 test pairs \(95% CI \[(\d+)%, (\d+)%\] over pairs at "
+        rf"one seed\), {said}; (\d+)% of the pairs have a gap under 1\.",
         section.opening,
     )
     assert found is not None
@@ -88,8 +95,8 @@ def test_accuracy_over_seeds(tmp_path: Path) -> None:
     margins = {0: [1.0] * 40, 1: [1.0] * 20 + [-1.0] * 20}
     section = reward_model.build_section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1))))
     assert section is not None
-    assert section.opening.startswith("The reward model orders 75% [")
-    assert "over pairs and 2 seeds), which is not told apart from chance" in section.opening
+    assert section.opening.startswith("The reward model agrees with 75% of the labels")
+    assert "over pairs and 2 seeds), not significantly different from chance" in section.opening
     assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 1", "seed 1"]
 
 
@@ -99,7 +106,7 @@ def test_the_second_reward_model_bears_its_name_and_is_not_the_first(tmp_path: P
     section = reward_model.build_section(Writer(tmp_path / "run", second=True, margins=margins).load(arms))
     assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 0, second", "seed 0, second"]
     assert section is not None
-    assert "of 40 test pairs" in section.opening
+    assert "of the labels of 40 test pairs" in section.opening
 
 
 def test_alarms_are_told(tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_alarms_are_told(tmp_path: Path) -> None:
     assert section.groups[0].notes == ["Alarm, seed 0: noise."]
     trained = training.build_section(results)
     assert trained is not None
-    assert "raised 3 alarms, all seeds" in trained.opening
+    assert "of all seeds and sweeps raised 3 alarms;" in trained.opening
     assert trained.groups[0].notes[:3] == [
         "Alarm, DPO of mpo (seed 0): fell.",
         "Alarm, DPO of mpo (seed 0): grew.",
@@ -139,9 +146,9 @@ def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
         assert right > wrong > 0
         low, high = proportion_confint(right, right + wrong, method="wilson")
         said = f"{right / (right + wrong):.0%} [{low:.0%}, {high:.0%}] ({tied} tied)"
-        assert row[f"{part} labels right"] == said
+        assert row[f"correct {part} labels"] == said
         assert section is not None
-        assert f"{right / (right + wrong):.0%} of the {part}" in section.opening
+        assert f"{right / (right + wrong):.0%} of the {part} labels" in section.opening
     assert shares(hard)[2] >= 5
     assert "30 (43%) have a gap above 2 and are easy; the median gap is 0.75" in section.opening
     assert sum(row[2] for row in figure_rows(section, "gaps")) == 40
@@ -153,21 +160,24 @@ def test_labels_that_are_all_tied_have_no_share(tmp_path: Path) -> None:
     section = selection.build_section(Writer(tmp_path / "run", world=True, pairs=pairs).load(plain(ARMS)))
     assert table(section).rows[0][-1] == "none (3 tied)"
     assert section is not None
-    assert "none of none of the hard" in section.opening
+    assert "no hard labels" in section.opening
 
 
 def test_elsewhere_no_label_is_called_right(tmp_path: Path) -> None:
     section = selection.build_section(Writer(tmp_path / "run").load(plain(ARMS)))
     assert section is not None
-    assert "right" not in section.opening
-    assert "labels right" not in " ".join(table(section).headings)
+    assert "confirms" not in section.opening
+    assert "correct" not in " ".join(table(section).headings)
 
 
 @pytest.mark.parametrize(("count", "shown"), [(2, [1, 2]), (5, [5, 4, 1, 2, 3]), (9, [9, 8, 7, 1, 2, 3])])
 def test_pairs_from_both_ends_each_once(tmp_path: Path, count: int, shown: list[int]) -> None:
     pairs = [], pairs_of([0.0, *(n / 10 for n in range(1, count + 1))])
     results = Writer(tmp_path / "run", pairs=pairs).load(plain(ARMS))
-    found = [float(row[0]) for row in table(selection.build_section(results), "Pairs from both ends (seed 0)").rows]
+    found = [
+        float(row[0])
+        for row in table(selection.build_section(results), "Pairs with the largest and the smallest gaps (seed 0)").rows
+    ]
     assert found == pytest.approx([n / 10 for n in shown])
 
 
@@ -205,12 +215,15 @@ def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
     made = table(section, "reward")
     found = rows(made)
     assert made.headings[1:] == ["0% flipped", "10% flipped", "30% flipped", "change from 0% to 30%"]
-    assert [text.split()[0] for text in found["mpo"][1:]] == ["3.00", "2.90", "2.80", "-0.20"]
-    assert found["dpo-base"][4] == "-0.75"  # the same on every prompt
+    assert [text.split()[0] for text in found["mpo"][1:]] == ["3.00", "2.90", "2.80", "−0.20"]
+    assert found["dpo-base"][4] == "−0.75"  # the same on every prompt
     assert section is not None
-    assert section.opening.startswith("From 0% to 30% of labels flipped reward changes by: mpo -0.20 [-0.")
-    assert "dpo-base -0.75; mpo's change minus dpo-base's is 0.55 [" in section.opening
-    assert section.opening.count("), above zero") == 1
+    assert section.opening.startswith("From 0% to 30% flipped labels, the changes in reward are: mpo −0.20 [−0.")
+    assert (
+        "dpo-base −0.75; mpo has a significantly higher change in reward than dpo-base (+0.55, 95% CI ["
+        in section.opening
+    )
+    assert section.opening.count("significantly higher") == 1
     drawn = [(row[0], row[2], round(row[5], 6)) for row in figure_rows(section, "noise-score")]
     assert drawn[:3] == [("mpo", 0.0, 3.0), ("mpo", 0.1, 2.9), ("mpo", 0.3, 2.8)]
 
@@ -225,14 +238,14 @@ def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None
     found = rows(table(section, "reward"))
     assert found["mpo"][3].startswith("2.80 [")
     assert found["mpo"][3].endswith("] (1 of 2 seeds)")
-    assert found["mpo"][4].startswith("-0.20 [")  # of seed 0, not -5.2 against the mean of both
+    assert found["mpo"][4].startswith("−0.20 [")  # of seed 0, not -5.2 against the mean of both
     assert found["mpo"][4].endswith("] (1 of 2 seeds)")
     assert found["dpo-base"][2] == "failed"
     assert found["dpo"][3:] == ["failed", ""]
     assert section is not None
-    assert "mpo -0.20 [" in section.opening
-    assert "not measured at both: dpo" in section.opening
-    assert "(p <0.001), above zero (1 of 2 seeds)" in section.opening
+    assert "mpo −0.20 [" in section.opening
+    assert "not measured at both shares: dpo" in section.opening
+    assert "p <0.001) (1 of 2 seeds)" in section.opening
 
 
 def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> None:
@@ -245,8 +258,8 @@ def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> 
     assert found["ppo"][2].startswith("0.00")
     assert found["ppo"][3:] == ["", ""]
     assert section is not None
-    assert "not measured at both: ppo" in section.opening
-    assert "minus ppo's" not in section.opening
+    assert "not measured at both shares: ppo" in section.opening
+    assert "than ppo" not in section.opening
 
 
 def gradients(one: tuple[float, float], other: tuple[float, float], *, x: tuple[float, float]) -> dict[str, float]:
@@ -286,15 +299,15 @@ def test_gradients_by_hand(tmp_path: Path) -> None:
     assert float(easy["largest error of Corollary 1 (log)"]) < 1e-12
     assert easy["cosine of the two gradients"] == "0.00"  # alike, so without an interval
     assert hard["cosine of the two gradients"] == "1.00"
-    assert easy["left of them in DPO's"] == f"{5**0.5 / 3:.2f}"  # |(2, -1)| / (2 + 1)
-    assert hard["left of them in DPO's"] == "0.33"  # |(1, 0)| / (2 + 1)
+    assert easy["relative norm of DPO's gradient"] == f"{5**0.5 / 3:.2f}"  # |(2, -1)| / (2 + 1)
+    assert hard["relative norm of DPO's gradient"] == "0.33"  # |(1, 0)| / (2 + 1)
     assert easy["a step raises chosen and lowers rejected"].startswith("100% [")
     assert hard["a step raises chosen and lowers rejected"].startswith("0% [")
     assert easy["median rise / fall of log-probs"] == "4.00"
     assert hard["median rise / fall of log-probs"] == ""
     assert section is not None
     assert "is 0.00 on easy and 1.00 on hard pairs, a difference of 1.00" in section.opening
-    assert section.opening.endswith("which has no interval.")
+    assert section.opening.endswith("without an interval.")
     assert "x_l / x_w from 0.25 to 1.5" in section.opening
 
 
@@ -307,7 +320,7 @@ def test_a_step_against_a_small_step_of_the_weights() -> None:
     step = rate * (one - other)
     rise, fall = x[0] * math.expm1(one @ step), -x[1] * math.expm1(other @ step)
     assert made.log_step_ratio[0] == pytest.approx(math.log(rise / fall), abs=1e-4)
-    assert made.both_ways[0] == 1.0
+    assert made.moves_both[0] == 1.0
 
 
 def test_a_wrong_corollary_would_be_seen(tmp_path: Path) -> None:
@@ -316,7 +329,7 @@ def test_a_wrong_corollary_would_be_seen(tmp_path: Path) -> None:
     section = theorem.build_section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, [APART, wrong])]))
     assert table(section).rows[0][5] == f"{math.log(2):.0e}"
     assert section is not None
-    assert "differs from its log by at most 7e-01" in section.opening
+    assert "differs by at most 7e-01 in its logarithm" in section.opening
     assert "Remark" not in section.opening  # no hard pairs were measured
 
 
@@ -337,7 +350,7 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
     expected = scipy.stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
     assert section is not None
     said = f"{np.mean(apart):.2f} [{expected.low:.2f}, {expected.high:.2f}] (95% interval over 3 seeds)"
-    assert section.opening.endswith(f"a difference of {said}, which does not tell them apart.")
+    assert section.opening.endswith(f"a difference of {said}, not significant.")
     assert collect_rows(section, "dpo", "hard")[6].startswith(f"{0.2 + np.mean(apart):.2f} [{expected.low + 0.2:.2f}")
     assert collect_rows(section, "dpo", "hard")[2:4] == ["3", "90"]
 
@@ -345,9 +358,9 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hard", "said"),
     [
-        ([0.8, 0.7, 0.75], "which has Remark 1's sign"),
-        ([-0.8, -0.7, -0.75], "against Remark 1"),
-        ([0.1, 0.3], "which does not tell them apart"),
+        ([0.8, 0.7, 0.75], "significant, as Remark 1 says"),
+        ([-0.8, -0.7, -0.75], "significant, against Remark 1"),
+        ([0.1, 0.3], "not significant"),
     ],
 )
 def test_one_seed_is_told_apart_by_its_pairs(tmp_path: Path, hard: list[float], said: str) -> None:
@@ -396,12 +409,14 @@ def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Pa
     section = training.build_section(results)
     assert section is not None
     assert section.opening == (
-        "The curves of 1 DPO stage and 2 PPO stages of seed 0; finished stages raised no alarm, all seeds and sweeps "
-        "together."
+        "The stages of all seeds and sweeps raised no alarm; the curves are of 1 DPO stage and 2 PPO stages of seed 0."
     )
     names = [figure.name for group in section.groups for figure in group.figures]
-    assert names == ["dpo-loss", "dpo-accuracy", "dpo-chosen-logprob", "ppo-score", "ppo-kl", "ppo-entropy"]
-    assert figure_rows(section, "dpo-loss") == [("mpo", float(step), 0.7) for step in range(4)]
+    assert names == ["dpo-loss", "ppo-score"]
+    assert figure_rows(section, "dpo-loss") == [("mpo", float(step), 0.7 - 0.001 * step) for step in range(4)]
+    assert section.groups[1].notes == [
+        "Not plotted, because constant: accuracy on its pairs 0.6; log-prob of chosen −9."
+    ]
     assert rows(table(section, "PPO"))["ppo"][:4] == ["ppo", "2", "3", "4"]
 
 
@@ -411,7 +426,7 @@ def test_curves_are_of_the_first_seed_that_has_any(tmp_path: Path) -> None:
     results = writer.load(arms)
     section = training.build_section(results)
     assert section is not None
-    assert "of seed 1;" in section.opening
+    assert "of seed 1." in section.opening
     assert training.build_section(Writer(tmp_path / "sft", cache="c").load(plain({"sft": SFT_SCORES}))) is None
 
 
@@ -440,7 +455,7 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
     assert [(row[1], row[2]) for row in picture.rows] == [
         (pytest.approx(-math.log(w)), pytest.approx(math.log(w))) for w in (0.5, 2.0, 8.0)
     ]
-    assert any("over 3 pairs" in note and "correlation of -1.00" in note for note in table(section).notes)
+    assert any("over 3 pairs" in note and "correlation of −1.00" in note for note in table(section).notes)
 
 
 def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:

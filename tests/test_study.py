@@ -1069,7 +1069,9 @@ def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
     assert rows(build_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
     assert describe_study(alone).startswith("One person, who did not know")
     assert closed_study(tmp_path, {"anna": list("----")}).counted == []
-    assert describe_study(closed_study(tmp_path, {"anna": list("SS--")})).startswith("Nobody judged a prompt of mpo and ppo")
+    assert describe_study(closed_study(tmp_path, {"anna": list("SS--")})).startswith(
+        "Nobody judged a prompt of mpo and ppo"
+    )
 
 
 def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):

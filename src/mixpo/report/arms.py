@@ -192,8 +192,8 @@ def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
         notes.append("Intervals: 95% over test prompts at one seed; other seeds may differ.")
     if len(measures) > len(keys):
         notes.append(
-            "The arms were scored by different reward models, whose scales differ: each has its own column, and rewards "
-            "are not compared across columns."
+            "The arms were scored by different reward models, whose scales differ: each has its own column, and "
+            "rewards are not compared across columns."
         )
     return notes
 

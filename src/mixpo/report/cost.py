@@ -121,7 +121,7 @@ def _plot_all(results: Results, costs: Mapping[str, Mapping[str, float]]) -> lis
 
 
 def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
-    """The number of completions that MPO's PPO samples until it reaches PPO's final reward (claim of the paper's v2)."""
+    """Completions that MPO's PPO samples until it reaches PPO's final reward (claim of the paper's v2)."""
     traces = {trace.arm: trace for trace in load_traces(results)}
     one, other = results.named(run, "mpo"), results.named(run, "ppo")
     if not {one, other} <= traces.keys():
@@ -136,7 +136,8 @@ def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | N
     reached = estimate_crossing(mpo.completions_sampled, ahead)
     completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.stages_of("Samples")}
     pairs = np.mean([sum(completions_by_stage.get(key, 0) for key in results.done(one)[seed].needs) for seed in seeds])
-    text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions{note_missing_seeds(results, len(seeds), one, other)}"
+    text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions"
+    text += note_missing_seeds(results, len(seeds), one, other)
     if np.isfinite(reached.mean):
         bounds = f" [{reached.low:,.0f}, {reached.high:,.0f}]" if np.isfinite(reached.high) else ""
         text += (
@@ -147,8 +148,8 @@ def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | N
             text += " (by the means; it is nowhere significantly above that reward)"
     else:
         text += (
-            f"; {one}'s PPO does not reach the final reward of {other} within its {mpo.completions_sampled[-1]:,.0f} completions "
-            f"and the {pairs:,.0f} sampled for its pairs"
+            f"; {one}'s PPO does not reach the final reward of {other} within its "
+            f"{mpo.completions_sampled[-1]:,.0f} completions and the {pairs:,.0f} sampled for its pairs"
         )
     paths = {
         trace.arm: [

@@ -210,7 +210,7 @@ def _build_equal_kl_table(equal: list[EqualKL]) -> Table:
     ]
     if any(one.arm.endswith("best-of-n") for one in equal):
         notes.append(
-            "best-of-n is placed at the upper bound of its KL, so it may be nearer to SFT than the PPO it is compared with."
+            "best-of-n is placed at the upper bound of its KL, so it may be nearer to SFT than the PPO at that KL."
         )
     return Table(headings, rows, notes)
 
@@ -242,8 +242,8 @@ def _build_budget_table(results: Results) -> Table | None:
     headings = ["arm", "budget", "KL reached", *measures.values()]
     headings += [f"{title} minus ppo" for title in measures.values()]
     note = (
-        "A controller steers the KL from SFT of every arm to the same budget during training; the KL reached is that of "
-        "the final policy on test prompts. p corrected for the number of comparisons (Holm)."
+        "A controller steers the KL from SFT of every arm to the same budget during training; the KL reached is that "
+        "of the final policy on test prompts. p corrected for the number of comparisons (Holm)."
     )
     return Table(headings, rows, [note])
 

@@ -22,9 +22,9 @@ from mixpo.report.comparison import (
 from mixpo.report.document import Group, Section, Table
 
 NOTES = (
-    "win, lose: shares of prompts on which the judge prefers the first arm, or the second, in both orders; the rest are "
-    "ties. Flips: share of prompts on which the two orders have different winners; to the first: share of flips won by "
-    "the completion shown first, 50% without position bias.",
+    "win, lose: shares of prompts on which the judge prefers the first arm, or the second, in both orders; the rest "
+    "are ties. Flips: share of prompts on which the two orders have different winners; to the first: share of flips won "
+    "by the completion shown first, 50% without position bias.",
     "Longer wins: share of decided prompts that the longer completion (in characters) wins. Win at equal length: win "
     "rate, a tie counting half, by logistic regression on the difference in length (Dubois et al. 2024).",
 )
@@ -176,7 +176,7 @@ def _write_opening(results: Results, judged: Sequence[Judged], rows: Sequence[Ro
     stale = sum(one.stale for one in judged)
     if not whole:
         return (
-            f"There are no verdicts on the current completions; those of {format_count(stale, 'prompt')} changed after judging."
+            f"No verdicts on the current completions: those of {format_count(stale, 'prompt')} changed after judging."
             if stale
             else "No reply of the judges could be read as a verdict."
         )

@@ -65,8 +65,8 @@ def build_section(results: Results) -> Section | None:
         headings = ["arm", "seed", "gain in reward over SFT", "p", f"gain in {label} over SFT", "p"]
         headings += ["KL from SFT", "end rate"]
         notes = [
-            "By means at one seed each, points of sweeps included; intervals over test prompts. p corrected for all arms "
-            "and seeds (Holm)."
+            "By means at one seed each, points of sweeps included; intervals over test prompts. p corrected for all "
+            "arms and seeds (Holm)."
         ]
         groups.append(Group(f"More reward, less {label}", table=Table(headings, diverging, notes)))
     if not groups:
@@ -152,8 +152,9 @@ def _write_opening(results: Results, traces: list[Trace], yardstick: str, counts
     changes = [_estimate_changes(traces, key, start) for start in (0, -2) for key in ("score", yardstick)]
     for trace, reward, real, late_reward, late in zip(traces, *changes, strict=True):
         values = [format_interval(each.interval) for each in (reward, real, late_reward, late)]
+        missing = note_missing_seeds(results, len(trace.seeds), trace.arm)
         text += (
-            f". During PPO of {trace.arm}{note_missing_seeds(results, len(trace.seeds), trace.arm)} the reward changes by {values[0]} "
+            f". During PPO of {trace.arm}{missing} the reward changes by {values[0]} "
             f"and {label} by {values[1]}; from the last snapshot to the end by {values[2]} and {values[3]}"
             f"{_describe_late_change(late_reward, late, label)}"
         )

@@ -50,8 +50,8 @@ def describe_study(found: Findings) -> str:
         kappa += f" over {format_count(agreement.common, 'prompt')}"
     return (
         f"{people[0].upper()}{people[1:]} judged blindly and preferred {one} on {shares.win.mean:.0%} of "
-        f"{format_count(shares.prompts, 'prompt')} and {other} on {shares.lose.mean:.0%}, with {shares.tie.mean:.0%} ties: "
-        f"{difference}. {kappa}."
+        f"{format_count(shares.prompts, 'prompt')} and {other} on {shares.lose.mean:.0%}, with "
+        f"{shares.tie.mean:.0%} ties: {difference}. {kappa}."
     )
 
 
@@ -81,15 +81,15 @@ def _build_shares_table(found: Findings) -> Table:
         for name, each in found.shares.items()
     ]
     notes = [
-        f"Win: {found.arms[0]} was preferred to {found.arms[1]}, at seed {found.seed}; a prompt counts as the mean over "
-        "its annotators. Intervals: 95% over prompts, Wilson's for shares, Agresti and Min's (2005) for win − lose; "
-        "other annotators or seeds may differ.",
+        f"Win: {found.arms[0]} was preferred to {found.arms[1]}, at seed {found.seed}; a prompt counts as the mean "
+        "over its annotators. Intervals: 95% over prompts, Wilson's for shares, Agresti and Min's (2005) for win − "
+        "lose; other annotators or seeds may differ.",
         "p: of no difference, by the sign test of prompts won against prompts lost"
         + (", corrected for all rows (Holm)." if len(rows) > 1 else "."),
     ]
     if found.same:
         notes.append(
-            f"{format_count(found.same, 'prompt')} with the same completion of both arms, counted as a tie without a judgement."
+            f"{format_count(found.same, 'prompt')} with the same completion of both arms, a tie without judgements."
         )
     return Table(["prompts", "number", "win", "tie", "lose", "win − lose", "p"], rows, notes)
 

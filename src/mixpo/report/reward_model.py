@@ -18,7 +18,7 @@ CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def build_section(results: Results) -> Section | None:
-    """The section with every reward model of the runs, and figures of those of the first run's recipe over all seeds."""
+    """The section with every reward model, and figures of those of the first run's recipe over all seeds."""
     stages = results.stages_of("RewardModel")
     if not stages:
         return None
@@ -68,7 +68,7 @@ def build_section(results: Results) -> Section | None:
     intervals = (
         f"{shown[0].label.capitalize()}, with Wilson 95% intervals"
         if single
-        else f"Bold: {len(shown)} seeds together; thin: each seed. Wilson 95% intervals for the mean count of one seed in a "
+        else f"Bold: {len(shown)} seeds together; thin: each seed. Wilson 95% intervals for one seed's mean count in a "
         "bin, since all seeds have the same test pairs, widened by the variance between seeds"
     )
     notes = [

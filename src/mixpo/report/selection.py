@@ -48,8 +48,8 @@ def build_section(results: Results) -> Section | None:
     notes = ["Identical: pairs of the same completion twice, with gap 0."]
     if known:
         notes.append(
-            "Correct: the chosen completion has the higher true r*. Pairs with a tie in r* are counted separately. Brackets: "
-            "Wilson 95% intervals."
+            "Correct: the chosen completion has the higher true r*. Pairs with a tie in r* are counted separately. "
+            "Brackets: Wilson 95% intervals."
         )
     groups = [
         Group(table=Table(headings, rows, notes)),
@@ -124,9 +124,9 @@ def _write_opening(
     easy = [summary["easy"] / summary["pairs"] for summary in summaries]
     text = (
         f"Of {_format_range([summary['pairs'] for summary in summaries], ',')} pairs sampled from SFT {where}, "
-        f"{_format_range([summary['easy'] for summary in summaries], ',')} ({_format_range(easy, '.0%')}) have a gap above "
-        f"{_format_range([summary['threshold'] for summary in summaries], '.3g')} and are easy; the median gap is "
-        f"{_format_range([stage.summary['gap_median'] for stage in samples], '.2f')}"
+        f"{_format_range([summary['easy'] for summary in summaries], ',')} ({_format_range(easy, '.0%')}) have a gap "
+        f"above {_format_range([summary['threshold'] for summary in summaries], '.3g')} and are easy; the median gap "
+        f"is {_format_range([stage.summary['gap_median'] for stage in samples], '.2f')}"
     )
     if not known:
         return f"{text}."

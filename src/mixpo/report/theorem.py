@@ -125,8 +125,8 @@ def build_section(results: Results) -> Section | None:
         _describe_step(measured),
         "Remark 1: DPO learns poorly from hard pairs because the two gradients cancel: a large cosine and a small "
         "relative norm.",
-        "Intervals: Student's, over the pairs of one seed or the means of several seeds; Wilson's for the share, widened "
-        "by the variance between seeds.",
+        "Intervals: Student's, over the pairs of one seed or the means of several seeds; Wilson's for the share, "
+        "widened by the variance between seeds.",
         *failures,
     ]
     ratios = figures.plot_scatter(
@@ -206,7 +206,7 @@ def _format_share(by_seed: Sequence[Values]) -> str:
 
 
 def _correlate_step(measured: list[GradientMeasurement]) -> tuple[float, int] | None:
-    """The correlation of log(increase of x_w / decrease of x_l) in a step with log(x_l / x_w), and its number of pairs."""
+    """Correlation of log(increase of x_w / decrease of x_l) in a step with log(x_l / x_w), and its number of pairs."""
     x, y = (np.concatenate([getattr(one, name) for one in measured]) for name in ("log_ratio", "log_step_ratio"))
     moved = np.isfinite(y)
     if moved.sum() < 3 or not x[moved].std() or not y[moved].std():
@@ -221,8 +221,8 @@ def _describe_step(measured: list[GradientMeasurement]) -> str:
         return "Too few pairs have a step that raises chosen and lowers rejected for a correlation with x_l / x_w."
     correlation, pairs = estimate
     return (
-        f"A step in the weights changes x by x times the change in log-prob. Over {pairs} pairs whose step raises chosen "
-        "and lowers rejected, log(increase of x_w / decrease of x_l) has a correlation of "
+        f"A step in the weights changes x by x times the change in log-prob. Over {pairs} pairs whose step raises "
+        "chosen and lowers rejected, log(increase of x_w / decrease of x_l) has a correlation of "
         f"{format_number(correlation)} with log(x_l / x_w)."
     )
 
@@ -250,8 +250,8 @@ def _write_opening(measured: list[GradientMeasurement]) -> str:
     sample = "pairs at one seed" if len(easy) == 1 else f"{len(easy)} seeds"
     return (
         f"{text}; the cosine between the gradients of chosen and rejected is {format_number(one)} on easy and "
-        f"{format_number(other)} on hard pairs, a difference of {format_interval(difference)} (95% interval over {sample})"
-        f"{f', {verdict}' if math.isfinite(difference.low) else ', without an interval'}."
+        f"{format_number(other)} on hard pairs, a difference of {format_interval(difference)} (95% interval over "
+        f"{sample}){f', {verdict}' if math.isfinite(difference.low) else ', without an interval'}."
     )
 
 
