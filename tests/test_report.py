@@ -265,8 +265,8 @@ def test_completions_are_of_the_seed_at_which_most_arms_finished(tmp_path: Path)
     arms[2] = Arm("mpo", {1: arms[2].done[1]}, failed={0: "lost"})
     made = build_document(Writer(tmp_path / "run").load(arms))
     assert made.completions_opening == (
-        "Completions of 3 arms for the first 6 test prompts, at seed 1. mpo scores higher than ppo on 6 of them and lower "
-        "on 0."
+        "Completions of 3 arms for the first 6 test prompts, at seed 1. mpo scores higher than ppo on 6 of them and "
+        "lower on 0."
     )
     assert [len(asked.completions) for asked in made.prompts] == [3] * 6
     assert made.prompts[1].last_message == "question 1 & <b>more</b>"

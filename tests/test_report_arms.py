@@ -13,6 +13,7 @@ from mixpo.experiments.results import load_runs
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import (
     compute_differences,
+    describe_difference,
     estimate_differences,
     find_significant_sign,
 )

@@ -55,7 +55,8 @@ def test_equal_kl_by_hand(tmp_path: Path) -> None:
     assert section.opening == (
         "At equal KL, mpo has a significantly higher reward than ppo (+0.20, 95% CI [0.20, 0.20], p <0.001); mpo has a "
         "significantly lower true r* than ppo (−0.10, 95% CI [−0.10, −0.10], p <0.001). mpo ends 2.50 nats from SFT, "
-        "which PPO reaches at a kl_coef of about 0.071; intervals are over 8 prompts at one seed; other seeds may differ."
+        "which PPO reaches at a kl_coef of about 0.071; intervals are over 8 prompts at one seed; other seeds may "
+        "differ."
     )
 
 
@@ -298,8 +299,8 @@ def test_samples_needed_by_hand(tmp_path: Path) -> None:
     """MPO is at 0.5, 1, 2 after 0, 20, 40 completions: at 1.5 after 30. Its pairs are 4 of two completions."""
     said = samples(tmp_path, [0.5, 1.0, 2.0], 1.5)
     assert said.endswith(
-        "ppo samples 40 completions; mpo's PPO reaches the final reward of ppo after 30 [30, 30], or 38 with the 8 sampled "
-        "for its pairs."
+        "ppo samples 40 completions; mpo's PPO reaches the final reward of ppo after 30 [30, 30], or 38 with the 8 "
+        "sampled for its pairs."
     )
 
 
@@ -314,7 +315,8 @@ def test_samples_needed_that_are_not_told_have_no_bounds(tmp_path: Path) -> None
     """By the means after 20 + 20 * 0.5 / 0.6 = 36.7, but MPO's end is not told to be above PPO's."""
     said = samples(tmp_path, [0.5, 1.0, 1.6], 1.5, noise=[-noise for noise in NOISE])
     assert said.endswith(
-        "after 37, or 45 with the 8 sampled for its pairs (by the means; it is nowhere significantly above that reward)."
+        "after 37, or 45 with the 8 sampled for its pairs (by the means; it is nowhere significantly above that "
+        "reward)."
     )
 
 

@@ -23,8 +23,8 @@ from mixpo.report.document import Group, Section, Table
 
 NOTES = (
     "win, lose: shares of prompts on which the judge prefers the first arm, or the second, in both orders; the rest "
-    "are ties. Flips: share of prompts on which the two orders have different winners; to the first: share of flips won "
-    "by the completion shown first, 50% without position bias.",
+    "are ties. Flips: share of prompts on which the two orders have different winners; to the first: share of flips "
+    "won by the completion shown first, 50% without position bias.",
     "Longer wins: share of decided prompts that the longer completion (in characters) wins. Win at equal length: win "
     "rate, a tie counting half, by logistic regression on the difference in length (Dubois et al. 2024).",
 )

@@ -75,7 +75,7 @@ def build_document(results: Results) -> Document:
         sections=[section for build in SECTIONS if (section := build(results)) is not None],
         completions_opening=completions.write_opening(results, prompts),
         prompts=prompts,
-        pair=arms.compared(results),
+        pair=arms.choose_compared_arms(results),
         failures=[*failed, *partly, *theorem.list_failures(results)],
         recipes=[(run.name, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in results.runs],
     )
