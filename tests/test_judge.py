@@ -188,7 +188,7 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     assert "0.83 [" in printed.row("win")
     assert "0.17 [" in printed.row("tie")
     assert "0.00 [" in printed.row("lose")
-    assert "mpo vs ppo: the same text on 1 prompt, a tie that nobody was asked." in printed.out
+    assert "mpo vs ppo: the same text on 1 prompt, counted as a tie without a request." in printed.out
     assert "10 requests, 150 tokens, 10 of 10 questions done" in printed.out
     row = next(line for line in study.scored() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
     assert (row["scores"], row["tokens"], row["category"], row["seed"]) == ([4.0, 9.0], [10, 5], "helpful", 0)
@@ -235,7 +235,7 @@ def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Se
     bad = {1: completion(said(11, 5)), 2: completion(swapped), 3: completion(said(-1, 5))}
     server.behave = lambda asked: bad.get(about(asked)) or well(asked)
     printed = study.judge()
-    assert "no verdict on 3 prompts, a reply to which could not be parsed" in printed.out
+    assert "no verdict on 3 prompts, because a reply could not be parsed" in printed.out
     assert printed.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
     assert "1.00 [" in printed.row("win")
 
@@ -363,7 +363,7 @@ def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
     server.behave = lambda asked: completion(content) if about(asked) == 2 else well(asked)
     printed = study.judge()
     assert (printed.code, len(server.asked), waits) == (0, 10 + 2, [])
-    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
+    assert "no verdict on 1 prompt, because a reply could not be parsed" in printed.out
 
 
 def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,7 @@ def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(stud
     assert "2 questions failed: HTTP 400: too long\n" in printed.err
     assert "0.75 [" in printed.row("win")
     assert "no reply yet on 2 prompts" in printed.out
-    assert "a tie that nobody was asked, counted in proportion to the others that have a verdict;" in printed.out
+    assert "a tie without a request, counted in proportion to the other prompts with a verdict;" in printed.out
     server.behave, before = well, len(server.asked)
     assert study.judge().code == 0
     assert {about(asked) for asked in server.asked[before:]} == {2, 4}
@@ -522,7 +522,7 @@ def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, ser
     printed = study.judge()
     assert printed.code == 0
     assert len(server.asked) == 10 + 2 + 2
-    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
+    assert "no verdict on 1 prompt, because a reply could not be parsed" in printed.out
     assert "0.80 [" in printed.row("win")  # of five: four won, one the same text
     kept = [line for line in study.scored() if line["prompt"] in (2, 3)]
     both = ["I like both."]
@@ -792,7 +792,7 @@ def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Serv
     assert {frozenset(asked.body) for asked in server.asked} == {frozenset({"model", "messages"})}
     notes = table(judges.build_section(load_runs(study.run)), "tiny")
     assert notes is not None
-    assert "its own temperature, replies as long as it likes" in page.text(load_runs(study.run), "md")
+    assert "its own temperature, replies as long as it likes" in page.render_report(load_runs(study.run), "md")
     study.judge("--temperature", "none")
     assert server.asked[-1].body.keys() == {"model", "messages", "max_tokens"}
     assert len(server.asked) == 20
@@ -1016,12 +1016,15 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     assert 0.0 < low < mean < high
     assert low == pytest.approx(float(f"{5 / 8 - 1.959964 * (6 - 25 / 8) ** 0.5 / 8:.2f}"))
     assert row[6] == "0.19"  # 2 / 2^5, three rows
-    assert "difference 0.83 [" in section.opening
-    assert "(p 0.19), which does not tell the two apart" in section.opening
-    assert "tiny scores mpo higher than ppo on 83% of 6 prompts and lower on 0%" in section.opening
-    assert "0% of those asked flip with the order" in section.opening
-    assert ">LLM judges<" in page.text(results, "html")
-    assert "mpo vs ppo" in page.text(results, "md")
+    assert "(+0.83, 95% CI [" in section.opening
+    assert ", p 0.19)" in section.opening
+    assert (
+        "tiny prefers mpo on 83% of 6 prompts and ppo on 0%: no significant difference between mpo and ppo"
+        in section.opening
+    )
+    assert "0% of the verdicts flip with the order" in section.opening
+    assert ">LLM judges<" in page.render_report(results, "html")
+    assert "mpo vs ppo" in page.render_report(results, "md")
 
 
 def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
@@ -1029,8 +1032,8 @@ def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, s
     study.judge()
     section = judges.build_section(load_runs(study.run))
     assert section is not None
-    assert "does not tell the two apart" in section.opening
-    assert not re.search(r"\b(above|below) zero", section.opening)
+    assert "no significant difference" in section.opening
+    assert not re.search(r"significantly", section.opening)
 
 
 def _verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
@@ -1078,15 +1081,17 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
     assert section is not None
-    assert "2 prompts judged before completions changed are left out." in section.opening
-    assert "2 prompts left out, judged before completions changed" in page.text(load_runs(study.run), "md")
+    assert "2 prompts are excluded, because the completions changed after judging." in section.opening
+    assert "2 prompts excluded, because the completions changed after judging" in page.render_report(
+        load_runs(study.run), "md"
+    )
     assert study.judge().code == 0
     assert len(server.asked) == 14  # both orders of the two
     section = judges.build_section(load_runs(study.run))
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
-    assert "left out" not in section.opening
-    assert "before completions changed" not in page.text(load_runs(study.run), "md")
+    assert "excluded" not in section.opening
+    assert "before completions changed" not in page.render_report(load_runs(study.run), "md")
 
 
 def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:

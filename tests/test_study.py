@@ -524,7 +524,7 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     fruit_run(study.run.parent, texts={("yak", 3): "plums"})
     shown = build_section(load_runs(study.run))
     assert shown is not None
-    assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", shown.opening)
+    assert re.fullmatch(r"The study closed at 20\S+ is excluded: the completions have changed since\.", shown.opening)
     assert shown.groups == []
     assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{shown.opening}\n")
     results = load_runs(study.run)
@@ -1003,10 +1003,10 @@ def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     assert [cell[:4] for cell in shown["helpful"][1:]] == ["50", "0.62", "0.19", "0.19", "0.43", "<0.0"]
     assert [cell[:4] for cell in shown["all prompts"][1:]] == ["100", "0.39", "0.49", "0.12", "0.27", "<0.0"]
     assert describe_study(found).startswith(
-        "3 people, who did not know which was which, preferred mpo to ppo on 39% of 100 prompts, called 49% a tie, "
-        "and preferred ppo on 12%: difference 0.27 ["
+        "3 people judged blindly and preferred mpo on 39% of 100 prompts and ppo on 12%, with 49% ties: "
+        "mpo has a significantly higher win rate than ppo (+0.27, 95% CI ["
     )
-    assert "] (p <0.001), above zero. Fleiss' κ 0.6" in describe_study(found)
+    assert "], p <0.001). Fleiss' κ 0.6" in describe_study(found)
     assert describe_study(found).endswith("over 100 prompts.")
 
 
@@ -1067,7 +1067,7 @@ def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
     assert "Fleiss' κ not estimable." in describe_study(found)
     alone = closed_study(tmp_path, {"anna": list("WLTW")})
     assert rows(build_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
-    assert describe_study(alone).startswith("One person, who did not know")
+    assert describe_study(alone).startswith("One person judged blindly")
     assert closed_study(tmp_path, {"anna": list("----")}).counted == []
     assert describe_study(closed_study(tmp_path, {"anna": list("SS--")})).startswith(
         "Nobody judged a prompt of mpo and ppo"
@@ -1076,14 +1076,14 @@ def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
 
 def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
     found = closed_study(tmp_path, {"anna": list("WLWLW"), "ben": list("LWLWW")})
-    assert "which does not tell the two apart" in describe_study(found)
-    assert not re.search(r"\bwins\b|above zero|below zero", describe_study(found))
+    assert "no significant difference between mpo and ppo in win rate" in describe_study(found)
+    assert not re.search(r"\bwins\b|significantly", describe_study(found))
     lost = closed_study(tmp_path, {"anna": list("LLLLLL"), "ben": list("LLLLLT")})
-    assert ", below zero." in describe_study(lost)
+    assert "mpo has a significantly lower win rate than ppo" in describe_study(lost)
     for said, margin, p in (("WW", 1, 0.5), ("TTTTT", 0, 1.0)):  # alike on every prompt, and so few
         alike = closed_study(tmp_path, {"anna": list(said), "ben": list(said)})
-        assert f"difference {margin}.00 [" in describe_study(alike)
-        assert f"(p {p:.2f}), which does not tell the two apart" in describe_study(alike)
+        assert f"in win rate (+{margin}.00, 95% CI [" in describe_study(alike)
+        assert f"], p {p:.2f})" in describe_study(alike)
         low, high = proportion_confint(len(said), len(said), method="wilson")
         shown = rows(build_tables(alike)["Preferences"])["all prompts"]
         assert shown[2 if margin else 3] == f"1.00 [{low:.2f}, {high:.2f}]"
@@ -1112,7 +1112,9 @@ def test_completions_that_are_the_same_are_ties_that_nobody_was_asked(make):
     assert found.shares[None].prompts == 6
     assert found.shares[None].win.mean == pytest.approx(5 / 6)
     assert found.shares[None].tie.mean == pytest.approx(1 / 6)
-    assert any("1 prompt that both arms completed alike" in note for note in build_tables(found)["Preferences"].notes)
+    assert any(
+        "1 prompt with the same completion of both arms" in note for note in build_tables(found)["Preferences"].notes
+    )
 
 
 def test_the_report_has_closed_studies(make):
