@@ -1091,7 +1091,7 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
     assert "excluded" not in section.opening
-    assert "before completions changed" not in page.render_report(load_runs(study.run), "md")
+    assert "after judging" not in page.render_report(load_runs(study.run), "md")
 
 
 def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:
@@ -1103,7 +1103,7 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     (other / FILE).write_bytes(study.file.read_bytes())
     alone = judges.build_section(load_runs(other))
     assert alone is not None
-    assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
+    assert alone.opening == "No verdicts on the current completions: those of 6 prompts changed after judging."
     both = judges.build_section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
     assert set(read(study.file).assignments) == set(read(other / FILE).assignments)
