@@ -1,4 +1,4 @@
-"""Who wins: every arm's means, the paired differences, and the paper's order compared with ours."""
+"""The main results: every arm's means, the paired differences, and the paper's order compared with ours."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -298,7 +298,7 @@ def check_claim(results: Results, claim: tuple[str, str], difference: Difference
 
 
 def _write_opening(results: Results, differences: Differences) -> str:
-    """Who has the highest reward and whether significantly so, then the two compared arms with their numbers."""
+    """The arm with the highest reward and its significance, then the two compared arms with their numbers."""
     names = [results.named(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
     failed = [name for name in names if name in results.names and not results.done(name)]
     sentences = [*_describe_best_arm(results, differences), *_compare_two_arms(results, differences)]

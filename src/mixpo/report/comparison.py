@@ -53,7 +53,7 @@ def list_measures(results: Results) -> list[Measure]:
 
 
 def _share_scale(results: Results, key: str, one: str, other: str) -> bool:
-    """Whether one model scored both arms wherever both finished; without a common seed, whether they are of one run."""
+    """True if one model scored both arms wherever both finished; without a common seed, whether they are of one run."""
     seeds = results.common_seeds(one, other)
     if not seeds:
         return results.run_of(one) is results.run_of(other)

@@ -167,7 +167,7 @@ def _compare_one_at_equal_kl(
 
 
 def _may_be_negative(difference: Float64[np.ndarray, "seeds prompts"]) -> bool:
-    """Whether the interval of a difference in KL reaches zero; a constant difference is exact."""
+    """True if the interval of a difference in KL reaches zero; a constant difference is exact."""
     return crossed_interval(difference).low <= 0
 
 

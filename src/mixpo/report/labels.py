@@ -23,13 +23,13 @@ class Box(NamedTuple):
     top: float
 
     def overlaps(self, other: "Box") -> bool:
-        """Whether the two share more than an edge."""
+        """True if the two share more than an edge."""
         return (
             self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
         )
 
     def contains(self, other: "Box") -> bool:
-        """Whether the other lies inside."""
+        """True if the other lies inside."""
         return (
             self.left <= other.left
             and other.right <= self.right

@@ -106,7 +106,7 @@ def _list_divergences(results: Results, yardstick: str) -> tuple[int, int, list[
 
 
 def _is_divergence(reward: Difference, real: Difference) -> bool:
-    """Whether the reward rises significantly while the yardstick falls significantly."""
+    """True if the reward rises and the yardstick falls, both significantly."""
     return find_significant_sign(reward.interval, reward.p) > 0 > find_significant_sign(real.interval, real.p)
 
 

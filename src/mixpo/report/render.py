@@ -156,7 +156,7 @@ def _make_slug(text: str) -> str:
 
 
 def _find_text_columns(table: Table) -> list[bool]:
-    """Whether each column holds text: the first, and those without a cell that begins like a number."""
+    """Flags of the columns that hold text: the first, and those without a cell that begins like a number."""
     number = re.compile(r"[+\-−~<>≤≥]?\s*[\d.]|[+\-−]?(nan|inf)$")
     return [
         i == 0 or not any(number.match(row[i]) for row in table.rows if i < len(row))
