@@ -166,7 +166,7 @@ def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
     made = build_document(Writer(tmp_path / "run", second="twice" in case).load(arms))
     assert made.sections[0].id == "results"
     assert ("selection" in [part.id for part in made.sections]) == any(arm.name == "mpo" for arm in arms)
-    assert len(made.failures) == sum(len(arm.failures) for arm in arms)
+    assert len(made.failures) == sum(len(arm.failed) for arm in arms)
     for part in made.sections:
         assert not re.search(r"\bnan\b", part.opening)
         for group in part.groups:
