@@ -1127,7 +1127,7 @@ def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
     agreed = write_closed_study(tmp_path, {"anna": list("WL"), "ben": list("WL")})
     assert rows(build_tables(agreed)["Agreement"])["all prompts"][1:6:4] == ["1.00", "2"]
     once = write_closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
-    assert "difference 0.00 [-" in describe_study(once)
+    assert "(+0.00, 95% CI [−" in describe_study(once)
     assert "nan" not in "".join(cell for table in build_tables(once).values() for row in table.rows for cell in row)
 
 
