@@ -184,7 +184,7 @@ def test_a_prompt_that_the_chat_template_refuses(working_folder: Path, capsys: p
         f'model: {{chat_template: "{template}"}}\ndata: {{format: preference, max_prompt_tokens: 64, train: {rows}}}\n'
     )
     printed = read_error(capsys, "run", "-q", "recipe.yaml")
-    assert "rows.jsonl:2: 'prompt' is read_error by the tokenizer's chat template (no system)" in printed
+    assert "rows.jsonl:2: 'prompt' is refused by the tokenizer's chat template (no system)" in printed
 
 
 def test_a_chat_template_that_prints_nothing(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
