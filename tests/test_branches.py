@@ -151,7 +151,7 @@ def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
             for branch, completion in enumerate(branches):
                 states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
-                torch.testing.assert_close(actual[row, place], head(states[-1])[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(actual[row, branch], head(states[-1])[0], rtol=1e-5, atol=1e-5)
                 expected = head(states[len(prompt) - 1 : -1])[:, 0]
                 torch.testing.assert_close(values[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
 

@@ -261,12 +261,12 @@ def test_a_judge_that_prefers_the_longer(study: Study, server: Server) -> None:
 
 def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
     result = study.judge("--prompts", "2", "--draw", "1")
-    numbers = {get_prompt_number(request) for request in server.numbers}
+    numbers = {get_prompt_number(request) for request in server.requests}
     same = "the same text on 1 prompt" in result.out
     assert len(numbers) + same == 2
     assert result.row("prompts").split()[1] == "2"
     study.judge("--prompts", "5")
-    assert len(server.numbers) <= 10
+    assert len(server.requests) <= 10
 
 
 def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp_path: Path) -> None:

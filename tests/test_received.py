@@ -16,7 +16,7 @@ from mixpo.experiments.run import run_recipe
 from mixpo.stages.engine import Engine
 from mixpo.stages.pretrained import Pretrained
 from mixpo.training.runtime import Runtime
-from watching import Watching
+from recording_display import RecordingDisplay
 
 TINY = [
     "arms=[sft]",
@@ -47,7 +47,7 @@ def tiny(cache: Path, out: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("received")
-    run_recipe(tiny(home / "cache", home / "run"), Watching())
+    run_recipe(tiny(home / "cache", home / "run"), RecordingDisplay())
     return home / "cache"
 
 
@@ -66,11 +66,11 @@ def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: P
     plant(folders, marker)
     recipe = tiny(mine, tmp_path / "run")
     assert all(line.done for _, lines in plan_stages(recipe) for line in lines)
-    assert run_recipe(recipe, Watching()).computed == 0
+    assert run_recipe(recipe, RecordingDisplay()).computed == 0
     for folder in folders:
         (folder / "summary.json").unlink()
     assert not any(line.done for _, lines in plan_stages(recipe) for line in lines)
-    run = run_recipe(recipe, Watching())  # a checkpoint that is none ends the stage that would go on from it
+    run = run_recipe(recipe, RecordingDisplay())  # a checkpoint that is none ends the stage that would go on from it
     assert run.arms[0].status == "failed"
     assert not marker.exists()
     pickle.loads(pickle.dumps(Runs(marker)))

@@ -67,7 +67,7 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
         sampler = LocalSampler(cache_tokens=budget)
         completions, _ = resumable.sample(sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0)
         completions_by_budget.append([tuple(branches[0]) for branches in completions])
-    assert completions_by_budget[0] == sampled_prompts[1]
+    assert completions_by_budget[0] == completions_by_budget[1]
     assert len(set(completions_by_budget[0])) == len(prompts)
     assert len((tmp_path / "1" / "portions.jsonl").read_text().splitlines()) == len(prompts)
 

@@ -73,7 +73,7 @@ TABLE: dict[str, dict[str, Other | ByTest]] = {
         "path": Other("{folder}/base"),
         "revision": ByTest("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
         "chat_template": Other("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
-        "template_arguments": ByTest("data/test_tokens.py", "test_template_arguments_are_in_the_folder_for_everyone"),
+        "template_arguments": ByTest("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
         "dtype": ByTest("test_loading.py", "test_a_recipe_may_choose_the_type"),
         "init_seed": Other(1),
     },

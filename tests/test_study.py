@@ -654,7 +654,7 @@ def test_closing_asks_first_and_says_what_is_missing(make, capsys, monkeypatch):
         assert code == 0
         assert "zebra" in output
         (study.run / "study" / "closed.json").unlink()
-        assert "its files are not here" in run_cli(capsys, "agreement", run)[1]
+        assert "its files are missing" in run_cli(capsys, "agreement", run)[1]
         assert run_cli(capsys, "annotate", run, "--close")[0] == 0
 
 

@@ -225,7 +225,7 @@ def test_labels_drawn_from_the_model_are_calibrated():
 
 @pytest.mark.parametrize("edges", [[], [0.6], [0.5, 0.7, 0.7], [0.5, 0.8, 0.7], [0.5, 1.0], [0.0, 0.5]])
 def test_calibration_edges_that_do_not_rise_from_a_half_are_refused(edges):
-    with pytest.raises(ValueError, match=r"rise from 0\.5 to below 1, found"):
+    with pytest.raises(ValueError, match=r"increase from 0\.5 to below 1, found"):
         bin_calibration(np.zeros(3), edges)
 
 
