@@ -256,7 +256,7 @@ def test_a_judge_that_prefers_the_longer(study: Study, server: Server) -> None:
     result = study.judge(arms=("mpo", "mpo-sft-kl"))
     assert "0.83 [" in result.row("lose")
     assert "1.00 [" in result.row("longer wins")
-    assert result.row("win at equal length").split()[4:7] == ["cannot", "be", "told"]
+    assert result.row("win at equal length").split()[4:6] == ["not", "estimable"]
 
 
 def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
@@ -281,8 +281,8 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
     # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
     counts = {name: [row[1], *(cell.split()[0] for cell in row[2:6])] for name, row in found.items()}
     assert counts == {
-        "mpo vs ppo": ["6", "0.33", "0.17", "0.50", "-0.17"],
-        "mpo vs ppo: helpful": ["2", "0.00", "0.50", "0.50", "-0.50"],
+        "mpo vs ppo": ["6", "0.33", "0.17", "0.50", "−0.17"],
+        "mpo vs ppo: helpful": ["2", "0.00", "0.50", "0.50", "−0.50"],
         "mpo vs ppo: harmless": ["2", "1.00", "0.00", "0.00", "1.00"],
     }
     assert "harmless" in result.out
@@ -305,7 +305,7 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
-    assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}")
+    assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}".replace("-", "−"))
     assert "Agreement of judges" in result.out
     each = [rows(table(judges.build_section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
     assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]

@@ -350,6 +350,7 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
     expected = scipy.stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
     assert section is not None
     said = f"{np.mean(apart):.2f} [{expected.low:.2f}, {expected.high:.2f}] (95% interval over 3 seeds)"
+    said = said.replace("-", "\u2212")
     assert section.opening.endswith(f"a difference of {said}, not significant.")
     assert collect_rows(section, "dpo", "hard")[6].startswith(f"{0.2 + np.mean(apart):.2f} [{expected.low + 0.2:.2f}")
     assert collect_rows(section, "dpo", "hard")[2:4] == ["3", "90"]
@@ -375,7 +376,7 @@ def test_one_seed_is_told_apart_by_its_pairs(tmp_path: Path, hard: list[float], 
     mean = np.mean(hard) - np.mean(easy)
     assert section is not None
     text = f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}] (95% interval over pairs at one seed), {said}."
-    assert section.opening.endswith(f"a difference of {text}")
+    assert section.opening.endswith("a difference of " + text.replace("-", "\u2212", text.split("(")[0].count("-")))
 
 
 def collect_rows(section: object, arm: str, part: str) -> list[str]:
@@ -455,7 +456,7 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
     assert [(row[1], row[2]) for row in picture.rows] == [
         (pytest.approx(-math.log(w)), pytest.approx(math.log(w))) for w in (0.5, 2.0, 8.0)
     ]
-    assert any("over 3 pairs" in note and "correlation of −1.00" in note for note in table(section).notes)
+    assert any("Over 3 pairs" in note and "correlation of −1.00" in note for note in table(section).notes)
 
 
 def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
@@ -472,7 +473,7 @@ def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
     assert [row[:3] for row in rows[:3]] == [("0–1", 8, 0.75), ("1–2", 0, None), ("≥2", 8, 0.75)]
     assert [row[-1] for row in rows] == ["", "", "", *["seed 0"] * 3, *["seed 1"] * 3]
     assert section is not None
-    assert section.groups[1].notes[0].startswith("Bold: the pairs of 2 seeds together")
+    assert section.groups[1].notes[0].startswith("Bold: 2 seeds together; thin: each seed.")
 
 
 def test_selections_of_seeds_are_told_as_ranges_and_drawn_together(tmp_path: Path) -> None:
@@ -485,7 +486,7 @@ def test_selections_of_seeds_are_told_as_ranges_and_drawn_together(tmp_path: Pat
     assert section is not None
     assert section.opening.startswith(
         "Of 70 pairs sampled from SFT at each of 2 seeds, 21 to 30 (30% to 43%) have a gap above 1 to 2 and are easy; "
-        "the median gap is 0.75. Of the labels"
+        "the median gap is 0.75. The true r* confirms"
     )
     assert [sum(row[place] for row in figure_rows(section, "gaps")) for place in (2, 3)] == [80, 60]
     assert section.groups[1].title == "Gaps (2 seeds together)"

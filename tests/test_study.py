@@ -523,7 +523,7 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     assert findings.seed == 3
     report = build_section(load_runs(run))
     assert report is not None
-    assert any("at seed 3." in note for note in report.groups[0].table.notes)
+    assert any("at seed 3;" in note for note in report.groups[0].table.notes)
 
 
 def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make, capsys):
