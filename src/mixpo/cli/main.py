@@ -162,7 +162,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait starve a shared machine
     try:
-        sys.exit(app(prog_name="mixpo", standalone_mode=False))
+        sys.exit(app(prog_name="mixpo", standalone_mode=False) or 0)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
