@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
 from benchmarks.worker import answer, median_seconds
-from mixpo.data.branches import by_tokens, pack, row_lengths
-from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
+from mixpo.data.branches import pack, row_lengths, split_into_microbatches
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import OptimizerSettings, make_optimizer, update
+from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
 
 REPEATS = 3
 """Of which the median is taken, after one more that is not timed."""
@@ -65,7 +65,7 @@ AXES: dict[str, list[Point]] = {
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of an update on every completion's log-probs, or of a call that samples them."""
     point = Point(**spec["point"])
-    device = Runtime().start()
+    device = Runtime().start().device
     torch.manual_seed(0)
     model = LlamaForCausalLM(point.config()).to(device)
     lm = LanguageModel(model, None, end_token=-1, shares_prompts=True, precision=point.precision)  # type: ignore[arg-type]
@@ -87,11 +87,13 @@ def _updating(
 
     def loss(rows: list[int]) -> Any:
         batch = pack([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
-        return -branch_logprobs(lm, batch).sum(), {}
+        return -lm(batch, "logprobs").sum(), {}
 
     def work() -> None:
-        learn(lm)
-        update(optimizer, by_tokens(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6)
+        lm.train()
+        take_optimizer_step(
+            optimizer, split_into_microbatches(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6
+        )
 
     return work
 

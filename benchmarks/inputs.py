@@ -14,7 +14,8 @@ from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.folders import load_tokenizer
-from mixpo.models.loading import new_reward_model, save_model
+from mixpo.models.loading import new_reward_model
+from mixpo.models.saving import save_model
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.rows import write_table
 from mixpo.training.runtime import Runtime

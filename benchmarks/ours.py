@@ -69,7 +69,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
-    device = Runtime().start()
+    device = Runtime().start().device
     model = inputs / "models" / spec["model"] / "model"
     lm = load_policy(model, device=device, precision=spec["precision"])
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
@@ -81,7 +81,7 @@ def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     started = time.perf_counter()
     sample(lm, prompts, k=1, max_tokens=1, seed=0, token_budget=1 << 20)
     prefill = time.perf_counter() - started
-    lengths = [(len(prompt), [len(row.completions[0])]) for prompt, row in zip(prompts, drawn, strict=True)]
+    lengths = [(len(prompt), row) for prompt, row in zip(prompts, drawn.lengths.tolist(), strict=True)]
     itemsize = getattr(torch, spec["precision"]).itemsize
     return {
         "seconds": seconds,

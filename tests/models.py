@@ -1,5 +1,8 @@
 """Tiny models of several architectures, and the slow, obvious way to compute what branch batches compute."""
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -20,8 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from mixpo.data.branches import Completions, unpad
 from mixpo.models.attention import NAME
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.sampling import SampledCompletions
 
 ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "qwen3", "gemma3", "mistral", "opt", "phi3")
 VOCABULARY = 89
@@ -73,3 +78,24 @@ def plain_logprobs(lm: LanguageModel, prompt: list[int], completion: list[int]) 
     lm.model.set_attn_implementation(NAME)
     places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
     return torch.stack([logits[place].log_softmax(-1)[token] for place, token in zip(places, completion, strict=True)])
+
+
+@dataclass(frozen=True)
+class Row:
+    """The completions of one prompt, as lists."""
+
+    completions: list[list[int]]
+    logprobs: list[list[float]]
+
+
+def rows_of_sample(sampled: SampledCompletions) -> list[Row]:
+    logprobs = unpad(sampled.logprobs, sampled.mask)
+    return [Row(*row) for row in zip(sampled.to_lists(), logprobs, strict=True)]
+
+
+def sample_of_rows(rows: Sequence[Row], end_tokens: Collection[int]) -> SampledCompletions:
+    completions = Completions.from_lists([row.completions for row in rows])
+    values = torch.tensor([value for row in rows for branch in row.logprobs for value in branch])
+    logprobs = torch.zeros(completions.mask.shape).masked_scatter(completions.mask, values)
+    ended = torch.tensor([[completion[-1] in end_tokens for completion in row.completions] for row in rows])
+    return SampledCompletions(completions.tokens, completions.mask, logprobs, ended)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.world import make_world
-from mixpo.experiments.results import Results, load
+from mixpo.experiments.results import Results, load_runs
 from mixpo.experiments.run import FORMAT
 from mixpo.report.document import Section, Table
 from mixpo.stages.rows import write_table
@@ -139,7 +139,7 @@ class Writer:
         return self.folder
 
     def load(self, arms: Sequence[Arm], gradients: Sequence[dict[str, Any]] = ()) -> Results:
-        return load(self.run(arms, gradients))
+        return load_runs(self.run(arms, gradients))
 
     def arm(self, arm: Arm, seed: int) -> dict[str, Any]:
         """An arm at a seed, as results.json has it."""

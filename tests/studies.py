@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from mixpo.experiments.results import Results, load
+from mixpo.experiments.results import Results, load_runs
 from mixpo.stages.rows import write_table
 from mixpo.study.app import make_app
 from mixpo.study.begin import Wanted, begin_or_go_on, links
@@ -100,7 +100,7 @@ class Study:
 
     @property
     def results(self) -> Results:
-        return load(self.run)
+        return load_runs(self.run)
 
     def browser(self) -> TestClient:
         """One that holds no cookie."""

@@ -11,7 +11,7 @@ import torch
 from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss
 from mixpo.data.branches import pack
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores
+from mixpo.models.language_model import LanguageModel
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -108,8 +108,8 @@ def test_dpo_loss_is_that_of_trl(tokenizer, tmp_path):
     policy, reference = (tiny(LlamaForCausalLM, tokenizer, seed) for seed in (0, 1))
     batch = batch_of(tokenizer, PAIRS, ("chosen", "rejected"))
     ours = dpo_loss(
-        *branch_logprobs(wrapped(policy, tokenizer), batch).sum(dim=-1).unbind(dim=1),
-        *branch_logprobs(wrapped(reference, tokenizer), batch).sum(dim=-1).unbind(dim=1),
+        *wrapped(policy, tokenizer)(batch, "logprobs").sum(dim=-1).unbind(dim=1),
+        *wrapped(reference, tokenizer)(batch, "logprobs").sum(dim=-1).unbind(dim=1),
         beta=0.3,
     )
     trainer = trl.DPOTrainer(
@@ -127,7 +127,7 @@ def test_dpo_loss_is_that_of_trl(tokenizer, tmp_path):
 def test_bradley_terry_loss_is_that_of_trl(tokenizer, tmp_path):
     model = tiny(LlamaForSequenceClassification, tokenizer, 2)
     batch = batch_of(tokenizer, PAIRS, ("chosen", "rejected"))
-    ours = bradley_terry_loss(*branch_scores(wrapped(model, tokenizer), batch).unbind(dim=1))
+    ours = bradley_terry_loss(*wrapped(model, tokenizer)(batch, "scores").unbind(dim=1))
     trainer = trl.RewardTrainer(
         model=model,
         args=trl.RewardConfig(**options(tmp_path)),
@@ -142,7 +142,7 @@ def test_bradley_terry_loss_is_that_of_trl(tokenizer, tmp_path):
 def test_mean_nll_of_completion_tokens_is_the_sft_loss_of_trl(tokenizer, tmp_path):
     model = tiny(LlamaForCausalLM, tokenizer, 3)
     batch = batch_of(tokenizer, PAIRS, ("rejected",))
-    ours = -branch_logprobs(wrapped(model, tokenizer), batch).sum() / batch.mask.sum()
+    ours = -wrapped(model, tokenizer)(batch, "logprobs").sum() / batch.mask.sum()
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(completion_only_loss=True, **options(tmp_path)),

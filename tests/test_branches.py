@@ -8,22 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.data.branches import BranchBatch, by_tokens, pack, pack_prompts, row_lengths
+from mixpo.data.branches import BranchBatch, pack, pack_prompts, row_lengths, split_into_microbatches
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
-from mixpo.models.language_model import (
-    LanguageModel,
-    _TokenLogprobs,
-    branch_logprobs,
-    branch_predictions,
-    branch_scores,
-    branch_values,
-    hidden_states,
-    learn,
-)
-from mixpo.models.loading import Lora, add_lora
+from mixpo.models.adapters import LoraSettings, add_lora
+from mixpo.models.language_model import LanguageModel, _TokenLogprobs
 from mixpo.models.sampling import sample
-from models import ARCHITECTURES, plain_logprobs, tiny
+from models import ARCHITECTURES, Row, plain_logprobs, rows_of_sample, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 COMPLETIONS = [
@@ -61,7 +52,7 @@ def test_logprobs_of_rows_of_their_own_equal_plain_forward_passes(name: str) -> 
 
 def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[list[list[int]]]) -> None:
     with torch.no_grad():
-        found = branch_logprobs(lm, batch)
+        found = lm(batch, "logprobs")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, completions, strict=True)):
             for place, completion in enumerate(branches):
                 expected = plain_logprobs(lm, prompt, completion)
@@ -74,7 +65,7 @@ def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[
 def test_gradients_equal_plain_forward_passes(name: str) -> None:
     lm = tiny(name)
     weights = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(1))
-    logprobs = branch_logprobs(lm, pack(PROMPTS, COMPLETIONS))
+    logprobs = lm(pack(PROMPTS, COMPLETIONS), "logprobs")
     (logprobs * weights).sum().backward()
     found = {key: p.grad.clone() for key, p in lm.model.named_parameters() if p.grad is not None}
     lm.model.zero_grad()
@@ -143,7 +134,7 @@ def test_gradients_made_again_are_those_that_were_kept(
 def test_entropy_is_that_of_the_predicting_distribution() -> None:
     lm = tiny("llama")
     with torch.no_grad():
-        _, entropy = branch_predictions(lm, pack(PROMPTS, COMPLETIONS))
+        entropy = lm(pack(PROMPTS, COMPLETIONS), "entropies")
         logits = lm.model(input_ids=torch.tensor([PROMPTS[0] + COMPLETIONS[0][1]])).logits[0]
     expected = torch.distributions.Categorical(logits=logits[len(PROMPTS[0]) - 1]).entropy()
     torch.testing.assert_close(entropy[0, 1, 0], expected, rtol=1e-5, atol=1e-5)
@@ -155,8 +146,8 @@ def test_score_stands_on_the_last_token_whatever_pads() -> None:
     head = torch.nn.Linear(32, 1, bias=False)
     lm.model.score = head
     with torch.no_grad():
-        found = branch_scores(lm, pack(PROMPTS, COMPLETIONS))
-        values = branch_values(lm, pack(PROMPTS, COMPLETIONS), head)
+        found = lm(pack(PROMPTS, COMPLETIONS), "scores")
+        values = lm(pack(PROMPTS, COMPLETIONS), "values")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
             for place, completion in enumerate(branches):
                 states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
@@ -168,15 +159,15 @@ def test_score_stands_on_the_last_token_whatever_pads() -> None:
 def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
     lm, plain = tiny("llama"), tiny("llama")
     before = {key: value.clone() for key, value in plain.model.state_dict().items()}
-    add_lora(lm, Lora(rank=2))
+    add_lora(lm, LoraSettings(rank=2))
     batch = pack(PROMPTS, COMPLETIONS)
     with torch.no_grad():
-        torch.testing.assert_close(branch_logprobs(lm, batch), branch_logprobs(plain, batch))
-    optimizer = torch.optim.SGD([p for p in lm.model.parameters() if p.requires_grad], lr=10.0)
-    (-branch_logprobs(lm, batch)).sum().backward()
+        torch.testing.assert_close(lm(batch, "logprobs"), plain(batch, "logprobs"))
+    optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=10.0)
+    (-lm(batch, "logprobs")).sum().backward()
     optimizer.step()
     with torch.no_grad():
-        assert (branch_logprobs(lm, batch) - branch_logprobs(plain, batch)).abs().max() > 0.01
+        assert (lm(batch, "logprobs") - plain(batch, "logprobs")).abs().max() > 0.01
     for key, value in before.items():
         assert torch.equal(plain.model.state_dict()[key], value)
 
@@ -188,7 +179,7 @@ def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
 @settings(max_examples=50, deadline=None)
 def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
     for padded in (False, True):
-        parts = list(by_tokens(lengths, budget, padded=padded))
+        parts = list(split_into_microbatches(lengths, budget, padded=padded))
         assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
         for part in parts:
             sizes = [lengths[row] for row in part]
@@ -223,8 +214,8 @@ def test_kept_logprobs_equal_plain_forward_passes(
         dropped.append(len(layer.keys) - len(rows))
         take(layer, rows)
 
-    def draw() -> list[sampling.Sampled]:
-        return sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
+    def draw() -> list[Row]:
+        return rows_of_sample(sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
 
     monkeypatch.setattr(sampling._Preallocated, "take", taking)
     lm.end_tokens = frozenset()
@@ -255,10 +246,9 @@ def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family
     monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", len(PROMPTS[0]) + 1)
     read = []
     monkeypatch.setattr(sampling, "pack_prompts", lambda prompts, **how: read.append(1) or pack_prompts(prompts, **how))
-    for one, other in zip(sample(lm, PROMPTS, k=2, max_tokens=8, seed=3), whole, strict=True):
-        assert one.completions == other.completions
-        for found, expected in zip(one.logprobs, other.logprobs, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    in_portions = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
+    assert torch.equal(in_portions.tokens, whole.tokens)
+    torch.testing.assert_close(in_portions.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
     assert len(read) > 1
 
 
@@ -280,13 +270,13 @@ def test_an_update_sees_the_model_that_sampled(name: str) -> None:
     lm = tiny(name)
     batch = pack(PROMPTS, COMPLETIONS)
     with torch.no_grad():
-        before = branch_logprobs(lm, batch)
+        before = lm(batch, "logprobs")
         lm.model.train()
-        assert not torch.allclose(branch_logprobs(lm, batch), before), "the test's model has dropout"
-        learn(lm)
-        assert torch.equal(branch_logprobs(lm, batch), before)
-    add_lora(lm, Lora(rank=2, dropout=0.5))
-    learn(lm)
+        assert not torch.allclose(lm(batch, "logprobs"), before), "the test's model has dropout"
+        lm.train()
+        assert torch.equal(lm(batch, "logprobs"), before)
+    add_lora(lm, LoraSettings(rank=2, dropout=0.5))
+    lm.train()
     dropouts = [module for module in lm.model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
     assert dropouts
     assert {module.p for module in dropouts} == {0.5}
@@ -298,8 +288,8 @@ def test_scalar_heads_compute_in_float32() -> None:
     lm.precision = "bfloat16"
     batch = pack(PROMPTS, COMPLETIONS)
     with torch.no_grad():
-        scores = branch_scores(lm, batch)
-        values = branch_values(lm, batch, lm.model.score)
+        scores = lm(batch, "scores")
+        values = lm(batch, "values")
     assert scores.dtype == values.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
 
@@ -315,7 +305,7 @@ def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> Non
     lm = tiny("llama")
     batch = pack_prompts(PROMPTS, share_row=share_row)
     with torch.no_grad():
-        found = hidden_states(lm, batch)
+        found = lm(batch, "states")
         lm.model.set_attn_implementation("eager")
         for row, prompt in enumerate(PROMPTS):
             expected = lm.model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0]

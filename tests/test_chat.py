@@ -5,15 +5,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mixpo.cli import main as cli
+from mixpo.data.branches import Completions
 from mixpo.data.world import build_tokenizer
-from mixpo.models.loading import load_policy, new_world_model
+from mixpo.models.loading import load_policy
+from mixpo.models.sources import new_world_model
 
 Talk = Callable[..., tuple[str, str, list[str]]]
 
@@ -36,9 +37,9 @@ def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
 
         def sample(lm: Any, tokens: list[list[int]], **settings: Any) -> Any:
             prompts.append(tokenizer.decode(tokens[0]))
-            return [SimpleNamespace(completions=[[*tokenizer.encode(answer), tokenizer.eos_token_id]])]
+            return Completions.from_lists([[[*tokenizer.encode(answer), tokenizer.eos_token_id]]])
 
-        stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8", errors="surrogateescape")
+        stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8")
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr("mixpo.cli.chat.sample", sample)
         monkeypatch.setattr(sys, "argv", ["mixpo", "chat", str(folder), *words])

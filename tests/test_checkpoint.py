@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mixpo.data.errors import InputError
-from mixpo.training.checkpoint import FILE, Checkpoint, Trainable
+from mixpo.training.checkpoint import FILE, Checkpoint, TrainableWeights
+from mixpo.training.parallel import Processes
+
+ONE = {"processes": Processes(torch.device("cpu"))}
 
 
 class State:
@@ -38,10 +41,13 @@ def test_every_kind_of_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "tensor": "a key like ours",
         "items": {"items": 1, "json": [[]]},
     }
-    Checkpoint(tmp_path, {"part": State(state)}, every_minutes=1).write(5, {"errors": [0.1], "tensor": 1})
+    Checkpoint(tmp_path, {"part": State(state)}, every_minutes=1, **ONE).write(5, {"errors": [0.1], "tensor": 1})
     torch.rand(3)
     back = State({})
-    assert Checkpoint(tmp_path, {"part": back}, every_minutes=1).resume() == (5, {"errors": [0.1], "tensor": 1})
+    assert Checkpoint(tmp_path, {"part": back}, every_minutes=1, **ONE).resume() == (
+        5,
+        {"errors": [0.1], "tensor": 1},
+    )
     assert back.state.keys() == state.keys()
     assert back.state["state"].keys() == {0, 12}
     assert back.state["groups"] == state["groups"]
@@ -62,7 +68,11 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.95), fused=True)
-        return model, optimizer, Checkpoint(tmp_path, {"m": Trainable(model), "o": optimizer}, every_minutes=0)
+        return (
+            model,
+            optimizer,
+            Checkpoint(tmp_path, {"m": TrainableWeights(model), "o": optimizer}, every_minutes=0, **ONE),
+        )
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):
@@ -83,7 +93,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path, {"part": State({"x": torch.ones(2)})}, every_minutes=1)
+    checkpoint = Checkpoint(tmp_path, {"part": State({"x": torch.ones(2)})}, every_minutes=1, **ONE)
     checkpoint.write(1, {})
     good = load_file(tmp_path / FILE)
     content = json.loads(bytes(good["json"].tolist()))

@@ -1,4 +1,4 @@
-"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `plan`."""
+"""The command line on bad input: one clear line, exit code 2, no traceback, nothing lost; and `plan_stages`."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mixpo.cli import main as cli
-from mixpo.experiments.expressions import arm_runs
-from mixpo.experiments.plan import plan
+from mixpo.experiments.expressions import expand_arms
+from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import read_recipe
 from mixpo.stages.engine import SETTINGS, Engine
 from mixpo.stages.pretrained import Pretrained
@@ -234,7 +234,7 @@ def test_a_damaged_summary_is_told_before_anything_computes(
 ) -> None:
     engine = Engine((here / "cache").resolve(), Runtime(threads=1))
     recipe = read_recipe("world", ["cache=cache"])
-    last = arm_runs(recipe)[-1].evaluation
+    last = expand_arms(recipe)[-1].evaluation
     summary = engine.folder(last) / SUMMARY
     summary.parent.mkdir(parents=True)
     write_json(summary.parent / SETTINGS, last.model_dump(mode="json"))
@@ -338,14 +338,14 @@ def test_every_shipped_recipe_is_valid() -> None:
     for name in names:
         recipe = read_recipe(name, ["model.path=world", *generated])
         assert recipe.name == name
-        runs = arm_runs(recipe)
+        runs = expand_arms(recipe)
         assert [run.arm for run in runs if not run.changes] == list(recipe.arms) * len(recipe.seeds)
         assert any(run.changes for run in runs) == bool(recipe.sweep)
 
 
 def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(here: Path) -> None:
     def identities(*overrides: str) -> dict[tuple[str, str, str], str]:
-        planned = plan(read_recipe("world", overrides))
+        planned = plan_stages(read_recipe("world", overrides))
         return {(arm, line.kind, line.field): line.identity for arm, lines in planned for line in lines}
 
     one, other = identities(), identities("ppo.kl_coef=0.2")
@@ -366,7 +366,7 @@ def test_plan_shows_sweeps_traces_and_gradients(here: Path) -> None:
         "trace={arms: [mpo], snapshots: 1}",
         "gradients.pairs=2",
     ]
-    planned = dict(plan(read_recipe("world", overrides)))
+    planned = dict(plan_stages(read_recipe("world", overrides)))
     assert list(planned)[:3] == ["sft (seed 0)", "mpo (seed 0)", "mpo ppo.kl_coef=0.2 (seed 0)"]
     assert "gradients of dpo-easy on hard (seed 0)" in planned
     assert {line.field for line in planned["mpo (seed 0)"] if line.depth == 0} == {"", "along 0", "along 1"}

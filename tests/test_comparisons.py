@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.comparisons import categories, compared_seed, comparisons
+from mixpo.experiments.comparisons import choose_compared_seed, list_categories, pair_completions
 from report_runs import SFT_SCORES, Arm, Writer, plain, scores
 
 ARMS = {"sft": SFT_SCORES, "ppo": SFT_SCORES, "mpo": SFT_SCORES}
@@ -14,32 +14,34 @@ KINDS = ["helpful", None, "harmless", "helpful", None, "harmless"]
 
 def test_every_prompt_has_both_completions_in_the_order_asked_for(tmp_path):
     results = Writer(tmp_path / "run", categories=KINDS).load(plain(ARMS))
-    rows = comparisons(results, ("mpo", "ppo"))
+    rows = pair_completions(results, ("mpo", "ppo"))
     assert [row.number for row in rows] == list(range(6))
     assert [row.completions for row in rows[1:]] == [(f"answer {n} of mpo", f"answer {n} of ppo") for n in range(1, 6)]
     assert [row.prompt[-1]["content"] for row in rows] == [f"question {n} & <b>more</b>" for n in range(6)]
     assert [row.category for row in rows] == KINDS
-    assert categories(rows) == ["helpful", "harmless"]
+    assert list_categories(rows) == ["helpful", "harmless"]
     assert [row.same for row in rows] == [True, *[False] * 5]
 
 
 def test_a_draw_of_prompts_keeps_their_numbers_and_is_repeatable(tmp_path):
     results = Writer(tmp_path / "run").load(plain(ARMS))
-    all_rows = comparisons(results, ("mpo", "ppo"))
-    drawn = comparisons(results, ("mpo", "ppo"), prompts=3, draw=1)
-    assert drawn == comparisons(results, ("mpo", "ppo"), prompts=3, draw=1)
+    all_rows = pair_completions(results, ("mpo", "ppo"))
+    drawn = pair_completions(results, ("mpo", "ppo"), prompts=3, draw=1)
+    assert drawn == pair_completions(results, ("mpo", "ppo"), prompts=3, draw=1)
     assert drawn == [all_rows[row.number] for row in drawn]
-    draws = {tuple(row.number for row in comparisons(results, ("mpo", "ppo"), prompts=3, draw=n)) for n in range(9)}
+    draws = {
+        tuple(row.number for row in pair_completions(results, ("mpo", "ppo"), prompts=3, draw=n)) for n in range(9)
+    }
     assert len(draws) > 1
-    assert comparisons(results, ("mpo", "ppo"), at_most=3, draw=1) == drawn
-    assert comparisons(results, ("mpo", "ppo"), at_most=99, draw=1) == all_rows
-    assert categories(drawn) == []
+    assert pair_completions(results, ("mpo", "ppo"), at_most=3, draw=1) == drawn
+    assert pair_completions(results, ("mpo", "ppo"), at_most=99, draw=1) == all_rows
+    assert list_categories(drawn) == []
 
 
 def test_a_larger_draw_holds_a_smaller_one(tmp_path):
     """Of 204 prompts, where Python's own sample of 20 is no part of its sample of 50."""
     results = Writer(tmp_path / "run").load(plain(dict.fromkeys(("sft", "mpo", "ppo"), [*SFT_SCORES] * 34)))
-    some, more = ({row.number for row in comparisons(results, ("mpo", "ppo"), prompts=n)} for n in (20, 50))
+    some, more = ({row.number for row in pair_completions(results, ("mpo", "ppo"), prompts=n)} for n in (20, 50))
     assert some < more
 
 
@@ -49,10 +51,10 @@ def test_a_seed_at_which_both_finished(tmp_path):
         Arm("ppo", {1: scores(SFT_SCORES)}, failed={0: "out of memory"}),
     ]
     results = Writer(tmp_path / "run").load(arms)
-    assert comparisons(results, ("sft", "ppo")) == comparisons(results, ("sft", "ppo"), seed=1)
-    assert compared_seed(results, ("sft", "ppo")) == 1
+    assert pair_completions(results, ("sft", "ppo")) == pair_completions(results, ("sft", "ppo"), seed=1)
+    assert choose_compared_seed(results, ("sft", "ppo")) == 1
     with pytest.raises(InputError, match=r"found 0; expected one at which both sft and ppo finished: 1$"):
-        comparisons(results, ("sft", "ppo"), seed=0)
+        pair_completions(results, ("sft", "ppo"), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +70,4 @@ def test_a_seed_at_which_both_finished(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path, arms, prompts, message):
     results = Writer(tmp_path / "run").load([*plain(ARMS), Arm("dpo", failed={0: "no memory"})])
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        comparisons(results, arms, prompts=prompts)
+        pair_completions(results, arms, prompts=prompts)

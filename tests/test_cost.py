@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import Lora, add_lora
 from mixpo.training.record import Cost, count_weights
 from models import END, tiny
 
@@ -41,7 +41,7 @@ MODELS = ("llama", "gpt2", "gemma3", "opt", "reward")
 def build(name: str, *, lora: bool) -> LanguageModel:
     lm = reward_model() if name == "reward" else tiny(name)
     if lora:
-        add_lora(lm, Lora(rank=3))
+        add_lora(lm, LoraSettings(rank=3))
     return lm
 
 

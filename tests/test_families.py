@@ -12,10 +12,11 @@ from families import FAMILIES, family_tokenizer, make_family
 from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import end_token
-from mixpo.experiments.preview import preview, read_source
-from mixpo.models.language_model import branch_logprobs, branch_scores
-from mixpo.models.loading import load_policy, load_reward_model, new_reward_model, same_tokens, save_model
+from mixpo.data.tokens import find_end_token
+from mixpo.experiments.preview import make_preview, read_source
+from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.saving import save_model
+from mixpo.models.tokenizers import tokenize_alike
 from mixpo.stages.rows import read_table
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Pat
     lm = load_policy(family_folder(folders, name), device=CPU)
     prompts, completions = rows(lm)
     with torch.no_grad():
-        ours = branch_logprobs(lm, pack(prompts, completions, share_prompt=lm.shares_prompts))
+        ours = lm(pack(prompts, completions, share_prompt=lm.shares_prompts), "logprobs")
     save_model(lm, tmp_path / "saved")
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == (
         load_file(folders / name / "model.safetensors").keys()
@@ -70,14 +71,14 @@ def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_pat
     prompts, completions = rows(lm)
     with torch.no_grad():
         lm.model.score.weight.mul_(20)
-        ours = branch_scores(lm, pack(prompts, completions, share_prompt=lm.shares_prompts)).flatten()
+        ours = lm(pack(prompts, completions, share_prompt=lm.shares_prompts), "scores").flatten()
     saved = tmp_path / "saved"
     save_model(lm, saved)
     again = load_reward_model(saved, device=CPU)
     with torch.no_grad():
-        reloaded = branch_scores(again, pack(prompts, completions, share_prompt=again.shares_prompts)).flatten()
+        reloaded = again(pack(prompts, completions, share_prompt=again.shares_prompts), "scores").flatten()
     torch.testing.assert_close(reloaded, ours, rtol=1e-5, atol=1e-5)
-    assert same_tokens(again.tokenizer, load_policy(folders / name, device=CPU).tokenizer)
+    assert tokenize_alike(again.tokenizer, load_policy(folders / name, device=CPU).tokenizer)
 
     tokenizer, config = AutoTokenizer.from_pretrained(saved), json.loads((saved / "config.json").read_text())
     assert tokenizer.pad_token_id == config["pad_token_id"]
@@ -121,7 +122,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     model = family_folder(folders, name)
     files = [str(write_rows_of(name, tmp_path / f"{part}.jsonl", first, 8)) for part, first in (("a", 0), ("b", 8))]
 
-    shown = preview(read_source(files[0], model=str(model)))
+    shown = make_preview(read_source(files[0], model=str(model)))
     chosen = next(side for side in shown.examples[0].sides if side.name == "chosen")
     assert "The world is round. 0" in chosen.text
     assert chosen.pieces[-1].control
@@ -148,7 +149,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     assert {token for row in rows for side in row["tokens"] for token in side} <= known
     policy = AutoModelForCausalLM.from_pretrained(engine.folder(sft) / "model", attn_implementation="eager")
     ended = policy.generation_config.eos_token_id
-    assert end_token(tokenizer) in (ended if isinstance(ended, list) else [ended])
+    assert find_end_token(tokenizer) in (ended if isinstance(ended, list) else [ended])
     prompt = (
         tokenizer(rows[0]["prompt"])["input_ids"]
         if isinstance(rows[0]["prompt"], str)

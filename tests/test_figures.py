@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mixpo.algorithms.statistics import Interval
+from mixpo.algorithms.intervals import Interval
 from mixpo.report import figures
 from mixpo.report.document import Figure
 from mixpo.report.figures import Point, Share

@@ -2,10 +2,9 @@
 
 import pytest
 
-from mixpo.stages import ppo
-from mixpo.stages.ppo import PPOSettings
-from mixpo.training.health import loss_alarms, mean_of_last, policy_alarms, reward_model_alarms
-from mixpo.training.step import OptimizerSettings, remedies
+from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
+from mixpo.training.health import loss_alarms, mean_of_last_steps, policy_alarms, reward_model_alarms
+from mixpo.training.step import OptimizerSettings, suggest_remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
 
@@ -85,7 +84,7 @@ def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: f
 )
 def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor: str) -> None:
     """kl_target and kl_budget change kl_coef themselves."""
-    found = ppo._remedies(PPOSettings(**settings, missing_end_penalty=2.0))
+    found = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
     assert found.keys() == {*HEALTHY}
     assert all(found[name].startswith(anchor) for name in found.keys() - {"end_rate"})
     assert found["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
@@ -105,7 +104,7 @@ def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor:
     ],
 )
 def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dict[str, float], expected: str) -> None:
-    assert ppo._against_divergence(PPOSettings(**settings), list(range(11)), step) == expected
+    assert suggest_against_divergence(PPOSettings(**settings), list(range(11)), step) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,10 +122,10 @@ def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dic
 )
 def test_a_divergence_is_met_by_what_can_act(step: int, warmup: int, precision: str, expected: list[str]) -> None:
     settings = OptimizerSettings(learning_rate=1e-3, warmup_steps=warmup)
-    assert remedies(step, total=100, settings=settings, precision=precision) == expected
+    assert suggest_remedies(step, total=100, settings=settings, precision=precision) == expected
 
 
 def test_mean_of_last_is_over_the_last_tenth() -> None:
     rows = [{"x": float(value)} for value in range(30)]
-    assert mean_of_last(rows, "x") == 28.0
-    assert mean_of_last(rows, "y") is None
+    assert mean_of_last_steps(rows, "x") == 28.0
+    assert mean_of_last_steps(rows, "y") is None

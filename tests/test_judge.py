@@ -27,12 +27,13 @@ from scipy.stats import binomtest
 
 from judge_server import Asked, Response, Server, completion, error, said, serving
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
-from mixpo.algorithms.statistics import holm, win_minus_lose
+from mixpo.algorithms.multiple_testing import correct_by_holm
+from mixpo.algorithms.win_rates import win_minus_lose
 from mixpo.cli import judged
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
-from mixpo.experiments.results import load
+from mixpo.experiments.results import load_runs
 from mixpo.judge import asking
 from mixpo.judge.endpoint import checked, is_loopback, is_sent_in_clear
 from mixpo.judge.judging import Verdict, tally
@@ -204,7 +205,7 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     assert "ppo vs mpo: the same text on 1 prompt" in turned.out
     assert len(server.asked) == 10
     assert len(read(study.file).assignments) == 1  # so the report says it once
-    assert len(judges.judged_runs(load(study.run))) == 1
+    assert len(judges.judged_runs(load_runs(study.run))) == 1
     for words in (["--temperature", "0.5"], ["--reply-tokens", "99"], ["--seed", "0", "--prompts", "6"]):
         study.judge(*words)
     assert len(server.asked) == 30  # another temperature, another limit; the last asks nothing new
@@ -216,7 +217,7 @@ def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study,
     assert "1.00 [" in printed.row("tie")
     assert "1.00 [" in printed.row("flips")
     assert "1.00 [" in printed.row("flips to the first")
-    section = judges.section(load(study.run))
+    section = judges.section(load_runs(study.run))
     assert section is not None
     assert "100% of those asked flip with the order, 100% of these to the completion shown first." in section.opening
 
@@ -270,7 +271,7 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
     server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) in (2, 5)))
     printed = study.judge("--template", str(own))
     assert server.asked[0].body["messages"][0]["content"].startswith("question ")
-    made = table(judges.section(load(study.run)), "tiny")
+    made = table(judges.section(load_runs(study.run)), "tiny")
     found = rows(made)
     assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
     # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
@@ -292,13 +293,13 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     # by hand: one says 1 five times; two says 1 three times and -1 twice
     one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
     counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
-    found = rows(table(judges.section(load(study.run)), "Agreement of judges"))
+    found = rows(table(judges.section(load_runs(study.run)), "Agreement of judges"))
     assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
     assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}")
     assert "Agreement of judges" in printed.out
-    each = [rows(table(judges.section(load(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
+    each = [rows(table(judges.section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
     assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
 
 
@@ -310,13 +311,13 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
     shown = _rows(study)
     assert len(shown) == 6
     corrected = next(row.p for row in shown if row.judged.judge.model == "tiny" and row.category is None)
-    assert [row.p for row in shown] == pytest.approx(holm([row.tally.p for row in shown]))
+    assert [row.p for row in shown] == pytest.approx(correct_by_holm([row.tally.p for row in shown]))
     assert alone == pytest.approx(3 * 0.0625)  # five wins of five, in one row of three
     assert corrected > alone
 
 
 def _rows(study: Study) -> list[judges.Row]:
-    return judges.rows_of(judges.judged_runs(load(study.run)))
+    return judges.rows_of(judges.judged_runs(load_runs(study.run)))
 
 
 # Servers that behave badly
@@ -789,9 +790,9 @@ def test_options_that_are_refused(study: Study, server: Server, words: list[str]
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
     study.judge("--temperature", "none", "--reply-tokens", "none")
     assert {frozenset(asked.body) for asked in server.asked} == {frozenset({"model", "messages"})}
-    notes = table(judges.section(load(study.run)), "tiny")
+    notes = table(judges.section(load_runs(study.run)), "tiny")
     assert notes is not None
-    assert "its own temperature, replies as long as it likes" in page.text(load(study.run), "md")
+    assert "its own temperature, replies as long as it likes" in page.text(load_runs(study.run), "md")
     study.judge("--temperature", "none")
     assert server.asked[-1].body.keys() == {"model", "messages", "max_tokens"}
     assert len(server.asked) == 20
@@ -1004,9 +1005,9 @@ def test_the_papers_prompt() -> None:
 
 
 def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) -> None:
-    assert judges.section(load(study.run)) is None
+    assert judges.section(load_runs(study.run)) is None
     study.judge()
-    results = load(study.run)
+    results = load_runs(study.run)
     section = judges.section(results)
     assert section is not None
     row = rows(table(section, "tiny"))["mpo vs ppo"]
@@ -1026,7 +1027,7 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
 def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
     server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) < 4))
     study.judge()
-    section = judges.section(load(study.run))
+    section = judges.section(load_runs(study.run))
     assert section is not None
     assert "does not tell the two apart" in section.opening
     assert not re.search(r"\b(above|below) zero", section.opening)
@@ -1067,25 +1068,25 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
 ) -> None:
     study = Study(write_run(tmp_path), server, capsys)
     study.judge()
-    (evaluated,) = (arm.evaluation for arm in load(study.run).arms if arm.arm == "ppo")
+    (evaluated,) = (arm.evaluation for arm in load_runs(study.run).arms if arm.arm == "ppo")
     place = Path(str(evaluated)) / "completions.parquet"
     changed = read_table(place)
     for number in (2, 5):
         changed[number]["completion"] += "!"
     write_table(place, changed)
-    section = judges.section(load(study.run))
+    section = judges.section(load_runs(study.run))
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
     assert section is not None
     assert "2 prompts judged before completions changed are left out." in section.opening
-    assert "2 prompts left out, judged before completions changed" in page.text(load(study.run), "md")
+    assert "2 prompts left out, judged before completions changed" in page.text(load_runs(study.run), "md")
     assert study.judge().code == 0
     assert len(server.asked) == 14  # both orders of the two
-    section = judges.section(load(study.run))
+    section = judges.section(load_runs(study.run))
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
     assert "left out" not in section.opening
-    assert "before completions changed" not in page.text(load(study.run), "md")
+    assert "before completions changed" not in page.text(load_runs(study.run), "md")
 
 
 def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:
@@ -1095,9 +1096,9 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     )
     (other / "judge").mkdir()
     (other / FILE).write_bytes(study.file.read_bytes())
-    alone = judges.section(load(other))
+    alone = judges.section(load_runs(other))
     assert alone is not None
     assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
-    both = judges.section(load(study.run, other))
+    both = judges.section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
     assert set(read(study.file).assignments) == set(read(other / FILE).assignments)

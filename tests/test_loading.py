@@ -20,19 +20,13 @@ from mixpo.cli import main as cli
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.models import loading
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.folders import ModelFolder, generation_end_tokens, read_policy_folder
-from mixpo.models.language_model import branch_logprobs, branch_scores
-from mixpo.models.loading import (
-    Lora,
-    add_lora,
-    load_policy,
-    load_reward_model,
-    new_reward_model,
-    same_tokens,
-    save_model,
-)
+from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.saving import save_model
+from mixpo.models.tokenizers import tokenize_alike
 from mixpo.stages import pretrained
-from mixpo.stages.stage import model_in
+from mixpo.stages.stage import model_folder
 
 CPU = torch.device("cpu")
 Damage = Callable[[Path], None]
@@ -420,7 +414,7 @@ def test_a_lack_of_memory_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loading, "_plain", fail)
+    monkeypatch.setattr(loading, "compute_plain_outputs", fail)
     with pytest.raises(type(error)) as raised:
         load_policy(good, device=CPU)
     assert raised.value is error
@@ -534,7 +528,7 @@ def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
     (came / TOKENIZER).write_text(json.dumps(content))
     one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
     assert "<unk>" not in (one.pad_token, other.pad_token)
-    assert same_tokens(one, other) == same_tokens(other, one) == (not flags)
+    assert tokenize_alike(one, other) == tokenize_alike(other, one) == (not flags)
 
 
 def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(folder: Path) -> None:
@@ -564,10 +558,10 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
     model.to(dtype).save_pretrained(came)
     size = (came / TENSORS).stat().st_size
     lm = load_policy(came, device=CPU)
-    before = [weight.clone() for weight in lm.model.parameters()]
+    before = [weight.clone() for weight in lm.parameters()]
     save_model(lm, tmp_path / "saved")
-    assert {weight.dtype for weight in lm.model.parameters()} == {torch.float32}, "training goes on in float32"
-    assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters(), strict=True))
+    assert {weight.dtype for weight in lm.parameters()} == {torch.float32}, "training goes on in float32"
+    assert all(torch.equal(a, b) for a, b in zip(before, lm.parameters(), strict=True))
     assert tensor_types(tmp_path / "saved") == {dtype}
     assert (tmp_path / "saved" / TENSORS).stat().st_size == pytest.approx(size, rel=0.02)
     assert json.loads((tmp_path / "saved" / CONFIG).read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -580,7 +574,7 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
 def test_a_recipe_may_choose_the_type(good: Path, tmp_path: Path, asked: str) -> None:
     folder = Engine(tmp_path, Runtime(threads=1)).build(Pretrained(path=str(good), dtype=asked))
-    assert tensor_types(model_in(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
+    assert tensor_types(model_folder(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
     plain = Pretrained(path=str(good))
     assert (Engine(tmp_path, Runtime(threads=1)).folder(plain) == folder) == (asked == "auto")
 
@@ -591,11 +585,11 @@ def test_a_saved_bfloat16_reward_model_gives_its_scores_to_rounding(folder: Path
     batch = pack([[5, 6, 7]], [[[8, 9], [10, 11, lm.end_token]]])
     with torch.no_grad():
         lm.model.score.weight.mul_(30)
-        ours = branch_scores(lm, batch)
+        ours = lm(batch, "scores")
     save_model(lm, tmp_path / "saved")
     assert tensor_types(tmp_path / "saved") == {torch.bfloat16}
     with torch.no_grad():
-        again = branch_scores(load_reward_model(tmp_path / "saved", device=CPU), batch)
+        again = load_reward_model(tmp_path / "saved", device=CPU)(batch, "scores")
     torch.testing.assert_close(again, ours, rtol=0.02, atol=0.02)
 
 
@@ -629,7 +623,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
 
     lm = new_reward_model(came, seed=0, device=CPU)
     if lora:
-        add_lora(lm, Lora(rank=2))
+        add_lora(lm, LoraSettings(rank=2))
     with torch.no_grad():
         lm.model.score.weight.mul_(20)
         for name, weight in lm.model.named_parameters():
@@ -638,7 +632,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     end = lm.end_token
     prompts, completions = [[1, 9, 30, 31], [1, 40]], [[[50, 60, end], [70]], [[80, 81, 82, 83, end], [90, 91]]]
     with torch.no_grad():
-        ours = branch_scores(lm, pack(prompts, completions)).flatten()
+        ours = lm(pack(prompts, completions), "scores").flatten()
     save_model(lm, tmp_path / "saved")
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
@@ -654,7 +648,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     assert model.config.num_labels == 1
     policy = load_policy(came, device=CPU)
     again = load_reward_model(tmp_path / "saved", device=CPU)
-    assert same_tokens(again.tokenizer, policy.tokenizer)
+    assert tokenize_alike(again.tokenizer, policy.tokenizer)
     assert (
         again.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"]
         == (policy.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"])
@@ -673,5 +667,5 @@ def test_the_embedding_of_the_pad_token_learns(untied: Path) -> None:
     """Transformers' embeddings give their pad token no gradient, and here the pad token ends every turn."""
     lm = load_policy(untied, device=CPU)
     assert lm.model.config.pad_token_id == lm.end_token
-    branch_logprobs(lm, pack([[5, lm.end_token, 7]], [[[8, 9]]])).sum().backward()
+    lm(pack([[5, lm.end_token, 7]], [[[8, 9]]]), "logprobs").sum().backward()
     assert lm.model.get_input_embeddings().weight.grad[lm.end_token].abs().sum() > 0

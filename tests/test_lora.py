@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from mixpo.data.branches import pack
-from mixpo.models import loading
-from mixpo.models.language_model import LanguageModel, branch_predictions, branch_scores, hidden_states, learn
-from mixpo.models.loading import Lora, add_lora, freeze, load_policy, new_reward_model, save_model
+from mixpo.models import adapters
+from mixpo.models.adapters import LoraSettings, add_lora, freeze
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy, new_reward_model
 from mixpo.models.sampling import sample
-from mixpo.stages.stage import Stage, model_in
+from mixpo.models.saving import save_model
+from mixpo.stages.stage import Stage, model_folder
 from mixpo.training import checkpoint
 from mixpo.training.checkpoint import Checkpoint
-from mixpo.training.record import Metrics
+from mixpo.training.record import read_metrics
 from mixpo.training.runtime import Runtime
 from models import ARCHITECTURES
 from models import tiny as tiny_model
@@ -34,7 +36,7 @@ def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
     lm.precision = "bfloat16"
     if not adapted:
         return freeze(lm)
-    add_lora(lm, Lora(rank=2))
+    add_lora(lm, LoraSettings(rank=2))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, parameter in lm.model.named_parameters():
@@ -52,7 +54,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     """Bit for bit: autocast rounds a float32 matrix to the same bfloat16 one at every product."""
     narrow = in_bfloat16(name, adapted=adapted)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "_narrow_frozen", lambda lm: None)
+        patch.setattr(adapters, "cast_frozen_weights", lambda lm: None)
         wide = in_bfloat16(name, adapted=adapted)
     frozen = {key: p for key, p in narrow.model.named_parameters() if not p.requires_grad}
     assert {p.dtype for key, p in frozen.items() if "proj" in key and "weight" in key} <= {torch.bfloat16}
@@ -66,31 +68,30 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     batch = pack(PROMPTS, COMPLETIONS)
     found = []
     for lm in (narrow, wide):
-        learn(lm)
-        logprobs, entropies = branch_predictions(lm, batch)
+        lm.train()
+        logprobs, entropies = lm(batch, "logprobs", "entropies")
         if adapted:
             logprobs.sum().backward()
-        gradients = [p.grad for p in lm.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in lm.parameters() if p.grad is not None]
         assert bool(gradients) == adapted
         drawn = sample(lm, PROMPTS, k=2, max_tokens=6, seed=0)
-        found.append((logprobs, entropies, hidden_states(lm, batch), *gradients, drawn))
-    assert found[0][-1] == found[1][-1]
-    assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
+        found.append((logprobs, entropies, lm(batch, "states"), *gradients, drawn.tokens, drawn.logprobs))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
-    policy, batch = model_in(tiny.engine.build(tiny.policy)), pack(PROMPTS, COMPLETIONS)
+    policy, batch = model_folder(tiny.engine.build(tiny.policy)), pack(PROMPTS, COMPLETIONS)
     wide, narrow = (new_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
     freeze(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
     with torch.no_grad():
-        assert torch.equal(branch_scores(narrow, batch), branch_scores(wide, batch))
+        assert torch.equal(narrow(batch, "scores"), wide(batch, "scores"))
 
 
 def test_in_float32_nothing_is_narrowed() -> None:
     lm = freeze(tiny_model("llama"))
-    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in lm.model.parameters())
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in lm.parameters())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -99,22 +100,22 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     tiny: TinyWorld, tmp_path: Path, kind: str, precision: Any
 ) -> None:
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
-    source = model_in(tiny.engine.build(tiny.policy))
+    source = model_folder(tiny.engine.build(tiny.policy))
     if kind == "policy":
         lm = load_policy(source, device=CPU, precision=precision)
     else:
         lm = new_reward_model(source, seed=0, device=CPU, precision=precision)
-    add_lora(lm, Lora(rank=3, alpha=7.0))
+    add_lora(lm, LoraSettings(rank=3, alpha=7.0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in lm.model.parameters():
+        for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     batch, trained = pack(PROMPTS, COMPLETIONS), dict(lm.model.named_parameters())
     with torch.no_grad():
-        before = hidden_states(lm, batch)
+        before = lm(batch, "states")
         save_model(lm, tmp_path / "saved")
-        assert torch.equal(hidden_states(lm, batch), before), "and it can be trained further"
+        assert torch.equal(lm(batch, "states"), before), "and it can be trained further"
     base, saved = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == base.keys() | ({"score.weight"} if kind == "reward" else set())
     for name, weight in base.items():
@@ -143,11 +144,11 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[LanguageMode
     """Every model that got adapters, with its weights as they were then."""
     seen: list[tuple[LanguageModel, dict[str, torch.Tensor]]] = []
 
-    def adapting(lm: LanguageModel, lora: Lora) -> None:
+    def adapting(lm: LanguageModel, lora: LoraSettings) -> None:
         add_lora(lm, lora)
         seen.append((lm, {name: p.detach().clone() for name, p in lm.model.named_parameters()}))
 
-    for name in ("sft", "reward_model", "dpo", "ppo"):
+    for name in ("sft", "reward_model", "dpo", "ppo", "ppo_models"):
         monkeypatch.setattr(f"mixpo.stages.{name}.add_lora", adapting)
     return seen
 
@@ -182,8 +183,10 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     tensors = load_file(tmp_path / checkpoint.FILE)
     parts = checkpoint._insert_tensors(json.loads(tensors.pop("json").numpy().tobytes()), tensors)["parts"]
     kept = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
-    assert kept == {name for lm, _ in adapted for name, p in lm.model.named_parameters() if p.requires_grad}
-    start, end = (load_file(model_in(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path))
+    assert kept == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
+    start, end = (
+        load_file(model_folder(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path)
+    )
     moved = [name for name in start if not torch.equal(start[name], end[name])]
     assert moved
     assert all("proj" in name for name in moved), "embeddings and norms are as they were"
@@ -199,7 +202,7 @@ def test_the_loss_falls(tiny: TinyWorld, kind: str, least: float) -> None:
     out = tiny.run(
         stage_of(tiny, kind, epochs=8, learning_rate=0.01, **({"base": tiny.policy} if kind == "sft" else {}))
     )
-    losses = [row["loss"] for row in Metrics(out, resumed_at=10**6).rows()]
+    losses = [row["loss"] for row in read_metrics(out)]
     part = len(losses) // 8
     assert sum(losses[-part:]) < (1 - least) * sum(losses[:part])
 
@@ -207,11 +210,11 @@ def test_the_loss_falls(tiny: TinyWorld, kind: str, least: float) -> None:
 def test_dropout_acts_while_learning_alone() -> None:
     torch.manual_seed(0)
     lm, batch = tiny_model("llama"), pack(PROMPTS, COMPLETIONS)
-    add_lora(lm, Lora(rank=2, dropout=0.5))
-    for parameter in lm.model.parameters():
+    add_lora(lm, LoraSettings(rank=2, dropout=0.5))
+    for parameter in lm.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    learn(lm)
-    assert not torch.equal(branch_predictions(lm, batch)[0], branch_predictions(lm, batch)[0])
+    lm.train()
+    assert not torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
     lm.model.eval()
-    assert torch.equal(branch_predictions(lm, batch)[0], branch_predictions(lm, batch)[0])
+    assert torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))

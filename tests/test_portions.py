@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from mixpo.models.samplers import LocalSampler
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
-from mixpo.training import portions as portions_module
-from mixpo.training.portions import Portions
+from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
 from models import tiny as tiny_model
@@ -26,7 +26,7 @@ def squares(rows: list[int]) -> list[int]:
 
 def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
     done: list[int] = []
-    results = Portions(tmp_path, Cost()).compute("squares", ROWS, squares, advance=done.append)
+    results = ResumableWork(tmp_path, Cost()).compute("squares", ROWS, squares, advance=done.append)
     assert results == [0, 1, 4, 9, 16]
     assert done == [2, 1, 2]
 
@@ -34,7 +34,7 @@ def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ["", '{"name": "squares", "rows": [1], "resu', '{"name": "squares", "rows": [1]}'])
 def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) -> None:
     """The last line may be torn anywhere; the next run may cut the rows into other portions."""
-    first = Portions(tmp_path, cost := Cost())
+    first = ResumableWork(tmp_path, cost := Cost())
     cost.tokens_sampled = 7.0
     first.compute("squares", [[0, 3], [2]], squares)
     first.compute("cubes", [[1]], lambda rows: [row**3 for row in rows])
@@ -46,7 +46,7 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
         computed.extend(rows)
         return squares(rows)
 
-    again = Portions(tmp_path, cost := Cost())
+    again = ResumableWork(tmp_path, cost := Cost())
     assert cost.tokens_sampled == 7.0
     assert again.compute("squares", [[4, 0], [3, 2, 1]], work) == [0, 1, 4, 9, 16]
     assert computed == [4, 1]
@@ -63,9 +63,10 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
     for budget in (1, 10_000):
         folder = tmp_path / str(budget)
         folder.mkdir()
-        portions = Portions(folder, Cost())
-        rows = portions.draw(lm, prompts, k=1, max_tokens=8, token_budget=budget, seed=0)
-        drawn.append([tuple(row.completions[0]) for row in rows])
+        portions = ResumableWork(folder, Cost())
+        sampler = LocalSampler(cache_tokens=budget)
+        completions, _ = portions.sample(sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0)
+        drawn.append([tuple(branches[0]) for branches in completions])
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == len(prompts)
     assert len((tmp_path / "1" / "portions.jsonl").read_text().splitlines()) == len(prompts)
@@ -119,13 +120,13 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     stage = stages(tiny)[kind]()
     folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
     drawn: list[list[list[int]]] = []
-    original = portions_module.sample
+    original = LocalSampler.draw
 
-    def sampling(lm: Any, prompts: list[list[int]], **how: Any) -> Any:
+    def sampling(sampler: LocalSampler, prompts: list[list[int]], **how: Any) -> Any:
         drawn.append(prompts)
-        return original(lm, prompts, **how)
+        return original(sampler, prompts, **how)
 
-    monkeypatch.setattr(portions_module, "sample", sampling)
+    monkeypatch.setattr(LocalSampler, "draw", sampling)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -147,7 +148,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     kept = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
     drawn.clear()
     stage.work(stage.paths(folders), killed, SMALL)
-    assert drawn == unbroken[sum(line["name"] == "drawn" for line in kept) :], "only what is missing is drawn"
+    assert drawn == unbroken[sum(line["name"] == "sampled" for line in kept) :], "only what is missing is drawn"
     assert not (killed / "portions.jsonl").exists()
     for file in whole.glob("*.parquet"):
         assert read_table(file) == read_table(killed / file.name)

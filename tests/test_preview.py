@@ -14,7 +14,7 @@ from mixpo.cli import main as cli
 from mixpo.cli.data import show_preview
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
-from mixpo.experiments.preview import ends_of, preview, read_source, split_into_pieces
+from mixpo.experiments.preview import make_preview, read_source, shorten_pieces, split_into_pieces
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.run import run_stage
 from watching import Watching
@@ -87,7 +87,7 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
         "data.test": write(tmp_path / "test.jsonl", rows(range(5, 12))),
     }
     recipe = read_source(paths["data.train"], [f"data.test={paths['data.test']}", "max_completion_tokens=20"])
-    seen = preview(recipe)
+    seen = make_preview(recipe)
     assert seen.counts == {
         "rows": "26 read: 17 to train, 7 to test, 17 demonstrations",
         "bad": "2, of which 1 with equal sides",
@@ -103,18 +103,20 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
     assert "5 of 7 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in seen.facts
     assert "1 of the bad rows have two equal sides" in seen.facts
     assert [row.row for row in seen.bad] == [18, 19]
-    dropped = preview(recipe.model_copy(update={"data": recipe.data.model_copy(update={"shared_prompts": "drop"})}))
+    dropped = make_preview(
+        recipe.model_copy(update={"data": recipe.data.model_copy(update={"shared_prompts": "drop"})})
+    )
     assert dropped.counts["prompts in train and test"] == "0 of 7 test prompts"
     assert "5 rows left out, whose prompts are test prompts" in dropped.facts
     assert dropped.counts["rows"] == "26 read: 12 to train, 7 to test, 12 demonstrations"
 
 
 def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> None:
-    (world,) = preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
+    (world,) = make_preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
     assert world.kind == "preference"
     assert world.sides[1].text.endswith("<|end|>")
     path = write(tmp_path / "a.jsonl", [{"prompt": "How?", "completion": "So.", "score": 1}])
-    seen = preview(read_source(path))
+    seen = make_preview(read_source(path))
     assert [example.kind for example in seen.examples] == ["demonstration"]
     assert [side.text for side in seen.examples[0].sides] == ["How?", "So.<|end|>"]
     assert seen.facts == ["demonstrations read as demonstration: prompt, completion; ignored: score"]
@@ -132,7 +134,7 @@ def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys:
 
 def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
     hostile = {"chosen": "\x1b[2JSo.\u202e", "rejected": "[bold]No.[/bold]", "\x1b[31mred": 1}
-    seen = preview(read_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
+    seen = make_preview(read_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
     for color in (None, "256"):
         file = io.StringIO()
         show_preview(seen, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
@@ -175,9 +177,9 @@ def test_the_space_before_a_word_is_kept_by_tokenizers_whose_decoder_strips_it()
 def test_the_middle_of_a_long_side_is_left_out() -> None:
     tokenizer = build_tokenizer()
     pieces = split_into_pieces(tokenizer, tokenizer.encode("word " * 100))
-    shown = list(ends_of(pieces, 30))
+    shown = list(shorten_pieces(pieces, 30))
     assert shown == [*pieces[:20], len(pieces) - 30, *pieces[-10:]]
-    assert list(ends_of(pieces, len(pieces))) == pieces
+    assert list(shorten_pieces(pieces, len(pieces))) == pieces
 
 
 def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
     tokenizer.bos_token = "<|user|>"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
-    seen = preview(read_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model")))
+    seen = make_preview(read_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model")))
     assert seen.warnings == [
         f"{tmp_path}/model: found no config.json that names an architecture; expected a decoder-only language model in "
         "a Hugging Face folder",
@@ -198,14 +200,14 @@ def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path)
     path = write(
         tmp_path / "a.jsonl", [{**row, "prompt": [{"role": "user", "content": str(row["prompt"])}]} for row in given]
     )
-    facts = preview(read_source(path)).facts
+    facts = make_preview(read_source(path)).facts
     assert [line for line in facts if "names of control tokens" in line] == [
         "1 of 6 prompts hold names of control tokens, such as '<|user|>', which stay text; "
         "data.special_tokens=parse takes them as control tokens",
         "3 of 12 completions hold names of control tokens, such as '<|end|>', which stay text",
     ]
     path = write(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2)
-    (line,) = [line for line in preview(read_source(path)).facts if "names of control tokens" in line]
+    (line,) = [line for line in make_preview(read_source(path)).facts if "names of control tokens" in line]
     assert line.startswith("2 of 2 completions hold")
 
 
@@ -213,7 +215,7 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(range(4)))
     assert read_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
-        preview(read_source(path, ["data.format=tldr"]))
+        make_preview(read_source(path, ["data.format=tldr"]))
 
 
 @pytest.mark.parametrize("given", ["''", "['a.jsonl', '']"])

@@ -10,9 +10,9 @@ import pytest
 
 import mixpo
 from mixpo.data.errors import InputError
-from mixpo.experiments.plan import plan
+from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.run import run
+from mixpo.experiments.run import run_recipe
 from mixpo.stages.engine import Engine
 from mixpo.stages.pretrained import Pretrained
 from mixpo.training.runtime import Runtime
@@ -47,7 +47,7 @@ def tiny(cache: Path, out: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("received")
-    run(tiny(home / "cache", home / "run"), Watching())
+    run_recipe(tiny(home / "cache", home / "run"), Watching())
     return home / "cache"
 
 
@@ -58,19 +58,19 @@ def plant(folders: list[Path], marker: Path) -> None:
 
 
 def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: Path) -> None:
-    """In complete stages, and in those that would be computed, by `plan` and by `run`."""
+    """In complete stages, and in those that would be computed, by `plan_stages` and by `run`."""
     marker, mine = tmp_path / "it ran", tmp_path / "cache"
     shutil.copytree(cache, mine)
     folders = [summary.parent for summary in mine.rglob("summary.json")]
     assert len(folders) > 4
     plant(folders, marker)
     recipe = tiny(mine, tmp_path / "run")
-    assert all(line.done for _, lines in plan(recipe) for line in lines)
-    assert run(recipe, Watching()).computed == 0
+    assert all(line.done for _, lines in plan_stages(recipe) for line in lines)
+    assert run_recipe(recipe, Watching()).computed == 0
     for folder in folders:
         (folder / "summary.json").unlink()
-    assert not any(line.done for _, lines in plan(recipe) for line in lines)
-    found = run(recipe, Watching())  # a checkpoint that is none ends the stage that would go on from it
+    assert not any(line.done for _, lines in plan_stages(recipe) for line in lines)
+    found = run_recipe(recipe, Watching())  # a checkpoint that is none ends the stage that would go on from it
     assert found.arms[0].status == "failed"
     assert not marker.exists()
     pickle.loads(pickle.dumps(Runs(marker)))

@@ -9,9 +9,9 @@ import pytest
 
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
-from mixpo.experiments.plan import plan
+from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import LARGEST, Recipe, _sections, read_recipe
-from mixpo.models.loading import Lora
+from mixpo.models.adapters import LoraSettings
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -41,7 +41,7 @@ def test_a_key_in_the_environment_is_in_nothing_that_is_written(
     template = "${{ messages[0].content }}${ x }"
     recipe = read_recipe("world", [f"model.chat_template='{template}'", f"cache={tmp_path / 'cache'}"])
     assert recipe.model.chat_template == template
-    assert plan(recipe)
+    assert plan_stages(recipe)
     words = ["mixpo", "run", "-q", "name=${oc.env:OPENAI_API_KEY}", f"out={tmp_path / 'run'}"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
@@ -129,7 +129,7 @@ def test_an_override_lies_over_what_the_recipe_gives(tmp_path: Path) -> None:
 
 def numbers() -> list[tuple[str, bool]]:
     """The dotted key of every setting that is a number, or several, and whether it is whole."""
-    groups = {"": Recipe, "ppo.lora.": Lora} | {f"{name}.": section for name, section in _sections().items()}
+    groups = {"": Recipe, "ppo.lora.": LoraSettings} | {f"{name}.": section for name, section in _sections().items()}
     kinds = {
         before + key: str(one.annotation) for before, group in groups.items() for key, one in group.model_fields.items()
     }
@@ -233,7 +233,7 @@ def test_what_may_be_a_data_set_is_looked_for_later() -> None:
 
 def test_a_shared_lora_is_every_sections_but_where_one_has_its_own() -> None:
     recipe = read_recipe("world", ["lora.rank=4", "ppo.lora=null"])
-    assert recipe.sft.lora == recipe.dpo.lora == Lora(rank=4)
+    assert recipe.sft.lora == recipe.dpo.lora == LoraSettings(rank=4)
     assert recipe.ppo.lora is None
     assert Recipe(**recipe.resolved()) == recipe.changed({})
 

@@ -16,7 +16,7 @@ import pytest
 from markupsafe import escape
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.results import Results, load
+from mixpo.experiments.results import Results, load_runs
 from mixpo.report.arms import main_table
 from mixpo.report.page import document, numbers, text, write_page
 from mixpo.report.render import html, markdown
@@ -85,7 +85,7 @@ def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
 def test_page_needs_no_network(page: str) -> None:
     loads = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', page.replace(str(escape(HOSTILE)), ""))
     assert loads
-    assert all(load.startswith(("#", "data:text/csv")) for load in loads), loads
+    assert all(load_runs.startswith(("#", "data:text/csv")) for load_runs in loads), loads
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
 
@@ -102,7 +102,7 @@ def test_completions_prompts_reasons_and_recipe_are_text(whole: Results, page: s
 
 
 def test_page_is_the_same_twice(whole: Results, page: str) -> None:
-    again = load(whole.runs[0].folder)
+    again = load_runs(whole.runs[0].folder)
     assert text(again, "html") == page
 
 
@@ -216,23 +216,23 @@ def test_numbers_of_a_failed_seed_are_empty(tmp_path: Path) -> None:
 
 def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"found no results\.json"):
-        load(tmp_path)
+        load_runs(tmp_path)
     (tmp_path / "results.json").write_text('{"format": -1}', encoding="utf8")
     with pytest.raises(InputError, match="format -1"):
-        load(tmp_path)
+        load_runs(tmp_path)
 
 
 def test_load_refuses_a_run_whose_stages_were_deleted(tmp_path: Path) -> None:
     folder = Writer(tmp_path / "run").run(plain(CLEAR))
     (tmp_path / "cache" / "PPO-0all" / "summary.json").unlink()
     with pytest.raises(InputError, match=r"PPO-0all: found no finished stage there"):
-        load(folder)
+        load_runs(folder)
 
 
 def test_load_refuses_a_run_twice(tmp_path: Path) -> None:
     folder = Writer(tmp_path / "run").run(plain(CLEAR))
     with pytest.raises(InputError, match="found this run twice"):
-        load(folder, tmp_path / "x" / ".." / "run")
+        load_runs(folder, tmp_path / "x" / ".." / "run")
 
 
 ASKED = [[{"role": "user", "content": f"question {number}"}] for number in range(6)]
@@ -250,7 +250,7 @@ def test_load_refuses_other_test_prompts(tmp_path: Path, asked: list[Any], diffe
     fewer = {name: values[: len(asked)] for name, values in CLEAR.items()}
     other = Writer(tmp_path / "other", name="b", cache="others", prompts=asked).run(plain(fewer))
     with pytest.raises(InputError, match=f"other, sft at seed 0: found {difference}"):
-        load(one, other)
+        load_runs(one, other)
 
 
 def test_load_refuses_other_test_prompts_within_a_run(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     one = Writer(tmp_path / "one", name="a").run(plain(CLEAR, seeds=(0, 1)))
     better = {**CLEAR, "mpo": shifted([3.0] * 6)}
     two = Writer(tmp_path / "two", name="b", cache="others").run([*plain(better), FAILED])
-    results = load(one, two)
+    results = load_runs(one, two)
     assert results.names == ["a: sft", "a: ppo", "a: mpo", "b: sft", "b: ppo", "b: mpo", "b: dpo-base"]
     made = document(results)
     assert made.title == "a, b"
@@ -293,15 +293,15 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
 
 def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     one, two, three = (Writer(tmp_path / place).run(plain({"sft": SFT_SCORES})) for place in ("a/x", "a/y", "b/x"))
-    assert load(one, two).names == ["x: sft", "y: sft"]
-    assert load(one, three).names == [f"{one}: sft", f"{three}: sft"]
+    assert load_runs(one, two).names == ["x: sft", "y: sft"]
+    assert load_runs(one, three).names == [f"{one}: sft", f"{three}: sft"]
 
 
 def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None:
     arms = [Arm(arm.name, {0: world(arm.done[0])}) for arm in plain(CLEAR)]
     one = Writer(tmp_path / "one", name="a", world=True).run(arms)
     two = Writer(tmp_path / "two", name="b", world=True, cache="others", reward="other").run(arms)
-    results = load(one, two)
+    results = load_runs(one, two)
     opening = document(results).sections[0].opening
     assert "reward was given by other models and is not compared; true r* 0.00, of values all alike" in opening
     assert "Of all arms" not in opening
@@ -319,10 +319,10 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     for broken in (whole[: len(whole) // 2], b""):
         place.write_bytes(broken)
         with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
-            document(load(folder))
+            document(load_runs(folder))
     place.unlink()
     with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
-        document(load(folder))
+        document(load_runs(folder))
     Writer(tmp_path / "run").run(plain({**CLEAR, "mpo": [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]}))
     with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: row 2: found score nan"):
-        document(load(folder))
+        document(load_runs(folder))

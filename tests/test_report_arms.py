@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
-from mixpo.experiments.results import load
+from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.experiments.results import load_runs
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import differences, estimated, sign, verdict
 from report_runs import SFT_SCORES, Arm, Writer, figure_rows, plain, rows, scores, shifted, table
@@ -192,7 +192,7 @@ def test_mpo_with_more_easy_pairs_is_the_papers_weaker_split(
     point = Arm("mpo", {0: scores(SFT_SCORES)}, changes=changes)
     run = Writer(tmp_path / "run", recipe={"selection": own}).run([*plain(CLEAR), point])
     other = Writer(tmp_path / "other", name="other", cache="others").run(plain(CLEAR))
-    results = load(other, run) if several else load(run)
+    results = load_runs(other, run) if several else load_runs(run)
     name = results.names[-1]
     assert (arms.role(results, name) == "mpo at a weaker split") == weaker
     assert (rows(arms.main_table(results))[name][-2:] == ["2.22", "3.569"]) == weaker

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixpo.algorithms.statistics import crossed_interval
-from mixpo.experiments.results import load
+from mixpo.algorithms.intervals import crossed_interval
+from mixpo.experiments.results import load_runs
 from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation
 from mixpo.report.document import Section
@@ -115,7 +115,7 @@ def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) 
 def test_equal_kl_within_each_of_two_runs(tmp_path: Path) -> None:
     one = Writer(tmp_path / "one", name="a").run([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=2.5)})])
     two = Writer(tmp_path / "two", name="b", cache="c").run([*ppo_curve(), Arm("mpo", {0: around(1.0, kl=2.5)})])
-    found = rows(table(distance.section(load(one, two)), "At equal KL, by PPO's sweep"))
+    found = rows(table(distance.section(load_runs(one, two)), "At equal KL, by PPO's sweep"))
     assert {name: row[5] for name, row in found.items()} == {
         "a: mpo − a: ppo": "0.20 [0.20, 0.20]",
         "b: mpo − b: ppo": "-0.80 [-0.80, -0.80]",
@@ -266,7 +266,7 @@ def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
     for name, base in (("a", 0.0), ("b", 5.0)):
         arms = [Arm("sft", {0: around(base, true_reward=0.0)}), Arm("ppo", {0: around(7.0, true_reward=0.5)})]
         folders.append(Writer(tmp_path / name, name=name, cache=f"{name}-cache").run(arms))
-    found = {row[0]: row[1] for row in figure_rows(overoptimisation.section(load(*folders)), "gains")}
+    found = {row[0]: row[1] for row in figure_rows(overoptimisation.section(load_runs(*folders)), "gains")}
     assert found == pytest.approx({"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0})
 
 

@@ -11,7 +11,7 @@ import scipy.stats
 from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.data.world import true_reward
-from mixpo.experiments.results import load
+from mixpo.experiments.results import load_runs
 from mixpo.report import noise, reward_model, selection, theorem, training
 from report_runs import (
     MARGINS,
@@ -179,7 +179,7 @@ def test_runs_that_share_samples_have_selections_of_their_own(tmp_path: Path) ->
     (tmp_path / "cache" / "Selection-0").rename(tmp_path / "cache" / "Selection-other")
     (two / "results.json").write_text(results.replace("Selection-0", "Selection-other"))
     Writer(tmp_path / "one", name="a").run(plain({"mpo": SFT_SCORES}))
-    section = selection.section(load(one, two))
+    section = selection.section(load_runs(one, two))
     assert [row[0] for row in table(section).rows] == ["a, seed 0", "b, seed 0"]
 
 
@@ -466,7 +466,7 @@ def test_selections_of_seeds_are_told_as_ranges_and_drawn_together(tmp_path: Pat
     writer.run(plain(ARMS, seeds=(0, 1)))
     file = tmp_path / "cache" / "Selection-1" / "summary.json"
     file.write_text(file.read_text().replace('"easy": 30', '"easy": 21').replace('"threshold": 2.0', '"threshold": 1'))
-    section = selection.section(load(tmp_path / "run"))
+    section = selection.section(load_runs(tmp_path / "run"))
     assert section is not None
     assert section.opening.startswith(
         "Of 70 pairs sampled from SFT at each of 2 seeds, 21 to 30 (30% to 43%) have a gap above 1 to 2 and are easy; "

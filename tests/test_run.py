@@ -14,12 +14,12 @@ import pytest
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
-from mixpo.experiments.expressions import arm_runs, gradients_runs
+from mixpo.experiments.expressions import expand_arms, expand_gradients
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.results import completions, evaluation, load
-from mixpo.experiments.run import run
+from mixpo.experiments.results import load_runs, read_completions, read_evaluation
+from mixpo.experiments.run import run_recipe
 from mixpo.experiments.setup import Setup
-from mixpo.stages.engine import in_order
+from mixpo.stages.engine import sort_topologically
 from mixpo.stages.stage import Snapshot
 from watching import Watching
 
@@ -62,12 +62,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_arm_is_done_and_evaluated(home: Path) -> None:
-    results = load(home / "run")
+    results = load_runs(home / "run")
     assert results.names == ["sft", "best-of-n", "dpo-base", "dpo", "ppo", "mpo", "ppo ppo.kl_coef=0.03"]
     for arm in results.arms:
         assert arm.status == "done"
-        assert len(completions(arm)) == 64
-        assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= evaluation(arm).keys()
+        assert len(read_completions(arm)) == 64
+        assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= read_evaluation(arm).keys()
         assert (arm.model is None) == (arm.arm == "best-of-n")
     (mpo,) = results.of("mpo")
     assert len(mpo.trace) == 2
@@ -90,12 +90,12 @@ def test_every_arm_is_done_and_evaluated(home: Path) -> None:
 
 
 def test_dpo_ppo_and_mpo_score_above_sft(home: Path) -> None:
-    score = {arm.name: evaluation(arm)["score"]["mean"] for arm in load(home / "run").arms}
+    score = {arm.name: read_evaluation(arm)["score"]["mean"] for arm in load_runs(home / "run").arms}
     assert min(score["dpo"], score["ppo"], score["mpo"]) > score["sft"]
 
 
 def test_mpo_is_ppo_on_hard_prompts_from_and_anchored_to_dpo_on_easy_pairs(home: Path) -> None:
-    mpo = next(arm for arm in load(home / "run").arms if arm.arm == "mpo")
+    mpo = next(arm for arm in load_runs(home / "run").arms if arm.arm == "mpo")
     folder = next(folder for key, folder in mpo.stages.items() if key.startswith("PPO-"))
     stage = json.loads((Path(folder) / "settings.json").read_text())
     assert stage["policy"] == stage["reference"]
@@ -129,7 +129,7 @@ def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) ->
     content["arms"][0]["stages"]["SFT-0"] = str(tmp_path / "gone")
     (tmp_path / "results.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="gone: found no finished stage there"):
-        load(tmp_path)
+        load_runs(tmp_path)
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -144,8 +144,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_report_in_every_form(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = str(home / "run")
-    results = load(home / "run")
-    expected = {arm.name: evaluation(arm)["score"]["mean"] for arm in results.arms}
+    results = load_runs(home / "run")
+    expected = {arm.name: read_evaluation(arm)["score"]["mean"] for arm in results.arms}
     rows = list(csv.DictReader(io.StringIO(said(capsys, "report", folder, "--format", "csv"))))
     assert {row["arm"]: float(row["score"]) for row in rows if row["seed"] == "all"} == pytest.approx(expected)
     content = json.loads(said(capsys, "report", folder, "--format", "json"))
@@ -163,7 +163,7 @@ def test_compare_prints_runs_side_by_side(home: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_second_run_computes_nothing(home: Path) -> None:
-    result = run(recipe(home), Watching())
+    result = run_recipe(recipe(home), Watching())
     assert result.computed == 0
     assert result.found > 10
 
@@ -171,7 +171,7 @@ def test_a_second_run_computes_nothing(home: Path) -> None:
 def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
     watching = Watching()
-    run(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), watching)
+    run_recipe(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), watching)
     assert sorted(watching.begun) == [
         "Evaluation for mpo",
         "Evaluation for mpo",
@@ -186,7 +186,7 @@ def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Pa
 def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
     watching = Watching()
-    result = run(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), watching)
+    result = run_recipe(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), watching)
     failed = {arm.name for arm in result.arms if arm.status == "failed"}
     assert failed == {"ppo", "mpo", "ppo ppo.kl_coef=0.03"}
     assert {arm.name for arm in result.arms} - failed == {"sft", "best-of-n", "dpo-base", "dpo"}
@@ -200,7 +200,7 @@ def test_a_run_of_which_nothing_is_left_says_why(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    run(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), Watching())
+    run_recipe(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), Watching())
     assert [link.name for link in (tmp_path / "run" / "models").iterdir()] == ["ppo-0"]
     words = [*SMALL, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0", "ppo.max_kl=1e-6"]
     words += [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
@@ -249,7 +249,7 @@ def test_grouped_arms_sample_as_many_completions_as_ppo() -> None:
 
 
 def names(*overrides: str) -> list[str]:
-    return [run.name for run in arm_runs(read_recipe("world", list(overrides)))]
+    return [run_recipe.name for run_recipe in expand_arms(read_recipe("world", list(overrides)))]
 
 
 def test_a_sweep_is_every_combination_at_which_an_arm_differs() -> None:
@@ -278,8 +278,8 @@ def test_sweeps_of_some_arms_and_nested_keys() -> None:
 
 def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
     overrides = ["arms=[sft,dpo-base,ppo,mpo]", "sweep={selection.threshold: [0.5, 1.0], ppo.kl_coef: [0.05, 0.4]}"]
-    runs = arm_runs(read_recipe("world", overrides))
-    stages = {stage for run in runs for stage in in_order(run.evaluation)}
+    runs = expand_arms(read_recipe("world", overrides))
+    stages = {stage for run_recipe in runs for stage in sort_topologically(run_recipe.evaluation)}
     counted = Counter(type(stage).__name__ for stage in stages)
     assert counted == {
         "Pretrained": 1,
@@ -311,15 +311,15 @@ def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it(
     assert r.second_reward is not None
     assert (r.second_reward.pairs, r.reward.pairs) == (r.data.second_pairs, r.data.train_pairs)
     mpo = ARMS["mpo"](r)
-    assert r.second_reward not in set(in_order(mpo))
+    assert r.second_reward not in set(sort_topologically(mpo))
     grouped = [ARMS["mpo-rloo"](Setup(read_recipe("world", words), 0)) for words in ([], ["ppo.gae_lambda=0.5"])]
     assert grouped[0] == grouped[1]
     assert r.evaluation(mpo).second == r.second_reward
 
 
 def test_traced_arms_are_evaluated_from_their_start_on() -> None:
-    runs = arm_runs(read_recipe("world", ["arms=[ppo,mpo,dpo]", "trace={arms: [mpo], snapshots: 2}"]))
-    by_name = {run.name: run for run in runs}
+    runs = expand_arms(read_recipe("world", ["arms=[ppo,mpo,dpo]", "trace={arms: [mpo], snapshots: 2}"]))
+    by_name = {run_recipe.name: run_recipe for run_recipe in runs}
     mpo = by_name["mpo"].evaluation.policy
     assert mpo.snapshots == 2
     assert [one.policy for one in by_name["mpo"].trace] == [
@@ -330,16 +330,16 @@ def test_traced_arms_are_evaluated_from_their_start_on() -> None:
     assert by_name["ppo"].trace == ()
     assert by_name["ppo"].evaluation.policy.snapshots == 0
     with pytest.raises(InputError, match=r"trace.arms: found 'dpo', which ends with DPO; expected one with PPO"):
-        arm_runs(read_recipe("world", ["arms=[dpo]", "trace.arms=[dpo]"]))
+        expand_arms(read_recipe("world", ["arms=[dpo]", "trace.arms=[dpo]"]))
     with pytest.raises(InputError, match=r"trace.arms: found 'ppo', which is not among the arms"):
-        arm_runs(read_recipe("world", ["arms=[dpo]", "trace.arms=[ppo]"]))
+        expand_arms(read_recipe("world", ["arms=[dpo]", "trace.arms=[ppo]"]))
 
 
 def test_gradients_are_measured_on_both_parts_of_each_dpo_model() -> None:
-    assert gradients_runs(read_recipe("world")) == []
-    runs = gradients_runs(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
+    assert expand_gradients(read_recipe("world")) == []
+    runs = expand_gradients(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
     r = Setup(read_recipe("world"), 3)
-    assert [(run.arm, run.part, run.seed) for run in runs] == [
+    assert [(run_recipe.arm, run_recipe.part, run_recipe.seed) for run_recipe in runs] == [
         (arm, part, 3) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
     ]
     assert runs[0].stage.policy == ARMS["dpo-easy"](r)
@@ -379,13 +379,13 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
 )
 def test_bad_sweeps_are_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=re.escape(expected)):
-        arm_runs(read_recipe("world", [override]))
+        expand_arms(read_recipe("world", [override]))
 
 
 def test_no_sweep_at_all(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: world\nname: mine\narms: [ppo]\nsweep: {ppo.kl_coef: [0.3]}\n")
     swept = read_recipe(str(tmp_path / "mine.yaml"))
-    assert [run.name for run in arm_runs(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
+    assert [run_recipe.name for run_recipe in expand_arms(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
     assert read_recipe(str(tmp_path / "mine.yaml"), ["sweep=null"]).sweep == ()
 
 
@@ -399,8 +399,8 @@ def test_sweeping_a_preset_takes_its_constants_along() -> None:
 
 def test_sweeping_a_key_below_a_section_that_is_not_there() -> None:
     (rank,) = {
-        run.evaluation.policy.lora.rank
-        for run in arm_runs(read_recipe("world", ["arms=[ppo]"]).changed({"ppo.lora.rank": 4}))
+        run_recipe.evaluation.policy.lora.rank
+        for run_recipe in expand_arms(read_recipe("world", ["arms=[ppo]"]).changed({"ppo.lora.rank": 4}))
     }
     assert rank == 4
 

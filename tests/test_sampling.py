@@ -17,7 +17,7 @@ from mixpo.data.errors import InputError
 from mixpo.models import sampling
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import BLOCK, count_noise, draw_tokens, exponential_noise, noise_keys, sample, truncate
-from models import END, VOCABULARY, plain_logprobs, tiny
+from models import END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 DRAWS = 40_000
@@ -209,7 +209,7 @@ def test_a_completion_depends_on_nothing_but_its_seed_prompt_and_branch() -> Non
     lm = tiny("llama")
 
     def completions(prompts: list[list[int]], *, k: int = 2, max_tokens: int = 12, seed: int = 3, **how: int) -> list:
-        return [row.completions for row in sample(lm, prompts, k=k, max_tokens=max_tokens, seed=seed, **how)]
+        return sample(lm, prompts, k=k, max_tokens=max_tokens, seed=seed, **how).to_lists()
 
     together = completions(PROMPTS)
     assert completions(PROMPTS, token_budget=1) == together
@@ -243,7 +243,7 @@ def test_threads_change_no_token() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            drawn.append([row.completions for row in sample(lm, PROMPTS, k=4, max_tokens=20, seed=0)])
+            drawn.append(sample(lm, PROMPTS, k=4, max_tokens=20, seed=0).to_lists())
     finally:
         torch.set_num_threads(threads)
     assert drawn[0] == drawn[1]
@@ -252,7 +252,7 @@ def test_threads_change_no_token() -> None:
 def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
     lm = tiny("llama")
     drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
-    counts = torch.bincount(torch.tensor([c[0] for c in drawn[0].completions]), minlength=VOCABULARY).double()
+    counts = torch.bincount(drawn.tokens[0, :, 0], minlength=VOCABULARY).double()
     with torch.no_grad():
         expected = 4000 * lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
     common = expected > 5
@@ -267,8 +267,8 @@ def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
     """So sharp that nothing but the most probable token is left."""
     lm = tiny("llama")
     drawn = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
-    for prompt, row in zip(PROMPTS, drawn, strict=True):
-        for completion in row.completions:
+    for prompt, completions in zip(PROMPTS, drawn.to_lists(), strict=True):
+        for completion in completions:
             for place, token in enumerate(completion):
                 with torch.no_grad():
                     logits = lm.model(input_ids=torch.tensor([[*prompt, *completion[:place]]])).logits[0, -1]
@@ -291,7 +291,7 @@ def test_truncation() -> None:
 def test_first_tokens_are_drawn_from_the_truncated_distribution(settings: dict[str, float]) -> None:
     lm = tiny("llama")
     drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6, **settings)
-    tokens = [completion[0] for completion in drawn[0].completions]
+    tokens = drawn.tokens[0, :, 0].tolist()
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().numpy()
     probabilities = np.exp(logits / settings.get("temperature", 1.0))
@@ -302,7 +302,7 @@ def test_first_tokens_are_drawn_from_the_truncated_distribution(settings: dict[s
     assert set(tokens) <= set(kept.tolist())
     assert agrees(np.bincount(tokens, minlength=VOCABULARY)[kept], probabilities[kept])
     own = torch.tensor(logits).log_softmax(-1)[tokens].float()
-    torch.testing.assert_close(torch.tensor([x[0] for x in drawn[0].logprobs]), own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn.logprobs[0, :, 0], own, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5}, {"top_k": 1}], ids=str)
@@ -314,7 +314,8 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
     head = lm.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     head.bias.data[60:] = {"some": 0.0, "nearly all": 8.0, "all that float32 holds": 200.0}[share]
-    for prompt, row in zip(PROMPTS, sample(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings), strict=True):
+    drawn = rows_of_sample(sample(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
+    for prompt, row in zip(PROMPTS, drawn, strict=True):
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             assert not set(completion) & set(lm.unused_tokens)
             with torch.no_grad():
@@ -323,7 +324,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
 
 
 def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> None:
-    from mixpo.models.loading import new_world_model
+    from mixpo.models.sources import new_world_model
 
     model, tokenizer = new_world_model(0)
     size = len(tokenizer)
@@ -333,16 +334,19 @@ def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> N
     lm = load_policy(tmp_path, device=torch.device("cpu"))
     assert lm.unused_tokens == tuple(range(size, size + 30))
     drawn = sample(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
-    assert max(max(completion) for completion in drawn[0].completions) < size
+    assert int(drawn.tokens.max()) < size
 
 
 def test_every_end_token_ends_a_completion() -> None:
     lm = tiny("llama")
     lm.end_tokens = frozenset({END, 17, 60})
-    drawn = [c for row in sample(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0) for c in row.completions]
+    sampled = sample(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0)
+    drawn = [completion for completions in sampled.to_lists() for completion in completions]
     assert {c[-1] for c in drawn if len(c) < 12} == lm.end_tokens
     assert not any(set(completion[:-1]) & lm.end_tokens for completion in drawn)
     assert all(lm.has_ended(completion) or len(completion) == 12 for completion in drawn)
+    assert sampled.ended.flatten().tolist() == [lm.has_ended(completion) for completion in drawn]
+    assert not sampled.ended.all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -3,7 +3,6 @@
 And where a setting must not act, as the runtime's, the same numbers come out to rounding.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import _sections
-from mixpo.models.loading import load_policy, model_digest
+from mixpo.models.digests import model_digest
+from mixpo.models.loading import load_policy
+from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
-from mixpo.stages import ppo as ppo_module
 from mixpo.stages.engine import read_summary
-from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.ppo import count_updates
+from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table
-from mixpo.stages.stage import Stage, model_in
-from mixpo.training.record import Metrics
-from mixpo.training.step import Diverged, OptimizerSettings, learning_rate
-from mixpo.training.supervised import SupervisedSettings, batch_rows, steps_of
-from models import plain_logprobs
+from mixpo.stages.stage import Stage, model_folder
+from mixpo.training.record import read_metrics
+from mixpo.training.step import Diverged, OptimizerSettings, scheduled_learning_rate
+from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch
+from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
 CPU = torch.device("cpu")
@@ -202,10 +203,10 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
     except (InputError, Diverged, ValueError) as error:
         return str(error)
     rows = {file.name: read_table(file) for file in out.glob("*.parquet")}
-    lines = [{k: v for k, v in row.items() if k not in TIMES} for row in Metrics(out, resumed_at=10**6).rows()]
+    lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
     samples = out / "samples.jsonl"
     drawn = samples.read_text() if samples.exists() else ""
-    return rows, lines, drawn, model_digest(model_in(out)) if model_in(out).exists() else None
+    return rows, lines, drawn, model_digest(model_folder(out)) if model_folder(out).exists() else None
 
 
 OUTCOMES: dict[str, Any] = {}
@@ -240,7 +241,7 @@ def test_the_same_settings_give_the_same(tiny: TinyWorld, section: str) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return Metrics(folder, resumed_at=10**6).rows()
+    return read_metrics(folder)
 
 
 RUNTIMES = {
@@ -255,20 +256,17 @@ RUNTIMES = {
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "samples", "evaluation"])
 def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Completions are drawn once, by the first run, since rounding may draw others; all runs read the same ones."""
-    drawn: dict[Any, Any] = {}
+    drawn: dict[Any, Row] = {}
+    draw = LocalSampler.draw
 
-    def once(sample: Callable[..., Any]) -> Callable[..., Any]:
-        def sampling(lm: Any, prompts: Any, **how: Any) -> Any:
-            missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in drawn]
-            if missing:
-                for prompt, completions in zip(missing, sample(lm, missing, **how), strict=True):
-                    drawn[how["seed"], *prompt] = completions
-            return [drawn[how["seed"], *prompt] for prompt in prompts]
+    def draw_once(sampler: LocalSampler, prompts: Any, **how: Any) -> Any:
+        missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in drawn]
+        if missing:
+            for prompt, row in zip(missing, rows_of_sample(draw(sampler, missing, **how)), strict=True):
+                drawn[how["seed"], *prompt] = row
+        return sample_of_rows([drawn[how["seed"], *prompt] for prompt in prompts], sampler.policy.end_tokens)
 
-        return sampling
-
-    for module in ("stages.ppo", "stages.dpo", "training.portions"):
-        monkeypatch.setattr(f"mixpo.{module}.sample", once(importlib.import_module(f"mixpo.{module}").sample))
+    monkeypatch.setattr(LocalSampler, "draw", draw_once)
     settings = {"evaluation": {}, "samples": {}}.get(kind, {"epochs": 2})
     runs = [tiny.run(getattr(tiny, kind)(**settings))]
     runs += [tiny.run(getattr(tiny, kind)(**settings), TINY_RUNTIME.model_copy(update=u)) for u in RUNTIMES.values()]
@@ -292,7 +290,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     policy, reference = (tiny.policy, tiny.tuned) if reverse else (tiny.tuned, tiny.policy)
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
-    models = [load_policy(model_in(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
+    models = [load_policy(model_folder(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
     pairs = read_pairs(part.path_in(tiny.engine.build(part.stage)), models[0], max_completion_tokens=TINY_LIMIT)
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
@@ -319,7 +317,9 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
 def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
     """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
-    assert [learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+    assert [scheduled_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
+        expected, abs=1e-6
+    )
     steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}
     rows = metrics(tiny.run(tiny.dpo(**steps, batch_size=16, epochs=6)))
     assert [1e3 * row["learning_rate"] for row in rows] == pytest.approx(expected, abs=1e-6)
@@ -336,7 +336,7 @@ def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> Non
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
     settings = SupervisedSettings(learning_rate=1.0, batch_size=4, epochs=3)
-    steps = [batch_rows(step, 10, settings, 0) for step in range(steps_of(10, settings))]
+    steps = [select_batch(step, 10, settings, 0) for step in range(count_steps(10, settings))]
     assert [len(rows) for rows in steps] == 3 * [4, 4, 2]
     epochs = [[row for rows in steps[first : first + 3] for row in rows] for first in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == 3 * [[*range(10)]]
@@ -361,7 +361,7 @@ def test_sft_counts_as_read_where_its_kl_is_held(tiny: TinyWorld) -> None:
 def test_optimizer_steps_of_iterations(
     prompts: int, iterations: int, settings: dict[str, int], expected: list[int]
 ) -> None:
-    assert ppo_module._count_updates(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
+    assert count_updates(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
 
 
 def test_a_revision_is_the_commit_that_is_asked_for(

@@ -17,33 +17,38 @@ from safetensors.torch import load_file, save_file
 
 from mixpo import SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Selection
 from mixpo.algorithms.preference import dpo_loss
-from mixpo.data.branches import pack
+from mixpo.data.branches import Completions, pack
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Preference
 from mixpo.data.sources import write_rows
-from mixpo.data.splits import COMPARED, draw
-from mixpo.data.tokens import completion_text, prompt_tokens
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.data.tokens import decode_completion, tokenize_prompt
 from mixpo.data.world import build_tokenizer
 from mixpo.models import scoring
-from mixpo.models.language_model import LanguageModel, branch_logprobs
-from mixpo.models.loading import Lora, load_policy, load_reward_model, model_digest, same_tokens
-from mixpo.models.sampling import Sampled, sample
-from mixpo.models.scoring import retokenised, scores, sequence_logprobs
+from mixpo.models.adapters import LoraSettings
+from mixpo.models.digests import model_digest
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy, load_reward_model
+from mixpo.models.samplers import LocalSampler
+from mixpo.models.sampling import SampledCompletions, sample
+from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
+from mixpo.models.tokenizers import tokenize_alike
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import evaluation as evaluation_module
 from mixpo.stages import ppo as ppo_module
 from mixpo.stages import samples as samples_module
-from mixpo.stages.engine import in_order, read_settings, read_summary
+from mixpo.stages.engine import read_settings, read_summary, sort_topologically
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
-from mixpo.stages.ppo import PPOSettings
-from mixpo.stages.rows import read_pairs, read_table, unique_prompts, write_table
-from mixpo.stages.stage import Snapshot, Stage, model_in
-from mixpo.training import portions as portions_module
-from mixpo.training.checkpoint import Trainable
-from mixpo.training.record import Metrics, watcher
+from mixpo.stages.ppo_models import make_actor_critic
+from mixpo.stages.ppo_settings import PPOSettings
+from mixpo.stages.rows import read_pairs, read_table, select_unique_prompts, write_table
+from mixpo.stages.stage import Snapshot, Stage, model_folder
+from mixpo.training.checkpoint import TrainableWeights
+from mixpo.training.record import Metrics, read_metrics, watcher
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
+from models import Row, sample_of_rows
 from worlds import LIMIT, RUNTIME, SHORT, TINY_LIMIT, TINY_RUNTIME, TinyWorld, World
 
 CPU = torch.device("cpu")
@@ -54,7 +59,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(model_in(folder) / "model.safetensors")
+    return load_file(model_folder(folder) / "model.safetensors")
 
 
 def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
@@ -66,9 +71,9 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     assert losses[-1] < 0.8 * losses[0]
     summary = read_summary(folder)
     assert summary["cost"]["tokens_trained"] > 0
-    assert summary["model"] == model_digest(model_in(folder))
-    model = AutoModelForCausalLM.from_pretrained(model_in(folder))
-    tokenizer = AutoTokenizer.from_pretrained(model_in(folder))
+    assert summary["model"] == model_digest(model_folder(folder))
+    model = AutoModelForCausalLM.from_pretrained(model_folder(folder))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(folder))
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert read_settings(folder) == world.sft.model_dump(mode="json")
     assert not list(folder.glob("checkpoint*"))
@@ -105,17 +110,17 @@ def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
     """By each way to load one; before anything is computed."""
     stage = getattr(tiny, kind)(**({"pairs": tiny.pairs.train_pairs} if kind == "dpo" else {}))
     engine = Engine(tmp_path, TINY_RUNTIME)
-    for upstream in in_order(stage):
+    for upstream in sort_topologically(stage):
         if upstream != stage:
             shutil.copytree(tiny.engine.build(upstream), engine.folder(upstream))
     source = engine.folder(getattr(tiny, of))
     expected = read_summary(source)["model"]
-    damage(model_in(source) / "model.safetensors")
+    damage(model_folder(source) / "model.safetensors")
     with pytest.raises(InputError) as refused:
         engine.compute(stage)
     assert re.fullmatch(
-        rf"{model_in(source)}: found files of the digest [0-9a-f]{{16}}; expected {expected}, by the summary.json of "
-        rf"the stage that wrote them: .*; delete {source} to compute the stage again",
+        rf"{model_folder(source)}: found files of the digest [0-9a-f]{{16}}; expected {expected}, by the summary.json "
+        rf"of the stage that wrote them: .*; delete {source} to compute the stage again",
         str(refused.value),
     )
     assert {file.name for file in engine.folder(stage).iterdir()} == {"settings.json"}
@@ -130,11 +135,11 @@ def test_reward_model_orders_pairs(world: World) -> None:
 
 def test_samples_keep_the_samplers_logprobs(world: World) -> None:
     folder = world.build(world.samples)
-    lm = load_policy(model_in(world.build(world.sft)), device=CPU)
+    lm = load_policy(model_folder(world.build(world.sft)), device=CPU)
     rows = read_table(folder / "pairs.parquet")
     assert len(rows) == 64
     prompts = read_pairs(folder / "pairs.parquet", lm, max_completion_tokens=LIMIT).prompts
-    computed = sequence_logprobs(lm, prompts, [row["tokens"] for row in rows], token_budget=4096)
+    computed = compute_sequence_logprobs(lm, prompts, [row["tokens"] for row in rows], token_budget=4096)
     kept = torch.tensor([[sum(logprobs) for logprobs in row["logprobs"]] for row in rows])
     torch.testing.assert_close(kept, computed, rtol=1e-4, atol=1e-3)
 
@@ -158,15 +163,16 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
 ) -> None:
     folders = {name: world.build(stage) for name, stage in world.samples.inputs().items()}
 
-    def scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
+    def compute_scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
         return torch.tensor([[0.25, 0.5]]).repeat(len(prompts), 1)
 
-    def draw(lm: Any, prompts: list[Any], **_: Any) -> list[Sampled]:
+    def draw_subset(sampler: LocalSampler, prompts: list[Any], **_: Any) -> SampledCompletions:
         """The same twice for every third prompt."""
-        return [Sampled([[5, 6], [5, 6 + (n % 3 > 0)]], [[-1.0, -1.0]] * 2) for n in range(len(prompts))]
+        rows = [Row([[5, 6], [5, 6 + (n % 3 > 0)]], [[-1.0, -1.0]] * 2) for n in range(len(prompts))]
+        return sample_of_rows(rows, ())
 
-    monkeypatch.setattr(samples_module, "scores", scores)
-    monkeypatch.setattr(portions_module, "sample", draw)
+    monkeypatch.setattr(samples_module, "compute_scores", compute_scores)
+    monkeypatch.setattr(LocalSampler, "draw", draw_subset)
     world.samples.work(world.samples.paths(folders), tmp_path, RUNTIME)
     rows = read_table(tmp_path / "pairs.parquet")
     same = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
@@ -190,14 +196,14 @@ def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: 
 def counted(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs went through the reference, call by call, from here on."""
     counts: list[int] = []
-    original = dpo_module.sequence_logprobs
+    original = dpo_module.compute_sequence_logprobs
 
     def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
         counts.append(len(prompts))
         return original(lm, prompts, completions, **settings)
 
     world.build(world.selection)
-    monkeypatch.setattr(dpo_module, "sequence_logprobs", counting)
+    monkeypatch.setattr(dpo_module, "compute_sequence_logprobs", counting)
     return counts
 
 
@@ -233,7 +239,7 @@ def test_dpo_with_lora_starts_at_its_reference_and_moves(world: World) -> None:
 def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> None:
     def first_losses(**settings: Any) -> float:
         stage = world.reward.model_copy(update={"learning_rate": 1e-6, "center_coef": 0.0, **settings})
-        rows = Metrics(world.build(stage), resumed_at=10**6).rows()
+        rows = read_metrics(world.build(stage))
         return sum(row["loss"] for row in rows[:4]) / 4
 
     fitted = first_losses(head="fitted")
@@ -242,8 +248,8 @@ def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> No
 
 
 def test_sft_and_the_reward_model_learn_with_lora(world: World) -> None:
-    sft = world.sft.model_copy(update={"lora": Lora(rank=8), "epochs": 1, "base": world.sft})
-    reward = world.reward.model_copy(update={"lora": Lora(rank=8)})
+    sft = world.sft.model_copy(update={"lora": LoraSettings(rank=8), "epochs": 1, "base": world.sft})
+    reward = world.reward.model_copy(update={"lora": LoraSettings(rank=8)})
     for stage, base in ((sft, world.sft), (reward, world.reward)):
         assert weights(world.build(stage)).keys() == weights(world.build(base)).keys(), "adapters are merged"
     losses = [row["loss"] for row in rows_of(world.build(reward))]
@@ -253,7 +259,7 @@ def test_sft_and_the_reward_model_learn_with_lora(world: World) -> None:
 def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.build(world.selection)
     monkeypatch.setattr(
-        dpo_module, "sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
+        dpo_module, "compute_sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
     )
     with pytest.raises(RuntimeError, match="kept from sampling differ from a forward pass"):
         world.engine.compute(world.dpo(seed=77))
@@ -265,12 +271,12 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(
 ) -> None:
     """The score here is for short completions, which a few iterations learn with room to spare on any processor."""
 
-    def shortness(reward: Any, prompts: Any, completions: list[list[list[int]]], **_: Any) -> torch.Tensor:
-        return torch.tensor([[2.0 - len(completion) / 8 for completion in branches] for branches in completions])
+    def shortness(reward: Any, prompts: Any, completions: Completions, **_: Any) -> torch.Tensor:
+        return 2.0 - completions.lengths / 8
 
-    monkeypatch.setattr(ppo_module, "scores", shortness)
+    monkeypatch.setattr(ppo_module, "compute_scores", shortness)
     group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
-    steps = {"epochs": 8 if advantage == "gae" else 12, "learning_rate": 3e-4, "kl_coef": 0.0, "max_kl": 100.0}
+    steps = {"epochs": 4, "learning_rate": 6e-4, "kl_coef": 0.0, "max_kl": 100.0}
     stage = world.ppo(advantage=advantage, prompts=world.samples.pairs, **steps, **group)
     rows = rows_of(world.work(stage, tmp_path / "ppo"))
     assert rows[0]["kl_abs_per_token"] < 1e-4
@@ -316,14 +322,14 @@ def test_deepspeed_chat_preset_and_keys_beside_it() -> None:
 def test_value_model_starts_where_it_says(world: World, value_init: str) -> None:
     stage = world.ppo(value_init=value_init)
     folders = {name: world.build(source) for name, source in stage.inputs().items()}
-    policy = load_policy(model_in(folders["policy"]), device=CPU)
-    reward = load_reward_model(model_in(folders["reward"]), device=CPU)
-    learner = ppo_module._learner(stage, policy, model_in(folders["policy"]), reward, model_in(folders["reward"]), CPU)
+    policy = load_policy(model_folder(folders["policy"]), device=CPU)
+    reward = load_reward_model(model_folder(folders["reward"]), device=CPU)
+    learner = make_actor_critic(stage, folders, policy, reward)
     assert learner.value is not None
-    assert learner.shared == (value_init == "shared")
+    assert learner.shares_model == (value_init == "shared")
     if value_init == "reward":
-        assert torch.equal(learner.value_head.weight, reward.model.score.weight)
-        assert learner.value_head is not reward.model.score
+        assert torch.equal(learner.value.model.score.weight, reward.model.score.weight)
+        assert learner.value.model.score is not reward.model.score
     assert (world.build(stage) / "model").exists()
 
 
@@ -334,20 +340,17 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     ):
         world.build(stage)
     stopped = load_policy(world.engine.folder(stage) / "stopped", device=CPU)
-    reference = load_policy(model_in(world.build(world.sft)), device=CPU)
+    reference = load_policy(model_folder(world.build(world.sft)), device=CPU)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
     drawn = sample(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
-    completions = [row.completions for row in drawn]
-    difference = sum(sum(sum(kept) for kept in row.logprobs) for row in drawn) - float(
-        sequence_logprobs(reference, prompts, completions, token_budget=4096).sum()
-    )
-    assert difference / sum(len(c) for branches in completions for c in branches) < 0.3, "the last policy within max_kl"
+    difference = drawn.logprobs.sum() - compute_sequence_logprobs(reference, prompts, drawn, token_budget=4096).sum()
+    assert difference / drawn.mask.sum() < 0.3, "the last policy within max_kl"
     assert not world.engine.is_done(stage)
 
 
 def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
     model = torch.nn.Linear(3, 2)
-    weights = Trainable(model)
+    weights = TrainableWeights(model)
     kept = weights.copy()
     with torch.no_grad():
         model.weight.add_(1.0)
@@ -360,8 +363,8 @@ def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> N
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ppo_module.token_logprobs
-    monkeypatch.setattr(ppo_module, "token_logprobs", lambda *args, **kwargs: original(*args, **kwargs) + 0.1)
+    original = ppo_module.compute_token_logprobs
+    monkeypatch.setattr(ppo_module, "compute_token_logprobs", lambda *args, **kwargs: original(*args, **kwargs) + 0.1)
     with pytest.raises(RuntimeError, match="the policy starts as its own reference, yet"):
         world.build(world.ppo(seed=78))
 
@@ -385,6 +388,7 @@ def test_kl_from_sft_is_measured_from_sft_whatever_the_reference_is(world: World
     assert one[0]["kl_from_sft"] > 0.05
 
 
+@pytest.mark.heavy
 def test_a_kl_budget_holds_the_kl_from_sft_with_another_reference(world: World) -> None:
     anchor = world.dpo(epochs=4)
     common = {"epochs": 12, "kl_coef": 0.01, "learning_rate": 3e-4, "score_clip": None, "prompts": world.samples.pairs}
@@ -406,7 +410,7 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
     assert summary["steps"] == 4
     assert summary["snapshots"] == [1, 2, 3]
     plain = world.build(world.ppo(epochs=2))
-    assert model_digest(model_in(folder)) == model_digest(model_in(plain)), "keeping them changes nothing"
+    assert model_digest(model_folder(folder)) == model_digest(model_folder(plain)), "keeping them changes nothing"
     one, other = (load_file(folder / "snapshots" / str(n) / "model" / "model.safetensors") for n in (1, 3))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     evaluated = evaluation(world, Snapshot(stage=stage, number=1))
@@ -421,7 +425,7 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
 def test_lora_snapshots_are_merged_and_training_goes_on(world: World) -> None:
     folder = world.build(world.ppo(epochs=2, snapshots=1, lora={"rank": 4}))
     plain = world.build(world.ppo(epochs=2, lora={"rank": 4}))
-    assert model_digest(model_in(folder)) == model_digest(model_in(plain))
+    assert model_digest(model_folder(folder)) == model_digest(model_folder(plain))
     snapshot = load_file(folder / "snapshots" / "1" / "model" / "model.safetensors")
     assert snapshot.keys() == weights(folder).keys()
 
@@ -444,36 +448,36 @@ def evaluation(world: World, policy: Stage | Snapshot, **settings: Any) -> Evalu
 
 def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = world.build(evaluation(world, world.sft))
-    record = list[list[Sampled]]()
+    record, draw_subset = list[SampledCompletions](), LocalSampler.draw
     monkeypatch.setattr(
-        portions_module, "sample", lambda *given, **how: record.append(sample(*given, **how)) or record[-1]
+        LocalSampler, "draw", lambda *args, **how: record.append(draw_subset(*args, **how)) or record[-1]
     )
     best = world.build(evaluation(world, world.sft, best_of=8))
     summary = read_summary(best)
     assert summary["score"]["mean"] > read_summary(one)["score"]["mean"] + 0.1
     assert summary["kl_from_sft"]["mean"] == pytest.approx(math.log(8) - 7 / 8)
     assert summary["cost"]["tokens_sampled"] > 6 * read_summary(one)["cost"]["tokens_sampled"]
-    lm = load_policy(model_in(world.build(world.sft)), device=CPU)
-    reward = load_reward_model(model_in(world.build(world.reward)), device=CPU)
+    lm = load_policy(model_folder(world.build(world.sft)), device=CPU)
+    reward = load_reward_model(model_folder(world.build(world.reward)), device=CPU)
     rows = read_table(best / "completions.parquet")
-    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in rows]
-    drawn = [row.completions for row in record[0]]
+    prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in rows]
+    drawn = record[0].to_lists()
 
     def assert_best(kept: list[dict[str, Any]], found: torch.Tensor) -> None:
         """The highest score is that of what was kept; rounding may choose between two that score alike."""
         for row, completions, each in zip(kept, drawn, found.tolist(), strict=True):
-            texts = [completion_text(lm.tokenizer, completion) for completion in completions]
+            texts = [decode_completion(lm.tokenizer, completion) for completion in completions]
             assert max(each) == pytest.approx(each[texts.index(row["completion"])], abs=1e-4)
 
-    found = scores(reward, prompts, drawn, token_budget=4096)
+    found = compute_scores(reward, prompts, drawn, token_budget=4096)
     assert_best(rows, found)
     assert [row["score"] for row in rows] == pytest.approx(found.amax(dim=1).tolist(), abs=1e-4)
     other = world.reward.model_copy(update={"center_coef": 1.0})
     chosen_by_other = world.build(evaluation(world, world.sft, best_of=8, chooser=other))
     kept = read_table(chosen_by_other / "completions.parquet")
-    drawn = [row.completions for row in record[1]]
-    other_model = load_reward_model(model_in(world.build(other)), device=CPU)
-    assert_best(kept, scores(other_model, prompts, drawn, token_budget=4096))
+    drawn = record[1].to_lists()
+    other_model = load_reward_model(model_folder(world.build(other)), device=CPU)
+    assert_best(kept, compute_scores(other_model, prompts, drawn, token_budget=4096))
     assert [row["completion"] for row in kept] != [row["completion"] for row in rows]
     with pytest.raises(InputError, match="with another policy than SFT"):
         world.build(evaluation(world, world.dpo(epochs=4), best_of=2))
@@ -485,10 +489,10 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
     calls = list[tuple[list[Any], torch.Tensor]]()
 
     def scoring(reward: Any, prompts: Any, completions: Any, **how: Any) -> torch.Tensor:
-        calls.append((completions, scores(reward, prompts, completions, **how)))
+        calls.append((completions, compute_scores(reward, prompts, completions, **how)))
         return calls[-1][1]
 
-    monkeypatch.setattr(evaluation_module, "scores", scoring)
+    monkeypatch.setattr(evaluation_module, "compute_scores", scoring)
     choosers = {
         "the reward model": {},
         "itself": {"chooser": tiny.scored_by},
@@ -500,10 +504,10 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
     kept = [row["score"] for row in read_table(folder / "completions.parquet")]
     completions, found = calls[0]
     best = [[branches[place]] for branches, place in zip(completions, found.argmax(dim=1).tolist(), strict=True)]
-    lm = load_policy(model_in(tiny.engine.build(tiny.policy)), device=CPU)
-    reward = load_reward_model(model_in(tiny.engine.build(tiny.scored_by)), device=CPU)
-    prompts = [prompt_tokens(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
-    assert kept == pytest.approx(scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5)
+    lm = load_policy(model_folder(tiny.engine.build(tiny.policy)), device=CPU)
+    reward = load_reward_model(model_folder(tiny.engine.build(tiny.scored_by)), device=CPU)
+    prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
+    assert kept == pytest.approx(compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5)
 
 
 def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -> None:
@@ -511,10 +515,10 @@ def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -
     base = Pretrained(path=tiny.base.path, dtype="bfloat16")
     stage = RewardModel(policy=base, pairs=tiny.pairs.train_pairs, data=tiny.pairs, learning_rate=0.01, **SHORT)
     folder = tiny.run(stage)
-    saved = load_reward_model(model_in(folder), device=CPU)
+    saved = load_reward_model(model_folder(folder), device=CPU)
     assert saved.dtype == torch.bfloat16
     test = read_pairs(tiny.engine.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
-    found = scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
+    found = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
     rows = read_table(folder / "test_scores.parquet")
     written = torch.tensor([[row["chosen_score"], row["rejected_score"]] for row in rows])
     torch.testing.assert_close(written, found, rtol=1e-5, atol=1e-5)
@@ -567,24 +571,24 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     rows = read_table(folder / "gradients.parquet")
     assert len(rows) == 3
     row = rows[0]
-    lm = load_policy(model_in(world.build(policy)), device=CPU)
+    lm = load_policy(model_folder(world.build(policy)), device=CPU)
     pairs = read_pairs(world.build(world.selection) / "easy.parquet", lm, max_completion_tokens=LIMIT)
-    place = draw(range(len(pairs.prompts)), 3, COMPARED)[0]
+    place = draw_subset(range(len(pairs.prompts)), 3, COMPARISON_SEED)[0]
     prompts, completions = [pairs.prompts[place]], [pairs.completions[place]]
-    reference = load_policy(model_in(world.build(world.sft)), device=CPU)
-    before = sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
-    anchored = sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
+    reference = load_policy(model_folder(world.build(world.sft)), device=CPU)
+    before = compute_sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
+    anchored = compute_sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
     assert [row["log_x_chosen"], row["log_x_rejected"]] == pytest.approx((before - anchored).tolist(), abs=1e-4)
     batch = pack(prompts, completions)
-    chosen, rejected = branch_logprobs(lm, batch).sum(dim=-1)[0]
+    chosen, rejected = lm(batch, "logprobs").sum(dim=-1)[0]
     loss = dpo_loss(chosen[None], rejected[None], anchored[:1], anchored[1:], beta=0.1)
     loss.sum().backward()
     rate, weight = 1e-4, 0.1 * float(torch.sigmoid(-0.1 * ((chosen - rejected).detach() - (anchored[0] - anchored[1]))))
     with torch.no_grad():
-        for parameter in lm.model.parameters():
+        for parameter in lm.parameters():
             if parameter.grad is not None:
                 parameter -= rate * parameter.grad
-    moved = sequence_logprobs(lm, prompts, completions, token_budget=4096)[0] - before
+    moved = compute_sequence_logprobs(lm, prompts, completions, token_budget=4096)[0] - before
     expected = [
         rate * weight * (row["chosen_chosen"] - row["chosen_rejected"]),
         rate * weight * (row["chosen_rejected"] - row["rejected_rejected"]),
@@ -648,7 +652,7 @@ def test_a_stage_that_failed_is_computed_again(tmp_path: Path, monkeypatch: pyte
 
 def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    shutil.copytree(model_in(world.build(world.sft)), folder)
+    shutil.copytree(model_folder(world.build(world.sft)), folder)
     digests = {model_digest(folder)}
     for name in ("special_tokens_map.json", "chat_template.jinja", "added_tokens.json"):
         (folder / name).write_text("{}")
@@ -669,11 +673,11 @@ def test_identity_tells_train_from_test_and_keeps_the_order(world: World) -> Non
 
 def test_a_local_model_is_copied_and_may_be_moved(world: World, tmp_path: Path) -> None:
     source = tmp_path / "mine"
-    shutil.copytree(model_in(world.build(world.sft)), source)
+    shutil.copytree(model_folder(world.build(world.sft)), source)
     stage = Pretrained(path=str(source))
     folder = Engine(tmp_path / "cache", RUNTIME).build(stage)
     source.rename(tmp_path / "moved")
-    load_policy(model_in(folder), device=CPU)
+    load_policy(model_folder(folder), device=CPU)
     moved = Pretrained(path=str(tmp_path / "moved"))
     assert Engine(tmp_path / "cache", RUNTIME).folder(moved) == folder
 
@@ -773,16 +777,16 @@ def test_microbatches_and_threads_change_nothing_but_rounding(
 def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
     from mixpo.data.world import build_tokenizer
 
-    policy = load_policy(model_in(world.build(world.sft)), device=CPU)
-    reward = load_reward_model(model_in(world.build(world.reward)), device=CPU)
+    policy = load_policy(model_folder(world.build(world.sft)), device=CPU)
+    reward = load_reward_model(model_folder(world.build(world.reward)), device=CPU)
     asked = [[{"role": "user", "content": "Any advice on chess?"}]]
     prompts = [policy.tokenizer.encode("<|user|>Any advice on chess?<|assistant|>")]
     completion = [*policy.tokenizer.encode("Castle soon."), policy.end_token]
     cut = policy.tokenizer.encode("Castle soon")
-    assert retokenised(reward, policy, asked, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
+    assert retokenize(reward, policy, asked, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
     reward.tokenizer = build_tokenizer(512)
-    assert not same_tokens(reward.tokenizer, policy.tokenizer)
-    again_prompts, again = retokenised(reward, policy, asked, prompts, [[completion, cut]])
+    assert not tokenize_alike(reward.tokenizer, policy.tokenizer)
+    again_prompts, again = retokenize(reward, policy, asked, prompts, [[completion, cut]])
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
     assert reward.tokenizer.decode(again[0][1]) == "Castle soon"
@@ -844,7 +848,7 @@ def test_a_reward_model_with_other_tokens_reads_long_text_whole() -> None:
     policy, reward = (language_model(build_tokenizer(size)) for size in (1024, 512))
     text = "Castle soon. " * 20
     completion = [*policy.tokenizer.encode(text), policy.end_token]
-    ((found,),) = retokenised(reward, policy, ["Any advice?"], [[5]], [[completion]])[1]
+    ((found,),) = retokenize(reward, policy, ["Any advice?"], [[5]], [[completion]])[1]
     assert reward.tokenizer.decode(found) == text + "<|end|>"
 
 
@@ -907,15 +911,15 @@ def test_cut_pairs_teach_the_reward_model_and_dpo_nothing_and_stand_in_their_sum
 
 def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all() -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{n // 2}?"}]} for n in range(400)]
-    everything = unique_prompts(rows)
+    everything = select_unique_prompts(rows)
     assert [int(prompt[0]["content"][:-1]) for prompt in everything] == list(range(200))
-    drawn = [int(prompt[0]["content"][:-1]) for prompt in unique_prompts(rows, 40)]
+    drawn = [int(prompt[0]["content"][:-1]) for prompt in select_unique_prompts(rows, 40)]
     assert len(drawn) == 40
     assert drawn == sorted(drawn)
     assert 10 < sum(number >= 100 for number in drawn) < 30  # half of them, within three standard deviations
-    assert [prompt for prompt in unique_prompts(rows, 80) if prompt in unique_prompts(rows, 40)] == unique_prompts(
-        rows, 40
-    )
+    assert [
+        prompt for prompt in select_unique_prompts(rows, 80) if prompt in select_unique_prompts(rows, 40)
+    ] == select_unique_prompts(rows, 40)
 
 
 def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tmp_path: Path) -> None:
@@ -1015,10 +1019,10 @@ def test_a_part_without_rows_is_named(world: World, tmp_path: Path, sources: dic
         world.build(Data(base=world.base, format="preference", on_bad_row="drop", **files))
 
 
-def test_a_gap_that_is_no_number_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "gap": gap, "scores": [gap, 0.0], "tokens": [[1], [2]]} for gap in (1.0, math.nan, 2.0)]
     write_table(tmp_path / "pairs.parquet", rows)
-    selection = Selection(samples=Pretrained(), threshold=1.5)
+    selection = Selection(samples=world.samples, threshold=1.5)
     with pytest.raises(InputError, match=r"pairs.parquet: row 2 has the gap nan and the scores \[nan, 0.0\].*1 of 3"):
         selection.work({"samples": tmp_path}, tmp_path, RUNTIME)
 
@@ -1026,11 +1030,13 @@ def test_a_gap_that_is_no_number_is_refused_with_its_row(tmp_path: Path) -> None
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
     found = torch.tensor([[0.5, 1.0], [0.0, 0.0], [1.0, broken]])
-    monkeypatch.setattr(scoring, "read_all", lambda *_, **__: found)
+    monkeypatch.setattr(scoring, "compute_output", lambda *_, **__: found)
     tokenizer = build_tokenizer()
     prompts = [tokenizer.encode(f"Question {n}?") for n in range(3)]
     where = rf"found the scores \[1.0, {broken}\] for the prompt that ends with 'Question 2\?'; expected finite"
     with pytest.raises(InputError, match=where):
-        scoring.scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
+        scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
     found[2, 1] = 2.0
-    assert torch.equal(scoring.scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), found)
+    assert torch.equal(
+        scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), found
+    )

@@ -29,8 +29,8 @@ from statsmodels.stats.proportion import proportion_confint
 from mixpo.cli import main as cli
 from mixpo.cli import studied
 from mixpo.data.errors import InputError
-from mixpo.data.text import visible
-from mixpo.experiments.results import load
+from mixpo.data.text import escape_invisible
+from mixpo.experiments.results import load_runs
 from mixpo.report.people import _corrected, opening, section, tables
 from mixpo.study import files, server, store
 from mixpo.study.app import Bucket
@@ -303,9 +303,9 @@ def test_hostile_text_is_text(make):
 
 
 def test_what_cannot_be_seen_is_made_visible():
-    assert visible("a\tb\r\nc\rd\0\x7f\x85") == "a\tb\nc␍d␀␡⟦U+0085⟧"
-    assert visible("\u200b\u2028\ufeff\u200f\U000e0041") == "⟦U+200B⟧⟦U+2028⟧⟦U+FEFF⟧⟦U+200F⟧⟦U+E0041⟧"
-    assert visible("👩\u200d💻 می\u200cخواهم é") == "👩\u200d💻 می\u200cخواهم é"
+    assert escape_invisible("a\tb\r\nc\rd\0\x7f\x85") == "a\tb\nc␍d␀␡⟦U+0085⟧"
+    assert escape_invisible("\u200b\u2028\ufeff\u200f\U000e0041") == "⟦U+200B⟧⟦U+2028⟧⟦U+FEFF⟧⟦U+200F⟧⟦U+E0041⟧"
+    assert escape_invisible("👩\u200d💻 می\u200cخواهم é") == "👩\u200d💻 می\u200cخواهم é"
 
 
 def test_an_empty_completion_says_so(make):
@@ -512,7 +512,7 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     found = close(study)
     study.store.dispose()
     assert found.seed == 3
-    shown = section(load(run))
+    shown = section(load_runs(run))
     assert shown is not None
     assert any("at seed 3." in note for note in shown.groups[0].table.notes)
 
@@ -522,18 +522,18 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     study.person("anna").prefer(1, "apples")
     close(study)
     fruit_run(study.run.parent, texts={("yak", 3): "plums"})
-    shown = section(load(study.run))
+    shown = section(load_runs(study.run))
     assert shown is not None
     assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", shown.opening)
     assert shown.groups == []
     assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{shown.opening}\n")
-    results = load(study.run)
+    results = load_runs(study.run)
     (folder,) = {folder for arm in results.arms for key, folder in arm.stages.items() if key.startswith("Data")}
     (Path(folder) / "test.parquet").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"test\.parquet"):  # which is no change of the run
         section(results)
     fruit_run(study.run.parent)
-    assert section(load(study.run)).opening.startswith("One person")
+    assert section(load_runs(study.run)).opening.startswith("One person")
 
 
 def test_lost_links_are_made_anew(make):
@@ -609,7 +609,7 @@ def test_before_it_is_closed_nothing_tells_an_arm(make, capsys, tmp_path):
         assert "zebra" not in text
         assert "yak" not in text
         assert "κ" not in text
-    assert section(load(study.run)) is None
+    assert section(load_runs(study.run)) is None
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert lines[0].keys() == set(files.COLUMNS)
 
@@ -1119,7 +1119,7 @@ def test_the_report_has_closed_studies(make):
     study = make()
     study.person("anna").prefer(1, "apples")
     found = close(study)
-    results = load(study.run)
+    results = load_runs(study.run)
     made = section(results)
     assert made is not None
     assert made.opening == opening(found)

@@ -14,9 +14,9 @@ import pytest
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.results import evaluation, load
-from mixpo.experiments.run import run
-from mixpo.training.runtime import Runtime, cores
+from mixpo.experiments.results import load_runs, read_evaluation
+from mixpo.experiments.run import run_recipe
+from mixpo.training.runtime import Runtime, count_cores
 from watching import Watching
 
 TINY = [
@@ -39,20 +39,20 @@ def tiny(home: Path, workers: int, *overrides: str) -> Recipe:
 
 
 def scores(home: Path) -> list[float]:
-    return [evaluation(arm)["score"]["mean"] for arm in load(home / "run").arms]
+    return [read_evaluation(arm)["score"]["mean"] for arm in load_runs(home / "run").arms]
 
 
 @pytest.fixture(scope="module")
 def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Watching]:
     home, watching = tmp_path_factory.mktemp("two"), Watching()
-    run(tiny(home, 2), watching)
+    run_recipe(tiny(home, 2), watching)
     return home, watching
 
 
 def test_two_workers_find_what_one_finds(side_by_side: tuple[Path, Watching], tmp_path: Path) -> None:
     home, watching = side_by_side
     alone = Watching()
-    run(tiny(tmp_path, 1), alone)
+    run_recipe(tiny(tmp_path, 1), alone)
     assert scores(home) == scores(tmp_path)
     assert sorted(watching.begun) == sorted(alone.begun)
     assert (watching.most_at_once, alone.most_at_once) == (2, 1)
@@ -62,14 +62,14 @@ def test_two_workers_find_what_one_finds(side_by_side: tuple[Path, Watching], tm
 
 def test_alone_an_arm_is_finished_before_the_next_begins(tmp_path: Path) -> None:
     watching = Watching()
-    run(tiny(tmp_path, 1, "seeds=[0]", "arms=[dpo,ppo]"), watching)
+    run_recipe(tiny(tmp_path, 1, "seeds=[0]", "arms=[dpo,ppo]"), watching)
     assert watching.begun[-4:] == ["DPO for dpo", "Evaluation for dpo", "PPO for ppo", "Evaluation for ppo"]
 
 
 def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Path, Watching]) -> None:
     home, _ = side_by_side
     watching = Watching()
-    found = run(tiny(home, 2, "ppo.max_kl=1e-9", "seeds=[0]", f"out={home / 'failed'}"), watching)
+    found = run_recipe(tiny(home, 2, "ppo.max_kl=1e-9", "seeds=[0]", f"out={home / 'failed'}"), watching)
     assert [(arm.name, arm.status) for arm in found.arms] == [("sft", "done"), ("dpo", "done"), ("ppo", "failed")]
     assert len(watching.failures) == 1
     assert "ran away" in watching.failures[0].reason
@@ -79,7 +79,7 @@ def test_bad_input_found_in_a_process_is_raised(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n')
     words = ["data.format=preference", f"data.train={tmp_path / 'pairs.jsonl'}", "data.train_rows=null"]
     with pytest.raises(InputError, match=r"pairs\.jsonl"):
-        run(tiny(tmp_path, 2, *words), Watching())
+        run_recipe(tiny(tmp_path, 2, *words), Watching())
 
 
 def test_a_process_that_is_killed_stops_the_run_with_one_line(
@@ -93,8 +93,8 @@ def test_a_process_that_is_killed_stops_the_run_with_one_line(
     home, _ = side_by_side
     recipe = tiny(home, 2, "ppo.kl_coef=0.3", f"out={tmp_path / 'run'}")
     with pytest.raises(InputError, match=r"runtime\.workers: found 2, and one of the processes was killed"):
-        run(recipe, Killing())
-    assert run(recipe, Watching()).computed == 4, "the same command goes on: PPO and its evaluation at two seeds"
+        run_recipe(recipe, Killing())
+    assert run_recipe(recipe, Watching()).computed == 4, "the same command goes on: PPO and its evaluation at two seeds"
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
@@ -132,11 +132,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_workers_are_a_number_or_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Runtime(device="cpu", workers="cores").workers == cores()
+    assert Runtime(device="cpu", workers="cores").workers == count_cores()
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
         assert Runtime(workers="cores").workers == 1, "a GPU is shared by none"
-        patch.setattr("mixpo.training.runtime.cores", lambda: 7)
+        patch.setattr("mixpo.training.runtime.count_cores", lambda: 7)
         assert Runtime(device="cpu", workers="cores").workers == 7
     with pytest.raises(InputError, match=r"runtime\.workers: found 'core'; expected a number of at least 1, or cores$"):
         read_recipe("world", ["runtime.workers=core"])

@@ -5,21 +5,21 @@ from pathlib import Path
 import pytest
 
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.results import evaluation, load
-from mixpo.experiments.run import run
+from mixpo.experiments.results import load_runs, read_evaluation
+from mixpo.experiments.run import run_recipe
 from mixpo.stages.engine import read_summary
 from watching import Watching
 
 
 @pytest.mark.heavy
 def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
-    run(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Watching())
-    results = load(tmp_path / "run")
+    run_recipe(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Watching())
+    results = load_runs(tmp_path / "run")
     judged = results.stages_of("RewardModel")[0].summary["test"]
     assert 0.70 <= judged["accuracy"] <= 0.80
     assert 0.35 <= judged["gap_under_1"] <= 0.60
     score, true_reward = (
-        {arm.arm: evaluation(arm)[key]["mean"] for arm in results.arms} for key in ("score", "true_reward")
+        {arm.arm: read_evaluation(arm)[key]["mean"] for arm in results.arms} for key in ("score", "true_reward")
     )
     assert score["sft"] < score["dpo"] < score["ppo"]
     assert score["dpo"] < score["mpo"]

@@ -11,17 +11,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo.data.branches import Completions
 from mixpo.data.tokens import tokenize_row
 from mixpo.data.world import build_tokenizer
 from mixpo.models.folders import load_tokenizer
-from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import Sampled
-from mixpo.models.scoring import token_logprobs
-from mixpo.stages import dpo, ppo
+from mixpo.models.samplers import LocalSampler
+from mixpo.models.sampling import SampledCompletions
+from mixpo.models.scoring import compute_token_logprobs
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage import Stage, model_in
+from mixpo.stages.stage import Stage, model_folder
 
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
 LIMIT = 40
@@ -88,23 +88,19 @@ class World:
         For what is compared across processors or threads, where rounding may draw another token. The prompts must be
         those of `data.train_pairs`; the first completion of each is the chosen one, the second the rejected one.
         """
-        tokenizer = load_tokenizer(model_in(self.build(self.base)))
+        tokenizer = load_tokenizer(model_folder(self.build(self.base)))
         rows = read_table(self.build(self.data) / "train.parquet")
         tokens = [tokenize_row(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=LIMIT) for row in rows]
         given = {tuple(prompt): completions for prompt, completions in tokens}
 
-        def read(
-            lm: LanguageModel, prompts: Sequence[list[int]], *, k: int, token_budget: int, **_: Any
-        ) -> list[Sampled]:
-            completions = [given[tuple(prompt)][:k] for prompt in prompts]
-            logprobs = token_logprobs(lm, prompts, completions, token_budget=token_budget).tolist()
-            return [
-                Sampled(branches, [kept[: len(tokens)] for kept, tokens in zip(each, branches, strict=True)])
-                for branches, each in zip(completions, logprobs, strict=True)
-            ]
+        def read(sampler: LocalSampler, prompts: Sequence[list[int]], *, k: int, **_: Any) -> SampledCompletions:
+            completions = Completions.from_lists([given[tuple(prompt)][:k] for prompt in prompts])
+            lm, budget = sampler.policy, sampler.cache_tokens
+            logprobs = compute_token_logprobs(lm, prompts, completions, token_budget=budget)
+            ended = [[lm.has_ended(completion) for completion in branches] for branches in completions.to_lists()]
+            return SampledCompletions(completions.tokens, completions.mask, logprobs, torch.tensor(ended))
 
-        for module in (dpo, ppo):
-            patch.setattr(module, "sample", read)
+        patch.setattr(LocalSampler, "draw", read)
 
 
 TINY_RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=100)

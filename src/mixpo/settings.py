@@ -1,7 +1,7 @@
 """What every group of settings has in common, and how a problem with one is told."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pydantic
@@ -18,7 +18,7 @@ EXPECTED = {
 
 
 class Settings(pydantic.BaseModel):
-    """A frozen group of settings: unknown keys are refused, and `**settings` passes them on."""
+    """A frozen group of settings: unknown keys, infinite and undefined numbers are refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,13 +30,6 @@ class Settings(pydantic.BaseModel):
         if kinds & {int, float} and bool not in kinds and any(isinstance(one, bool) for one in several):
             raise ValueError("a number, not true or false")
         return value
-
-    def keys(self) -> Iterable[str]:
-        """The names of the settings, so that `**settings` works."""
-        return type(self).model_fields
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixpo.algorithms.agreement import (
+    bootstrap_over_items,
     cohen_kappa,
     fleiss_kappa,
     krippendorff_alpha,
-    over_items,
     pairwise_agreement,
 )
 
@@ -98,10 +98,10 @@ def test_what_chance_alone_explains_is_not_a_number():
     for items in range(1, 30):
         assert math.isnan(cohen_kappa(np.full(items, 2), np.full(items, 2)))
     assert math.isnan(pairwise_agreement(np.array([[1, 0, 0]])))
-    interval = over_items(fleiss_kappa, same)
+    interval = bootstrap_over_items(fleiss_kappa, same)
     assert math.isnan(interval.mean)
     assert math.isnan(interval.low)
-    alike = over_items(pairwise_agreement, same)
+    alike = bootstrap_over_items(pairwise_agreement, same)
     assert alike.mean == 1.0
     assert math.isnan(alike.low)
     assert math.isnan(alike.high)
@@ -125,9 +125,9 @@ def test_the_interval_over_items_covers_and_narrows():
         ratings = np.where(agreed[:, None], rng.integers(3, size=(n, 1)), rng.integers(3, size=(n, 3)))
         return np.stack([(ratings == c).sum(axis=1) for c in range(3)], axis=1)
 
-    found = [over_items(fleiss_kappa, items(100), seed=n) for n in range(40)]
+    found = [bootstrap_over_items(fleiss_kappa, items(100), seed=n) for n in range(40)]
     assert 33 <= sum(one.low <= 0.5 <= one.high for one in found) < 40
     assert np.mean([one.mean for one in found]) == pytest.approx(0.5, abs=0.03)
-    small, large = over_items(fleiss_kappa, items(30)), over_items(fleiss_kappa, items(300))
+    small, large = bootstrap_over_items(fleiss_kappa, items(30)), bootstrap_over_items(fleiss_kappa, items(300))
     assert small.low < small.mean < small.high
     assert large.high - large.low < small.high - small.low

@@ -8,14 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from mixpo.algorithms.statistics import (
-    calibration,
-    calibration_error,
-    crossed_estimate,
-    crossed_interval,
-    holm,
-    student_estimate,
-)
+from mixpo.algorithms.calibration import bin_calibration, calibration_error
+from mixpo.algorithms.intervals import crossed_estimate, crossed_interval, student_estimate
+from mixpo.algorithms.multiple_testing import correct_by_holm
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 number = st.floats(-10.0, 10.0)
@@ -153,10 +148,10 @@ def test_nan_and_nothing_are_refused():
 
 
 def test_holm_hand_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02], rel=1e-12)
-    assert holm([0.5, 0.9, 0.6]) == pytest.approx([1.0, 1.0, 1.0])
-    assert holm([0.2]) == [0.2]
-    assert holm([]) == []
+    assert correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02], rel=1e-12)
+    assert correct_by_holm([0.5, 0.9, 0.6]) == pytest.approx([1.0, 1.0, 1.0])
+    assert correct_by_holm([0.2]) == [0.2]
+    assert correct_by_holm([]) == []
 
 
 @quick
@@ -165,13 +160,13 @@ def test_holm_agrees_with_a_loop(p_values):
     expected = [
         min(1.0, max((sum(r >= q for r in p_values)) * q for q in p_values if q <= p)) for p in p_values
     ]  # q's factor: how many p-values are not below it; of equal ones the first has the most
-    assert holm(p_values) == pytest.approx(expected, rel=1e-12, abs=1e-300)
+    assert correct_by_holm(p_values) == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan])
 def test_holm_of_what_is_no_probability_is_refused(wrong):
     with pytest.raises(ValueError, match=rf"from 0 to 1, found \[{wrong}\]"):
-        holm([0.5, wrong])
+        correct_by_holm([0.5, wrong])
 
 
 def logit(confidence):
@@ -180,7 +175,7 @@ def logit(confidence):
 
 def test_calibration_hand_example():
     margins = np.array([0.0, logit(0.6), -logit(0.62), logit(0.7), logit(0.8), 800.0, -800.0, 900.0])
-    first, second, third, last = calibration(margins, [0.5, 0.65, 0.82, 0.9])
+    first, second, third, last = bin_calibration(margins, [0.5, 0.65, 0.82, 0.9])
     assert (first.low, first.high, first.count) == (0.5, 0.65, 3)
     assert first.predicted == pytest.approx((0.5 + 0.6 + 0.62) / 3, rel=1e-12)
     assert first.observed == pytest.approx(1.5 / 3, rel=1e-12)  # a margin of 0 counts half
@@ -199,7 +194,7 @@ def test_calibration_hand_example():
 @quick
 @given(st.lists(number, max_size=30), st.lists(st.floats(0.51, 0.99), max_size=5, unique=True))
 def test_calibration_agrees_with_a_loop(margins, edges):
-    bins = calibration(np.array(margins, dtype=np.float64), [0.5, *sorted(edges)])
+    bins = bin_calibration(np.array(margins, dtype=np.float64), [0.5, *sorted(edges)])
     assert len(bins) == len(edges) + 1
     assert sum(b.count for b in bins) == len(margins)
     gaps = 0.0
@@ -224,21 +219,21 @@ def test_labels_drawn_from_the_model_are_calibrated():
     right = generator.random(40_000) < 1.0 / (1.0 + np.exp(-np.abs(difference)))
     margins = np.where(right, 1.0, -1.0) * np.abs(difference)
     edges = [0.5, 0.6, 0.7, 0.8, 0.9]
-    assert calibration_error(calibration(margins, edges)) < 0.01
-    assert calibration_error(calibration(3.0 * margins, edges)) > 0.05  # too sure of itself
+    assert calibration_error(bin_calibration(margins, edges)) < 0.01
+    assert calibration_error(bin_calibration(3.0 * margins, edges)) > 0.05  # too sure of itself
 
 
 @pytest.mark.parametrize("edges", [[], [0.6], [0.5, 0.7, 0.7], [0.5, 0.8, 0.7], [0.5, 1.0], [0.0, 0.5]])
 def test_calibration_edges_that_do_not_rise_from_a_half_are_refused(edges):
     with pytest.raises(ValueError, match=r"rise from 0\.5 to below 1, found"):
-        calibration(np.zeros(3), edges)
+        bin_calibration(np.zeros(3), edges)
 
 
 def test_calibration_of_nothing_is_refused():
     with pytest.raises(ValueError, match="1 of 2 margins are nan"):
-        calibration(np.array([1.0, math.nan]), [0.5])
+        bin_calibration(np.array([1.0, math.nan]), [0.5])
     with pytest.raises(ValueError, match="at least one pair"):
-        calibration_error(calibration(np.array([]), [0.5]))
+        calibration_error(bin_calibration(np.array([]), [0.5]))
 
 
 def test_shapes_that_would_broadcast_are_refused():

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from mixpo.algorithms.statistics import accuracy_by_gap, share_interval, wilson_interval, win_tie_lose
+from mixpo.algorithms.calibration import bin_accuracy_by_gap
+from mixpo.algorithms.intervals import share_interval, wilson_interval
+from mixpo.algorithms.win_rates import win_tie_lose
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 number = st.floats(-10.0, 10.0)
@@ -91,7 +93,7 @@ def test_win_tie_lose_sum_to_1_and_mirror(places):
 
 def test_accuracy_by_gap_hand_example():
     margins = np.array([0.0, 0.2, -0.4, 0.5, -0.5, 0.9, 3.0, -0.1])
-    first, second, third, last = accuracy_by_gap(margins, [0.0, 0.5, 1.0, 3.0])
+    first, second, third, last = bin_accuracy_by_gap(margins, [0.0, 0.5, 1.0, 3.0])
     assert (first.low, first.high, first.count, first.accuracy) == (0.0, 0.5, 4, 0.25)  # 0 counts as wrong
     assert (second.low, second.high, second.count) == (0.5, 1.0, 3)
     assert second.accuracy == pytest.approx(2 / 3, rel=1e-12)
@@ -104,7 +106,7 @@ def test_accuracy_by_gap_hand_example():
 @quick
 @given(st.lists(number, max_size=30), st.lists(st.floats(0.1, 9.0), max_size=5, unique=True))
 def test_every_pair_is_in_exactly_one_bin(margins, edges):
-    bins = accuracy_by_gap(np.array(margins, dtype=np.float64), [0.0, *sorted(edges)])
+    bins = bin_accuracy_by_gap(np.array(margins, dtype=np.float64), [0.0, *sorted(edges)])
     assert len(bins) == len(edges) + 1
     assert sum(b.count for b in bins) == len(margins)
     for b in bins:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3, kl_of_best_of, sft_weight, steer
+from mixpo.algorithms.kl import adapt_kl_coef, compute_sft_weight, control_kl_budget, kl_k1, kl_k3, kl_of_best_of
 
 logprob = st.floats(-30.0, 0.0)
 quick = settings(deadline=None, derandomize=True, max_examples=100)
@@ -92,7 +92,7 @@ def test_kl_of_best_of_n_by_integration(n):
 @quick
 @given(st.floats(0.05, 20.0), st.floats(0.01, 1.0), logprob, logprob, logprob)
 def test_moving_the_anchor_is_two_penalties(multiplier, kl_coef, policy, reference, sft):
-    weight = sft_weight(multiplier)
+    weight = compute_sft_weight(multiplier)
     anchored = kl_coef * multiplier * (policy - ((1 - weight) * reference + weight * sft))
     loosened, pulled = kl_coef * min(1.0, multiplier), kl_coef * max(0.0, multiplier - 1.0)
     assert anchored == pytest.approx(loosened * (policy - reference) + pulled * (policy - sft), abs=1e-9)
@@ -103,7 +103,7 @@ def steered(budget, start, needed, steps=200):
     kl, total, multiplier, seen = start, 0.0, 1.0, []
     for _ in range(steps):
         kl += 0.3 * (budget * (needed / multiplier) ** 0.5 - kl)
-        multiplier, total = steer(total, kl, budget=budget)
+        multiplier, total = control_kl_budget(total, kl, budget=budget)
         seen.append(kl)
     return seen, multiplier
 
@@ -117,8 +117,8 @@ def test_the_budget_is_reached_from_anywhere_whatever_multiplier_it_needs(start,
 
 
 def test_the_way_to_the_budget_counts_a_tenth():
-    assert steer(0.0, 0.0, budget=2.0) == (pytest.approx(math.exp(-1.525)), pytest.approx(-0.05))
-    assert steer(0.0, -0.1, budget=2.0)[1] == pytest.approx(-0.05)
-    assert steer(0.0, 1.9, budget=2.0)[1] == pytest.approx(math.log(0.95))
-    assert steer(0.5, 2.0, budget=2.0) == (pytest.approx(math.exp(0.25)), 0.5)
-    assert steer(0.0, 200.0, budget=2.0) == (pytest.approx(math.exp(1.75)), 0.5)
+    assert control_kl_budget(0.0, 0.0, budget=2.0) == (pytest.approx(math.exp(-1.525)), pytest.approx(-0.05))
+    assert control_kl_budget(0.0, -0.1, budget=2.0)[1] == pytest.approx(-0.05)
+    assert control_kl_budget(0.0, 1.9, budget=2.0)[1] == pytest.approx(math.log(0.95))
+    assert control_kl_budget(0.5, 2.0, budget=2.0) == (pytest.approx(math.exp(0.25)), 0.5)
+    assert control_kl_budget(0.0, 200.0, budget=2.0) == (pytest.approx(math.exp(1.75)), 0.5)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mixpo.algorithms.statistics import length_controlled
+from mixpo.algorithms.win_rates import length_controlled_win_rate
 
 
 def drawn(theta: float, phi: float, *, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def newton(wins: np.ndarray, longer: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize(("theta", "phi"), [(0.0, 2.0), (0.7, -1.0), (-0.5, 0.0)])
 def test_it_is_the_regressions_win_rate_where_lengths_are_equal(theta, phi):
     wins, longer = drawn(theta, phi)
-    found = length_controlled(wins, longer)
+    found = length_controlled_win_rate(wins, longer)
     best, error = newton(wins, longer)
     expected = [1 / (1 + math.exp(-(best + shift * 1.959964 * error))) for shift in (0, -1, 1)]
     assert [found.mean, found.low, found.high] == pytest.approx(expected, rel=1e-5)
@@ -47,7 +47,7 @@ def test_it_is_the_regressions_win_rate_where_lengths_are_equal(theta, phi):
 
 def test_a_judge_of_length_alone_tells_no_arm_from_the_other():
     wins, longer = drawn(0.0, 2.0, n=4_000)
-    found = length_controlled(wins, longer)
+    found = length_controlled_win_rate(wins, longer)
     assert wins.mean() > 0.55
     assert found.low < 0.5 < found.high
 
@@ -67,17 +67,19 @@ def test_a_judge_of_length_alone_tells_no_arm_from_the_other():
     ],
 )
 def test_it_cannot_be_told(wins, longer):
-    assert length_controlled(np.array(3 * wins, dtype=np.float64), np.array(3 * longer, dtype=np.float64)) is None
+    assert (
+        length_controlled_win_rate(np.array(3 * wins, dtype=np.float64), np.array(3 * longer, dtype=np.float64)) is None
+    )
 
 
 def test_one_exception_is_enough_to_tell():
     parted, longer = np.repeat([0.0, 1.0], 6), np.arange(12.0)
-    assert length_controlled(parted, longer) is None
-    assert length_controlled(parted[[*range(5), 6, 5, *range(7, 12)]], longer) is not None
+    assert length_controlled_win_rate(parted, longer) is None
+    assert length_controlled_win_rate(parted[[*range(5), 6, 5, *range(7, 12)]], longer) is not None
 
 
 def test_few_wins_and_defeats_tell_nothing():
     wins, longer = np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]), np.arange(9.0)
-    assert length_controlled(wins, longer) is None
-    assert length_controlled(np.array([*wins, 0.5, 0.5, 0.5]), np.arange(12.0)) is None, "ties decide nothing"
-    assert length_controlled(np.array([*wins, 0.0]), np.arange(10.0)) is not None
+    assert length_controlled_win_rate(wins, longer) is None
+    assert length_controlled_win_rate(np.array([*wins, 0.5, 0.5, 0.5]), np.arange(12.0)) is None, "ties decide nothing"
+    assert length_controlled_win_rate(np.array([*wins, 0.0]), np.arange(10.0)) is not None

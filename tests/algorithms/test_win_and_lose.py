@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, multinomial
 
-from mixpo.algorithms.statistics import sign_test, win_minus_lose
+from mixpo.algorithms.win_rates import sign_test, win_minus_lose
 
 
 @pytest.mark.parametrize(("wins", "defeats"), [(2, 0), (5, 0), (0, 6), (3, 2), (4, 4), (1, 0), (40, 21), (700, 801)])

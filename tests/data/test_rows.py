@@ -9,10 +9,10 @@ from mixpo.data.rows import (
     columns_with_content,
     count_repeats,
     demonstration_columns,
-    demonstration_from,
-    preference_from,
+    parse_demonstration,
+    parse_preference,
     prompt_key,
-    refuse,
+    refuse_bad_rows,
 )
 
 FIX = "drop the row or fix the source"
@@ -89,7 +89,7 @@ GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
     ],
 )
 def test_preferences_are_read_in_every_shape(fields, expected):
-    assert preference_from(fields) == expected
+    assert parse_preference(fields) == expected
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_preferences_are_read_in_every_shape(fields, expected):
     ],
 )
 def test_demonstrations_are_read_in_every_shape(fields, expected):
-    assert demonstration_from(fields) == expected
+    assert parse_demonstration(fields) == expected
 
 
 def without(name):
@@ -207,7 +207,7 @@ def without(name):
 )
 def test_what_makes_a_preference_bad(fields, line):
     with pytest.raises(RowError) as caught:
-        preference_from(fields)
+        parse_preference(fields)
     bad = BadRow("hh.jsonl", 7, caught.value.field, caught.value.problem)
     assert str(bad) == f"hh.jsonl:7: {line}"
 
@@ -243,7 +243,7 @@ def test_what_makes_a_preference_bad(fields, line):
 )
 def test_what_makes_a_demonstration_bad(fields, field, problem):
     with pytest.raises(RowError) as caught:
-        demonstration_from(fields)
+        parse_demonstration(fields)
     assert (caught.value.field, caught.value.problem) == (field, problem)
 
 
@@ -260,7 +260,7 @@ def test_a_row_names_its_file_line_field_and_remedy():
 def test_refusal_lists_the_first_ten_and_counts_the_rest(count, tail):
     bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
     with pytest.raises(InputError) as caught:
-        refuse(bad, total=40)
+        refuse_bad_rows(bad, total=40)
     assert str(caught.value).splitlines() == [
         f"{count} of 40 rows cannot be used:",
         *(f"hh.jsonl:{row}: 'prompt' is empty" for row in range(1, min(count, 10) + 1)),
@@ -292,13 +292,13 @@ def system(content):
     ],
 )
 def test_a_system_column_is_a_message_in_front_of_the_prompt(fields, expected):
-    assert preference_from({**GOOD, **fields}).prompt == expected
-    assert demonstration_from({"completion": "So.", **fields}).prompt == expected
+    assert parse_preference({**GOOD, **fields}).prompt == expected
+    assert parse_demonstration({"completion": "So.", **fields}).prompt == expected
 
 
 def test_two_different_system_messages_are_a_bad_row():
     with pytest.raises(RowError) as caught:
-        preference_from({**GOOD, "prompt": [system("Be long."), user("Why?")], "system": "Be brief."})
+        parse_preference({**GOOD, "prompt": [system("Be long."), user("Why?")], "system": "Be brief."})
     assert (caught.value.field, caught.value.problem) == (
         "system",
         f"is not the system message of the dialogue; expected the same or one of them; {FIX}",
@@ -309,7 +309,7 @@ def test_two_different_system_messages_are_a_bad_row():
 def test_a_message_that_only_calls_a_tool_is_a_bad_row(content):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}], **content}
     with pytest.raises(RowError) as caught:
-        demonstration_from({"messages": [user("Why?"), call]})
+        parse_demonstration({"messages": [user("Why?"), call]})
     assert (caught.value.field, caught.value.problem) == (
         "messages",
         f"message 2 calls a tool and says nothing; expected 'content': tool calls are not rendered; {FIX}",

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixpo.data.errors import InputError
-from mixpo.data.splits import draw, hold_out
+from mixpo.data.splits import draw_subset, hold_out
 
 
 def split(prompts, share=0.1, seed=0):
@@ -43,13 +43,18 @@ def test_rows_of_one_prompt_cannot_be_split():
 
 
 def test_a_draw_is_from_everywhere_in_order_and_larger_ones_hold_smaller_ones():
-    drawn = [draw(range(1000), count, seed=0) for count in (10, 50, 400)]
+    drawn = [draw_subset(range(1000), count, seed=0) for count in (10, 50, 400)]
     for rows, count in zip(drawn, (10, 50, 400), strict=True):
         assert len(set(rows)) == count
         assert rows == sorted(rows)
     assert set(drawn[0]) < set(drawn[1]) < set(drawn[2])
     assert 140 < sum(row < 400 for row in drawn[2]) < 180  # 160 ± 2 standard deviations of a uniform draw
-    assert drawn[0] != draw(range(1000), 10, seed=1)
+    assert drawn[0] != draw_subset(range(1000), 10, seed=1)
     state = random.getstate()
-    assert draw("abc", 3, seed=0) == draw("abc", None, seed=0) == draw("abc", 9, seed=0) == ["a", "b", "c"]
+    assert (
+        draw_subset("abc", 3, seed=0)
+        == draw_subset("abc", None, seed=0)
+        == draw_subset("abc", 9, seed=0)
+        == ["a", "b", "c"]
+    )
     assert random.getstate() == state

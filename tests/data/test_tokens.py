@@ -20,14 +20,14 @@ from mixpo.data.tokens import (
     SPECIAL_TOKENS,
     check_rows,
     check_tokenizer,
-    completion_text,
-    end_token,
-    prompt_tokens,
+    decode_completion,
+    find_end_token,
+    tokenize_prompt,
     tokenize_row,
 )
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.setup import Setup
-from mixpo.models.loading import same_tokens
+from mixpo.models.tokenizers import tokenize_alike
 
 CHAT = tuple(name for name in FAMILIES if family_tokenizer(name).chat_template is not None)
 ENDS = {
@@ -92,24 +92,24 @@ def with_template(name, template):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_end_token_is_what_the_template_writes(name):
     tokenizer = family_tokenizer(name)
-    assert tokenizer.convert_ids_to_tokens(end_token(tokenizer)) == ENDS[name]
+    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == ENDS[name]
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_end_token_of_a_template_whose_token_nobody_names(special):
     tokenizer = with_template("pythia", "{% for m in messages %}{{ m.role + '  ' + m.content }}  <|turn|>{% endfor %}"
                               "{% if add_generation_prompt %}assistant  {% endif %}")  # fmt: skip
-    assert end_token(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
+    assert find_end_token(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
     tokenizer.add_tokens([AddedToken("<|turn|>", special=special, normalized=False)], special_tokens=special)
     assert "<|turn|>" not in tokenizer.special_tokens_map.values()
-    assert end_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert find_end_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn|>")
 
 
 def test_end_token_follows_another_template():
     tokenizer = family_tokenizer("llama3")
-    assert tokenizer.convert_ids_to_tokens(end_token(tokenizer)) == "<|eot_id|>"
+    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == "<|eot_id|>"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|end_of_text|>")
-    assert tokenizer.convert_ids_to_tokens(end_token(tokenizer)) == "<|end_of_text|>"
+    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == "<|end_of_text|>"
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -120,8 +120,8 @@ def test_a_row_of_messages_has_the_tokens_of_the_rendered_dialogue(name, content
     prompt, (completion,) = tokenize_row(tokenizer, asked, [content], limit=10**6)
     assert prompt == plain_ids(tokenizer, asked, add_generation_prompt=True)
     whole = plain_ids(tokenizer, [*asked, {"role": "assistant", "content": content}])
-    assert completion[-1] == end_token(tokenizer)
-    assert end_token(tokenizer) not in completion[:-1]
+    assert completion[-1] == find_end_token(tokenizer)
+    assert find_end_token(tokenizer) not in completion[:-1]
     if name == "falcon":  # its turns end with nothing
         completion = completion[:-1]
     if whole[: len(prompt)] != prompt:
@@ -142,7 +142,7 @@ def test_a_row_of_plain_text_has_the_tokens_of_the_joined_text(name):
     ):
         prompt, (completion,) = tokenize_row(tokenizer, asked, [answer], limit=100)
         assert prompt == tokenizer(asked)["input_ids"]
-        assert prompt + completion == [*tokenizer(asked + answer)["input_ids"], end_token(tokenizer)]
+        assert prompt + completion == [*tokenizer(asked + answer)["input_ids"], find_end_token(tokenizer)]
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "chatml-mistral", "llm-jp"])
@@ -168,19 +168,19 @@ def test_text_of_completion_tokens_is_the_completion(name):
     asked = dialogue("Hi") if tokenizer.chat_template else "Hi"
     for content in ("The answer", "a <b>b</b>\n\n  c: 東京", FORGED):
         tokens = tokenize_row(tokenizer, asked, [content], limit=10**6)[1][0]
-        assert as_written(tokenizer, completion_text(tokenizer, tokens)) == as_written(tokenizer, content)
-        cut_off = completion_text(tokenizer, tokens[:-1])
+        assert as_written(tokenizer, decode_completion(tokenizer, tokens)) == as_written(tokenizer, content)
+        cut_off = decode_completion(tokenizer, tokens[:-1])
         assert as_written(tokenizer, cut_off).strip() == as_written(tokenizer, content)
-    assert completion_text(tokenizer, [end_token(tokenizer)]) == ""
+    assert decode_completion(tokenizer, [find_end_token(tokenizer)]) == ""
 
 
 def test_text_leaves_out_special_tokens_and_shows_other_added_ones():
     tokenizer = family_tokenizer("deepseek")
     names = ("<think>", "</think>", "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜end▁of▁sentence｜>")
-    assert completion_text(tokenizer, tokenizer.convert_tokens_to_ids(list(names))) == "<think></think><｜User｜>"
+    assert decode_completion(tokenizer, tokenizer.convert_tokens_to_ids(list(names))) == "<think></think><｜User｜>"
     tokenizer = family_tokenizer("chatml-mistral")  # its end is not special
     ids = tokenizer.convert_tokens_to_ids(["▁The", "<|im_end|>"])
-    assert completion_text(tokenizer, ids).strip() == "The"
+    assert decode_completion(tokenizer, ids).strip() == "The"
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -193,7 +193,7 @@ def test_a_row_cannot_forge_turns(name):
     of_template = [t for t in plain_ids(tokenizer, dialogue("x", "y", "z"), add_generation_prompt=True) if t in written]
     prompt, (completion,) = tokenize_row(tokenizer, dialogue(FORGED, FORGED, FORGED), [FORGED], limit=10**6)
     assert [token for token in prompt if token in written] == of_template
-    assert [token for token in completion if token in written] == [end_token(tokenizer)]
+    assert [token for token in completion if token in written] == [find_end_token(tokenizer)]
     assert as_written(tokenizer, tokenizer.decode(prompt)).count(as_written(tokenizer, FORGED)) == 3
 
 
@@ -206,7 +206,7 @@ def test_plain_text_cannot_end_or_forge_a_turn(name):
         bare(tokenizer).encode(text, add_special_tokens=False).ids for text in (FORGED, f"{FORGED} {FORGED}")
     )
     assert prompt == start + alone
-    assert prompt + completion == [*start, *joined, end_token(tokenizer)]
+    assert prompt + completion == [*start, *joined, find_end_token(tokenizer)]
 
 
 def test_a_vocabulary_that_holds_the_names_of_control_tokens():
@@ -228,22 +228,22 @@ def test_forged_text_has_the_tokens_of_the_algorithm_alone(name):
     expected = tokenizer(before[:cut], add_special_tokens=False)["input_ids"]
     expected += algorithm.encode(before[cut:] + FORGED, add_special_tokens=False).ids
     expected += tokenizer(after, add_special_tokens=False)["input_ids"]
-    assert prompt_tokens(tokenizer, dialogue(FORGED)) == expected
+    assert tokenize_prompt(tokenizer, dialogue(FORGED)) == expected
 
 
 def test_names_that_overlap_and_noncharacters_hide_nothing():
     tokenizer = family_tokenizer("smollm2")
     special = set(tokenizer.all_special_ids)
-    benign = [token for token in prompt_tokens(tokenizer, dialogue("x")) if token in special]
+    benign = [token for token in tokenize_prompt(tokenizer, dialogue("x")) if token in special]
     for evil in ("<<|im_end|>|im_end|>", "<|im\ufdd0_end|><|im_end|>", "\ufdd1\U000f0002<|im_end|>", "<|im_end|>" * 3):
-        ids = prompt_tokens(tokenizer, dialogue(evil))
+        ids = tokenize_prompt(tokenizer, dialogue(evil))
         assert [token for token in ids if token in special] == benign
         assert tokenizer.decode(ids).count("<|im_end|>") >= evil.count("<|im_end|>")
     overlapping = family_tokenizer("smollm2")
     overlapping.add_tokens(["<x|", "|y>"], special_tokens=True)
     added = set(overlapping.convert_tokens_to_ids(["<x|", "|y>"]))
-    assert not added & {*prompt_tokens(overlapping, dialogue("a <x|y> b"))}
-    assert prompt_tokens(tokenizer, dialogue("a\ufdd0b")) == plain_ids(
+    assert not added & {*tokenize_prompt(overlapping, dialogue("a <x|y> b"))}
+    assert tokenize_prompt(tokenizer, dialogue("a\ufdd0b")) == plain_ids(
         tokenizer, dialogue("a\ufdd0b"), add_generation_prompt=True
     )
 
@@ -260,8 +260,8 @@ def with_end_behind_text(name="llama2"):
 
 def test_a_plain_prompt_has_one_start_and_no_end():
     tokenizer, words = with_end_behind_text(), family_tokenizer("llama2")("Hello world")["input_ids"]
-    assert prompt_tokens(tokenizer, "Hello world") == words
-    assert prompt_tokens(tokenizer, "<s>Hello world") == words
+    assert tokenize_prompt(tokenizer, "Hello world") == words
+    assert tokenize_prompt(tokenizer, "<s>Hello world") == words
     assert words.count(1) == 1
     prompt, (completion,) = tokenize_row(tokenizer, "<s>Hello world", [" The"], limit=9)
     assert prompt + completion == [*family_tokenizer("llama2")("Hello world The")["input_ids"], 2]
@@ -388,20 +388,21 @@ def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
     asked = dialogue(FORGED)
     prompt, (completion,) = tokenize_row(tokenizer, asked, [FORGED], limit=10**6)
     assert prompt == plain_ids(plain, asked, add_generation_prompt=True)
-    assert prompt != prompt_tokens(plain, asked)
-    assert completion.count(end_token(plain)) == 1  # completions stay text
-    assert prompt_tokens(tokenizer, FORGED) == plain(FORGED)["input_ids"]
+    assert prompt != tokenize_prompt(plain, asked)
+    assert completion.count(find_end_token(plain)) == 1  # completions stay text
+    assert tokenize_prompt(tokenizer, FORGED) == plain(FORGED)["input_ids"]
     rendered = plain.apply_chat_template(dialogue("Hello"), tokenize=False, add_generation_prompt=True)
     assert (
-        prompt_tokens(tokenizer, rendered)[-3:] == plain_ids(plain, dialogue("Hello"), add_generation_prompt=True)[-3:]
+        tokenize_prompt(tokenizer, rendered)[-3:]
+        == plain_ids(plain, dialogue("Hello"), add_generation_prompt=True)[-3:]
     )
-    assert not same_tokens(tokenizer, plain)
+    assert not tokenize_alike(tokenizer, plain)
 
 
 def test_parse_writes_one_start_token():
     tokenizer = parsing("llama2")
-    assert prompt_tokens(tokenizer, "<s>[INST] Hello [/INST]").count(1) == 1
-    assert prompt_tokens(tokenizer, "Hello</s>")[-1] == 2
+    assert tokenize_prompt(tokenizer, "<s>[INST] Hello [/INST]").count(1) == 1
+    assert tokenize_prompt(tokenizer, "Hello</s>")[-1] == 2
 
 
 R1 = (
@@ -479,19 +480,19 @@ def test_no_end_token_at_all_is_refused():
     tokenizer = family_tokenizer("gpt2")
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="has no end token"):
-        end_token(tokenizer)
+        find_end_token(tokenizer)
 
 
 def test_messages_without_a_template_are_refused():
     with pytest.raises(InputError, match=r"has no chat template; set `model\.chat_template`"):
-        prompt_tokens(family_tokenizer("gpt2"), dialogue("Hi"))
+        tokenize_prompt(family_tokenizer("gpt2"), dialogue("Hi"))
 
 
 def test_messages_that_the_template_refuses_are_a_bad_row():
     system = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
     with pytest.raises(RowError, match="System role not supported"):
-        prompt_tokens(family_tokenizer("gemma"), system)
-    assert prompt_tokens(family_tokenizer("gemma3"), system)
+        tokenize_prompt(family_tokenizer("gemma"), system)
+    assert tokenize_prompt(family_tokenizer("gemma3"), system)
 
 
 def build(folder: Path, name: str, **settings) -> tuple[Path, Pretrained]:
@@ -525,7 +526,7 @@ def test_a_template_argument_is_the_value_that_was_given(value):
     template = "\n{{ messages[0].content }}|{{ x }}|{{ x is string }}|{{ x is number }}"
     tokenizer = with_template("gpt2", template)
     expected = tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False, x=value)
-    tokenizer.chat_template = templates.bake_arguments(tokenizer, {"x": value})
+    tokenizer.chat_template = templates.write_arguments_into_template(tokenizer, {"x": value})
     assert tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False) == expected
 
 
@@ -555,9 +556,9 @@ def test_special_tokens_setting_reaches_every_stage(tmp_path):
     tokenizer.save_pretrained(tmp_path / "trained")  # as every stage saves it
     again = AutoTokenizer.from_pretrained(tmp_path / "trained")
     forged = dialogue("a<|im_end|>")
-    assert prompt_tokens(again, forged) == plain_ids(again, forged, add_generation_prompt=True)
+    assert tokenize_prompt(again, forged) == plain_ids(again, forged, add_generation_prompt=True)
     back = Engine(tmp_path / "cache", Runtime()).build(Pretrained(path=str(tmp_path / "smollm2")))
-    assert prompt_tokens(AutoTokenizer.from_pretrained(back / "model"), forged) != prompt_tokens(again, forged)
+    assert tokenize_prompt(AutoTokenizer.from_pretrained(back / "model"), forged) != tokenize_prompt(again, forged)
     engine = Engine(tmp_path / "cache", Runtime())
     assert engine.identity(stage) != engine.identity(Pretrained(path=stage.path))
 

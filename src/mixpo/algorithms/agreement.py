@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64, Int
 
-from mixpo.algorithms.statistics import Interval
+from mixpo.algorithms.intervals import Interval
 
 RESAMPLES = 1_000
 
@@ -63,7 +63,7 @@ def pairwise_agreement(counts: Int[np.ndarray, "items categories"]) -> float:
     return float((counts * (counts - 1)).sum()) / pairs if pairs else float("nan")
 
 
-def over_items(
+def bootstrap_over_items(
     statistic: Callable[[Int[np.ndarray, "items categories"]], float],
     counts: Int[np.ndarray, "items categories"],
     *,

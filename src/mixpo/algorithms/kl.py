@@ -36,7 +36,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, rate: float = 0.1
     return kl_coef * (1.0 + rate * min(max(kl / target - 1.0, -0.2), 0.2))
 
 
-def steer(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, float]:
+def control_kl_budget(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, float]:
     """The multiplier of kl_coef for the next iteration, and the sum of errors so far: a controller of the KL from SFT.
 
     exp(3 e + sum of e / 2) with e = log(kl_from_sft / budget), cut to +-1/2: proportional and integral, in the log of
@@ -48,7 +48,7 @@ def steer(total: float, kl_from_sft: float, *, budget: float) -> tuple[float, fl
     return math.exp(3.0 * cut + 0.5 * total), total
 
 
-def sft_weight(multiplier: float) -> float:
+def compute_sft_weight(multiplier: float) -> float:
     """How far the anchor is moved from the reference to SFT: max(0, 1 - 1 / multiplier).
 
     log pi_anchor = (1 - w) log pi_ref + w log pi_SFT at the coefficient kl_coef * multiplier is the penalty

@@ -1,6 +1,7 @@
 """What PPO computes on a rollout: rewards, advantages, losses. Schulman et al. 2016, 2017; Ziegler et al. 2019.
 
-A row is a completion; its mask is true from its first token to its last, the end token included, then false.
+The last dimension is a completion's tokens; its mask is true from the first to the last one, the end token included,
+then false.
 """
 
 import torch
@@ -11,38 +12,38 @@ from mixpo.algorithms.kl import kl_k1
 
 
 def shaped_rewards(
-    logprobs: Float[Tensor, "batch tokens"],
-    reference_logprobs: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
-    scores: Float[Tensor, " batch"],
+    logprobs: Float[Tensor, "*batch tokens"],
+    reference_logprobs: Float[Tensor, "*batch tokens"],
+    mask: Bool[Tensor, "*batch tokens"],
+    scores: Float[Tensor, "*batch"],
     *,
     kl_coef: float,
     score_clip: float | None,
-    penalties: Float[Tensor, " batch"] | None = None,
-) -> Float[Tensor, "batch tokens"]:
+    penalties: Float[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch tokens"]:
     """Per token -kl_coef * (log pi - log pi_ref), plus the score, clipped to +-score_clip, on the last true token.
 
     `penalties` are taken off the clipped scores. In reward units; 0 where the mask is false. Raises ValueError on a row
     whose mask is empty or has holes.
     """
-    lengths = mask.sum(dim=1)
-    if not bool((lengths > 0).all()) or not bool((mask == (_places(mask) < lengths[:, None])).all()):
+    lengths = mask.sum(dim=-1, keepdim=True)
+    if not bool((lengths > 0).all()) or not bool((mask == (_positions(mask) < lengths)).all()):
         raise ValueError("every row's mask must be true from the first token to the last one, and then false")
     clipped = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
     if penalties is not None:
         clipped = clipped - penalties
     rewards = (-kl_coef * kl_k1(logprobs, reference_logprobs)).masked_fill(~mask, 0.0)
-    return rewards.scatter_add(1, (lengths - 1)[:, None], clipped[:, None])
+    return rewards.scatter_add(-1, lengths - 1, clipped[..., None])
 
 
 def generalized_advantages(
-    rewards: Float[Tensor, "batch tokens"],
-    values: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
+    rewards: Float[Tensor, "*batch tokens"],
+    values: Float[Tensor, "*batch tokens"],
+    mask: Bool[Tensor, "*batch tokens"],
     *,
     discount: float,
     gae_lambda: float,
-) -> Float[Tensor, "batch tokens"]:
+) -> Float[Tensor, "*batch tokens"]:
     """Advantages by generalised advantage estimation. Schulman et al. 2016, equation 16.
 
     A_t = sum_l (discount * gae_lambda)^l delta_{t+l}, delta_t = r_t + discount * V_{t+1} - V_t. In reward units; 0
@@ -50,14 +51,14 @@ def generalized_advantages(
     not run over (DeepSpeed-Chat's is).
     """
     advantages = torch.zeros_like(rewards)
-    following_value = torch.zeros_like(rewards[:, 0])
-    following_advantage = torch.zeros_like(rewards[:, 0])
-    for token in reversed(range(rewards.shape[1])):
-        delta = rewards[:, token] + discount * following_value - values[:, token]
-        advantage = delta + discount * gae_lambda * following_advantage
-        following_advantage = advantage.masked_fill(~mask[:, token], 0.0)
-        following_value = values[:, token].masked_fill(~mask[:, token], 0.0)
-        advantages[:, token] = following_advantage
+    next_value = torch.zeros_like(rewards[..., 0])
+    next_advantage = torch.zeros_like(rewards[..., 0])
+    for token in reversed(range(rewards.shape[-1])):
+        delta = rewards[..., token] + discount * next_value - values[..., token]
+        advantage = delta + discount * gae_lambda * next_advantage
+        next_advantage = advantage.masked_fill(~mask[..., token], 0.0)
+        next_value = values[..., token].masked_fill(~mask[..., token], 0.0)
+        advantages[..., token] = next_advantage
     return advantages
 
 
@@ -81,12 +82,12 @@ def grpo_advantages(rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "promp
 
 
 def policy_loss(
-    logprobs: Float[Tensor, "batch tokens"],
-    old_logprobs: Float[Tensor, "batch tokens"],
-    advantages: Float[Tensor, "batch tokens"],
+    logprobs: Float[Tensor, "*batch tokens"],
+    old_logprobs: Float[Tensor, "*batch tokens"],
+    advantages: Float[Tensor, "*batch tokens"],
     *,
     clip: float,
-) -> Float[Tensor, "batch tokens"]:
+) -> Float[Tensor, "*batch tokens"]:
     """max(-A r, -A clip(r, 1 - clip, 1 + clip)) with r = pi / pi_old, a token each. Schulman et al. 2017, eq. 7.
 
     Finite wherever both log-probs are; what stands outside a mask must be finite too, since it is only multiplied by 0.
@@ -96,10 +97,10 @@ def policy_loss(
 
 
 def clip_fraction(
-    logprobs: Float[Tensor, "batch tokens"],
-    old_logprobs: Float[Tensor, "batch tokens"],
-    advantages: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
+    logprobs: Float[Tensor, "*batch tokens"],
+    old_logprobs: Float[Tensor, "*batch tokens"],
+    advantages: Float[Tensor, "*batch tokens"],
+    mask: Bool[Tensor, "*batch tokens"],
     *,
     clip: float,
 ) -> Float[Tensor, ""]:
@@ -110,12 +111,12 @@ def clip_fraction(
 
 
 def value_loss(
-    values: Float[Tensor, "batch tokens"],
-    old_values: Float[Tensor, "batch tokens"],
-    returns: Float[Tensor, "batch tokens"],
+    values: Float[Tensor, "*batch tokens"],
+    old_values: Float[Tensor, "*batch tokens"],
+    returns: Float[Tensor, "*batch tokens"],
     *,
     clip: float | None,
-) -> Float[Tensor, "batch tokens"]:
+) -> Float[Tensor, "*batch tokens"]:
     """Half the squared error, or that of the value kept within +-clip of the old one if it is larger, a token each."""
     error = (values - returns) ** 2
     if clip is not None:
@@ -134,8 +135,8 @@ def explained_variance(
     return 1.0 - (returns - values)[mask].var(correction=0) / spread
 
 
-def _places(mask: Tensor) -> Tensor:
-    return torch.arange(mask.shape[1], device=mask.device)
+def _positions(mask: Tensor) -> Tensor:
+    return torch.arange(mask.shape[-1], device=mask.device)
 
 
 def _group_size(rewards: Tensor) -> int:

@@ -1,5 +1,6 @@
 """`mixpo chat`: try a model by hand."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from rich.console import Console
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Message, RowError
-from mixpo.data.text import visible
-from mixpo.data.tokens import prompt_tokens
+from mixpo.data.text import escape_invisible
+from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.folders import read_context
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
@@ -22,6 +23,8 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
     context = read_context(folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else a line that is not UTF-8 is a traceback
     turns: list[Message] = []
     seed = 0
     while True:
@@ -37,7 +40,7 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             continue
         turns.append({"role": "user", "content": line})
         try:
-            tokens = prompt_tokens(lm.tokenizer, turns)
+            tokens = tokenize_prompt(lm.tokenizer, turns)
         except RowError as error:
             raise InputError(f"{folder}: the dialogue {error.problem}") from error
         if context is not None and len(tokens) + max_tokens > context:
@@ -48,7 +51,7 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             )
             turns.pop()
             continue
-        drawn = sample(
+        sampled = sample(
             lm,
             [tokens],
             k=1,
@@ -58,6 +61,6 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
             top_k=int(not temperature),
         )
         seed += 1
-        text = lm.read_text(drawn[0].completions[0]).strip()
-        console.print(visible(text), markup=False, highlight=False)
+        text = lm.read_text(sampled.to_lists()[0][0]).strip()
+        console.print(escape_invisible(text), markup=False, highlight=False)
         turns.append({"role": "assistant", "content": text})

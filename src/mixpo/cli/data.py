@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from mixpo.data.text import visible
+from mixpo.data.text import escape_invisible
 
 if TYPE_CHECKING:
-    from mixpo.experiments.preview import Preview, Side
+    from mixpo.experiments.preview import Preview, TokenizedText
 
 app = typer.Typer(help="Look at rows before anything trains on them.", no_args_is_help=True)
 
@@ -39,8 +39,7 @@ def preview(
     ] = None,
 ) -> None:
     """Show what would be learnt: a row of each kind in tokens, which columns are read, and what is wrong with rows."""
-    from mixpo.experiments.preview import preview as make_preview
-    from mixpo.experiments.preview import read_source
+    from mixpo.experiments.preview import make_preview, read_source
 
     show_preview(make_preview(read_source(source, overrides or (), model)), Console(highlight=False))
 
@@ -61,28 +60,28 @@ def show_preview(preview: "Preview", console: Console) -> None:
     for name, count in preview.counts.items():
         console.print(Text.assemble((f"{name:>{width}}  ", "dim"), count), soft_wrap=True)
     for line in preview.facts:
-        console.print(Text(visible(line)), soft_wrap=True)
+        console.print(Text(escape_invisible(line)), soft_wrap=True)
     for line in preview.warnings:
-        console.print(Text.assemble(("warning: ", "bold yellow"), visible(line)), soft_wrap=True)
+        console.print(Text.assemble(("warning: ", "bold yellow"), escape_invisible(line)), soft_wrap=True)
     for row in preview.bad[:LISTED]:
-        console.print(Text.assemble(("bad row: ", "bold red"), visible(str(row))), soft_wrap=True)
+        console.print(Text.assemble(("bad row: ", "bold red"), escape_invisible(str(row))), soft_wrap=True)
     if len(preview.bad) > LISTED:
         console.print(Text(f"... and {len(preview.bad) - LISTED} more bad rows"))
 
 
-def _heading(side: "Side") -> Text:
+def _heading(side: "TokenizedText") -> Text:
     fate = ("trained on", "bold green") if side.trained else ("given, not trained on", "dim")
     cut = (", cut: no end token", "bold yellow") if side.truncated else ""
     return Text.assemble((side.name, "bold"), f"  {side.tokens} tokens, ", fate, cut)
 
 
-def _tokens(side: "Side", *, plain: bool) -> Text:
+def _tokens(side: "TokenizedText", *, plain: bool) -> Text:
     """The pieces of a side, the middle of a long one left out."""
-    from mixpo.experiments.preview import ends_of
+    from mixpo.experiments.preview import shorten_pieces
 
     shown = Text()
     styles = ("green", "green on grey15") if side.trained else ("dim", "dim on grey15")
-    for number, piece in enumerate(ends_of(side.pieces, SHOWN)):
+    for number, piece in enumerate(shorten_pieces(side.pieces, SHOWN)):
         if isinstance(piece, int):
             shown.append(f" … {piece} more … ", "italic")
             continue

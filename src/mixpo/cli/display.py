@@ -16,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from mixpo.experiments.plan import Planned
-from mixpo.experiments.results import Results, few
+from mixpo.experiments.results import Results, list_first
 from mixpo.experiments.run import Display
 from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
@@ -54,7 +54,7 @@ class Line:
     def __init__(self, console: Console, name: str, arms: Sequence[str]) -> None:
         self.console, self.name = console, name
         self.printed = time.monotonic()
-        self.note(f"begins (for {few(arms)})")
+        self.note(f"begins (for {list_first(arms)})")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps are over."""
@@ -91,7 +91,7 @@ class Bar:
 
     def __init__(self, progress: Progress, name: str, arms: Sequence[str]) -> None:
         self.progress, self.name = progress, name
-        self.task = progress.add_task(name, total=None, metrics=f"for {few(arms)}")
+        self.task = progress.add_task(name, total=None, metrics=f"for {list_first(arms)}")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Some steps are over."""

@@ -53,20 +53,20 @@ def judge(
     What was asked is not asked again: after a stop the same command goes on.
     """
     from mixpo.cli.display import show
-    from mixpo.data.text import visible
-    from mixpo.experiments.comparisons import compared_seed, comparisons
-    from mixpo.experiments.results import load
+    from mixpo.data.text import escape_invisible
+    from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
+    from mixpo.experiments.results import load_runs
     from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
     from mixpo.judge.judging import as_judged, judged, questions
     from mixpo.judge.questions import judges, read_template
     from mixpo.judge.verdicts import FILE, appending, assignment_row, read
     from mixpo.report.judges import groups, rows_of
 
-    results = load(run)
-    at = compared_seed(results, arms, seed)
+    results = load_runs(run)
+    at = choose_compared_seed(results, arms, seed)
     before = read(run / FILE)
     order = as_judged(before, arms, at)
-    rows = comparisons(results, order, seed=at, prompts=prompts, draw=draw)
+    rows = pair_completions(results, order, seed=at, prompts=prompts, draw=draw)
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
     words, address = read_template(template), checked(endpoint)
@@ -76,7 +76,7 @@ def judge(
     if dry_run:
         known = before.scores.keys() & every.keys()
         if every:
-            _say(visible(next(iter(every.values())).text) + "\n")
+            _say(escape_invisible(next(iter(every.values())).text) + "\n")
         _say(f"{len(every)} questions, {len(known)} of them asked before: {len(every) - len(known)} calls")
         return
     with appending(run / FILE) as keep:

@@ -41,14 +41,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead 
 def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Run a recipe: compute what is missing, print the table, write the report."""
     from mixpo.cli.display import show_results, watch
-    from mixpo.experiments.results import load
-    from mixpo.experiments.run import run as run_recipe
+    from mixpo.experiments.results import load_runs
+    from mixpo.experiments.run import run_recipe
     from mixpo.report.page import write_page
 
     recipe = _recipe(words)
     with watch(plain=quiet) as display:
         result = run_recipe(recipe, display)
-    results = load(recipe.folder)
+    results = load_runs(recipe.folder)
     show_results(results, write_page(results, recipe.folder), computed=result.computed, found=result.found)
     failed = [arm for arm in result.arms if arm.status == "failed"]
     if failed:
@@ -59,9 +59,9 @@ def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
 def plan(words: RecipeArgument = None) -> None:
     """Print the tree of stages: identity, whether it is there, and why one would be computed."""
     from mixpo.cli.display import show_plan
-    from mixpo.experiments.plan import plan as make_plan
+    from mixpo.experiments.plan import plan_stages
 
-    show_plan(make_plan(_recipe(words)))
+    show_plan(plan_stages(_recipe(words)))
 
 
 @app.command()
@@ -101,10 +101,10 @@ def report(
 
     md, csv and json go to standard output unless --out names a file.
     """
-    from mixpo.experiments.results import load
+    from mixpo.experiments.results import load_runs
     from mixpo.report.page import text
 
-    written = text(load(*runs), form.value)
+    written = text(load_runs(*runs), form.value)
     if out is None and form is not Form.HTML:
         sys.stdout.write(written)
         return
@@ -122,9 +122,9 @@ def report(
 def compare(runs: RunFolders) -> None:
     """Print the main table of finished runs, side by side."""
     from mixpo.cli.display import show_table
-    from mixpo.experiments.results import load
+    from mixpo.experiments.results import load_runs
 
-    show_table(load(*runs))
+    show_table(load_runs(*runs))
 
 
 app.command()(judge)

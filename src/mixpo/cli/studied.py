@@ -60,14 +60,14 @@ def annotate(
                 _close(opened, study, run, yes=yes)
         return
 
-    from mixpo.experiments.results import load
+    from mixpo.experiments.results import load_runs
     from mixpo.study import server
     from mixpo.study.app import make_app
     from mixpo.study.begin import Wanted, begin_or_go_on, links, names
     from mixpo.study.store import Store, store_url
 
     server.check_certificate(tls_cert, tls_key)
-    results = load(run)
+    results = load_runs(run)
     wanted = Wanted(arms, prompts, names(annotators) if annotators is not None else None, seed, draw, _read(guidelines))
     with server.listen(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
@@ -97,10 +97,10 @@ def annotate(
 def agreement(run: RunFolder, store: StoreOption = None) -> None:
     """Print what a closed study says and how far its annotators agree; before that, how far they are."""
     from mixpo.cli.display import show
-    from mixpo.experiments.results import load
+    from mixpo.experiments.results import load_runs
     from mixpo.report.people import section
 
-    found = section(load(run))
+    found = section(load_runs(run))
     if found is None:
         _refuse_missing()
         with _there(run, store) as (opened, study):
@@ -157,11 +157,11 @@ def _show_counts(store: "Store") -> None:
 @contextmanager
 def _there(run: Path, url: str | None, *, changed: bool = False) -> Iterator[tuple["Store", "StudyRow"]]:
     """The study of a run, which must be there, and of what the run is now unless it may have `changed`."""
-    from mixpo.experiments.results import load
+    from mixpo.experiments.results import load_runs
     from mixpo.study.begin import refuse_changed
     from mixpo.study.store import Store, store_url
 
-    results, opened = load(run), Store(store_url(run, url))
+    results, opened = load_runs(run), Store(store_url(run, url))
     try:
         study = opened.study()
         if study is None:

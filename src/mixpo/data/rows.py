@@ -24,7 +24,7 @@ class Message(TypedDict):
 Prompt = str | list[Message]
 
 
-def turns(prompt: Prompt) -> list[Message]:
+def as_messages(prompt: Prompt) -> list[Message]:
     """The messages of a prompt; text alone is the user's."""
     return [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
 
@@ -85,7 +85,7 @@ NOTHING: tuple[object, ...] = (None, "", [], {})
 _LISTED = 10
 
 
-def refuse(bad: Sequence[BadRow], total: int) -> NoReturn:
+def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> NoReturn:
     """Raise `InputError` over the bad rows among `total`, the first ten of them a line each."""
     lines = [f"{len(bad)} of {total} rows cannot be used:", *map(str, bad[:_LISTED])]
     if len(bad) > _LISTED:
@@ -102,7 +102,7 @@ def count_repeats(rows: Sequence[Preference]) -> tuple[int, int]:
     return len(pairs) - len(different), contradictory
 
 
-def preference_from(fields: Mapping[str, object]) -> Preference:
+def parse_preference(fields: Mapping[str, object]) -> Preference:
     """Read a preference from a row's fields, or raise `RowError`.
 
     `prompt` is text or a list of messages. `chosen` and `rejected` are text, a list of one assistant message, or whole
@@ -120,10 +120,10 @@ def preference_from(fields: Mapping[str, object]) -> Preference:
     return Preference(_with_system(fields, prompt), chosen, rejected, _category(fields))
 
 
-def demonstration_from(fields: Mapping[str, object]) -> Demonstration:
+def parse_demonstration(fields: Mapping[str, object]) -> Demonstration:
     """Read a demonstration from a row's fields, or raise `RowError`.
 
-    `prompt` and `completion` as in `preference_from`; or `messages`, a dialogue whose last message is the completion.
+    `prompt` and `completion` as in `parse_preference`; or `messages`, a dialogue whose last message is the completion.
     """
     field = _demonstrated(fields)
     before, completion = _completion(fields, field)
@@ -131,12 +131,12 @@ def demonstration_from(fields: Mapping[str, object]) -> Demonstration:
 
 
 def preference_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
-    """Name the columns that `preference_from` reads."""
+    """Name the columns that `parse_preference` reads."""
     return ("prompt", "chosen", "rejected", "system", "category")
 
 
 def demonstration_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
-    """Name the columns that `demonstration_from` reads."""
+    """Name the columns that `parse_demonstration` reads."""
     return ("prompt", _demonstrated(fields), "system")
 
 
@@ -165,7 +165,7 @@ def _with_system(fields: Mapping[str, object], prompt: Prompt) -> Prompt:
     """Put the row's system message in front of a prompt; all prompts of a file with that column are messages."""
     if "system" not in fields:
         return prompt
-    messages = turns(prompt)
+    messages = as_messages(prompt)
     if fields["system"] in NOTHING:
         return messages
     system = Message(role="system", content=_text("system", "", fields["system"]))
@@ -180,7 +180,7 @@ def _category(fields: Mapping[str, object]) -> str | None:
     return None if fields.get("category") in NOTHING else _text("category", "", fields["category"])
 
 
-def text_of(fields: Mapping[str, object], field: str) -> str:
+def read_text_field(fields: Mapping[str, object], field: str) -> str:
     """Return a field that must be text with something in it, or raise `RowError`."""
     return _text(field, "", _value(fields, field))
 
@@ -215,7 +215,7 @@ def _prompt(fields: Mapping[str, object], field: str, before: list[Message]) -> 
     prompt = _asked("prompt", _messages("prompt", value)) if isinstance(value, list) else _text("prompt", "", value)
     if not before:
         return prompt
-    if before != turns(prompt):
+    if before != as_messages(prompt):
         raise RowError(
             "prompt", f"is not what the dialogue in '{field}' begins with; expected the same messages; {FIX}"
         )

@@ -33,12 +33,12 @@ from mixpo.data.rows import (
     RowError,
     columns_with_content,
     demonstration_columns,
-    demonstration_from,
     excerpt,
     kind_of,
+    parse_demonstration,
+    parse_preference,
     preference_columns,
-    preference_from,
-    text_of,
+    read_text_field,
 )
 
 Format = Literal["preference", "hh-rlhf", "tldr"]
@@ -134,7 +134,7 @@ def parse_hh_rlhf(record: Record) -> Preference:
     each other from one side are one turn, joined by an empty line: chat templates want roles to alternate, and the
     second is the same speaker going on.
     """
-    return preference_from({side: _dialogue(side, text_of(record, side)) for side in ("chosen", "rejected")})
+    return parse_preference({side: _dialogue(side, read_text_field(record, side)) for side in ("chosen", "rejected")})
 
 
 HH_RLHF_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
@@ -179,20 +179,22 @@ def parse_tldr(record: Record) -> Preference:
     The prompt becomes one user message: the post, an empty line and the instruction "TL;DR:", which is how the paper
     asks. The summaries lose that prefix, which the prompt now has, and the space around them.
     """
-    post = text_of(record, "prompt").strip()
+    post = read_text_field(record, "prompt").strip()
     if not _TLDR.match(post):
         raise RowError("prompt", f"is {excerpt(post)}; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX}")
     asked = Message(role="user", content=f"{post.removesuffix('TL;DR:').rstrip()}\n\nTL;DR:")
-    sides = {side: text_of(record, side).strip().removeprefix("TL;DR:").strip() for side in ("chosen", "rejected")}
-    return preference_from({"prompt": [asked], **sides})
+    sides = {
+        side: read_text_field(record, side).strip().removeprefix("TL;DR:").strip() for side in ("chosen", "rejected")
+    }
+    return parse_preference({"prompt": [asked], **sides})
 
 
 _PREFERENCE: dict[Format, Parser[Preference]] = {
-    "preference": Parser(preference_from, preference_columns),
+    "preference": Parser(parse_preference, preference_columns),
     "hh-rlhf": Parser(parse_hh_rlhf, lambda _: ("chosen", "rejected")),
     "tldr": Parser(parse_tldr, lambda _: ("prompt", "chosen", "rejected")),
 }
-_DEMONSTRATION = Parser(demonstration_from, demonstration_columns)
+_DEMONSTRATION = Parser(parse_demonstration, demonstration_columns)
 
 
 def guess_format(record: Record) -> Literal["preference", "hh-rlhf", "tldr", "demonstrations"]:

@@ -8,7 +8,7 @@ from mixpo.data.errors import InputError
 
 Item = TypeVar("Item")
 
-COMPARED = 0
+COMPARISON_SEED = 0
 """Seed by which prompts are drawn that arms and seeds are compared on: the same ones for all of them."""
 
 
@@ -32,7 +32,7 @@ def hold_out(
     return [n for n in places if prompts[n] not in held], [n for n in places if prompts[n] in held]
 
 
-def draw(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
+def draw_subset(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
     """Draw `count` of the items, in their order; all of them where there are no more or no count is given.
 
     At one seed a larger draw holds a smaller one.

@@ -34,7 +34,7 @@ LONGER = [[*first, ASK, ANSWER, ASK] for first in ([], [Message(role="system", c
 
 
 @dataclass(frozen=True)
-class Turn:
+class TurnFormat:
     """What a chat template writes around an assistant's last message."""
 
     prompt: str
@@ -48,7 +48,7 @@ class Turn:
     warnings: tuple[str, ...]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool) -> str:
+def render_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool) -> str:
     """The text of a dialogue by the chat template; a prompt ends with the generation prompt.
 
     Raises `RowError` on messages that the template refuses.
@@ -65,7 +65,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool) -
         raise RowError("prompt", f"is refused by the tokenizer's chat template ({problem}); {FIX}") from error
 
 
-def read_turn(tokenizer: Tokenizer) -> Turn:
+def read_turn_format(tokenizer: Tokenizer) -> TurnFormat:
     """What the chat template writes around an assistant's message, by rendering a short dialogue.
 
     Raises `InputError` if completions could not be trained and sampled by this template.
@@ -113,10 +113,10 @@ def read_turn(tokenizer: Tokenizer) -> Turn:
             f"{name} writes the date, so that prompts have other tokens on another day; fix it, in most templates "
             "with model.template_arguments={date_string: '1 Jan 2026'}"
         )
-    return Turn(prompt, lead, after, dialogues, tuple(warnings))
+    return TurnFormat(prompt, lead, after, dialogues, tuple(warnings))
 
 
-def bake_arguments(tokenizer: Tokenizer, arguments: Mapping[str, bool | int | float | str]) -> str:
+def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, bool | int | float | str]) -> str:
     """A tokenizer's chat template that begins by setting its own arguments, so that whoever renders it has them.
 
     Raises `InputError` on an argument that the template does not read.

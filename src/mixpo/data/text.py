@@ -6,13 +6,13 @@ PLAIN = "\n\t\u200c\u200d"
 """Characters without a shape that stay: line breaks, and what joins or parts letters and emoji."""
 
 
-def visible(text: str) -> str:
+def escape_invisible(text: str) -> str:
     """A text in which every control, bidirectional or otherwise invisible character can be seen: ␛, ⟦U+202E⟧."""
     return "".join(map(_shape, text.replace("\r\n", "\n")))
 
 
-def blank(text: str) -> bool:
-    """Whether there is nothing to see in a text that `visible` made."""
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to see in a text that `escape_invisible` made."""
     return all(character.isspace() or character in PLAIN for character in text)
 
 

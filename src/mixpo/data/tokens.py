@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Message, Prompt, RowError, excerpt
-from mixpo.data.templates import ANSWER, ASK, REMEDY, Turn, read_turn, render
+from mixpo.data.templates import ANSWER, ASK, REMEDY, TurnFormat, read_turn_format, render_dialogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -30,7 +30,7 @@ MARK, STAND_IN = "\ufdd0", "\ufdd1"
 one that is not."""
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, up to where the completion starts.
 
     Messages go through the tokenizer's chat template, with its generation prompt. A string is taken as it is, after the
@@ -43,14 +43,14 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 def tokenize_row(
     tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt (`prompt_tokens`), and of each of its completions with its end token.
+    """Token ids of a prompt (`tokenize_prompt`), and of each of its completions with its end token.
 
     Completions are cut to `limit` tokens, and then have no end token.
     """
     return _codec(tokenizer).encode_row(prompt, completions, limit)
 
 
-def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def decode_completion(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of completion tokens, without the end token or any other special token.
 
     What the chat template writes between a prompt and an assistant's message, or behind it, is not part of the text.
@@ -58,7 +58,7 @@ def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return _codec(tokenizer).decode(list(tokens))
 
 
-def end_token(tokenizer: Tokenizer) -> int:
+def find_end_token(tokenizer: Tokenizer) -> int:
     """The id of the token that ends a completion.
 
     The token that the chat template writes after an assistant's message, and the tokenizer's end-of-sequence token
@@ -67,7 +67,7 @@ def end_token(tokenizer: Tokenizer) -> int:
     return _codec(tokenizer).end
 
 
-def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+def list_control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """The tokens that part and end turns, by name: special ones, and all that the chat template writes."""
     return _codec(tokenizer).control
 
@@ -157,7 +157,7 @@ def _check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
         f"the chat template does not write messages from {role!r} as they are; look at them in a preview"
         for role, messages in first.items()
         if any(
-            one["role"] == role and one["content"].strip() not in render(tokenizer, messages, prompt=True)
+            one["role"] == role and one["content"].strip() not in render_dialogue(tokenizer, messages, prompt=True)
             for one in messages
         )
     ]
@@ -199,7 +199,9 @@ class _Codec:
         place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         self.start, suffix = list(whole[:place]), list(whole[place + len(plain) :])
         self.start_text = _names(tokenizer, self.start)
-        self.turn = read_turn(tokenizer) if tokenizer.chat_template is not None else Turn("a", "", "", (), ())
+        self.turn = (
+            read_turn_format(tokenizer) if tokenizer.chat_template is not None else TurnFormat("a", "", "", (), ())
+        )
         added = {
             token: entry for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip(" ▁\t\r\n")
         }
@@ -280,13 +282,13 @@ class _Codec:
     def written(self, prompt: list[Message], completions: Sequence[str]) -> list[str | None]:
         """What the chat template writes of each completion; None where that does not stand right behind the prompt."""
         _, prompt, completions = self._mark_row(prompt, completions)
-        text = render(self.tokenizer, prompt, prompt=True)
+        text = render_dialogue(self.tokenizer, prompt, prompt=True)
         bodies = [self._written(prompt, text, completion) for completion in completions]
         return [body if body is None else body.replace(MARK, "") for body in bodies]
 
     def _render(self, prompt: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
         """A prompt as the chat template writes it, and what it writes behind that for each completion."""
-        text = render(self.tokenizer, prompt, prompt=True)
+        text = render_dialogue(self.tokenizer, prompt, prompt=True)
         bodies = [self._written(prompt, text, one) or self.turn.lead + one for one in completions]
         return text, [body + self.closing for body in bodies]
 
@@ -294,7 +296,7 @@ class _Codec:
         if not completion.strip():  # a drawn completion may be empty
             return None
         turn = Message(role="assistant", content=completion)
-        whole = render(self.tokenizer, [*prompt, turn], prompt=False)
+        whole = render_dialogue(self.tokenizer, [*prompt, turn], prompt=False)
         around = len(text) + len(self.turn.after)  # a template may leave a message out
         if len(whole) > around and whole.startswith(text) and whole.endswith(self.turn.after):
             return whole[len(text) : len(whole) - len(self.turn.after)]

@@ -6,10 +6,11 @@ from mixpo.experiments.setup import Setup
 from mixpo.stages.dpo import DPO
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.ppo import PPO
-from mixpo.stages.stage import Stage
+from mixpo.stages.sft import SFT
+from mixpo.stages.stage import PolicyStage
 
 
-def sft(r: Setup) -> Stage:
+def sft(r: Setup) -> SFT:
     """Supervised fine-tuning alone."""
     return r.sft
 
@@ -88,7 +89,7 @@ def mpo_grpo(r: Setup) -> PPO:
     return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped("grpo"))
 
 
-ARMS: dict[str, Callable[[Setup], Stage]] = {
+ARMS: dict[str, Callable[[Setup], PolicyStage | Evaluation]] = {
     arm.__name__.replace("_", "-"): arm
     for arm in (
         sft,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt, prompt_key
-from mixpo.experiments.recipe import nearest
-from mixpo.experiments.results import Results, completions
+from mixpo.experiments.recipe import suggest_nearest
+from mixpo.experiments.results import Results, read_completions
 from mixpo.experiments.run import ArmResult
 from mixpo.stages.rows import read_table
 
@@ -34,7 +34,7 @@ class Comparison:
         return self.completions[0] == self.completions[1]
 
 
-def compared_seed(results: Results, arms: tuple[str, str], seed: int | None = None) -> int:
+def choose_compared_seed(results: Results, arms: tuple[str, str], seed: int | None = None) -> int:
     """The seed at which two arms are compared: the one given, else the first at which both finished.
 
     Raises `MissingError` on an arm that is not there or did not finish, on one arm twice, and on a seed that one of
@@ -53,7 +53,7 @@ def compared_seed(results: Results, arms: tuple[str, str], seed: int | None = No
     return common[0] if seed is None else seed
 
 
-def comparisons(
+def pair_completions(
     results: Results,
     arms: tuple[str, str],
     *,
@@ -62,17 +62,17 @@ def comparisons(
     at_most: int | None = None,
     draw: int = 0,
 ) -> list[Comparison]:
-    """The completions of two arms at a seed, in the order of the test prompts.
+    """Pair the completions of two arms at a seed (`choose_compared_seed`), in the order of the test prompts.
 
-    `seed` is as of `compared_seed`. `prompts` takes so many, drawn by `draw`, and more take these and others; all if
-    not given, or `at_most` so many. Raises `MissingError` as `compared_seed` does, and on more prompts than there are.
+    `prompts` takes so many, drawn by `draw`, and more take these and others; all if not given, or `at_most` so many.
+    Raises `MissingError` as `choose_compared_seed` does, and on more prompts than there are.
     """
-    at = compared_seed(results, arms, seed)
+    at = choose_compared_seed(results, arms, seed)
     first, second = (results.done(arm) for arm in arms)
     kinds = _categories(first[at])
     rows = [
         Comparison(number, one["prompt"], kinds.get(prompt_key(one["prompt"])), (one["completion"], two["completion"]))
-        for number, (one, two) in enumerate(zip(completions(first[at]), completions(second[at]), strict=True))
+        for number, (one, two) in enumerate(zip(read_completions(first[at]), read_completions(second[at]), strict=True))
     ]
     if prompts is not None and not 1 <= prompts <= len(rows):
         raise MissingError(f"--prompts: found {prompts}; expected 1 to {len(rows)}, the test prompts of this run")
@@ -80,14 +80,14 @@ def comparisons(
     return [rows[place] for place in sorted(random.Random(draw).sample(range(len(rows)), len(rows))[:count])]
 
 
-def categories(rows: Sequence[Comparison]) -> list[str]:
+def list_categories(rows: Sequence[Comparison]) -> list[str]:
     """The categories of rows, in order of appearance; none where rows have none."""
     return list(dict.fromkeys(row.category for row in rows if row.category is not None))
 
 
 def _refuse_unfinished(results: Results, arm: str) -> None:
     if arm not in results.names:
-        raise MissingError(f"--arms: found {arm!r}; expected two arms of the run{nearest(arm, results.names)}")
+        raise MissingError(f"--arms: found {arm!r}; expected two arms of the run{suggest_nearest(arm, results.names)}")
     if arm not in results.finished:
         reason = results.of(arm)[0].reason or "no reason was kept"
         raise MissingError(f"--arms: found {arm}, which failed: {reason}; expected arms that finished; run it again")

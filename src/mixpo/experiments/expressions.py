@@ -9,12 +9,12 @@ import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS, dpo, dpo_easy, dpo_hard
-from mixpo.experiments.recipe import Recipe, explain, nearest
+from mixpo.experiments.recipe import Recipe, explain_validation_error, suggest_nearest
 from mixpo.experiments.setup import Setup
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.ppo import PPO
-from mixpo.stages.stage import Snapshot, Stage
+from mixpo.stages.stage import PolicyStage, Snapshot
 
 MEASURED = {"dpo-easy": dpo_easy, "dpo-hard": dpo_hard, "dpo": dpo}
 """The DPO models of which gradients are measured."""
@@ -35,7 +35,7 @@ class ArmRun:
     @property
     def name(self) -> str:
         """What the arm is called in tables."""
-        return arm_name(self.arm, self.changes)
+        return name_arm(self.arm, self.changes)
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class GradientsRun:
     stage: Gradients
 
 
-def arm_name(arm: str, changes: Mapping[str, Any]) -> str:
+def name_arm(arm: str, changes: Mapping[str, Any]) -> str:
     """`mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
     return " ".join([arm, *(f"{key}={value}" for key, value in changes.items())])
 
 
-def arm_runs(recipe: Recipe) -> list[ArmRun]:
+def expand_arms(recipe: Recipe) -> list[ArmRun]:
     """The recipe's expressions, seed by seed: its arms, then the points of its sweeps that differ from them.
 
     Raises `InputError` on an unknown arm or key, and on data or a model that is not there.
@@ -65,11 +65,11 @@ def arm_runs(recipe: Recipe) -> list[ArmRun]:
     ]:
         for arm in arms:
             if arm not in ARMS:
-                raise InputError(f"{key}: found {arm!r}{nearest(arm, ARMS)}")
+                raise InputError(f"{key}: found {arm!r}{suggest_nearest(arm, ARMS)}")
     for arm in recipe.trace.arms:
         if arm not in recipe.arms:
             raise InputError(f"trace.arms: found {arm!r}, which is not among the arms; expected one of them")
-    with explained():
+    with explain_stage_errors():
         return [run for seed in recipe.seeds for run in _arm_runs_at(recipe, seed)]
 
 
@@ -106,7 +106,7 @@ def _traced_run(arm: str, setup: Setup) -> ArmRun:
     made = ARMS[arm](setup)
     if not isinstance(made, PPO):
         raise InputError(f"trace.arms: found {arm!r}, which ends with {type(made).__name__}; expected one with PPO")
-    passed: list[Stage | Snapshot] = [made.policy]
+    passed: list[PolicyStage | Snapshot] = [made.policy]
     passed += [Snapshot(stage=made, number=number + 1) for number in range(made.snapshots)]
     return ArmRun(arm, setup.seed, setup.evaluation(made), trace=tuple(setup.evaluation(policy) for policy in passed))
 
@@ -122,7 +122,7 @@ def _needed(arm: str, point: Mapping[str, Any], at: Callable[[Mapping[str, Any]]
     return needed
 
 
-def gradients_runs(recipe: Recipe) -> list[GradientsRun]:
+def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
     """Gradients of the DPO models trained on easy, hard and all pairs, each on easy and on hard pairs, if asked for."""
     if not recipe.gradients.pairs:
         return []
@@ -136,9 +136,9 @@ def gradients_runs(recipe: Recipe) -> list[GradientsRun]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_stage_errors() -> Iterator[None]:
     """What pydantic finds wrong with a stage, as one line a problem."""
     try:
         yield
     except pydantic.ValidationError as error:
-        raise InputError("\n".join(explain(error))) from error
+        raise InputError("\n".join(explain_validation_error(error))) from error

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.expressions import arm_runs, gradients_runs
+from mixpo.experiments.expressions import expand_arms, expand_gradients
 from mixpo.experiments.recipe import Recipe
 from mixpo.models.folders import read_context
 from mixpo.stages.data import Data
-from mixpo.stages.engine import Engine, in_order, read_settings
+from mixpo.stages.engine import Engine, read_settings, sort_topologically
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
@@ -32,7 +32,7 @@ class Planned:
     """Whether an earlier line shows this stage with its inputs."""
 
 
-def plan(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
+def plan_stages(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
     """The tree of every arm and measurement by its name, root first. Computes nothing.
 
     Raises `InputError` on what is known to be wrong before anything is computed.
@@ -44,12 +44,14 @@ def plan(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
             f"{run.name} (seed {run.seed})",
             {"": run.evaluation, **{f"along {n}": one for n, one in enumerate(run.trace)}},
         )
-        for run in arm_runs(recipe)
+        for run in expand_arms(recipe)
     ]
     roots += [
-        (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage}) for run in gradients_runs(recipe)
+        (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage}) for run in expand_gradients(recipe)
     ]
-    needed = dict.fromkeys(stage for _, stages in roots for root in stages.values() for stage in in_order(root))
+    needed = dict.fromkeys(
+        stage for _, stages in roots for root in stages.values() for stage in sort_topologically(root)
+    )
     for stage in needed:
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             refuse_too_long(stage, folder, needed)
@@ -64,7 +66,9 @@ def refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> 
     context = read_context(folder)
     for stage in stages:
         completion = getattr(stage, "max_completion_tokens", None)
-        prompts = [one.max_prompt_tokens for one in in_order(stage) if isinstance(one, Data) and one.base == base]
+        prompts = [
+            one.max_prompt_tokens for one in sort_topologically(stage) if isinstance(one, Data) and one.base == base
+        ]
         if context is not None and completion is not None and prompts and max(prompts) + completion > context:
             raise InputError(
                 f"data.max_prompt_tokens: found {max(prompts)} beside max_completion_tokens {completion} of "

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse
+from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse_bad_rows
 from mixpo.data.sources import (
     guess_format,
     hub_records,
@@ -18,17 +18,17 @@ from mixpo.data.sources import (
     read_preference_rows,
     read_records,
 )
-from mixpo.data.splits import COMPARED, draw
-from mixpo.data.text import visible
-from mixpo.data.tokens import control_tokens, end_token, tokenize_row
-from mixpo.experiments.expressions import explained
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.data.text import escape_invisible
+from mixpo.data.tokens import find_end_token, list_control_tokens, tokenize_row
+from mixpo.experiments.expressions import explain_stage_errors
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
     SourceRows,
     SplitRows,
-    describe,
-    facts,
+    count_row_facts,
+    describe_row_facts,
     fill_in_world_rows,
     hub_parts,
     read_sources,
@@ -47,7 +47,7 @@ LINE = 60
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """The text of a token, or of several that share a character."""
 
     text: str
@@ -57,11 +57,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Side:
+class TokenizedText:
     """A prompt or a completion in tokens."""
 
     name: str
-    pieces: list[Piece]
+    pieces: list[TokenText]
     tokens: int
     trained: bool
     """Whether the loss counts its tokens."""
@@ -78,7 +78,7 @@ class Example:
     """A row: its prompt and its completions."""
 
     kind: str
-    sides: list[Side]
+    sides: list[TokenizedText]
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
     return {} if isinstance(record, RowError) else record
 
 
-def preview(recipe: Recipe) -> Preview:
+def make_preview(recipe: Recipe) -> Preview:
     """Read a recipe's rows as the data stage would and look at them; bad rows are shown, not refused.
 
     Raises `InputError` if no row can be used.
@@ -131,7 +131,7 @@ def preview(recipe: Recipe) -> Preview:
     tokenizer = read_tokenizer(recipe.model, settings.special_tokens)
     rows = read_sources(settings, tokenizer)
     if rows.total == len(rows.bad):
-        refuse(rows.bad, rows.total)
+        refuse_bad_rows(rows.bad, rows.total)
     warnings, given = _check_model(recipe), rows.preferences
     split = SplitRows(given["train"], given["test"], given["second"], rows.demonstrations)
     if split.train or split.test:
@@ -139,13 +139,13 @@ def preview(recipe: Recipe) -> Preview:
             split = split_rows(settings, rows)
         except InputError as error:
             warnings.append(str(error))
-    figures = describe(settings, rows, split, tokenizer)
-    shown = examples(recipe, split.train, split.demonstrations, tokenizer)
+    figures = count_row_facts(settings, rows, split, tokenizer)
+    shown = make_examples(recipe, split.train, split.demonstrations, tokenizer)
     counts = _counts(rows, figures) | _cut(recipe, split, tokenizer)
-    return Preview(shown, _describe_tokens(shown, tokenizer), counts, facts(figures), warnings, rows.bad)
+    return Preview(shown, _describe_tokens(shown, tokenizer), counts, describe_row_facts(figures), warnings, rows.bad)
 
 
-def examples(
+def make_examples(
     recipe: Recipe,
     preferences: Sequence[Preference],
     demonstrations: Sequence[Demonstration],
@@ -168,30 +168,32 @@ def _example(
     kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> Example:
     before, drawn = tokenize_row(tokenizer, prompt, list(completions.values()), limit=limit)
-    sides = [Side("prompt", split_into_pieces(tokenizer, before), len(before), trained=False)]
+    sides = [TokenizedText("prompt", split_into_pieces(tokenizer, before), len(before), trained=False)]
     for name, tokens in zip(completions, drawn, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, before=before)
-        cut = tokens[-1] != end_token(tokenizer)
-        sides.append(Side(name, pieces, len(tokens), trained=True, truncated=cut))
+        cut = tokens[-1] != find_end_token(tokenizer)
+        sides.append(TokenizedText(name, pieces, len(tokens), trained=True, truncated=cut))
     return Example(kind, sides)
 
 
 def split_into_pieces(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, before: Sequence[int] = ()
-) -> list[Piece]:
+) -> list[TokenText]:
     """The text that each token adds to the tokens before it; tokens that share a character are one piece."""
-    control = set(control_tokens(tokenizer).values())
+    control = set(list_control_tokens(tokenizer).values())
     whole, first = [*before, *tokens], len(before)
     pieces, start = [], first
     for end in range(first + 1, len(whole) + 1):
         if whole[end - 1] in control:
-            pieces.append(Piece(visible(str(tokenizer.convert_ids_to_tokens(whole[end - 1]))), control=True))
+            pieces.append(
+                TokenText(escape_invisible(str(tokenizer.convert_ids_to_tokens(whole[end - 1]))), control=True)
+            )
             start = end
             continue
         text = _added_text(tokenizer, whole[max(0, start - CONTEXT) : start], whole[start:end])
         if text.endswith("\ufffd") and end - start < 4 and end < len(whole) and whole[end] not in control:
             continue
-        pieces.append(Piece(visible(text), control=False))
+        pieces.append(TokenText(escape_invisible(text), control=False))
         start = end
     return pieces
 
@@ -208,7 +210,7 @@ def _added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: 
 
 def _describe_tokens(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """How prompts begin and completions end, by the names of the tokens."""
-    begin, end, eos = tokenizer.bos_token_id, end_token(tokenizer), tokenizer.eos_token_id
+    begin, end, eos = tokenizer.bos_token_id, find_end_token(tokenizer), tokenizer.eos_token_id
     begins = any(example.sides[0].pieces[0].text == _name(tokenizer, begin) for example in shown)
     named = "the tokenizer has no BOS" if begin is None else f"BOS is {_name(tokenizer, begin)} ({begin})"
     lines = [f"{named}; prompts begin {'with it' if begins else 'without one'}"]
@@ -217,14 +219,14 @@ def _describe_tokens(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBas
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
-    return "" if token is None else visible(str(tokenizer.convert_ids_to_tokens(token)))
+    return "" if token is None else escape_invisible(str(tokenizer.convert_ids_to_tokens(token)))
 
 
 def _check_model(recipe: Recipe) -> list[str]:
     """Why no run could start from the model, as far as its folder tells."""
     try:
-        with explained():
-            Pretrained(special_tokens=recipe.data.special_tokens, **recipe.model)
+        with explain_stage_errors():
+            Pretrained(special_tokens=recipe.data.special_tokens, **dict(recipe.model))
     except InputError as error:
         return [str(error)]
     return []
@@ -247,15 +249,15 @@ def _of_parts(counts: dict[str, int]) -> str:
 
 def _cut(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """How many completions would be cut, and the pairs that this leaves with two equal sides."""
-    end = end_token(tokenizer)
+    end = find_end_token(tokenizer)
     lines = {}
-    if pairs := draw(split.train, MEASURED, COMPARED):
+    if pairs := draw_subset(split.train, MEASURED, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens
         sides = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], limit=limit)[1] for row in pairs]
         cut = sum(tokens[-1] != end for both in sides for tokens in both)
         lines["cut"] = f"{cut:,} of {2 * len(pairs):,} sides are longer than max_completion_tokens {limit}"
         lines["equal after the cut"] = f"{sum(one == other for one, other in sides):,} of {len(pairs):,} pairs"
-    if shown := draw(split.demonstrations, MEASURED, COMPARED):
+    if shown := draw_subset(split.demonstrations, MEASURED, COMPARISON_SEED):
         limit = recipe.sft.max_completion_tokens
         tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], limit=limit)[1][0] for row in shown]
         cut = sum(one[-1] != end for one in tokens)
@@ -266,7 +268,7 @@ def _cut(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -
 def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
     """Say in four lines what a run learns from: a data stage's first pair as the model's tokenizer has it."""
     tokenizer = load_tokenizer(model)
-    example = examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
+    example = make_examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
     figures = read_summary(data)
     with reading_figures():
         counts = (
@@ -277,14 +279,14 @@ def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
     return [heading, *map(_on_one_line, example.sides)]
 
 
-def _on_one_line(side: Side) -> str:
+def _on_one_line(side: TokenizedText) -> str:
     text = side.text.replace("\n", "⏎")
     short = text if len(text) <= 2 * LINE + 3 else f"{text[:LINE]} … {text[-LINE:]}"
     fate = "trained on" if side.trained else "given"
     return f"  {side.name:<10} {side.tokens:>4} tokens, {fate}{', cut' if side.truncated else ''}: {short}"
 
 
-def ends_of(pieces: Sequence[Piece], most: int) -> Iterator[Piece | int]:
+def shorten_pieces(pieces: Sequence[TokenText], most: int) -> Iterator[TokenText | int]:
     """The first and the last pieces, and between them the number of those left out."""
     if len(pieces) <= most:
         yield from pieces

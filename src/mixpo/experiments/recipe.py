@@ -17,15 +17,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import kind_of
+from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import Precision
-from mixpo.models.loading import Lora
 from mixpo.settings import Settings, found_and_expected
 from mixpo.stages.data import DataSettings, hub_parts
 from mixpo.stages.dpo import DPOSettings
 from mixpo.stages.evaluation import EvaluationSettings
 from mixpo.stages.gradients import GradientsSettings
 from mixpo.stages.label_noise import LabelNoiseSettings
-from mixpo.stages.ppo import PPOSettings
+from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.pretrained import PretrainedSettings
 from mixpo.stages.reward_model import RewardModelSettings
 from mixpo.stages.samples import SamplesSettings
@@ -105,7 +105,7 @@ class Recipe(Settings):
     """Where stages are kept, for all runs."""
     precision: Precision = "float32"
     max_completion_tokens: int = pydantic.Field(512, ge=1)
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
     model: PretrainedSettings = PretrainedSettings()
     data: DataSettings = DataSettings()
     label_noise: LabelNoiseSettings = LabelNoiseSettings()
@@ -161,7 +161,7 @@ class Recipe(Settings):
     @classmethod
     def _names_data_sets(cls, data: DataSettings) -> DataSettings:
         for key in ("train", "test", "demonstrations", "second"):
-            for name in data[key]:
+            for name in getattr(data, key):
                 if name.startswith("hub:") and not _is_hub_id(hub_parts(name)[0]):
                     raise InputError(f"data.{key}: found {name!r}; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
         return data
@@ -194,7 +194,7 @@ class Recipe(Settings):
                 known = [f"{name}.{key}" for name, section in swept.items() for key in section.model_fields]
                 raise InputError(
                     f"sweep: found key {key!r}; expected a key of a section that arms are made of, such as ppo.kl_coef"
-                    f"{nearest(key, known)}"
+                    f"{suggest_nearest(key, known)}"
                 )
             section = values
             for part in path:
@@ -204,7 +204,7 @@ class Recipe(Settings):
         try:
             return Recipe(**values)
         except pydantic.ValidationError as error:
-            raise InputError("\n".join(f"sweep: {line}" for line in explain(error))) from error
+            raise InputError("\n".join(f"sweep: {line}" for line in explain_validation_error(error))) from error
 
 
 def _is_hub_id(name: str) -> bool:
@@ -246,7 +246,7 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
     try:
         return Recipe(**values)
     except pydantic.ValidationError as error:
-        raise InputError("\n".join(f"{source}: {line}" for line in explain(error))) from error
+        raise InputError("\n".join(f"{source}: {line}" for line in explain_validation_error(error))) from error
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -351,12 +351,12 @@ def _find(name: str) -> tuple[str, str]:
     if name not in shipped:
         raise InputError(
             f"{name or repr(name)}: found neither a recipe file nor a recipe of that name; expected a .yaml file or "
-            f"one of those that come with mixpo, then KEY=VALUE without spaces{nearest(name, shipped)}"
+            f"one of those that come with mixpo, then KEY=VALUE without spaces{suggest_nearest(name, shipped)}"
         )
     return name, shipped[name].read_text(encoding="utf8")
 
 
-def explain(error: pydantic.ValidationError) -> list[str]:
+def explain_validation_error(error: pydantic.ValidationError) -> list[str]:
     """One line a key that is wrong: what was found, what was expected."""
     problems = error.errors()
     places = {problem["loc"] for problem in problems}
@@ -373,7 +373,7 @@ def explain(error: pydantic.ValidationError) -> list[str]:
             lines.append(str(cause))
         elif problem["type"] == "extra_forbidden":
             known = _keys_beside(place)
-            lines.append(f"{key}: unknown key{nearest(str(place[-1]), known)}")
+            lines.append(f"{key}: unknown key{suggest_nearest(str(place[-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{key}: not given; expected a value")
         else:
@@ -395,7 +395,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     return list(fields)
 
 
-def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def suggest_nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}" if known else ""

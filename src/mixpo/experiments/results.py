@@ -108,12 +108,12 @@ class Results:
 
     def has(self, names: Sequence[str], key: str) -> bool:
         """Whether every evaluation of these finished arms has a column."""
-        return all(key in columns(arm.evaluation) for name in names for arm in self.done(name).values())
+        return all(key in read_columns(arm.evaluation) for name in names for arm in self.done(name).values())
 
     def values(self, name: str, key: str, seeds: Sequence[int] | None = None) -> Float64[np.ndarray, "seeds prompts"]:
         """A column of an arm's evaluations at the seeds at which it finished, or at those given."""
         done = self.done(name)
-        return np.stack([columns(done[seed].evaluation)[key] for seed in (done if seeds is None else seeds)])
+        return np.stack([read_columns(done[seed].evaluation)[key] for seed in (done if seeds is None else seeds)])
 
     def common_seeds(self, *names: str) -> list[int]:
         """The seeds at which all these arms finished."""
@@ -173,7 +173,7 @@ class Results:
         return [stage for stage in self.stages if stage.kind == kind]
 
 
-def each_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
+def stages_by_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
     """Of the first run's recipe as it stands, one stage a seed."""
     by_seed: dict[int, StageFolder] = {}
     for stage in stages:
@@ -182,7 +182,7 @@ def each_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
     return list(by_seed.values()) or [stages[0]]
 
 
-def few(names: Sequence[str]) -> str:
+def list_first(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
@@ -192,7 +192,7 @@ def _add(items: list[Any], item: Any) -> None:
         items.append(item)
 
 
-def load(*folders: Path) -> Results:
+def load_runs(*folders: Path) -> Results:
     """Read finished runs. Raises `InputError` if one is none, or of another version, or has other test prompts."""
     twice = next((folder for folder in folders if sum(one.resolve() == folder.resolve() for one in folders) > 1), None)
     if twice is not None:
@@ -241,7 +241,7 @@ def _refuse_other_prompts(runs: Sequence[Run]) -> None:
             if arm.evaluation is None:
                 continue
             here = f"{run.folder}, {arm.name} at seed {arm.seed}"
-            prompts = [str(row["prompt"]) for row in completions(arm)]
+            prompts = [str(row["prompt"]) for row in read_completions(arm)]
             if not first:
                 first, expected = here, prompts
             if prompts != expected:
@@ -253,20 +253,20 @@ def _refuse_other_prompts(runs: Sequence[Run]) -> None:
                 )
 
 
-def evaluation(arm: ArmResult) -> dict[str, Any]:
+def read_evaluation(arm: ArmResult) -> dict[str, Any]:
     """The summary of a finished arm's evaluation."""
     assert arm.evaluation is not None
     return read_summary(Path(arm.evaluation))
 
 
-def completions(arm: ArmResult) -> list[dict[str, Any]]:
+def read_completions(arm: ArmResult) -> list[dict[str, Any]]:
     """The rows of a finished arm's evaluation, in the order of the test prompts."""
     assert arm.evaluation is not None
     return read_table(Path(arm.evaluation) / "completions.parquet")
 
 
 @lru_cache(maxsize=4096)
-def columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"]]:
+def read_columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"]]:
     """The numbers of an evaluation by column, in the order of the test prompts."""
     assert folder is not None
     rows = read_table(Path(folder) / "completions.parquet")
@@ -282,7 +282,7 @@ def columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"]]:
     return found
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def read_stage_metrics(folder: Path) -> list[dict[str, Any]]:
     """A training stage's metrics, a row a step."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()] if file.exists() else []

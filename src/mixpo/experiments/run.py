@@ -15,16 +15,23 @@ import yaml
 
 from mixpo import __version__
 from mixpo.data.errors import InputError
-from mixpo.experiments.expressions import ArmRun, GradientsRun, arm_name, arm_runs, explained, gradients_runs
+from mixpo.experiments.expressions import (
+    ArmRun,
+    GradientsRun,
+    expand_arms,
+    expand_gradients,
+    explain_stage_errors,
+    name_arm,
+)
 from mixpo.experiments.plan import refuse_too_long
 from mixpo.experiments.preview import first_lines
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
-from mixpo.experiments.workers import Failure, StageDisplay, workers
-from mixpo.stages.data import Data, facts
-from mixpo.stages.engine import Engine, in_order, read_summary
+from mixpo.experiments.workers import Failure, StageDisplay, open_executor
+from mixpo.stages.data import Data, describe_row_facts
+from mixpo.stages.engine import Engine, read_summary, sort_topologically
 from mixpo.stages.pretrained import Pretrained
-from mixpo.stages.stage import Stage, model_in
+from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import write_json
 
 FORMAT = 3
@@ -66,7 +73,7 @@ class ArmResult:
     @property
     def name(self) -> str:
         """What the arm is called in tables."""
-        return arm_name(self.arm, self.changes)
+        return name_arm(self.arm, self.changes)
 
 
 @dataclass
@@ -93,12 +100,12 @@ class RunResult:
     """Stages found in the cache."""
 
 
-def run(recipe: Recipe, display: Display) -> RunResult:
+def run_recipe(recipe: Recipe, display: Display) -> RunResult:
     """Compute what is missing, and write `recipe.yaml` and `results.json` to the run's folder."""
-    runs, measured = arm_runs(recipe), gradients_runs(recipe)
+    runs, measured = expand_arms(recipe), expand_gradients(recipe)
     uses = _uses(runs, measured)
     folder = claim_folder(recipe)
-    for link in (folder / "models" / _link_name(run) for run in runs):
+    for link in (folder / "models" / _link_name(run_recipe) for run_recipe in runs):
         if link.exists() and not link.is_symlink():
             raise InputError(f"{link}: found what no run wrote; expected a link to a model; move it elsewhere")
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
@@ -106,8 +113,8 @@ def run(recipe: Recipe, display: Display) -> RunResult:
     for link in (folder / "models").glob("*"):
         if link.is_symlink():  # of an earlier recipe
             link.unlink()
-    arms = [_result(run, engine, failures, folder / "models") for run in runs]
-    gradients = [_gradients_result(run, engine, failures) for run in measured]
+    arms = [_result(run_recipe, engine, failures, folder / "models") for run_recipe in runs]
+    gradients = [_gradients_result(run_recipe, engine, failures) for run_recipe in measured]
     result = RunResult(recipe.name, arms, gradients, computed, len(uses) - computed - len(failures))
     write_json(
         folder / "results.json",
@@ -136,14 +143,16 @@ def _compute(
     def over(stage: Stage, *, cached: bool = False) -> None:
         if isinstance(stage, Data) and stage not in failures:
             folder = engine.folder(stage)
-            known = facts(read_summary(folder)) if cached else []  # said by the stage itself where it was computed
-            for line in [*known, *first_lines(recipe, folder, model_in(engine.folder(stage.base)))]:
+            known = (
+                describe_row_facts(read_summary(folder)) if cached else []
+            )  # said by the stage itself where it was computed
+            for line in [*known, *first_lines(recipe, folder, model_folder(engine.folder(stage.base)))]:
                 display.note(line)
         if isinstance(stage, Pretrained) and stage not in failures:
-            refuse_too_long(stage, model_in(engine.folder(stage)), uses)
+            refuse_too_long(stage, model_folder(engine.folder(stage)), uses)
         order.done(number[stage])
 
-    with workers(engine) as pool:
+    with open_executor(engine) as pool:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()])
             if ready and pool.free:
@@ -171,22 +180,24 @@ def _compute(
 def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path | Failure:
     """Compute one stage of a recipe's first seed and what it needs; its folder, or why there is none."""
     claim_folder(recipe)
-    with explained():
+    with explain_stage_errors():
         stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    _, failures = _compute(recipe, {needed: [type(stage).__name__] for needed in in_order(stage)}, engine, display)
+    _, failures = _compute(
+        recipe, {needed: [type(stage).__name__] for needed in sort_topologically(stage)}, engine, display
+    )
     return failures.get(stage, engine.folder(stage))
 
 
 def _uses(runs: list[ArmRun], measured: list[GradientsRun]) -> dict[Stage, list[str]]:
     """Every stage once, inputs first, with the names of the arms and measurements that stand on it."""
     uses: dict[Stage, dict[str, None]] = {}
-    for run in runs:
-        for root in (run.evaluation, *run.trace):
-            for stage in in_order(root):
-                uses.setdefault(stage, {})[run.name] = None
+    for run_recipe in runs:
+        for root in (run_recipe.evaluation, *run_recipe.trace):
+            for stage in sort_topologically(root):
+                uses.setdefault(stage, {})[run_recipe.name] = None
     for gradients in measured:
-        for stage in in_order(gradients.stage):
+        for stage in sort_topologically(gradients.stage):
             uses.setdefault(stage, {})[f"gradients of {gradients.arm}"] = None
     return {stage: list(names) for stage, names in uses.items()}
 
@@ -196,51 +207,51 @@ def _early_first(stages: Iterable[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 
-def _result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], models: Path) -> ArmResult:
+def _result(run_recipe: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], models: Path) -> ArmResult:
     keys = {
         stage: f"{type(stage).__name__}-{engine.identity(stage)}"
-        for stage in in_order(run.evaluation)
+        for stage in sort_topologically(run_recipe.evaluation)
         if stage not in failures
     }
-    read = run.evaluation.inputs()
+    read = run_recipe.evaluation.inputs()
     own = [read["policy"]]
-    if run.evaluation.best_of > 1:
+    if run_recipe.evaluation.best_of > 1:
         own.append(read.get("chooser", read["reward"]))
     result = ArmResult(
-        run.arm,
-        run.seed,
+        run_recipe.arm,
+        run_recipe.seed,
         "done",
-        changes=run.changes,
+        changes=run_recipe.changes,
         stages={key: str(engine.folder(stage)) for stage, key in keys.items()},
-        needs=list(dict.fromkeys(keys[stage] for root in own for stage in in_order(root) if stage in keys)),
+        needs=list(dict.fromkeys(keys[stage] for root in own for stage in sort_topologically(root) if stage in keys)),
         reward_models={name: keys[read[name]] for name in ("reward", "second", "chooser") if read.get(name) in keys},
     )
-    if run.evaluation in failures:
-        failed = failures[run.evaluation]
+    if run_recipe.evaluation in failures:
+        failed = failures[run_recipe.evaluation]
         return replace(result, status="failed", reason=failed.reason, bad_input=failed.bad_input)
-    lost = [failures[stage].reason for stage in run.trace if stage in failures]
+    lost = [failures[stage].reason for stage in run_recipe.trace if stage in failures]
     model = None
-    if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
-        link = models / _link_name(run)
-        link.symlink_to(model_in(engine.folder(run.evaluation.policy)), target_is_directory=True)
+    if run_recipe.evaluation.best_of == 1 and isinstance(run_recipe.evaluation.policy, Stage):
+        link = models / _link_name(run_recipe)
+        link.symlink_to(model_folder(engine.folder(run_recipe.evaluation.policy)), target_is_directory=True)
         model = str(link)
     return replace(
         result,
         reason=f"along its training: {lost[0]}" if lost else None,
         model=model,
-        evaluation=str(engine.folder(run.evaluation)),
-        trace=[str(engine.folder(stage)) for stage in run.trace] if not lost else [],
+        evaluation=str(engine.folder(run_recipe.evaluation)),
+        trace=[str(engine.folder(stage)) for stage in run_recipe.trace] if not lost else [],
     )
 
 
-def _gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage, Failure]) -> GradientsResult:
-    failed = failures.get(run.stage)
-    folder = None if failed else str(engine.folder(run.stage))
-    return GradientsResult(run.arm, run.part, run.seed, folder, failed.reason if failed else None)
+def _gradients_result(run_recipe: GradientsRun, engine: Engine, failures: Mapping[Stage, Failure]) -> GradientsResult:
+    failed = failures.get(run_recipe.stage)
+    folder = None if failed else str(engine.folder(run_recipe.stage))
+    return GradientsResult(run_recipe.arm, run_recipe.part, run_recipe.seed, folder, failed.reason if failed else None)
 
 
-def _link_name(run: ArmRun) -> str:
-    return re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
+def _link_name(run_recipe: ArmRun) -> str:
+    return re.sub(r"[^\w.=-]+", "-", f"{run_recipe.name} {run_recipe.seed}")
 
 
 def claim_folder(recipe: Recipe) -> Path:

@@ -12,13 +12,13 @@ from mixpo.stages.dpo import DPO
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
-from mixpo.stages.ppo import OF_GAE
+from mixpo.stages.ppo_settings import GAE_SETTINGS
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.samples import Samples
 from mixpo.stages.selection import Selection
 from mixpo.stages.sft import SFT
-from mixpo.stages.stage import Part, Snapshot, Stage
+from mixpo.stages.stage import Part, PolicyStage, Snapshot
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class Setup:
         if values["batch_size"] % k:
             raise InputError(f"group_size: found {k}; expected a divisor of ppo.batch_size, {values['batch_size']}")
         grouped = {"completions_per_prompt": k, "batch_size": values["batch_size"] // k, "epochs": values["epochs"] / k}
-        kept = {key: value for key, value in values.items() if key not in OF_GAE}
+        kept = {key: value for key, value in values.items() if key not in GAE_SETTINGS}
         return {**kept, "advantage": advantage, **grouped}
 
-    def evaluation(self, policy: Stage | Snapshot, *, best_of: int = 1) -> Evaluation:
+    def evaluation(self, policy: PolicyStage | Snapshot, *, best_of: int = 1) -> Evaluation:
         """The evaluation of an arm's policy."""
         return Evaluation(
             policy=policy,

@@ -16,7 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.stages.engine import Engine, read_summary
 from mixpo.stages.stage import Stage
 from mixpo.training.record import Watcher, watcher
-from mixpo.training.runtime import cores
+from mixpo.training.runtime import count_cores
 from mixpo.training.step import Diverged
 
 
@@ -39,8 +39,8 @@ class StageDisplay(Watcher, Protocol):
         """The stage is over."""
 
 
-class Workers(Protocol):
-    """Computes stages."""
+class StageExecutor(Protocol):
+    """An executor of stages."""
 
     @property
     def free(self) -> bool:
@@ -54,19 +54,19 @@ class Workers(Protocol):
 
 
 @contextmanager
-def workers(engine: Engine) -> Iterator[Workers]:
-    """As many as the engine's runtime says."""
+def open_executor(engine: Engine) -> Iterator[StageExecutor]:
+    """Open an executor with as many processes as the engine's runtime says, and close it at the end."""
     if engine.runtime.workers == 1:
-        yield _Here(engine)
+        yield InProcessExecutor(engine)
         return
-    beside = _Beside(engine)
+    beside = ProcessPool(engine)
     try:
         yield beside
     finally:
         beside.close()
 
 
-def _attempt(engine: Engine, stage: Stage) -> Outcome:
+def _compute_safely(engine: Engine, stage: Stage) -> Outcome:
     """Compute a stage, whatever comes of it; the traceback of a failure is in its folder."""
     try:
         return float(read_summary(engine.compute(stage))["cost"]["seconds"])
@@ -80,43 +80,53 @@ def _attempt(engine: Engine, stage: Stage) -> Outcome:
         return Failure(f"{type(stage).__name__} {engine.identity(stage)}: {text} (details in {trace})")
 
 
-class _Here:
+class InProcessExecutor:
+    """Computes one stage after another in the run's own process."""
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.last: tuple[Stage, StageDisplay, Outcome] | None = None
 
     @property
     def free(self) -> bool:
+        """Whether no outcome waits to be taken."""
         return self.last is None
 
     def start(self, stage: Stage, shown: StageDisplay) -> None:
+        """Compute the stage."""
         watcher.set(shown)
-        self.last = stage, shown, _attempt(self.engine, stage)
+        self.last = stage, shown, _compute_safely(self.engine, stage)
 
     def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
+        """Return the stage that was computed and its outcome."""
         last, self.last = self.last, None
         assert last is not None
         return last
 
 
-class _Beside:
-    """Processes, begun when they are first needed, and a pipe to each: stages go in, what a watcher is told comes out,
-    and at last the outcome. A pipe that ends is a process that died. Pipes pickle what they carry; nobody but our own
-    processes writes to them, and nothing of it is read from a disk."""
+class ProcessPool:
+    """Computes stages in processes side by side, which are started when they are first needed.
+
+    Each has a pipe: stages go in, progress and at last the outcome come out. A pipe that ends is a process that died.
+    Pipes pickle what they carry; only our own processes write to them, and nothing of it is read from a disk. Kept by
+    hand, since ProcessPoolExecutor reports no progress and its workers outlive a killed parent.
+    """
 
     def __init__(self, engine: Engine) -> None:
         runtime = engine.runtime
         self.count = runtime.workers
-        threads = runtime.threads or max(1, cores() // self.count)
+        threads = runtime.threads or max(1, count_cores() // self.count)
         self.engine = Engine(engine.cache, runtime.model_copy(update={"threads": threads}))
         self.processes: dict[Connection, SpawnProcess] = {}
         self.busy: dict[Connection, tuple[Stage, StageDisplay]] = {}
 
     @property
     def free(self) -> bool:
+        """Whether fewer stages are being computed than there may be processes."""
         return len(self.busy) < self.count
 
     def start(self, stage: Stage, shown: StageDisplay) -> None:
+        """Send the stage to an idle process. Raises `InputError` if the process is dead."""
         idle = [pipe for pipe in self.processes if pipe not in self.busy]
         pipe = idle[0] if idle else self._begin()
         with self._refusing_death():
@@ -124,6 +134,7 @@ class _Beside:
         self.busy[pipe] = stage, shown
 
     def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
+        """Wait for a stage to end, and pass on progress meanwhile. Raises `InputError` if a process died."""
         while True:
             for pipe in wait(list(self.busy)):
                 assert isinstance(pipe, Connection)
@@ -134,6 +145,7 @@ class _Beside:
                 getattr(self.busy[pipe][1], what)(*arguments)
 
     def close(self) -> None:
+        """Kill all processes."""
         for process in self.processes.values():
             process.kill()
             process.join()
@@ -159,14 +171,14 @@ class _Beside:
 
 
 def _serve(engine: Engine, pipe: Connection) -> None:
-    """What a process does: compute the stages that come. It ends with the process that began it, however that ends."""
+    """Compute the stages that come through a pipe, in a process that ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
-    teller = _Teller(pipe)
-    watcher.set(teller)
+    pipe_watcher = PipeWatcher(pipe)
+    watcher.set(pipe_watcher)
     with suppress(EOFError):
         while True:
-            teller.tell("end", _attempt(engine, pipe.recv()))
+            pipe_watcher.send("end", _compute_safely(engine, pipe.recv()))
 
 
 def _end_with_parent() -> None:
@@ -177,16 +189,19 @@ def _end_with_parent() -> None:
 
 
 @dataclass(frozen=True)
-class _Teller:
-    """A watcher that passes on what it is told."""
+class PipeWatcher:
+    """A watcher that sends what it is told through a pipe."""
 
     pipe: Connection
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        self.tell("step", done, total, dict(metrics))
+        """Send progress through the pipe."""
+        self.send("step", done, total, dict(metrics))
 
     def note(self, text: str) -> None:
-        self.tell("note", text)
+        """Send a line through the pipe."""
+        self.send("note", text)
 
-    def tell(self, what: str, *arguments: Any) -> None:
+    def send(self, what: str, *arguments: Any) -> None:
+        """Send a method's name and its arguments."""
         self.pipe.send((what, arguments))

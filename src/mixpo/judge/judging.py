@@ -6,9 +6,10 @@ from itertools import combinations
 
 import numpy as np
 
-from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha, over_items
-from mixpo.algorithms.statistics import Interval, length_controlled, sign_test, wilson_interval, win_minus_lose
-from mixpo.experiments.comparisons import Comparison, MissingError, comparisons
+from mixpo.algorithms.agreement import bootstrap_over_items, cohen_kappa, krippendorff_alpha
+from mixpo.algorithms.intervals import Interval, wilson_interval
+from mixpo.algorithms.win_rates import length_controlled_win_rate, sign_test, win_minus_lose
+from mixpo.experiments.comparisons import Comparison, MissingError, pair_completions
 from mixpo.experiments.results import Results
 from mixpo.judge.questions import Judge, Question, Template, both_orders, digest
 from mixpo.judge.verdicts import FILE, Assignment, Kept, Pair, Scores, read
@@ -102,7 +103,7 @@ def judged_runs(results: Results) -> list[Judged]:
         for assignment in kept.assignments.values():
             arms = results.named(run, assignment.arms[0]), results.named(run, assignment.arms[1])
             try:
-                rows = comparisons(results, arms, seed=assignment.seed)
+                rows = pair_completions(results, arms, seed=assignment.seed)
             except MissingError:
                 rows = []
             found.append(judged(assignment, arms, rows, kept.scores))
@@ -159,7 +160,7 @@ def tally(verdicts: Sequence[Verdict]) -> Tally | None:
         _share(len(flips), len(told)),
         _share(flips.count(1), len(flips)),
         _share(int((decided > 0).sum()), len(decided)),
-        length_controlled((outcomes + 1.0) / 2.0, longer),
+        length_controlled_win_rate((outcomes + 1.0) / 2.0, longer),
     )
 
 
@@ -197,4 +198,4 @@ def agreement(judged: Sequence[Judged]) -> Agreement:
             if number in of:
                 counts[place, of[number]] += 1
     counts = counts[counts.sum(axis=1) >= 2]
-    return Agreement(kappas, len(counts), over_items(krippendorff_alpha, counts))
+    return Agreement(kappas, len(counts), bootstrap_over_items(krippendorff_alpha, counts))

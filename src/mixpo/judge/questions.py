@@ -13,7 +13,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Message, Prompt, turns
+from mixpo.data.rows import Message, Prompt, as_messages
 from mixpo.experiments.comparisons import Comparison
 
 VARIABLES = ("prompt", "messages", "first", "second")
@@ -63,7 +63,7 @@ class Template:
 
     def filled(self, prompt: Prompt, first: str, second: str) -> str:
         """The message. Raises `InputError` where the template cannot be filled."""
-        messages = turns(prompt)
+        messages = as_messages(prompt)
         values = {"prompt": _dialogue(messages), "messages": messages, "first": first, "second": second}
         try:
             return whole(_compiled(self.text).render(values))

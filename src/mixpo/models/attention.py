@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixpo.data.branches import Span, padded_places
+from mixpo.data.branches import Span, pad_positions
 from mixpo.models.blocked_attention import blocked_attention
 
 NAME = "mixpo_branches"
@@ -61,7 +61,7 @@ class Layout:
     """The way back: where in the buckets each token of the row stands."""
 
 
-def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
+def lay_out_buckets(spans: Sequence[Span], device: torch.device) -> Layout:
     """The buckets of a row that holds these prompts and completions; made on the CPU, then moved."""
     whole = all(len(span.completions) == 1 for span in spans)
     pieces = [(span.prompt + span.completions[0],) if whole else (span.prompt, *span.completions) for span in spans]
@@ -69,8 +69,8 @@ def lay_out(spans: Sequence[Span], device: torch.device) -> Layout:
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
     buckets, orders, reals = [], [], []
     for rows in _alike(pieces, APART[device.type]):
-        prompts, real_prompts = padded_places(starts[rows, 0], sizes[rows, 0])
-        completions, real_completions = padded_places(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
+        prompts, real_prompts = pad_positions(starts[rows, 0], sizes[rows, 0])
+        completions, real_completions = pad_positions(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
         buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
         orders += [prompts.flatten(), completions.flatten()]
         reals += [real_prompts.flatten(), real_completions.flatten()]
@@ -151,9 +151,9 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def attending(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
+def branch_attention(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
     """What goes through a model meanwhile is one row that holds these prompts and completions, if there are any."""
-    token = _layout.set(lay_out(spans, device) if spans else None)
+    token = _layout.set(lay_out_buckets(spans, device) if spans else None)
     try:
         yield
     finally:
@@ -164,7 +164,7 @@ _buckets: ContextVar[tuple[tuple[slice, int], ...] | None] = ContextVar("buckets
 
 
 @contextmanager
-def decoding(keys: Sequence[int], device: torch.device) -> Iterator[None]:
+def decoding_attention(keys: Sequence[int], device: torch.device) -> Iterator[None]:
     """What goes through a model meanwhile is one new token a row; each may see the first so many keys, and itself is
     the last of them. Rows of like length follow each other."""
     token = _buckets.set(tuple(_of_like_length(keys, APART_DECODING[device.type])))

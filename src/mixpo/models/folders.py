@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import check_tokenizer
-from mixpo.models.reward_heads import classifier_class, score_head
+from mixpo.models.reward_heads import find_classifier_class, find_score_head
 
 JSON_FILES = (
     "config.json",
@@ -89,7 +89,9 @@ class TensorHeader:
 
 
 @contextmanager
-def reading(source: Path | str, found: str = "a model that cannot be read", fix: str = NEEDS) -> Iterator[None]:
+def explain_loading_errors(
+    source: Path | str, found: str = "a model that cannot be read", fix: str = NEEDS
+) -> Iterator[None]:
     """Turn whatever transformers raises on a damaged `source` into an `InputError`, and keep it silent.
 
     A lack of memory says nothing of the source, and stays what it is.
@@ -131,9 +133,9 @@ def read_policy_folder(
     network = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     _check_architecture(folder, config, () if network is None else (network.__name__,), "a causal language model")
     checked = _checked(folder, config, network, read_tokenizer or load_tokenizer)
-    classifier = classifier_class(config, folder)
-    with reading(folder, "an architecture that no reward model can be made of"), torch.device("meta"):
-        score_head(classifier(config), folder)
+    classifier = find_classifier_class(config, folder)
+    with explain_loading_errors(folder, "an architecture that no reward model can be made of"), torch.device("meta"):
+        find_score_head(classifier(config), folder)
     load_weights(checked, network=classifier, new_head=True, meta=True)
     return checked
 
@@ -142,7 +144,7 @@ def read_reward_folder(folder: Path) -> ModelFolder:
     """Check a reward model's folder without reading its weights: a sequence classifier with one label."""
     config = read_config(folder)
     expected = "a reward model: a sequence classifier with one label, such as the `reward` stage writes"
-    network = classifier_class(config, folder)
+    network = find_classifier_class(config, folder)
     _check_architecture(folder, config, (network.__name__,), expected)
     if config.num_labels != 1:
         raise InputError(f"{folder}: found a sequence classifier with {config.num_labels} labels; expected {expected}")
@@ -169,7 +171,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         )
     if not raw.get("architectures"):
         raise InputError(f"{folder}: found no config.json that names an architecture; {NEEDS}")
-    with reading(folder, "a config.json that cannot be read"):
+    with explain_loading_errors(folder, "a config.json that cannot be read"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config.get_text_config()
     return config
@@ -187,7 +189,7 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
     local = Path(folder).is_dir()
     if local and not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
         raise InputError(f"{folder}: found a model without a tokenizer; {fix}")
-    with reading(folder, "a tokenizer that cannot be read", fix):
+    with explain_loading_errors(folder, "a tokenizer that cannot be read", fix):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder),
             revision=revision or "main",
@@ -210,7 +212,7 @@ def load_weights(
     `network` takes the weights into another class; with `new_head` its `score` head alone may be missing. With `meta`
     no weight is read, only names and shapes are compared.
     """
-    with reading(folder.path, "weights that cannot be read", "download or save the folder again"):
+    with explain_loading_errors(folder.path, "weights that cannot be read", "download or save the folder again"):
         model, found = (network or folder.network).from_pretrained(
             folder.path,
             config=folder.config,
@@ -270,7 +272,7 @@ def _checked(
     tensors = _read_tensors(folder)
     dtype = _common_dtype(folder, tensors)
     _refuse_absurd_sizes(folder, config, tensors)
-    with reading(folder, "a chat template that does not render", "set another as `model.chat_template`"):
+    with explain_loading_errors(folder, "a chat template that does not render", "set another as `model.chat_template`"):
         check_tokenizer(tokenizer)
     checked = ModelFolder(folder, config, network, tokenizer, dtype, frozenset())
     model = load_weights(checked, meta=True)
@@ -350,7 +352,9 @@ def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
                 raise InputError(f"{folder}: found no {file.name}, which {name} names; download the folder again")
     tensors: dict[str, TensorHeader] = {}
     for file in files:
-        with reading(file, "weights that cannot be read", "the file may be torn; download or save the folder again"):
+        with explain_loading_errors(
+            file, "weights that cannot be read", "the file may be torn; download or save the folder again"
+        ):
             tensors |= _headers(file)
     if not tensors:
         raise InputError(f"{files[0]}: found no tensors; download or save the folder again")

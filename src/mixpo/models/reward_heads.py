@@ -27,7 +27,7 @@ PADDING = "<|reward_padding|>"
 """The token that is added where a tokenizer has no other to pad with."""
 
 
-def classifier_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+def find_classifier_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
     """The class of reward models on a config's architecture. Raises `InputError` where there can be none."""
     known: type[PreTrainedModel] | None = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if known is not None:
@@ -51,7 +51,7 @@ def _on_base_model(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(name, (GenericForSequenceClassification, family), body)
 
 
-def score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
+def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
     """A sequence classifier's head, one linear layer. Raises `InputError` where it has another."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):

@@ -23,15 +23,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from mixpo.data.branches import by_tokens, pack_prompts
+from mixpo.data.branches import Completions, TokenBatch, pack_prompts, split_into_microbatches
 from mixpo.data.errors import InputError
-from mixpo.models.attention import decoding
-from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, by_layer_type, hidden_states, row_slices
+from mixpo.models.language_model import BLOCK_ELEMENTS, LanguageModel, slice_rows
 
 DROP_AT = 0.8
 """Finished rows are dropped when the share of unfinished ones is less."""
@@ -42,13 +41,14 @@ BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """k completions of a prompt."""
+class SampledCompletions(Completions):
+    """k completions of each prompt as a model drew them, on the CPU."""
 
-    completions: list[list[int]]
-    """Token ids, the end token included where one was drawn."""
-    logprobs: list[list[float]]
-    """The model's own log-prob of each token in nats: temperature 1, nothing truncated, however it was drawn."""
+    logprobs: Float[Tensor, "prompts k tokens"]
+    """The model's own log-prob of each token in nats, at temperature 1 and not truncated, however it was drawn; 0 where
+    the mask is false."""
+    ended: Bool[Tensor, "prompts k"]
+    """Whether a completion ends with an end token: false where it was cut off."""
 
 
 @dataclass
@@ -204,34 +204,36 @@ def sample(
     top_k: int = 0,
     token_budget: int = 16_384,
     occurrences: Sequence[int] | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> list[Sampled]:
+) -> SampledCompletions:
     """Draw k completions of at most `max_tokens` tokens for every prompt.
 
-    `token_budget` bounds the tokens in the cache at once; it changes speed and memory only. `advance` is called with
-    the number of prompts that were finished. Tokens that the tokenizer does not know are never drawn. `occurrences`
-    are `count_occurrences` of a larger set that the prompts are a portion of; their own if not given.
+    `token_budget` bounds the tokens in the cache at once; it changes speed and memory only. Tokens that the tokenizer
+    does not know are never drawn. `occurrences` are `count_occurrences` of a larger set that the prompts are a portion
+    of; their own if not given.
 
     Raises:
         InputError: The model's logits are not finite.
     """
     occurrences = count_occurrences(prompts) if occurrences is None else occurrences
-    sampled: list[Sampled | None] = [None] * len(prompts)
-    lm.model.eval()
-    lengths = [len(prompt) + max_tokens for prompt in prompts]
+    tokens = torch.zeros(len(prompts), k, max_tokens, dtype=torch.long)
+    logprobs = torch.zeros(len(prompts), k, max_tokens)
+    lengths = torch.zeros(len(prompts), k, dtype=torch.long)
+    lm.eval()
+    capacities = [len(prompt) + max_tokens for prompt in prompts]
     choose = _make_chooser(lm, temperature=temperature, top_p=top_p, top_k=top_k)
     with lm.autocast():
-        for rows in by_tokens(lengths, max(1, token_budget // k), padded=True):
+        for rows in split_into_microbatches(capacities, max(1, token_budget // k), padded=True):
             keys = [
                 noise_keys(prompts[row], seed=seed, occurrence=occurrences[row], k=k, max_tokens=max_tokens)
                 for row in rows
             ]
             part = _sample_batch(lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), choose)
-            for row, completions in zip(rows, part, strict=True):
-                sampled[row] = completions
-            if advance is not None:
-                advance(len(rows))
-    return [completions for completions in sampled if completions is not None]
+            tokens[rows], logprobs[rows], lengths[rows] = (x.unflatten(0, (-1, k)).cpu() for x in part)
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[..., None]
+    last = tokens.gather(-1, lengths[..., None] - 1)[..., 0]
+    ended = torch.isin(last, torch.tensor(sorted(lm.end_tokens)))
+    return SampledCompletions(tokens[..., :longest] * mask, mask, logprobs[..., :longest] * mask, ended)
 
 
 def _make_chooser(
@@ -246,7 +248,7 @@ def _make_chooser(
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
         noise = exponential_noise(keys, count_noise(logits.shape[1]))
         tokens, logprobs = list[Tensor](), list[Tensor]()
-        for rows in row_slices(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
+        for rows in slice_rows(len(logits), BLOCK_ELEMENTS[logits.device.type] // logits.shape[1]):
             wide = logits[rows].float()
             largest = wide.amax(dim=-1, keepdim=True)
             probabilities = (wide - largest).exp_()
@@ -266,15 +268,15 @@ def _sample_batch(
     prompts: Sequence[Sequence[int]],
     keys: Int[Tensor, "prompts k tokens"],
     choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> list[Sampled]:
+) -> tuple[Int[Tensor, "rows tokens"], Float[Tensor, "rows tokens"], Int[Tensor, " rows"]]:
+    """Draw k completions of each prompt, a row each: tokens, log-probs, lengths."""
     device = lm.device
     count, k, max_tokens = keys.shape
-    head = lm.model.get_output_embeddings()
     end_tokens = torch.tensor(sorted(lm.end_tokens), device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
     shared = _Rows(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_Preallocated, shared))
-    logits = head(_prefill(lm, prompts, k, shared, cache) * lm.logit_scale)
+    logits = _prefill(lm, prompts, k, shared, cache)
     keys = keys.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
@@ -297,51 +299,26 @@ def _sample_batch(
                 layer.take(kept)
         position = lengths[active] + step
         shared.held, shared.ends = max(prompted) + step, (torch.arange(len(active), device=device), position)
-        with decoding([length + step + 1 for length in prompted], device):
-            hidden = lm.model.base_model(
-                input_ids=tokens[:, None],
-                position_ids=position[:, None],
-                attention_mask=_decoding_masks(lm, position[:, None], shared.held + 1),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, 0]
-        logits = head(hidden * lm.logit_scale)
+        batch = TokenBatch(tokens[:, None], position[:, None], [length + step + 1 for length in prompted])
+        logits = lm(batch, "logits", cache=cache)
 
     if bool(logprobs_out.isnan().any()):
         raise InputError(
             "sampling: found logits that are nan or infinite; expected finite ones; the model's weights are damaged or "
             "its training diverged: look at its loss, and lower the learning rate"
         )
-    out_tokens, out_logprobs, ends = tokens_out.tolist(), logprobs_out.tolist(), ended_at.tolist()
-    return [
-        Sampled(
-            completions=[out_tokens[row][: ends[row]] for row in range(first, first + k)],
-            logprobs=[out_logprobs[row][: ends[row]] for row in range(first, first + k)],
-        )
-        for first in range(0, count * k, k)
-    ]
+    return tokens_out, logprobs_out, ended_at
 
 
 def _prefill(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], k: int, shared: _Rows, cache: Cache
-) -> Float[Tensor, "rows width"]:
-    """Fill the cache with every prompt; the hidden state at its last token, once a completion."""
+) -> Float[Tensor, "rows vocabulary"]:
+    """Fill the cache with every prompt, and compute the logits of the first token, a row a completion."""
     found, order = [], []
-    for part in by_tokens([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
+    for part in split_into_microbatches([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
         batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)
         rows = torch.tensor([row * k + branch for row in part for branch in range(k)], device=lm.device)
         shared.portion = (rows, batch.places.repeat_interleave(k, dim=0))
-        found.append(hidden_states(lm, batch, cache=cache)[batch.last].repeat_interleave(k, dim=0))
+        found.append(lm(batch, "logits", cache=cache).repeat_interleave(k, dim=0))
         order.append(rows)
     return torch.cat(found)[torch.cat(order).argsort()]
-
-
-def _decoding_masks(lm: LanguageModel, position: Int[Tensor, "rows 1"], seen: int) -> Tensor | dict[str, Tensor]:
-    """The mask of one new token a row over `seen` keys, with the model's sliding window where it has one."""
-    distance = position - torch.arange(seen, device=position.device)
-
-    def attends(window: int | None = None) -> Tensor:
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return visible[:, None, None]
-
-    return by_layer_type(lm.model, attends)

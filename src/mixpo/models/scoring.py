@@ -1,78 +1,79 @@
 """Whole sets of completions through a frozen model: sequence log-probs and scores, in portions of like length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixpo.data.branches import BranchBatch, Tokens, by_tokens, pack, row_lengths
+from mixpo.data.branches import (
+    AnyCompletions,
+    BranchBatch,
+    Completions,
+    Tokens,
+    pack,
+    row_lengths,
+    split_into_microbatches,
+)
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.language_model import LanguageModel, branch_logprobs, branch_scores, hidden_states
-from mixpo.models.loading import same_tokens
-
-Completions = Sequence[Sequence[Tokens]]
+from mixpo.models.language_model import LanguageModel, Output
+from mixpo.models.tokenizers import tokenize_alike
 
 
-def portions(
-    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, token_budget: int
+def iterate_batches(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, token_budget: int
 ) -> Iterator[tuple[list[int], BranchBatch]]:
-    """Branch batches of at most `token_budget` tokens, each with the numbers of its prompts, on the model's device."""
-    for rows in by_tokens(row_lengths(prompts, completions), token_budget):
-        batch = pack([prompts[row] for row in rows], [completions[row] for row in rows], share_prompt=lm.shares_prompts)
-        yield rows, batch.to(lm.device)
+    """Yield branch batches of at most `token_budget` tokens on the model's device, each with its prompts' numbers."""
+    for rows in split_into_microbatches(row_lengths(prompts, completions), token_budget):
+        yield rows, pack(prompts, completions, rows, share_prompt=lm.shares_prompts).to(lm.device)
 
 
 @torch.no_grad()
-def read_all(
+def compute_output(
     lm: LanguageModel,
     prompts: Sequence[Tokens],
-    completions: Completions,
-    read: Callable[[BranchBatch], Tensor],
+    completions: AnyCompletions,
+    output: Output,
     *,
     token_budget: int,
 ) -> Float[Tensor, "prompts k *rest"]:
-    """What `read` finds for every completion, on the CPU; token axes are padded with 0 to the longest completion."""
-    longest = max(len(c) for branches in completions for c in branches)
-    result: Tensor | None = None
-    lm.model.eval()
-    for rows, batch in portions(lm, prompts, completions, token_budget):
-        found = read(batch).cpu()
-        if result is None:
-            width = (longest,) if found.ndim == 3 else ()
-            result = torch.zeros(len(prompts), found.shape[1], *width)
-        if found.ndim == 3:
-            result[rows, :, : found.shape[2]] = found
-        else:
-            result[rows] = found
-    if result is None:
+    """Compute an output of the model for every completion, on the CPU; token axes are padded with 0."""
+    lm.eval()
+    parts = [(rows, lm(batch, output).cpu()) for rows, batch in iterate_batches(lm, prompts, completions, token_budget)]
+    if not parts:
         raise ValueError("no prompts")
+    first = parts[0][1]
+    longest = (max(part.shape[2] for _, part in parts),) if first.ndim == 3 else ()
+    result = torch.zeros(len(prompts), first.shape[1], *longest)
+    for rows, part in parts:
+        if first.ndim == 3:
+            result[rows, :, : part.shape[2]] = part
+        else:
+            result[rows] = part
     return result
 
 
-def token_logprobs(
-    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+def compute_token_logprobs(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
     """Log-prob of every completion token in nats, 0 behind a completion's end."""
-    return read_all(lm, prompts, completions, lambda batch: branch_logprobs(lm, batch), token_budget=token_budget)
+    return compute_output(lm, prompts, completions, "logprobs", token_budget=token_budget)
 
 
-def sequence_logprobs(
-    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+def compute_sequence_logprobs(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
     """Log-prob of every completion in nats, its end token included."""
-    return token_logprobs(lm, prompts, completions, token_budget=token_budget).sum(dim=-1)
+    return compute_token_logprobs(lm, prompts, completions, token_budget=token_budget).sum(dim=-1)
 
 
-def scores(
-    reward: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+def compute_scores(
+    reward: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
     """The reward model's score of every completion. Raises `InputError` if one is not a finite number."""
-    found = read_all(
-        reward, prompts, completions, lambda batch: branch_scores(reward, batch), token_budget=token_budget
-    )
+    found = compute_output(reward, prompts, completions, "scores", token_budget=token_budget)
     if broken := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
         start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
@@ -84,34 +85,35 @@ def scores(
 
 
 @torch.no_grad()
-def last_states(
-    lm: LanguageModel, prompts: Sequence[Tokens], completions: Completions, *, token_budget: int
+def compute_last_states(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, token_budget: int
 ) -> Float[Tensor, "prompts k width"]:
     """The hidden state at the last token of every completion, which a reward model's head reads; on the CPU."""
     width = lm.model.config.get_text_config().hidden_size
     states = torch.zeros(len(prompts), len(completions[0]), width)
-    lm.model.eval()
-    for rows, batch in portions(lm, prompts, completions, token_budget):
-        states[rows] = hidden_states(lm, batch)[batch.last].float().cpu()
+    lm.eval()
+    for rows, batch in iterate_batches(lm, prompts, completions, token_budget):
+        states[rows] = lm(batch, "states")[batch.last].float().cpu()
     return states
 
 
-def retokenised(
+def retokenize(
     reward: LanguageModel,
     policy: LanguageModel,
     rows: Sequence[Prompt],
     prompts: Sequence[Tokens],
-    completions: Completions,
-) -> tuple[Sequence[Tokens], Completions]:
+    completions: AnyCompletions,
+) -> tuple[Sequence[Tokens], AnyCompletions]:
     """Prompts and completions in the reward model's tokens: as they are where the tokenizers agree, else from text.
 
     A completion that ended keeps an end token, one that was cut off does not get one.
     """
-    if same_tokens(reward.tokenizer, policy.tokenizer):
+    if tokenize_alike(reward.tokenizer, policy.tokenizer):
         return prompts, completions
 
     again: list[tuple[Tokens, list[Tokens]]] = []
-    for row, branches in zip(rows, completions, strict=True):
+    lists = completions.to_lists() if isinstance(completions, Completions) else completions
+    for row, branches in zip(rows, lists, strict=True):
         texts = [policy.read_text(completion) for completion in branches]
         prompt, tokens = tokenize_row(reward.tokenizer, row, texts, limit=1 << 30)
         ended = map(policy.has_ended, branches)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixpo.algorithms.statistics import win_tie_lose
-from mixpo.experiments.results import MEASURES, Results, few
+from mixpo.algorithms.win_rates import win_tie_lose
+from mixpo.experiments.results import MEASURES, Results, list_first
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -339,5 +339,5 @@ def _best(results: Results, found: Found) -> str:
         if each.other == top and each.one in complete and sign(each.interval, each.p) == 0
     ]
     if close:
-        said.append(f"not told apart from {few(close)}")
+        said.append(f"not told apart from {list_first(close)}")
     return f"Of {whole} {top} has the highest mean reward, {means[top]:.2f}{': ' if said else ''}{', '.join(said)}."

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, holm, share_interval
+from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval
+from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import SHARES, Results
 
 LEVEL = 0.05
@@ -47,7 +48,7 @@ def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) ->
 def estimated(found: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
     """Differences of two arms from their paired values, each p corrected for the number of them."""
     made = [(one, other, len(values), *crossed_estimate(values)) for one, other, values in found]
-    corrected = holm([p for *_, p in made])
+    corrected = correct_by_holm([p for *_, p in made])
     return [Difference(*made[place][:4], p) for place, p in enumerate(corrected)]
 
 

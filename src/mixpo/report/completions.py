@@ -1,7 +1,7 @@
 """What do they say? Every arm's completions of the test prompts, side by side."""
 
-from mixpo.data.rows import turns
-from mixpo.experiments.results import Results, completions
+from mixpo.data.rows import as_messages
+from mixpo.experiments.results import Results, read_completions
 from mixpo.report.arms import compared
 from mixpo.report.comparison import counted
 from mixpo.report.document import ArmCompletion, Asked, Turn
@@ -13,12 +13,12 @@ MOST = 256
 def asked(results: Results) -> list[Asked]:
     """The first test prompts with the completions of the arms that finished the seed of `_seed`."""
     seed = _seed(results)
-    rows = {arm.name: completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
+    rows = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     if not rows:
         return []
     shown = []
     for number, row in enumerate(next(iter(rows.values()))[:MOST]):
-        *earlier, last = [Turn(**message) for message in turns(row["prompt"])]
+        *earlier, last = [Turn(**message) for message in as_messages(row["prompt"])]
         said = [
             ArmCompletion(arm, one["completion"], one["score"], one.get("true_reward"), one.get("second_score"))
             for arm, one in ((arm, found[number]) for arm, found in rows.items())

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
-from mixpo.experiments.results import Results, Run, StageFolder, evaluation, few
+from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.experiments.results import Results, Run, StageFolder, list_first, read_evaluation
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import fewer, interval_text, label, mean_of
@@ -59,7 +59,7 @@ def _of_best(results: Results) -> str:
     best = results.first("best-of-n")
     if best is None:
         return ""
-    summary = evaluation(next(iter(results.done(best).values())))
+    summary = read_evaluation(next(iter(results.done(best).values())))
     each = summary["cost"]["tokens_sampled"] / summary["prompts"]
     return f"best-of-n pays at every use instead: {each:,.0f} tokens sampled a prompt. "
 
@@ -183,7 +183,7 @@ def first_reached(x: Float64[np.ndarray, " points"], y: Float64[np.ndarray, " po
 
 def _stage_table(results: Results) -> Table:
     first = [stage for stage in results.stages if results.seeds[0] in stage.seeds]
-    rows = [[stage.key, few(stage.arms), *_cells(stage.summary["cost"])] for stage in first]
+    rows = [[stage.key, list_first(stage.arms), *_cells(stage.summary["cost"])] for stage in first]
     notes = [f"Seed {results.seeds[0]} only."] if len(results.seeds) > 1 else []
     return Table(["stage", "arms", *HEADINGS], rows, notes)
 

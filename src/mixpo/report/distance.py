@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, holm
+from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval
+from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import MEASURES, Results, Run
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -115,7 +116,7 @@ def at_equal_kl(results: Results) -> list[EqualKL]:
             found.append(_equal(results, arm, rival, curve, measures))
     for key in measures:
         told = [one for one in found if key in one.found]
-        for one, p in zip(told, holm([one.found[key][1] for one in told]), strict=True):
+        for one, p in zip(told, correct_by_holm([one.found[key][1] for one in told]), strict=True):
             one.found[key] = (one.found[key][0], p)
     return found
 

@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from mixpo.algorithms.statistics import Interval
+from mixpo.algorithms.intervals import Interval
 from mixpo.report.document import Figure
 from mixpo.report.labels import Box, Label, placed
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mixpo.algorithms.statistics import Interval, holm
-from mixpo.experiments.comparisons import categories
-from mixpo.experiments.results import Results, few
+from mixpo.algorithms.intervals import Interval
+from mixpo.algorithms.multiple_testing import correct_by_holm
+from mixpo.experiments.comparisons import list_categories
+from mixpo.experiments.results import Results, list_first
 from mixpo.judge.judging import Judged, Tally, agreement, judged_runs, tally
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import compared
@@ -46,10 +47,10 @@ def rows_of(found: Sequence[Judged]) -> list[Row]:
     """Every line that has a verdict."""
     told = []
     for one in found:
-        for category in (None, *categories([each.pair for each in one.verdicts])):
+        for category in (None, *list_categories([each.pair for each in one.verdicts])):
             if (counts := tally(one.of(category))) is not None:
                 told.append((one, category, counts))
-    corrected = holm([counts.p for *_, counts in told])
+    corrected = correct_by_holm([counts.p for *_, counts in told])
     return [Row(*each, p) for each, p in zip(told, corrected, strict=True)]
 
 
@@ -181,7 +182,7 @@ def _opening(results: Results, found: Sequence[Judged], rows: Sequence[Row]) -> 
             f"{verdict(counts.difference, row.p)}{flips}."
         )
     if len(shown) > 3:
-        said.append(f"The others are {few([names[row.judged.judge] for row in shown[3:]])}.")
+        said.append(f"The others are {list_first([names[row.judged.judge] for row in shown[3:]])}.")
     if stale:
         said.append(f"{counted(stale, 'prompt')} judged before completions changed are left out.")
     return " ".join(said)

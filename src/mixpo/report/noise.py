@@ -1,6 +1,6 @@
 """How do noisy labels matter? Every arm's fall as a share of the human labels is flipped."""
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import (

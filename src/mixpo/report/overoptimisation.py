@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import Difference, estimated, fewer, interval_text, over, p_text, sign

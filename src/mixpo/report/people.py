@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from mixpo.algorithms.statistics import Interval, holm
+from mixpo.algorithms.intervals import Interval
+from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import Results
 from mixpo.report.comparison import UNTOLD, counted, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table
@@ -59,7 +60,7 @@ def tables(found: Findings) -> Mapping[str, Table]:
 
 def _corrected(found: Findings) -> dict[str | None, float]:
     """The p of every row, corrected for their number."""
-    return dict(zip(found.shares, holm([each.p for each in found.shares.values()]), strict=True))
+    return dict(zip(found.shares, correct_by_holm([each.p for each in found.shares.values()]), strict=True))
 
 
 def _shares(found: Findings) -> Table:

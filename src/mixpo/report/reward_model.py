@@ -6,13 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import (
-    Interval,
-    calibration,
-    calibration_error,
-    share_interval,
-)
-from mixpo.experiments.results import Results, StageFolder, each_seed
+from mixpo.algorithms.calibration import bin_calibration, calibration_error
+from mixpo.algorithms.intervals import Interval, share_interval
+from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
@@ -30,7 +26,7 @@ def section(results: Results) -> Section | None:
         for part in ("validation", "test"):
             judged = stage.summary[part]
             spread = f"{judged['score_mean']:.2f} ± {judged['score_std']:.2f}"
-            error = calibration_error(calibration(margins(stage, part), CONFIDENCE_EDGES))
+            error = calibration_error(bin_calibration(margins(stage, part), CONFIDENCE_EDGES))
             under = f"{judged['gap_under_1']:.0%}"
             rows.append([stage.label, part, f"{judged['pairs']:,}", accuracy(judged), under, f"{error:.3f}", spread])
     headings = [
@@ -42,7 +38,7 @@ def section(results: Results) -> Section | None:
         "calibration error",
         "score (mean ± sd)",
     ]
-    drawn = each_seed(stages)
+    drawn = stages_by_seed(stages)
     one = len(drawn) == 1
     pictures = [
         figures.shares(
@@ -111,7 +107,7 @@ def pooled_shares(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures
 def pooled_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[figures.Bin]:
     """The filled bins of the pairs of several seeds together."""
     found = []
-    for bins in zip(*(calibration(own, CONFIDENCE_EDGES) for own in margins), strict=True):
+    for bins in zip(*(bin_calibration(own, CONFIDENCE_EDGES) for own in margins), strict=True):
         counts = [one.count for one in bins]
         if any(counts):
             predicted = sum(one.count * (one.predicted or 0.0) for one in bins) / sum(counts)

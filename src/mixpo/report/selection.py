@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mixpo.algorithms.statistics import wilson_interval
+from mixpo.algorithms.intervals import wilson_interval
 from mixpo.data.world import true_reward
-from mixpo.experiments.results import Results, StageFolder, each_seed
+from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
@@ -34,7 +34,7 @@ def section(results: Results) -> Section | None:
         row += [f"{summary['threshold']:.3g}", f"{drawn['gap_median']:.3g}"]
         row.append(f"{drawn['gap_median'] / drawn['score_std']:.2f}" if drawn["score_std"] else "")
         rows.append(row + ([_right(parts[stage.key][part]) for part in ("easy", "hard")] if known else []))
-    shown = each_seed(stages)
+    shown = stages_by_seed(stages)
     picture = figures.histogram(
         {part: [float(row["gap"]) for stage in shown for row in parts[stage.key][part]] for part in ("hard", "easy")},
         cuts=[stage.summary["threshold"] for stage in shown],

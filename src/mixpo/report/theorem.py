@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_estimate, crossed_interval, share_interval, student_estimate
+from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval, student_estimate
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import interval_text, sign

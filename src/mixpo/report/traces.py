@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.statistics import Interval, crossed_interval
-from mixpo.experiments.results import Results, columns, metrics
+from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.experiments.results import Results, read_columns, read_stage_metrics
 from mixpo.stages.engine import read_summary
 
 
@@ -35,7 +35,7 @@ class Trace:
 
     def values(self, key: str, point: int) -> Float64[np.ndarray, "seeds prompts"]:
         """A column of the evaluations at a point."""
-        return np.stack([columns(folders[point])[key] for folders in self.evaluations])
+        return np.stack([read_columns(folders[point])[key] for folders in self.evaluations])
 
     def mean(self, key: str, point: int) -> Interval:
         """The mean of a column at a point."""
@@ -49,7 +49,7 @@ class Trace:
 
 
 def _sampled(ppo: Path) -> list[float]:
-    counts = [row["completions"] for row in metrics(ppo)]
+    counts = [row["completions"] for row in read_stage_metrics(ppo)]
     steps = [0, *read_summary(ppo)["snapshots"], len(counts)]
     return [float(sum(counts[:step])) for step in steps]
 

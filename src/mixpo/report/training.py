@@ -1,6 +1,6 @@
 """How did training go? Curves of every DPO and PPO of the first seed, and their alarms."""
 
-from mixpo.experiments.results import Results, StageFolder, few, metrics
+from mixpo.experiments.results import Results, StageFolder, list_first, read_stage_metrics
 from mixpo.report import figures
 from mixpo.report.comparison import counted
 from mixpo.report.document import Figure, Group, Section, Table
@@ -37,7 +37,7 @@ def section(results: Results) -> Section | None:
         return None
     groups = []
     for kind, plots in PLOTS.items():
-        own = {stage.arms[0]: metrics(stage.folder) for stage in stages if stage.kind == kind}
+        own = {stage.arms[0]: read_stage_metrics(stage.folder) for stage in stages if stage.kind == kind}
         if own:
             pictures = [picture for key, title in plots.items() if (picture := _picture(own, kind, key, title))]
             groups.append(
@@ -48,7 +48,7 @@ def section(results: Results) -> Section | None:
         f"arms share bears the name of the first. Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
     alarms = [
-        f"Alarm, {stage.kind} of {few(stage.arms)} ({stage.label}): {alarm}."
+        f"Alarm, {stage.kind} of {list_first(stage.arms)} ({stage.label}): {alarm}."
         for stage in results.stages
         if stage.kind in PLOTS
         for alarm in stage.summary.get("alarms", ())

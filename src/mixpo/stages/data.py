@@ -21,7 +21,7 @@ from mixpo.data.rows import (
     count_repeats,
     kind_of,
     prompt_key,
-    refuse,
+    refuse_bad_rows,
 )
 from mixpo.data.sources import (
     Check,
@@ -35,13 +35,13 @@ from mixpo.data.sources import (
     source_identity,
     write_rows,
 )
-from mixpo.data.splits import draw, hold_out
-from mixpo.data.text import visible
-from mixpo.data.tokens import check_rows, check_tokenizer, prompt_tokens
+from mixpo.data.splits import draw_subset, hold_out
+from mixpo.data.text import escape_invisible
+from mixpo.data.tokens import check_rows, check_tokenizer, tokenize_prompt
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
-from mixpo.stages.stage import Part, Stage, finish, model_in
+from mixpo.stages.stage import DataStage, Part, PolicyStage, model_folder, write_summary
 from mixpo.training.record import Cost, append_jsonl, watcher
 from mixpo.training.runtime import Runtime
 
@@ -170,7 +170,7 @@ def _prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
         kinds.append(type(prompt))
         if kinds[-1] is not kinds[0]:
             raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
-        length = len(prompt_tokens(tokenizer, prompt))
+        length = len(tokenize_prompt(tokenizer, prompt))
         if not length:
             raise RowError("prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX}")
         if length > settings.max_prompt_tokens:
@@ -240,10 +240,10 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
                 "train on; expected fewer, or files of their own in data.second"
             )
         train, second = _hold_out(train, settings.second_rows / len(train), settings.data_seed + 1)
-    train = draw(train, settings.train_rows, settings.data_seed)
-    test = draw(test, settings.test_rows, settings.data_seed)
+    train = draw_subset(train, settings.train_rows, settings.data_seed)
+    test = draw_subset(test, settings.test_rows, settings.data_seed)
     demonstrations = demonstrations or [Demonstration(row.prompt, row.chosen) for row in train]
-    demonstrations = draw(demonstrations, settings.demonstration_rows, settings.data_seed)
+    demonstrations = draw_subset(demonstrations, settings.demonstration_rows, settings.data_seed)
     if settings.second_rows:
         _refuse_none("second", second, rows)
         apart = _without(_without(second, train), test)
@@ -252,7 +252,7 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
                 f"data.second: all {len(second)} rows have prompts of train or test rows; expected others, on which "
                 "the second reward model can be independent; name another file"
             )
-        second = draw(apart, settings.second_rows, settings.data_seed)
+        second = draw_subset(apart, settings.second_rows, settings.data_seed)
     return SplitRows(train, test, second, demonstrations, dropped)
 
 
@@ -278,7 +278,7 @@ def _without(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
     return [row for row in rows if prompt_key(row.prompt) not in prompts]
 
 
-def describe(
+def count_row_facts(
     settings: DataSettings, rows: SourceRows, split: SplitRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Count what is worth knowing of the rows, and say how the tokenizer reads them: for `summary.json`, previews."""
@@ -309,7 +309,7 @@ def describe(
 
 @contextmanager
 def reading_figures() -> Iterator[None]:
-    """Turn what a summary raises that does not hold what `describe` counts into `InputError`."""
+    """Turn what a summary raises that does not hold what `count_row_facts` counts into `InputError`."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -320,11 +320,12 @@ def reading_figures() -> Iterator[None]:
 
 
 @reading_figures()
-def facts(figures: Mapping[str, Any]) -> list[str]:
-    """Put what `describe` counted into words, a line for each thing that a reader should know."""
+def describe_row_facts(figures: Mapping[str, Any]) -> list[str]:
+    """Put what `count_row_facts` counted into words, a line for each thing that a reader should know."""
     lines = [
         f"{kind} read as {'demonstration' if kind == 'demonstrations' else figures['format']}: "
-        f"{visible(', '.join(columns['used']))}; ignored: {visible(', '.join(columns['ignored'])) or 'nothing'}"
+        f"{escape_invisible(', '.join(columns['used']))}; "
+        f"ignored: {escape_invisible(', '.join(columns['ignored'])) or 'nothing'}"
         for kind, columns in figures["columns"].items()
     ]
     if list(figures["columns"]) == ["preferences"]:
@@ -352,10 +353,12 @@ def facts(figures: Mapping[str, Any]) -> list[str]:
     return [*lines, *figures["tokenizer"]]
 
 
-class Data(Stage, DataSettings):
+class Data(DataStage, DataSettings):
     """Writes `train.parquet`, `test.parquet` (preferences), `demonstrations.parquet` and `bad_rows.jsonl`."""
 
-    base: Stage
+    parts = ("train", "second")
+
+    base: PolicyStage
     """Its tokenizer measures the prompts."""
     content: str = ""
     """What the rows depend on: what the files hold and what is read from their paths; found out here."""
@@ -393,7 +396,8 @@ class Data(Stage, DataSettings):
             )
         return self
 
-    def _exclude_from_cls_uid(self) -> list[str]:
+    def fields_outside_identity(self) -> list[str]:
+        """Return the paths, since the content of what they name is a field."""
         return ["train", "test", "demonstrations", "second"]
 
     @property
@@ -409,14 +413,14 @@ class Data(Stage, DataSettings):
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Read, validate, cut to size, write."""
         cost = Cost()
-        tokenizer = load_tokenizer(model_in(inputs["base"]))
+        tokenizer = load_tokenizer(model_folder(inputs["base"]))
         rows, note = read_sources(self, tokenizer), watcher.get().note
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
         if rows.bad:
             (out / "bad_rows.jsonl").unlink(missing_ok=True)
             append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
-                refuse(rows.bad, rows.total)
+                refuse_bad_rows(rows.bad, rows.total)
         split = split_rows(self, rows)
         for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
             part: list[Any] = getattr(split, name)
@@ -429,7 +433,7 @@ class Data(Stage, DataSettings):
                 note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
         if rows.bad:
             note(f"{len(rows.bad)} of {rows.total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
-        figures = describe(self, rows, split, tokenizer)
-        for line in facts(figures):
+        figures = count_row_facts(self, rows, split, tokenizer)
+        for line in describe_row_facts(figures):
             note(line)
-        finish(out, cost, **figures)
+        write_summary(out, cost, **figures)

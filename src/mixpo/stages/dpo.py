@@ -9,30 +9,32 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
-from mixpo.data.splits import COMPARED, draw
-from mixpo.models.language_model import LanguageModel, branch_logprobs
-from mixpo.models.loading import Lora, add_lora, freeze, load_policy, model_digest, save_model
-from mixpo.models.sampling import sample
-from mixpo.models.scoring import sequence_logprobs
-from mixpo.stages.rows import Pairs, read_pairs, sampler_name
-from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Trainable
-from mixpo.training.health import mean_of_last, policy_alarms, tell
-from mixpo.training.portions import Portions
-from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.models.adapters import LoraSettings, add_lora, freeze
+from mixpo.models.digests import model_digest
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy
+from mixpo.models.samplers import Sampler
+from mixpo.models.saving import save_model
+from mixpo.models.scoring import compute_sequence_logprobs
+from mixpo.stages.rows import Pairs, name_sampler, read_pairs
+from mixpo.stages.stage import Part, PolicyStage, SeededSettings, model_folder, write_summary
+from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
+from mixpo.training.portions import ResumableWork
+from mixpo.training.record import Cost, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, make_optimizer
-from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+from mixpo.training.step import Sums
+from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 CHECKED_PAIRS = 8
 """Kept log-probs of so many pairs are compared with a forward pass before they are used."""
-SAMPLED_PROMPTS = 8
-"""Completions of so many training prompts are drawn to be looked at."""
+PROBED_PROMPTS = 8
+"""Training prompts of which completions are sampled during training."""
 AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a kept log-prob may be from a forward pass, in nats a token."""
 
 
-class DPOSettings(Seeded, SupervisedSettings):
+class DPOSettings(SeededSettings, SupervisedSettings):
     """Direct preference optimization."""
 
     beta: float = pydantic.Field(0.1, gt=0)
@@ -44,40 +46,44 @@ class DPOSettings(Seeded, SupervisedSettings):
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     samplings: int = pydantic.Field(4, ge=0)
     """So many times during training, completions of a few prompts are drawn and written to `samples.jsonl`."""
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
 
 
-class DPO(Stage, DPOSettings):
+class DPO(PolicyStage, DPOSettings):
     """Minimises equation 2 of the paper. The reference is a named stage, never the base model by accident."""
 
-    policy: Stage
-    reference: Stage
+    policy: PolicyStage
+    reference: PolicyStage
     pairs: Part
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`."""
-        device, cost = runtime.start(), Cost()
+        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_in(inputs["policy"]), device=device, precision=self.precision)
+        lm = load_policy(model_folder(inputs["policy"]), device=processes.device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        portions = Portions(out, cost)
-        reference = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
+        portions = ResumableWork(out, cost)
+        reference_logprobs = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
         if self.lora:
             add_lora(lm, self.lora)
-        optimizer = make_optimizer(lm.model.parameters(), self)
-        checkpoint = Checkpoint(
-            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
+        training = SupervisedTraining(
+            lm,
+            pairs.prompts,
+            pairs.completions,
+            settings=self,
+            seed=self.seed,
+            out=out,
+            cost=cost,
+            runtime=runtime,
+            processes=processes,
         )
-        first, spent = checkpoint.resume()
-        trim_jsonl(out / "samples.jsonl", first)
-        cost.resume(spent)
-        log, total = Metrics(out, resumed_at=first), steps_of(len(pairs.prompts), self)
+        trim_jsonl(out / "samples.jsonl", training.first_step)
+        sampler = runtime.make_sampler()
+        probed = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs = branch_logprobs(lm, batch)
-            cost.trained(lm.model, batch.tokens)
-            chosen, rejected = logprobs.sum(dim=-1).unbind(dim=1)
-            chosen_reference, rejected_reference = reference[rows].to(device).unbind(dim=1)
+            chosen, rejected = lm(batch, "logprobs").sum(dim=-1).unbind(dim=1)
+            chosen_reference, rejected_reference = reference_logprobs[rows].to(lm.device).unbind(dim=1)
             losses = dpo_loss(chosen, rejected, chosen_reference, rejected_reference, beta=self.beta)
             with torch.no_grad():
                 chosen_reward = implicit_rewards(chosen, chosen_reference, beta=self.beta)
@@ -93,57 +99,52 @@ class DPO(Stage, DPOSettings):
                 }
             return losses.sum(), metrics
 
-        samplings = {total * part // self.samplings for part in range(1, self.samplings + 1)} if self.samplings else {}
-        looked_at = draw(range(len(pairs.prompts)), SAMPLED_PROMPTS, COMPARED)
-        for step, metrics in supervised(
-            lm,
-            optimizer,
-            pairs.prompts,
-            pairs.completions,
-            loss,
-            count=len,
-            settings=self,
-            seed=self.seed,
-            first_step=first,
-            microbatch_tokens=runtime.microbatch_tokens,
-        ):
-            if step + 1 in samplings:
-                metrics = {**metrics, **_look(self, lm, looked_at, pairs, out, step, runtime, cost)}
-            log.add(step, total, metrics)
-            checkpoint.maybe_write(step + 1, cost.counts())
+        for step, metrics in training.steps(loss, count=len):
+            if step + 1 in probed:
+                metrics |= _sample_probes(self, lm, sampler, pairs, out, step, cost)
 
-        digest = save_model(lm, model_in(out))
-        rows = log.rows()
-        figures = {name: mean_of_last(rows, name) for name in ("loss", "accuracy", "margin")}
-        remedies = {
+        digest = save_model(lm, model_folder(out))
+        rows = training.metrics.rows()
+        figures = {name: mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
+        advice = {
             "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
         }
-        alarms = tell(policy_alarms(rows, remedies))
-        figures["reference_seconds"] = portions.seconds["reference"]
-        left = {"truncated": pairs.truncated, "identical": pairs.identical}
-        finish(out, cost, model=digest, pairs=len(pairs.prompts), **left, steps=total, alarms=alarms, **figures)
-        checkpoint.remove()
+        write_summary(
+            out,
+            cost,
+            model=digest,
+            pairs=len(pairs.prompts),
+            truncated=pairs.truncated,
+            identical=pairs.identical,
+            steps=training.total_steps,
+            alarms=emit_alarms(policy_alarms(rows, advice)),
+            reference_seconds=portions.seconds["reference"],
+            **figures,
+        )
+        training.checkpoint.remove()
         portions.remove()
 
 
 def _reference_logprobs(
-    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, portions: Portions, runtime: Runtime
+    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, portions: ResumableWork, runtime: Runtime
 ) -> Tensor:
     """Sequence log-probs of all pairs under the reference, [pairs, 2].
 
     Free where the reference itself drew the pairs: those kept from sampling are used, after a few of them were
     compared with a forward pass. Computed once otherwise.
     """
-    policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
+    policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
     digest = model_digest(reference_folder)
     same = digest == model_digest(policy_folder)
     reference = lm if same else freeze(load_policy(reference_folder, device=lm.device, precision=stage.precision))
-    kept = pairs.logprobs if pairs.sampler == sampler_name(digest, stage.precision) else None
-    checked = draw(range(len(pairs.prompts)), None if kept is None else CHECKED_PAIRS, COMPARED)
+    kept = pairs.logprobs if pairs.sampler == name_sampler(digest, stage.precision) else None
+    checked = draw_subset(range(len(pairs.prompts)), None if kept is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in checked], [pairs.completions[row] for row in checked]
     budget = runtime.microbatch_tokens
-    computed = portions.read("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
+    computed = portions.score(
+        "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
+    )
     if kept is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
@@ -157,22 +158,16 @@ def _reference_logprobs(
     return torch.tensor(kept)
 
 
-def _look(
-    stage: DPO, lm: LanguageModel, rows: list[int], pairs: Pairs, out: Path, step: int, runtime: Runtime, cost: Cost
+def _sample_probes(
+    stage: DPO, lm: LanguageModel, sampler: Sampler, pairs: Pairs, out: Path, step: int, cost: Cost
 ) -> dict[str, float]:
-    """Draw completions of a few training prompts, so that a policy that stops ending its completions is seen."""
+    """Sample completions of a few training prompts, so that a policy that stops ending its completions is seen."""
+    rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
-    drawn = sample(
-        lm,
-        prompts,
-        k=1,
-        max_tokens=stage.max_completion_tokens,
-        seed=stage.seed,
-        token_budget=runtime.sampling_tokens,
-    )
-    completions = [row.completions[0] for row in drawn]
-    cost.sampled(lm.model, sum(map(len, completions)), sum(map(len, prompts)))
-    texts = [lm.read_text(completion) for completion in completions]
+    sampler.load_policy(lm)
+    sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
+    cost.sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    texts = [lm.read_text(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
         out / "samples.jsonl",
         [
@@ -181,6 +176,6 @@ def _look(
         ],
     )
     return {
-        "sampled_end_rate": sum(map(lm.has_ended, completions)) / len(completions),
-        "sampled_tokens": sum(map(len, completions)) / len(completions),
+        "sampled_end_rate": float(sampled.ended.float().mean()),
+        "sampled_tokens": float(sampled.lengths.float().mean()),
     }

@@ -1,4 +1,4 @@
-"""The engine: which folder a stage has, whether it is there, and computing what is not. The one file that knows exca.
+"""The engine: which folder a stage has, whether it is there, and computing what is not.
 
 A stage's folder is named by its identity in a cache that all runs share. A stage that was killed is computed again in
 the same folder, where it finds its checkpoint; a failed one is tried again. A cache may come from somebody else: what
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exca import ConfDict
-
 from mixpo.data.errors import InputError
+from mixpo.stages.identity import identity_settings, name_folder
 from mixpo.stages.stage import SUMMARY, Stage
 from mixpo.training import memory
 from mixpo.training.record import write_json
@@ -45,8 +44,8 @@ class Engine:
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are or will be."""
         if stage not in self._folders:
-            name = ConfDict.from_model(stage, uid=True, exclude_defaults=True).to_uid()
-            self._folders[stage] = self.cache / type(stage).__name__.lower() / f"version-{VERSION}" / name
+            kind = self.cache / type(stage).__name__.lower() / f"version-{VERSION}"
+            self._folders[stage] = kind / name_folder(stage)
         return self._folders[stage]
 
     def identity(self, stage: Stage) -> str:
@@ -65,7 +64,7 @@ class Engine:
         if settings == stage.model_dump(mode="json"):
             return done
         # a folder's name leaves out defaults, and what does not belong to the identity, such as paths
-        differences = list(_differences(_identity_settings(stage), settings)) if settings else ["no settings.json"]
+        differences = list(_differences(identity_settings(stage), settings)) if settings else ["no settings.json"]
         if differences and (settings or done):
             raise InputError(
                 f"{folder}: the folder was written by another version of mixpo ({', '.join(differences[:3])}); "
@@ -91,7 +90,7 @@ class Engine:
 
     def build(self, stage: Stage) -> Path:
         """The stage's folder, complete, after what is missing upstream and the stage itself were computed."""
-        for needed in in_order(stage):
+        for needed in sort_topologically(stage):
             if not self.is_done(needed):
                 self.compute(needed)
         return self.folder(stage)
@@ -120,7 +119,7 @@ def _writable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def in_order(stage: Stage) -> Iterator[Stage]:
+def sort_topologically(stage: Stage) -> Iterator[Stage]:
     """The stage and everything upstream, each once, inputs before what reads them."""
     seen: set[int] = set()
 
@@ -133,12 +132,6 @@ def in_order(stage: Stage) -> Iterator[Stage]:
         yield stage
 
     yield from visit(stage)
-
-
-def _identity_settings(stage: Stage) -> dict[str, Any]:
-    """All settings that belong to the stage's identity, defaults and upstream stages too, as JSON has them."""
-    content: dict[str, Any] = json.loads(json.dumps(ConfDict.from_model(stage, uid=True, exclude_defaults=False)))
-    return content
 
 
 def _differences(now: Mapping[str, Any], before: Mapping[str, Any], within: str = "") -> Iterator[str]:

@@ -11,21 +11,32 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from mixpo.algorithms.intervals import crossed_interval, wilson_interval
 from mixpo.algorithms.kl import kl_of_best_of
-from mixpo.algorithms.statistics import crossed_interval, wilson_interval
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import prompt_tokens
+from mixpo.data.tokens import tokenize_prompt
 from mixpo.data.world import true_reward
-from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
-from mixpo.models.scoring import retokenised, scores, sequence_logprobs
-from mixpo.stages.rows import read_table, unique_prompts, write_table
-from mixpo.stages.stage import Seeded, Snapshot, Stage, finish, model_in
-from mixpo.training.portions import Portions
+from mixpo.models.adapters import freeze
+from mixpo.models.digests import model_digest
+from mixpo.models.loading import load_policy, load_reward_model
+from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
+from mixpo.stages.rows import read_table, select_unique_prompts, write_table
+from mixpo.stages.stage import (
+    DataStage,
+    PolicyStage,
+    RewardStage,
+    SeededSettings,
+    Snapshot,
+    Stage,
+    model_folder,
+    write_summary,
+)
+from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
 
-class EvaluationSettings(Seeded):
+class EvaluationSettings(SeededSettings):
     """How a policy is evaluated.
 
     Sampling is at temperature 1 without truncation, not a setting: the reward and the KL then speak of the same
@@ -40,46 +51,46 @@ class EvaluationSettings(Seeded):
 class Evaluation(Stage, EvaluationSettings):
     """Writes `completions.parquet`, a row a prompt, and the means with their 95% intervals over prompts."""
 
-    policy: Stage | Snapshot
-    sft: Stage
+    policy: PolicyStage | Snapshot
+    sft: PolicyStage
     """The KL is measured from it, whatever the policy was anchored to."""
-    reward: Stage
-    second: Stage | None = None
+    reward: RewardStage
+    second: RewardStage | None = None
     """A reward model trained on other pairs, which nothing was optimised for."""
-    data: Stage
+    data: DataStage
     best_of: int = pydantic.Field(1, ge=1)
     """Draw so many completions a prompt and keep the one with the highest score; SFT only."""
-    chooser: Stage | None = None
+    chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample, score, measure."""
-        device, cost = runtime.start(), Cost()
-        policy_folder, sft_folder = model_in(inputs["policy"]), model_in(inputs["sft"])
+        device, cost = runtime.start().device, Cost()
+        policy_folder, sft_folder = model_folder(inputs["policy"]), model_folder(inputs["sft"])
         lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
-        asked = unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
-        prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
+        asked = select_unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
+        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in asked]
         from_sft = model_digest(policy_folder) == model_digest(sft_folder)
         if self.best_of > 1 and not from_sft:
             raise InputError(
                 f"best_of: found {self.best_of} with another policy than SFT; expected SFT, of whose best of n alone "
                 "the KL is known; evaluate the policy with best_of=1"
             )
-        portions, budget = Portions(out, cost), runtime.microbatch_tokens
-        drawn = portions.draw(
+        portions, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        completions, sampled_logprobs = portions.sample(
+            runtime.make_sampler(),
             lm,
             prompts,
             k=self.best_of,
             max_tokens=self.max_completion_tokens,
             seed=self.seed,
-            token_budget=runtime.sampling_tokens,
+            portion_tokens=runtime.sampling_tokens,
         )
-        completions = [row.completions for row in drawn]
 
         def scored(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
-            reward = freeze(load_reward_model(model_in(reward_folder), device=device, precision=self.precision))
-            read = retokenised(reward, lm, asked, prompts, completions)
-            return portions.read(name, scores, reward, *read, token_budget=budget)
+            reward = freeze(load_reward_model(model_folder(reward_folder), device=device, precision=self.precision))
+            read = retokenize(reward, lm, asked, prompts, completions)
+            return portions.score(name, compute_scores, reward, *read, token_budget=budget)
 
         chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
         judged = scored("chooser", chooser)
@@ -90,9 +101,9 @@ class Evaluation(Stage, EvaluationSettings):
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
         else:
-            logprobs = torch.tensor([sum(row.logprobs[0]) for row in drawn])
+            logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
             sft = freeze(load_policy(sft_folder, device=device, precision=self.precision))
-            read = portions.read("sft", sequence_logprobs, sft, prompts, completions, token_budget=budget)
+            read = portions.score("sft", compute_sequence_logprobs, sft, prompts, completions, token_budget=budget)
             kl = logprobs - read[:, 0]
 
         texts = [lm.read_text(branches[0]) for branches in completions]
@@ -121,7 +132,7 @@ class Evaluation(Stage, EvaluationSettings):
             share = name == "ended"
             interval = wilson_interval(values.sum(), values.size) if share else crossed_interval(values[None])
             figures[name] = asdict(interval)
-        finish(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
+        write_summary(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
         portions.remove()
 
 

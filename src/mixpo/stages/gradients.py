@@ -9,15 +9,16 @@ from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack
-from mixpo.data.splits import COMPARED, draw
-from mixpo.models.language_model import LanguageModel, branch_logprobs, learn
-from mixpo.models.loading import freeze, load_policy
-from mixpo.models.scoring import sequence_logprobs
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.models.adapters import freeze
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy
+from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import Part, Stage, finish, model_in
-from mixpo.training.portions import Portions
-from mixpo.training.record import Cost, progress
+from mixpo.stages.stage import Part, PolicyStage, Stage, model_folder, write_summary
+from mixpo.training.portions import ResumableWork
+from mixpo.training.record import Cost, report_progress
 from mixpo.training.runtime import Runtime
 
 
@@ -37,9 +38,9 @@ class Gradients(Stage):
     log-probs: what a small step does to both is their combination.
     """
 
-    policy: Stage
+    policy: PolicyStage
     """The DPO model."""
-    reference: Stage
+    reference: PolicyStage
     pairs: Part
     beta: float
     count: int = pydantic.Field(ge=1)
@@ -48,14 +49,16 @@ class Gradients(Stage):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Measure pair by pair."""
-        device, cost = runtime.start(), Cost()
-        lm = load_policy(model_in(inputs["policy"]), device=device)
-        reference = freeze(load_policy(model_in(inputs["reference"]), device=device))
+        device, cost = runtime.start().device, Cost()
+        lm = load_policy(model_folder(inputs["policy"]), device=device)
+        reference = freeze(load_policy(model_folder(inputs["reference"]), device=device))
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        drawn = draw(range(len(pairs.prompts)), self.count, COMPARED)
+        drawn = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in drawn], [pairs.completions[row] for row in drawn]
-        portions, budget = Portions(out, cost), runtime.microbatch_tokens
-        anchored = portions.read("reference", sequence_logprobs, reference, prompts, completions, token_budget=budget)
+        portions, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        anchored = portions.score(
+            "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
+        )
 
         def measure(row: int) -> dict[str, float]:
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompts[row], completions[row])
@@ -73,20 +76,20 @@ class Gradients(Stage):
             }
 
         single = [[row] for row in range(len(prompts))]
-        advance = progress(len(prompts))
+        advance = report_progress(len(prompts))
         rows = portions.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
         write_table(out / "gradients.parquet", rows)
-        finish(out, cost, pairs=len(rows))
+        write_summary(out, cost, pairs=len(rows))
         portions.remove()
 
 
 def _gradients(lm: LanguageModel, prompt: list[int], branches: list[list[int]]) -> tuple[list[float], list[Tensor]]:
     """The log-prob of each completion, and its gradient over all weights as one vector."""
-    learn(lm)
-    parameters = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    lm.train()
+    parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     logprobs, gradients = [], []
     for completion in branches:
-        logprob = branch_logprobs(lm, pack([prompt], [[completion]]).to(lm.device)).sum()
+        logprob = lm(pack([prompt], [[completion]]).to(lm.device), "logprobs").sum()
         logprobs.append(float(logprob.detach()))
         found = torch.autograd.grad(logprob, parameters)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))

@@ -9,7 +9,7 @@ import pydantic
 
 from mixpo.data.sources import read_preference_rows, write_rows
 from mixpo.settings import Settings
-from mixpo.stages.stage import Part, Stage, finish
+from mixpo.stages.stage import Part, Stage, write_summary
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
@@ -25,6 +25,8 @@ class LabelNoiseSettings(Settings):
 
 class LabelNoise(Stage, LabelNoiseSettings):
     """Writes `train.parquet`: all pairs in their order, chosen and rejected exchanged in the share that is flipped."""
+
+    parts = ("train",)
 
     pairs: Part
 
@@ -46,4 +48,4 @@ class LabelNoise(Stage, LabelNoiseSettings):
                 for place, row in enumerate(rows)
             ],
         )
-        finish(out, cost, pairs=len(rows), flipped=len(flipped))
+        write_summary(out, cost, pairs=len(rows), flipped=len(flipped))

@@ -1,22 +1,22 @@
 """PPO: reinforcement learning on any prompts, from any start, anchored to any reference. Equation 3 of the paper.
 
-One iteration is read from top to bottom in `_roll_out` and `_learn`: sample, score, shape rewards, advantages, update.
+One iteration is read from top to bottom in `PPOTraining.roll_out` and `PPOTraining.learn`: sample, score, shape
+rewards, advantages, update. Every tensor with a number a token is [prompts, k, tokens], from the sampler to the loss.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Self
 
 import pydantic
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixpo.algorithms.kl import adapt_kl_coef, kl_k1, kl_k3, sft_weight, steer
+from mixpo.algorithms.kl import adapt_kl_coef, compute_sft_weight, control_kl_budget, kl_k1, kl_k3
 from mixpo.algorithms.masked import masked_mean, whiten
 from mixpo.algorithms.ppo import (
     clip_fraction,
@@ -28,311 +28,364 @@ from mixpo.algorithms.ppo import (
     shaped_rewards,
     value_loss,
 )
-from mixpo.data.branches import by_tokens, pack, row_lengths
+from mixpo.data.branches import BranchBatch, pack, row_lengths, split_into_microbatches
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import prompt_tokens
-from mixpo.models.language_model import LanguageModel, branch_predictions, branch_values, hidden_states, learn
-from mixpo.models.loading import (
-    Lora,
-    add_lora,
-    freeze,
-    load_policy,
-    load_reward_model,
-    model_digest,
-    new_reward_model,
-    same_tokens,
-    save_model,
-)
-from mixpo.models.sampling import sample
-from mixpo.models.scoring import read_all, retokenised, scores, token_logprobs
-from mixpo.stages.rows import read_table, unique_prompts
-from mixpo.stages.stage import Part, Seeded, Snapshot, Stage, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Stateful, Trainable
-from mixpo.training.health import mean_of_last, policy_alarms, tell
+from mixpo.data.tokens import tokenize_prompt
+from mixpo.models.adapters import add_lora
+from mixpo.models.digests import model_digest
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy
+from mixpo.models.sampling import SampledCompletions
+from mixpo.models.saving import save_model
+from mixpo.models.scoring import compute_output, compute_scores, compute_token_logprobs, retokenize
+from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
+from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
+from mixpo.stages.rows import read_table, select_unique_prompts
+from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
+from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
+from mixpo.training.parallel import Processes
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Diverged, OptimizerSettings, Sums, learning_rate, make_optimizer, remedies, update
+from mixpo.training.step import Diverged, Sums, scheduled_learning_rate, take_optimizer_step
 
-DEEPSPEED_CHAT: dict[str, Any] = {
-    "kl_coef": 0.1,
-    "score_clip": 5.0,
-    "clip": 0.2,
-    "value_clip": 0.2,
-    "discount": 1.0,
-    "gae_lambda": 0.95,
-    "whiten_advantages": False,
-    "epochs_per_batch": 1,
-    "minibatches": 1,
-    "adam_betas": (0.9, 0.95),
-    "decay": "cosine",
-    "warmup_steps": 100,
-    "max_grad_norm": 1.0,
-    "value_init": "reward",
-}
-"""The constants on which the paper ran (dschat/rlhf/ppo_trainer.py). Sampling stays at temperature 1 and the score on
-the last real token: DeepSpeed-Chat samples Llama greedily and scores one step past it where there is padding."""
-
-OF_GAE = (
-    "discount",
-    "gae_lambda",
-    "whiten_advantages",
-    "value_learning_rate",
-    "value_clip",
-    "value_init",
-    "shared_value_coef",
-    "value_warmup_steps",
-)
-"""Settings that do nothing with another advantage."""
-
+Loss = Callable[[tuple[BranchBatch, list[int]]], tuple[Tensor, Sums]]
 STEP_0_KL = {"float32": 1e-3, "bfloat16": 0.1}
 """Mean |log pi - log pi_ref| in nats a token allowed at step 0 when the policy starts as its own reference."""
 
 
-class PPOSettings(Seeded, OptimizerSettings):
-    """Proximal policy optimization of completions (Schulman et al. 2017; Ziegler et al. 2019)."""
-
-    preset: Literal["mixpo", "deepspeed-chat"] = "mixpo"
-    """`deepspeed-chat` sets the constants that the paper's software has; keys given beside it win."""
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """`gae` uses a value model; the others compare `completions_per_prompt` completions and use none."""
-    completions_per_prompt: int = pydantic.Field(1, ge=1)
-    epochs: float = pydantic.Field(1.0, gt=0)
-    """Passes over the prompts; the last may be a part of one."""
-    batch_size: int = pydantic.Field(64, ge=1)
-    """Prompts of an iteration."""
-    minibatches: int = pydantic.Field(1, ge=1)
-    """Optimizer steps of one pass over an iteration's completions."""
-    epochs_per_batch: int = pydantic.Field(1, ge=1)
-    """Passes over an iteration's completions."""
-    learning_rate: float = pydantic.Field(3e-6, gt=0)
-    value_learning_rate: float = pydantic.Field(5e-6, gt=0)
-    weight_decay: float = pydantic.Field(0.1, ge=0)
-    warmup_steps: int = pydantic.Field(100, ge=0)
-    kl_coef: float = pydantic.Field(0.1, ge=0)
-    """The paper's beta: reward units a nat of KL to the reference."""
-    kl_target: float | None = pydantic.Field(None, gt=0)
-    """Nats a completion that an adaptive controller steers the KL to by changing kl_coef (Ziegler et al. 2019)."""
-    kl_budget: float | None = pydantic.Field(None, gt=0)
-    """Nats a completion to which a controller holds the KL from SFT, whatever the reference is, by a multiplier of
-    kl_coef: under 1 it loosens the anchor, above 1 it moves the anchor from the reference to SFT."""
-    score_clip: float | None = pydantic.Field(5.0, gt=0)
-    missing_end_penalty: float = pydantic.Field(0.0, ge=0)
-    """Taken off the clipped score of a completion that was cut off."""
-    discount: float = pydantic.Field(1.0, gt=0, le=1)
-    gae_lambda: float = pydantic.Field(0.95, ge=0, le=1)
-    whiten_advantages: bool = True
-    clip: float = pydantic.Field(0.2, gt=0)
-    value_clip: float | None = pydantic.Field(0.2, gt=0)
-    value_init: Literal["reward", "policy", "shared"] = "reward"
-    """The value model starts from the reward model, head included; from the policy with a new head; or is a head on
-    the policy itself, whose loss is added with weight `shared_value_coef`."""
-    shared_value_coef: float = pydantic.Field(0.1, gt=0)
-    value_warmup_steps: int = pydantic.Field(0, ge=0)
-    """First iterations, of `epochs_per_batch` x `minibatches` optimizer steps each, in which only the value model
-    learns."""
-    max_kl: float = pydantic.Field(1.0, gt=0)
-    """Mean KL to the reference, in nats a token, above which the stage stops."""
-    max_completion_tokens: int = pydantic.Field(512, ge=1)
-    lora: Lora | None = None
-    """Adapts the policy and, with a model of its own, the value model, whose head trains whole."""
-
-    @pydantic.model_validator(mode="wrap")
-    @classmethod
-    def _apply_preset(cls, values: Any, validate: pydantic.ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(values, dict) or values.get("preset") != "deepspeed-chat":
-            return validate(values)
-        settings = validate({**DEEPSPEED_CHAT, **values})
-        settings.model_fields_set.intersection_update(values)  # another preset takes the constants along
-        return settings
-
-    @pydantic.model_validator(mode="after")
-    def _check_together(self) -> "PPOSettings":
-        if self.kl_budget is not None and (self.kl_target is not None or self.kl_coef == 0):
-            raise InputError(
-                f"ppo.kl_budget: found beside kl_target {self.kl_target} and kl_coef {self.kl_coef:g}; expected no "
-                "kl_target and a kl_coef above 0, which the budget's controller multiplies"
-            )
-        if self.advantage != "gae" and self.completions_per_prompt < 2:
-            raise InputError(
-                f"ppo.completions_per_prompt: found {self.completions_per_prompt} with advantage: {self.advantage}; "
-                "expected at least 2 completions to compare; 4 is usual"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class Judges:
-    """The frozen models that look at completions."""
-
-    reference: LanguageModel
-    sft: LanguageModel
-    """The reference itself where that is SFT."""
-    reward: LanguageModel
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Completions of the current policy. Tensors are [prompts, k, tokens] on the CPU."""
-
-    prompts: list[list[int]]
-    completions: list[list[list[int]]]
-    mask: Bool[Tensor, "prompts k tokens"]
-    logprobs: Float[Tensor, "prompts k tokens"]
-    """Kept from sampling."""
-    ended: Bool[Tensor, "prompts k"]
-
-    @property
-    def tokens(self) -> int:
-        """Prompts once, completions all."""
-        return sum(map(len, self.prompts)) + int(self.mask.sum())
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the frozen models say of them."""
-
-    scores: Float[Tensor, "prompts k"]
-    reference_logprobs: Float[Tensor, "prompts k tokens"]
-    sft_logprobs: Float[Tensor, "prompts k tokens"]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One iteration's completions, ready to learn from."""
-
-    drawn: Drawn
-    advantages: Float[Tensor, "prompts k tokens"]
-    values: Float[Tensor, "prompts k tokens"] | None
-    returns: Float[Tensor, "prompts k tokens"] | None
-
-
-@dataclass
-class Learner:
-    """What learns: the policy, and with `gae` a value head on its own model or on the policy's."""
-
-    policy: LanguageModel
-    policy_optimizer: torch.optim.Optimizer
-    value: LanguageModel | None
-    value_head: nn.Module | None
-    value_optimizer: torch.optim.Optimizer | None
-    kl_coef: float
-    multiplier: float = 1.0
-    """Of kl_coef; kl_budget's controller changes it."""
-    errors: float = 0.0
-    """The sum that the controller keeps."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether policy and value are one model."""
-        return self.value is self.policy
-
-
-class PPO(Stage, PPOSettings):
+class PPO(PolicyStage, PPOSettings):
     """Maximises the score minus kl_coef times the KL to the reference, on completions of the current policy."""
 
-    policy: Stage
-    reference: Stage
-    sft: Stage
+    policy: PolicyStage
+    reference: PolicyStage
+    sft: PolicyStage
     """The KL from it is logged, and held to kl_budget."""
-    reward: Stage
+    reward: RewardStage
     prompts: Part
     snapshots: int = pydantic.Field(0, ge=0)
     """Policies kept on the way, at even distances, to see how they came where they are."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/` and `completions.jsonl`, one completion of each iteration to read."""
-        device, cost = runtime.start(), Cost()
+        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        policy_folder, reference_folder = model_in(inputs["policy"]), model_in(inputs["reference"])
-        policy = load_policy(policy_folder, device=device, precision=self.precision)
-        judges = _judges(self, inputs, policy)
+        policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
+        policy = load_policy(policy_folder, device=processes.device, precision=self.precision)
+        frozen = load_frozen_models(self, inputs, policy)
         starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
         if self.lora:
             add_lora(policy, self.lora)
-        learner = _learner(self, policy, policy_folder, judges.reward, model_in(inputs["reward"]), device)
+        models = make_actor_critic(self, inputs, policy, frozen.reward)
+        prompts = select_unique_prompts(read_table(inputs["prompts"]))
+        training = PPOTraining(self, models, frozen, prompts, runtime, processes, cost)
+        total = training.total_steps
+        snapshot_steps = _snapshot_steps(self.snapshots, total)
 
-        asked = unique_prompts(read_table(inputs["prompts"]))
-        prompts = [prompt_tokens(policy.tokenizer, prompt) for prompt in asked]
-        per_epoch = -(-len(prompts) // self.batch_size)
-        total = max(1, round(self.epochs * per_epoch))
-        updates = _count_updates(self, len(prompts), total)
-        kept = _snapshot_steps(self.snapshots, total)
-        checkpoint = Checkpoint(out, _parts(learner), every_minutes=runtime.checkpoint_minutes)
-        first, extra = checkpoint.resume()
-        trim_jsonl(out / "completions.jsonl", first)
-        log = Metrics(out, resumed_at=first)
+        parts = models.stateful_parts()
+        checkpoint = Checkpoint(out, parts, every_minutes=runtime.checkpoint_minutes, processes=processes)
+        first_step, extra = checkpoint.resume()
         if extra:
             cost.resume(extra["cost"])
-            learner.kl_coef, learner.multiplier, learner.errors = (
-                extra[name] for name in ("kl_coef", "multiplier", "errors")
-            )
+            models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
+        trim_jsonl(out / "completions.jsonl", first_step)
+        log = Metrics(out, resumed_at=first_step, processes=processes)
+        weights = TrainableWeights(policy)
+        last_good_weights = weights.copy()
 
-        weights = Trainable(policy.model)
-        sound = weights.copy()
-        for step in range(first, total):
-            epoch, place = divmod(step, per_epoch)
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-            rows = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        for step in range(first_step, total):
+            rows = training.select_prompts(step)
             try:
-                rollout, metrics = _roll_out(
-                    self,
-                    learner,
-                    judges,
-                    [asked[row] for row in rows],
-                    [prompts[row] for row in rows],
-                    step=step,
-                    runtime=runtime,
-                    cost=cost,
-                )
-                _refuse_runaway(self, metrics, step=step, starts_at_reference=starts_at_reference)
-                weights.copy_to(sound)
-                metrics |= _learn(self, learner, rollout, step=step, updates=updates, runtime=runtime, cost=cost)
-                metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
+                rollout, metrics = training.roll_out(step, rows)
+                _check_kl(self, metrics, step=step, starts_at_reference=starts_at_reference)
+                weights.copy_to(last_good_weights)
+                metrics |= training.learn(step, rollout)
             except Diverged as error:
                 stopped = out / "stopped"
-                weights.load_state_dict(sound)
+                weights.load_state_dict(last_good_weights)
                 save_model(policy, stopped)
                 raise Diverged(
-                    f"step {step + 1} of {total}: {error}; try {_against_divergence(self, updates, step)}; the last "
-                    f"policy before that is in {stopped}"
+                    f"step {step + 1} of {total}: {error}; try "
+                    f"{suggest_against_divergence(self, training.updates_before, step)}; the last policy before that "
+                    f"is in {stopped}"
                 ) from error
-            if self.kl_target is not None:
-                learner.kl_coef = adapt_kl_coef(learner.kl_coef, metrics["kl"], target=self.kl_target)
-            if self.kl_budget is not None:
-                learner.multiplier, learner.errors = steer(
-                    learner.errors, metrics["kl_from_sft"], budget=self.kl_budget
-                )
-            shown = policy.read_text(rollout.drawn.completions[0][0])
-            append_jsonl(out / "completions.jsonl", [{"step": step, "prompt": asked[rows[0]], "completion": shown}])
+            training.control_kl(metrics)
+            metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
+            text = policy.read_text(rollout.completions.to_lists()[0][0])
+            append_jsonl(out / "completions.jsonl", [{"step": step, "prompt": prompts[rows[0]], "completion": text}])
             log.add(step, total, metrics)
-            if step + 1 in kept:
-                folder = Snapshot(stage=self, number=kept.index(step + 1) + 1).path_in(out)
-                save_model(policy, model_in(folder))
-            state = {"kl_coef": learner.kl_coef, "multiplier": learner.multiplier, "errors": learner.errors}
-            checkpoint.maybe_write(step + 1, {"cost": cost.counts(), **state})
+            if step + 1 in snapshot_steps:
+                snapshot = Snapshot(stage=self, number=snapshot_steps.index(step + 1) + 1)
+                save_model(policy, model_folder(snapshot.path_in(out)))
+            kl_state = [models.kl_coef, models.kl_multiplier, models.kl_error_sum]
+            checkpoint.maybe_write(step + 1, {"cost": cost.counts(), "kl": kl_state})
 
-        digest = save_model(policy, model_in(out))
-        metrics_rows = log.rows()
+        digest, metrics_rows = save_model(policy, model_folder(out)), log.rows()
         names = ("score", "reward", "kl", "kl_from_sft", "entropy", "end_rate", "completion_tokens")
-        figures = {name: mean_of_last(metrics_rows, name) for name in names}
-        alarms = tell(policy_alarms(metrics_rows, _remedies(self)))
-        finish(out, cost, model=digest, prompts=len(prompts), steps=total, snapshots=kept, alarms=alarms, **figures)
+        write_summary(
+            out,
+            cost,
+            model=digest,
+            prompts=len(prompts),
+            steps=total,
+            snapshots=snapshot_steps,
+            alarms=emit_alarms(policy_alarms(metrics_rows, suggest_against_alarms(self))),
+            **{name: mean_of_last_steps(metrics_rows, name) for name in names},
+        )
         checkpoint.remove()
 
 
-def _judges(stage: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel) -> Judges:
-    """Load the frozen models; SFT once where it is the reference."""
-    reference_folder, sft_folder = model_in(inputs["reference"]), model_in(inputs["sft"])
-    reference = freeze(load_policy(reference_folder, device=policy.device, precision=stage.precision))
-    sft = reference
-    if model_digest(reference_folder) != model_digest(sft_folder):
-        sft = freeze(load_policy(sft_folder, device=policy.device, precision=stage.precision))
-    for name, other in (("reference", reference), ("sft", sft)):
-        if not same_tokens(other.tokenizer, policy.tokenizer):
-            raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    reward = freeze(load_reward_model(model_in(inputs["reward"]), device=policy.device, precision=stage.precision))
-    return Judges(reference, sft, reward)
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's completions, ready to learn from."""
+
+    prompts: list[list[int]]
+    completions: SampledCompletions
+    advantages: Float[Tensor, "prompts k tokens"]
+    values: Float[Tensor, "prompts k tokens"] | None
+    returns: Float[Tensor, "prompts k tokens"] | None
+
+
+class PPOTraining:
+    """What the iterations of PPO share: models, prompts, schedule and cost."""
+
+    def __init__(
+        self,
+        settings: PPOSettings,
+        models: ActorCritic,
+        frozen: FrozenModels,
+        prompts: Sequence[Prompt],
+        runtime: Runtime,
+        processes: Processes,
+        cost: Cost,
+    ) -> None:
+        self.settings, self.models, self.frozen = settings, models, frozen
+        self.prompts = prompts
+        self.prompt_tokens = [tokenize_prompt(models.policy.tokenizer, prompt) for prompt in prompts]
+        self.sampler, self.processes, self.cost = runtime.make_sampler(), processes, cost
+        self.microbatch_tokens = runtime.microbatch_tokens
+        self.steps_per_epoch = -(-len(prompts) // settings.batch_size)
+        self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.updates_before = count_updates(settings, len(prompts), self.total_steps)
+
+    def select_prompts(self, step: int) -> list[int]:
+        """Select the prompts of an iteration: a new order every epoch, fixed by the seed."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.prompts), generator=generator)
+        rows: list[int] = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size].tolist()
+        return rows
+
+    @torch.no_grad()
+    def roll_out(self, step: int, rows: Sequence[int]) -> tuple[Rollout, dict[str, float]]:
+        """Sample completions, score them, shape rewards and compute advantages; the rollout and its metrics."""
+        started = time.perf_counter()
+        settings, models, frozen, budget = self.settings, self.models, self.frozen, self.microbatch_tokens
+        policy, prompts = models.policy, [self.prompt_tokens[row] for row in rows]
+
+        # Sample
+        self.sampler.load_policy(policy)
+        completions = self.sampler.draw(
+            prompts,
+            k=settings.completions_per_prompt,
+            max_tokens=settings.max_completion_tokens,
+            seed=-1 - settings.seed * 1_000_003 - step,  # of its own: other stages sample from the seeds above 0
+        )
+        mask, logprobs = completions.mask, completions.logprobs
+        tokens = sum(map(len, prompts)) + int(mask.sum())
+        self.cost.sampled(policy.model, int(mask.sum()), sum(map(len, prompts)))
+
+        # Score
+        texts = [self.prompts[row] for row in rows]
+        reward_inputs = retokenize(frozen.reward, policy, texts, prompts, completions)
+        found_scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
+        self.cost.scored(frozen.reward.model, tokens)
+        reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
+        self.cost.scored(frozen.reference.model, tokens)
+        if frozen.sft is frozen.reference:
+            sft_logprobs = reference_logprobs
+        else:
+            sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
+            if settings.kl_budget is not None:  # else it is a metric alone, and costs no method anything
+                self.cost.scored(frozen.sft.model, tokens)
+
+        # Shape rewards
+        anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_weight(models.kl_multiplier))
+        kl_coef = models.kl_coef * models.kl_multiplier
+        rewards = shaped_rewards(
+            logprobs,
+            anchor_logprobs,
+            mask,
+            found_scores,
+            kl_coef=kl_coef,
+            score_clip=settings.score_clip,
+            penalties=settings.missing_end_penalty * (~completions.ended).float(),
+        )
+
+        # Advantages
+        values = returns = None
+        if models.value is not None:
+            values = compute_output(models.value, prompts, completions, "values", token_budget=budget)
+            self.cost.scored(models.value.model, tokens)
+            advantages = generalized_advantages(
+                rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
+            )
+            returns = advantages + values
+            if settings.whiten_advantages:
+                advantages = whiten(advantages, mask)
+        else:
+            compare = rloo_advantages if settings.advantage == "rloo" else grpo_advantages
+            advantages = compare(rewards.sum(dim=-1))[..., None] * mask
+
+        metrics = {
+            "score": float(found_scores.mean()),
+            "score_std": float(found_scores.std(correction=0)),
+            "reward": float(rewards.sum(dim=-1).mean()),
+            **_kl_metrics(logprobs, reference_logprobs, sft_logprobs, mask),
+            "completion_tokens": float(completions.lengths.float().mean()),
+            "end_rate": float(completions.ended.float().mean()),
+            "distinct": len({tuple(c) for branches in completions.to_lists() for c in branches}) / mask[..., 0].numel(),
+            "tokens": float(mask.sum()),
+            "completions": float(mask[..., 0].numel()),
+            "kl_coef": kl_coef,
+            "sampling_seconds": time.perf_counter() - started,
+        }
+        if values is not None and returns is not None:
+            metrics["value_explained_variance"] = float(explained_variance(values, returns, mask))
+        return Rollout(prompts, completions, advantages, values, returns), metrics
+
+    def learn(self, step: int, rollout: Rollout) -> dict[str, float]:
+        """Update policy and value on a rollout; the mean of the updates' metrics."""
+        started = time.perf_counter()
+        settings, models = self.settings, self.models
+        count = len(rollout.prompts)
+        value_only = step < settings.value_warmup_steps and settings.advantage == "gae"
+        minibatch_size = -(-count // settings.minibatches)
+        updates: list[dict[str, float]] = []
+        for epoch in range(settings.epochs_per_batch):
+            generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) * 101 + epoch)
+            order: list[int] = torch.randperm(count, generator=generator).tolist()
+            for first in range(0, count, minibatch_size):
+                rows = order[first : first + minibatch_size]
+                number = self.updates_before[step] + len(updates)
+                metrics: dict[str, float] = {}
+                if models.value_optimizer is not None:
+                    value_metrics = self._update_value(rollout, rows, number)
+                    metrics |= {f"value_{name}": value for name, value in value_metrics.items()}
+                if not value_only or models.shares_model:
+                    metrics |= self._update_policy(rollout, rows, number, value_only=value_only)
+                updates.append(metrics)
+        names = {name for metrics in updates for name in metrics}
+        means = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in sorted(names)}
+        return {**means, "updating_seconds": time.perf_counter() - started}
+
+    def control_kl(self, metrics: Mapping[str, float]) -> None:
+        """Let the controllers of kl_target and kl_budget change the coefficient for the next iteration."""
+        settings, models = self.settings, self.models
+        if settings.kl_target is not None:
+            models.kl_coef = adapt_kl_coef(models.kl_coef, metrics["kl"], target=settings.kl_target)
+        if settings.kl_budget is not None:
+            models.kl_multiplier, models.kl_error_sum = control_kl_budget(
+                models.kl_error_sum, metrics["kl_from_sft"], budget=settings.kl_budget
+            )
+
+    def _update_policy(
+        self, rollout: Rollout, rows: Sequence[int], number: int, *, value_only: bool
+    ) -> dict[str, float]:
+        """Take one optimizer step of the policy: with a shared model of both losses, or of the value loss alone."""
+        settings, policy, shares_model = self.settings, self.models.policy, self.models.shares_model
+
+        def loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
+            batch, chosen = microbatch
+            (self.cost.scored if value_only else self.cost.trained)(policy.model, batch.tokens)
+            if shares_model:
+                logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
+            else:
+                logprobs, entropies = policy(batch, "logprobs", "entropies")
+            mask, number = batch.mask, batch.mask.sum()
+            old_logprobs = _select(rollout.completions.logprobs, chosen, mask)
+            advantages = _select(rollout.advantages, chosen, mask)
+            summed = (policy_loss(logprobs, old_logprobs, advantages, clip=settings.clip) * mask).sum()
+            with torch.no_grad():
+                clipped = clip_fraction(logprobs, old_logprobs, advantages, mask, clip=settings.clip)
+                metrics = {
+                    "policy_loss": (summed.detach(), number),
+                    "entropy": (entropies.sum(), number),
+                    "approx_kl": ((kl_k3(old_logprobs, logprobs) * mask).sum(), number),
+                    "ratio": (((logprobs - old_logprobs).exp() * mask).sum(), number),
+                    "clip_fraction": (clipped * number, number),
+                }
+            if shares_model:
+                summed_value = self._value_loss(values, rollout, chosen, mask)
+                metrics["value_loss"] = (summed_value.detach(), number)
+                summed_value = settings.shared_value_coef * summed_value
+                summed = summed_value if value_only else summed + summed_value
+            return summed, metrics
+
+        return self._update(policy, self.models.policy_optimizer, rollout, rows, loss, number, settings.learning_rate)
+
+    def _update_value(self, rollout: Rollout, rows: Sequence[int], number: int) -> dict[str, float]:
+        """Take one optimizer step of a value model of its own."""
+        value, optimizer = self.models.value, self.models.value_optimizer
+        assert value is not None
+        assert optimizer is not None
+
+        def loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
+            batch, chosen = microbatch
+            self.cost.trained(value.model, batch.tokens)
+            return self._value_loss(value(batch, "values"), rollout, chosen, batch.mask), {}
+
+        return self._update(value, optimizer, rollout, rows, loss, number, self.settings.value_learning_rate)
+
+    def _value_loss(
+        self, values: Tensor, rollout: Rollout, chosen: list[int], mask: Bool[Tensor, "prompts k tokens"]
+    ) -> Tensor:
+        assert rollout.values is not None
+        assert rollout.returns is not None
+        old_values, returns = (_select(x, chosen, mask) for x in (rollout.values, rollout.returns))
+        return (value_loss(values, old_values, returns, clip=self.settings.value_clip) * mask).sum()
+
+    def _update(
+        self,
+        lm: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        rollout: Rollout,
+        rows: Sequence[int],
+        loss: Loss,
+        number: int,
+        peak: float,
+    ) -> dict[str, float]:
+        lm.train()
+        return take_optimizer_step(
+            optimizer,
+            self._microbatches(lm, rollout, self.processes.share(rows)),
+            loss,
+            count=int(rollout.completions.mask[list(rows)].sum()),
+            max_grad_norm=self.settings.max_grad_norm,
+            rate=scheduled_learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
+            processes=self.processes,
+        )
+
+    def _microbatches(
+        self, lm: LanguageModel, rollout: Rollout, rows: Sequence[int]
+    ) -> Iterator[tuple[BranchBatch, list[int]]]:
+        lengths = row_lengths(rollout.prompts, rollout.completions)
+        for part in split_into_microbatches([lengths[row] for row in rows], self.microbatch_tokens):
+            chosen = [rows[place] for place in part]
+            batch = pack(rollout.prompts, rollout.completions, chosen, share_prompt=lm.shares_prompts)
+            yield batch.to(lm.device), chosen
+
+
+def count_updates(settings: PPOSettings, prompts: int, iterations: int) -> list[int]:
+    """Count the optimizer steps before each iteration, and at the end those of all: the learning rate follows them.
+
+    The last iteration of a pass over the prompts has fewer of them, and with that perhaps fewer minibatches.
+    """
+    per_epoch = -(-prompts // settings.batch_size)
+    counts = [min(settings.batch_size, prompts - step % per_epoch * settings.batch_size) for step in range(iterations)]
+    minibatches = [-(-count // -(-count // settings.minibatches)) for count in counts]
+    return list(accumulate((settings.epochs_per_batch * number for number in minibatches), initial=0))
 
 
 def _snapshot_steps(count: int, total: int) -> list[int]:
@@ -345,392 +398,42 @@ def _snapshot_steps(count: int, total: int) -> list[int]:
     return [round(total * number / (count + 1)) for number in range(1, count + 1)]
 
 
-def _count_updates(stage: PPOSettings, prompts: int, iterations: int) -> list[int]:
-    """Optimizer steps before each iteration, and at the end those of all: what the learning rate follows.
-
-    The last iteration of a pass over the prompts has fewer of them, and with that perhaps fewer minibatches.
-    """
-    per_epoch = -(-prompts // stage.batch_size)
-    counts = [min(stage.batch_size, prompts - step % per_epoch * stage.batch_size) for step in range(iterations)]
-    minibatches = [-(-count // -(-count // stage.minibatches)) for count in counts]
-    return list(accumulate((stage.epochs_per_batch * number for number in minibatches), initial=0))
-
-
-def _learner(
-    stage: PPOSettings,
-    policy: LanguageModel,
-    policy_folder: Path,
-    reward: LanguageModel,
-    reward_folder: Path,
-    device: torch.device,
-) -> Learner:
-    value: LanguageModel | None = None
-    head: nn.Module | None = None
-    if stage.advantage == "gae":
-        if stage.value_init == "shared":
-            value = policy
-            width = policy.model.config.get_text_config().hidden_size
-            head = nn.Linear(width, 1).to(device)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        elif stage.value_init == "policy":
-            value = new_reward_model(policy_folder, seed=stage.seed, device=device, precision=stage.precision)
-            head = value.model.score
-        else:
-            if not same_tokens(reward.tokenizer, policy.tokenizer):
-                raise InputError(
-                    "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
-                    "expected the same tokens in both; set ppo.value_init: policy"
-                )
-            value = load_reward_model(reward_folder, device=device, precision=stage.precision)
-            head = value.model.score
-        if value is not policy and stage.lora:
-            add_lora(value, stage.lora)
-    trained = list(policy.model.parameters())
-    value_optimizer = None
-    if value is policy and head is not None:
-        trained += list(head.parameters())
-    elif value is not None:
-        value_settings = stage.model_copy(update={"learning_rate": stage.value_learning_rate})
-        value_optimizer = make_optimizer(value.model.parameters(), value_settings)
-    return Learner(policy, make_optimizer(trained, stage), value, head, value_optimizer, stage.kl_coef)
-
-
-def _parts(learner: Learner) -> dict[str, Stateful]:
-    parts: dict[str, Stateful] = {
-        "policy": Trainable(learner.policy.model),
-        "policy_optimizer": learner.policy_optimizer,
-    }
-    if learner.shared and learner.value_head is not None:
-        parts["value_head"] = Trainable(learner.value_head)
-    elif learner.value is not None and learner.value_optimizer is not None:
-        parts |= {"value": Trainable(learner.value.model), "value_optimizer": learner.value_optimizer}
-    return parts
-
-
-@torch.no_grad()
-def _roll_out(
-    stage: PPOSettings,
-    learner: Learner,
-    judges: Judges,
-    asked: Sequence[Prompt],
-    prompts: list[list[int]],
-    *,
-    step: int,
-    runtime: Runtime,
-    cost: Cost,
-) -> tuple[Rollout, dict[str, float]]:
-    """Sample, score, shape rewards, advantages."""
-    started = time.perf_counter()
-    drawn = _draw(stage, learner.policy, prompts, step=step, runtime=runtime, cost=cost)
-    judged = _judge(stage, learner.policy, judges, asked, drawn, runtime=runtime, cost=cost)
-    anchor_logprobs = judged.reference_logprobs.lerp(judged.sft_logprobs, sft_weight(learner.multiplier))
-    rewards = shaped_rewards(
-        drawn.logprobs.flatten(0, 1),
-        anchor_logprobs.flatten(0, 1),
-        drawn.mask.flatten(0, 1),
-        judged.scores.flatten(),
-        kl_coef=learner.kl_coef * learner.multiplier,
-        score_clip=stage.score_clip,
-        penalties=stage.missing_end_penalty * (~drawn.ended.flatten()).float(),
-    ).view_as(drawn.mask)
-    rollout = _with_advantages(stage, learner, drawn, rewards, runtime=runtime, cost=cost)
-    metrics = _rollout_metrics(drawn, judged, rewards, rollout)
-    metrics |= {"kl_coef": learner.kl_coef * learner.multiplier, "sampling_seconds": time.perf_counter() - started}
-    return rollout, metrics
-
-
-def _draw(
-    stage: PPOSettings, policy: LanguageModel, prompts: list[list[int]], *, step: int, runtime: Runtime, cost: Cost
-) -> Drawn:
-    sampled = sample(
-        policy,
-        prompts,
-        k=stage.completions_per_prompt,
-        max_tokens=stage.max_completion_tokens,
-        seed=-1 - stage.seed * 1_000_003 - step,  # of its own: Samples and Evaluation draw from the seeds above 0
-        token_budget=runtime.sampling_tokens,
-    )
-    completions = [row.completions for row in sampled]
-    lengths = torch.tensor([[len(c) for c in branches] for branches in completions])
-    mask = torch.arange(int(lengths.max())) < lengths[..., None]
-    kept = torch.tensor([value for row in sampled for branch in row.logprobs for value in branch])
-    logprobs = torch.zeros(mask.shape).masked_scatter(mask, kept)
-    ended = torch.tensor([[policy.has_ended(c) for c in branches] for branches in completions])
-    cost.sampled(policy.model, int(lengths.sum()), sum(map(len, prompts)))
-    return Drawn(prompts, completions, mask, logprobs, ended)
-
-
-def _judge(
-    stage: PPOSettings,
-    policy: LanguageModel,
-    judges: Judges,
-    asked: Sequence[Prompt],
-    drawn: Drawn,
-    *,
-    runtime: Runtime,
-    cost: Cost,
-) -> Judged:
-    prompts, completions, budget = drawn.prompts, drawn.completions, runtime.microbatch_tokens
-    found = scores(judges.reward, *retokenised(judges.reward, policy, asked, prompts, completions), token_budget=budget)
-    cost.scored(judges.reward.model, drawn.tokens)
-    reference_logprobs = token_logprobs(judges.reference, prompts, completions, token_budget=budget)
-    cost.scored(judges.reference.model, drawn.tokens)
-    if judges.sft is judges.reference:
-        return Judged(found, reference_logprobs, reference_logprobs)
-    sft_logprobs = token_logprobs(judges.sft, prompts, completions, token_budget=budget)
-    if stage.kl_budget is not None:  # else it is only looked at
-        cost.scored(judges.sft.model, drawn.tokens)
-    return Judged(found, reference_logprobs, sft_logprobs)
-
-
-def _with_advantages(
-    stage: PPOSettings,
-    learner: Learner,
-    drawn: Drawn,
-    rewards: Float[Tensor, "prompts k tokens"],
-    *,
-    runtime: Runtime,
-    cost: Cost,
-) -> Rollout:
-    if stage.advantage != "gae":
-        compare = rloo_advantages if stage.advantage == "rloo" else grpo_advantages
-        return Rollout(drawn, compare(rewards.sum(dim=-1))[..., None] * drawn.mask, None, None)
-    value, head = learner.value, learner.value_head
-    assert value is not None
-    assert head is not None
-    values = read_all(
-        value,
-        drawn.prompts,
-        drawn.completions,
-        lambda batch: branch_values(value, batch, head),
-        token_budget=runtime.microbatch_tokens,
-    )
-    cost.scored(value.model, drawn.tokens)
-    advantages = generalized_advantages(
-        rewards.flatten(0, 1),
-        values.flatten(0, 1),
-        drawn.mask.flatten(0, 1),
-        discount=stage.discount,
-        gae_lambda=stage.gae_lambda,
-    ).view_as(drawn.mask)
-    returns = advantages + values
-    return Rollout(drawn, whiten(advantages, drawn.mask) if stage.whiten_advantages else advantages, values, returns)
-
-
-def _rollout_metrics(
-    drawn: Drawn, judged: Judged, rewards: Float[Tensor, "prompts k tokens"], rollout: Rollout
+def _kl_metrics(
+    logprobs: Float[Tensor, "prompts k tokens"],
+    reference_logprobs: Float[Tensor, "prompts k tokens"],
+    sft_logprobs: Float[Tensor, "prompts k tokens"],
+    mask: Bool[Tensor, "prompts k tokens"],
 ) -> dict[str, float]:
-    mask, logprobs = drawn.mask, drawn.logprobs
-    kl = kl_k1(logprobs, judged.reference_logprobs) * mask
-    lengths = mask.sum(dim=-1)
-    metrics = {
-        "score": float(judged.scores.mean()),
-        "score_std": float(judged.scores.std(correction=0)),
-        "reward": float(rewards.sum(dim=-1).mean()),
+    kl = kl_k1(logprobs, reference_logprobs) * mask
+    return {
         "kl": float(kl.sum(dim=-1).mean()),
         "kl_per_token": float(masked_mean(kl, mask)),
-        "kl_k3": float((kl_k3(logprobs, judged.reference_logprobs) * mask).sum(dim=-1).mean()),
+        "kl_k3": float((kl_k3(logprobs, reference_logprobs) * mask).sum(dim=-1).mean()),
         "kl_abs_per_token": float(masked_mean(kl.abs(), mask)),
-        "kl_from_sft": float((kl_k1(logprobs, judged.sft_logprobs) * mask).sum(dim=-1).mean()),
-        "completion_tokens": float(lengths.float().mean()),
-        "end_rate": float(drawn.ended.float().mean()),
-        "distinct": len({tuple(c) for branches in drawn.completions for c in branches}) / drawn.ended.numel(),
-        "tokens": float(lengths.sum()),
-        "completions": float(drawn.ended.numel()),
-    }
-    if rollout.values is not None and rollout.returns is not None:
-        metrics["value_explained_variance"] = float(explained_variance(rollout.values, rollout.returns, mask))
-    return metrics
-
-
-def _against_divergence(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
-    """What to try where an iteration diverged, in words."""
-    tips = remedies(updates[step], total=updates[-1], settings=stage, precision=stage.precision)
-    if step > 0:
-        tips.append(_tighter_anchor(stage))
-    if stage.advantage == "gae" and step >= stage.value_warmup_steps:
-        tips.append(f"more value_warmup_steps (now {stage.value_warmup_steps})")
-    return " or ".join(tips)
-
-
-def _tighter_anchor(stage: PPOSettings) -> str:
-    for name in ("kl_target", "kl_budget"):  # their controllers change kl_coef
-        if (value := getattr(stage, name)) is not None:
-            return f"a lower {name} (now {value:g})"
-    return f"a higher kl_coef (now {stage.kl_coef:g})"
-
-
-def _remedies(stage: PPOSettings) -> dict[str, str]:
-    """What PPO has against each alarm."""
-    anchor = _tighter_anchor(stage)
-    return {
-        "end_rate": f"a higher max_completion_tokens (now {stage.max_completion_tokens}) or missing_end_penalty (now "
-        f"{stage.missing_end_penalty:g})",
-        "distinct": anchor,
-        "entropy": f"{anchor} or a lower learning_rate (now {stage.learning_rate:g})",
-        "score_std": f"{anchor}, and read completions.jsonl",
-        "completion_tokens": f"{anchor}, and read completions.jsonl",
+        "kl_from_sft": float((kl_k1(logprobs, sft_logprobs) * mask).sum(dim=-1).mean()),
     }
 
 
-def _refuse_runaway(stage: PPOSettings, metrics: Mapping[str, float], *, step: int, starts_at_reference: bool) -> None:
+def _check_kl(settings: PPOSettings, metrics: Mapping[str, float], *, step: int, starts_at_reference: bool) -> None:
     """Stop on a KL that runs away; and on one that is not 0 at step 0 when the policy starts as its reference."""
-    if step == 0 and starts_at_reference and metrics["kl_abs_per_token"] > STEP_0_KL[stage.precision]:
+    if step == 0 and starts_at_reference and metrics["kl_abs_per_token"] > STEP_0_KL[settings.precision]:
         raise RuntimeError(
             f"the policy starts as its own reference, yet their log-probs differ by {metrics['kl_abs_per_token']:.3g} "
-            f"nats a token at step 1; expected at most {STEP_0_KL[stage.precision]}: the reference is not what it says"
+            f"nats a token at step 1; expected at most {STEP_0_KL[settings.precision]}: the reference is not what it "
+            "says"
         )
-    if not math.isfinite(metrics["kl_per_token"]) or metrics["kl_per_token"] > stage.max_kl:
+    if not math.isfinite(metrics["kl_per_token"]) or metrics["kl_per_token"] > settings.max_kl:
         if step == 0:
             raise InputError(
                 f"ppo.max_kl: the policy starts {metrics['kl_per_token']:.3g} nats a token from its reference; "
-                f"expected at most {stage.max_kl:g}; raise it, or name a reference that is nearer"
+                f"expected at most {settings.max_kl:g}; raise it, or name a reference that is nearer"
             )
         raise Diverged(
             f"the KL to the reference ran away: {metrics['kl_per_token']:.3g} nats a token, more than "
-            f"max_kl = {stage.max_kl:g}"
+            f"max_kl = {settings.max_kl:g}"
         )
 
 
-def _learn(
-    stage: PPOSettings,
-    learner: Learner,
-    rollout: Rollout,
-    *,
-    step: int,
-    updates: Sequence[int],
-    runtime: Runtime,
-    cost: Cost,
-) -> dict[str, float]:
-    """Update policy and value on a rollout."""
-    started = time.perf_counter()
-    count = len(rollout.drawn.prompts)
-    warming = step < stage.value_warmup_steps and stage.advantage == "gae"
-    per_minibatch = -(-count // stage.minibatches)
-    seen: list[dict[str, float]] = []
-    for epoch in range(stage.epochs_per_batch):
-        generator = torch.Generator().manual_seed((stage.seed * 1_000_003 + step) * 101 + epoch)
-        order: list[int] = torch.randperm(count, generator=generator).tolist()
-        for first in range(0, count, per_minibatch):
-            rows = order[first : first + per_minibatch]
-            rate, value_rate = (
-                learning_rate(updates[step] + len(seen), total=updates[-1], settings=stage, peak=peak)
-                for peak in (stage.learning_rate, stage.value_learning_rate)
-            )
-            metrics: dict[str, float] = {}
-            if learner.value_optimizer is not None:
-                metrics |= _prefixed("value_", _value_step(stage, learner, rollout, rows, value_rate, runtime, cost))
-            if not warming or learner.shared:
-                metrics |= _policy_step(stage, learner, rollout, rows, rate, runtime, cost, warming=warming)
-            seen.append(metrics)
-    names = {name for metrics in seen for name in metrics}
-    means = {name: sum(metrics[name] for metrics in seen) / len(seen) for name in sorted(names)}
-    return {**means, "updating_seconds": time.perf_counter() - started}
-
-
-def _policy_step(
-    stage: PPOSettings,
-    learner: Learner,
-    rollout: Rollout,
-    rows: list[int],
-    rate: float,
-    runtime: Runtime,
-    cost: Cost,
-    *,
-    warming: bool,
-) -> dict[str, float]:
-    lm, head = learner.policy, learner.value_head
-
-    def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
-        batch = _pack(lm, rollout.drawn, chosen)
-        hidden = hidden_states(lm, batch)
-        logprobs, entropy = branch_predictions(lm, batch, hidden)
-        (cost.scored if warming else cost.trained)(lm.model, batch.tokens)
-        kept, advantages = (_part(x, chosen, batch.mask) for x in (rollout.drawn.logprobs, rollout.advantages))
-        mask, number = batch.mask, batch.mask.sum()
-        losses = policy_loss(logprobs.flatten(0, 1), kept.flatten(0, 1), advantages.flatten(0, 1), clip=stage.clip)
-        summed = (losses.view_as(mask) * mask).sum()
-        with torch.no_grad():
-            flat = [x.flatten(0, 1) for x in (logprobs, kept, advantages, mask)]
-            metrics = {
-                "policy_loss": (summed.detach(), number),
-                "entropy": (entropy.sum(), number),
-                "approx_kl": ((kl_k3(kept, logprobs) * mask).sum(), number),
-                "ratio": (((logprobs - kept).exp() * mask).sum(), number),
-                "clip_fraction": (clip_fraction(*flat, clip=stage.clip) * number, number),
-            }
-        if learner.shared and head is not None:
-            read = hidden.detach() if warming else hidden
-            value_summed = _value_losses(stage, branch_values(lm, batch, head, read), rollout, chosen, mask)
-            metrics["value_loss"] = (value_summed.detach(), number)
-            value_summed = stage.shared_value_coef * value_summed
-            summed = value_summed if warming else summed + value_summed
-        return summed, metrics
-
-    learn(lm)
-    return update(
-        learner.policy_optimizer,
-        _portions(rollout.drawn, rows, runtime),
-        loss,
-        count=int(rollout.drawn.mask[rows].sum()),
-        max_grad_norm=stage.max_grad_norm,
-        rate=rate,
-    )
-
-
-def _value_step(
-    stage: PPOSettings, learner: Learner, rollout: Rollout, rows: list[int], rate: float, runtime: Runtime, cost: Cost
-) -> dict[str, float]:
-    lm, head, optimizer = learner.value, learner.value_head, learner.value_optimizer
-    assert lm is not None
-    assert head is not None
-    assert optimizer is not None
-
-    def loss(chosen: list[int]) -> tuple[Tensor, Sums]:
-        batch = _pack(lm, rollout.drawn, chosen)
-        cost.trained(lm.model, batch.tokens)
-        return _value_losses(stage, branch_values(lm, batch, head), rollout, chosen, batch.mask), {}
-
-    learn(lm)
-    return update(
-        optimizer,
-        _portions(rollout.drawn, rows, runtime),
-        loss,
-        count=int(rollout.drawn.mask[rows].sum()),
-        max_grad_norm=stage.max_grad_norm,
-        rate=rate,
-    )
-
-
-def _value_losses(
-    stage: PPOSettings, values: Tensor, rollout: Rollout, chosen: list[int], mask: Bool[Tensor, "prompts k tokens"]
-) -> Tensor:
-    assert rollout.values is not None
-    assert rollout.returns is not None
-    old, returns = (_part(x, chosen, mask).flatten(0, 1) for x in (rollout.values, rollout.returns))
-    losses = value_loss(values.flatten(0, 1), old, returns, clip=stage.value_clip)
-    return (losses.view_as(mask) * mask).sum()
-
-
-def _portions(drawn: Drawn, rows: list[int], runtime: Runtime) -> Iterator[list[int]]:
-    lengths = row_lengths([drawn.prompts[row] for row in rows], [drawn.completions[row] for row in rows])
-    for part in by_tokens(lengths, runtime.microbatch_tokens):
-        yield [rows[place] for place in part]
-
-
-def _pack(lm: LanguageModel, drawn: Drawn, chosen: list[int]) -> Any:
-    return pack(
-        [drawn.prompts[row] for row in chosen],
-        [drawn.completions[row] for row in chosen],
-        share_prompt=lm.shares_prompts,
-    ).to(lm.device)
-
-
-def _part(full: Tensor, chosen: list[int], mask: Tensor) -> Tensor:
-    """Some rows of a rollout's tensor, as wide as their own longest completion."""
-    return full[chosen][..., : mask.shape[-1]].to(mask.device)
-
-
-def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {prefix + name: value for name, value in metrics.items()}
+def _select(values: Tensor, rows: list[int], mask: Tensor) -> Tensor:
+    """The values of some prompts, as wide as their mask and on its device."""
+    return values[rows][..., : mask.shape[-1]].to(mask.device)

@@ -12,22 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.sources import content_digest, local_path
-from mixpo.data.templates import bake_arguments
+from mixpo.data.templates import write_arguments_into_template
 from mixpo.data.tokens import SPECIAL_TOKENS, parses_special_tokens
-from mixpo.models.folders import ModelFolder, load_tokenizer, load_weights, read_policy_folder, reading
-from mixpo.models.loading import (
-    load_policy,
-    model_digest,
-    model_files,
-    new_reward_model,
-    new_world_model,
-    read_gguf,
-    read_gguf_tokenizer,
-    read_hub_model,
-    resolve_package_file,
-)
+from mixpo.models.digests import model_digest, model_files
+from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
+from mixpo.models.loading import load_policy, new_reward_model
+from mixpo.models.sources import new_world_model, read_gguf, read_gguf_tokenizer, read_hub_model, resolve_package_file
 from mixpo.settings import Settings
-from mixpo.stages.stage import Stage, finish, model_in
+from mixpo.stages.stage import PolicyStage, model_folder, write_summary
 from mixpo.training.record import Cost, watcher
 from mixpo.training.runtime import Runtime
 
@@ -63,7 +55,7 @@ def _pairs(arguments: Any) -> Any:
     return tuple(sorted(arguments.items())) if isinstance(arguments, Mapping) else arguments
 
 
-class Pretrained(Stage, PretrainedSettings):
+class Pretrained(PolicyStage, PretrainedSettings):
     """A model folder to start from. A local folder is copied, so that it can be moved or trained further."""
 
     special_tokens: Literal["text", "parse"] = "text"
@@ -85,7 +77,7 @@ class Pretrained(Stage, PretrainedSettings):
         if path.endswith(".gguf"):
             return {**values, "content": content_digest([local])}
         if local.is_dir():
-            with reading(local):
+            with explain_loading_errors(local):
                 digest = model_digest(local)
             _check_folder(local, digest, values.get("chat_template"), _pairs(values.get("template_arguments") or ()))
             return {**values, "content": digest}
@@ -93,7 +85,8 @@ class Pretrained(Stage, PretrainedSettings):
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
 
-    def _exclude_from_cls_uid(self) -> list[str]:
+    def fields_outside_identity(self) -> list[str]:
+        """Return the paths, since the content of what they name is a field."""
         return ["path", "revision"] if self.content else []
 
     @property
@@ -104,7 +97,7 @@ class Pretrained(Stage, PretrainedSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, after it was tried with a few tokens."""
-        device, cost, model = runtime.start(), Cost(), model_in(out)
+        device, cost, model = runtime.start().device, Cost(), model_folder(out)
         local = local_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:
@@ -117,7 +110,7 @@ class Pretrained(Stage, PretrainedSettings):
         self._settle_template(model)
         load_policy(model, device=device)
         new_reward_model(model, seed=0, device=device)
-        finish(out, cost, model=model_digest(model))
+        write_summary(out, cost, model=model_digest(model))
 
     def _settle_template(self, model: Path) -> None:
         """Write the settings of template and special tokens into the model's folder."""
@@ -187,4 +180,4 @@ def _set_template(tokenizer: Any, chat_template: str | None, arguments: tuple[tu
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if arguments:
-        tokenizer.chat_template = bake_arguments(tokenizer, dict(arguments))
+        tokenizer.chat_template = write_arguments_into_template(tokenizer, dict(arguments))

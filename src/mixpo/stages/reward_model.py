@@ -10,27 +10,28 @@ import pydantic
 import torch
 from torch import Tensor
 
+from mixpo.algorithms.calibration import bin_accuracy_by_gap
+from mixpo.algorithms.intervals import wilson_interval
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
-from mixpo.algorithms.statistics import accuracy_by_gap, wilson_interval
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import hold_out
-from mixpo.models.language_model import branch_scores
-from mixpo.models.loading import Lora, add_lora, freeze, load_reward_model, new_reward_model, save_model
-from mixpo.models.scoring import last_states, scores
+from mixpo.models.adapters import LoraSettings, add_lora, freeze
+from mixpo.models.loading import load_reward_model, new_reward_model
+from mixpo.models.saving import save_model
+from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Trainable
-from mixpo.training.health import mean_of_last, reward_model_alarms, tell
-from mixpo.training.record import Cost, Metrics
+from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, SeededSettings, model_folder, write_summary
+from mixpo.training.health import emit_alarms, mean_of_last_steps, reward_model_alarms
+from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, make_optimizer
-from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+from mixpo.training.step import Sums
+from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 GAP_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Bins of the paper's Figure 2 (left edges; the last is open)."""
 
 
-class RewardModelSettings(Seeded, SupervisedSettings):
+class RewardModelSettings(SeededSettings, SupervisedSettings):
     """Reward-model training."""
 
     learning_rate: float = pydantic.Field(5e-6, gt=0)
@@ -47,23 +48,24 @@ class RewardModelSettings(Seeded, SupervisedSettings):
     head_ridge: float = pydantic.Field(0.3, gt=0)
     """Weight of the penalty on a fitted head."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
 
 
-class RewardModel(Stage, RewardModelSettings):
+class RewardModel(RewardStage, RewardModelSettings):
     """Minimises equation 1 of the paper on the scores, each read at its completion's last token."""
 
-    policy: Stage
+    policy: PolicyStage
     """Whose weights it starts from."""
     pairs: Part
-    data: Stage
+    data: DataStage
     """Its test pairs are scored at the end."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, and the scores of validation and test pairs."""
-        device, cost = runtime.start(), Cost()
+        processes, cost = runtime.start(), Cost()
+        device = processes.device
         torch.manual_seed(self.seed)
-        lm = new_reward_model(model_in(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
+        lm = new_reward_model(model_folder(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
@@ -76,22 +78,25 @@ class RewardModel(Stage, RewardModelSettings):
             remedy="add pairs with other prompts to the train rows (those of a second reward model: raise "
             "data.second_rows)",
         )
-        optimizer = make_optimizer(lm.model.parameters(), self)
-        checkpoint = Checkpoint(
-            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
-        )
-        first, spent = checkpoint.resume()
-        cost.resume(spent)
-        log, total = Metrics(out, resumed_at=first), steps_of(len(train), self)
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
-        if self.head == "fitted" and first == 0:
-            states = last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
+        training = SupervisedTraining(
+            lm,
+            prompts,
+            completions,
+            settings=self,
+            seed=self.seed,
+            out=out,
+            cost=cost,
+            runtime=runtime,
+            processes=processes,
+        )
+        if self.head == "fitted" and training.first_step == 0:
+            states = compute_last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
             cost.scored(lm.model, sum(row_lengths(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            chosen, rejected = branch_scores(lm, batch).unbind(dim=1)
-            cost.trained(lm.model, batch.tokens)
+            chosen, rejected = lm(batch, "scores").unbind(dim=1)
             number = torch.tensor(len(rows))
             metrics = {
                 "accuracy": ((chosen > rejected).sum(), number),
@@ -103,29 +108,17 @@ class RewardModel(Stage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for step, metrics in supervised(
-            lm,
-            optimizer,
-            prompts,
-            completions,
-            loss,
-            count=len,
-            settings=self,
-            seed=self.seed,
-            first_step=first,
-            microbatch_tokens=runtime.microbatch_tokens,
-        ):
-            log.add(step, total, metrics)
-            checkpoint.maybe_write(step + 1, cost.counts())
+        for _ in training.steps(loss, count=len):
+            pass
 
-        digest = save_model(lm, model_in(out))
-        saved = freeze(load_reward_model(model_in(out), device=device, precision=self.precision))
+        digest = save_model(lm, model_folder(out))
+        saved = freeze(load_reward_model(model_folder(out), device=device, precision=self.precision))
         judged: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in held], [pairs.completions[row] for row in held]),
             ("test", test.prompts, test.completions),
         ):
-            found = scores(saved, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
+            found = compute_scores(saved, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
             cost.scored(saved.model, sum(row_lengths(prompts, completions)))
             write_table(
                 out / f"{name}_scores.parquet",
@@ -134,19 +127,19 @@ class RewardModel(Stage, RewardModelSettings):
             judged[name] = _judge(found)
         judged["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = judged["test"]["accuracy"], judged["test"]["accuracy_interval"]
-        train_accuracy = mean_of_last(log.rows(), "accuracy")
-        finish(
+        train_accuracy = mean_of_last_steps(training.metrics.rows(), "accuracy")
+        write_summary(
             out,
             cost,
             model=digest,
             pairs=len(train),
             truncated=pairs.truncated,
             identical=pairs.identical,
-            steps=total,
-            alarms=tell(reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
+            steps=training.total_steps,
+            alarms=emit_alarms(reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
             **judged,
         )
-        checkpoint.remove()
+        training.checkpoint.remove()
 
 
 def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
@@ -161,5 +154,5 @@ def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
         "gap_under_1": float((np.abs(margins) < 1).mean()),
         "score_mean": float(found.mean()),
         "score_std": float(found.std()),
-        "by_gap": [asdict(row) for row in accuracy_by_gap(margins, GAP_EDGES)],
+        "by_gap": [asdict(row) for row in bin_accuracy_by_gap(margins, GAP_EDGES)],
     }

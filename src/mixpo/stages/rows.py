@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt, prompt_key
-from mixpo.data.splits import COMPARED, draw
-from mixpo.data.tokens import prompt_tokens, tokenize_row
+from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.data.tokens import tokenize_prompt, tokenize_row
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.training.record import watcher
 
@@ -26,7 +26,7 @@ class Pairs:
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     sampler: str | None
-    """`sampler_name` of the model that drew the completions; None for human pairs."""
+    """`name_sampler` of the model that drew the completions; None for human pairs."""
     logprobs: list[list[float]] | None
     """The sampler's own sequence log-probs of both, kept from sampling."""
     untokenised: list[Prompt]
@@ -50,20 +50,20 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | None = None) -> None:
-    """Write rows as Parquet, with the `sampler_name` if they were sampled."""
+    """Write rows as Parquet, with the `name_sampler` if they were sampled."""
     table = pa.Table.from_pylist(list(rows))
     if sampler is not None:
         table = table.replace_schema_metadata({SAMPLER: sampler})
     pq.write_table(table, path)
 
 
-def sampler_name(digest: str, precision: Precision) -> str:
+def name_sampler(digest: str, precision: Precision) -> str:
     """Who drew completions: log-probs kept from sampling are those of this model in this precision."""
     return f"{digest} {precision}"
 
 
 def read_sampler(path: Path) -> str | None:
-    """The `sampler_name` of the model that drew a file's completions."""
+    """The `name_sampler` of the model that drew a file's completions."""
     metadata = pq.read_schema(path).metadata or {}
     return metadata[SAMPLER].decode() if SAMPLER in metadata else None
 
@@ -76,7 +76,7 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     """
     rows = read_table(path)
     if rows and "tokens" in rows[0]:
-        tokens = [(prompt_tokens(lm.tokenizer, row["prompt"]), row["tokens"]) for row in rows]
+        tokens = [(tokenize_prompt(lm.tokenizer, row["prompt"]), row["tokens"]) for row in rows]
         logprobs = [[sum(branch) for branch in row["logprobs"]] for row in rows]
         truncated = 0
     else:
@@ -93,7 +93,7 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
             f"{path}: found {len(rows)} pairs, {cut}each of two identical completions; expected one with a difference "
             f"to learn from; {'raise max_completion_tokens' if truncated else 'look at the rows'}"
         )
-    note_truncated(path.stem, truncated, 2 * len(rows), max_completion_tokens)
+    report_truncation(path.stem, truncated, 2 * len(rows), max_completion_tokens)
     if identical := len(rows) - len(different):
         watcher.get().note(f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same")
     return Pairs(
@@ -107,7 +107,7 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     )
 
 
-def note_truncated(name: str, truncated: int, total: int, limit: int) -> None:
+def report_truncation(name: str, truncated: int, total: int, limit: int) -> None:
     """Tell the watcher how many completions were cut, if any were."""
     if truncated:
         watcher.get().note(
@@ -116,7 +116,7 @@ def note_truncated(name: str, truncated: int, total: int, limit: int) -> None:
         )
 
 
-def unique_prompts(rows: Sequence[dict[str, Any]], count: int | None = None) -> list[Prompt]:
+def select_unique_prompts(rows: Sequence[dict[str, Any]], count: int | None = None) -> list[Prompt]:
     """The different prompts of rows, in order; `count` of them, the same ones whatever a stage's seed is."""
     different = {prompt_key(row["prompt"]): row["prompt"] for row in rows}
-    return draw(list(different.values()), count, COMPARED)
+    return draw_subset(list(different.values()), count, COMPARISON_SEED)

@@ -7,18 +7,28 @@ import numpy as np
 import pydantic
 
 from mixpo.algorithms.selection import order_by_score, score_gaps
-from mixpo.data.tokens import prompt_tokens
+from mixpo.data.tokens import tokenize_prompt
+from mixpo.models.adapters import freeze
+from mixpo.models.digests import model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import freeze, load_policy, load_reward_model, model_digest
-from mixpo.models.scoring import retokenised, scores
-from mixpo.stages.rows import read_table, sampler_name, unique_prompts, write_table
-from mixpo.stages.stage import Part, Seeded, Stage, finish, model_in
-from mixpo.training.portions import Portions
+from mixpo.models.loading import load_policy, load_reward_model
+from mixpo.models.scoring import compute_scores, retokenize
+from mixpo.stages.rows import name_sampler, read_table, select_unique_prompts, write_table
+from mixpo.stages.stage import (
+    Part,
+    PolicyStage,
+    RewardStage,
+    ScoredPairsStage,
+    SeededSettings,
+    model_folder,
+    write_summary,
+)
+from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
 
-class SamplesSettings(Seeded):
+class SamplesSettings(SeededSettings):
     """How completions are drawn."""
 
     temperature: float = pydantic.Field(1.0, gt=0)
@@ -30,14 +40,16 @@ class SamplesSettings(Seeded):
     """Use so many of the prompts, drawn, and the same ones at every seed; all if not given."""
 
 
-class Samples(Stage, SamplesSettings):
+class Samples(ScoredPairsStage, SamplesSettings):
     """Writes `pairs.parquet`, scored pairs: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
 
     The higher score is chosen. Two completions of the same tokens have the gap 0, whatever rounding made of it.
     """
 
-    policy: Stage
-    reward: Stage
+    parts = ("pairs",)
+
+    policy: PolicyStage
+    reward: RewardStage
     rows: Part
     """Whose prompts are used, each once."""
 
@@ -48,13 +60,14 @@ class Samples(Stage, SamplesSettings):
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample and score."""
-        device, cost = runtime.start(), Cost()
-        lm = freeze(load_policy(model_in(inputs["policy"]), device=device, precision=self.precision))
-        reward = freeze(load_reward_model(model_in(inputs["reward"]), device=device, precision=self.precision))
-        asked = unique_prompts(read_table(inputs["rows"]), self.prompts)
-        prompts = [prompt_tokens(lm.tokenizer, prompt) for prompt in asked]
-        portions = Portions(out, cost)
-        drawn = portions.draw(
+        device, cost = runtime.start().device, Cost()
+        lm = freeze(load_policy(model_folder(inputs["policy"]), device=device, precision=self.precision))
+        reward = freeze(load_reward_model(model_folder(inputs["reward"]), device=device, precision=self.precision))
+        asked = select_unique_prompts(read_table(inputs["rows"]), self.prompts)
+        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in asked]
+        portions = ResumableWork(out, cost)
+        completions, logprobs = portions.sample(
+            runtime.make_sampler(),
             lm,
             prompts,
             k=2,
@@ -63,30 +76,35 @@ class Samples(Stage, SamplesSettings):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
-            token_budget=runtime.sampling_tokens,
+            portion_tokens=runtime.sampling_tokens,
         )
-        completions = [row.completions for row in drawn]
-        read = retokenised(reward, lm, asked, prompts, completions)
-        found = portions.read("scores", scores, reward, *read, token_budget=runtime.microbatch_tokens)
+        read = retokenize(reward, lm, asked, prompts, completions)
+        found = portions.score("scores", compute_scores, reward, *read, token_budget=runtime.microbatch_tokens)
         numbers = found.double().numpy()
-        same = np.array([row.completions[0] == row.completions[1] for row in drawn])
+        same = np.array([first == second for first, second in completions])
         gaps = np.where(same, 0.0, score_gaps(numbers))
         rows = [
             {
                 "prompt": prompt,
                 "gap": gap,
-                "completions": [lm.read_text(row.completions[place]) for place in order],
-                "tokens": [row.completions[place] for place in order],
-                "logprobs": [row.logprobs[place] for place in order],
+                "completions": [lm.read_text(tokens[place]) for place in order],
+                "tokens": [tokens[place] for place in order],
+                "logprobs": [token_logprobs[place] for place in order],
                 "scores": [scored[place] for place in order],
             }
-            for prompt, row, scored, gap, order in zip(
-                asked, drawn, numbers.tolist(), gaps.tolist(), order_by_score(numbers).tolist(), strict=True
+            for prompt, tokens, token_logprobs, scored, gap, order in zip(
+                asked,
+                completions,
+                logprobs,
+                numbers.tolist(),
+                gaps.tolist(),
+                order_by_score(numbers).tolist(),
+                strict=True,
             )
         ]
-        sampler = sampler_name(model_digest(model_in(inputs["policy"])), self.precision)
+        sampler = name_sampler(model_digest(model_folder(inputs["policy"])), self.precision)
         write_table(out / "pairs.parquet", rows, sampler=sampler)
-        finish(
+        write_summary(
             out,
             cost,
             pairs=len(rows),

@@ -10,7 +10,7 @@ from mixpo.algorithms.selection import easy_mask, threshold_for_easy_fraction
 from mixpo.data.errors import InputError
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_sampler, read_table, write_table
-from mixpo.stages.stage import Part, Stage, finish
+from mixpo.stages.stage import Part, ScoredPairsStage, Stage, write_summary
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 
@@ -36,7 +36,9 @@ class SelectionSettings(Settings):
 class Selection(Stage, SelectionSettings):
     """Writes `easy.parquet` and `hard.parquet`: the scored pairs of `samples`, split."""
 
-    samples: Stage
+    parts = ("easy", "hard")
+
+    samples: ScoredPairsStage
 
     @property
     def easy(self) -> Part:
@@ -74,4 +76,4 @@ class Selection(Stage, SelectionSettings):
         sampler = read_sampler(source)
         for name, mask in (("easy", easy), ("hard", ~easy)):
             write_table(out / f"{name}.parquet", [rows[place] for place in np.flatnonzero(mask)], sampler=sampler)
-        finish(out, cost, threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))
+        write_summary(out, cost, threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))

@@ -10,19 +10,19 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch
 from mixpo.data.sources import read_demonstration_rows
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.language_model import branch_logprobs
-from mixpo.models.loading import Lora, add_lora, load_policy, save_model
-from mixpo.stages.rows import note_truncated
-from mixpo.stages.stage import Seeded, Stage, finish, model_in
-from mixpo.training.checkpoint import Checkpoint, Trainable
-from mixpo.training.health import loss_alarms, mean_of_last, tell
-from mixpo.training.record import Cost, Metrics
+from mixpo.models.adapters import LoraSettings, add_lora
+from mixpo.models.loading import load_policy
+from mixpo.models.saving import save_model
+from mixpo.stages.rows import report_truncation
+from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
+from mixpo.training.health import emit_alarms, loss_alarms, mean_of_last_steps
+from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import Sums, make_optimizer, remedies
-from mixpo.training.supervised import SupervisedSettings, steps_of, supervised
+from mixpo.training.step import Sums, suggest_remedies
+from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
-class SFTSettings(Seeded, SupervisedSettings):
+class SFTSettings(SeededSettings, SupervisedSettings):
     """Supervised fine-tuning."""
 
     learning_rate: float = pydantic.Field(5e-5, gt=0)
@@ -30,20 +30,20 @@ class SFTSettings(Seeded, SupervisedSettings):
     warmup_steps: int = pydantic.Field(500, ge=0)
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     """A longer completion is cut, and then has no end token."""
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
 
 
-class SFT(Stage, SFTSettings):
+class SFT(PolicyStage, SFTSettings):
     """Minimises the mean negative log-likelihood of a batch's completion tokens, end tokens included."""
 
-    base: Stage
-    data: Stage
+    base: PolicyStage
+    data: DataStage
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`."""
-        device, cost = runtime.start(), Cost()
+        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_in(inputs["base"]), device=device, precision=self.precision)
+        lm = load_policy(model_folder(inputs["base"]), device=processes.device, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
         rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
@@ -52,45 +52,35 @@ class SFT(Stage, SFTSettings):
         ]
         prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
-        note_truncated("demonstrations", truncated, len(rows), self.max_completion_tokens)
-        optimizer = make_optimizer(lm.model.parameters(), self)
-        checkpoint = Checkpoint(
-            out, {"model": Trainable(lm.model), "optimizer": optimizer}, every_minutes=runtime.checkpoint_minutes
-        )
-        first, spent = checkpoint.resume()
-        cost.resume(spent)
-        log, total = Metrics(out, resumed_at=first), steps_of(len(rows), self)
-
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            logprobs = branch_logprobs(lm, batch)
-            cost.trained(lm.model, batch.tokens)
-            return -logprobs.sum(), {}
-
-        for step, metrics in supervised(
+        report_truncation("demonstrations", truncated, len(rows), self.max_completion_tokens)
+        training = SupervisedTraining(
             lm,
-            optimizer,
             prompts,
             completions,
-            loss,
-            count=lambda rows: sum(len(completions[row][0]) for row in rows),
             settings=self,
             seed=self.seed,
-            first_step=first,
-            microbatch_tokens=runtime.microbatch_tokens,
-        ):
-            log.add(step, total, metrics)
-            checkpoint.maybe_write(step + 1, cost.counts())
+            out=out,
+            cost=cost,
+            runtime=runtime,
+            processes=processes,
+        )
 
-        digest, log_rows = save_model(lm, model_in(out)), log.rows()
-        tips = remedies(total - 1, total=total, settings=self, precision=self.precision)
-        finish(
+        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            return -lm(batch, "logprobs").sum(), {}
+
+        for _ in training.steps(loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
+            pass
+
+        digest, metrics, total = save_model(lm, model_folder(out)), training.metrics.rows(), training.total_steps
+        tips = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
+        write_summary(
             out,
             cost,
             model=digest,
             rows=len(rows),
             steps=total,
-            alarms=tell(loss_alarms(log_rows, tips)),
-            loss=mean_of_last(log_rows, "loss"),
+            alarms=emit_alarms(loss_alarms(metrics, tips)),
+            loss=mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )
-        checkpoint.remove()
+        training.checkpoint.remove()

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import exca.helpers
 import pydantic
 
+from mixpo.data.errors import InputError
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
+from mixpo.stages.identity import Identified
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
 
 SUMMARY = "summary.json"
 
 
-class Stage(exca.helpers.DiscriminatedModel):
+class Stage(Identified):
     """A node of an experiment. Equal stages are one stage.
 
     Its identity is its settings, its upstream stages' identities and the content of the data it reads. `work` reads
@@ -23,6 +24,8 @@ class Stage(exca.helpers.DiscriminatedModel):
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the files of rows that other stages may read (`Part`)."""
 
     def inputs(self) -> dict[str, "Stage"]:
         """The upstream stages by the name of the field that holds them."""
@@ -46,11 +49,34 @@ class Stage(exca.helpers.DiscriminatedModel):
         raise NotImplementedError
 
 
+class PolicyStage(Stage):
+    """A stage that offers a policy: `model/` in its folder is a causal language model."""
+
+
+class RewardStage(Stage):
+    """A stage that offers a reward model: `model/` in its folder is a sequence classifier with one label."""
+
+
+class DataStage(Stage):
+    """A stage that offers the rows of a data set: demonstrations, train and test pairs."""
+
+
+class ScoredPairsStage(Stage):
+    """A stage that offers sampled pairs with their scores: `pairs.parquet` in its folder."""
+
+
 class Part(Settings):
-    """One file of rows of a stage: `Selection(...).easy`, `Data(...).train`."""
+    """One file of rows of a stage, which hold prompts and pairs: `Selection(...).easy`, `Data(...).train_pairs`."""
 
     stage: Stage
     of: str
+
+    @pydantic.model_validator(mode="after")
+    def _check_name(self) -> "Part":
+        if self.of not in self.stage.parts:
+            expected = " or ".join(self.stage.parts) or "a stage that has parts"
+            raise InputError(f"{type(self.stage).__name__}: found no part {self.of!r}; expected {expected}")
+        return self
 
     def path_in(self, folder: Path) -> Path:
         """The file in the stage's folder."""
@@ -60,7 +86,7 @@ class Part(Settings):
 class Snapshot(Settings):
     """A policy on the way of a stage that keeps some: `PPO(..., snapshots=3)` keeps numbers 1, 2 and 3."""
 
-    stage: Stage
+    stage: PolicyStage
     number: int
 
     def path_in(self, folder: Path) -> Path:
@@ -68,7 +94,7 @@ class Snapshot(Settings):
         return folder / "snapshots" / str(self.number)
 
 
-class Seeded(Settings):
+class SeededSettings(Settings):
     """Settings of every stage that draws random numbers and computes with a model."""
 
     seed: int = pydantic.Field(0, ge=0)
@@ -76,11 +102,11 @@ class Seeded(Settings):
     """`bfloat16` runs matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
 
 
-def finish(out: Path, cost: Cost, **figures: Any) -> None:
+def write_summary(out: Path, cost: Cost, **figures: Any) -> None:
     """Write `summary.json`: the final figures and the cost."""
     write_json(out / SUMMARY, {**figures, "cost": cost.summary()})
 
 
-def model_in(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """The model folder inside a stage's folder."""
     return folder / "model"

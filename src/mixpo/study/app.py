@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import turns
-from mixpo.data.text import blank, visible
+from mixpo.data.rows import as_messages
+from mixpo.data.text import escape_invisible, is_blank
 from mixpo.study.plan import (
     COMMENT_LENGTH,
     IDLE_SECONDS,
@@ -61,8 +61,8 @@ pages = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-pages.filters["visible"] = visible
-pages.tests["blank"] = blank
+pages.filters["visible"] = escape_invisible
+pages.tests["blank"] = is_blank
 Number = Annotated[int, Path(ge=1, lt=2**31)]
 Saved = Annotated[int | None, Query(ge=1, lt=2**31)]
 
@@ -227,7 +227,7 @@ def make_app(
         return _page(
             "question",
             question=question,
-            turns=turns(question.item.prompt),
+            turns=as_messages(question.item.prompt),
             **progress(me, saved),
             unchanged=unchanged,
             reasons=REASONS,

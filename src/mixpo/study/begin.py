@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.comparisons import compared_seed, comparisons
+from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
 from mixpo.experiments.results import Results
 from mixpo.study.plan import content_digest, token_digest, unchanged
 from mixpo.study.store import Store, now, private_folder
@@ -109,8 +109,8 @@ def _begin(results: Results, store: Store, wanted: Wanted) -> StudyRow:
     folder = results.runs[0].folder / "study"
     if (folder / "closed.json").exists():
         raise InputError(f"{folder}: found a closed study; {_another(results, store)}")
-    seed, draw = compared_seed(results, wanted.arms, wanted.seed), wanted.draw or 0
-    drawn = comparisons(results, wanted.arms, seed=seed, prompts=wanted.prompts, at_most=PROMPTS, draw=draw)
+    seed, draw = choose_compared_seed(results, wanted.arms, wanted.seed), wanted.draw or 0
+    drawn = pair_completions(results, wanted.arms, seed=seed, prompts=wanted.prompts, at_most=PROMPTS, draw=draw)
     asked = [one for one in drawn if not one.same]
     if not asked:
         raise InputError("--arms: found two arms that complete every prompt alike; expected a prompt to ask about")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mixpo.algorithms.agreement import fleiss_kappa, krippendorff_alpha, over_items, pairwise_agreement
-from mixpo.algorithms.statistics import Interval, sign_test, wilson_interval, win_minus_lose
+from mixpo.algorithms.agreement import bootstrap_over_items, fleiss_kappa, krippendorff_alpha, pairwise_agreement
+from mixpo.algorithms.intervals import Interval, wilson_interval
+from mixpo.algorithms.win_rates import sign_test, win_minus_lose
 from mixpo.data.errors import InputError
 
 FORMAT = 1
@@ -163,10 +164,10 @@ def _agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> A
     unknown = Interval(math.nan, math.nan, math.nan)
     return Agreement(
         len(common) if annotators > 1 else 0,
-        over_items(fleiss_kappa, common) if annotators > 1 else unknown,
+        bootstrap_over_items(fleiss_kappa, common) if annotators > 1 else unknown,
         len(several),
-        over_items(krippendorff_alpha, several),
-        over_items(pairwise_agreement, several),
+        bootstrap_over_items(krippendorff_alpha, several),
+        bootstrap_over_items(pairwise_agreement, several),
     )
 
 

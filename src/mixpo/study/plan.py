@@ -7,7 +7,7 @@ import random
 import secrets
 from collections.abc import Sequence
 
-from mixpo.experiments.comparisons import Comparison, MissingError, comparisons
+from mixpo.experiments.comparisons import Comparison, MissingError, pair_completions
 from mixpo.experiments.results import Results
 
 CHOICES = ("left", "right", "tie", "skip")
@@ -41,7 +41,7 @@ def order(items: int, *, draw: int, secret: str, annotator: str) -> list[tuple[i
 def unchanged(results: Results, arms: tuple[str, str], *, seed: int, prompts: int, draw: int, content: str) -> bool:
     """Whether a run still has the prompts and completions that a study is of."""
     try:
-        return content_digest(comparisons(results, arms, seed=seed, prompts=prompts, draw=draw)) == content
+        return content_digest(pair_completions(results, arms, seed=seed, prompts=prompts, draw=draw)) == content
     except MissingError:
         return False
 

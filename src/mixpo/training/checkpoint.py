@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
+from mixpo.training.parallel import Processes
 
 FILE = "checkpoint.safetensors"
 FORMAT = 2
@@ -29,7 +30,7 @@ class Stateful(Protocol):
         """Go back to a state."""
 
 
-class Trainable:
+class TrainableWeights:
     """The trainable weights of a model; frozen ones are read from where they came from."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,9 +61,12 @@ class Trainable:
 class Checkpoint:
     """The one checkpoint of a stage: weights, optimizers, random state, the step and what the stage adds."""
 
-    def __init__(self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float) -> None:
+    def __init__(
+        self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float, processes: Processes
+    ) -> None:
         self.path = folder / FILE
         self.parts = dict(parts)
+        self.processes = processes
         self.every = 60 * every_minutes
         self.written = time.monotonic()
 
@@ -92,7 +96,7 @@ class Checkpoint:
 
     def maybe_write(self, step: int, extra: Mapping[str, Any]) -> None:
         """Write the state before step `step` if it is time."""
-        if time.monotonic() - self.written >= self.every:
+        if self.processes.is_main and time.monotonic() - self.written >= self.every:
             self.write(step, extra)
 
     def write(self, step: int, extra: Mapping[str, Any]) -> None:

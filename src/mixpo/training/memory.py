@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Make glibc's malloc keep what is freed: fetching every large tensor's pages anew costs a tenth of the time."""
     mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
     with suppress(OSError, AttributeError):
@@ -18,7 +18,7 @@ def keep_freed() -> None:
         _libc().mallopt(arena_max, 1)  # else every thread keeps its own
 
 
-def peak_mib() -> float:
+def read_peak_mib() -> float:
     """Peak memory so far: the GPU's where one is used, else the process's resident set."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20

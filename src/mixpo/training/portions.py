@@ -11,17 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixpo.data.branches import Tokens, by_tokens, row_lengths
+from mixpo.data.branches import (
+    AnyCompletions,
+    Tokens,
+    row_lengths,
+    select_completions,
+    split_into_microbatches,
+    unpad,
+)
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import Sampled, count_occurrences, sample
-from mixpo.models.scoring import Completions
-from mixpo.training.record import Cost, progress, read_jsonl, write_text
+from mixpo.models.samplers import Sampler
+from mixpo.models.sampling import count_occurrences
+from mixpo.training.record import Cost, read_jsonl, report_progress, write_text
 
 MICROBATCHES = 16
 """Microbatches of a portion that only goes forward."""
 
 
-class Portions:
+class ResumableWork:
     """`portions.jsonl` in a stage's folder: a line a portion, with its rows' results and the cost up to there.
 
     Which rows make a portion may change between two runs (it follows the runtime); what is computed from a row may not.
@@ -72,46 +79,54 @@ class Portions:
                 advance(len(portion))
         return [results[row] for row in sorted(results)]
 
-    def draw(
-        self, lm: LanguageModel, prompts: Sequence[Tokens], *, k: int, max_tokens: int, token_budget: int, **how: Any
-    ) -> list[Sampled]:
-        """What `sample` draws, in portions that fill its cache once."""
+    def sample(
+        self,
+        sampler: Sampler,
+        lm: LanguageModel,
+        prompts: Sequence[Tokens],
+        *,
+        k: int,
+        max_tokens: int,
+        portion_tokens: int,
+        **how: Any,
+    ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
+        """Sample k completions of every prompt from `lm`, in portions of so many tokens: tokens and their log-probs."""
 
         def work(rows: list[int]) -> list[Any]:
             portion = [prompts[row] for row in rows]
             numbers = [occurrences[row] for row in rows]
-            drawn = sample(
-                lm, portion, k=k, max_tokens=max_tokens, token_budget=token_budget, occurrences=numbers, **how
-            )
-            tokens = sum(len(completion) for row in drawn for completion in row.completions)
-            self.cost.sampled(lm.model, tokens, sum(map(len, portion)))
-            return [(row.completions, row.logprobs) for row in drawn]
+            sampled = sampler.draw(portion, k=k, max_tokens=max_tokens, occurrences=numbers, **how)
+            self.cost.sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
+            return list(zip(sampled.to_lists(), unpad(sampled.logprobs, sampled.mask), strict=True))
 
+        sampler.load_policy(lm)
         occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
-        portions = by_tokens(lengths, max(1, token_budget // k), padded=True)
-        results = self.compute("drawn", portions, work, advance=progress(len(prompts)))
-        return [Sampled(completions, logprobs) for completions, logprobs in results]
+        portions = split_into_microbatches(lengths, max(1, portion_tokens // k), padded=True)
+        results = self.compute("sampled", portions, work, advance=report_progress(len(prompts)))
+        return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
-    def read(
+    def score(
         self,
         name: str,
-        read: Callable[..., Float[Tensor, "prompts k"]],
+        compute: Callable[..., Float[Tensor, "prompts k"]],
         lm: LanguageModel,
         prompts: Sequence[Tokens],
-        completions: Completions,
+        completions: AnyCompletions,
         *,
         token_budget: int,
     ) -> Float[Tensor, "prompts k"]:
-        """A number for each completion, by `scores` or `sequence_logprobs`."""
+        """Compute a number for each completion, with `compute_scores` or `sequence_logprobs`."""
         lengths = row_lengths(prompts, completions)
 
         def work(rows: list[int]) -> list[Any]:
-            numbers = read(lm, [prompts[n] for n in rows], [completions[n] for n in rows], token_budget=token_budget)
+            part = [prompts[row] for row in rows], select_completions(completions, rows)
+            numbers = compute(lm, *part, token_budget=token_budget)
             self.cost.scored(lm.model, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
-        return torch.tensor(self.compute(name, by_tokens(lengths, MICROBATCHES * token_budget), work))
+        portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
+        return torch.tensor(self.compute(name, portions, work))
 
     def remove(self) -> None:
         """Forget the portions: the stage is done."""

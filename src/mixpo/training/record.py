@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import matrix_modules
+from mixpo.models.language_model import iterate_matrix_modules
 from mixpo.training import memory
+from mixpo.training.parallel import Processes
 
 
 class Watcher(Protocol):
@@ -25,19 +26,21 @@ class Watcher(Protocol):
         """Called with a line worth reading now."""
 
 
-class _Nobody:
+class NullWatcher:
+    """A watcher that does nothing."""
+
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        pass
+        """Ignore progress."""
 
     def note(self, text: str) -> None:
-        pass
+        """Ignore a line."""
 
 
-watcher: ContextVar[Watcher] = ContextVar("watcher", default=_Nobody())  # noqa: B039
+watcher: ContextVar[Watcher] = ContextVar("watcher", default=NullWatcher())  # noqa: B039
 
 
-def progress(total: int) -> Callable[[int], None]:
-    """Something to call with the number of things just done, which tells the watcher how many of `total` are."""
+def report_progress(total: int) -> Callable[[int], None]:
+    """Return a function that adds to the number of things done and tells the watcher, out of `total`."""
     done = 0
 
     def advance(count: int) -> None:
@@ -71,12 +74,15 @@ def _finite(value: Any) -> Any:
 class Metrics:
     """`metrics.jsonl`: one line a step. Lines of steps that a resumed stage will take again are dropped."""
 
-    def __init__(self, folder: Path, *, resumed_at: int) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int, processes: Processes) -> None:
         self.path = folder / "metrics.jsonl"
+        self.processes = processes
         trim_jsonl(self.path, resumed_at)
 
     def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step (counted from 0) and tell the watcher."""
+        if not self.processes.is_main:
+            return
         with self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
         watcher.get().step(step + 1, total, metrics)
@@ -134,7 +140,7 @@ class Cost:
 
     def summary(self) -> dict[str, float]:
         """The counts, and the peak memory of the process in MiB."""
-        return {**self.counts(), "peak_memory_mib": memory.peak_mib()}
+        return {**self.counts(), "peak_memory_mib": memory.read_peak_mib()}
 
 
 def count_weights(model: PreTrainedModel) -> tuple[int, int]:
@@ -143,7 +149,7 @@ def count_weights(model: PreTrainedModel) -> tuple[int, int]:
     Not embeddings, norms and biases, which multiply no matrix, nor attention, which has no weights.
     """
     counts = {True: 0, False: 0}
-    for module in matrix_modules(model):
+    for module in iterate_matrix_modules(model):
         counts[module.weight.requires_grad] += module.weight.numel()
     for weight in model.parameters():
         if weight.ndim == 3:  # all experts of a layer
@@ -173,6 +179,11 @@ def read_jsonl(path: Path) -> list[Any]:
                 "delete the stage's folder to compute it again"
             ) from error
     return rows
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of every step of a stage."""
+    return read_jsonl(folder / "metrics.jsonl")
 
 
 def trim_jsonl(path: Path, step: int) -> None:

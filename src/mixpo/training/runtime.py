@@ -6,8 +6,10 @@ from typing import Any, Literal
 import pydantic
 import torch
 
+from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.settings import Settings
 from mixpo.training import memory
+from mixpo.training.parallel import Processes
 
 
 class Runtime(Settings):
@@ -41,17 +43,20 @@ class Runtime(Settings):
             if not isinstance(workers, int):
                 raise ValueError("a number of at least 1, or cores")
             return workers
-        return 1 if torch.cuda.is_available() and others.data.get("device") != "cpu" else cores()
+        return 1 if torch.cuda.is_available() and others.data.get("device") != "cpu" else count_cores()
 
-    def start(self) -> torch.device:
-        """Make this process ready to compute: its threads and its memory; the device to use."""
-        torch.set_num_threads(self.threads or cores())
-        memory.keep_freed()
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+    def start(self) -> Processes:
+        """Set up this process's threads, memory and device."""
+        torch.set_num_threads(self.threads or count_cores())
+        memory.keep_freed_memory()
+        cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
+        return Processes(torch.device("cuda" if cuda else "cpu"))
+
+    def make_sampler(self) -> Sampler:
+        """Make the engine that stages sample with."""
+        return LocalSampler(cache_tokens=self.sampling_tokens)
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
+def count_cores() -> int:
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

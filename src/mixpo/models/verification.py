@@ -1,0 +1,77 @@
+"""Comparing a loaded model with what transformers computes, so that none is computed wrongly in silence."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mixpo.data.branches import pack
+from mixpo.data.errors import InputError
+from mixpo.models.language_model import (
+    LanguageModel,
+)
+from mixpo.models.reward_heads import find_score_head
+from mixpo.models.sampling import sample
+
+
+@torch.no_grad()
+def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[Tensor, Tensor]) -> None:
+    """Compare a small branch batch, and drawn completions, with plain forward passes.
+
+    Every completion gets its own row where sharing prompts makes a difference; any other difference is refused.
+    """
+    prompts, completions = [tokens[:5], tokens[:3]], [[tokens[5:8], tokens[8:12]], [tokens[4:9], tokens[9:11]]]
+    shared = pack(prompts, completions).to(lm.device)
+    alone = pack(prompts, completions, share_prompt=False).to(lm.device)
+    states, logits = expected
+    hidden = lm(alone, "states")
+    if not _close(hidden[alone.last][0, 1], states[-1]):
+        raise InputError(
+            f"{folder}: found a {type(lm.model).__name__} whose attention is not a softmax of scaled products (capped, "
+            "perhaps, or with sinks); expected plain attention; this architecture is not supported"
+        )
+    lm.shares_prompts = _close(lm(shared, "states")[shared.last], hidden[alone.last])
+    if lm.model.get_output_embeddings() is None:
+        find_score_head(lm.model, folder)
+        if not _close(lm(alone, "scores")[0, 1], logits[0]):
+            raise InputError(
+                f"{folder}: found a {type(lm.model).__name__} whose score is not a linear map of the last token's "
+                "hidden state; expected a plain head; this architecture is not supported"
+            )
+        return
+    logprobs = lm(alone, "logprobs")[0, 1, :4]
+    plain = logits[4:8].log_softmax(dim=-1).gather(1, torch.tensor(tokens[8:12], device=lm.device)[:, None])[:, 0]
+    if not _close(logprobs, plain):
+        raise InputError(
+            f"{folder}: found a {type(lm.model).__name__} whose logits are not a linear map of its last hidden state "
+            "(scaled or capped logits, perhaps); expected a plain output head; this architecture is not supported yet"
+        )
+    sampled = sample(lm, prompts, k=2, max_tokens=4, seed=0)
+    batch = pack(prompts, sampled, share_prompt=lm.shares_prompts).to(lm.device)
+    if not _close(lm(batch, "logprobs").cpu(), sampled.logprobs):
+        raise InputError(
+            f"{folder}: found a {type(lm.model).__name__}, which draws completions from another distribution than it "
+            "computes, since its attention is its own; expected attention that can be chosen"
+        )
+
+
+def draw_probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Twelve tokens to try a model with, none of them its pad token, which a classifier would look past."""
+    text = model.config.get_text_config()
+    drawn = torch.randint(min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0))
+    return [token for token in drawn.tolist() if token != text.pad_token_id][:12]
+
+
+@torch.no_grad()
+def compute_plain_outputs(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Hidden states, and logits or the score, of the first nine tokens through the model as transformers has it."""
+    row = torch.tensor([tokens[:5] + tokens[8:12]], device=model.device)
+    return model.base_model(input_ids=row).last_hidden_state[0], model(input_ids=row).logits[0].float()
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-3)
