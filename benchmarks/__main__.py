@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks prepare`; `run`, ours and the peers in turn; `grow`, ours alone; `table`."""
+"""Command line of the benchmarks: `prepare`, `run` (mixpo and its peers), `grow` (mixpo alone) and `table`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 import typer
 
 from benchmarks.growth import AXES
-from benchmarks.tables import markdown, told
+from benchmarks.tables import format_result, format_table
 from benchmarks.workloads import CPU, GPU, PEERS, WORKLOADS, Workload
 
 HERE = Path(__file__).parent
@@ -21,22 +21,22 @@ ENVIRONMENTS = {
     "trl": ("trl==1.16.0", "transformers==5.23.0"),
     "trl-ppo": ("trl==1.9.2", "transformers==5.23.0"),
 }
-"""What is installed for a peer; sampling runs in the first one's environment."""
+"""Packages of each peer's environment; sampling peers run in the first."""
 WORKERS = {"trl": ("trl", "benchmarks.peers.trl"), "trl-ppo": ("trl-ppo", "benchmarks.peers.trl_ppo")}
-"""Environment and module of a peer; the others are settings of `generate`."""
+"""Environment and module of a peer; all others are settings of `generate`."""
 
-KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
-"""The C library keeps what is freed, for the peers too: mixpo sets it itself, and it is worth up to half their time."""
+MALLOC_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
+"""glibc settings that keep freed memory, for the peers too: mixpo sets them itself; saves up to half the time."""
 PRECISIONS = ("float32", "bfloat16")
-LIMIT = 1800
-"""Seconds after which a worker has failed."""
+TIMEOUT_SECONDS = 1800
+"""Timeout of a worker, seconds."""
 
 Precision = Annotated[
     str | None, typer.Option(help="float32 on a CPU without matrix units for bfloat16; on every side.")
 ]
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
-Work = Annotated[Path, typer.Option(help="Where models, rows and the peers' environments are kept.")]
+Work = Annotated[Path, typer.Option(help="Folder of models, rows and the peers' environments.")]
 Names = Annotated[
     list[str] | None, typer.Argument(help=f"Of {', '.join(WORKLOADS)}; all of this machine's if none is named.")
 ]
@@ -46,17 +46,17 @@ Names = Annotated[
 def prepare(
     names: Names = None, rows: str = "hub:Anthropic/hh-rlhf@helpful-base", work: Work = Path(".benchmarks")
 ) -> None:
-    """Make models and rows, and install the peers. `--rows` is a file of HH-RLHF, or hub:NAME@FOLDER."""
+    """Make models and rows, and install the peers. `--rows` is an HH-RLHF file, or hub:NAME@FOLDER."""
     from benchmarks.inputs import prepare_model, prepare_rows
 
-    for workload in _chosen(names):
+    for workload in _select_workloads(names):
         prepare_model(workload.model, work / "inputs")
         prepare_rows(workload, work / "inputs", rows)
     for name, packages in ENVIRONMENTS.items():
         if not (work / name).exists():
             subprocess.run([sys.executable, "-m", "venv", work / name], check=True)
             pip = [work / name / "bin" / "pip", "install", "--quiet"]
-            subprocess.run([*pip, f"torch=={_version('torch')}"], check=True)
+            subprocess.run([*pip, f"torch=={_read_version('torch')}"], check=True)
             subprocess.run([*pip, *packages], check=True)
 
 
@@ -69,36 +69,36 @@ def run(
     more: Annotated[bool, typer.Option("--more", help="Add to the saved repetitions of the same work.")] = False,
     work: Work = Path(".benchmarks"),
 ) -> None:
-    """Run ours and every peer in turn, `repeats` times; print medians and ratios, save the raw figures."""
-    for workload in _chosen(names):
-        workload = replace(workload, **_given(precision))
-        taken: dict[str, list[dict[str, Any]]] = {}
+    """Run mixpo and every peer in turn, `repeats` times; print medians and ratios, and save the measurements."""
+    for workload in _select_workloads(names):
+        workload = replace(workload, **_precision_field(precision))
+        measurements: dict[str, list[dict[str, Any]]] = {}
         spec = workload.spec(str((work / "inputs").resolve()))
         for _ in range(repeats):
-            taken.setdefault("machine", []).append(_machine(spec))
-            taken.setdefault("mixpo", []).append(_worker([sys.executable, "-m", "benchmarks.ours"], spec))
+            measurements.setdefault("machine", []).append(_measure_machine(spec))
+            measurements.setdefault("mixpo", []).append(_run_worker([sys.executable, "-m", "benchmarks.ours"], spec))
             for peer, settings in ({} if ours_only else PEERS[workload.kind]).items():
                 if settings.get("dtype") == workload.precision:
-                    continue  # what the peer does without it
+                    continue  # the same as without this setting
                 environment, module = WORKERS.get(peer.split()[0], ("trl", "benchmarks.peers.generate"))
                 python = str(work.absolute() / environment / "bin" / "python")
-                found = _worker([python, "-m", module], {**spec, "settings": settings})
-                taken.setdefault(peer, []).append(found)
+                measurement = _run_worker([python, "-m", module], {**spec, "settings": settings})
+                measurements.setdefault(peer, []).append(measurement)
         counts = json.loads((work / "inputs" / "rows" / workload.name / "counts.json").read_text(encoding="utf8"))
-        result = {"workload": spec | {"inputs": None}, "counts": counts, "taken": taken}
+        result = {"workload": spec | {"inputs": None}, "counts": counts, "taken": measurements}
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{workload.name}.{workload.precision}.json"
         if more and path.exists():
-            result = _added(json.loads(path.read_text(encoding="utf8")), result)
+            result = _merge_results(json.loads(path.read_text(encoding="utf8")), result)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-        print(told(result), flush=True)
+        print(format_result(result), flush=True)
 
 
 @app.command()
 def table() -> None:
     """Print all saved results as the table of docs/benchmarks.md."""
     files = [RESULTS / f"{name}.{precision}.json" for name in WORKLOADS for precision in PRECISIONS]
-    print(markdown(json.loads(file.read_text(encoding="utf8")) for file in files if file.exists()))
+    print(format_table(json.loads(file.read_text(encoding="utf8")) for file in files if file.exists()))
 
 
 @app.command()
@@ -107,85 +107,97 @@ def grow(
     precision: Precision = None,
 ) -> None:
     """Measure how time and memory grow with lengths, batch, vocabulary, completions a prompt and model size."""
-    from benchmarks.draw import growth
+    from benchmarks.draw import draw_growth
 
     for axis in axes or ():
         if axis not in AXES:
             raise typer.BadParameter(f"found {axis!r}; expected of {', '.join(AXES)}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "growth.json"
-    found: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(path.read_text()) if path.exists() else {}
     for axis in axes or AXES:
-        found[axis] = {kind: [] for kind in ("update", "sampling")}
-        for kind, points in found[axis].items():
+        results[axis] = {kind: [] for kind in ("update", "sampling")}
+        for kind, points in results[axis].items():
             for point in AXES[axis]:
-                spec = {"kind": kind, "point": asdict(point) | _given(precision)}
-                points.append(_worker([sys.executable, "-m", "benchmarks.growth"], spec))
-                print(f"{axis:12s} {kind:10s} {asdict(point)[axis]:8,d}  {_point(points[-1], points[0])}", flush=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
-    whole = {axis: kinds for axis, kinds in found.items() if all("seconds" in p for ps in kinds.values() for p in ps)}
-    if not whole:
-        raise SystemExit("no axis was measured at all its points; nothing is drawn")
-    growth(whole, "seconds", "seconds", RESULTS / "growth-seconds.svg")
-    growth(whole, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
+                spec = {"kind": kind, "point": asdict(point) | _precision_field(precision)}
+                points.append(_run_worker([sys.executable, "-m", "benchmarks.growth"], spec))
+                print(
+                    f"{axis:12s} {kind:10s} {asdict(point)[axis]:8,d}  {_format_point(points[-1], points[0])}",
+                    flush=True,
+                )
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+    complete = {
+        axis: kinds for axis, kinds in results.items() if all("seconds" in p for ps in kinds.values() for p in ps)
+    }
+    if not complete:
+        raise SystemExit("grow: found no axis with a measurement at every point; nothing to draw")
+    draw_growth(complete, "seconds", "seconds", RESULTS / "growth-seconds.svg")
+    draw_growth(complete, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
 
 
-def _added(saved: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Repetitions behind those that were saved. Raises where these are of other work or of another machine."""
-    alike = [{**one, "sides": sorted(one["taken"]), "taken": None, "when": None} for one in (saved, new)]
-    if other := [name for name in alike[1] if alike[0].get(name) != alike[1][name]]:
-        found, expected = (one.get(other[0]) for one in alike)
-        raise SystemExit(f"--more: found saved repetitions with {other[0]} {found}; expected {expected}; leave it out")
-    return new | {"taken": {who: [*saved["taken"].get(who, []), *found] for who, found in new["taken"].items()}}
+def _merge_results(saved: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Append new repetitions to saved ones. Raises SystemExit if they are not of the same work."""
+    before, now = ({**result, "sides": sorted(result["taken"]), "taken": None, "when": None} for result in (saved, new))
+    if differing := [name for name in now if before.get(name) != now[name]]:
+        name = differing[0]
+        raise SystemExit(
+            f"--more: found saved repetitions with {name} {before.get(name)}; expected {now[name]}; leave it out"
+        )
+    return new | {"taken": {side: [*saved["taken"].get(side, []), *runs] for side, runs in new["taken"].items()}}
 
 
-def _given(precision: str | None) -> dict[str, str]:
+def _precision_field(precision: str | None) -> dict[str, str]:
+    """Return the precision as a field to override, if it is set. Raises on an unknown one."""
     if precision not in (None, *PRECISIONS):
         raise typer.BadParameter(f"found {precision!r}; expected of {', '.join(PRECISIONS)}")
     return {} if precision is None else {"precision": precision}
 
 
-def _point(point: dict[str, Any], first: dict[str, Any]) -> str:
+def _format_point(point: dict[str, Any], first: dict[str, Any]) -> str:
+    """Format time, memory and growth relative to FLOPs of one point of an axis."""
     if "failed" in point:
         return f"failed: {point['failed'][-200:]}"
     if "failed" in first:
         return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB"
-    against = point["seconds"] / first["seconds"] / (point["flops"] / first["flops"])
-    return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB  {against:.2f} of the FLOPs' growth"
+    growth = point["seconds"] / first["seconds"] / (point["flops"] / first["flops"])
+    return f"{point['seconds']:8.3f} s  {point['peak_memory_mib']:7,.0f} MiB  {growth:.2f} of the FLOPs' growth"
 
 
-def _machine(spec: dict[str, Any]) -> dict[str, Any]:
-    return _worker([sys.executable, "-m", "benchmarks.machine"], spec)
+def _measure_machine(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measure FLOP/s and bandwidth of this machine in a worker."""
+    return _run_worker([sys.executable, "-m", "benchmarks.machine"], spec)
 
 
-def _worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
-    """What a worker process prints as its last line; why it failed, if it did."""
+def _run_worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
+    """Run a worker process and return the JSON of its last line; `failed` with the error if it failed."""
     try:
         done = subprocess.run(
             [*command, json.dumps(spec)],
             cwd=HERE.parent,
-            env={**os.environ, **KEEP},
+            env={**os.environ, **MALLOC_ENVIRONMENT},
             capture_output=True,
             text=True,
             check=False,
-            timeout=LIMIT,
+            timeout=TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {LIMIT} s"}
+        return {"failed": f"timeout after {TIMEOUT_SECONDS} s"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
-def _chosen(names: list[str] | None) -> list[Workload]:
+def _select_workloads(names: list[str] | None) -> list[Workload]:
+    """Select workloads by name, or all of this machine's."""
     for name in names or ():
         if name not in WORKLOADS:
             raise typer.BadParameter(f"found {name!r}; expected of {', '.join(WORKLOADS)}")
     return [WORKLOADS[name] for name in names or (GPU if torch.cuda.is_available() else CPU)]
 
 
-def _version(package: str) -> str:
+def _read_version(package: str) -> str:
+    """Version of an installed package."""
     from importlib.metadata import version
 
     return version(package)

@@ -1,4 +1,4 @@
-"""Pictures of how cost grows."""
+"""Figures of the growth of time and memory."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from matplotlib import pyplot as plt
 KINDS = {"update": ("an update", "#2563eb"), "sampling": ("sampling", "#b45309")}
 
 
-def growth(found: dict[str, dict[str, list[dict[str, Any]]]], measure: str, label: str, path: Path) -> None:
-    """One panel an axis, both scales logarithmic; dashed, the first point times what the mathematics grows by.
+def draw_growth(results: dict[str, dict[str, list[dict[str, Any]]]], measure: str, label: str, path: Path) -> None:
+    """Draw one log-log panel an axis; a dashed line extrapolates seconds from the first point by FLOPs.
 
-    `found` holds points by axis and kind. Memory has no such line: most of it should be constant.
+    `results` holds points by axis and kind.
     """
     columns = 4
-    rows = -(-len(found) // columns)
+    rows = -(-len(results) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(11, 2.7 * rows), sharey=True, squeeze=False)
-    for panel, (axis, kinds) in zip(panels.flat, found.items(), strict=False):
+    for panel, (axis, kinds) in zip(panels.flat, results.items(), strict=False):
         for kind, points in kinds.items():
             name, color = KINDS[kind]
             x, y = [point[axis] for point in points], [point[measure] for point in points]
@@ -31,7 +31,7 @@ def growth(found: dict[str, dict[str, list[dict[str, Any]]]], measure: str, labe
         panel.set_xticks(x, [f"{value:,}" for value in x], fontsize=7, rotation=30)
         panel.minorticks_off()
         panel.grid(color="#e5e7eb", linewidth=0.6)
-    for panel in panels.flat[len(found) :]:
+    for panel in panels.flat[len(results) :]:
         panel.axis("off")
     for row in panels:
         row[0].set_ylabel(label)

@@ -1,4 +1,4 @@
-"""How cost grows, one point of it: `python -m benchmarks.growth SPEC`. Random weights and random tokens."""
+"""One point of a growth curve, with random weights and tokens: `python -m benchmarks.growth SPEC`."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,20 +8,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
-from benchmarks.worker import answer, median_seconds
+from benchmarks.worker import median_seconds, run_worker
 from mixpo.data.branches import pack, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample
+from mixpo.training.parallel import Processes
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
 
 REPEATS = 3
-"""Of which the median is taken, after one more that is not timed."""
+"""Timed repetitions, after one that is not timed."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one update, or one call that samples, is of."""
+    """Sizes of one update, or of one call that samples."""
 
     prompt: int = 128
     """Tokens of every prompt."""
@@ -36,7 +37,7 @@ class Point:
     precision: str = "bfloat16"
 
     def config(self) -> LlamaConfig:
-        """The model: heads of 64, an inner width of three times the width."""
+        """Config of the model: heads of 64, intermediate size three times the width."""
         heads = self.width // 64
         return LlamaConfig(
             hidden_size=self.width,
@@ -59,11 +60,11 @@ AXES: dict[str, list[Point]] = {
     "width": [Point(width=width) for width in (128, 256, 512, 1024)],
     "layers": [Point(layers=layers) for layers in (4, 8, 16, 32)],
 }
-"""One thing grows, the others stay."""
+"""Points of each axis: one size grows, the others are constant."""
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of an update on every completion's log-probs, or of a call that samples them."""
+    """Measure the median seconds of an update on all completions' log-probs, or of sampling them, and its FLOPs."""
     point = Point(**spec["point"])
     device = Runtime().start().device
     torch.manual_seed(0)
@@ -72,7 +73,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     prompts = torch.randint(point.vocabulary, (point.batch, point.prompt)).tolist()
     completions = torch.randint(point.vocabulary, (point.batch, point.k, point.completion)).tolist()
     optimizer = make_optimizer(model.parameters(), OptimizerSettings(learning_rate=1e-6))
-    work = _updating(lm, optimizer, prompts, completions) if spec["kind"] == "update" else _sampling(lm, point, prompts)
+    work = (
+        _make_update(lm, optimizer, prompts, completions)
+        if spec["kind"] == "update"
+        else _make_sampling(lm, point, prompts)
+    )
     seconds = median_seconds(work, repeats=REPEATS, untimed=1)
     rows = [(point.prompt, [point.completion] * point.k)] * point.batch
     passes = 3 if spec["kind"] == "update" else 1
@@ -80,10 +85,12 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     return {**asdict(point), "seconds": seconds, "flops": flops}
 
 
-def _updating(
+def _make_update(
     lm: LanguageModel, optimizer: torch.optim.Optimizer, prompts: list[list[int]], completions: list[list[list[int]]]
 ) -> Callable[[], object]:
+    """Make a function that takes one optimizer step on the log-probs of all completions."""
     lengths, budget = row_lengths(prompts, completions), Runtime().microbatch_tokens
+    processes = Processes(lm.device)
 
     def loss(rows: list[int]) -> Any:
         batch = pack([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
@@ -92,16 +99,23 @@ def _updating(
     def work() -> None:
         lm.train()
         take_optimizer_step(
-            optimizer, split_into_microbatches(lengths, budget), loss, count=sum(lengths), max_grad_norm=1.0, rate=1e-6
+            optimizer,
+            split_into_microbatches(lengths, budget),
+            loss,
+            count=sum(lengths),
+            max_grad_norm=1.0,
+            rate=1e-6,
+            processes=processes,
         )
 
     return work
 
 
-def _sampling(lm: LanguageModel, point: Point, prompts: list[list[int]]) -> Callable[[], object]:
+def _make_sampling(lm: LanguageModel, point: Point, prompts: list[list[int]]) -> Callable[[], object]:
+    """Make a function that samples the completions of all prompts."""
     budget = Runtime().sampling_tokens
     return lambda: sample(lm, prompts, k=point.k, max_tokens=point.completion, seed=0, token_budget=budget)
 
 
 if __name__ == "__main__":
-    answer(main)
+    run_worker(main)

@@ -1,4 +1,4 @@
-"""Models and rows that both sides read, made once: `python -m benchmarks prepare`."""
+"""Models and rows of the benchmarks, the same for mixpo and its peers: `python -m benchmarks prepare`."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.mathematics import Lengths, forward_flops, tokens_of
+from benchmarks.mathematics import Lengths, count_tokens, forward_flops
 from benchmarks.workloads import Workload
 from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
@@ -25,11 +25,11 @@ RANDOM = {
     "20m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
 }
-"""Llamas with random weights and SmolLM2's vocabulary, by name."""
+"""Sizes of Llama models with random weights and SmolLM2's vocabulary, by name."""
 
 
 def prepare_model(name: str, inputs: Path) -> None:
-    """Write `models/NAME/model`, and `models/NAME-reward/model` with a scalar head, unless they are there."""
+    """Write `models/NAME/model`, and `models/NAME-reward/model` with a scalar head, unless they exist."""
     folder = inputs / "models" / name
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,64 +52,72 @@ def prepare_model(name: str, inputs: Path) -> None:
 
 
 def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
-    """Write a workload's pairs and prompts, as plain strings, and what its mathematics has to compute."""
+    """Write a workload's pairs and prompts as plain strings, and its number of tokens and FLOPs."""
     model = inputs / "models" / workload.model / "model"
     tokenizer, folder = load_tokenizer(model), inputs / "rows" / workload.name
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = workload.kind in ("ppo", "sampling")
-    kept: list[dict[str, str]] = []
+    samples = workload.kind in ("ppo", "sampling")
+    pairs: list[dict[str, str]] = []
     lengths: list[Lengths] = []
     seen: set[str] = set()
-    wanted = workload.rows + (workload.kind == "reward")  # our reward model holds one pair out
-    for row in _shuffled(source):
-        prompt = _as_text(row.prompt)
+    count = workload.rows + (workload.kind == "reward")  # mixpo's reward model holds one pair out
+    for row in _read_shuffled_rows(source):
+        prompt = _format_prompt(row.prompt)
         tokens, completions = tokenize_row(tokenizer, prompt, [row.chosen, row.rejected], limit=1 << 30)
-        asked, answers = len(tokens), [len(completion) for completion in completions]
-        fits = asked <= workload.prompt_tokens if drawn else asked + max(answers) <= workload.max_tokens
+        prompt_length, lengths_of_pair = len(tokens), [len(completion) for completion in completions]
+        fits = (
+            prompt_length <= workload.prompt_tokens
+            if samples
+            else prompt_length + max(lengths_of_pair) <= workload.max_tokens
+        )
         if fits and prompt not in seen:
             seen.add(prompt)
-            kept.append({"prompt": prompt, "chosen": row.chosen, "rejected": row.rejected})
-            lengths.append((asked, answers))
-        if len(kept) == wanted:
+            pairs.append({"prompt": prompt, "chosen": row.chosen, "rejected": row.rejected})
+            lengths.append((prompt_length, lengths_of_pair))
+        if len(pairs) == count:
             break
     else:
-        raise SystemExit(f"{source}: found {len(kept)} rows that fit {workload.name}; expected {wanted}")
-    write_table(folder / "pairs.parquet", list(kept))
-    write_table(folder / "test.parquet", kept[:1])
-    shown = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in kept]
-    write_table(folder / "demonstrations.parquet", list(shown))
-    (folder / "pairs.json").write_text(json.dumps(kept[: workload.rows]), encoding="utf8")
-    (folder / "prompts.json").write_text(json.dumps([row["prompt"] for row in kept[: workload.rows]]), encoding="utf8")
-    counts = json.dumps(count(workload, lengths[: workload.rows], AutoConfig.from_pretrained(model)))
+        raise SystemExit(f"{source}: found {len(pairs)} rows that fit {workload.name}; expected {count}")
+    write_table(folder / "pairs.parquet", list(pairs))
+    write_table(folder / "test.parquet", pairs[:1])
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    write_table(folder / "demonstrations.parquet", list(demonstrations))
+    (folder / "pairs.json").write_text(json.dumps(pairs[: workload.rows]), encoding="utf8")
+    (folder / "prompts.json").write_text(json.dumps([row["prompt"] for row in pairs[: workload.rows]]), encoding="utf8")
+    counts = json.dumps(count_work(workload, lengths[: workload.rows], AutoConfig.from_pretrained(model)))
     (folder / "counts.json").write_text(counts, encoding="utf8")
 
 
-def count(workload: Workload, lengths: list[Lengths], config: Any) -> dict[str, float]:
-    """Tokens and FLOPs of a workload's mathematics: 3 forward passes are one forward and backward."""
+def count_work(workload: Workload, lengths: list[Lengths], config: Any) -> dict[str, float]:
+    """Count the tokens and FLOPs of a workload; forward and backward pass are 3 forward passes."""
     branches = 1 if workload.kind == "sft" else 2
-    read = [(prompt, answers[:branches]) for prompt, answers in lengths]
-    passes = {"sft": 3, "reward": 3, "dpo": 4}.get(workload.kind, 1)  # DPO: and one of the reference
-    flops = passes * forward_flops(read, config, predicts=workload.kind != "reward")
-    return {"tokens": tokens_of(read), "flops": flops}
+    rows = [(prompt, completions[:branches]) for prompt, completions in lengths]
+    passes = {"sft": 3, "reward": 3, "dpo": 4}.get(workload.kind, 1)  # DPO: one more, of the reference
+    flops = passes * forward_flops(rows, config, predicts=workload.kind != "reward")
+    return {"tokens": count_tokens(rows), "flops": flops}
 
 
-def _shuffled(source: str) -> list[Any]:
+def _read_shuffled_rows(source: str) -> list[Any]:
+    """Read HH-RLHF rows from a file or a hub data set, in a fixed random order."""
     path = Path(source)
     if source.startswith("hub:"):
-        name, _, where = source.removeprefix("hub:").partition("@")
-        rows, _ = read_hub_preferences(name, "hh-rlhf", _any, split="train", data_dir=where or None, revision=None)
+        name, _, data_dir = source.removeprefix("hub:").partition("@")
+        reading = read_hub_preferences(
+            name, "hh-rlhf", _accept, split="train", data_dir=data_dir or None, revision=None
+        )
     else:
-        rows, _ = read_preferences(path, "hh-rlhf", _any)
-    return random.Random(0).sample(rows, len(rows))
+        reading = read_preferences(path, "hh-rlhf", _accept)
+    return random.Random(0).sample(reading.rows, len(reading.rows))
 
 
-def _any(prompt: Prompt) -> None:
-    """Every prompt will do."""
+def _accept(prompt: Prompt) -> None:
+    """Accept every prompt."""
 
 
-def _as_text(prompt: Prompt) -> str:
+def _format_prompt(prompt: Prompt) -> str:
+    """Format a prompt of messages as HH-RLHF text."""
     if isinstance(prompt, str):
         return prompt
-    who = {"user": "Human", "assistant": "Assistant"}
-    turns = "".join(f"\n\n{who.get(turn['role'], turn['role'])}: {turn['content']}" for turn in prompt)
+    names = {"user": "Human", "assistant": "Assistant"}
+    turns = "".join(f"\n\n{names.get(turn['role'], turn['role'])}: {turn['content']}" for turn in prompt)
     return f"{turns}\n\nAssistant:"

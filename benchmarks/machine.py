@@ -1,6 +1,6 @@
-"""What the machine can do, measured: `python -m benchmarks.machine SPEC` prints one line of JSON.
+"""Speed of the machine: FLOP/s of matrix products at a model's shapes, and memory bandwidth.
 
-The rate of matrix products at a model's own shapes, and the bandwidth of memory.
+`python -m benchmarks.machine SPEC` prints one line of JSON.
 """
 
 from pathlib import Path
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from benchmarks.worker import answer, median_seconds
+from benchmarks.worker import median_seconds, run_worker
 
 ROWS = 2048
-"""Tokens of a matrix product: a microbatch's."""
+"""Rows of a matrix product, as of a microbatch."""
 REPEATS = 15
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """FLOPs a second and bytes a second, medians."""
+    """Measure median FLOP/s and bytes/s."""
     config = AutoConfig.from_pretrained(Path(spec["inputs"]) / "models" / spec["model"] / "model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, spec["precision"])
@@ -43,4 +43,4 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(main)
+    run_worker(main)

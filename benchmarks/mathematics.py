@@ -1,16 +1,16 @@
-"""What the mathematics has to compute, whoever computes it."""
+"""FLOPs and bytes that a workload needs, whichever software computes it."""
 
 from collections.abc import Iterable
 from typing import Any
 
 Lengths = tuple[int, list[int]]
-"""Tokens of a prompt, and of each of its completions."""
+"""Tokens of a prompt and of each of its completions."""
 
 
 def forward_flops(rows: Iterable[Lengths], config: Any, *, predicts: bool) -> float:
-    """FLOPs of one forward pass: every prompt once, and logits, if any, where a completion token is predicted alone.
+    """FLOPs of one forward pass with every prompt once, and logits (if `predicts`) only for completion tokens.
 
-    2 a weight and token; attention 4 a layer, width and visible pair.
+    2 a weight and token; attention 4 a layer, width and visible query-key pair.
     """
     rows = list(rows)
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -21,18 +21,18 @@ def forward_flops(rows: Iterable[Lengths], config: Any, *, predicts: bool) -> fl
         prompt * (prompt + 1) / 2 + sum(tokens * prompt + tokens * (tokens + 1) / 2 for tokens in completions)
         for prompt, completions in rows
     )
-    return 2 * weights * tokens_of(rows) + 2 * width * config.vocab_size * predicted + 4 * layers * width * visible
+    return 2 * weights * count_tokens(rows) + 2 * width * config.vocab_size * predicted + 4 * layers * width * visible
 
 
-def tokens_of(rows: Iterable[Lengths]) -> int:
-    """Every prompt once, and its completions."""
+def count_tokens(rows: Iterable[Lengths]) -> int:
+    """Count tokens: every prompt once, and its completions."""
     return sum(prompt + sum(completions) for prompt, completions in rows)
 
 
 def decoding_bytes(rows: Iterable[Lengths], config: Any, itemsize: int) -> float:
-    """What decoding must read: every weight once a step, and at every token the keys and values before it.
+    """Bytes that decoding reads: all weights once a step, and at every token the keys and values before it.
 
-    The first token of a completion comes out of the prefill.
+    The first token of a completion is predicted by the prefill.
     """
     rows = list(rows)
     width, layers = config.hidden_size, config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""One workload with mixpo, in a process of its own: `python -m benchmarks.ours SPEC`. Prints one line of JSON."""
+"""One workload with mixpo: `python -m benchmarks.ours SPEC` prints one line of JSON."""
 
 import json
 import tempfile
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.mathematics import decoding_bytes
-from benchmarks.worker import answer
+from benchmarks.worker import run_worker
 from mixpo.models.folders import load_tokenizer
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
@@ -23,10 +23,10 @@ from mixpo.training.runtime import Runtime
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Seconds, rows and tokens of the work; loading, tokenising and saving are not timed, on either side."""
+    """Measure seconds, rows and tokens; loading, tokenizing and saving are not timed, nor are they for peers."""
     inputs = Path(spec["inputs"])
     if spec["kind"] == "sampling":
-        return _sampling(spec, inputs)
+        return _measure_sampling(spec, inputs)
     model, reward = inputs / "models" / spec["model"], inputs / "models" / f"{spec['model']}-reward"
     base = Pretrained(path=str(model / "model"))
     pairs = Part(stage=base, of="pairs")
@@ -58,9 +58,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         stage.work({name: folders[name] for name in stage.inputs()}, Path(out), Runtime())
         steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
         summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
-    before = summary.get("reference_seconds", 0.0)
+    reference_seconds = summary.get("reference_seconds", 0.0)
     return {
-        "seconds": before + sum(step["seconds"] for step in steps),
+        "seconds": reference_seconds + sum(step["seconds"] for step in steps),
         "rows": spec["rows"],
         "tokens": sum(step["tokens"] for step in steps),
         "losses": [step["loss"] for step in steps],
@@ -68,7 +68,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
+def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
+    """Measure the seconds of sampling and of its prefill, and count the tokens."""
     device = Runtime().start().device
     model = inputs / "models" / spec["model"] / "model"
     lm = load_policy(model, device=device, precision=spec["precision"])
@@ -76,12 +77,12 @@ def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     started = time.perf_counter()
-    drawn = sample(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
+    sampled = sample(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     sample(lm, prompts, k=1, max_tokens=1, seed=0, token_budget=1 << 20)
     prefill = time.perf_counter() - started
-    lengths = [(len(prompt), row) for prompt, row in zip(prompts, drawn.lengths.tolist(), strict=True)]
+    lengths = [(len(prompt), row) for prompt, row in zip(prompts, sampled.lengths.tolist(), strict=True)]
     itemsize = getattr(torch, spec["precision"]).itemsize
     return {
         "seconds": seconds,
@@ -94,4 +95,4 @@ def _sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(main)
+    run_worker(main)

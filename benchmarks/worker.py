@@ -1,4 +1,4 @@
-"""A worker is a process of its own: it reads what to do from its one argument, and prints what it found as JSON."""
+"""Worker processes: the argument is a JSON specification, the last line of output the JSON result."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import torch
 
 
 def median_seconds(work: Callable[[], Any], *, repeats: int, untimed: int) -> float:
-    """Median time of `work` over `repeats` calls, after `untimed` ones; a GPU's queue is waited for."""
+    """Measure the median time of `work` over `repeats` calls, after `untimed` ones, with GPU synchronization."""
     times = []
     for _ in range(untimed + repeats):
         started = time.perf_counter()
@@ -29,12 +29,12 @@ def median_seconds(work: Callable[[], Any], *, repeats: int, untimed: int) -> fl
     return statistics.median(times[untimed:])
 
 
-def provenance() -> dict[str, Any]:
-    """On what and with what it was measured, and when."""
+def describe_environment() -> dict[str, Any]:
+    """Processor, threads, versions, commit and date of a measurement."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf8") if Path("/proc/cpuinfo").exists() else ""
     lines = dict(line.split("\t", 1) for line in info.splitlines() if "\t" in line)
     flags = lines.get("flags", "").split()
-    extensions = [one for one in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if one in flags]
+    extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     versions = {}
     for name in ("torch", "transformers", "trl"):
         try:
@@ -53,13 +53,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Do the work that the argument describes; print what it returns, with the peak memory (MiB) and the provenance.
+def run_worker(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Call `work` with the specification of the command line, and print its result, peak memory and environment.
 
-    Threads wait as OpenMP has it by default, on both sides, unless OMP_WAIT_POLICY is set for both.
+    OpenMP's wait policy is the default for mixpo and peers, unless OMP_WAIT_POLICY is set.
     """
-    found = work(json.loads(sys.argv[1]))
+    result = work(json.loads(sys.argv[1]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({**found, "peak_memory_mib": peak, **provenance()}))
+    print(json.dumps({**result, "peak_memory_mib": peak, **describe_environment()}))

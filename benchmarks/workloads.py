@@ -1,4 +1,4 @@
-"""What is timed: the same model, rows, token limits, batch, precision and number of steps for us and for the peer."""
+"""Workloads: model, rows, token limits, batch, precision and steps, the same for mixpo and its peers."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,30 +8,30 @@ Kind = Literal["sft", "reward", "dpo", "ppo", "sampling"]
 
 @dataclass(frozen=True)
 class Workload:
-    """One piece of work. All steps count, the first one too, on both sides."""
+    """One training or sampling run; all steps are timed, the first included."""
 
     name: str
     kind: Kind
     model: str
-    """A folder's name under `inputs/models`."""
+    """Name of a folder under `inputs/models`."""
     batch: int
-    """Rows of an optimizer step; prompts of a PPO iteration, or of the one call that samples."""
+    """Rows of an optimizer step; prompts of a PPO iteration or of the sampling call."""
     steps: int
     max_tokens: int = 512
-    """Longest prompt and completion together; longer rows are left out, nothing is cut."""
+    """Most tokens of a prompt and a completion together; longer rows are left out."""
     new_tokens: int = 64
-    """Most tokens that are drawn (PPO, sampling)."""
+    """Most tokens of a sampled completion (PPO, sampling)."""
     prompt_tokens: int = 256
-    """Longest prompt that completions are drawn for."""
+    """Most tokens of a prompt to sample from (PPO, sampling)."""
     precision: str = "bfloat16"
 
     @property
     def rows(self) -> int:
-        """Rows that the work reads."""
+        """Number of rows."""
         return self.batch * self.steps
 
     def spec(self, inputs: str) -> dict[str, Any]:
-        """Everything that a worker process has to know."""
+        """Specification for a worker process."""
         return {**asdict(self), "rows": self.rows, "inputs": inputs}
 
 
@@ -74,4 +74,4 @@ PEERS: dict[Kind, dict[str, dict[str, Any]]] = {
     "ppo": {"trl-ppo": {}},
     "sampling": {"generate": {}, "generate float32": {"dtype": "float32"}, "continuous": {"continuous": True}},
 }
-"""The peer's settings that are tried, by what is timed; the best of them counts. The first word names the worker."""
+"""Settings of peers by kind of workload; the fastest counts. The first word of the name selects the worker."""

@@ -1,4 +1,4 @@
-"""A chat server on loopback that judges as it is told, well or badly."""
+"""A chat server on loopback whose responses a test defines."""
 
 import json
 import socket
@@ -13,14 +13,16 @@ Response = tuple[int, dict[str, str], bytes | Iterator[bytes]]
 """Status, headers and the body: whole, or in parts that may never end."""
 
 
-def said(one: object, other: object) -> str:
-    """Scores as the paper's prompt asks for them."""
+def format_scores(first: object, second: object) -> str:
+    """Two scores in the format of the paper's prompt."""
     return (
-        f"Response 1 Quality Score: {one}\nExplanation: because.\n\nResponse 2 Quality Score: {other}\nExplanation: so."
+        f"Response 1 Quality Score: {first}\nExplanation: because.\n\n"
+        f"Response 2 Quality Score: {second}\nExplanation: so."
     )
 
 
-def completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish: str = "stop") -> Response:
+def make_completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish: str = "stop") -> Response:
+    """A chat completion as a response."""
     body: dict[str, Any] = {
         "object": "chat.completion",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}],
@@ -30,23 +32,24 @@ def completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), finish
     return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
 
-def error(status: int, message: str, **headers: str) -> Response:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return status, {"Content-Type": "application/json", **named}, json.dumps({"error": {"message": message}}).encode()
+def make_error(status: int, message: str, **headers: str) -> Response:
+    """An error response; underscores in header names become hyphens."""
+    renamed = {name.replace("_", "-"): value for name, value in headers.items()}
+    return status, {"Content-Type": "application/json", **renamed}, json.dumps({"error": {"message": message}}).encode()
 
 
 @dataclass
-class Asked:
-    """A request as it came."""
+class JudgeRequest:
+    """A request that the server received."""
 
     body: dict[str, Any]
     key: str
     number: int
-    """Of the request, from 0."""
+    """Index of the request, from 0."""
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
-    def shown(self) -> list[str]:
+    def completions(self) -> list[str]:
         """The two completions in the order shown."""
         return self.body["messages"][0]["content"].rpartition("\n\nResponse 1: ")[2].split("\n\nResponse 2: ")
 
@@ -57,28 +60,29 @@ class Asked:
 
 @dataclass
 class Server:
-    """What it is asked, and what it does about it."""
+    """The server's received requests and its behaviour."""
 
     url: str = ""
-    behave: Callable[[Asked], Response | str] = lambda asked: completion(said(8, 5))
-    """A response, or `cut` or `slow`."""
-    asked: list[Asked] = field(default_factory=list)
-    at_once: int = 0
-    """The most requests that were under way together."""
-    sent: list[int] = field(default_factory=list)
-    """Bytes of every body in parts that could be sent."""
-    over: threading.Event = field(default_factory=threading.Event)
+    respond: Callable[[JudgeRequest], Response | str] = lambda requests: make_completion(format_scores(8, 5))
+    """Makes the response to a request; `cut` closes the connection, `slow` waits."""
+    requests: list[JudgeRequest] = field(default_factory=list)
+    max_concurrent: int = 0
+    """The most requests that were active at once."""
+    sent_bytes: list[int] = field(default_factory=list)
+    """Bytes sent of every body in parts."""
+    closing: threading.Event = field(default_factory=threading.Event)
 
-    def prefer(self, choose: Callable[[Asked], bool | None]) -> None:
-        """Score the first shown completion higher (True), lower (False) or alike (None)."""
+    def prefer(self, choose: Callable[[JudgeRequest], bool | None]) -> None:
+        """Score the first shown completion higher (True), lower (False) or equal (None)."""
         scores = {True: (9, 4), False: (4, 9), None: (6, 6)}
-        self.behave = lambda asked: completion(said(*scores[choose(asked)]))
+        self.respond = lambda request: make_completion(format_scores(*scores[choose(request)]))
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
+def run_server() -> Iterator[Server]:
+    """Run a server in a thread."""
     server = Server()
-    lock, under_way = threading.Lock(), set[int]()
+    lock, active = threading.Lock(), set[int]()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -86,15 +90,17 @@ def serving() -> Iterator[Server]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                asked = Asked(body, self.headers.get("Authorization", ""), len(server.asked), dict(self.headers))
-                server.asked.append(asked)
-                under_way.add(asked.number)
-                server.at_once = max(server.at_once, len(under_way))
-            response = server.behave(asked)
+                request = JudgeRequest(
+                    body, self.headers.get("Authorization", ""), len(server.requests), dict(self.headers)
+                )
+                server.requests.append(request)
+                active.add(request.number)
+                server.max_concurrent = max(server.max_concurrent, len(active))
+            response = server.respond(request)
             if response == "slow":
-                server.over.wait(10)
+                server.closing.wait(10)
             with lock:
-                under_way.remove(asked.number)
+                active.remove(request.number)
             if isinstance(response, str):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -111,12 +117,12 @@ def serving() -> Iterator[Server]:
             if isinstance(content, bytes):
                 self.wfile.write(content)
                 return
-            sent = 0
+            written = 0
             try:
                 for part in content:
-                    sent += self.wfile.write(part)
+                    written += self.wfile.write(part)
             finally:
-                server.sent.append(sent)
+                server.written.append(written)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -135,7 +141,7 @@ def serving() -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.over.set()
+        server.closing.set()
         http.shutdown()
         thread.join()
         http.server_close()

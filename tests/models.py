@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mixpo.data.branches import Completions, unpad
-from mixpo.models.attention import NAME
+from mixpo.models.attention import ATTENTION_NAME
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
 
@@ -75,7 +75,7 @@ def plain_logprobs(lm: LanguageModel, prompt: list[int], completion: list[int]) 
     """One forward pass of one sequence through transformers' own attention, softmax over everything."""
     lm.model.set_attn_implementation("eager")
     logits = lm.model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    lm.model.set_attn_implementation(NAME)
+    lm.model.set_attn_implementation(ATTENTION_NAME)
     places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
     return torch.stack([logits[place].log_softmax(-1)[token] for place, token in zip(places, completion, strict=True)])
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.__main__ import _added
+from benchmarks.__main__ import _merge_results
 from benchmarks.mathematics import decoding_bytes, forward_flops
-from benchmarks.tables import markdown, told
+from benchmarks.tables import format_result, format_table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,41 +72,45 @@ def test_ratios_are_of_the_same_repetition_and_the_peers_best_setting_counts() -
         fast=runs(2.0, 8.0, 20.0, peak_memory_mib=300.0),
         broken=[{"failed": "no such thing"}] * 3,
     )
-    shown = told(found)
+    shown = format_result(found)
     assert "tiny, pairs/s, bfloat16" in shown
     assert "25% of the 4 GFLOP/s" in shown
     assert "ours/theirs 4.00 (2.00 to 5.00)" in shown
     assert "broken               failed: no such thing" in shown
-    line = markdown([found]).splitlines()[-1]
+    line = format_table([found]).splitlines()[-1]
     assert line.startswith("| tiny (bfloat16) | 4.00 pairs/s | 1.00 (fast) | 4.00 (2.00 to 5.00) | 100 MiB | 300 MiB |")
     assert line.endswith("broken failed |")
 
 
 def test_a_repetition_that_failed_is_in_no_ratio() -> None:
     found = result(mixpo=runs(1.0, 2.0, 4.0), peer=[*runs(2.0), {"failed": "x"}, *runs(4.0)])
-    assert "ours/theirs 1.50 (1.00 to 2.00)" in told(found)
+    assert "ours/theirs 1.50 (1.00 to 2.00)" in format_result(found)
 
 
 def test_decoding_is_held_against_the_memory() -> None:
     sampled = runs(3.0, 3.0, 3.0, tokens=30, prefill_seconds=1.0, read=5e8)
-    shown = told(result("sampling", mixpo=sampled, generate=runs(6.0, 6.0, 6.0, tokens=30)))
-    assert "decoding reads what it must at 25% of the memory's 1.0 GB/s" in shown
+    shown = format_result(result("sampling", mixpo=sampled, generate=runs(6.0, 6.0, 6.0, tokens=30)))
+    assert "decoding at 25% of the memory bandwidth of 1.0 GB/s" in shown
     assert "tokens/s" in shown
     assert "ours/theirs 2.00" in shown
 
 
 def test_what_was_not_measured_is_not_shown() -> None:
     found = result(mixpo=[{"failed": "no memory"}], peer=runs(1.0))
-    assert markdown([found]).splitlines()[-1].startswith("| tiny (bfloat16) | failed | 8.00 (peer) | – | – | 100 MiB |")
+    assert (
+        format_table([found])
+        .splitlines()[-1]
+        .startswith("| tiny (bfloat16) | failed | 8.00 (peer) | – | – | 100 MiB |")
+    )
 
 
 def test_repetitions_are_added_to_those_of_the_same_work_alone() -> None:
     saved, new = (result("dpo", mixpo=runs(seconds), trl=runs(2 * seconds)) for seconds in (1.0, 2.0))
-    both = _added(saved, new)
+    both = _merge_results(saved, new)
     assert [one["seconds"] for one in both["taken"]["mixpo"]] == [1.0, 2.0]
     assert [one["seconds"] for one in both["taken"]["trl"]] == [2.0, 4.0]
     other = result("dpo", mixpo=runs(1.0), generate=runs(1.0))
     with pytest.raises(SystemExit, match=r"found saved repetitions with sides \['machine', 'mixpo', 'trl'\]; expected"):
-        _added(saved, other)
+        _merge_results(saved, other)
     with pytest.raises(SystemExit, match="with counts"):
-        _added(saved | {"counts": {"pairs": 1}}, new)
+        _merge_results(saved | {"counts": {"pairs": 1}}, new)

@@ -28,13 +28,13 @@ COMPLETIONS = [
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes at which work is cut are those of real rows; and a GPU's road, taken on the CPU."""
     if request.param == "in small blocks":
-        monkeypatch.setattr(blocked_attention, "QUERIES", 3)
-        monkeypatch.setattr(blocked_attention, "SCORES", 100)
+        monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
+        monkeypatch.setattr(blocked_attention, "BLOCK_SCORES", 100)
     if request.param == "in many buckets":
-        monkeypatch.setattr(attention_module, "APART", {"cpu": 0})
-        monkeypatch.setattr(attention_module, "APART_DECODING", {"cpu": 0})
+        monkeypatch.setattr(attention_module, "BUCKET_COST_IN_PAIRS", {"cpu": 0})
+        monkeypatch.setattr(attention_module, "DECODING_BUCKET_COST_IN_KEYS", {"cpu": 0})
     if request.param == "by PyTorch":
-        monkeypatch.setattr(attention_module, "OURS", frozenset())
+        monkeypatch.setattr(attention_module, "BLOCKED_ATTENTION_DEVICES", frozenset())
 
 
 @pytest.mark.usefixtures("attention")
@@ -46,18 +46,18 @@ def test_logprobs_equal_plain_forward_passes(name: str, completions: list[list[l
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logprobs_of_rows_of_their_own_equal_plain_forward_passes(name: str) -> None:
+def test_logprobs_of_unshared_prompts_equal_plain_forward_passes(name: str) -> None:
     compare_with_plain(tiny(name), pack(PROMPTS, COMPLETIONS, share_prompt=False), COMPLETIONS)
 
 
 def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[list[list[int]]]) -> None:
     with torch.no_grad():
-        found = lm(batch, "logprobs")
+        actual = lm(batch, "logprobs")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, completions, strict=True)):
-            for place, completion in enumerate(branches):
+            for branch, completion in enumerate(branches):
                 expected = plain_logprobs(lm, prompt, completion)
-                torch.testing.assert_close(found[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
-                assert not found[row, place, len(completion) :].any()
+                torch.testing.assert_close(actual[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
+                assert not actual[row, branch, len(completion) :].any()
 
 
 @pytest.mark.usefixtures("attention")
@@ -67,28 +67,28 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
     weights = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(1))
     logprobs = lm(pack(PROMPTS, COMPLETIONS), "logprobs")
     (logprobs * weights).sum().backward()
-    found = {key: p.grad.clone() for key, p in lm.model.named_parameters() if p.grad is not None}
+    actual = {key: p.grad.clone() for key, p in lm.model.named_parameters() if p.grad is not None}
     lm.model.zero_grad()
     total = torch.zeros(())
     for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        for place, completion in enumerate(branches):
-            total = total + (plain_logprobs(lm, prompt, completion) * weights[row, place, : len(completion)]).sum()
+        for branch, completion in enumerate(branches):
+            total = total + (plain_logprobs(lm, prompt, completion) * weights[row, branch, : len(completion)]).sum()
     total.backward()
-    assert found
+    assert actual
     for key, parameter in lm.model.named_parameters():
         torch.testing.assert_close(
-            found[key], parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: key + text
+            actual[key], parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: key + text
         )
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize("stored", [0, 1 << 20])
 @pytest.mark.parametrize(("chunk", "block"), [(14, 7), (28, 21), (1 << 20, 14), (1 << 20, 1 << 20)])
 def test_fused_logprobs_are_those_of_autograd(
-    monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, block: int
+    monkeypatch: pytest.MonkeyPatch, stored: int, chunk: int, block: int
 ) -> None:
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr("mixpo.models.language_model.BLOCK_ELEMENTS", {"cpu": block})
-    monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_LOGITS", chunk)
+    monkeypatch.setattr("mixpo.models.language_model.BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr("mixpo.models.language_model.STORED_LOGIT_GRADIENTS", stored)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
     weight = torch.randn(7, 3, generator=generator, requires_grad=True)
@@ -102,15 +102,15 @@ def test_fused_logprobs_are_those_of_autograd(
     torch.testing.assert_close(
         entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-6
     )
-    found = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight, bias))
-    wanted = torch.autograd.grad((expected * upstream).sum(), (hidden, weight, bias))
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    actual = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight, bias))
+    autograd_gradients = torch.autograd.grad((expected * upstream).sum(), (hidden, weight, bias))
+    for first, second in zip(actual, autograd_gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("learns", [(True, False, False), (False, True, False), (False, False, True)])
-def test_gradients_made_again_are_those_that_were_kept(
+def test_recomputed_gradients_equal_stored_ones(
     monkeypatch: pytest.MonkeyPatch, learns: tuple[bool, bool, bool], rows: int
 ) -> None:
     """In bfloat16, for one of hidden, weight and bias at a time."""
@@ -118,17 +118,17 @@ def test_gradients_made_again_are_those_that_were_kept(
     shapes = ((rows, 16), (40, 16), (40,))
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     targets, upstream = torch.tensor([0, 39, 3, 3, 1])[:rows], torch.randn(rows, generator=generator)
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_ELEMENTS", 35)
-    found = []
-    for kept in (0, 1 << 20):
-        monkeypatch.setattr("mixpo.models.language_model.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("mixpo.models.language_model.CHUNK_LOGITS", 35)
+    actual = []
+    for stored in (0, 1 << 20):
+        monkeypatch.setattr("mixpo.models.language_model.STORED_LOGIT_GRADIENTS", stored)
         inputs = [value.clone().requires_grad_(learn) for value, learn in zip(values, learns, strict=True)]
         logprobs, _ = _TokenLogprobs.apply(*inputs, targets, torch.bfloat16, False, True)
         (logprobs * upstream).sum().backward()
-        assert [one.grad is not None for one in inputs] == list(learns)
-        found.append(inputs[learns.index(True)].grad)
-    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
-    assert rows == 0 or found[0].abs().max() > 0.2
+        assert [value.grad is not None for value in inputs] == list(learns)
+        actual.append(inputs[learns.index(True)].grad)
+    torch.testing.assert_close(*actual, rtol=0.02, atol=0.02)
+    assert rows == 0 or actual[0].abs().max() > 0.2
 
 
 def test_entropy_is_that_of_the_predicting_distribution() -> None:
@@ -140,20 +140,20 @@ def test_entropy_is_that_of_the_predicting_distribution() -> None:
     torch.testing.assert_close(entropy[0, 1, 0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_score_stands_on_the_last_token_whatever_pads() -> None:
+def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
     """Completions here hold the padding id 0 and end with or without an end token."""
     lm = tiny("llama")
     head = torch.nn.Linear(32, 1, bias=False)
     lm.model.score = head
     with torch.no_grad():
-        found = lm(pack(PROMPTS, COMPLETIONS), "scores")
+        actual = lm(pack(PROMPTS, COMPLETIONS), "scores")
         values = lm(pack(PROMPTS, COMPLETIONS), "values")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-            for place, completion in enumerate(branches):
+            for branch, completion in enumerate(branches):
                 states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
-                torch.testing.assert_close(found[row, place], head(states[-1])[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(actual[row, branch], head(states[-1])[0], rtol=1e-5, atol=1e-5)
                 expected = head(states[len(prompt) - 1 : -1])[:, 0]
-                torch.testing.assert_close(values[row, place, : len(completion)], expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(values[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
@@ -189,7 +189,7 @@ def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budg
 @pytest.mark.parametrize(
     ("prompts", "completions"), [([[1]], [[[]]]), ([[]], [[[1]]]), ([[1], [2]], [[[1]], [[1], [2]]])]
 )
-def test_pack_refuses_what_has_no_place(prompts: list, completions: list) -> None:
+def test_pack_refuses_empty_prompts_and_completions(prompts: list, completions: list) -> None:
     with pytest.raises(ValueError, match=r"without tokens|same number"):
         pack(prompts, completions)
 
@@ -208,27 +208,27 @@ def test_kept_logprobs_equal_plain_forward_passes(
 ) -> None:
     lm, dropped = tiny(name), list[int]()
     lm.shares_prompts = shares_prompts
-    take = sampling._Preallocated.take
+    original = sampling._PreallocatedLayer.select_rows
 
-    def taking(layer: sampling._Preallocated, rows: torch.Tensor) -> None:
+    def select_rows(layer: sampling._PreallocatedLayer, rows: torch.Tensor) -> None:
         dropped.append(len(layer.keys) - len(rows))
-        take(layer, rows)
+        original(layer, rows)
 
     def draw() -> list[Row]:
         return rows_of_sample(sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
 
-    monkeypatch.setattr(sampling._Preallocated, "take", taking)
+    monkeypatch.setattr(sampling._PreallocatedLayer, "select_rows", select_rows)
     lm.end_tokens = frozenset()
-    seen = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
+    token_counts = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
     assert not dropped
-    end = seen.most_common(1)[0][0]  # so that several rows end early
+    end = token_counts.most_common(1)[0][0]  # so that several rows end early
     lm.end_tokens = frozenset({end})
-    drawn = draw()
-    early = [len(completion) < 10 for row in drawn for completion in row.completions]
+    sampled_rows = draw()
+    early = [len(completion) < 10 for row in sampled_rows for completion in row.completions]
     assert any(early)
     assert not all(early)
     assert sum(dropped) > 0
-    for prompt, row in zip(PROMPTS, drawn, strict=True):
+    for prompt, row in zip(PROMPTS, sampled_rows, strict=True):
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             with torch.no_grad():
                 expected = plain_logprobs(lm, prompt, completion)
@@ -239,7 +239,9 @@ def test_kept_logprobs_equal_plain_forward_passes(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("shares_prompts", [True, False])
-def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family: str, shares_prompts: bool) -> None:
+def test_prefill_in_portions_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, family: str, shares_prompts: bool
+) -> None:
     lm = tiny(family)
     lm.shares_prompts = shares_prompts
     whole = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
@@ -253,15 +255,15 @@ def test_prompts_may_be_read_in_portions(monkeypatch: pytest.MonkeyPatch, family
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 80))
-def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], apart: int) -> None:
+def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[int], bucket_cost: int) -> None:
     keys = sorted(keys, reverse=True)
-    buckets = list(attention_module._of_like_length(keys, apart))
+    buckets = list(attention_module._split_by_key_count(keys, bucket_cost))
     assert [row for rows, _ in buckets for row in range(rows.start, rows.stop)] == list(range(len(keys)))
     for rows, most in buckets:
         assert most == max(keys[rows])
-        assert sum(most - own for own in keys[rows]) <= apart
+        assert sum(most - own for own in keys[rows]) <= bucket_cost
     for (rows, most), (after, _) in pairwise(buckets):
-        assert sum(most - own for own in keys[rows.start : after.start + 1]) > apart, "the next row had no room"
+        assert sum(most - own for own in keys[rows.start : after.start + 1]) > bucket_cost, "the next row had no room"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
@@ -294,23 +296,23 @@ def test_scalar_heads_compute_in_float32() -> None:
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
-def test_a_prompt_without_tokens_has_nothing_to_predict_from() -> None:
+def test_pack_prompts_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="found a prompt without tokens"):
         pack_prompts([[1, 2], []])
 
 
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("share_row", [True, False])
-def test_prompts_alone_are_what_plain_forward_passes_see(share_row: bool) -> None:
+def test_states_of_prompts_equal_plain_forward_passes(share_row: bool) -> None:
     lm = tiny("llama")
     batch = pack_prompts(PROMPTS, share_row=share_row)
     with torch.no_grad():
-        found = lm(batch, "states")
+        actual = lm(batch, "states")
         lm.model.set_attn_implementation("eager")
         for row, prompt in enumerate(PROMPTS):
             expected = lm.model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
-            torch.testing.assert_close(found[batch.places[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found[batch.last[row]], expected[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[batch.token_index[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[batch.last_index[row]], expected[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -320,20 +322,20 @@ def test_blocked_attention_is_attention(
     monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, kv_heads: int, held: int
 ) -> None:
     """With a last group of rows that is smaller, too, and values narrower than keys."""
-    monkeypatch.setattr(blocked_attention, "QUERIES", 3)
-    monkeypatch.setattr(blocked_attention, "SCORES", held)
+    monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
+    monkeypatch.setattr(blocked_attention, "BLOCK_SCORES", held)
     torch.manual_seed(0)
     heads, rows = 4, 3
     shapes = ((queries, heads, 3), (keys, kv_heads, 3), (keys, kv_heads, 2))
     query, key, value = (torch.randn(rows, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    added = torch.full((rows, queries, keys), float("-inf"), dtype=torch.float64).triu(1 + keys - queries)
-    added[1, :, 1] = added[2, 1:, 0] = float("-inf")
+    mask_bias = torch.full((rows, queries, keys), float("-inf"), dtype=torch.float64).triu(1 + keys - queries)
+    mask_bias[1, :, 1] = mask_bias[2, 1:, 0] = float("-inf")
 
     def ours(*tensors: torch.Tensor) -> torch.Tensor:
-        return blocked_attention.blocked_attention(*tensors, added, 0.7)
+        return blocked_attention.blocked_attention(*tensors, mask_bias, 0.7)
 
     copied = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (key, value))
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, next(copied)) * 0.7 + added[:, None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, next(copied)) * 0.7 + mask_bias[:, None]
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), next(copied))
     torch.testing.assert_close(ours(query, key, value), expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(ours, (query, key, value))
@@ -343,13 +345,13 @@ def test_blocked_attention_in_bfloat16_is_within_its_rounding() -> None:
     torch.manual_seed(0)
     shapes = ((2, 200, 6, 64), (2, 200, 3, 64), (2, 200, 3, 64))
     tensors = [torch.randn(*shape).bfloat16().requires_grad_() for shape in shapes]
-    added = torch.full((1, 200, 200), float("-inf")).triu(1)
+    mask_bias = torch.full((1, 200, 200), float("-inf")).triu(1)
     upstream = torch.randn(2, 200, 6, 64).bfloat16()
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         read = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        found = blocked_attention.blocked_attention(*read, added.to(dtype), 64**-0.5)
-        results.append([found.detach(), *torch.autograd.grad(found, read, upstream.to(dtype))])
+        actual = blocked_attention.blocked_attention(*read, mask_bias.to(dtype), 64**-0.5)
+        results.append([actual.detach(), *torch.autograd.grad(actual, read, upstream.to(dtype))])
     for narrow, wide in zip(*results, strict=True):
         assert narrow.dtype == torch.bfloat16
         assert float((narrow.double() - wide).norm() / wide.norm()) < 2e-2  # half a unit of eight bits is 2e-3
@@ -362,8 +364,8 @@ def test_decoding_attention_is_attention(kv_heads: int, dtype: torch.dtype, tole
     query, key, value = (torch.randn(3, *shape, 8).to(dtype) for shape in ((4, 1), (kv_heads, 7), (kv_heads, 7)))
     visible = torch.rand(3, 1, 1, 7) < 0.6
     visible[..., -1] = True
-    found = attention_module._decode(query, key, value, visible, None)
+    actual = attention_module._attend_new_tokens(query, key, value, visible, None)
     key, value = (x.double().repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))
     scores = (query.double() @ key.transpose(-1, -2) / 8**0.5).masked_fill(~visible, float("-inf"))
     expected = (scores.softmax(dim=-1) @ value).transpose(1, 2)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""`mixpo chat`: a dialogue that outgrows the context, lines that are no text, and completions that are not plain."""
+"""`mixpo chat`: dialogues longer than the context, lines that are not UTF-8, control characters in completions."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from mixpo.data.world import build_tokenizer
 from mixpo.models.loading import load_policy
 from mixpo.models.sources import new_world_model
 
-Talk = Callable[..., tuple[str, str, list[str]]]
+Chat = Callable[..., tuple[str, str, list[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Talk:
-    """Say lines to a model that answers `answer`: what is printed, standard error, and the prompts it was given."""
+def chat(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Chat:
+    """Return a function that sends lines to a model which completes with `answer`: its output, errors, prompts."""
     tokenizer = build_tokenizer()
 
-    def say(lines: bytes, *words: str, answer: str = "Yes.", code: int = 0) -> tuple[str, str, list[str]]:
+    def run(lines: bytes, *words: str, answer: str = "Yes.", code: int = 0) -> tuple[str, str, list[str]]:
         prompts: list[str] = []
 
         def sample(lm: Any, tokens: list[list[int]], **settings: Any) -> Any:
@@ -50,35 +50,38 @@ def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
         printed = capfd.readouterr()
         return printed.out, printed.err, prompts
 
-    return say
+    return run
 
 
-def test_a_dialogue_goes_on_until_an_empty_line(talk: Talk) -> None:
-    out, err, prompts = talk(b"One?\nTwo?\n\nThree?\n", "--max-tokens", "8")
+def test_a_dialogue_goes_on_until_an_empty_line(chat: Chat) -> None:
+    out, err, prompts = chat(b"One?\nTwo?\n\nThree?\n", "--max-tokens", "8")
     assert (out, err) == ("Yes.\n" * 3, "")
     one, three = ("<|user|>One?<|assistant|>", "<|user|>Three?<|assistant|>")
     assert prompts == [one, f"{one}Yes.<|end|><|user|>Two?<|assistant|>", three]
 
 
-def test_a_message_that_the_context_has_no_room_for_is_left_out(talk: Talk) -> None:
+def test_a_message_beyond_the_context_is_skipped(chat: Chat) -> None:
     long = b"why " * 400
-    out, err, prompts = talk(b"One?\n" + long + b"\nTwo?\n", "--max-tokens", "300")
+    out, err, prompts = chat(b"One?\n" + long + b"\nTwo?\n", "--max-tokens", "300")
     assert out == "Yes.\n" * 2
     assert len(err.splitlines()) == 1
-    assert "which with --max-tokens 300 are more than the model's context of 512; begin a new one with an empty" in err
+    assert (
+        "beside --max-tokens 300; expected at most 512 together, the model's context; start a new dialogue with an"
+        in err
+    )
     assert prompts[1] == "<|user|>One?<|assistant|>Yes.<|end|><|user|>Two?<|assistant|>"
-    _, err, prompts = talk(b"One?\n", "--max-tokens", "512", code=2)
+    _, err, prompts = chat(b"One?\n", "--max-tokens", "512", code=2)
     assert (err, prompts) == ("--max-tokens: found 512; expected less than 512, the model's context\n", [])
 
 
-def test_a_line_that_is_no_text_is_left_out(talk: Talk) -> None:
-    out, err, prompts = talk("One \xff?\n".encode("latin-1") + "Größe?\n".encode())
-    assert (out, err) == ("Yes.\n", "left out: a line that is not UTF-8\n")
+def test_a_line_that_is_not_utf8_is_skipped(chat: Chat) -> None:
+    out, err, prompts = chat("One \xff?\n".encode("latin-1") + "Größe?\n".encode())
+    assert (out, err) == ("Yes.\n", "skipped: found a line that is not UTF-8; expected text in UTF-8\n")
     assert prompts == ["<|user|>Größe?<|assistant|>"]
 
 
-def test_nothing_in_a_completion_reaches_the_terminal_raw(talk: Talk) -> None:
-    out, _, _ = talk(b"One?\n", answer="\x1b[2JSo.\u202e [bold]No.[/bold]")
+def test_nothing_in_a_completion_reaches_the_terminal_raw(chat: Chat) -> None:
+    out, _, _ = chat(b"One?\n", answer="\x1b[2JSo.\u202e [bold]No.[/bold]")
     assert out == "␛[2JSo.⟦U+202E⟧ [bold]No.[/bold]\n"
 
 

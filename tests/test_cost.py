@@ -23,7 +23,7 @@ def reward_model() -> LanguageModel:
     return LanguageModel(LlamaForSequenceClassification(config).eval(), None, END, shares_prompts=True)  # type: ignore[arg-type]
 
 
-def counted(model: Any, *, backward: bool) -> int:
+def count_flops(model: Any, *, backward: bool) -> int:
     """FLOPs of matrix products by weights; gradients go down to what the layers read."""
     model.set_attn_implementation("eager")
     states = model.get_input_embeddings()(IDS).detach().requires_grad_(backward)
@@ -49,19 +49,19 @@ def build(name: str, *, lora: bool) -> LanguageModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     lm, cost = build(name, lora=lora), Cost()
-    cost.scored(lm.model, IDS.numel())
-    assert cost.flops == counted(lm.model, backward=False)
+    cost.count_scored(lm.model, IDS.numel())
+    assert cost.flops == count_flops(lm.model, backward=False)
     cost = Cost()
-    cost.trained(lm.model, IDS.numel())
-    assert cost.flops == counted(lm.model, backward=True)
+    cost.count_trained(lm.model, IDS.numel())
+    assert cost.flops == count_flops(lm.model, backward=True)
     counts = cost.counts()
     assert [counts[f"tokens_{kind}"] for kind in ("sampled", "trained", "scored")] == [0, IDS.numel(), 0]
 
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
     whole, adapted = Cost(), Cost()
-    whole.trained(build("llama", lora=False).model, 10)
-    adapted.trained(build("llama", lora=True).model, 10)
+    whole.count_trained(build("llama", lora=False).model, 10)
+    adapted.count_trained(build("llama", lora=True).model, 10)
     trained, frozen = count_weights(build("llama", lora=True).model)
     assert 0 < trained < frozen
     assert adapted.flops == pytest.approx(whole.flops * 2 / 3 + 60.0 * trained)
@@ -69,8 +69,8 @@ def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
 
 def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
-    cost.sampled(lm.model, 4, 6)
-    assert (cost.tokens_sampled, cost.flops) == (4, counted(lm.model, backward=False))
+    cost.count_sampled(lm.model, 4, 6)
+    assert (cost.tokens_sampled, cost.flops) == (4, count_flops(lm.model, backward=False))
 
 
 def test_peak_memory_is_the_gpus_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

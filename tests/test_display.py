@@ -1,11 +1,11 @@
-"""The main table in terminals of several widths: no cell is cut, and what is left out is said."""
+"""The main table in terminals of several widths: no cell is cut, and hidden columns are named."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from mixpo.cli.display import show_table
+from mixpo.cli.display import print_main_table
 from report_runs import SFT_SCORES, Arm, Writer, scores
 
 SETTING = "selection.easy_fraction"
@@ -18,13 +18,13 @@ def printed(folder: Path, capsys: pytest.CaptureFixture[str], width: int) -> lis
     results = Writer(folder / "run", second=True).load(arms)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(width))
-        show_table(results)
+        print_main_table(results)
     return capsys.readouterr().out.splitlines()
 
 
-def left_out(lines: list[str]) -> str:
-    found = [line for line in lines if line.startswith("Left out")]
-    return found[0].removeprefix("Left out at this width: ").partition(";")[0] if found else ""
+def read_hidden_columns(lines: list[str]) -> str:
+    notes = [line for line in lines if line.startswith("Hidden")]
+    return notes[0].removeprefix("Hidden at this width: ").partition(";")[0] if notes else ""
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_no_cell_is_cut_at_any_width(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], width: int, missing: str
 ) -> None:
     lines = printed(tmp_path, capsys, width)
-    assert left_out(lines) == missing
-    end = next(place for place, line in enumerate(lines) if line.startswith(("Left", "Reward")))
+    assert read_hidden_columns(lines) == missing
+    end = next(place for place, line in enumerate(lines) if line.startswith(("Hidden", "Reward")))
     table = lines[:end]
     assert max(map(len, table)) <= width
     assert "…" not in "".join(table)

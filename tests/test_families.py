@@ -13,7 +13,7 @@ from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardMod
 from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import find_end_token
-from mixpo.experiments.preview import make_preview, read_source
+from mixpo.experiments.preview import make_preview, read_recipe_or_source
 from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
 from mixpo.models.saving import save_model
 from mixpo.models.tokenizers import tokenize_alike
@@ -122,8 +122,8 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     model = family_folder(folders, name)
     files = [str(write_rows_of(name, tmp_path / f"{part}.jsonl", first, 8)) for part, first in (("a", 0), ("b", 8))]
 
-    shown = make_preview(read_source(files[0], model=str(model)))
-    chosen = next(side for side in shown.examples[0].sides if side.name == "chosen")
+    shown = make_preview(read_recipe_or_source(files[0], model=str(model)))
+    chosen = next(side for side in shown.examples[0].texts if side.name == "chosen")
     assert "The world is round. 0" in chosen.text
     assert chosen.pieces[-1].control
     assert not shown.warnings
@@ -158,8 +158,8 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     whole = torch.tensor([prompt + rows[0]["tokens"][0]])
     with torch.no_grad():
         logprobs = policy(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    drawn = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
-    torch.testing.assert_close(drawn, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
+    token_logprobs = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
+    torch.testing.assert_close(token_logprobs, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
     if name not in WITHOUT_CLASSIFIER:
         classifier = AutoModelForSequenceClassification.from_pretrained(
             engine.folder(reward) / "model", attn_implementation="eager"

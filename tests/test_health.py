@@ -3,7 +3,7 @@
 import pytest
 
 from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
-from mixpo.training.health import loss_alarms, mean_of_last_steps, policy_alarms, reward_model_alarms
+from mixpo.training.health import find_loss_alarms, find_policy_alarms, find_reward_model_alarms, mean_of_last_steps
 from mixpo.training.step import OptimizerSettings, suggest_remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
@@ -15,9 +15,9 @@ def course(**end: float) -> list[dict[str, float]]:
 
 
 def test_no_alarm_for_a_healthy_stage() -> None:
-    assert policy_alarms(course(), {}) == []
-    assert policy_alarms([], {}) == []
-    assert reward_model_alarms(0.7, 0.66, train_accuracy=0.8) == []
+    assert find_policy_alarms(course(), {}) == []
+    assert find_policy_alarms([], {}) == []
+    assert find_reward_model_alarms(0.7, 0.66, train_accuracy=0.8) == []
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_no_alarm_for_a_healthy_stage() -> None:
 )
 def test_each_alarm(end: dict[str, float], expected: str) -> None:
     (name,) = end
-    (alarm,) = policy_alarms(course(**end), {name: "what the stage has against it"})
+    (alarm,) = find_policy_alarms(course(**end), {name: "what the stage has against it"})
     assert alarm.startswith(expected)
     assert alarm.endswith("; try what the stage has against it") or alarm.endswith(
         ": try what the stage has against it"
@@ -46,7 +46,7 @@ def test_dpo_draws_samples_at_some_steps_only() -> None:
         {"loss": 0.4, "sampled_end_rate": 0.1},
         {"loss": 0.3},
     ]
-    (alarm,) = policy_alarms(rows, {"end_rate": "a higher beta"})
+    (alarm,) = find_policy_alarms(rows, {"end_rate": "a higher beta"})
     assert alarm == "only 10% of the completions end by themselves: try a higher beta"
 
 
@@ -54,8 +54,8 @@ def test_a_loss_that_ends_above_its_beginning() -> None:
     def rows(*losses: float) -> list[dict[str, float]]:
         return [{"loss": loss} for loss in losses for _ in range(10)]
 
-    assert loss_alarms([], []) == loss_alarms(rows(2.0, 9.0, 2.9), []) == []
-    (alarm,) = loss_alarms(rows(2.0, 1.5, 3.1), ["a lower learning_rate", "precision: float32"])
+    assert find_loss_alarms([], []) == find_loss_alarms(rows(2.0, 9.0, 2.9), []) == []
+    (alarm,) = find_loss_alarms(rows(2.0, 1.5, 3.1), ["a lower learning_rate", "precision: float32"])
     assert alarm == ("the loss rose from 2 to 3.1: training diverged; try a lower learning_rate or precision: float32")
 
 
@@ -69,7 +69,7 @@ def test_a_loss_that_ends_above_its_beginning() -> None:
     ],
 )
 def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: float | None, remedy: str) -> None:
-    (alarm,) = reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)
+    (alarm,) = find_reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)
     assert alarm.startswith(f"test accuracy {accuracy:.0%} is not above chance (its interval starts at {low:.0%})")
     assert alarm.endswith(f"; try {remedy}")
 
@@ -84,10 +84,10 @@ def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: f
 )
 def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor: str) -> None:
     """kl_target and kl_budget change kl_coef themselves."""
-    found = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
-    assert found.keys() == {*HEALTHY}
-    assert all(found[name].startswith(anchor) for name in found.keys() - {"end_rate"})
-    assert found["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
+    suggestions = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
+    assert suggestions.keys() == {*HEALTHY}
+    assert all(suggestions[name].startswith(anchor) for name in suggestions.keys() - {"end_rate"})
+    assert suggestions["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LLM judges before a server on loopback that behaves well and badly: what is asked, kept, said, spent, and hidden."""
+"""LLM judges at a server on loopback, well-behaved and not: questions, verdicts, retries, limits, keys and report."""
 
 import asyncio
 import errno
@@ -25,21 +25,21 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from judge_server import Asked, Response, Server, completion, error, said, serving
+from judge_server import JudgeRequest, Response, Server, format_scores, make_completion, make_error, run_server
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.algorithms.win_rates import win_minus_lose
-from mixpo.cli import judged
+from mixpo.cli import judge as judge_command
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
-from mixpo.judge import asking
-from mixpo.judge.endpoint import checked, is_loopback, is_sent_in_clear
-from mixpo.judge.judging import Verdict, tally
+from mixpo.judge import client
+from mixpo.judge.endpoint import is_loopback, is_unencrypted, normalize_endpoint
+from mixpo.judge.outcomes import Verdict, tally_verdicts
 from mixpo.judge.questions import Template, read_template
-from mixpo.judge.replies import Reply, read_reply, scores
-from mixpo.judge.verdicts import FILE, appending, read
+from mixpo.judge.replies import Reply, parse_reply, parse_scores
+from mixpo.judge.verdicts import FILE, open_for_append, read_verdicts
 from mixpo.report import judges, page
 from mixpo.stages.rows import read_table, write_table
 from report_runs import SFT_SCORES, Arm, Writer, plain, rows, table
@@ -51,52 +51,52 @@ ARMS = ("mpo", "ppo")
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving() as one:
-        one.prefer(lambda asked: "of mpo" in asked.shown[0])
-        yield one
+    with run_server() as running:
+        running.prefer(lambda request: "of mpo" in request.completions[0])
+        yield running
 
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What would have been waited for: no test waits, and prompts come in their order."""
-    waited: list[float] = []
+    """The waits that the client asked for, in seconds: no test sleeps, and prompts keep their order."""
+    seconds_waited: list[float] = []
 
-    async def pause(seconds: float, halted: asyncio.Event) -> None:
-        waited.append(seconds)
+    async def sleep_unless_halted(seconds: float, halt_event: asyncio.Event) -> None:
+        seconds_waited.append(seconds)
 
-    monkeypatch.setattr(asking, "pause", pause)
-    monkeypatch.setattr(asking, "shuffled", list)
+    monkeypatch.setattr(client, "sleep_unless_halted", sleep_unless_halted)
+    monkeypatch.setattr(client, "shuffle_prompts", list)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    return waited
+    return seconds_waited
 
 
 @dataclass
-class Printed:
+class CommandResult:
     code: int
     out: str
     err: str
 
     def row(self, heading: str) -> str:
-        """A line of the table."""
+        """The line of the printed table with a heading."""
         return next(line for line in self.out.splitlines() if re.match(rf"\s*{re.escape(heading)}\s", line))
 
 
 class Study:
-    """A run folder and the command on it."""
+    """A run folder, and `mixpo judge` on it."""
 
     def __init__(self, run: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
         self.run, self.server, self.capsys = run, server, capsys
         self.file = self.run / FILE
 
-    def judge(self, *words: str, arms: tuple[str, str] = ARMS, model: str = "tiny") -> Printed:
+    def judge(self, *words: str, arms: tuple[str, str] = ARMS, model: str = "tiny") -> CommandResult:
         argv = ["mixpo", "judge", str(self.run), "--arms", *arms, "--model", model, "--endpoint", self.server.url]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [*argv, *words])
             with pytest.raises(SystemExit) as stopped:
                 cli.main()
-        printed = self.capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return Printed(int(stopped.value.code or 0), printed.out, printed.err)
+        result = self.capsys.readouterr()
+        assert "Traceback" not in result.err
+        return CommandResult(int(stopped.value.code or 0), result.out, result.err)
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.file.read_text().splitlines()]
@@ -116,15 +116,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def study(written: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> Study:
-    """A run of one's own, whose stages are shared."""
+    """A copy of the run folder, whose stages are shared."""
     return Study(Path(shutil.copytree(written, tmp_path / "run")), server, capsys)
 
 
-def about(asked: Asked) -> int:
-    """The number of the prompt that a request is about."""
-    found = re.match(r"answer (\d)", asked.shown[0])
-    assert found
-    return int(found[1])
+def get_prompt_number(request: JudgeRequest) -> int:
+    """The number of the prompt that a request shows."""
+    match = re.match(r"answer (\d)", request.completions[0])
+    assert match
+    return int(match[1])
 
 
 # Replies
@@ -133,25 +133,25 @@ def about(asked: Asked) -> int:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (said(8, 5), (8.0, 5.0)),
-        (said(0, 10), (0.0, 10.0)),
-        (said("7.5", "8/10"), (7.5, 8.0)),
+        (format_scores(8, 5), (8.0, 5.0)),
+        (format_scores(0, 10), (0.0, 10.0)),
+        (format_scores("7.5", "8/10"), (7.5, 8.0)),
         ("Response 1 Quality Score: 3 Explanation: a. Response 2 Quality Score: 4", (3.0, 4.0)),
         ("**Response 1 Quality Score: 3**\r\nwhy\r\n**Response 2 Quality Score:** 4\r\n", (3.0, 4.0)),
-        (said("8/100", 5), None),
-        (said("7/5", 5), None),
-        (said("7.", 5), None),
-        (said(8, "10.5"), None),
-        (said(11, 5), None),
-        (said(-1, 5), None),
-        (said("NaN", 5), None),
-        (said("8 9", 5), None),
-        (said("8 or 9", 5), None),
-        (said("٣", 5), None),
-        (said(8, 5) + "\n" + said(5, 8), None),
+        (format_scores("8/100", 5), None),
+        (format_scores("7/5", 5), None),
+        (format_scores("7.", 5), None),
+        (format_scores(8, "10.5"), None),
+        (format_scores(11, 5), None),
+        (format_scores(-1, 5), None),
+        (format_scores("NaN", 5), None),
+        (format_scores("8 9", 5), None),
+        (format_scores("8 or 9", 5), None),
+        (format_scores("٣", 5), None),
+        (format_scores(8, 5) + "\n" + format_scores(5, 8), None),
         ("Response 1 Quality Score: 8\n", None),
         ("Response 2 Quality Score: 8\nResponse 1 Quality Score: 5", None),
-        (said(8, 5) + "\nResponse 3 Quality Score: 5", None),
+        (format_scores(8, 5) + "\nResponse 3 Quality Score: 5", None),
         ("8 5", None),
         ("", None),
     ],
@@ -159,118 +159,122 @@ def about(asked: Asked) -> int:
 def test_scores_are_those_that_the_papers_prompt_asks_for_or_none(
     text: str, expected: tuple[float, float] | None
 ) -> None:
-    assert scores(Reply(text)) == expected
+    assert parse_scores(Reply(text)) == expected
 
 
 def test_a_number_that_was_cut_is_no_score() -> None:
     whole = "Response 1 Quality Score: 9\nExplanation: a\nResponse 2 Quality Score: 10"
-    assert scores(Reply(whole)) == (9.0, 10.0)
-    assert scores(Reply(whole[:-1], cut=True)) is None
-    assert scores(Reply(whole + "\nExplanation: it was good beca", cut=True)) == (9.0, 10.0)
-    assert read_reply(completion("9", finish="length")[2]).cut
+    assert parse_scores(Reply(whole)) == (9.0, 10.0)
+    assert parse_scores(Reply(whole[:-1], truncated=True)) is None
+    assert parse_scores(Reply(whole + "\nExplanation: it was good beca", truncated=True)) == (9.0, 10.0)
+    assert parse_reply(make_completion("9", finish="length")[2]).truncated
 
 
 # What is asked, and what it says
 
 
 def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server: Server) -> None:
-    printed = study.judge()
-    assert printed.code == 0
-    pairs = {tuple(asked.shown) for asked in server.asked}
+    result = study.judge()
+    assert result.code == 0
+    pairs = {tuple(request.completions) for request in server.requests}
     expected = {(f"answer {n} of {one}", f"answer {n} of {other}") for n in range(1, 6) for one, other in
                 (ARMS, ARMS[::-1])}  # fmt: skip
     assert pairs == expected
-    assert len(server.asked) == len(study.scored()) == 10
-    assert {asked.key for asked in server.asked} == {""}
-    body = server.asked[0].body
+    assert len(server.requests) == len(study.scored()) == 10
+    assert {request.key for request in server.requests} == {""}
+    body = server.requests[0].body
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.0, 1024)
     assert "Assistant: a reply\n\nUser: question" in body["messages"][0]["content"]
-    assert "0.83 [" in printed.row("win")
-    assert "0.17 [" in printed.row("tie")
-    assert "0.00 [" in printed.row("lose")
-    assert "mpo vs ppo: the same text on 1 prompt, a tie that nobody was asked." in printed.out
-    assert "10 requests, 150 tokens, 10 of 10 questions done" in printed.out
+    assert "0.83 [" in result.row("win")
+    assert "0.17 [" in result.row("tie")
+    assert "0.00 [" in result.row("lose")
+    assert "mpo vs ppo: the same text on 1 prompt, a tie that nobody was asked." in result.out
+    assert "10 requests, 150 tokens, 10 of 10 questions done" in result.out
     row = next(line for line in study.scored() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
     assert (row["scores"], row["tokens"], row["category"], row["seed"]) == ([4.0, 9.0], [10, 5], "helpful", 0)
-    assert row["replies"] == [said(4, 9)]
+    assert row["replies"] == [format_scores(4, 9)]
     assert row["format"] == 1
 
-    again = study.judge()
-    assert len(server.asked) == 10
-    assert again.row("win") == printed.row("win")
-    assert "10 of 10 questions were asked before" in again.out
-    turned = study.judge(arms=ARMS[::-1])
-    assert turned.row("lose").split()[1:4] == printed.row("win").split()[1:4]
-    assert turned.row("prompts").split()[1] == "6"
-    assert "ppo vs mpo: the same text on 1 prompt" in turned.out
-    assert len(server.asked) == 10
-    assert len(read(study.file).assignments) == 1  # so the report says it once
-    assert len(judges.judged_runs(load_runs(study.run))) == 1
+    repeated = study.judge()
+    assert len(server.requests) == 10
+    assert repeated.row("win") == result.row("win")
+    assert "10 of 10 questions were asked before" in repeated.out
+    swapped = study.judge(arms=ARMS[::-1])
+    assert swapped.row("lose").split()[1:4] == result.row("win").split()[1:4]
+    assert swapped.row("prompts").split()[1] == "6"
+    assert "ppo vs mpo: the same text on 1 prompt" in swapped.out
+    assert len(server.requests) == 10
+    assert len(read_verdicts(study.file).assignments) == 1  # so the report says it once
+    assert len(judges.load_judge_results(load_runs(study.run))) == 1
     for words in (["--temperature", "0.5"], ["--reply-tokens", "99"], ["--seed", "0", "--prompts", "6"]):
         study.judge(*words)
-    assert len(server.asked) == 30  # another temperature, another limit; the last asks nothing new
+    assert len(server.requests) == 30  # another temperature, another limit; the last asks nothing new
 
 
 def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study, server: Server) -> None:
-    server.prefer(lambda asked: True)
-    printed = study.judge()
-    assert "1.00 [" in printed.row("tie")
-    assert "1.00 [" in printed.row("flips")
-    assert "1.00 [" in printed.row("flips to the first")
+    server.prefer(lambda request: True)
+    result = study.judge()
+    assert "1.00 [" in result.row("tie")
+    assert "1.00 [" in result.row("flips")
+    assert "1.00 [" in result.row("flips to the first")
     section = judges.section(load_runs(study.run))
     assert section is not None
     assert "100% of those asked flip with the order, 100% of these to the completion shown first." in section.opening
 
 
 def test_flips_to_the_second_are_told_from_those_to_the_first(study: Study, server: Server) -> None:
-    server.prefer(lambda asked: about(asked) == 2)
-    printed = study.judge()
-    assert "1.00 [" in printed.row("flips")
-    assert "0.20 [" in printed.row("flips to the first")
+    server.prefer(lambda request: get_prompt_number(request) == 2)
+    result = study.judge()
+    assert "1.00 [" in result.row("flips")
+    assert "0.20 [" in result.row("flips to the first")
 
 
 def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Server) -> None:
-    well = server.behave
+    respond_well = server.respond
     swapped = "Response 2 Quality Score: 4\nExplanation: a.\n\nResponse 1 Quality Score: 9\nExplanation: b."
-    bad = {1: completion(said(11, 5)), 2: completion(swapped), 3: completion(said(-1, 5))}
-    server.behave = lambda asked: bad.get(about(asked)) or well(asked)
-    printed = study.judge()
-    assert "no verdict on 3 prompts, a reply to which could not be parsed" in printed.out
-    assert printed.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
-    assert "1.00 [" in printed.row("win")
+    bad = {
+        1: make_completion(format_scores(11, 5)),
+        2: make_completion(swapped),
+        3: make_completion(format_scores(-1, 5)),
+    }
+    server.respond = lambda request: bad.get(get_prompt_number(request)) or respond_well(request)
+    result = study.judge()
+    assert "no verdict on 3 prompts, a reply to which could not be parsed" in result.out
+    assert result.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
+    assert "1.00 [" in result.row("win")
 
 
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie_and_no_flip(study: Study, server: Server) -> None:
-    server.prefer(lambda asked: True if "of mpo" in asked.shown[0] else None)
-    printed = study.judge()
-    assert "1.00 [" in printed.row("tie")
-    assert "0.00 [" in printed.row("flips")
+    server.prefer(lambda request: True if "of mpo" in request.completions[0] else None)
+    result = study.judge()
+    assert "1.00 [" in result.row("tie")
+    assert "0.00 [" in result.row("flips")
 
 
 def test_a_judge_that_prefers_the_longer(study: Study, server: Server) -> None:
-    server.prefer(lambda asked: len(asked.shown[0]) > len(asked.shown[1]))
-    printed = study.judge(arms=("mpo", "mpo-sft-kl"))
-    assert "0.83 [" in printed.row("lose")
-    assert "1.00 [" in printed.row("longer wins")
-    assert printed.row("win at equal length").split()[4:7] == ["cannot", "be", "told"]
+    server.prefer(lambda request: len(request.completions[0]) > len(request.completions[1]))
+    result = study.judge(arms=("mpo", "mpo-sft-kl"))
+    assert "0.83 [" in result.row("lose")
+    assert "1.00 [" in result.row("longer wins")
+    assert result.row("win at equal length").split()[4:7] == ["cannot", "be", "told"]
 
 
 def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
-    printed = study.judge("--prompts", "2", "--draw", "1")
-    asked = {about(one) for one in server.asked}
-    same = "the same text on 1 prompt" in printed.out
-    assert len(asked) + same == 2
-    assert printed.row("prompts").split()[1] == "2"
+    result = study.judge("--prompts", "2", "--draw", "1")
+    numbers = {get_prompt_number(request) for request in server.requests}
+    same = "the same text on 1 prompt" in result.out
+    assert len(numbers) + same == 2
+    assert result.row("prompts").split()[1] == "2"
     study.judge("--prompts", "5")
-    assert len(server.asked) <= 10
+    assert len(server.requests) <= 10
 
 
 def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp_path: Path) -> None:
     own = tmp_path / "own.j2"
     own.write_text("{{ messages[-1].content }}\n\nResponse 1: {{ first }}\n\nResponse 2: {{ second }}")
-    server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) in (2, 5)))
-    printed = study.judge("--template", str(own))
-    assert server.asked[0].body["messages"][0]["content"].startswith("question ")
+    server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) in (2, 5)))
+    result = study.judge("--template", str(own))
+    assert server.requests[0].body["messages"][0]["content"].startswith("question ")
     made = table(judges.section(load_runs(study.run)), "tiny")
     found = rows(made)
     assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
@@ -281,15 +285,19 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
         "mpo vs ppo: helpful": ["2", "0.00", "0.50", "0.50", "-0.50"],
         "mpo vs ppo: harmless": ["2", "1.00", "0.00", "0.00", "1.00"],
     }
-    assert "harmless" in printed.out
+    assert "harmless" in result.out
     study.judge()
-    assert len(server.asked) == 20  # other words, other questions
+    assert len(server.requests) == 20  # other words, other questions
 
 
 def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
-    server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (asked.model == "one" or about(asked) < 4))
-    printed = study.judge("--model", "two", model="one")
-    assert len(server.asked) == 20
+    server.prefer(
+        lambda request: (
+            ("of mpo" in request.completions[0]) == (request.model == "one" or get_prompt_number(request) < 4)
+        )
+    )
+    result = study.judge("--model", "two", model="one")
+    assert len(server.requests) == 20
     # by hand: one says 1 five times; two says 1 three times and -1 twice
     one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
     counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
@@ -298,17 +306,17 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
     assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}")
-    assert "Agreement of judges" in printed.out
+    assert "Agreement of judges" in result.out
     each = [rows(table(judges.section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
     assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
 
 
 def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
     study.judge()
-    (alone,) = [row.p for row in _rows(study) if row.category is None]
-    server.prefer(lambda asked: None)
+    (alone,) = [row.p for row in _load_rows(study) if row.category is None]
+    server.prefer(lambda request: None)
     study.judge(model="other")
-    shown = _rows(study)
+    shown = _load_rows(study)
     assert len(shown) == 6
     corrected = next(row.p for row in shown if row.judged.judge.model == "tiny" and row.category is None)
     assert [row.p for row in shown] == pytest.approx(correct_by_holm([row.tally.p for row in shown]))
@@ -316,8 +324,8 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
     assert corrected > alone
 
 
-def _rows(study: Study) -> list[judges.Row]:
-    return judges.rows_of(judges.judged_runs(load_runs(study.run)))
+def _load_rows(study: Study) -> list[judges.Row]:
+    return judges.rows_of(judges.load_judge_results(load_runs(study.run)))
 
 
 # Servers that behave badly
@@ -325,8 +333,8 @@ def _rows(study: Study) -> list[judges.Row]:
 BAD: dict[str, Response | str] = {
     "slow": "slow",
     "cut": "cut",
-    "500": error(500, "oh no"),
-    "429": error(429, "slow down"),
+    "500": make_error(500, "oh no"),
+    "429": make_error(429, "slow down"),
     "malformed JSON": (200, {"Content-Type": "application/json"}, b'{"choices": [{"mess'),
     "a page": (200, {"Content-Type": "text/html"}, b"<html>it works</html>"),
     "nothing": (200, {"Content-Type": "application/json"}, b""),
@@ -342,102 +350,106 @@ BAD: dict[str, Response | str] = {
 def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
     study: Study, server: Server, waits: list[float], kind: str
 ) -> None:
-    well = server.behave
-    server.behave = lambda asked: BAD[kind] if asked.number < 2 else well(asked)
-    printed = study.judge("--concurrency", "1", "--timeout", "0.3" if kind == "slow" else "20")
-    assert (printed.code, len(server.asked)) == (0, 12)
-    assert "0.83 [" in printed.row("win")
-    assert "parsed" not in printed.out
+    respond_well = server.respond
+    server.respond = lambda request: BAD[kind] if request.number < 2 else respond_well(request)
+    result = study.judge("--concurrency", "1", "--timeout", "0.3" if kind == "slow" else "20")
+    assert (result.code, len(server.requests)) == (0, 12)
+    assert "0.83 [" in result.row("win")
+    assert "parsed" not in result.out
     assert len(waits) == 2
     assert 1.0 <= waits[0] <= 1.5
     assert 2.0 <= waits[1] <= 3.0
 
 
 @pytest.mark.parametrize(
-    "content", [None, [{"type": "text", "text": said(8, 5)}], 8, ""], ids=["null", "parts", "a number", "empty"]
+    "content",
+    [None, [{"type": "text", "text": format_scores(8, 5)}], 8, ""],
+    ids=["null", "parts", "a number", "empty"],
 )
 def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
     study: Study, server: Server, waits: list[float], content: object
 ) -> None:
-    well = server.behave
-    server.behave = lambda asked: completion(content) if about(asked) == 2 else well(asked)
-    printed = study.judge()
-    assert (printed.code, len(server.asked), waits) == (0, 10 + 2, [])
-    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
+    respond_well = server.respond
+    server.respond = lambda request: (
+        make_completion(content) if get_prompt_number(request) == 2 else respond_well(request)
+    )
+    result = study.judge()
+    assert (result.code, len(server.requests), waits) == (0, 10 + 2, [])
+    assert "no verdict on 1 prompt, a reply to which could not be parsed" in result.out
 
 
 def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 
-    async def timed() -> list[float]:
-        clock, halted = asyncio.get_running_loop().time, asyncio.Event()
+    async def measure_waits() -> list[float]:
+        clock, halt_event = asyncio.get_running_loop().time, asyncio.Event()
         begin = clock()
-        await asking.pause(0.02, halted)
+        await client.sleep_unless_halted(0.02, halt_event)
         between = clock()
-        asyncio.get_running_loop().call_later(0.02, halted.set)
-        await asking.pause(60.0, halted)
-        await asking.pause(60.0, halted)
+        asyncio.get_running_loop().call_later(0.02, halt_event.set)
+        await client.sleep_unless_halted(60.0, halt_event)
+        await client.sleep_unless_halted(60.0, halt_event)
         return [between - begin, clock() - between]
 
-    whole, early = asyncio.run(timed())
+    whole, early = asyncio.run(measure_waits())
     assert 0.015 <= whole < 5
     assert early < 5
 
 
 def test_no_more_at_once_than_were_asked_for(study: Study, server: Server) -> None:
-    well, together = server.behave, threading.Barrier(3)
+    respond_well, together = server.respond, threading.Barrier(3)
 
-    def behave(asked: Asked) -> Response | str:
-        if asked.number < 9:  # three at a time, each of which waits for two others
+    def respond(request: JudgeRequest) -> Response | str:
+        if request.number < 9:  # three at a time, each of which waits for two others
             together.wait(10)
-        return well(asked)
+        return respond_well(request)
 
-    server.behave = behave
+    server.respond = respond
     assert study.judge("--concurrency", "3").code == 0
-    assert (len(server.asked), server.at_once) == (10, 3)
+    assert (len(server.requests), server.max_concurrent) == (10, 3)
 
 
 def test_no_more_at_once_than_there_are_questions(study: Study, server: Server) -> None:
     assert study.judge("--concurrency", "1000000000").code == 0
-    assert len(server.asked) == 10
+    assert len(server.requests) == 10
 
 
 def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: list[float]) -> None:
-    well, date = server.behave, datetime.now(UTC) + timedelta(seconds=90)
+    respond_well, date = server.respond, datetime.now(UTC) + timedelta(seconds=90)
     after = ["20", format_datetime(date, usegmt=True), "100000", "soon"]
-    server.behave = lambda asked: (
-        error(429, "slow down", Retry_After=after[asked.number]) if asked.number < 4 else well(asked)
+    server.respond = lambda request: (
+        make_error(429, "slow down", Retry_After=after[request.number]) if request.number < 4 else respond_well(request)
     )
     assert study.judge("--concurrency", "1").code == 0
     assert 20 <= waits[0] <= 30
     assert 80 <= waits[1] <= 135
     assert 300 <= waits[2] <= 450
     assert 8 <= waits[3] <= 12  # the fourth in turn: 2 ** 3
-    assert asking.retry_after("nan") is None
-    assert asking.retry_after("-3") == 0.0
+    assert client.parse_retry_after("nan") is None
+    assert client.parse_retry_after("-3") == 0.0
 
 
 def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(study: Study, server: Server) -> None:
-    well = server.behave
+    respond_well = server.respond
 
-    def behave(asked: Asked) -> Response | str:
-        if about(asked) == 2:
-            return error(500, "no <memory>\n on \x1b[31mthe device")
-        return error(400, "too long") if about(asked) == 4 else well(asked)
+    def respond(request: JudgeRequest) -> Response | str:
+        if get_prompt_number(request) == 2:
+            return make_error(500, "no <memory>\n on \x1b[31mthe device")
+        return make_error(400, "too long") if get_prompt_number(request) == 4 else respond_well(request)
 
-    server.behave = behave
-    printed = study.judge("--attempts", "3")
-    assert printed.code == 1
-    assert len(server.asked) == 6 + 2 * 3 + 2  # a bad request is not asked again
-    assert "2 questions failed: HTTP 500: no <memory> on \ufffd[31mthe device\n" in printed.err
-    assert "2 questions failed: HTTP 400: too long\n" in printed.err
-    assert "0.75 [" in printed.row("win")
-    assert "no reply yet on 2 prompts" in printed.out
-    assert "a tie that nobody was asked, counted in proportion to the others that have a verdict;" in printed.out
-    server.behave, before = well, len(server.asked)
+    server.respond = respond
+    result = study.judge("--attempts", "3")
+    assert result.code == 1
+    assert len(server.requests) == 6 + 2 * 3 + 2  # a bad request is not asked again
+    assert "2 questions failed: HTTP 500: no <memory> on \ufffd[31mthe device\n" in result.err
+    assert "2 questions failed: HTTP 400: too long\n" in result.err
+    assert "0.75 [" in result.row("win")
+    assert "no reply yet on 2 prompts" in result.out
+    assert "a tie that nobody was asked, counted in proportion to the others that have a verdict;" in result.out
+    server.respond, before = respond_well, len(server.requests)
     assert study.judge().code == 0
-    assert {about(asked) for asked in server.asked[before:]} == {2, 4}
-    assert len(server.asked) == before + 4
+    assert {get_prompt_number(request) for request in server.requests[before:]} == {2, 4}
+    assert len(server.requests) == before + 4
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
@@ -445,37 +457,41 @@ def test_a_run_of_refusals_stops_with_one_line(
     study: Study, server: Server, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server.behave = lambda asked: error(status, "The model `tiny` does not exist")
-    printed = study.judge("--concurrency", "1")
-    assert printed.code == 1
-    assert len(server.asked) == asking.FAILURES_IN_A_ROW == 8
-    assert printed.err.splitlines()[-1] == (
-        f"stopped: tiny: 8 questions failed one after the other, the last with HTTP {status}: The model `tiny` does "
+    server.respond = lambda request: make_error(status, "The model `tiny` does not exist")
+    result = study.judge("--concurrency", "1")
+    assert result.code == 1
+    assert len(server.requests) == client.MAX_CONSECUTIVE_FAILURES == 8
+    assert result.err.splitlines()[-1] == (
+        f"stopped: tiny: 8 questions in a row failed, the last with HTTP {status}: The model `tiny` does "
         "not exist; 2 questions are left; the same command asks them"
     )
 
 
 def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: Server) -> None:
-    well = server.behave
-    server.behave = lambda asked: well(asked) if about(asked) == 5 else error(400, "too long")
+    respond_well = server.respond
+    server.respond = lambda request: (
+        respond_well(request) if get_prompt_number(request) == 5 else make_error(400, "too long")
+    )
     for _ in range(2):  # nothing was ever replied: the fault may be the call's
-        printed = study.judge("--concurrency", "1")
-        assert printed.err.splitlines()[-1].startswith("stopped: tiny: 8 questions failed one after the other")
+        result = study.judge("--concurrency", "1")
+        assert result.err.splitlines()[-1].startswith("stopped: tiny: 8 questions in a row failed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asking, "shuffled", lambda questions: questions[::-1])
+        patch.setattr(client, "shuffle_prompts", lambda questions: questions[::-1])
         study.judge("--concurrency", "1", "--max-requests", "1")
     assert len(study.scored()) == 1
-    printed = study.judge("--concurrency", "1")  # eight fail before the one that does not
-    assert printed.err == "8 questions failed: HTTP 400: too long\n"
+    result = study.judge("--concurrency", "1")  # eight fail before the one that does not
+    assert result.err == "8 questions failed: HTTP 400: too long\n"
     assert [line["prompt"] for line in study.scored()] == [5, 5]
 
 
 def test_a_question_that_fails_once_others_have_replies_stops_nothing(study: Study, server: Server) -> None:
-    well = server.behave
-    server.behave = lambda asked: well(asked) if about(asked) == 1 else error(413, "too long")
+    respond_well = server.respond
+    server.respond = lambda request: (
+        respond_well(request) if get_prompt_number(request) == 1 else make_error(413, "too long")
+    )
     assert study.judge("--concurrency", "1").err == "8 questions failed: HTTP 413: too long\n"
-    server.behave = lambda asked: error(500, "down")
-    assert "stopped: tiny: 8 questions failed" in study.judge("--concurrency", "1", "--attempts", "1").err
+    server.respond = lambda request: make_error(500, "down")
+    assert "stopped: tiny: 8 questions in a row failed" in study.judge("--concurrency", "1", "--attempts", "1").err
 
 
 def test_prompts_come_in_another_order_at_every_call(
@@ -487,63 +503,63 @@ def test_prompts_come_in_another_order_at_every_call(
         random.seed(seed)
         study.file.unlink(missing_ok=True)
         study.judge("--concurrency", "1")
-        asked = [about(one) for one in server.asked[10 * seed :]]
-        assert asked[::2] == asked[1::2]  # both orders of a pair behind each other
-        assert sorted(asked[::2]) == [1, 2, 3, 4, 5]
-        orders.add(tuple(asked))
+        numbers = [get_prompt_number(request) for request in server.requests[10 * seed :]]
+        assert numbers[::2] == numbers[1::2]  # both orders of a pair behind each other
+        assert sorted(numbers[::2]) == [1, 2, 3, 4, 5]
+        orders.add(tuple(numbers))
     assert len(orders) > 1
 
 
 def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study: Study, server: Server) -> None:
-    well = server.behave
-    server.behave = lambda asked: error(404, "no such model") if asked.model == "wrong" else well(asked)
-    printed = study.judge("--model", "tiny", "--concurrency", "1", model="wrong")
-    assert printed.code == 1
-    assert [sum(asked.model == name for asked in server.asked) for name in ("wrong", "tiny")] == [8, 10]
-    assert printed.err.splitlines()[-1] == (
-        "stopped: wrong: 8 questions failed one after the other, the last with HTTP 404: no such model; 2 questions "
+    respond_well = server.respond
+    server.respond = lambda request: (
+        make_error(404, "no such model") if request.model == "wrong" else respond_well(request)
+    )
+    result = study.judge("--model", "tiny", "--concurrency", "1", model="wrong")
+    assert result.code == 1
+    assert [sum(request.model == name for request in server.requests) for name in ("wrong", "tiny")] == [8, 10]
+    assert result.err.splitlines()[-1] == (
+        "stopped: wrong: 8 questions in a row failed, the last with HTTP 404: no such model; 2 questions "
         "are left; the same command asks them"
     )
-    assert "0.83 [" in printed.row("win")
+    assert "0.83 [" in result.row("win")
 
 
 def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, server: Server) -> None:
-    well, seen = server.behave, set[str]()
+    respond_well, seen = server.respond, set[str]()
 
-    def behave(asked: Asked) -> Response | str:
-        text = asked.body["messages"][0]["content"]
+    def respond(request: JudgeRequest) -> Response | str:
+        text = request.body["messages"][0]["content"]
         first = text not in seen
         seen.add(text)
-        if about(asked) == 2 or (about(asked) == 3 and first):
-            return completion("I like both.")
-        return well(asked)
+        if get_prompt_number(request) == 2 or (get_prompt_number(request) == 3 and first):
+            return make_completion("I like both.")
+        return respond_well(request)
 
-    server.behave = behave
-    printed = study.judge()
-    assert printed.code == 0
-    assert len(server.asked) == 10 + 2 + 2
-    assert "no verdict on 1 prompt, a reply to which could not be parsed" in printed.out
-    assert "0.80 [" in printed.row("win")  # of five: four won, one the same text
-    kept = [line for line in study.scored() if line["prompt"] in (2, 3)]
+    server.respond = respond
+    result = study.judge()
+    assert result.code == 0
+    assert len(server.requests) == 10 + 2 + 2
+    assert "no verdict on 1 prompt, a reply to which could not be parsed" in result.out
+    assert "0.80 [" in result.row("win")  # of five: four won, one the same text
+    stored = [line for line in study.scored() if line["prompt"] in (2, 3)]
     both = ["I like both."]
-    assert [(line["scores"], line["replies"]) for line in kept if line["prompt"] == 2] == [(None, both * 2)] * 2
-    assert all(line["scores"] and line["replies"][:1] == both for line in kept if line["prompt"] == 3)
-    assert [line["tokens"] for line in kept] == [[20, 10]] * 4  # of both replies
+    assert [(line["scores"], line["replies"]) for line in stored if line["prompt"] == 2] == [(None, both * 2)] * 2
+    assert all(line["scores"] and line["replies"][:1] == both for line in stored if line["prompt"] == 3)
+    assert [line["tokens"] for line in stored] == [[20, 10]] * 4  # of both replies
     study.judge()
-    assert len(server.asked) == 14
+    assert len(server.requests) == 14
 
 
 def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> None:
-    well = server.behave
-    server.behave = lambda asked: (
-        error(400, "half \ud800") if about(asked) == 1 else completion(said(8, 5) + "\ud83d") if about(asked) == 2
-        else well(asked)
-    )  # fmt: skip
-    printed = study.judge()
-    assert "HTTP 400: half \ufffd" in printed.err
+    respond_well = server.respond
+    bad = {1: make_error(400, "half \ud800"), 2: make_completion(format_scores(8, 5) + "\ud83d")}
+    server.respond = lambda request: bad.get(get_prompt_number(request)) or respond_well(request)
+    result = study.judge()
+    assert "HTTP 400: half \ufffd" in result.err
     assert any(line["replies"][0].endswith("so.\ufffd") for line in study.scored())
-    filled = Template("t", "{{ prompt }}{{ first }}{{ second }}").filled("a\udc00", "\ud83d\ude00", "\ufeffb")
-    assert filled == "a\ufffd\U0001f600\ufeffb"
+    rendered = Template("t", "{{ prompt }}{{ first }}{{ second }}").render("a\udc00", "\ud83d\ude00", "\ufeffb")
+    assert rendered == "a\ufffd\U0001f600\ufeffb"
 
 
 # Servers that mean harm
@@ -551,40 +567,44 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
 
 def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: Server) -> None:
     """Neither where it never ends nor where it says how long it is; the file keeps nothing of it."""
-    server.behave = lambda asked: (200, {}, itertools.repeat(b" " * 65536))
-    printed = study.judge("--concurrency", "1", "--prompts", "2")
-    assert printed.code == 1
-    assert "questions failed: a reply without end: more than 4,194,304 bytes\n" in printed.err
-    assert max(server.sent) < 10 * asking.LARGEST_REPLY  # what lies in buffers besides
-    server.behave = lambda asked: (500 if about(asked) == 2 else 200, {}, b'{"a": "' + b"x" * 50_000_000)
-    printed = study.judge("--concurrency", "1", "--attempts", "6")
-    assert "questions failed: a reply without end: more than 4,194,304 bytes\n" in printed.err
+    server.respond = lambda request: (200, {}, itertools.repeat(b" " * 65536))
+    result = study.judge("--concurrency", "1", "--prompts", "2")
+    assert result.code == 1
+    assert "questions failed: reply too long: more than 4,194,304 bytes\n" in result.err
+    assert max(server.sent_bytes) < 10 * client.MAX_REPLY_BYTES  # what lies in buffers besides
+    server.respond = lambda request: (
+        500 if get_prompt_number(request) == 2 else 200,
+        {},
+        b'{"a": "' + b"x" * 50_000_000,
+    )
+    result = study.judge("--concurrency", "1", "--attempts", "6")
+    assert "questions failed: reply too long: more than 4,194,304 bytes\n" in result.err
     assert study.file.stat().st_size < 10_000
 
 
 def test_tokens_of_a_reply_without_end_count_as_all_that_it_may_have(study: Study, server: Server) -> None:
-    server.behave = lambda asked: (200, {}, itertools.repeat(b" " * 65536))
-    printed = study.judge("--concurrency", "1", "--max-tokens", "150", "--reply-tokens", "100")
-    assert len(server.asked) == 2
-    assert "--max-tokens: 200 tokens were spent" in printed.err
+    server.respond = lambda request: (200, {}, itertools.repeat(b" " * 65536))
+    result = study.judge("--concurrency", "1", "--max-tokens", "150", "--reply-tokens", "100")
+    assert len(server.requests) == 2
+    assert "--max-tokens: 200 tokens were spent" in result.err
 
 
 def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, server: Server) -> None:
     def trickle() -> Iterator[bytes]:
-        while not server.over.wait(0.02):
+        while not server.closing.wait(0.02):
             yield b" "
 
-    server.behave = lambda asked: (200, {}, trickle())
-    printed = study.judge("--prompts", "2", "--attempts", "1", "--timeout", "0.3")
-    assert "questions failed: no reply in time: after 0.3 s\n" in printed.err
+    server.respond = lambda request: (200, {}, trickle())
+    result = study.judge("--prompts", "2", "--attempts", "1", "--timeout", "0.3")
+    assert "questions failed: timeout: no reply within 0.3 s\n" in result.err
 
 
 def test_a_packed_reply_is_not_unpacked(study: Study, server: Server) -> None:
     bomb = gzip.compress(bytes(20_000_000))
-    server.behave = lambda asked: (200, {"Content-Encoding": "gzip"}, bomb)
-    printed = study.judge("--attempts", "1")
-    assert "questions failed: no chat completion: a reply packed as gzip; expected plain JSON\n" in printed.err
-    assert {asked.headers["Accept-Encoding"] for asked in server.asked} == {"identity"}
+    server.respond = lambda request: (200, {"Content-Encoding": "gzip"}, bomb)
+    result = study.judge("--attempts", "1")
+    assert "questions failed: no chat completion: a reply encoded as gzip; expected plain JSON\n" in result.err
+    assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -592,36 +612,40 @@ def test_a_redirect_takes_no_prompt_elsewhere(
     study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with serving() as other:
+    with run_server() as other:
         place = other.url.removeprefix("http://").removesuffix("/v1")
         to = f"http://me:secret@{place}/v1/chat/completions?token=secret"
-        server.behave = lambda asked: (status, {"Location": to}, b"")
-        printed = study.judge("--concurrency", "1")
-    assert (other.asked, len(server.asked)) == ([], asking.FAILURES_IN_A_ROW)
-    assert printed.code == 1
-    assert f"8 questions failed: HTTP {status}: a redirect to {place}, not followed\n" in printed.err
-    assert "secret" not in printed.err
+        server.respond = lambda request: (status, {"Location": to}, b"")
+        result = study.judge("--concurrency", "1")
+    assert (other.requests, len(server.requests)) == ([], client.MAX_CONSECUTIVE_FAILURES)
+    assert result.code == 1
+    assert f"8 questions failed: HTTP {status}: a redirect to {place}, not followed\n" in result.err
+    assert "secret" not in result.err
 
 
 @pytest.mark.parametrize("location", [None, "/elsewhere", "http://[", "//:x", "\xff"])
 def test_a_redirect_to_nowhere(study: Study, server: Server, location: str | None) -> None:
-    server.behave = lambda asked: (302, {} if location is None else {"Location": location}, b"")
+    server.respond = lambda request: (302, {} if location is None else {"Location": location}, b"")
     assert study.judge("--attempts", "1").code == 1
 
 
 def test_a_long_reply_is_judged_and_kept_in_part(study: Study, server: Server) -> None:
-    server.behave = lambda asked: completion(said(8, 5) + "!" * 1_000_000)
+    server.respond = lambda request: make_completion(format_scores(8, 5) + "!" * 1_000_000)
     assert study.judge("--prompts", "2").code == 0
     for row in study.scored():
         assert row["scores"] == [8.0, 5.0]
-        assert row["replies"][0].startswith(said(8, 5))
-        assert row["replies"][0].endswith(f"!… ({len(said(8, 5)) + 1_000_000:,} characters)")
+        assert row["replies"][0].startswith(format_scores(8, 5))
+        assert row["replies"][0].endswith(f"!… ({len(format_scores(8, 5)) + 1_000_000:,} characters)")
         assert len(row["replies"][0]) < 70_000
 
 
 DIGITS = "9" * 5_000
 HARMFUL: dict[str, Response] = {
-    "an index": (200, {}, completion(said(8, 5))[2].replace(b'"index": 0', f'"index": {DIGITS}'.encode())),
+    "an index": (
+        200,
+        {},
+        make_completion(format_scores(8, 5))[2].replace(b'"index": 0', f'"index": {DIGITS}'.encode()),
+    ),
     "an error": (200, {}, f'{{"error": {{"code": {DIGITS}}}}}'.encode()),
     "nested": (200, {}, b"[" * 1_000_000),
     "no UTF-8": (200, {}, b"\xff\xfe{" + bytes(range(256))),
@@ -629,11 +653,11 @@ HARMFUL: dict[str, Response] = {
     "an unknown code": (200, {"Content-Type": "text/plain; charset=\xff"}, b"hello"),
     "a nested error": (500, {}, b"[" * 1_000_000),
     "an error of bytes": (500, {"Content-Type": "text/plain; charset=punycode"}, b"z9" * 1_000_000),
-    "a wait": error(503, "later", Retry_After=DIGITS),
-    "a wait below zero": error(503, "later", Retry_After=f"-{DIGITS}"),
-    "a date": error(503, "later", Retry_After=f"Mon, 01 Jan {'9' * 12} 00:00:00 GMT"),
-    "a zone": error(503, "later", Retry_After="Mon, 01 Jan 0001 00:00:00 +2359"),
-    "a header without end": error(503, "later", X_Much="x" * 200_000),
+    "a wait": make_error(503, "later", Retry_After=DIGITS),
+    "a wait below zero": make_error(503, "later", Retry_After=f"-{DIGITS}"),
+    "a date": make_error(503, "later", Retry_After=f"Mon, 01 Jan {'9' * 12} 00:00:00 GMT"),
+    "a zone": make_error(503, "later", Retry_After="Mon, 01 Jan 0001 00:00:00 +2359"),
+    "a header without end": make_error(503, "later", X_Much="x" * 200_000),
 }
 
 
@@ -641,26 +665,28 @@ HARMFUL: dict[str, Response] = {
 def test_what_a_server_may_send_is_a_failure_in_one_line(
     study: Study, server: Server, waits: list[float], kind: str
 ) -> None:
-    server.behave = lambda asked: HARMFUL[kind]
-    printed = study.judge("--concurrency", "1", "--attempts", "2")
-    assert printed.code == 1
-    assert len(server.asked) == 16
+    server.respond = lambda request: HARMFUL[kind]
+    result = study.judge("--concurrency", "1", "--attempts", "2")
+    assert result.code == 1
+    assert len(server.requests) == 16
     assert all(1.0 <= wait <= 450 for wait in waits)
-    assert max(map(len, printed.err.splitlines())) < 400
+    assert max(map(len, result.err.splitlines())) < 400
     assert study.scored() == []
 
 
 def test_tokens_that_nobody_can_have_used_are_not_counted(study: Study, server: Server) -> None:
     for tokens in ("9" * 4_299, "1e999", "-1", "true", '"5"', str(10**9 + 1)):
-        body = completion(said(8, 5))[2].replace(b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode())
-        assert read_reply(body) == Reply(said(8, 5))
-    assert read_reply(completion(said(8, 5), tokens=(10**9, 0))[2]).tokens == (10**9, 0)
+        body = make_completion(format_scores(8, 5))[2].replace(
+            b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode()
+        )
+        assert parse_reply(body) == Reply(format_scores(8, 5))
+    assert parse_reply(make_completion(format_scores(8, 5), tokens=(10**9, 0))[2]).tokens == (10**9, 0)
 
 
 @pytest.mark.parametrize("score", [DIGITS, f"0{DIGITS}", f"7.{DIGITS}", "9" * 400, "0" * 400 + "7"])
 def test_a_score_of_thousands_of_digits_is_none(score: str) -> None:
-    assert scores(Reply(said(score, 5))) is None
-    assert scores(Reply(said("7.3333333333333333", 5))) == (7.3333333333333333, 5.0)
+    assert parse_scores(Reply(format_scores(score, 5))) is None
+    assert parse_scores(Reply(format_scores("7.3333333333333333", 5))) == (7.3333333333333333, 5.0)
 
 
 def test_reading_a_reply_takes_time_in_proportion_to_its_length() -> None:
@@ -669,13 +695,13 @@ def test_reading_a_reply_takes_time_in_proportion_to_its_length() -> None:
     In a process that is ended where it takes a hundred times as long as it should.
     """
     code = """
-from mixpo.judge.replies import Reply, scores
+from mixpo.judge.replies import Reply, parse_scores
 n = 1_000_000
 label = "Response 1 Quality Score:"
 for text in ("x" * n, " " * n, "x " * n, label + " " * n, label + "9" * n, label + "9." * n, label + "1." + "9" * n,
              "Response " + "1" * n, "Response " * n, "*" * n, label * 40_000, (label + " " * 99) * 8_000, "\\n" * n):
     for cut in (False, True):
-        assert scores(Reply(text, cut)) is None
+        assert parse_scores(Reply(text, cut)) is None
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
@@ -686,13 +712,15 @@ for text in ("x" * n, " " * n, "x " * n, label + " " * n, label + "9" * n, label
 def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for this machine
-    server.behave = lambda asked: (
-        error(401, f"{'x' * 190}{KEY} is wrong") if about(asked) == 1 else completion(f"{said(8, 5)} {asked.key}")
+    server.respond = lambda request: (
+        make_error(401, f"{'x' * 190}{KEY} is wrong")
+        if get_prompt_number(request) == 1
+        else make_completion(f"{format_scores(8, 5)} {request.key}")
     )
-    printed = study.judge()
-    assert {asked.key for asked in server.asked} == {f"Bearer {KEY}"}
+    result = study.judge()
+    assert {request.key for request in server.requests} == {f"Bearer {KEY}"}
     written = "".join(path.read_text(errors="replace") for path in study.run.rglob("*") if path.is_file())
-    for text in (printed.out, printed.err, written):
+    for text in (result.out, result.err, written):
         assert KEY not in text
         assert KEY[:9] not in text  # nor cut in two
     assert "Bearer [OPENAI_API_KEY]" in written
@@ -703,11 +731,11 @@ def test_a_key_that_is_none_is_refused_and_not_shown(
     study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    printed = study.judge()
-    assert printed.code == 2
-    assert printed.err.startswith("OPENAI_API_KEY: found a line break, a space or a character that no key has; ")
-    assert KEY not in printed.err + printed.out
-    assert not server.asked
+    result = study.judge()
+    assert result.code == 2
+    assert result.err.startswith("OPENAI_API_KEY: found a line break, a space or a character that no key has; ")
+    assert KEY not in result.err + result.out
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
@@ -728,30 +756,30 @@ def test_a_key_that_is_none_is_refused_and_not_shown(
 )
 def test_endpoints_that_are_refused(endpoint: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^--endpoint: {re.escape(message)}") as refused:
-        checked(endpoint)
+        normalize_endpoint(endpoint)
     assert "secret" not in str(refused.value)
 
 
 def test_which_endpoints_are_this_machine() -> None:
-    assert checked("http://localhost:8000/v1/") == "http://localhost:8000/v1"
+    assert normalize_endpoint("http://localhost:8000/v1/") == "http://localhost:8000/v1"
     assert [is_loopback(f"http://{host}/v1") for host in ("localhost:1", "127.3.0.1", "[::1]:2")] == [True] * 3
     assert not is_loopback("http://192.168.0.1/v1")
 
 
 def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Server) -> None:
-    server.behave = lambda asked: error(401, "no key")
-    printed = study.judge("--concurrency", "1")
-    assert (printed.code, len(server.asked)) == (1, 1)
-    assert {asked.key for asked in server.asked} == {""}
-    assert printed.err.splitlines()[-1] == (
-        "stopped: OPENAI_API_KEY: not set, and the server asks for a key; put it into the environment; 9 questions are "
+    server.respond = lambda request: make_error(401, "no key")
+    result = study.judge("--concurrency", "1")
+    assert (result.code, len(server.requests)) == (1, 1)
+    assert {request.key for request in server.requests} == {""}
+    assert result.err.splitlines()[-1] == (
+        "stopped: OPENAI_API_KEY: not set, but the server requires a key; set it in the environment; 9 questions are "
         "left; the same command asks them"
     )
 
 
 def test_a_key_in_the_clear_is_warned_of(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_sent_in_clear("http://192.168.0.1/v1")
-    assert not any(map(is_sent_in_clear, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
+    assert is_unencrypted("http://192.168.0.1/v1")
+    assert not any(map(is_unencrypted, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
     monkeypatch.setattr("mixpo.judge.endpoint.is_loopback", lambda endpoint: False)
     assert study.judge("--prompts", "2").err == ""  # no key
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -763,14 +791,14 @@ def test_a_key_too_short_for_a_secret_is_left_in_texts(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "e")
     study.judge()
-    assert study.scored()[0]["replies"] == [said(*map(int, study.scored()[0]["scores"]))]
+    assert study.scored()[0]["replies"] == [format_scores(*map(int, study.scored()[0]["scores"]))]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", ""], "--model: found '' empty, twice or unprintable"),
-        (["--model", "tiny"], "--model: found 'tiny' empty, twice or unprintable"),
+        (["--model", ""], "--model: found '', empty, repeated or unprintable"),
+        (["--model", "tiny"], "--model: found 'tiny', empty, repeated or unprintable"),
         (["--temperature", "warm"], "--temperature: found 'warm'; expected a number from 0, or none"),
         (["--temperature", "-1"], "--temperature: found '-1'"),
         (["--temperature", "nan"], "--temperature: found 'nan'"),
@@ -781,31 +809,31 @@ def test_a_key_too_short_for_a_secret_is_left_in_texts(
     ],
 )
 def test_options_that_are_refused(study: Study, server: Server, words: list[str], message: str) -> None:
-    printed = study.judge(*words)
-    assert (printed.code, printed.err.count("\n")) == (2, 1)
-    assert printed.err.startswith(message)
-    assert not server.asked
+    result = study.judge(*words)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith(message)
+    assert not server.requests
 
 
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
     study.judge("--temperature", "none", "--reply-tokens", "none")
-    assert {frozenset(asked.body) for asked in server.asked} == {frozenset({"model", "messages"})}
+    assert {frozenset(request.body) for request in server.requests} == {frozenset({"model", "messages"})}
     notes = table(judges.section(load_runs(study.run)), "tiny")
     assert notes is not None
     assert "its own temperature, replies as long as it likes" in page.text(load_runs(study.run), "md")
     study.judge("--temperature", "none")
-    assert server.asked[-1].body.keys() == {"model", "messages", "max_tokens"}
-    assert len(server.asked) == 20
+    assert server.requests[-1].body.keys() == {"model", "messages", "max_tokens"}
+    assert len(server.requests) == 20
 
 
 # Stops, limits, and going on
 
 
 def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judged, "PLAIN_SECONDS", 0.0)
-    told = re.findall(r"judging: (\d)/4, (\d) requests, ([\d,]+) tokens", study.judge("--prompts", "2").out)
-    assert told[-1][:2] == ("4", "4")
-    assert int(told[-1][2]) > 0
+    monkeypatch.setattr(judge_command, "PLAIN_SECONDS", 0.0)
+    progress_lines = re.findall(r"judging: (\d)/4, (\d) requests, ([\d,]+) tokens", study.judge("--prompts", "2").out)
+    assert progress_lines[-1][:2] == ("4", "4")
+    assert int(progress_lines[-1][2]) > 0
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     bar = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", study.judge("--prompts", "4").out)
@@ -815,28 +843,28 @@ def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytes
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
-    well = server.behave
+    respond_well = server.respond
 
-    def behave(asked: Asked) -> Response | str:
-        if asked.number == 4:
+    def respond(request: JudgeRequest) -> Response | str:
+        if request.number == 4:
             os.kill(os.getpid(), signal.SIGINT)
             return "slow"
-        return well(asked)
+        return respond_well(request)
 
-    server.behave = behave
+    server.respond = respond
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background are born without
-    printed = study.judge("--concurrency", "1")
+    result = study.judge("--concurrency", "1")
     signal.signal(signal.SIGINT, earlier)
-    assert printed.code == 130
-    assert f"stopped; 4 of 10 questions are done and kept in {study.file}" in printed.out
+    assert result.code == 130
+    assert f"stopped; 4 of 10 questions are done and kept in {study.file}" in result.out
     kept = study.file.read_bytes()
     assert len(study.scored()) == 4
     study.file.write_bytes(kept + b'{"question": "torn')
-    server.behave = well
-    printed = study.judge()
-    assert printed.code == 0
-    assert "4 of 10 questions were asked before" in printed.out
-    assert len(server.asked) == 5 + 6
+    server.respond = respond_well
+    result = study.judge()
+    assert result.code == 0
+    assert "4 of 10 questions were asked before" in result.out
+    assert len(server.requests) == 5 + 6
     assert study.file.read_bytes().startswith(kept)
     assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
@@ -852,56 +880,56 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study,
 def test_spending_stops_where_it_is_told_to(
     study: Study, server: Server, words: list[str], requests: int, why: str
 ) -> None:
-    printed = study.judge("--concurrency", "1", *words)
-    assert printed.code == 0
-    assert len(server.asked) == len(study.scored()) == requests
-    assert printed.err == (f"stopped: {why}; the same command asks them\n" if why else "")
+    result = study.judge("--concurrency", "1", *words)
+    assert result.code == 0
+    assert len(server.requests) == len(study.scored()) == requests
+    assert result.err == (f"stopped: {why}; the same command asks them\n" if why else "")
     study.judge()
-    assert len(server.asked) == 10
+    assert len(server.requests) == 10
 
 
 def test_tokens_that_no_server_counts_cannot_be_held_to_a_limit(study: Study, server: Server) -> None:
-    server.behave = lambda asked: completion(said(8, 5), tokens=None)
+    server.respond = lambda request: make_completion(format_scores(8, 5), tokens=None)
     assert study.judge("--prompts", "2").code == 0
-    printed = study.judge("--concurrency", "1", "--max-tokens", "1000")
-    assert "the server does not say how many tokens it used; use --max-requests; " in printed.err
+    result = study.judge("--concurrency", "1", "--max-tokens", "1000")
+    assert "the server reports no token counts; use --max-requests; " in result.err
 
 
 @pytest.mark.parametrize("tokens", [None, (-5, 5)])
 def test_a_failure_that_counts_no_tokens_stops_at_a_limit_of_tokens_too(
     study: Study, server: Server, tokens: tuple[int, int] | None
 ) -> None:
-    status, headers, body = completion("", tokens=tokens)
-    server.behave = lambda asked: (status, headers, body.replace(b'"choices"', b'"choice"'))
-    printed = study.judge("--concurrency", "1", "--max-tokens", "1000")
-    assert len(server.asked) == 1
-    assert "the server does not say how many tokens it used; use --max-requests; 10 questions are" in printed.err
+    status, headers, body = make_completion("", tokens=tokens)
+    server.respond = lambda request: (status, headers, body.replace(b'"choices"', b'"choice"'))
+    result = study.judge("--concurrency", "1", "--max-tokens", "1000")
+    assert len(server.requests) == 1
+    assert "the server reports no token counts; use --max-requests; 10 questions are" in result.err
 
 
 def test_a_time_out_counts_as_all_tokens_of_a_reply(study: Study, server: Server) -> None:
-    server.behave = lambda asked: "slow"
+    server.respond = lambda request: "slow"
     words = ["--concurrency", "1", "--timeout", "0.1", "--max-tokens", "150"]
-    printed = study.judge(*words, "--reply-tokens", "100")
-    assert len(server.asked) == 2
-    assert "--max-tokens: 200 tokens were spent" in printed.err
-    printed = study.judge(*words, "--reply-tokens", "none")
-    assert len(server.asked) == 3
-    assert "the server does not say how many tokens it used" in printed.err
+    result = study.judge(*words, "--reply-tokens", "100")
+    assert len(server.requests) == 2
+    assert "--max-tokens: 200 tokens were spent" in result.err
+    result = study.judge(*words, "--reply-tokens", "none")
+    assert len(server.requests) == 3
+    assert "the server reports no token counts" in result.err
 
 
 def test_retries_count_as_requests_and_lost_tokens_as_spent(study: Study, server: Server) -> None:
-    status, headers, body = completion("")
-    server.behave = lambda asked: (status, headers, body.replace(b'"choices"', b'"choice"'))
-    printed = study.judge("--concurrency", "1", "--max-tokens", "40")
-    assert len(server.asked) == 3
-    assert "3 requests, 45 tokens, 0 of 10 questions done" in printed.out
+    status, headers, body = make_completion("")
+    server.respond = lambda request: (status, headers, body.replace(b'"choices"', b'"choice"'))
+    result = study.judge("--concurrency", "1", "--max-tokens", "40")
+    assert len(server.requests) == 3
+    assert "3 requests, 45 tokens, 0 of 10 questions done" in result.out
 
 
 def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> None:
-    printed = study.judge("--dry-run", "--endpoint", "https://api.example/v1", "--model", "other")
-    assert printed.code == 0
-    assert "Response 1: answer 1 of mpo\n\nResponse 2: answer 1 of ppo\n" in printed.out
-    assert printed.out.endswith("20 questions, 0 of them asked before: 20 calls\n")
+    result = study.judge("--dry-run", "--endpoint", "https://api.example/v1", "--model", "other")
+    assert result.code == 0
+    assert "Response 1: answer 1 of mpo\n\nResponse 2: answer 1 of ppo\n" in result.out
+    assert result.out.endswith("20 questions, 0 of them asked before: 20 calls\n")
     assert not study.file.exists()
     own = tmp_path / "own.j2"
     own.write_text("\x1b]0;\u202e {{ first }}\r {{ second }}")
@@ -912,16 +940,16 @@ def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> 
 
 
 def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
-    with appending(study.file):
-        printed = study.judge()
-    assert printed.code == 2
-    assert "found another `mixpo judge` that writes it; wait for its end" in printed.err
+    with open_for_append(study.file):
+        result = study.judge()
+    assert result.code == 2
+    assert "found another `mixpo judge` writing it; wait until it ends" in result.err
     study.file.write_text('{"format": 1, "question": "a", "scores": null}\n{"oops\n')
-    printed = study.judge()
-    assert printed.code == 2
-    assert f"{study.file}:2: found no verdict (JSONDecodeError: " in printed.err
+    result = study.judge()
+    assert result.code == 2
+    assert f"{study.file}:2: found no valid verdict (JSONDecodeError: " in result.err
     study.file.write_text('{"format": 2, "question": "a"}\n')
-    assert f"{study.file}:1: found no verdict (ValueError: format 2, not 1)" in study.judge().err
+    assert f"{study.file}:1: found no valid verdict (ValueError: format 2, not 1)" in study.judge().err
 
 
 @pytest.mark.parametrize(
@@ -931,30 +959,30 @@ def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
 def test_a_verdict_that_no_judge_can_have_given_is_named(study: Study, scores: str) -> None:
     study.file.parent.mkdir()
     study.file.write_text(f'{{"format": 1, "question": "a", "scores": {scores}}}\n')
-    printed = study.judge()
-    assert printed.code == 2
-    assert printed.err.startswith(f"{study.file}:1: found no verdict (")
-    assert len(printed.err) < 600
+    result = study.judge()
+    assert result.code == 2
+    assert result.err.startswith(f"{study.file}:1: found no valid verdict (")
+    assert len(result.err) < 600
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
-    well, unlimited = server.behave, resource.getrlimit(resource.RLIMIT_FSIZE)
+    respond_well, unlimited = server.respond, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def behave(asked: Asked) -> Response | str:
-        if asked.number == 4:  # the kernel writes 20 bytes of the next line, and then none
+    def respond(request: JudgeRequest) -> Response | str:
+        if request.number == 4:  # the kernel writes 20 bytes of the next line, and then none
             resource.setrlimit(resource.RLIMIT_FSIZE, (study.file.stat().st_size + 20, unlimited[1]))
-        return well(asked)
+        return respond_well(request)
 
-    server.behave = behave
+    server.respond = respond
     try:
-        printed = study.judge("--concurrency", "1")
+        result = study.judge("--concurrency", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert printed.code == 2
-    assert f"{study.file}: cannot be written any more (" in printed.err
-    assert printed.err.endswith("; make room\n")
+    assert result.code == 2
+    assert f"{study.file}: cannot be written (" in result.err
+    assert result.err.endswith("; free some disk space\n")
     assert len(study.scored()) == 4
-    server.behave = well
+    server.respond = respond_well
     assert study.judge().code == 0
     assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
@@ -964,9 +992,9 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("mixpo.judge.verdicts.fcntl.flock", lock)
-    printed = study.judge()
-    assert printed.code == 2
-    assert "found a file that cannot be locked or shortened (No locks available)" in printed.err
+    result = study.judge()
+    assert result.code == 2
+    assert "found a file that cannot be locked or shortened (No locks available)" in result.err
 
 
 @pytest.mark.parametrize(
@@ -988,17 +1016,17 @@ def test_templates_that_are_refused(study: Study, server: Server, tmp_path: Path
     own = tmp_path / "own.j2"
     if text is not None:
         own.write_text(text)
-    printed = study.judge("--template", str(own))
-    assert (printed.code, printed.err.count("\n")) == (2, 1)
-    assert message in printed.err
-    assert not server.asked
+    result = study.judge("--template", str(own))
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert message in result.err
+    assert not server.requests
 
 
 def test_the_papers_prompt() -> None:
-    filled = read_template(None).filled("Why?", "{{ one }}", "two")
-    assert filled.startswith("Please evaluate the quality of the response according to the given instructions.")
-    assert filled.endswith("Instruction: Why?\n\nResponse 1: {{ one }}\n\nResponse 2: two")
-    assert [filled.count(f"\n{number}. ") for number in range(1, 12)] == [1] * 10 + [0]
+    rendered = read_template(None).render("Why?", "{{ one }}", "two")
+    assert rendered.startswith("Please evaluate the quality of the response according to the given instructions.")
+    assert rendered.endswith("Instruction: Why?\n\nResponse 1: {{ one }}\n\nResponse 2: two")
+    assert [rendered.count(f"\n{number}. ") for number in range(1, 12)] == [1] * 10 + [0]
 
 
 # The report
@@ -1025,7 +1053,7 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
 
 
 def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
-    server.prefer(lambda asked: ("of mpo" in asked.shown[0]) == (about(asked) < 4))
+    server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) < 4))
     study.judge()
     section = judges.section(load_runs(study.run))
     assert section is not None
@@ -1033,20 +1061,20 @@ def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, s
     assert not re.search(r"\b(above|below) zero", section.opening)
 
 
-def _verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
+def _make_verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
     pairs = [Comparison(number, f"{number}?", None, ("a", "bc")) for number in range(len(outcomes))]
     alike = [Comparison(len(outcomes) + number, "?", None, ("a", "a")) for number in range(same)]
     return [*map(Verdict, pairs, outcomes), *(Verdict(pair, 0) for pair in alike)]
 
 
 def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
-    two = tally(_verdicts([1, 1]))
+    two = tally_verdicts(_make_verdicts([1, 1]))
     assert two is not None
     assert (two.win.mean, two.p) == (1.0, 0.5)
     assert two.win.low == pytest.approx(2 / (2 + 1.959964**2), rel=1e-6)
     assert two.tie.high > 0.5
     assert two.difference.low < 0
-    many = tally(_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
+    many = tally_verdicts(_make_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
     assert many is not None
     assert many.p == pytest.approx(binomtest(15, 17).pvalue)
     assert many.difference == win_minus_lose(15, 3, 2)
@@ -1054,11 +1082,13 @@ def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
 
 def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict() -> None:
     """A call that was stopped at a tenth leans to nothing."""
-    counts = {known: tally(_verdicts([1] * known + [None] * (20 - known), same=10)) for known in (0, 2, 10, 20)}
+    counts = {
+        known: tally_verdicts(_make_verdicts([1] * known + [None] * (20 - known), same=10)) for known in (0, 2, 10, 20)
+    }
     assert counts.pop(0) is None
     found = {known: (one.prompts, one.win.mean) for known, one in counts.items() if one is not None}
     assert found == {known: (known * 3 // 2, pytest.approx(2 / 3)) for known in (2, 10, 20)}
-    alone = tally(_verdicts([], same=3))
+    alone = tally_verdicts(_make_verdicts([], same=3))
     assert alone is not None
     assert (alone.prompts, alone.tie.mean, alone.flips) == (3, 1.0, None)
 
@@ -1081,7 +1111,7 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     assert "2 prompts judged before completions changed are left out." in section.opening
     assert "2 prompts left out, judged before completions changed" in page.text(load_runs(study.run), "md")
     assert study.judge().code == 0
-    assert len(server.asked) == 14  # both orders of the two
+    assert len(server.requests) == 14  # both orders of the two
     section = judges.section(load_runs(study.run))
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
@@ -1101,4 +1131,4 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
     both = judges.section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
-    assert set(read(study.file).assignments) == set(read(other / FILE).assignments)
+    assert set(read_verdicts(study.file).assignments) == set(read_verdicts(other / FILE).assignments)

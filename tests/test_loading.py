@@ -21,7 +21,7 @@ from mixpo.data.branches import pack
 from mixpo.data.errors import InputError
 from mixpo.models import loading
 from mixpo.models.adapters import LoraSettings, add_lora
-from mixpo.models.folders import ModelFolder, generation_end_tokens, read_policy_folder
+from mixpo.models.folders import ModelFolder, read_end_tokens, read_policy_folder
 from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
 from mixpo.models.saving import save_model
 from mixpo.models.tokenizers import tokenize_alike
@@ -494,11 +494,11 @@ def test_end_tokens_that_no_file_names_are_not_guessed(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.eos_token_id = 50256
     with pytest.raises(InputError, match="found eos_token_id 50256"):
-        generation_end_tokens(model, folder)
+        read_end_tokens(model, folder)
     content = json.loads((folder / CONFIG).read_text())
     del content["eos_token_id"]
     (folder / CONFIG).write_text(json.dumps(content))
-    assert generation_end_tokens(model, folder) == frozenset()
+    assert read_end_tokens(model, folder) == frozenset()
     lm = load_policy(folder, device=CPU)
     assert lm.end_tokens == {lm.end_token}
 

@@ -66,7 +66,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     )
     assert share > 0.6
     batch = pack(PROMPTS, COMPLETIONS)
-    found = []
+    results = []
     for lm in (narrow, wide):
         lm.train()
         logprobs, entropies = lm(batch, "logprobs", "entropies")
@@ -74,9 +74,9 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
             logprobs.sum().backward()
         gradients = [p.grad for p in lm.parameters() if p.grad is not None]
         assert bool(gradients) == adapted
-        drawn = sample(lm, PROMPTS, k=2, max_tokens=6, seed=0)
-        found.append((logprobs, entropies, lm(batch, "states"), *gradients, drawn.tokens, drawn.logprobs))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        sampled = sample(lm, PROMPTS, k=2, max_tokens=6, seed=0)
+        results.append((logprobs, entropies, lm(batch, "states"), *gradients, sampled.tokens, sampled.logprobs))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
@@ -142,15 +142,15 @@ def stage_of(tiny: TinyWorld, kind: str, precision: str = "float32", **settings:
 @pytest.fixture
 def adapted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[LanguageModel, dict[str, torch.Tensor]]]]:
     """Every model that got adapters, with its weights as they were then."""
-    seen: list[tuple[LanguageModel, dict[str, torch.Tensor]]] = []
+    adapted_models: list[tuple[LanguageModel, dict[str, torch.Tensor]]] = []
 
     def adapting(lm: LanguageModel, lora: LoraSettings) -> None:
         add_lora(lm, lora)
-        seen.append((lm, {name: p.detach().clone() for name, p in lm.model.named_parameters()}))
+        adapted_models.append((lm, {name: p.detach().clone() for name, p in lm.model.named_parameters()}))
 
     for name in ("sft", "reward_model", "dpo", "ppo", "ppo_models"):
         monkeypatch.setattr(f"mixpo.stages.{name}.add_lora", adapting)
-    return seen
+    return adapted_models
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
             assert after[name].dtype == torch.float32 or (precision == "bfloat16" and name not in trained)
     tensors = load_file(tmp_path / checkpoint.FILE)
     parts = checkpoint._insert_tensors(json.loads(tensors.pop("json").numpy().tobytes()), tensors)["parts"]
-    kept = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
-    assert kept == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
+    saved_names = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
+    assert saved_names == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
     start, end = (
         load_file(model_folder(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path)
     )

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from mixpo.cli import main as cli
-from mixpo.cli.data import show_preview
+from mixpo.cli.data import print_preview
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
-from mixpo.experiments.preview import make_preview, read_source, shorten_pieces, split_into_pieces
+from mixpo.experiments.preview import make_preview, read_recipe_or_source, shorten_pieces, split_into_pieces
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.run import run_stage
-from watching import Watching
+from recording_display import RecordingDisplay
 
 ROW = {"prompt": [{"role": "user", "content": "How?"}], "chosen": "So.", "rejected": "No."}
 
@@ -38,7 +38,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     captured = capsys.readouterr()
-    assert stopped.value.code == (2 if captured.err else 0)
+    assert (stopped.value.code or 0) == (2 if captured.err else 0)
     return captured.out or captured.err
 
 
@@ -56,8 +56,8 @@ def test_a_preview_shows_what_is_trained_on_and_what_is_read(
     before, chosen, rejected = map(bracketed, ("<|user|>How 0?<|assistant|>", "So.<|end|>", "No.<|end|>"))
     assert before == "«<|user|>»[How][ ][0][?]«<|assistant|>»"
     assert [line.strip() for line in lines[:7]] == [
-        "preference, the first",
-        "prompt  6 tokens, given, not trained on",
+        "first preference",
+        "prompt  6 tokens, not trained on",
         before,
         f"chosen  {len(tokenizer.tokenize('So.')) + 1} tokens, trained on",
         chosen,
@@ -86,23 +86,23 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
         "data.train": write(tmp_path / "train.jsonl", train),
         "data.test": write(tmp_path / "test.jsonl", rows(range(5, 12))),
     }
-    recipe = read_source(paths["data.train"], [f"data.test={paths['data.test']}", "max_completion_tokens=20"])
-    seen = make_preview(recipe)
-    assert seen.counts == {
+    recipe = read_recipe_or_source(paths["data.train"], [f"data.test={paths['data.test']}", "max_completion_tokens=20"])
+    preview = make_preview(recipe)
+    assert preview.counts == {
         "rows": "26 read: 17 to train, 7 to test, 17 demonstrations",
-        "bad": "2, of which 1 with equal sides",
+        "bad": "2, of which 1 with identical completions",
         "duplicate": "2 in train, 0 in test",
         "contradictory": "2 in train, 0 in test",
         "prompts in train and test": "5 of 7 test prompts",
-        "cut": "7 of 34 sides are longer than max_completion_tokens 20",
-        "equal after the cut": "3 of 17 pairs",
-        "cut demonstrations": "4 of 17 are longer than max_completion_tokens 20",
+        "truncated": "7 of 34 completions are longer than max_completion_tokens 20",
+        "identical after truncation": "3 of 17 pairs",
+        "truncated demonstrations": "4 of 17 are longer than max_completion_tokens 20",
     }
-    assert "train: 2 of 17 rows stand there already, word for word" in seen.facts
-    assert "train: 2 of 17 rows contradict another, which prefers the other side" in seen.facts
-    assert "5 of 7 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in seen.facts
-    assert "1 of the bad rows have two equal sides" in seen.facts
-    assert [row.row for row in seen.bad] == [18, 19]
+    assert "train: 2 of 17 rows stand there already, word for word" in preview.facts
+    assert "train: 2 of 17 rows contradict another, which prefers the other side" in preview.facts
+    assert "5 of 7 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in preview.facts
+    assert "1 of the bad rows have two equal sides" in preview.facts
+    assert [row.row for row in preview.bad] == [18, 19]
     dropped = make_preview(
         recipe.model_copy(update={"data": recipe.data.model_copy(update={"shared_prompts": "drop"})})
     )
@@ -114,12 +114,12 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
 def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> None:
     (world,) = make_preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
     assert world.kind == "preference"
-    assert world.sides[1].text.endswith("<|end|>")
+    assert world.texts[1].text.endswith("<|end|>")
     path = write(tmp_path / "a.jsonl", [{"prompt": "How?", "completion": "So.", "score": 1}])
-    seen = make_preview(read_source(path))
-    assert [example.kind for example in seen.examples] == ["demonstration"]
-    assert [side.text for side in seen.examples[0].sides] == ["How?", "So.<|end|>"]
-    assert seen.facts == ["demonstrations read as demonstration: prompt, completion; ignored: score"]
+    preview = make_preview(read_recipe_or_source(path))
+    assert [example.kind for example in preview.examples] == ["demonstration"]
+    assert [side.text for side in preview.examples[0].texts] == ["How?", "So.<|end|>"]
+    assert preview.facts == ["demonstrations read as demonstration: prompt, completion; ignored: score"]
 
 
 def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,10 +134,10 @@ def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys:
 
 def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
     hostile = {"chosen": "\x1b[2JSo.\u202e", "rejected": "[bold]No.[/bold]", "\x1b[31mred": 1}
-    seen = make_preview(read_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
+    preview = make_preview(read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
     for color in (None, "256"):
         file = io.StringIO()
-        show_preview(seen, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
+        print_preview(preview, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
         text = file.getvalue()
         assert "\x1b[2J" not in text
         assert "\x1b[31m" not in text
@@ -146,7 +146,7 @@ def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
         assert "⟦U+202E⟧" in text
         assert ("\x1b[" in text) == (color is not None)
         assert "«<|end|>»" in text if color is None else "<|end|>" in text
-    assert "[bold]" in "".join(piece.text for piece in seen.examples[0].sides[2].pieces)
+    assert "[bold]" in "".join(piece.text for piece in preview.examples[0].texts[2].pieces)
 
 
 @pytest.mark.parametrize("text", ["Größe 日本語 👩‍💻!", " leading", "a\n\nb\tc", "<|end|> as text"])
@@ -187,12 +187,14 @@ def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
     tokenizer.bos_token = "<|user|>"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
-    seen = make_preview(read_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model")))
-    assert seen.warnings == [
+    preview = make_preview(
+        read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model"))
+    )
+    assert preview.warnings == [
         f"{tmp_path}/model: found no config.json that names an architecture; expected a decoder-only language model in "
         "a Hugging Face folder",
     ]
-    assert seen.tokens[0] == f"BOS is <|user|> ({tokenizer.bos_token_id}); prompts begin with it"
+    assert preview.tokens[0] == f"BOS is <|user|> ({tokenizer.bos_token_id}); prompts begin with it"
 
 
 def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path) -> None:
@@ -200,22 +202,22 @@ def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path)
     path = write(
         tmp_path / "a.jsonl", [{**row, "prompt": [{"role": "user", "content": str(row["prompt"])}]} for row in given]
     )
-    facts = make_preview(read_source(path)).facts
+    facts = make_preview(read_recipe_or_source(path)).facts
     assert [line for line in facts if "names of control tokens" in line] == [
-        "1 of 6 prompts hold names of control tokens, such as '<|user|>', which stay text; "
-        "data.special_tokens=parse takes them as control tokens",
-        "3 of 12 completions hold names of control tokens, such as '<|end|>', which stay text",
+        "1 of 6 prompts contain names of control tokens, such as '<|user|>', which are plain text; "
+        "data.special_tokens=parse makes them control tokens",
+        "3 of 12 completions contain names of control tokens, such as '<|end|>', which are plain text",
     ]
     path = write(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2)
-    (line,) = [line for line in make_preview(read_source(path)).facts if "names of control tokens" in line]
-    assert line.startswith("2 of 2 completions hold")
+    (line,) = [line for line in make_preview(read_recipe_or_source(path)).facts if "names of control tokens" in line]
+    assert line.startswith("2 of 2 completions contain")
 
 
 def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(range(4)))
-    assert read_source(path).data.format == "preference"
+    assert read_recipe_or_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
-        make_preview(read_source(path, ["data.format=tldr"]))
+        make_preview(read_recipe_or_source(path, ["data.format=tldr"]))
 
 
 @pytest.mark.parametrize("given", ["''", "['a.jsonl', '']"])
@@ -230,20 +232,20 @@ def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
     monkeypatch.chdir(tmp_path)
     train = write(tmp_path / "rows.jsonl", rows(range(10), id=3))
     test = write(tmp_path / "test.jsonl", rows(range(10, 12)))
-    recipe = read_source(train, [f"data.test={test}"])
+    recipe = read_recipe_or_source(train, [f"data.test={test}"])
     expected = [
         "preferences read as preference: prompt, chosen, rejected; ignored: id",
         "demonstrations for SFT are the chosen completions of train",
         "10 pairs to train, 2 to test, 10 demonstrations; the tokenizer has no BOS; prompts begin without one; "
         "completions end with <|end|> (3); the first pair:",
-        "  prompt        6 tokens, given: <|user|>How 0?<|assistant|>",
+        "  prompt        6 tokens, not trained on: <|user|>How 0?<|assistant|>",
         "  chosen        4 tokens, trained on: So.<|end|>",
         "  rejected      4 tokens, trained on: No.<|end|>",
     ]
     for _ in range(2):
-        watching = Watching()
-        run_stage(recipe, lambda setup: setup.data, watching)
-        assert watching.notes == expected
+        display = RecordingDisplay()
+        run_stage(recipe, lambda setup: setup.data, display)
+        assert display.notes == expected
 
 
 @pytest.mark.parametrize(
@@ -260,12 +262,12 @@ def test_a_cache_without_the_counts_of_its_rows_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: dict[str, Any], found: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = read_source(write(tmp_path / "rows.jsonl", rows(range(10))))
-    run_stage(recipe, lambda setup: setup.data, Watching())
+    recipe = read_recipe_or_source(write(tmp_path / "rows.jsonl", rows(range(10))))
+    run_stage(recipe, lambda setup: setup.data, RecordingDisplay())
     (summary,) = [path for path in tmp_path.rglob("summary.json") if "columns" in json.loads(path.read_text())]
     figures = json.loads(summary.read_text()) | damage
     summary.write_text(json.dumps({name: value for name, value in figures.items() if value is not ...}))
     with pytest.raises(InputError) as caught:
-        run_stage(recipe, lambda setup: setup.data, Watching())
+        run_stage(recipe, lambda setup: setup.data, RecordingDisplay())
     assert f"summary.json of the data stage: found no usable counts of its rows ({found}" in str(caught.value)
     assert "delete the stage's folder and run again" in str(caught.value)

@@ -16,7 +16,7 @@ from mixpo.experiments.run import run_recipe
 from mixpo.stages.engine import Engine
 from mixpo.stages.pretrained import Pretrained
 from mixpo.training.runtime import Runtime
-from watching import Watching
+from recording_display import RecordingDisplay
 
 TINY = [
     "arms=[sft]",
@@ -47,7 +47,7 @@ def tiny(cache: Path, out: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("received")
-    run_recipe(tiny(home / "cache", home / "run"), Watching())
+    run_recipe(tiny(home / "cache", home / "run"), RecordingDisplay())
     return home / "cache"
 
 
@@ -66,12 +66,12 @@ def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: P
     plant(folders, marker)
     recipe = tiny(mine, tmp_path / "run")
     assert all(line.done for _, lines in plan_stages(recipe) for line in lines)
-    assert run_recipe(recipe, Watching()).computed == 0
+    assert run_recipe(recipe, RecordingDisplay()).computed == 0
     for folder in folders:
         (folder / "summary.json").unlink()
     assert not any(line.done for _, lines in plan_stages(recipe) for line in lines)
-    found = run_recipe(recipe, Watching())  # a checkpoint that is none ends the stage that would go on from it
-    assert found.arms[0].status == "failed"
+    run = run_recipe(recipe, RecordingDisplay())  # a checkpoint that is none ends the stage that would go on from it
+    assert run.arms[0].status == "failed"
     assert not marker.exists()
     pickle.loads(pickle.dumps(Runs(marker)))
     assert marker.exists(), "the pickle does run where it is read"
@@ -102,7 +102,7 @@ OWN_LOADER = ("yaml.load", "experiments/recipe.py")
 def test_nothing_in_the_source_reads_what_can_run() -> None:
     """Every import and call; the recipe's own YAML loader is a SafeLoader."""
     root = Path(mixpo.__file__).parent
-    found = []
+    violations = []
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             names = [ast.unparse(node.func)] if isinstance(node, ast.Call) else []
@@ -112,5 +112,5 @@ def test_nothing_in_the_source_reads_what_can_run() -> None:
                 names = [one.name for one in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(f"{node.module}.{one.name}" for one in node.names)]
-            found += [(name, str(path.relative_to(root))) for name in names if name in FORBIDDEN]
-    assert [one for one in found if one != OWN_LOADER] == []
+            violations += [(name, str(path.relative_to(root))) for name in names if name in FORBIDDEN]
+    assert [one for one in violations if one != OWN_LOADER] == []

@@ -10,7 +10,7 @@ import pytest
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import plan_stages
-from mixpo.experiments.recipe import LARGEST, Recipe, _sections, read_recipe
+from mixpo.experiments.recipe import MAX_RECIPE_BYTES, Recipe, _list_section_types, read_recipe
 from mixpo.models.adapters import LoraSettings
 
 SECRET = "sk-very-secret-0123456789"
@@ -90,8 +90,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nname: *c\n"
         ("seeds: [" + "9" * 5_000 + "]", "Exceeds the limit"),
         ("seeds: [0x" + "f" * 5_000 + "]", "a whole number beyond 64 bits in line 1"),
         ("name: !!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
-        ("? [a]\n: 1", "a key that is no text in line 1"),
-        ("ppo:\n  kl_coef: 1\n  kl_coef: 2\n", "a key that stands there twice in line 2"),
+        ("? [a]\n: 1", "a key that is not text in line 1"),
+        ("ppo:\n  kl_coef: 1\n  kl_coef: 2\n", "a duplicate key in line 2"),
         ("name: 'a", "found unexpected end of stream"),
         ("name: \0", "unacceptable character"),
         ('cache: "a\\0b"', "NUL or half a surrogate pair in line 1"),
@@ -111,7 +111,7 @@ def test_values_and_files_of_any_length_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_recipe("world", ["name=" + "x" * 100_000 + "/"])
     assert len(str(error.value)) < 400
-    (tmp_path / "big.yaml").write_text("name: a\n#" + "x" * LARGEST)
+    (tmp_path / "big.yaml").write_text("name: a\n#" + "x" * MAX_RECIPE_BYTES)
     with pytest.raises(InputError, match=r"big\.yaml: found more than 1,048,576 bytes; expected a recipe"):
         read_recipe(str(tmp_path / "big.yaml"))
 
@@ -127,9 +127,11 @@ def test_an_override_lies_over_what_the_recipe_gives(tmp_path: Path) -> None:
         read_recipe(str(tmp_path / "mine.yaml"), words)
 
 
-def numbers() -> list[tuple[str, bool]]:
+def list_number_keys() -> list[tuple[str, bool]]:
     """The dotted key of every setting that is a number, or several, and whether it is whole."""
-    groups = {"": Recipe, "ppo.lora.": LoraSettings} | {f"{name}.": section for name, section in _sections().items()}
+    groups = {"": Recipe, "ppo.lora.": LoraSettings} | {
+        f"{name}.": section for name, section in _list_section_types().items()
+    }
     kinds = {
         before + key: str(one.annotation) for before, group in groups.items() for key, one in group.model_fields.items()
     }
@@ -137,7 +139,7 @@ def numbers() -> list[tuple[str, bool]]:
     return [(key, "float" not in kind) for key, kind in found.items()]
 
 
-def refusal(*overrides: str) -> str:
+def read_error(*overrides: str) -> str:
     """The one line in which a recipe is refused."""
     with pytest.raises(InputError) as error:
         read_recipe("world", overrides)
@@ -145,18 +147,18 @@ def refusal(*overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("key", "whole"), numbers())
+@pytest.mark.parametrize(("key", "whole"), list_number_keys())
 def test_no_number_is_true_below_zero_or_endless(key: str, whole: bool) -> None:
     several = {"seeds": "[{}]", "adam_betas": "[0.9, {}]"}.get(key.rpartition(".")[2], "{}")
     for value in ("true", "-1", ".nan", ".inf"):
-        assert refusal(f"{key}={several.format(value)}").startswith(f"world: {key}")
+        assert read_error(f"{key}={several.format(value)}").startswith(f"world: {key}")
     if not whole:
-        assert refusal(f"{key}={several.format('.inf')}").endswith("expected a finite number")
+        assert read_error(f"{key}={several.format('.inf')}").endswith("expected a finite number")
 
 
 def test_there_are_numbers_to_look_at() -> None:
     assert {"seeds", "best_of", "sft.adam_betas", "ppo.lora.alpha", "data.test_share", "gradients.pairs"} <= {
-        key for key, _ in numbers()
+        key for key, _ in list_number_keys()
     }
 
 
@@ -186,22 +188,22 @@ def test_there_are_numbers_to_look_at() -> None:
     ],
 )
 def test_silly_settings_are_one_line(override: str, expected: str) -> None:
-    assert refusal(override) == expected
+    assert read_error(override) == expected
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a b", "", "a\\n"])
 def test_a_recipes_name_is_that_of_a_folder(name: str) -> None:
     expected = "expected a folder's name: letters, digits, -, _, and . but not at its beginning"
-    assert refusal(f'name="{name}"').startswith("world: name: found '")
-    assert refusal(f'name="{name}"').endswith(expected)
+    assert read_error(f'name="{name}"').startswith("world: name: found '")
+    assert read_error(f'name="{name}"').endswith(expected)
 
 
 @pytest.mark.parametrize(
     "path", ["my model", "a/b/c", "hub:", "hub:gpt2", "gpt2/", "", "http://host/gpt2", "a..b", "./a", "/a/b", "~/a"]
 )
 def test_what_can_be_no_model_is_refused_without_the_network(path: str) -> None:
-    assert refusal(f'model.path="{path}"').startswith(
-        f"world: model.path: found '{path}', which is not here and cannot be a Hugging Face id; expected a model folder"
+    assert read_error(f'model.path="{path}"').startswith(
+        f"world: model.path: found '{path}', which does not exist here and is not a valid Hugging Face id; expected a "
     )
 
 
@@ -221,8 +223,8 @@ def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["hub:", "hub:/x", "hub:a b/c", "hub:a/"])
 def test_what_can_be_no_data_set_is_refused_without_the_network(name: str) -> None:
     for key in ("train", "test", "demonstrations", "second"):
-        assert f"{name}" in (said := refusal("data.format=preference", f'data.{key}=["hub:a/b", "{name}"]'))
-        assert "expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR" in said
+        assert f"{name}" in (message := read_error("data.format=preference", f'data.{key}=["hub:a/b", "{name}"]'))
+        assert "expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR" in message
 
 
 def test_what_may_be_a_data_set_is_looked_for_later() -> None:
@@ -235,7 +237,7 @@ def test_a_shared_lora_is_every_sections_but_where_one_has_its_own() -> None:
     recipe = read_recipe("world", ["lora.rank=4", "ppo.lora=null"])
     assert recipe.sft.lora == recipe.dpo.lora == LoraSettings(rank=4)
     assert recipe.ppo.lora is None
-    assert Recipe(**recipe.resolved()) == recipe.changed({})
+    assert Recipe(**recipe.dump_settings()) == recipe.with_changes({})
 
 
 def test_no_name_at_all_is_no_name_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +248,8 @@ def test_no_name_at_all_is_no_name_of_a_recipe(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("override", [".=3", "ppo.=3", ".ppo=3", "ppo..clip=3", "=3", "world"])
 def test_an_override_has_a_key(override: str) -> None:
     assert (
-        refusal(override) == f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe"
+        read_error(override)
+        == f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe"
     )
 
 

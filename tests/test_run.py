@@ -21,7 +21,7 @@ from mixpo.experiments.run import run_recipe
 from mixpo.experiments.setup import Setup
 from mixpo.stages.engine import sort_topologically
 from mixpo.stages.stage import Snapshot
-from watching import Watching
+from recording_display import RecordingDisplay
 
 SMALL = [
     "arms=[sft,best-of-n,dpo-base,dpo,ppo,mpo]",
@@ -109,8 +109,8 @@ def test_the_aligned_model_loads_without_us(home: Path) -> None:
 
     folder = home / "run" / "models" / "mpo-0"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    asked = [{"role": "user", "content": "Any advice on chess?"}]
-    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    messages = [{"role": "user", "content": "Any advice on chess?"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     generated = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
 
@@ -132,8 +132,8 @@ def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) ->
         load_runs(tmp_path)
 
 
-def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What `mixpo WORDS` prints."""
+def read_output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return what `mixpo WORDS` prints."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["mixpo", *words])
         with pytest.raises(SystemExit) as stopped:
@@ -146,33 +146,33 @@ def test_report_in_every_form(home: Path, capsys: pytest.CaptureFixture[str], tm
     folder = str(home / "run")
     results = load_runs(home / "run")
     expected = {arm.name: read_evaluation(arm)["score"]["mean"] for arm in results.arms}
-    rows = list(csv.DictReader(io.StringIO(said(capsys, "report", folder, "--format", "csv"))))
+    rows = list(csv.DictReader(io.StringIO(read_output(capsys, "report", folder, "--format", "csv"))))
     assert {row["arm"]: float(row["score"]) for row in rows if row["seed"] == "all"} == pytest.approx(expected)
-    content = json.loads(said(capsys, "report", folder, "--format", "json"))
+    content = json.loads(read_output(capsys, "report", folder, "--format", "json"))
     assert {row["arm"]: row["score"] for row in content["arms"] if row["seed"] == 0} == pytest.approx(expected)
-    assert "| mpo | " in said(capsys, "report", folder, "--format", "md")
-    said(capsys, "report", folder, "--out", str(tmp_path / "page.html"))
+    assert "| mpo | " in read_output(capsys, "report", folder, "--format", "md")
+    read_output(capsys, "report", folder, "--out", str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").read_text() == (home / "run" / "report.html").read_text()
 
 
 def test_compare_prints_runs_side_by_side(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     shutil.copytree(home / "run", tmp_path / "again", symlinks=True)
-    printed = said(capsys, "compare", str(home / "run"), str(tmp_path / "again"))
+    printed = read_output(capsys, "compare", str(home / "run"), str(tmp_path / "again"))
     assert printed.count("mpo") == 2
     assert "again" in printed
 
 
 def test_a_second_run_computes_nothing(home: Path) -> None:
-    result = run_recipe(recipe(home), Watching())
+    result = run_recipe(recipe(home), RecordingDisplay())
     assert result.computed == 0
     assert result.found > 10
 
 
 def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    watching = Watching()
-    run_recipe(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), watching)
-    assert sorted(watching.begun) == [
+    display = RecordingDisplay()
+    run_recipe(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), display)
+    assert sorted(display.started) == [
         "Evaluation for mpo",
         "Evaluation for mpo",
         "Evaluation for ppo",
@@ -185,13 +185,13 @@ def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Pa
 
 def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    watching = Watching()
-    result = run_recipe(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), watching)
+    display = RecordingDisplay()
+    result = run_recipe(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), display)
     failed = {arm.name for arm in result.arms if arm.status == "failed"}
     assert failed == {"ppo", "mpo", "ppo ppo.kl_coef=0.03"}
     assert {arm.name for arm in result.arms} - failed == {"sft", "best-of-n", "dpo-base", "dpo"}
     assert all(one.folder for one in result.gradients)
-    assert ["ran away" in failure.reason for failure in watching.failures] == [True] * 3
+    assert ["ran away" in failure.reason for failure in display.failures] == [True] * 3
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")
 
@@ -200,7 +200,7 @@ def test_a_run_of_which_nothing_is_left_says_why(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    run_recipe(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), Watching())
+    run_recipe(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), RecordingDisplay())
     assert [link.name for link in (tmp_path / "run" / "models").iterdir()] == ["ppo-0"]
     words = [*SMALL, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0", "ppo.max_kl=1e-6"]
     words += [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
@@ -248,13 +248,13 @@ def test_grouped_arms_sample_as_many_completions_as_ppo() -> None:
         ARMS["mpo-rloo"](Setup(read_recipe("world", ["group_size=5"]), 0))
 
 
-def names(*overrides: str) -> list[str]:
-    return [run_recipe.name for run_recipe in expand_arms(read_recipe("world", list(overrides)))]
+def expand_names(*overrides: str) -> list[str]:
+    return [run.name for run in expand_arms(read_recipe("world", list(overrides)))]
 
 
 def test_a_sweep_is_every_combination_at_which_an_arm_differs() -> None:
-    found = names("arms=[sft,ppo,mpo]", "sweep={selection.threshold: [1.0, 2.0], ppo.kl_coef: [0.05, 0.1]}")
-    assert found == [
+    names = expand_names("arms=[sft,ppo,mpo]", "sweep={selection.threshold: [1.0, 2.0], ppo.kl_coef: [0.05, 0.1]}")
+    assert names == [
         "sft",
         "ppo",
         "mpo",
@@ -266,8 +266,10 @@ def test_a_sweep_is_every_combination_at_which_an_arm_differs() -> None:
 
 
 def test_sweeps_of_some_arms_and_nested_keys() -> None:
-    found = names("arms=[ppo,mpo]", "sweep=[{arms: [mpo], selection: {threshold: [1]}}, {label_noise.share: [0.2]}]")
-    assert found == [
+    names = expand_names(
+        "arms=[ppo,mpo]", "sweep=[{arms: [mpo], selection: {threshold: [1]}}, {label_noise.share: [0.2]}]"
+    )
+    assert names == [
         "ppo",
         "mpo",
         "mpo selection.threshold=1",
@@ -279,7 +281,7 @@ def test_sweeps_of_some_arms_and_nested_keys() -> None:
 def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
     overrides = ["arms=[sft,dpo-base,ppo,mpo]", "sweep={selection.threshold: [0.5, 1.0], ppo.kl_coef: [0.05, 0.4]}"]
     runs = expand_arms(read_recipe("world", overrides))
-    stages = {stage for run_recipe in runs for stage in sort_topologically(run_recipe.evaluation)}
+    stages = {stage for run in runs for stage in sort_topologically(run.evaluation)}
     counted = Counter(type(stage).__name__ for stage in stages)
     assert counted == {
         "Pretrained": 1,
@@ -319,7 +321,7 @@ def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it(
 
 def test_traced_arms_are_evaluated_from_their_start_on() -> None:
     runs = expand_arms(read_recipe("world", ["arms=[ppo,mpo,dpo]", "trace={arms: [mpo], snapshots: 2}"]))
-    by_name = {run_recipe.name: run_recipe for run_recipe in runs}
+    by_name = {run.name: run for run in runs}
     mpo = by_name["mpo"].evaluation.policy
     assert mpo.snapshots == 2
     assert [one.policy for one in by_name["mpo"].trace] == [
@@ -339,7 +341,7 @@ def test_gradients_are_measured_on_both_parts_of_each_dpo_model() -> None:
     assert expand_gradients(read_recipe("world")) == []
     runs = expand_gradients(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
     r = Setup(read_recipe("world"), 3)
-    assert [(run_recipe.arm, run_recipe.part, run_recipe.seed) for run_recipe in runs] == [
+    assert [(run.arm, run.part, run.seed) for run in runs] == [
         (arm, part, 3) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
     ]
     assert runs[0].stage.policy == ARMS["dpo-easy"](r)
@@ -357,7 +359,7 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"open\.yaml: data\.train_rows: not given"):
         read_recipe(str(tmp_path / "open.yaml"))
     (tmp_path / "loop.yaml").write_text(f"base: {tmp_path / 'loop.yaml'}\nname: loop\n")
-    with pytest.raises(InputError, match="found itself at the end of its bases"):
+    with pytest.raises(InputError, match="found a cycle of bases"):
         read_recipe(str(tmp_path / "loop.yaml"))
 
 
@@ -385,26 +387,26 @@ def test_bad_sweeps_are_named(override: str, expected: str) -> None:
 def test_no_sweep_at_all(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: world\nname: mine\narms: [ppo]\nsweep: {ppo.kl_coef: [0.3]}\n")
     swept = read_recipe(str(tmp_path / "mine.yaml"))
-    assert [run_recipe.name for run_recipe in expand_arms(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
+    assert [run.name for run in expand_arms(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
     assert read_recipe(str(tmp_path / "mine.yaml"), ["sweep=null"]).sweep == ()
 
 
 def test_sweeping_a_preset_takes_its_constants_along() -> None:
     recipe = read_recipe("world", ["ppo={preset: deepspeed-chat, clip: 0.3, seed: 0}"])
     assert (recipe.ppo.epochs_per_batch, recipe.ppo.value_init, recipe.ppo.decay) == (1, "reward", "cosine")
-    back = recipe.changed({"ppo.preset": "mixpo"})
+    back = recipe.with_changes({"ppo.preset": "mixpo"})
     assert back.ppo == read_recipe("world", ["ppo={preset: mixpo, clip: 0.3, seed: 0}"]).ppo
     assert back.ppo.whiten_advantages != recipe.ppo.whiten_advantages
 
 
 def test_sweeping_a_key_below_a_section_that_is_not_there() -> None:
     (rank,) = {
-        run_recipe.evaluation.policy.lora.rank
-        for run_recipe in expand_arms(read_recipe("world", ["arms=[ppo]"]).changed({"ppo.lora.rank": 4}))
+        run.evaluation.policy.lora.rank
+        for run in expand_arms(read_recipe("world", ["arms=[ppo]"]).with_changes({"ppo.lora.rank": 4}))
     }
     assert rank == 4
 
 
 def test_swept_settings_that_are_valid_only_together() -> None:
-    found = names("arms=[mpo]", "sweep={selection.threshold: [null], selection.easy_fraction: [0.3]}")
-    assert found == ["mpo", "mpo selection.threshold=None selection.easy_fraction=0.3"]
+    names = expand_names("arms=[mpo]", "sweep={selection.threshold: [null], selection.easy_fraction: [0.3]}")
+    assert names == ["mpo", "mpo selection.threshold=None selection.easy_fraction=0.3"]

@@ -16,7 +16,15 @@ from torch import Tensor
 from mixpo.data.errors import InputError
 from mixpo.models import sampling
 from mixpo.models.loading import load_policy
-from mixpo.models.sampling import BLOCK, count_noise, draw_tokens, exponential_noise, noise_keys, sample, truncate
+from mixpo.models.sampling import (
+    BLOCK_TOKENS,
+    compute_truncated_probabilities,
+    count_noise_values,
+    draw_tokens,
+    make_exponential_noise,
+    make_noise_keys,
+    sample,
+)
 from models import END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
@@ -25,14 +33,17 @@ DRAWS = 40_000
 
 def keys(count: int, *, prompt: list[int] | None = None, seed: int = 0, branch: int = 0, occurrence: int = 0) -> Tensor:
     """Those of the first positions of a completion."""
-    return noise_keys(prompt or [7], seed=seed, occurrence=occurrence, k=branch + 1, max_tokens=count)[branch]
+    return make_noise_keys(prompt or [7], seed=seed, occurrence=occurrence, k=branch + 1, max_tokens=count)[branch]
 
 
 def draw(probabilities: Tensor, keys: Tensor) -> Tensor:
     """A token a key, all from one distribution, in portions."""
-    noise = count_noise(len(probabilities))
+    noise = count_noise_values(len(probabilities))
     return torch.cat(
-        [draw_tokens(probabilities.expand(len(some), -1), exponential_noise(some, noise)) for some in keys.split(500)]
+        [
+            draw_tokens(probabilities.expand(len(key_batch), -1), make_exponential_noise(key_batch, noise))
+            for key_batch in keys.split(500)
+        ]
     )
 
 
@@ -45,11 +56,11 @@ def agrees(counts: np.ndarray, probabilities: np.ndarray) -> bool:
     """Whether the chi-square test of counts passes, with events of fewer than 5 draws taken together."""
     expected = probabilities.astype(np.float64) / probabilities.sum() * counts.sum()
     rare = expected < 5
-    found, wanted = [*counts[~rare]], [*expected[~rare]]
+    actual, reference = [*counts[~rare]], [*expected[~rare]]
     if expected[rare].sum() > 5:
-        found, wanted = [*found, counts[rare].sum()], [*wanted, expected[rare].sum()]
-    statistic = sum((one - other) ** 2 / other for one, other in zip(found, wanted, strict=True))
-    return bool(1e-4 < stats.chi2.sf(statistic, len(found) - 1) < 1 - 1e-4)
+        actual, reference = [*actual, counts[rare].sum()], [*reference, expected[rare].sum()]
+    statistic = sum((one - other) ** 2 / other for one, other in zip(actual, reference, strict=True))
+    return bool(1e-4 < stats.chi2.sf(statistic, len(actual) - 1) < 1 - 1e-4)
 
 
 # --- the noise
@@ -67,17 +78,17 @@ def test_noise_is_minus_the_logarithm_of_splitmix64() -> None:
         x = signed((x ^ (x >> 27)) * 0x94D049BB133111EB)
         return -math.log((x // 2**12 + 2**51 + 0.5) / 2**52)
 
-    some = [0, -1, 2**63 - 1, -(2**63), 123456789]
-    found = exponential_noise(torch.tensor(some), 50)
-    assert found.dtype == torch.float32
-    wanted = [[expected(key, place) for place in range(1, 51)] for key in some]
-    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=0.0)
+    key_values = [0, -1, 2**63 - 1, -(2**63), 123456789]
+    actual = make_exponential_noise(torch.tensor(key_values), 50)
+    assert actual.dtype == torch.float32
+    reference = [[expected(key, place) for place in range(1, 51)] for key in key_values]
+    torch.testing.assert_close(actual, torch.tensor(reference), rtol=1e-6, atol=0.0)
 
 
 def test_keys_are_told_apart_by_all_that_the_noise_depends_on_and_by_nothing_else() -> None:
     one = keys(20)
     assert torch.equal(keys(10), one[:10]), "how many tokens may come changes none of them"
-    assert torch.equal(noise_keys([7], seed=0, occurrence=0, k=3, max_tokens=20)[0], one), "nor do other branches"
+    assert torch.equal(make_noise_keys([7], seed=0, occurrence=0, k=3, max_tokens=20)[0], one), "nor do other branches"
     others = (
         keys(20, seed=1),
         keys(20, branch=1),
@@ -93,12 +104,14 @@ def test_keys_are_told_apart_by_all_that_the_noise_depends_on_and_by_nothing_els
 
 
 STREAMS: dict[str, Callable[[], Tensor]] = {
-    "tokens": lambda: exponential_noise(keys(1), 100_000),
-    "positions": lambda: exponential_noise(keys(100_000), 1),
-    "seeds": lambda: exponential_noise(torch.cat([keys(1, seed=seed) for seed in range(20_000)]), 1),
-    "branches": lambda: exponential_noise(noise_keys([7], seed=0, occurrence=0, k=20_000, max_tokens=1)[:, 0], 1),
-    "prompts": lambda: exponential_noise(torch.cat([keys(1, prompt=[x, 5]) for x in range(20_000)]), 1),
-    "adjacent keys": lambda: exponential_noise(torch.arange(100_000), 1),
+    "tokens": lambda: make_exponential_noise(keys(1), 100_000),
+    "positions": lambda: make_exponential_noise(keys(100_000), 1),
+    "seeds": lambda: make_exponential_noise(torch.cat([keys(1, seed=seed) for seed in range(20_000)]), 1),
+    "branches": lambda: make_exponential_noise(
+        make_noise_keys([7], seed=0, occurrence=0, k=20_000, max_tokens=1)[:, 0], 1
+    ),
+    "prompts": lambda: make_exponential_noise(torch.cat([keys(1, prompt=[x, 5]) for x in range(20_000)]), 1),
+    "adjacent keys": lambda: make_exponential_noise(torch.arange(100_000), 1),
 }
 
 
@@ -124,8 +137,8 @@ def test_noise_is_exponential_and_independent(along: str) -> None:
     [
         (2, 1.0, DRAWS),
         (7, 3.0, DRAWS),
-        (BLOCK, 2.0, DRAWS),
-        (BLOCK + 1, 4.0, DRAWS),
+        (BLOCK_TOKENS, 2.0, DRAWS),
+        (BLOCK_TOKENS + 1, 4.0, DRAWS),
         (1000, 3.0, DRAWS),
         (5000, 1.0, 8000),
     ],
@@ -152,9 +165,9 @@ def test_draws_of_a_large_vocabulary_follow_the_probabilities() -> None:
     assert agrees(np.bincount(group[tokens], minlength=100), np.bincount(group, probabilities.double().numpy(), 100))
     rare = probabilities.numpy() < 1e-4
     places = np.cumsum(rare) * 20 // (rare.sum() + 1)
-    found, wanted = tokens[rare[tokens]], np.where(rare, probabilities.double().numpy(), 0.0)
-    assert len(found) > 500
-    assert agrees(np.bincount(places[found], minlength=20), np.bincount(places, wanted, 20))
+    actual, reference = tokens[rare[tokens]], np.where(rare, probabilities.double().numpy(), 0.0)
+    assert len(actual) > 500
+    assert agrees(np.bincount(places[actual], minlength=20), np.bincount(places, reference, 20))
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
@@ -189,7 +202,7 @@ def test_rounding_hardly_ever_changes_a_token(vocabulary: int, rows: int, roundi
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(rows, vocabulary, generator=generator)
     other = logits + rounding * torch.randn(rows, vocabulary, generator=generator)
-    noise = exponential_noise(keys(rows), count_noise(vocabulary))
+    noise = make_exponential_noise(keys(rows), count_noise_values(vocabulary))
     changed = draw_tokens(logits.softmax(-1), noise) != draw_tokens(other.softmax(-1), noise)
     assert float(changed.double().mean()) <= flips
 
@@ -225,34 +238,34 @@ def test_a_completion_depends_on_nothing_but_its_seed_prompt_and_branch() -> Non
 
 def test_the_cache_holds_no_more_tokens_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Completions of 12, 9 and 6 tokens with their prompts, two of each: 2 x 12 and 4 x 9, not 4 x 12 and 2 x 6."""
-    held, room = set(), sampling._Preallocated._room
+    held, room = set(), sampling._PreallocatedLayer._allocate
 
-    def making(layer: sampling._Preallocated, states: Tensor, dtype: torch.dtype) -> Tensor:
+    def making(layer: sampling._PreallocatedLayer, states: Tensor, dtype: torch.dtype) -> Tensor:
         made = room(layer, states, dtype)
         held.add((len(made), made.shape[2]))
         return made
 
-    monkeypatch.setattr(sampling._Preallocated, "_room", making)
+    monkeypatch.setattr(sampling._PreallocatedLayer, "_allocate", making)
     sample(tiny("llama"), PROMPTS, k=2, max_tokens=4, seed=0, token_budget=44)
     assert held == {(2, 12), (4, 9)}
 
 
 def test_threads_change_no_token() -> None:
     lm, threads = tiny("llama"), torch.get_num_threads()
-    drawn = []
+    sampled_tokens = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            drawn.append(sample(lm, PROMPTS, k=4, max_tokens=20, seed=0).to_lists())
+            sampled_tokens.append(sample(lm, PROMPTS, k=4, max_tokens=20, seed=0).to_lists())
     finally:
         torch.set_num_threads(threads)
-    assert drawn[0] == drawn[1]
+    assert sampled_tokens[0] == sampled_tokens[1]
 
 
 def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
     lm = tiny("llama")
-    drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
-    counts = torch.bincount(drawn.tokens[0, :, 0], minlength=VOCABULARY).double()
+    sampled_tokens = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
+    counts = torch.bincount(sampled_tokens.tokens[0, :, 0], minlength=VOCABULARY).double()
     with torch.no_grad():
         expected = 4000 * lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
     common = expected > 5
@@ -266,8 +279,8 @@ def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
 def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
     """So sharp that nothing but the most probable token is left."""
     lm = tiny("llama")
-    drawn = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
-    for prompt, completions in zip(PROMPTS, drawn.to_lists(), strict=True):
+    sampled_tokens = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
+    for prompt, completions in zip(PROMPTS, sampled_tokens.to_lists(), strict=True):
         for completion in completions:
             for place, token in enumerate(completion):
                 with torch.no_grad():
@@ -277,9 +290,13 @@ def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
 
 def test_truncation() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    assert truncate(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [[True, True, False, False]]
-    assert truncate(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [[True, True, True, False]]
-    sharp = truncate(logits, temperature=0.5, top_p=1.0, top_k=0)
+    assert compute_truncated_probabilities(logits, temperature=1.0, top_p=0.7, top_k=0).gt(0).tolist() == [
+        [True, True, False, False]
+    ]
+    assert compute_truncated_probabilities(logits, temperature=1.0, top_p=1.0, top_k=3).gt(0).tolist() == [
+        [True, True, True, False]
+    ]
+    sharp = compute_truncated_probabilities(logits, temperature=0.5, top_p=1.0, top_k=0)
     torch.testing.assert_close(sharp[0, 0] / sharp[0, 1], torch.tensor(4.0))
 
 
@@ -290,19 +307,19 @@ def test_truncation() -> None:
 )
 def test_first_tokens_are_drawn_from_the_truncated_distribution(settings: dict[str, float]) -> None:
     lm = tiny("llama")
-    drawn = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6, **settings)
-    tokens = drawn.tokens[0, :, 0].tolist()
+    sampled_tokens = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6, **settings)
+    tokens = sampled_tokens.tokens[0, :, 0].tolist()
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().numpy()
     probabilities = np.exp(logits / settings.get("temperature", 1.0))
     order = np.argsort(-probabilities)[: settings.get("top_k", VOCABULARY)]
     before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept = order[before / probabilities[order].sum() < settings.get("top_p", 1.0)]
-    assert 1 < len(kept) <= VOCABULARY
-    assert set(tokens) <= set(kept.tolist())
-    assert agrees(np.bincount(tokens, minlength=VOCABULARY)[kept], probabilities[kept])
+    nucleus = order[before / probabilities[order].sum() < settings.get("top_p", 1.0)]
+    assert 1 < len(nucleus) <= VOCABULARY
+    assert set(tokens) <= set(nucleus.tolist())
+    assert agrees(np.bincount(tokens, minlength=VOCABULARY)[nucleus], probabilities[nucleus])
     own = torch.tensor(logits).log_softmax(-1)[tokens].float()
-    torch.testing.assert_close(drawn.logprobs[0, :, 0], own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled_tokens.logprobs[0, :, 0], own, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5}, {"top_k": 1}], ids=str)
@@ -314,8 +331,8 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
     head = lm.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     head.bias.data[60:] = {"some": 0.0, "nearly all": 8.0, "all that float32 holds": 200.0}[share]
-    drawn = rows_of_sample(sample(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
-    for prompt, row in zip(PROMPTS, drawn, strict=True):
+    sampled_tokens = rows_of_sample(sample(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
+    for prompt, row in zip(PROMPTS, sampled_tokens, strict=True):
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             assert not set(completion) & set(lm.unused_tokens)
             with torch.no_grad():
@@ -333,19 +350,19 @@ def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path)
     lm = load_policy(tmp_path, device=torch.device("cpu"))
     assert lm.unused_tokens == tuple(range(size, size + 30))
-    drawn = sample(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
-    assert int(drawn.tokens.max()) < size
+    sampled_tokens = sample(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
+    assert int(sampled_tokens.tokens.max()) < size
 
 
 def test_every_end_token_ends_a_completion() -> None:
     lm = tiny("llama")
     lm.end_tokens = frozenset({END, 17, 60})
     sampled = sample(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0)
-    drawn = [completion for completions in sampled.to_lists() for completion in completions]
-    assert {c[-1] for c in drawn if len(c) < 12} == lm.end_tokens
-    assert not any(set(completion[:-1]) & lm.end_tokens for completion in drawn)
-    assert all(lm.has_ended(completion) or len(completion) == 12 for completion in drawn)
-    assert sampled.ended.flatten().tolist() == [lm.has_ended(completion) for completion in drawn]
+    sampled_tokens = [completion for completions in sampled.to_lists() for completion in completions]
+    assert {c[-1] for c in sampled_tokens if len(c) < 12} == lm.end_tokens
+    assert not any(set(completion[:-1]) & lm.end_tokens for completion in sampled_tokens)
+    assert all(lm.has_ended(completion) or len(completion) == 12 for completion in sampled_tokens)
+    assert sampled.ended.flatten().tolist() == [lm.has_ended(completion) for completion in sampled_tokens]
     assert not sampled.ended.all()
 
 

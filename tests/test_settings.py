@@ -15,18 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
-from mixpo.experiments.recipe import _sections
+from mixpo.experiments.recipe import _list_section_types
 from mixpo.models.digests import model_digest
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
 from mixpo.stages.engine import read_summary
-from mixpo.stages.ppo import count_updates
-from mixpo.stages.ppo_settings import PPOSettings
+from mixpo.stages.ppo_settings import PPOSettings, count_updates
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import read_metrics
-from mixpo.training.step import Diverged, OptimizerSettings, scheduled_learning_rate
+from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
 from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch
 from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
@@ -74,7 +73,7 @@ TABLE: dict[str, dict[str, Other | ByTest]] = {
         "path": Other("{folder}/base"),
         "revision": ByTest("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
         "chat_template": Other("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
-        "template_arguments": ByTest("data/test_tokens.py", "test_template_arguments_are_in_the_folder_for_everyone"),
+        "template_arguments": ByTest("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
         "dtype": ByTest("test_loading.py", "test_a_recipe_may_choose_the_type"),
         "init_seed": Other(1),
     },
@@ -168,17 +167,17 @@ ACTING = [
 
 def settings_classes() -> dict[str, type[Settings]]:
     """Every section of a recipe, and the groups of settings inside them, by name."""
-    found: dict[str, type[Settings]] = {}
-    waiting = dict(_sections())
+    sections: dict[str, type[Settings]] = {}
+    waiting = dict(_list_section_types())
     while waiting:
         name, section = waiting.popitem()
-        found[name] = section
+        sections[name] = section
         for below, described in section.model_fields.items():
             for kind in (described.annotation, *get_args(described.annotation)):
-                if isinstance(kind, type) and issubclass(kind, Settings) and below not in found:
+                if isinstance(kind, type) and issubclass(kind, Settings) and below not in sections:
                     waiting[below] = kind
-    del found["trace"]  # which arms are evaluated, not how a stage computes
-    return found
+    del sections["trace"]  # which arms are evaluated, not how a stage computes
+    return sections
 
 
 def test_every_setting_has_its_line() -> None:
@@ -205,8 +204,8 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
     rows = {file.name: read_table(file) for file in out.glob("*.parquet")}
     lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
     samples = out / "samples.jsonl"
-    drawn = samples.read_text() if samples.exists() else ""
-    return rows, lines, drawn, model_digest(model_folder(out)) if model_folder(out).exists() else None
+    sampled = samples.read_text() if samples.exists() else ""
+    return rows, lines, sampled, model_digest(model_folder(out)) if model_folder(out).exists() else None
 
 
 OUTCOMES: dict[str, Any] = {}
@@ -231,7 +230,7 @@ def test_the_setting_acts(tiny: TinyWorld, section: str, name: str) -> None:
     other = outcome_of(tiny, section, {**line.beside, name: line.value})
     assert plain != other
     refused = {"on_bad_row": [plain], "max_kl": [other]}.get(name, [])
-    assert [found for found in (plain, other) if isinstance(found, str)] == refused
+    assert [error for error in (plain, other) if isinstance(error, str)] == refused
 
 
 @pytest.mark.parametrize("section", ["sft", "reward", "samples", "dpo", "ppo", "evaluation"])
@@ -256,15 +255,15 @@ RUNTIMES = {
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "samples", "evaluation"])
 def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Completions are drawn once, by the first run, since rounding may draw others; all runs read the same ones."""
-    drawn: dict[Any, Row] = {}
+    sampled: dict[Any, Row] = {}
     draw = LocalSampler.draw
 
     def draw_once(sampler: LocalSampler, prompts: Any, **how: Any) -> Any:
-        missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in drawn]
+        missing = [prompt for prompt in prompts if (how["seed"], *prompt) not in sampled]
         if missing:
             for prompt, row in zip(missing, rows_of_sample(draw(sampler, missing, **how)), strict=True):
-                drawn[how["seed"], *prompt] = row
-        return sample_of_rows([drawn[how["seed"], *prompt] for prompt in prompts], sampler.policy.end_tokens)
+                sampled[how["seed"], *prompt] = row
+        return sample_of_rows([sampled[how["seed"], *prompt] for prompt in prompts], sampler.policy.end_tokens)
 
     monkeypatch.setattr(LocalSampler, "draw", draw_once)
     settings = {"evaluation": {}, "samples": {}}.get(kind, {"epochs": 2})
@@ -317,7 +316,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
 def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
     """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
-    assert [scheduled_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
+    assert [compute_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
         expected, abs=1e-6
     )
     steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}
@@ -367,14 +366,14 @@ def test_optimizer_steps_of_iterations(
 def test_a_revision_is_the_commit_that_is_asked_for(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Any] = []
+    loads: list[Any] = []
     for auto in (AutoModelForCausalLM, AutoTokenizer):
         original = auto.from_pretrained
 
         def loading(name: Any, *, original: Any = original, revision: Any = None, **others: Any) -> Any:
-            seen.append((str(name), revision, others.get("trust_remote_code")))
+            loads.append((str(name), revision, others.get("trust_remote_code")))
             return original(tiny.folder / "base" if name == "some/model" else name, **others)
 
         monkeypatch.setattr(auto, "from_pretrained", loading)
     Pretrained(path="some/model", revision="abc").work({}, tmp_path, TINY_RUNTIME)
-    assert seen.count(("some/model", "abc", False)) == 2, "and with no code of its own"
+    assert loads.count(("some/model", "abc", False)) == 2, "and with no code of its own"

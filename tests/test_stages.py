@@ -119,7 +119,7 @@ def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
     with pytest.raises(InputError) as refused:
         engine.compute(stage)
     assert re.fullmatch(
-        rf"{model_folder(source)}: found files of the digest [0-9a-f]{{16}}; expected {expected}, by the summary.json "
+        rf"{model_folder(source)}: found files with digest [0-9a-f]{{16}}; expected {expected}, as in the summary.json "
         rf"of the stage that wrote them: .*; delete {source} to compute the stage again",
         str(refused.value),
     )
@@ -140,8 +140,8 @@ def test_samples_keep_the_samplers_logprobs(world: World) -> None:
     assert len(rows) == 64
     prompts = read_pairs(folder / "pairs.parquet", lm, max_completion_tokens=LIMIT).prompts
     computed = compute_sequence_logprobs(lm, prompts, [row["tokens"] for row in rows], token_budget=4096)
-    kept = torch.tensor([[sum(logprobs) for logprobs in row["logprobs"]] for row in rows])
-    torch.testing.assert_close(kept, computed, rtol=1e-4, atol=1e-3)
+    stored = torch.tensor([[sum(logprobs) for logprobs in row["logprobs"]] for row in rows])
+    torch.testing.assert_close(stored, computed, rtol=1e-4, atol=1e-3)
 
 
 def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
@@ -175,12 +175,12 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
     monkeypatch.setattr(LocalSampler, "draw", draw_subset)
     world.samples.work(world.samples.paths(folders), tmp_path, RUNTIME)
     rows = read_table(tmp_path / "pairs.parquet")
-    same = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
-    assert (len(same), len(rows)) == (22, 64)
-    assert {row["gap"] for row in same} == {0.0}
-    assert {row["gap"] for row in rows if row not in same} == {0.25}
+    identical_rows = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
+    assert (len(identical_rows), len(rows)) == (22, 64)
+    assert {row["gap"] for row in identical_rows} == {0.0}
+    assert {row["gap"] for row in rows if row not in identical_rows} == {0.25}
     assert {tuple(row["scores"]) for row in rows} == {(0.5, 0.25)}
-    assert read_summary(tmp_path)["identical"] == len(same)
+    assert read_summary(tmp_path)["identical"] == len(identical_rows)
 
 
 @pytest.mark.parametrize("empty", ["easy", "hard"])
@@ -198,12 +198,12 @@ def counted(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = dpo_module.compute_sequence_logprobs
 
-    def counting(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
+    def count_pairs(lm: Any, prompts: Any, completions: Any, **settings: Any) -> torch.Tensor:
         counts.append(len(prompts))
         return original(lm, prompts, completions, **settings)
 
     world.build(world.selection)
-    monkeypatch.setattr(dpo_module, "compute_sequence_logprobs", counting)
+    monkeypatch.setattr(dpo_module, "compute_sequence_logprobs", count_pairs)
     return counts
 
 
@@ -261,7 +261,7 @@ def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, mon
     monkeypatch.setattr(
         dpo_module, "compute_sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
     )
-    with pytest.raises(RuntimeError, match="kept from sampling differ from a forward pass"):
+    with pytest.raises(RuntimeError, match="from sampling differ from a forward pass"):
         world.engine.compute(world.dpo(seed=77))
 
 
@@ -342,30 +342,32 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     stopped = load_policy(world.engine.folder(stage) / "stopped", device=CPU)
     reference = load_policy(model_folder(world.build(world.sft)), device=CPU)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
-    drawn = sample(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
-    difference = drawn.logprobs.sum() - compute_sequence_logprobs(reference, prompts, drawn, token_budget=4096).sum()
-    assert difference / drawn.mask.sum() < 0.3, "the last policy within max_kl"
+    sampled = sample(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
+    difference = (
+        sampled.logprobs.sum() - compute_sequence_logprobs(reference, prompts, sampled, token_budget=4096).sum()
+    )
+    assert difference / sampled.mask.sum() < 0.3, "the last policy within max_kl"
     assert not world.engine.is_done(stage)
 
 
 def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
     model = torch.nn.Linear(3, 2)
     weights = TrainableWeights(model)
-    kept = weights.copy()
+    saved_weights = weights.copy()
     with torch.no_grad():
         model.weight.add_(1.0)
-    weights.copy_to(kept)
+    weights.copy_to(saved_weights)
     copied = model.weight.detach().clone()
-    assert torch.equal(kept["weight"], copied)
+    assert torch.equal(saved_weights["weight"], copied)
     with torch.no_grad():
         model.weight.add_(1.0)
-    assert torch.equal(kept["weight"], copied)
+    assert torch.equal(saved_weights["weight"], copied)
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ppo_module.compute_token_logprobs
     monkeypatch.setattr(ppo_module, "compute_token_logprobs", lambda *args, **kwargs: original(*args, **kwargs) + 0.1)
-    with pytest.raises(RuntimeError, match="the policy starts as its own reference, yet"):
+    with pytest.raises(RuntimeError, match="found log-probs of policy and reference that differ by"):
         world.build(world.ppo(seed=78))
 
 
@@ -461,24 +463,24 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
     reward = load_reward_model(model_folder(world.build(world.reward)), device=CPU)
     rows = read_table(best / "completions.parquet")
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in rows]
-    drawn = record[0].to_lists()
+    sampled = record[0].to_lists()
 
-    def assert_best(kept: list[dict[str, Any]], found: torch.Tensor) -> None:
+    def assert_best(rows: list[dict[str, Any]], computed_scores: torch.Tensor) -> None:
         """The highest score is that of what was kept; rounding may choose between two that score alike."""
-        for row, completions, each in zip(kept, drawn, found.tolist(), strict=True):
+        for row, completions, each in zip(rows, sampled, computed_scores.tolist(), strict=True):
             texts = [decode_completion(lm.tokenizer, completion) for completion in completions]
             assert max(each) == pytest.approx(each[texts.index(row["completion"])], abs=1e-4)
 
-    found = compute_scores(reward, prompts, drawn, token_budget=4096)
-    assert_best(rows, found)
-    assert [row["score"] for row in rows] == pytest.approx(found.amax(dim=1).tolist(), abs=1e-4)
+    computed_scores = compute_scores(reward, prompts, sampled, token_budget=4096)
+    assert_best(rows, computed_scores)
+    assert [row["score"] for row in rows] == pytest.approx(computed_scores.amax(dim=1).tolist(), abs=1e-4)
     other = world.reward.model_copy(update={"center_coef": 1.0})
     chosen_by_other = world.build(evaluation(world, world.sft, best_of=8, chooser=other))
-    kept = read_table(chosen_by_other / "completions.parquet")
-    drawn = record[1].to_lists()
+    other_rows = read_table(chosen_by_other / "completions.parquet")
+    sampled = record[1].to_lists()
     other_model = load_reward_model(model_folder(world.build(other)), device=CPU)
-    assert_best(kept, compute_scores(other_model, prompts, drawn, token_budget=4096))
-    assert [row["completion"] for row in kept] != [row["completion"] for row in rows]
+    assert_best(other_rows, compute_scores(other_model, prompts, sampled, token_budget=4096))
+    assert [row["completion"] for row in other_rows] != [row["completion"] for row in rows]
     with pytest.raises(InputError, match="with another policy than SFT"):
         world.build(evaluation(world, world.dpo(epochs=4), best_of=2))
 
@@ -501,13 +503,17 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
     folder = tiny.run(tiny.evaluation(policy=tiny.policy, best_of=3, **choosers[chosen_by]))
     sides = [len(branches) for completions, _ in calls for branches in completions]
     assert sides == [3] * 8 + ([1] * 8 if chosen_by == "another" else [])
-    kept = [row["score"] for row in read_table(folder / "completions.parquet")]
-    completions, found = calls[0]
-    best = [[branches[place]] for branches, place in zip(completions, found.argmax(dim=1).tolist(), strict=True)]
+    written_scores = [row["score"] for row in read_table(folder / "completions.parquet")]
+    completions, computed_scores = calls[0]
+    best = [
+        [branches[place]] for branches, place in zip(completions, computed_scores.argmax(dim=1).tolist(), strict=True)
+    ]
     lm = load_policy(model_folder(tiny.engine.build(tiny.policy)), device=CPU)
     reward = load_reward_model(model_folder(tiny.engine.build(tiny.scored_by)), device=CPU)
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
-    assert kept == pytest.approx(compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5)
+    assert written_scores == pytest.approx(
+        compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5
+    )
 
 
 def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -> None:
@@ -518,17 +524,17 @@ def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -
     saved = load_reward_model(model_folder(folder), device=CPU)
     assert saved.dtype == torch.bfloat16
     test = read_pairs(tiny.engine.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
-    found = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
+    computed_scores = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
     rows = read_table(folder / "test_scores.parquet")
     written = torch.tensor([[row["chosen_score"], row["rejected_score"]] for row in rows])
-    torch.testing.assert_close(written, found, rtol=1e-5, atol=1e-5)
-    assert read_summary(folder)["test"]["score_mean"] == pytest.approx(float(found.mean()), abs=1e-5)
+    torch.testing.assert_close(written, computed_scores, rtol=1e-5, atol=1e-5)
+    assert read_summary(folder)["test"]["score_mean"] == pytest.approx(float(computed_scores.mean()), abs=1e-5)
 
 
 def test_a_second_reward_model_scores_the_same_completions(world: World) -> None:
     data = Data(base=world.base, train_rows=128, second_rows=128, test_rows=48, demonstration_rows=256)
     rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "second", "test")}
-    prompts = {name: {str(row["prompt"]) for row in found} for name, found in rows.items()}
+    prompts = {name: {str(row["prompt"]) for row in part} for name, part in rows.items()}
     assert (len(rows["train"]), len(rows["second"]), len(rows["test"])) == (128, 128, 48)
     assert not prompts["second"] & (prompts["train"] | prompts["test"])
     second = world.reward.model_copy(update={"pairs": data.second_pairs})
@@ -754,21 +760,21 @@ def test_microbatches_and_threads_change_nothing_but_rounding(
 ) -> None:
     """With completions that are given, since two thread counts may draw another token; and but for the accuracy, since
     rounding decides a pair whose margin is 0, as all of DPO's are at first."""
-    drawn = {"prompts": world.data.train_pairs, "epochs": 0.25}
+    common = {"prompts": world.data.train_pairs, "epochs": 0.25}
     stage: Stage = {
         "sft": world.sft.model_copy(update={"epochs": 1}),
         "reward": world.reward,
         "dpo": world.dpo(epochs=1, pairs=world.data.train_pairs),
-        "ppo": world.ppo(**drawn),
-        "shared": world.ppo(**drawn, value_init="shared"),
-        "rloo": world.ppo(**drawn, advantage="rloo", completions_per_prompt=2),
+        "ppo": world.ppo(**common),
+        "shared": world.ppo(**common, value_init="shared"),
+        "rloo": world.ppo(**common, advantage="rloo", completions_per_prompt=2),
     }[kind]
     world.force_completions(monkeypatch)
-    found = [
+    runs = [
         rows_of(world.work(stage, tmp_path / str(threads), Runtime(threads=threads, microbatch_tokens=tokens)))
         for tokens, threads in ((64, 1), (100_000, 2))
     ]
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*runs, strict=True):
         unlike = {"seconds", "sampling_seconds", "updating_seconds", "accuracy"}
         for name in one.keys() - unlike:
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=5e-4), (name, one["step"])
@@ -779,14 +785,14 @@ def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
 
     policy = load_policy(model_folder(world.build(world.sft)), device=CPU)
     reward = load_reward_model(model_folder(world.build(world.reward)), device=CPU)
-    asked = [[{"role": "user", "content": "Any advice on chess?"}]]
+    unique_prompts = [[{"role": "user", "content": "Any advice on chess?"}]]
     prompts = [policy.tokenizer.encode("<|user|>Any advice on chess?<|assistant|>")]
     completion = [*policy.tokenizer.encode("Castle soon."), policy.end_token]
     cut = policy.tokenizer.encode("Castle soon")
-    assert retokenize(reward, policy, asked, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
+    assert retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
     reward.tokenizer = build_tokenizer(512)
     assert not tokenize_alike(reward.tokenizer, policy.tokenizer)
-    again_prompts, again = retokenize(reward, policy, asked, prompts, [[completion, cut]])
+    again_prompts, again = retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]])
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
     assert reward.tokenizer.decode(again[0][1]) == "Castle soon"
@@ -865,7 +871,7 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
     read = read_pairs(tmp_path / "train.parquet", language_model(tokenizer), max_completion_tokens=limit)
     watcher.reset(token)
     assert read.completions == [[side[:limit] for side in ids[n]] for n in (0, 2, 3)]
-    assert read.untokenised == [f"Question {n}?" for n in (0, 2, 3)]
+    assert read.prompt_texts == [f"Question {n}?" for n in (0, 2, 3)]
     assert read.prompts == [tokenizer(f"Question {n}?")["input_ids"] for n in (0, 2, 3)]
     assert (read.truncated, read.identical) == (sum(len(side) > limit for sides in ids for side in sides), 1) == (3, 1)
     assert [call.args[0] for call in watching.note.call_args_list] == [
@@ -913,10 +919,10 @@ def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all() -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{n // 2}?"}]} for n in range(400)]
     everything = select_unique_prompts(rows)
     assert [int(prompt[0]["content"][:-1]) for prompt in everything] == list(range(200))
-    drawn = [int(prompt[0]["content"][:-1]) for prompt in select_unique_prompts(rows, 40)]
-    assert len(drawn) == 40
-    assert drawn == sorted(drawn)
-    assert 10 < sum(number >= 100 for number in drawn) < 30  # half of them, within three standard deviations
+    numbers = [int(prompt[0]["content"][:-1]) for prompt in select_unique_prompts(rows, 40)]
+    assert len(numbers) == 40
+    assert numbers == sorted(numbers)
+    assert 10 < sum(number >= 100 for number in numbers) < 30  # half of them, within three standard deviations
     assert [
         prompt for prompt in select_unique_prompts(rows, 80) if prompt in select_unique_prompts(rows, 40)
     ] == select_unique_prompts(rows, 40)
@@ -981,9 +987,9 @@ def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: Wo
     assert test == {f"Question {n}?" for n in range(20, 50)}
     assert (summary["shared_prompts"], summary["shared_rows_dropped"]) == (0, 11)
     assert "11 rows left out, whose prompts are test prompts" in notes
-    same = {"train": shared[0], "test": shared[0], "shared_prompts": "drop"}
+    settings = {"train": shared[0], "test": shared[0], "shared_prompts": "drop"}
     with pytest.raises(InputError, match=r"^data.shared_prompts: drop leaves no rows of data.train"):
-        world.build(Data(base=world.base, format="preference", **same))
+        world.build(Data(base=world.base, format="preference", **settings))
 
 
 def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path) -> None:
@@ -1029,14 +1035,14 @@ def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
-    found = torch.tensor([[0.5, 1.0], [0.0, 0.0], [1.0, broken]])
-    monkeypatch.setattr(scoring, "compute_output", lambda *_, **__: found)
+    computed_scores = torch.tensor([[0.5, 1.0], [0.0, 0.0], [1.0, broken]])
+    monkeypatch.setattr(scoring, "compute_output", lambda *_, **__: computed_scores)
     tokenizer = build_tokenizer()
     prompts = [tokenizer.encode(f"Question {n}?") for n in range(3)]
     where = rf"found the scores \[1.0, {broken}\] for the prompt that ends with 'Question 2\?'; expected finite"
     with pytest.raises(InputError, match=where):
         scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
-    found[2, 1] = 2.0
+    computed_scores[2, 1] = 2.0
     assert torch.equal(
-        scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), found
+        scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), computed_scores
     )

@@ -1,4 +1,4 @@
-"""The blind study: what is shown, what is kept, who is kept out, what stays hidden; and what it says in the end."""
+"""The blind study: pages, storage, access, blindness and results."""
 
 import csv
 import hashlib
@@ -27,95 +27,96 @@ from sqlalchemy.exc import SQLAlchemyError
 from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.cli import main as cli
-from mixpo.cli import studied
+from mixpo.cli import study as study_commands
 from mixpo.data.errors import InputError
 from mixpo.data.text import escape_invisible
 from mixpo.experiments.results import load_runs
 from mixpo.report.people import _corrected, opening, section, tables
 from mixpo.study import files, server, store
-from mixpo.study.app import Bucket
-from mixpo.study.begin import Wanted, names
-from mixpo.study.findings import Findings, findings
-from mixpo.study.plan import form_word, order, read_form_word
-from mixpo.study.store import ClosedError, Said, Store, store_url
+from mixpo.study.app import TokenBucket
+from mixpo.study.findings import Findings, load_findings
+from mixpo.study.opening import StudyOptions, parse_annotator_names
+from mixpo.study.plan import draw_question_order, make_csrf_token, verify_csrf_token
+from mixpo.study.store import Answer, Store, StudyClosedError, parse_store_url
 from report_runs import rows
-from studies import ARMS, HOST, PEOPLE, WORDS, Study, earlier, fruit_run, sides
+from studies import ANNOTATORS, ARMS, FRUITS, HOST, Study, list_replaced_choices, parse_sides, write_fruit_run
 
 Make = Callable[..., Study]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Begins a study, or goes on with it."""
-    made: list[Study] = []
+    """A function that creates or reopens a study in the test's folder."""
+    studies: list[Study] = []
 
-    def one(**settings: Any) -> Study:
-        wanted, texts = settings.pop("wanted", None), settings.pop("texts", None)
+    def make_study(**settings: Any) -> Study:
+        options, texts = settings.pop("options", None), settings.pop("texts", None)
         run = tmp_path / "run"
         if not run.exists():
-            fruit_run(tmp_path, texts=texts)
-        made.append(Study(run, wanted or Wanted(arms=ARMS, annotators=PEOPLE), settings))
-        return made[-1]
+            write_fruit_run(tmp_path, texts=texts)
+        studies.append(Study(run, options or StudyOptions(arms=ARMS, annotators=ANNOTATORS), settings))
+        return studies[-1]
 
-    yield one
-    for study in made:
+    yield make_study
+    for study in studies:
         study.store.dispose()
 
 
 def close(study: Study) -> Findings:
-    study.row.closed = study.store.close()
-    files.write_closed(study.store, study.row, study.run / "study")
-    found = findings(study.run)
-    assert found is not None
-    return found
+    """Close a study and load its results."""
+    study.row.closed = study.store.close_study()
+    files.write_closed_study(study.store, study.row, study.run / "study")
+    findings = load_findings(study.run)
+    assert findings is not None
+    return findings
 
 
 # what is asked
 
 
 def test_each_one_has_an_order_of_his_own_and_each_arm_half_of_the_left_sides():
-    drawn = {name: order(101, draw=0, secret="s", annotator=name) for name in PEOPLE}
+    drawn = {name: draw_question_order(101, draw=0, secret="s", annotator=name) for name in ANNOTATORS}
     for questions in drawn.values():
         assert sorted(item for item, _ in questions) == list(range(101))
         assert sum(swapped for _, swapped in questions) in (50, 51)
     assert len({tuple(questions) for questions in drawn.values()}) == 3
-    assert drawn["anna"] == order(101, draw=0, secret="s", annotator="anna")
-    assert drawn["anna"] != order(101, draw=1, secret="s", annotator="anna")
+    assert drawn["anna"] == draw_question_order(101, draw=0, secret="s", annotator="anna")
+    assert drawn["anna"] != draw_question_order(101, draw=1, secret="s", annotator="anna")
 
 
 def test_the_seed_alone_tells_no_side():
-    guesses = [dict(order(400, draw=0, secret=secret, annotator="anna")) for secret in ("one", "other")]
+    guesses = [dict(draw_question_order(400, draw=0, secret=secret, annotator="anna")) for secret in ("one", "other")]
     alike = sum(guesses[0][item] == guesses[1][item] for item in range(400))
     assert 140 < alike < 260
 
 
 def test_a_form_is_for_one_person_and_one_question():
-    word = form_word("secret", 1, 7, now=12.5)
-    nonce, served = read_form_word(word, "secret", 1, 7) or ("", 0.0)
+    csrf_token = make_csrf_token("secret", 1, 7, now=12.5)
+    nonce, served = verify_csrf_token(csrf_token, "secret", 1, 7) or ("", 0.0)
     assert served == 12.5
-    assert nonce not in (read_form_word(form_word("secret", 1, 7, now=12.5), "secret", 1, 7) or ())
+    assert nonce not in (verify_csrf_token(make_csrf_token("secret", 1, 7, now=12.5), "secret", 1, 7) or ())
     for secret, annotator, number in (("other", 1, 7), ("secret", 2, 7), ("secret", 1, 8)):
-        assert read_form_word(word, secret, annotator, number) is None
-    for forged in ("", ".", "x", word[:-1], word + "0", "1" + word, "é" + word):
-        assert read_form_word(forged, "secret", 1, 7) is None
+        assert verify_csrf_token(csrf_token, secret, annotator, number) is None
+    for forged in ("", ".", "x", csrf_token[:-1], csrf_token + "0", "1" + csrf_token, "é" + csrf_token):
+        assert verify_csrf_token(forged, "secret", 1, 7) is None
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("text", "expected"),
     [("3", ["annotator 1", "annotator 2", "annotator 3"]), ("anna, ben", ["anna", "ben"]), ("Żółć", ["Żółć"])],
 )
-def test_names(given, found):
-    assert names(given) == found
+def test_names(text, expected):
+    assert parse_annotator_names(text) == expected
 
 
 @pytest.mark.parametrize(
-    "given",
+    "text",
     ["0", "501", "9" * 5000, ",".join(f"n{n}" for n in range(501)), "anna,", "anna,anna", "a\x1bb", "x" * 41, "-1,2"],
     ids=range(9),
 )
-def test_bad_names(given):
+def test_bad_names(text):
     with pytest.raises(InputError, match=r"^--annotators: found .*; expected a number, or different names"):
-        names(given)
+        parse_annotator_names(text)
 
 
 # the pages
@@ -123,7 +124,7 @@ def test_bad_names(given):
 
 def test_a_link_leaves_a_cookie_and_goes_to_the_guidelines(make):
     study = make()
-    browser = study.browser()
+    browser = study.open_browser()
     entered = browser.get(f"/a/{study.tokens['anna']}", follow_redirects=False)
     assert (entered.status_code, entered.headers["location"]) == (303, "/start")
     cookie = entered.headers["set-cookie"]
@@ -134,38 +135,40 @@ def test_a_link_leaves_a_cookie_and_goes_to_the_guidelines(make):
     assert str(first.url) == f"http://{HOST}/q/1#question"
     assert "Question 1 of 5" in first.text
     assert study.tokens["anna"] not in first.text
-    bare = study.browser().get(f"/a/{study.tokens['anna']}", follow_redirects=False)
-    assert study.browser().get(bare.headers["location"]).status_code == 200  # without the cookie, as across sites
+    bare = study.open_browser().get(f"/a/{study.tokens['anna']}", follow_redirects=False)
+    assert study.open_browser().get(bare.headers["location"]).status_code == 200  # without the cookie, as across sites
 
 
 def test_a_cookie_goes_over_tls_alone_where_there_is_tls(make):
     study = make(scheme="https")
-    assert "Secure" in study.browser().get(f"/a/{study.tokens['anna']}", follow_redirects=False).headers["set-cookie"]
+    assert (
+        "Secure" in study.open_browser().get(f"/a/{study.tokens['anna']}", follow_redirects=False).headers["set-cookie"]
+    )
 
 
 def test_a_judgement_is_of_the_arm_that_was_on_that_side(make):
     study = make()
-    anna, ben = study.person("anna"), study.person("ben")
+    anna, ben = study.sign_in("anna"), study.sign_in("ben")
     chosen = {number: anna.prefer(number, "apples") for number in range(1, 6)}
     assert set(chosen.values()) == {"left", "right"}
     for number in range(1, 6):
         ben.prefer(number, "pears")
     close(study)
-    kept = [json.loads(line) for line in (study.run / "study" / "judgements.jsonl").read_text().splitlines()]
-    assert {(row["annotator"], row["better"]) for row in kept} == {("anna", "zebra"), ("ben", "yak")}
-    assert {row["question"]: row["choice"] for row in kept if row["annotator"] == "anna"} == chosen
-    assert sorted(row["prompt"] for row in kept if row["annotator"] == "ben") == [0, 1, 2, 3, 4]
+    judgements = [json.loads(line) for line in (study.run / "study" / "judgements.jsonl").read_text().splitlines()]
+    assert {(row["annotator"], row["better"]) for row in judgements} == {("anna", "zebra"), ("ben", "yak")}
+    assert {row["question"]: row["choice"] for row in judgements if row["annotator"] == "anna"} == chosen
+    assert sorted(row["prompt"] for row in judgements if row["annotator"] == "ben") == [0, 1, 2, 3, 4]
     closed = json.loads((study.run / "study" / "closed.json").read_text())
     assert closed["arms"] == list(ARMS)
     assert closed["same"] == [{"prompt": 5, "category": None}]
-    assert (closed["annotators"], closed["seed"]) == (list(PEOPLE), 0)
-    again = order(5, draw=0, secret=closed["secret"], annotator="anna")  # reproducible once it is closed
-    told = {row["question"]: (row["prompt"], row["left"]) for row in kept if row["annotator"] == "anna"}
-    assert told == {n: (item, ARMS[swapped]) for n, (item, swapped) in enumerate(again, start=1)}
+    assert (closed["annotators"], closed["seed"]) == (list(ANNOTATORS), 0)
+    order = draw_question_order(5, draw=0, secret=closed["secret"], annotator="anna")  # reproducible once it is closed
+    recorded = {row["question"]: (row["prompt"], row["left"]) for row in judgements if row["annotator"] == "anna"}
+    assert recorded == {n: (item, ARMS[swapped]) for n, (item, swapped) in enumerate(order, start=1)}
 
 
 def test_after_a_judgement_comes_the_next_open_question_and_then_thanks(make):
-    anna = make().person("anna")
+    anna = make().sign_in("anna")
     assert anna.judge(2, "tie") == "/q/3?saved=2#question"
     assert "Question 2 is saved." in anna.browser.get("/q/3?saved=2").text
     assert anna.judge(5, "left") == "/q/1?saved=5#question"
@@ -177,19 +180,19 @@ def test_after_a_judgement_comes_the_next_open_question_and_then_thanks(make):
 
 def test_a_form_counts_once_however_often_it_comes(make):
     study = make()
-    anna = study.person("anna")
-    word = anna.word(1)
-    told = [anna.post(1, choice, word).headers["location"] for choice in ("left", "left", "right")]
-    told.append(anna.post(1, "left", word, comment="new").headers["location"])
+    anna = study.sign_in("anna")
+    csrf_token = anna.get_csrf_token(1)
+    redirects = [anna.post(1, choice, csrf_token).headers["location"] for choice in ("left", "left", "right")]
+    redirects.append(anna.post(1, "left", csrf_token, comment="new").headers["location"])
     # what does not stand is not called saved: its page shows what does
-    assert told == ["/q/2?saved=1#question"] * 2 + ["/q/1?unchanged=1#question"] * 2
-    assert re.search(r'value="left"[^>]*aria-pressed="true"', anna.page(1))
-    assert study.said() == {("anna", 1): "left"}
-    assert earlier(study.store) == {}
+    assert redirects == ["/q/2?saved=1#question"] * 2 + ["/q/1?unchanged=1#question"] * 2
+    assert re.search(r'value="left"[^>]*aria-pressed="true"', anna.load_page(1))
+    assert study.list_choices() == {("anna", 1): "left"}
+    assert list_replaced_choices(study.store) == {}
 
 
 def test_only_what_is_saved_is_called_so(make):
-    anna = make().person("anna")
+    anna = make().sign_in("anna")
     anna.judge(2, "tie")
     for path in ("/q/1", "/done"):
         shown = {n: f"Question {n} is saved." in anna.browser.get(f"{path}?saved={n}").text for n in (1, 2, 99)}
@@ -198,32 +201,32 @@ def test_only_what_is_saved_is_called_so(make):
 
 def test_going_back_changes_a_judgement_and_keeps_the_earlier_one(make):
     study = make()
-    anna = study.person("anna")
-    old = anna.word(1)
-    anna.post(1, "left", old, comment="so")
-    page = anna.page(1)
+    anna = study.sign_in("anna")
+    csrf_token = anna.get_csrf_token(1)
+    anna.post(1, "left", csrf_token, comment="so")
+    page = anna.load_page(1)
     assert re.search(r'value="left"[^>]*aria-pressed="true"', page)
     assert ">\nso</textarea>" in page
     anna.judge(1, "right")
     anna.judge(1, "right")  # the same again is no change
     anna.judge(1, "tie")
-    again = anna.post(1, "left", old)  # sent again by a browser that lost its connection
-    assert again.headers["location"] == "/q/1?unchanged=1#question"
-    assert "Not changed" in anna.browser.get(again.headers["location"]).text
-    assert "Not changed" not in anna.page(1)
+    response = anna.post(1, "left", csrf_token)  # sent again by a browser that lost its connection
+    assert response.headers["location"] == "/q/1?unchanged=1#question"
+    assert "Not changed" in anna.browser.get(response.headers["location"]).text
+    assert "Not changed" not in anna.load_page(1)
     assert "Not changed" not in anna.browser.get("/q/2?unchanged=1").text  # nothing is said there
-    assert study.said() == {("anna", 1): "tie"}
-    assert earlier(study.store) == {("anna", 1): ["left", "right"]}
+    assert study.list_choices() == {("anna", 1): "tie"}
+    assert list_replaced_choices(study.store) == {("anna", 1): ["left", "right"]}
 
 
 def test_a_form_of_another_question_or_person_judges_nothing(make):
     study = make()
-    anna, ben = study.person("anna"), study.person("ben")
-    assert anna.post(2, "left", anna.word(1)).status_code == 403
-    assert anna.post(1, "left", ben.word(1)).status_code == 403
+    anna, ben = study.sign_in("anna"), study.sign_in("ben")
+    assert anna.post(2, "left", anna.get_csrf_token(1)).status_code == 403
+    assert anna.post(1, "left", ben.get_csrf_token(1)).status_code == 403
     assert anna.post(1, "left", "").status_code in (400, 403)
-    assert anna.post(9, "left", anna.word(1)).status_code == 403
-    assert study.said() == {}
+    assert anna.post(9, "left", anna.get_csrf_token(1)).status_code == 403
+    assert study.list_choices() == {}
 
 
 @pytest.mark.parametrize(
@@ -231,73 +234,75 @@ def test_a_form_of_another_question_or_person_judges_nothing(make):
 )
 def test_what_is_no_judgement_is_refused(make, data):
     study = make()
-    anna = study.person("anna")
-    answer = anna.browser.post("/q/1", data={"form": anna.word(1), **data})
-    assert answer.status_code == 400
-    assert "This could not be understood" in answer.text
-    assert study.said() == {}
+    anna = study.sign_in("anna")
+    response = anna.browser.post("/q/1", data={"form": anna.get_csrf_token(1), **data})
+    assert response.status_code == 400
+    assert "The form was not complete" in response.text
+    assert study.list_choices() == {}
 
 
 def test_a_skip_has_a_reason_and_a_choice_needs_none(make):
     study = make()
-    anna = study.person("anna")
+    anna = study.sign_in("anna")
     anna.judge(1, "skip", reason="knowledge", comment="law")
     anna.judge(2, "left", reason="knowledge")
-    one, two = (study.store.question(1, number).said for number in (1, 2))
+    one, two = (study.store.load_question(1, number).answer for number in (1, 2))
     assert (one.choice, one.reason, one.comment) == ("skip", "knowledge", "law")
     assert (two.choice, two.reason) == ("left", "")
-    assert "You skipped this question." in anna.page(1)
-    page = anna.page(3)
+    assert "You skipped this question." in anna.load_page(1)
+    page = anna.load_page(3)
     assert len(re.findall(r"<button name=\"choice\"[^>]*formnovalidate", page)) == 3
-    assert [(one.judged, one.skipped) for one in study.store.progress()] == [(1, 1), (0, 0), (0, 0)]
+    assert [(one.judged, one.skipped) for one in study.store.count_progress()] == [(1, 1), (0, 0), (0, 0)]
 
 
 def test_time_is_measured_from_when_the_page_was_served(make):
     study = make()
-    anna = study.person("anna")
+    anna = study.sign_in("anna")
     for number, seconds in ((1, 12.34), (2, 601.0), (3, -5.0)):
-        word = anna.word(number)
-        study.clock.at += seconds
-        anna.post(number, "tie", word)
-    said = [study.store.question(1, number).said for number in (1, 2, 3)]
-    assert [(one.seconds, one.idle) for one in said] == [(12.3, False), (600.0, True), (0.0, False)]
-    for seconds, more in ((5.0, ""), (9.0, ""), (595.0, "x")):  # a change, the same again, another change
-        word = anna.word(1)
-        study.clock.at += seconds
-        anna.post(1, "left", word, comment=more)
-        one = study.store.question(1, 1).said
-        assert (one.seconds, one.idle) == ((600.0, True) if more else (17.3, False))
+        csrf_token = anna.get_csrf_token(number)
+        study.clock.time += seconds
+        anna.post(number, "tie", csrf_token)
+    answers = [study.store.load_question(1, number).answer for number in (1, 2, 3)]
+    assert [(answer.seconds, answer.idle) for answer in answers] == [(12.3, False), (600.0, True), (0.0, False)]
+    for seconds, comment in ((5.0, ""), (9.0, ""), (595.0, "x")):  # a change, the same again, another change
+        csrf_token = anna.get_csrf_token(1)
+        study.clock.time += seconds
+        anna.post(1, "left", csrf_token, comment=comment)
+        answer = study.store.load_question(1, 1).answer
+        assert (answer.seconds, answer.idle) == ((600.0, True) if comment else (17.3, False))
     anna.judge(1, "tie")
-    assert study.store.question(1, 1).said.idle  # away once
-    (who, *_) = close(study).annotators
-    assert (who.seconds, who.idle) == (600.0, 2)
+    assert study.store.load_question(1, 1).answer.idle  # away once
+    (annotator, *_) = close(study).annotators
+    assert (annotator.seconds, annotator.idle) == (600.0, 2)
 
 
 def test_a_closed_study_says_thanks_and_takes_nothing(make):
     study = make()
-    anna = study.person("anna")
+    anna = study.sign_in("anna")
     anna.judge(1, "left")
-    word = anna.word(2)
+    csrf_token = anna.get_csrf_token(2)
     close(study)
-    answer = anna.post(2, "right", word)
-    assert answer.status_code == 403
-    assert "The study is closed" in answer.text
+    response = anna.post(2, "right", csrf_token)
+    assert response.status_code == 403
+    assert "The study is closed" in response.text
     assert str(anna.browser.get("/").url) == f"http://{HOST}/done#question"
     assert "The study is closed" in anna.browser.get("/q/1").text
-    with pytest.raises(ClosedError):
-        study.store.judge(1, 2, Said("left", "", "", 1.0, False, "now"), "nonce")
-    assert study.said() == {("anna", 1): "left"}
+    with pytest.raises(StudyClosedError):
+        study.store.save_answer(1, 2, Answer("left", "", "", 1.0, False, "now"), "nonce")
+    assert study.list_choices() == {("anna", 1): "left"}
 
 
 def test_hostile_text_is_text(make):
     study = make()
-    anna = study.person("anna")
-    page = next(page for number in range(1, 6) if "window.hit" in (page := anna.page(number)))
+    anna = study.sign_in("anna")
+    page = next(page for number in range(1, 6) if "window.hit" in (page := anna.load_page(number)))
     assert page.count("<script") == 1  # the page's own
     assert "<img" not in page
-    shown = sides(page)
-    assert all("<script>window.hit = 1</script><img src=x onerror=alert(1)> [x](javascript:" in one for one in shown)
-    assert all("␛[31m ⟦U+202E⟧abc⟦U+2066⟧" in one for one in shown)
+    completions = parse_sides(page)
+    assert all(
+        "<script>window.hit = 1</script><img src=x onerror=alert(1)> [x](javascript:" in one for one in completions
+    )
+    assert all("␛[31m ⟦U+202E⟧abc⟦U+2066⟧" in one for one in completions)
     assert not set("\x1b\u202e\u2066") & set(page)
     assert "question 0 &amp; &lt;b&gt;more" in page
 
@@ -310,8 +315,8 @@ def test_what_cannot_be_seen_is_made_visible():
 
 def test_an_empty_completion_says_so(make):
     study = make(texts={("yak", 0): "", ("zebra", 1): " \n\u200d\xa0", ("yak", 2): "\u200b"})
-    anna = study.person("anna")
-    pages = [anna.page(number) for number in range(1, 6)]
+    anna = study.sign_in("anna")
+    pages = [anna.load_page(number) for number in range(1, 6)]
     assert sum(page.count(">This completion is empty.<") for page in pages) == 2
     assert sum("⟦U+200B⟧" in page for page in pages) == 1
 
@@ -321,21 +326,21 @@ def test_an_empty_completion_says_so(make):
 
 def test_every_answer_has_the_headers_that_keep_it_safe(make):
     study = make()
-    anna = study.person("anna")
+    anna = study.sign_in("anna")
     large = "9" * 30
-    answers = [anna.browser.get(path) for path in ("/q/1", "/start", "/done", "/static/study.js", "/q/77", "/x")]
-    answers += [anna.browser.get(path) for path in (f"/q/{large}", f"/done?saved={large}")]
-    answers += [study.browser().get("/"), anna.browser.get("/", headers={"host": "evil.example"})]
-    answers.append(anna.post(1, "tie"))
-    assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 404, 404, 404, 400, 403, 421, 303]
-    for answer in answers:
-        policy = answer.headers["content-security-policy"]
+    responses = [anna.browser.get(path) for path in ("/q/1", "/start", "/done", "/static/study.js", "/q/77", "/x")]
+    responses += [anna.browser.get(path) for path in (f"/q/{large}", f"/done?saved={large}")]
+    responses += [study.open_browser().get("/"), anna.browser.get("/", headers={"host": "evil.example"})]
+    responses.append(anna.post(1, "tie"))
+    assert [response.status_code for response in responses] == [200, 200, 200, 200, 404, 404, 404, 400, 403, 421, 303]
+    for response in responses:
+        policy = response.headers["content-security-policy"]
         assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
         assert "unsafe" not in policy
-        assert answer.headers["referrer-policy"] == "no-referrer"
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["cache-control"] == "no-store"
-    assert "There is no such page" in answers[4].text
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+    assert "Page not found" in responses[4].text
 
 
 @pytest.mark.parametrize(
@@ -354,90 +359,90 @@ def test_every_answer_has_the_headers_that_keep_it_safe(make):
 )
 def test_other_sites_and_hosts_judge_nothing(make, headers, status):
     study = make()
-    anna = study.person("anna")
-    data = {"form": anna.word(1), "choice": "left"}
+    anna = study.sign_in("anna")
+    data = {"form": anna.get_csrf_token(1), "choice": "left"}
     assert anna.browser.post("/q/1", data=data, headers=headers, follow_redirects=False).status_code == status
-    assert len(study.said()) == (status == 303)
+    assert len(study.list_choices()) == (status == 303)
 
 
 def test_large_bodies_are_refused_by_their_length_and_while_they_come(make):
     study = make()
-    anna = study.person("anna")
+    anna = study.sign_in("anna")
     assert anna.post(1, "left", comment="x" * 70_000).status_code == 413
-    word = anna.word(1)
+    csrf_token = anna.get_csrf_token(1)
 
     def parts() -> Iterator[bytes]:
-        yield f"form={word}&choice=left&comment=".encode()
+        yield f"form={csrf_token}&choice=left&comment=".encode()
         for _ in range(70):
             yield b"x" * 1000
 
     headers = {"content-type": "application/x-www-form-urlencoded"}
-    answer = anna.browser.post("/q/1", content=parts(), headers=headers)
-    assert answer.status_code == 413
-    assert "That is too much text" in answer.text
+    response = anna.browser.post("/q/1", content=parts(), headers=headers)
+    assert response.status_code == 413
+    assert "The text is too long" in response.text
     assert anna.post(1, "left", comment="x" * 2001).status_code == 413
-    assert study.said() == {}
+    assert study.list_choices() == {}
     anna.judge(1, "left", comment="x" * 2000)
 
 
 def test_who_is_too_fast_waits_and_others_do_not(make):
     study = make(rate=0.0, burst=4.0)
-    anna, ben = study.person("anna"), study.person("ben")
+    anna, ben = study.sign_in("anna"), study.sign_in("ben")
     assert [anna.browser.get("/q/1").status_code for _ in range(6)] == [200] * 4 + [429] * 2
-    assert "That was very fast" in anna.browser.get("/q/1").text
+    assert "Too many requests" in anna.browser.get("/q/1").text
     assert ben.browser.get("/q/1").status_code == 200
 
 
 def test_guessed_links_are_slowed_down_and_real_ones_are_not(make):
     study = make()
-    found = [study.browser().get(f"/a/guess{number}").status_code for number in range(30)]
-    assert set(found) == {403, 429}
-    study.person("ben")
-    stranger = study.browser()
+    statuses = [study.open_browser().get(f"/a/guess{number}").status_code for number in range(30)]
+    assert set(statuses) == {403, 429}
+    study.sign_in("ben")
+    stranger = study.open_browser()
     stranger.cookies.set("study", study.tokens["anna"])  # of no such name
     assert stranger.get("/q/1").status_code in (403, 429)
 
 
 def test_a_bucket_fills_again():
-    at = [0.0]
-    bucket = Bucket(0.5, 2.0, lambda: at[0])
-    assert [bucket.take() for _ in range(3)] == [True, True, False]
-    at[0] = 2.0
-    assert [bucket.take() for _ in range(2)] == [True, False]
+    seconds = [0.0]
+    bucket = TokenBucket(0.5, 2.0, lambda: seconds[0])
+    assert [bucket.take_token() for _ in range(3)] == [True, True, False]
+    seconds[0] = 2.0
+    assert [bucket.take_token() for _ in range(2)] == [True, False]
 
 
 def test_a_store_that_is_locked_loses_nothing_and_says_so(make, monkeypatch):
     monkeypatch.setattr(store, "LOCK_SECONDS", 0.05)
     study = make()
-    anna = study.person("anna")
-    word = anna.word(1)
-    other = sqlite3.connect(study.run / "study" / "study.sqlite")
-    other.execute("BEGIN IMMEDIATE")
-    answer = anna.post(1, "left", word)
-    other.close()
-    assert answer.status_code == 503
-    assert "This could not be saved" in answer.text
-    assert study.said() == {}
-    assert anna.post(1, "left", word).status_code == 303
-    assert study.said() == {("anna", 1): "left"}
+    anna = study.sign_in("anna")
+    csrf_token = anna.get_csrf_token(1)
+    connection = sqlite3.connect(study.run / "study" / "study.sqlite")
+    connection.execute("BEGIN IMMEDIATE")
+    response = anna.post(1, "left", csrf_token)
+    connection.close()
+    assert response.status_code == 503
+    assert "The judgement could not be saved" in response.text
+    assert study.list_choices() == {}
+    assert anna.post(1, "left", csrf_token).status_code == 303
+    assert study.list_choices() == {("anna", 1): "left"}
 
 
 def test_many_forms_at_once_leave_one_judgement_and_every_change(make):
     study = make()
-    said = [Said(("left", "right", "tie")[n % 3], "", f"{n}", 1.0, False, "now") for n in range(6)]
-    kept: list[bool] = []
+    answers = [Answer(("left", "right", "tie")[n % 3], "", f"{n}", 1.0, False, "now") for n in range(6)]
+    saved: list[bool] = []
 
-    def send(number: int) -> None:
-        kept.append(study.store.judge(1, 1, said[number], f"nonce {number % 4}"))
+    def save_answer(number: int) -> None:
+        saved.append(study.store.save_answer(1, 1, answers[number], f"nonce {number % 4}"))
 
-    threads = [threading.Thread(target=send, args=(number,)) for number in range(6)]
+    threads = [threading.Thread(target=save_answer, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(kept) == [False, False, True, True, True, True]
-    assert list(study.said()) == [("anna", 1)]
-    assert len(earlier(study.store)[("anna", 1)]) == 3
+    assert sorted(saved) == [False, False, True, True, True, True]
+    assert list(study.list_choices()) == [("anna", 1)]
+    assert len(list_replaced_choices(study.store)[("anna", 1)]) == 3
 
 
 def test_what_is_acknowledged_is_on_disk(make):
@@ -452,52 +457,56 @@ def test_what_is_acknowledged_is_on_disk(make):
 
 def test_the_same_command_goes_on_with_the_same_study_and_links(make):
     study = make()
-    study.person("anna").judge(1, "left")
-    texts = [sides(study.person("ben").page(number)) for number in range(1, 6)]
-    for wanted in (Wanted(), Wanted(arms=ARMS, annotators=PEOPLE, prompts=6, seed=0, draw=0)):
-        again = make(wanted=wanted)
-        assert (again.tokens, again.lost) == (study.tokens, [])
-        assert again.said() == {("anna", 1): "left"}
-        assert [sides(again.person("ben").page(number)) for number in range(1, 6)] == texts
-    for place in (study.run / "study", study.run / "study" / "links.json"):
-        assert place.stat().st_mode & 0o077 == 0
+    study.sign_in("anna").judge(1, "left")
+    texts = [parse_sides(study.sign_in("ben").load_page(number)) for number in range(1, 6)]
+    for options in (StudyOptions(), StudyOptions(arms=ARMS, annotators=ANNOTATORS, prompts=6, seed=0, draw=0)):
+        reopened = make(options=options)
+        assert (reopened.tokens, reopened.lost) == (study.tokens, [])
+        assert reopened.list_choices() == {("anna", 1): "left"}
+        assert [parse_sides(reopened.sign_in("ben").load_page(number)) for number in range(1, 6)] == texts
+    for path in (study.run / "study", study.run / "study" / "links.json"):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("options", "message"),
     [
-        (Wanted(arms=("yak", "zebra")), "--arms: found yak, zebra; expected zebra, yak, as in the study"),
-        (Wanted(prompts=3), "--prompts: found 3; expected 6, as in the study"),
-        (Wanted(draw=4), "--draw: found 4; expected 0, as in the study"),
-        (Wanted(seed=1), "--seed: found 1; expected 0, as in the study"),
-        (Wanted(annotators=("dora",)), "--annotators: found dora; expected anna, ben, cleo, as in the study"),
-        (Wanted(guidelines="be quick"), "--guidelines: found other ones, as in the study"),
+        (StudyOptions(arms=("yak", "zebra")), "--arms: found yak, zebra; expected zebra, yak, that"),
+        (StudyOptions(prompts=3), "--prompts: found 3; expected 6, that"),
+        (StudyOptions(draw=4), "--draw: found 4; expected 0, that"),
+        (StudyOptions(seed=1), "--seed: found 1; expected 0, that"),
+        (StudyOptions(annotators=("dora",)), "--annotators: found dora; expected anna, ben, cleo, that"),
+        (StudyOptions(guidelines="be quick"), "--guidelines: found other text; expected that"),
     ],
 )
-def test_another_study_of_the_same_run_is_refused(make, wanted, message):
+def test_another_study_of_the_same_run_is_refused(make, options, message):
     make()
-    with pytest.raises(InputError, match=rf"^{re.escape(message)} that is there; leave it out, or move .*/run/study a"):
-        make(wanted=wanted)
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(message)} of the existing study; leave it out, or move .*/run/study a"
+    ):
+        make(options=options)
 
 
 def test_a_run_that_has_changed_or_a_study_that_is_closed_is_refused(make, capsys):
     study = make()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(WORDS, "yak", "plums")
-        fruit_run(study.run.parent)
-        with pytest.raises(InputError, match="found a study of other completions than the run now has"):
-            make(wanted=Wanted())
-        assert files.export(study.store, study.row, study.run / "kept.csv") == 0
-        code, said = run_cli(capsys, "annotate", str(study.run), "--export", str(study.run / "kept.csv"))
-        assert (code, said) == (0, f"0 judgements: {study.run / 'kept.csv'}\n")
-        for words in (("annotate", "--close", "--yes"), ("annotate", "--import", "x.csv"), ("agreement",)):
-            code, said = run_cli(capsys, words[0], str(study.run), *words[1:])
-            assert (code, said.count("\n")) == (2, 1)
-            assert "found a study of other completions" in said
-    fruit_run(study.run.parent)
+        patch.setitem(FRUITS, "yak", "plums")
+        write_fruit_run(study.run.parent)
+        with pytest.raises(InputError, match="found a study of other completions than the run has now"):
+            make(options=StudyOptions())
+        assert files.export_judgements(study.store, study.row, study.run / "kept.csv") == 0
+        code, output = run_cli(capsys, "annotate", str(study.run), "--export", str(study.run / "kept.csv"))
+        assert (code, output) == (0, f"0 judgements: {study.run / 'kept.csv'}\n")
+        for arguments in (("annotate", "--close", "--yes"), ("annotate", "--import", "x.csv"), ("agreement",)):
+            code, output = run_cli(capsys, arguments[0], str(study.run), *arguments[1:])
+            assert (code, output.count("\n")) == (2, 1)
+            assert "found a study of other completions" in output
+    write_fruit_run(study.run.parent)
     close(study)
-    with pytest.raises(InputError, match=r"found a study that was closed at 20.*; `mixpo agreement RUN` shows"):
-        make(wanted=Wanted())
+    with pytest.raises(
+        InputError, match=r"found a study that was closed at 20.*; `mixpo agreement RUN` shows its results"
+    ):
+        make(options=StudyOptions())
     for file in (study.run / "study").glob("study.sqlite*"):
         file.unlink()
     with pytest.raises(InputError, match=r"/run/study: found a closed study; move the folder .*/run/study away to b"):
@@ -506,46 +515,47 @@ def test_a_run_that_has_changed_or_a_study_that_is_closed_is_refused(make, capsy
 
 
 def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
-    run = fruit_run(tmp_path, seeds=(3, 4))
+    run = write_fruit_run(tmp_path, seeds=(3, 4))
     study = Study(run)
     assert study.row.seed == 3
-    found = close(study)
+    findings = close(study)
     study.store.dispose()
-    assert found.seed == 3
-    shown = section(load_runs(run))
-    assert shown is not None
-    assert any("at seed 3." in note for note in shown.groups[0].table.notes)
+    assert findings.seed == 3
+    report = section(load_runs(run))
+    assert report is not None
+    assert any("at seed 3." in note for note in report.groups[0].table.notes)
 
 
 def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make, capsys):
     study = make()
-    study.person("anna").prefer(1, "apples")
+    study.sign_in("anna").prefer(1, "apples")
     close(study)
-    fruit_run(study.run.parent, texts={("yak", 3): "plums"})
-    shown = section(load_runs(study.run))
-    assert shown is not None
-    assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", shown.opening)
-    assert shown.groups == []
-    assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{shown.opening}\n")
+    write_fruit_run(study.run.parent, texts={("yak", 3): "plums"})
+    report = section(load_runs(study.run))
+    assert report is not None
+    assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", report.opening)
+    assert report.groups == []
+    assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{report.opening}\n")
     results = load_runs(study.run)
     (folder,) = {folder for arm in results.arms for key, folder in arm.stages.items() if key.startswith("Data")}
     (Path(folder) / "test.parquet").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"test\.parquet"):  # which is no change of the run
         section(results)
-    fruit_run(study.run.parent)
+    write_fruit_run(study.run.parent)
     assert section(load_runs(study.run)).opening.startswith("One person")
 
 
 def test_lost_links_are_made_anew(make):
     study = make()
     (study.run / "study" / "links.json").unlink()
-    again = make()
-    assert again.lost == list(PEOPLE)
-    assert not set(again.tokens.values()) & set(study.tokens.values())
-    again.person("anna")
-    assert again.browser().get(f"/a/{study.tokens['anna']}").status_code == 403
+    reopened = make()
+    assert reopened.lost == list(ANNOTATORS)
+    assert not set(reopened.tokens.values()) & set(study.tokens.values())
+    reopened.sign_in("anna")
+    assert reopened.open_browser().get(f"/a/{study.tokens['anna']}").status_code == 403
     assert not any(
-        token in (study.run / "study" / "study.sqlite").read_bytes().decode("latin1") for token in again.tokens.values()
+        token in (study.run / "study" / "study.sqlite").read_bytes().decode("latin1")
+        for token in reopened.tokens.values()
     )
 
 
@@ -557,55 +567,55 @@ def test_links_that_cannot_be_read_are_one_line(make, text):
         InputError, match=r"^\S+links.json: found no readable links \(.*\); expected names and links; d"
     ):
         make()
-    assert study.store.annotators()[0].token
+    assert study.store.load_annotators()[0].token
 
 
 def test_no_study_without_arms_or_of_arms_that_say_the_same(make, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"--arms: found none, and no study in .*; expected two arms of the run"):
-        make(wanted=Wanted())
+        make(options=StudyOptions())
     with pytest.raises(InputError, match="--prompts: found 7; expected 1 to 6"):
-        make(wanted=Wanted(arms=ARMS, prompts=7))
-    fruit_run(run.parent, texts={(arm, number): f"{number}" for arm in ARMS for number in range(6)})
+        make(options=StudyOptions(arms=ARMS, prompts=7))
+    write_fruit_run(run.parent, texts={(arm, number): f"{number}" for arm in ARMS for number in range(6)})
     with pytest.raises(InputError, match="two arms that complete every prompt alike"):
-        make(wanted=Wanted(arms=ARMS, prompts=3))
+        make(options=StudyOptions(arms=ARMS, prompts=3))
     assert not (run / "study").exists()
 
 
 # blindness
 
 
-def run_cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """`mixpo WORDS`: its exit code, and all that it prints."""
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run `mixpo ARGUMENTS`; return the exit code and everything printed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mixpo", *words])
+        patch.setattr(sys, "argv", ["mixpo", *arguments])
         patch.setattr(server, "serve", lambda *_: None)
         with pytest.raises(SystemExit) as stopped:
             sys.exit(cli.main())
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out + printed.err
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out + captured.err
 
 
 def test_before_it_is_closed_nothing_tells_an_arm(make, capsys, tmp_path):
     study = make()
     run = str(study.run)
-    told = []
-    for name in PEOPLE:
-        person = study.person(name)
-        told += [person.page(number) for number in range(1, 6)]
+    texts = []
+    for name in ANNOTATORS:
+        annotator = study.sign_in(name)
+        texts += [annotator.load_page(number) for number in range(1, 6)]
         for number in range(1, 5):
-            person.prefer(number, "apples")
-        told += [person.browser.get(path).text for path in ("/done", "/start", "/nowhere")]
+            annotator.prefer(number, "apples")
+        texts += [annotator.browser.get(path).text for path in ("/done", "/start", "/nowhere")]
     for path in ("a.csv", "a.jsonl"):
-        told.append(run_cli(capsys, "annotate", run, "--export", str(tmp_path / path))[1])
-        told.append((tmp_path / path).read_text())
-    code, begun = run_cli(capsys, "annotate", run, "--port", "0")
+        texts.append(run_cli(capsys, "annotate", run, "--export", str(tmp_path / path))[1])
+        texts.append((tmp_path / path).read_text())
+    code, output = run_cli(capsys, "annotate", run, "--port", "0")
     assert code == 0
-    assert re.findall(r"http://127\.0\.0\.1:\d+/a/(\S+)", begun) == list(study.tokens.values())
-    told += [begun, run_cli(capsys, "agreement", run)[1]]
-    assert "anna: 4 of 5 judged, 0 skipped" in told[-1]
-    assert "--close" in told[-1]
-    for text in told:
+    assert re.findall(r"http://127\.0\.0\.1:\d+/a/(\S+)", output) == list(study.tokens.values())
+    texts += [output, run_cli(capsys, "agreement", run)[1]]
+    assert "anna: 4 of 5 judged, 0 skipped" in texts[-1]
+    assert "--close" in texts[-1]
+    for text in texts:
         assert "zebra" not in text
         assert "yak" not in text
         assert "κ" not in text
@@ -615,36 +625,36 @@ def test_before_it_is_closed_nothing_tells_an_arm(make, capsys, tmp_path):
 
 
 def test_an_export_does_not_show_where_an_arm_repeats_itself(make, tmp_path):
-    study = make(texts={(arm, number): WORDS[arm] for arm in ARMS for number in range(6)})
-    for name in PEOPLE:
+    study = make(texts={(arm, number): FRUITS[arm] for arm in ARMS for number in range(6)})
+    for name in ANNOTATORS:
         for number in range(1, 7):
-            study.person(name).judge(number, "tie")
-    files.export(study.store, study.row, tmp_path / "all.jsonl")
+            study.sign_in(name).judge(number, "tie")
+    files.export_judgements(study.store, study.row, tmp_path / "all.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len({line["digest"] for line in lines}) == 18
-    for text in WORDS.values():
+    for text in FRUITS.values():
         assert hashlib.sha256(text.encode()).hexdigest()[:32] not in str(lines)
 
 
 def test_closing_asks_first_and_says_what_is_missing(make, capsys, monkeypatch):
     study = make()
-    study.person("anna").judge(1, "left")
+    study.sign_in("anna").judge(1, "left")
     run = str(study.run)
-    with open(os.devnull) as nothing, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdin", nothing)
-        code, said = run_cli(capsys, "annotate", run, "--close")
+    with open(os.devnull) as empty_stdin, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", empty_stdin)
+        code, output = run_cli(capsys, "annotate", run, "--close")
     assert code == 1
-    assert "14 of 15 judgements are missing" in said
-    assert study.store.study().closed is None
-    code, said = run_cli(capsys, "annotate", run, "--close", "--yes")
+    assert "14 of 15 judgements are missing" in output
+    assert study.store.load_study().closed is None
+    code, output = run_cli(capsys, "annotate", run, "--close", "--yes")
     assert code == 0
-    assert "zebra" not in said
+    assert "zebra" not in output
     for _ in range(2):  # a second time it writes the same files again
-        code, said = run_cli(capsys, "agreement", run)
+        code, output = run_cli(capsys, "agreement", run)
         assert code == 0
-        assert "zebra" in said
+        assert "zebra" in output
         (study.run / "study" / "closed.json").unlink()
-        assert "its files are not here" in run_cli(capsys, "agreement", run)[1]
+        assert "its files are missing" in run_cli(capsys, "agreement", run)[1]
         assert run_cli(capsys, "annotate", run, "--close")[0] == 0
 
 
@@ -652,19 +662,19 @@ def test_closing_asks_first_and_says_what_is_missing(make, capsys, monkeypatch):
 
 
 def test_a_taken_port_makes_no_study(tmp_path, capsys):
-    run = fruit_run(tmp_path)
+    run = write_fruit_run(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, said = run_cli(capsys, "annotate", str(run), "--arms", *ARMS, "--port", port)
+        code, output = run_cli(capsys, "annotate", str(run), "--arms", *ARMS, "--port", port)
     assert code == 2
-    assert said == f"--port: found {port} taken; expected a free one; 0 takes any that is free\n"
+    assert output == f"--port: found {port} in use; expected a free port; 0 chooses one\n"
     assert not (run / "study").exists()
 
 
 def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
-    run = str(fruit_run(tmp_path))
+    run = str(write_fruit_run(tmp_path))
     pages = ("--arms", *ARMS, "--port", "0")
-    for words, expected in (
+    for arguments, expected in (
         (("--close",), "found no study; expected one begun by `mixpo annotate"),
         (("--close", "--export", "x.csv"), "--close: found beside --export, which does nothing with it"),
         (("--close", "--prompts", "3", "--tls-key", "k"), "--prompts, --tls-key: found beside --close, which does"),
@@ -674,39 +684,45 @@ def test_bad_commands_say_so_on_one_line(tmp_path, capsys, monkeypatch):
         ((*pages, "--tls-cert", "x.pem", "--tls-key", "x.pem"), "--tls-cert, --tls-key: found no usable pair"),
         ((*pages, "--host", "0.0.0.0"), "--host: found 0.0.0.0, which is every address"),
         ((*pages, "--host", "no.such.invalid"), "--host: found 'no.such.invalid'"),
-        ((*pages, "--address", "example.org"), "--address: found 'example.org'; expected only such as https"),
-        ((*pages, "--tls-cert", "x.pem"), "--tls-cert, --tls-key: found one of them"),
+        ((*pages, "--address", "example.org"), "--address: found 'example.org'; expected scheme, host and port alone"),
+        ((*pages, "--tls-cert", "x.pem"), "--tls-cert, --tls-key: found one without the other"),
         ((*pages, "--guidelines", "none.txt"), "--guidelines: found none.txt, which cannot be read"),
         ((*pages, "--store", "nonsense"), "--store: found no URL; expected that of a PostgreSQL"),
-        ((*pages, "--store", "postgresql+nodriver://me:hush@h/d"), "postgresql+nodriver://me:***@h/d: found a store"),
-        ((*pages, "--store", "sqlite:////nowhere/at/all.sqlite"), "--store: found one of sqlite; expected that of a P"),
+        (
+            (*pages, "--store", "postgresql+nodriver://me:hush@h/d"),
+            "postgresql+nodriver://me:***@h/d: found an unusable store",
+        ),
+        (
+            (*pages, "--store", "sqlite:////nowhere/at/all.sqlite"),
+            "--store: found a URL of sqlite; expected that of a P",
+        ),
     ):
-        code, said = run_cli(capsys, "annotate", run, *words)
-        assert code == 2, said
-        assert expected in said
-        assert said.count("\n") == 1
-        assert "hush" not in said
+        code, output = run_cli(capsys, "annotate", run, *arguments)
+        assert code == 2, output
+        assert expected in output
+        assert output.count("\n") == 1
+        assert "hush" not in output
     assert run_cli(capsys, "agreement", run)[0] == 2
     assert not (Path(run) / "study").exists()
     (Path(run) / "study").mkdir()
     (Path(run) / "study" / "study.sqlite").write_bytes(b"no database" * 100)
-    code, said = run_cli(capsys, "agreement", run)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "found a store that cannot be used (file is not a database)" in said
-    monkeypatch.setattr(studied, "NEEDED", ("no_such_package",))
-    code, said = run_cli(capsys, "annotate", run)
+    code, output = run_cli(capsys, "agreement", run)
+    assert (code, output.count("\n")) == (2, 1)
+    assert "found an unusable store (file is not a database)" in output
+    monkeypatch.setattr(study_commands, "REQUIRED_PACKAGES", ("no_such_package",))
+    code, output = run_cli(capsys, "annotate", run)
     assert code == 2
-    assert said.endswith("`pip install 'mixpo[study]'`\n")
+    assert output.endswith("`pip install 'mixpo[study]'`\n")
 
 
 def test_beyond_this_machine_without_tls_there_is_a_warning(tmp_path, capsys):
-    run = str(fruit_run(tmp_path))
-    words = ("annotate", run, "--arms", *ARMS, "--annotators", "2", "--port", "0", "--address")
-    assert "warning: without TLS" in run_cli(capsys, *words, "http://study.example.org", "--host", "0.0.0.0")[1]
-    code, said = run_cli(capsys, *words, "https://study.example.org/")
+    run = str(write_fruit_run(tmp_path))
+    arguments = ("annotate", run, "--arms", *ARMS, "--annotators", "2", "--port", "0", "--address")
+    assert "warning: without TLS" in run_cli(capsys, *arguments, "http://study.example.org", "--host", "0.0.0.0")[1]
+    code, output = run_cli(capsys, *arguments, "https://study.example.org/")
     assert code == 0
-    assert "warning" not in said
-    assert len(re.findall(r"  annotator [12]: https://study\.example\.org/a/\S{32}\n", said)) == 2
+    assert "warning" not in output
+    assert len(re.findall(r"  annotator [12]: https://study\.example\.org/a/\S{32}\n", output)) == 2
 
 
 @pytest.mark.parametrize(
@@ -728,38 +744,41 @@ def test_what_goes_over_a_network_in_the_clear_is_known(bound, address, tls, enc
 
 def test_the_usual_port_is_no_part_of_an_address():
     local = ["[::1]:80", "localhost:80", "127.0.0.1:80"]
-    assert server.addresses("::1", ("::1", 80), None, tls=True) == ("https://[::1]:80", local)
+    assert server.build_base_url("::1", ("::1", 80), None, tls=True) == ("https://[::1]:80", local)
     usual = ["127.0.0.1", "localhost", "127.0.0.1"]
-    assert server.addresses("127.0.0.1", ("127.0.0.1", 443), None, tls=True) == ("https://127.0.0.1", usual)
-    for given, found in (
+    assert server.build_base_url("127.0.0.1", ("127.0.0.1", 443), None, tls=True) == ("https://127.0.0.1", usual)
+    for address, expected in (
         ("https://Study.example.org:443/", ("https://study.example.org", ["study.example.org"])),
         ("http://study.example.org:443", ("http://study.example.org:443", ["study.example.org:443"])),
         ("http://[::1]:80", ("http://[::1]", ["[::1]"])),
     ):
-        assert server.addresses("127.0.0.1", ("127.0.0.1", 9), given, tls=False) == found
+        assert server.build_base_url("127.0.0.1", ("127.0.0.1", 9), address, tls=False) == expected
 
 
 @pytest.mark.parametrize(
-    "given",
+    "address",
     ["http://[::1", "http://me:x@a.example", "http://@a", "http://a:b", "http://a:70000", "ftp://a", "http://a/b"],
 )
-def test_what_is_no_address_is_refused(given):
-    with pytest.raises(InputError, match=re.escape(f"--address: found {given!r}; expected only such as https://")):
-        server.addresses("127.0.0.1", ("127.0.0.1", 9), given, tls=False)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(
+        InputError,
+        match=re.escape(f"--address: found {address!r}; expected scheme, host and port alone, such as https://"),
+    ):
+        server.build_base_url("127.0.0.1", ("127.0.0.1", 9), address, tls=False)
 
 
 @pytest.mark.parametrize(("host", "bound"), [("0", "0.0.0.0"), ("::", "::"), ("0:0::0", "::")])
 def test_every_address_is_none(host, bound):
     with pytest.raises(InputError, match=f"^--host: found {host}, which is every address of this machine"):
-        server.addresses(host, (bound, 9), None, tls=False)
+        server.build_base_url(host, (bound, 9), None, tls=False)
 
 
 def test_a_password_is_never_shown():
-    opened = Store(URL.create("sqlite", database="/nowhere/x.sqlite"))
-    opened.password = "hush"
-    with pytest.raises(InputError) as refused, opened._told():
+    database = Store(URL.create("sqlite", database="/nowhere/x.sqlite"))
+    database.password = "hush"
+    with pytest.raises(InputError) as refused, database._report_database_errors():
         raise SQLAlchemyError("me:hush@h was refused\nfor reasons")
-    assert str(refused.value).startswith("/nowhere/x.sqlite: found a store that cannot be used (me:***@h was refused);")
+    assert str(refused.value).startswith("/nowhere/x.sqlite: found an unusable store (me:***@h was refused);")
     assert "\n" not in str(refused.value)
 
 
@@ -768,37 +787,39 @@ DATABASE = os.environ.get("MIXPO_TEST_DATABASE")
 
 @pytest.mark.skipif(DATABASE is None, reason="MIXPO_TEST_DATABASE names no empty PostgreSQL database")
 def test_a_study_in_postgresql(tmp_path):
-    study = Study(fruit_run(tmp_path), url=DATABASE)
+    study = Study(write_fruit_run(tmp_path), url=DATABASE)
     try:
-        anna = study.person("anna")
-        word = anna.word(1)
+        anna = study.sign_in("anna")
+        csrf_token = anna.get_csrf_token(1)
         for choice in ("left", "right"):
-            anna.post(1, choice, word, comment="a\0b")
+            anna.post(1, choice, csrf_token, comment="a\0b")
         anna.judge(1, "tie", comment="مرحبا")
         anna.judge(2, "skip", reason="other")
-        said = [Said("left", "", f"{n % 3}", 1.0, False, store.now()) for n in range(8)]
-        threads = [threading.Thread(target=study.store.judge, args=(2, 1, said[n], f"n{n % 3}")) for n in range(8)]
+        answers = [Answer("left", "", f"{n % 3}", 1.0, False, store.format_current_time()) for n in range(8)]
+        threads = [
+            threading.Thread(target=study.store.save_answer, args=(2, 1, answers[n], f"n{n % 3}")) for n in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert study.said() == {("anna", 1): "tie", ("anna", 2): "skip", ("ben", 1): "left"}
-        assert earlier(study.store) == {("anna", 1): ["left"], ("ben", 1): ["left", "left"]}
-        assert [(one.judged, one.skipped) for one in study.store.progress()] == [(1, 1), (1, 0), (0, 0)]
-        files.export(study.store, study.row, tmp_path / "all.csv")
-        assert files.take_in(study.store, study.row, tmp_path / "all.csv") == (3, 0)
-        again = Study(study.run, url=DATABASE)
-        again.store.dispose()
-        assert (again.tokens, again.lost) == (study.tokens, [])
-        fruit_run(tmp_path / "other", texts={("yak", 1): "plums"})
+        assert study.list_choices() == {("anna", 1): "tie", ("anna", 2): "skip", ("ben", 1): "left"}
+        assert list_replaced_choices(study.store) == {("anna", 1): ["left"], ("ben", 1): ["left", "left"]}
+        assert [(one.judged, one.skipped) for one in study.store.count_progress()] == [(1, 1), (1, 0), (0, 0)]
+        files.export_judgements(study.store, study.row, tmp_path / "all.csv")
+        assert files.import_judgements(study.store, study.row, tmp_path / "all.csv") == (3, 0)
+        reopened = Study(study.run, url=DATABASE)
+        reopened.store.dispose()
+        assert (reopened.tokens, reopened.lost) == (study.tokens, [])
+        write_fruit_run(tmp_path / "other", texts={("yak", 1): "plums"})
         with pytest.raises(
             InputError, match=r"found a study of other completions .* and use another database to begin"
         ):
-            Study(tmp_path / "other" / "run", Wanted(), url=DATABASE)
-        word = anna.word(3)
-        assert close(study).counted == ["anna", "ben"]
-        assert anna.post(3, "left", word).status_code == 403
-        assert len(study.said()) == 3
+            Study(tmp_path / "other" / "run", StudyOptions(), url=DATABASE)
+        csrf_token = anna.get_csrf_token(3)
+        assert close(study).active_annotators == ["anna", "ben"]
+        assert anna.post(3, "left", csrf_token).status_code == 403
+        assert len(study.list_choices()) == 3
     finally:
         store.Base.metadata.drop_all(study.store.engine)
         study.store.dispose()
@@ -810,39 +831,40 @@ def test_a_study_in_postgresql(tmp_path):
 COMMENTS = ["=1+1", "+x", "-x", "@x", "'quoted", "plain, with a comma", 'two\nlines "and" marks', "𝔘 مرحبا", "\tx"]
 
 
-def judged(study: Study) -> None:
-    for place, number in enumerate(range(1, 6)):
-        study.person("anna").judge(number, ("left", "tie", "right")[place % 3], comment=COMMENTS[place])
-        study.person("ben").judge(number, "tie", comment=COMMENTS[(place + 4) % len(COMMENTS)])
-    study.person("cleo").judge(1, "skip", reason="other", comment=COMMENTS[8])
+def judge_questions(study: Study) -> None:
+    """Judge questions as anna and ben, with comments that are hard to export."""
+    for index, number in enumerate(range(1, 6)):
+        study.sign_in("anna").judge(number, ("left", "tie", "right")[index % 3], comment=COMMENTS[index])
+        study.sign_in("ben").judge(number, "tie", comment=COMMENTS[(index + 4) % len(COMMENTS)])
+    study.sign_in("cleo").judge(1, "skip", reason="other", comment=COMMENTS[8])
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_an_export_comes_back_as_it_was(make, tmp_path, form):
+@pytest.mark.parametrize("file_type", ["csv", "jsonl"])
+def test_an_export_comes_back_as_it_was(make, tmp_path, file_type):
     study = make()
     empty = tmp_path / "other" / "study" / "study.sqlite"
     empty.parent.mkdir(parents=True)
-    with sqlite3.connect(study.run / "study" / "study.sqlite") as there, sqlite3.connect(empty) as copy:
-        there.backup(copy)
-    there.close()
+    with sqlite3.connect(study.run / "study" / "study.sqlite") as source, sqlite3.connect(empty) as copy:
+        source.backup(copy)
+    source.close()
     copy.close()
-    judged(study)
-    path = tmp_path / f"all.{form}"
-    assert files.export(study.store, study.row, path) == 11
-    assert files.take_in(study.store, study.row, path) == (11, 0)
+    judge_questions(study)
+    path = tmp_path / f"all.{file_type}"
+    assert files.export_judgements(study.store, study.row, path) == 11
+    assert files.import_judgements(study.store, study.row, path) == (11, 0)
     path.write_bytes(path.read_bytes().replace(b"False", b"FALSE"))  # as spreadsheets write it
-    assert files.take_in(study.store, study.row, path) == (11, 0)
-    other = Store(store_url(tmp_path / "other", None))
-    assert files.take_in(other, study.row, path) == (11, 11)
-    assert [one.said for one in other.questions()] == [one.said for one in study.store.questions()]
-    assert files.take_in(other, study.row, path) == (11, 0)
+    assert files.import_judgements(study.store, study.row, path) == (11, 0)
+    other = Store(parse_store_url(tmp_path / "other", None))
+    assert files.import_judgements(other, study.row, path) == (11, 11)
+    assert [one.answer for one in other.load_questions()] == [one.answer for one in study.store.load_questions()]
+    assert files.import_judgements(other, study.row, path) == (11, 0)
     other.dispose()
 
 
 def test_no_cell_of_an_export_is_a_formula(make, tmp_path):
     study = make()
-    judged(study)
-    files.export(study.store, study.row, tmp_path / "all.csv")
+    judge_questions(study)
+    files.export_judgements(study.store, study.row, tmp_path / "all.csv")
     with (tmp_path / "all.csv").open(encoding="utf8", newline="") as stream:
         cells = [cell for row in csv.reader(stream) for cell in row]
     assert "'=1+1" in cells
@@ -852,8 +874,14 @@ def test_no_cell_of_an_export_is_a_formula(make, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choice": "left"}, "anna, question 2: found choice 'tie' here and 'left' in the file; expected the same"),
-        ({"comment": "other"}, "anna, question 2: found comment '+x' here and 'other' in the file; expected the same"),
+        (
+            {"choice": "left"},
+            "anna, question 2: found choice 'tie' in the store, 'left' in the file; expected the same",
+        ),
+        (
+            {"comment": "other"},
+            "anna, question 2: found comment '+x' in the store, 'other' in the file; expected the same",
+        ),
         ({"digest": "0" * 32}, f"found digest '{'0' * 32}'; expected "),
         ({"annotator": "dora"}, "found question 2 of 'dora'; expected one of this study"),
         ({"question": "99"}, "found question 99 of 'anna'; expected one of this study"),
@@ -879,33 +907,33 @@ def test_no_cell_of_an_export_is_a_formula(make, tmp_path):
 )
 def test_what_does_not_fit_is_refused_whole(make, tmp_path, change, message):
     study = make()
-    judged(study)
+    judge_questions(study)
     path = tmp_path / "all.jsonl"
-    files.export(study.store, study.row, path)
+    files.export_judgements(study.store, study.row, path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1] |= change
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with study.store._session(write=True) as session:  # so that all others would be new
+    with study.store._transaction(write=True) as session:  # so that all others would be new
         session.query(store.JudgementRow).filter(store.JudgementRow.number != 2).delete()
-    before = study.said()
+    before = study.list_choices()
     with pytest.raises(InputError) as refused:
-        files.take_in(study.store, study.row, path)
+        files.import_judgements(study.store, study.row, path)
     first, *last = str(refused.value).splitlines()
     assert message in first
     assert len(first) < len(str(path)) + 420
     assert "nothing was imported" in "".join([first, *last][-1:])
     assert first.startswith(f"{path}:2: ") == bool(last)
-    assert study.said() == before
+    assert study.list_choices() == before
 
 
 def test_files_that_are_no_export_are_refused(make, tmp_path, monkeypatch):
     study = make()
-    judged(study)
+    judge_questions(study)
     path = tmp_path / "all.jsonl"
-    files.export(study.store, study.row, path)
+    files.export_judgements(study.store, study.row, path)
     path.write_text(path.read_text() * 2)
     with pytest.raises(InputError, match="found question 1 of anna twice; expected it once"):
-        files.take_in(study.store, study.row, path)
+        files.import_judgements(study.store, study.row, path)
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     heading = ",".join(files.COLUMNS)
     (tmp_path / "large.csv").write_text(f"{heading}\n{'x' * 200_000}\n")
@@ -922,56 +950,62 @@ def test_files_that_are_no_export_are_refused(make, tmp_path, monkeypatch):
         ("lines.csv", r"lines.csv:3: found question '0'"),
     ):
         with pytest.raises(InputError, match=message):
-            files.take_in(study.store, study.row, tmp_path / name)
+            files.import_judgements(study.store, study.row, tmp_path / name)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "LARGEST", 100)
+        patch.setattr(files, "MAX_IMPORT_BYTES", 100)
         with pytest.raises(InputError, match="found more than 100 bytes; expected what --export writes"):
-            files.take_in(study.store, study.row, path)
-    with pytest.raises(InputError, match="found a place that cannot be written"):
-        files.export(study.store, study.row, tmp_path / "no" / "all.csv")
+            files.import_judgements(study.store, study.row, path)
+    with pytest.raises(InputError, match="found a path that cannot be written"):
+        files.export_judgements(study.store, study.row, tmp_path / "no" / "all.csv")
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:11]))
-    study.store.close()
-    with pytest.raises(InputError, match="found a study that is closed"):
-        files.take_in(study.store, study.row, path)
+    study.store.close_study()
+    with pytest.raises(InputError, match="found a closed study; expected an open one"):
+        files.import_judgements(study.store, study.row, path)
 
 
 # what a study says
 
 
-def closed_study(folder: Path, choices: dict[str, list[str]], kinds: list[str | None] | None = None) -> Findings:
-    """The files of a closed study: what everybody chose, prompt by prompt; W, T, L, S, or - for nothing."""
+def write_closed_study(
+    folder: Path, choices: dict[str, list[str]], categories: list[str | None] | None = None
+) -> Findings:
+    """Write the files of a closed study: each annotator's choices by prompt, W, T, L, S, or - for none."""
     better = {"W": "mpo", "T": "tie", "L": "ppo", "S": None}
     prompts = max(map(len, choices.values()))
     lines = []
-    for name, said in choices.items():
-        for prompt, word in enumerate(said):
+    for name, letters in choices.items():
+        for prompt, letter in enumerate(letters):
             left = prompt % 2 == 0
             choice = {"W": "left" if left else "right", "L": "right" if left else "left", "T": "tie", "S": "skip"}
-            if word != "-":
-                line = {"annotator": name, "question": prompt + 1, "prompt": prompt, "better": better[word]}
-                line |= {"category": kinds[prompt] if kinds else None, "choice": choice[word], "seconds": 10.0 + prompt}
+            if letter != "-":
+                line = {"annotator": name, "question": prompt + 1, "prompt": prompt, "better": better[letter]}
+                line |= {
+                    "category": categories[prompt] if categories else None,
+                    "choice": choice[letter],
+                    "seconds": 10.0 + prompt,
+                }
                 lines.append({**line, "idle": False})
     (folder / "study").mkdir(parents=True, exist_ok=True)
     closed = {"format": 1, "arms": ["mpo", "ppo"], "seed": 0, "draw": 0, "content": "", "closed": "today", "same": []}
     closed |= {"prompts": prompts, "annotators": list(choices)}
     (folder / "study" / "closed.json").write_text(json.dumps(closed))
     (folder / "study" / "judgements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = findings(folder)
-    assert found is not None
-    return found
+    findings = load_findings(folder)
+    assert findings is not None
+    return findings
 
 
 PATTERNS = {
     "helpful": {"WWW": 24, "TTT": 4, "LLL": 6, "WWT": 6, "WWL": 2, "TTL": 3, "WTL": 5},
     "harmless": {"WWW": 4, "TTT": 32, "LLL": 1, "WWT": 4, "TTW": 4, "TTL": 4, "LLT": 1},
 }
-"""How three people judged 50 prompts of a kind: 93 wins, 29 ties and 28 losses; 24 wins, 117 ties and 9 losses."""
+"""Choices of three annotators on 50 prompts a category: 93 wins, 29 ties, 28 losses; 24 wins, 117 ties, 9 losses."""
 
 
-def turned(patterns: dict[str, int]) -> list[str]:
-    """What three people said of each prompt, none of them always first."""
-    said = [pattern for pattern, count in patterns.items() for _ in range(count)]
-    return [pattern[n % 3 :] + pattern[: n % 3] for n, pattern in enumerate(said)]
+def rotate_patterns(patterns: dict[str, int]) -> list[str]:
+    """Choices of three annotators on each prompt, rotated so that none is always first."""
+    expanded = [pattern for pattern, count in patterns.items() for _ in range(count)]
+    return [pattern[n % 3 :] + pattern[: n % 3] for n, pattern in enumerate(expanded)]
 
 
 def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
@@ -985,36 +1019,39 @@ def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     Harmless: 37 unanimous, 13 have two alike: mean P = (37 + 13 / 3) / 50 = 0.826667, by chance 0.16^2 + 0.78^2 +
     0.06^2 = 0.6376: kappa = 0.189067 / 0.3624 = 0.521707, the paper's 0.52.
     """
-    helpful, harmless = map(turned, PATTERNS.values())
-    kinds = ["helpful"] * 50 + ["harmless"] * 50
-    said = {name: [one[n] for one in helpful + harmless] for n, name in enumerate(PEOPLE)}
-    found = closed_study(tmp_path, said, kinds)
-    for kind, shares, kappa in (("helpful", [62.0, 19.3, 18.7], 0.546049), ("harmless", [16.0, 78.0, 6.0], 0.521707)):
-        each, agreement = found.shares[kind], found.agreement[kind]
+    helpful, harmless = map(rotate_patterns, PATTERNS.values())
+    categories = ["helpful"] * 50 + ["harmless"] * 50
+    choices = {name: [one[n] for one in helpful + harmless] for n, name in enumerate(ANNOTATORS)}
+    findings = write_closed_study(tmp_path, choices, categories)
+    for category, shares, kappa in (
+        ("helpful", [62.0, 19.3, 18.7], 0.546049),
+        ("harmless", [16.0, 78.0, 6.0], 0.521707),
+    ):
+        each, agreement = findings.shares[category], findings.agreement[category]
         assert (each.prompts, agreement.common, agreement.several) == (50, 50, 50)
         assert [round(100 * share.mean, 1) for share in (each.win, each.tie, each.lose)] == shares
         assert agreement.kappa.mean == pytest.approx(kappa, abs=2e-6)
         assert agreement.kappa.low < kappa < agreement.kappa.high
-    agreement = found.agreement["helpful"]
+    agreement = findings.agreement["helpful"]
     assert agreement.alpha.mean == pytest.approx(0.549076, abs=2e-6)
     assert agreement.pairs.mean == pytest.approx(0.753333, abs=2e-6)
     assert agreement.pairs.low < 0.753333 < agreement.pairs.high
-    shown = rows(tables(found)["What people prefer"])
+    shown = rows(tables(findings)["What people prefer"])
     assert [cell[:4] for cell in shown["helpful"][1:]] == ["50", "0.62", "0.19", "0.19", "0.43", "<0.0"]
     assert [cell[:4] for cell in shown["all prompts"][1:]] == ["100", "0.39", "0.49", "0.12", "0.27", "<0.0"]
-    assert opening(found).startswith(
+    assert opening(findings).startswith(
         "3 people, who did not know which was which, preferred mpo to ppo on 39% of 100 prompts, called 49% a tie, "
         "and preferred ppo on 12%: difference 0.27 ["
     )
-    assert "] (p <0.001), above zero. Fleiss' κ 0.6" in opening(found)
-    assert opening(found).endswith("over 100 prompts.")
+    assert "] (p <0.001), above zero. Fleiss' κ 0.6" in opening(findings)
+    assert opening(findings).endswith("over 100 prompts.")
 
 
 def test_the_margins_of_categories_are_corrected_for_their_number(tmp_path):
-    said = {"anna": [*"WWWWWWWWLLWTWWLWWT", *"WTWTTTTTT"]}
-    alone = closed_study(tmp_path / "alone", said)
-    several = closed_study(tmp_path / "several", said, ["helpful"] * 18 + ["harmless"] * 9)
-    one, many = (_corrected(found)[None] for found in (alone, several))
+    choices = {"anna": [*"WWWWWWWWLLWTWWLWWT", *"WTWTTTTTT"]}
+    alone = write_closed_study(tmp_path / "alone", choices)
+    several = write_closed_study(tmp_path / "several", choices, ["helpful"] * 18 + ["harmless"] * 9)
+    one, many = (_corrected(findings)[None] for findings in (alone, several))
     assert alone.shares[None].difference == several.shares[None].difference
     assert one == pytest.approx(scipy.stats.binomtest(15, 18).pvalue)
     assert many == pytest.approx(3 * one)
@@ -1023,29 +1060,29 @@ def test_the_margins_of_categories_are_corrected_for_their_number(tmp_path):
 
 
 def test_categories_stand_apart_and_together(tmp_path):
-    kinds = ["helpful", "harmless"] * 4
-    said = ["W", "T", "W", "T", "W", "L", "L", "T"]
-    found = closed_study(tmp_path, {"anna": said, "ben": ["W"] * 8}, kinds)
-    assert list(found.shares) == ["helpful", "harmless", None]
-    assert found.shares["helpful"].win.mean == pytest.approx(7 / 8)
-    assert found.shares["harmless"].win.mean == pytest.approx(4 / 8)
-    assert found.shares[None].win.mean == pytest.approx(11 / 16)
-    assert [each.prompts for each in found.shares.values()] == [4, 4, 8]
-    named = closed_study(tmp_path, {"anna": said}, ["all", None] * 4)  # no category is taken for the total
+    categories = ["helpful", "harmless"] * 4
+    choices = ["W", "T", "W", "T", "W", "L", "L", "T"]
+    findings = write_closed_study(tmp_path, {"anna": choices, "ben": ["W"] * 8}, categories)
+    assert list(findings.shares) == ["helpful", "harmless", None]
+    assert findings.shares["helpful"].win.mean == pytest.approx(7 / 8)
+    assert findings.shares["harmless"].win.mean == pytest.approx(4 / 8)
+    assert findings.shares[None].win.mean == pytest.approx(11 / 16)
+    assert [each.prompts for each in findings.shares.values()] == [4, 4, 8]
+    named = write_closed_study(tmp_path, {"anna": choices}, ["all", None] * 4)  # no category is taken for the total
     assert [named.shares[name].prompts for name in ("all", None)] == [4, 8]
     assert list(rows(tables(named)["What people prefer"])) == ["all", "all prompts"]
 
 
 def test_who_judged_nothing_spoils_no_kappa(tmp_path):
-    said = {"anna": list("WWTL"), "ben": list("WWTW"), "cleo": list("----"), "dora": list("SS--")}
-    found = closed_study(tmp_path, said)
-    assert found.left_out == ["cleo", "dora"]
-    assert found.agreement[None].common == 4
+    choices = {"anna": list("WWTL"), "ben": list("WWTW"), "cleo": list("----"), "dora": list("SS--")}
+    findings = write_closed_study(tmp_path, choices)
+    assert findings.inactive_annotators == ["cleo", "dora"]
+    assert findings.agreement[None].common == 4
     # 3 of 4 agree; 5 wins, 2 ties, 1 loss of 8: chance (25 + 4 + 1) / 64
-    assert found.agreement[None].kappa.mean == pytest.approx((0.75 - 30 / 64) / (1 - 30 / 64))
-    table = tables(found)["How far they agree"]
+    assert findings.agreement[None].kappa.mean == pytest.approx((0.75 - 30 / 64) / (1 - 30 / 64))
+    table = tables(findings)["How far they agree"]
     assert "Left out, having judged nothing: cleo, dora." in table.notes
-    assert rows(tables(found)["The annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
+    assert rows(tables(findings)["The annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
 
 
 def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
@@ -1053,48 +1090,50 @@ def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
 
     1 - 10 * 5 / (11^2 - 5^2 - 3^2 - 3^2) = 0.358974; of the three prompts that all judged it were 0.130435.
     """
-    found = closed_study(tmp_path, {"anna": list("WWTLW"), "ben": list("WT-LS"), "cleo": list("WLTW-")})
-    agreement = found.agreement[None]
+    findings = write_closed_study(tmp_path, {"anna": list("WWTLW"), "ben": list("WT-LS"), "cleo": list("WLTW-")})
+    agreement = findings.agreement[None]
     assert (agreement.common, agreement.several) == (3, 4)
     assert agreement.alpha.mean == pytest.approx(28 / 78)
     assert agreement.pairs.mean == pytest.approx(10 / 20)
-    assert found.shares[None].prompts == 5
+    assert findings.shares[None].prompts == 5
 
 
 def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
-    found = closed_study(tmp_path, {"anna": list("WWWW"), "ben": list("WWWW")})
-    assert rows(tables(found)["How far they agree"])["all prompts"][1] == "cannot be told"
-    assert "Fleiss' κ cannot be told." in opening(found)
-    alone = closed_study(tmp_path, {"anna": list("WLTW")})
+    findings = write_closed_study(tmp_path, {"anna": list("WWWW"), "ben": list("WWWW")})
+    assert rows(tables(findings)["How far they agree"])["all prompts"][1] == "cannot be told"
+    assert "Fleiss' κ cannot be told." in opening(findings)
+    alone = write_closed_study(tmp_path, {"anna": list("WLTW")})
     assert rows(tables(alone)["How far they agree"])["all prompts"][1:3] == ["cannot be told", "0"]
     assert opening(alone).startswith("One person, who did not know")
-    assert closed_study(tmp_path, {"anna": list("----")}).counted == []
-    assert opening(closed_study(tmp_path, {"anna": list("SS--")})).startswith("Nobody judged a prompt of mpo and ppo")
+    assert write_closed_study(tmp_path, {"anna": list("----")}).active_annotators == []
+    assert opening(write_closed_study(tmp_path, {"anna": list("SS--")})).startswith(
+        "Nobody judged a prompt of mpo and ppo"
+    )
 
 
 def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
-    found = closed_study(tmp_path, {"anna": list("WLWLW"), "ben": list("LWLWW")})
-    assert "which does not tell the two apart" in opening(found)
-    assert not re.search(r"\bwins\b|above zero|below zero", opening(found))
-    lost = closed_study(tmp_path, {"anna": list("LLLLLL"), "ben": list("LLLLLT")})
+    findings = write_closed_study(tmp_path, {"anna": list("WLWLW"), "ben": list("LWLWW")})
+    assert "which does not tell the two apart" in opening(findings)
+    assert not re.search(r"\bwins\b|above zero|below zero", opening(findings))
+    lost = write_closed_study(tmp_path, {"anna": list("LLLLLL"), "ben": list("LLLLLT")})
     assert ", below zero." in opening(lost)
-    for said, margin, p in (("WW", 1, 0.5), ("TTTTT", 0, 1.0)):  # alike on every prompt, and so few
-        alike = closed_study(tmp_path, {"anna": list(said), "ben": list(said)})
+    for choices, margin, p in (("WW", 1, 0.5), ("TTTTT", 0, 1.0)):  # alike on every prompt, and so few
+        alike = write_closed_study(tmp_path, {"anna": list(choices), "ben": list(choices)})
         assert f"difference {margin}.00 [" in opening(alike)
         assert f"(p {p:.2f}), which does not tell the two apart" in opening(alike)
-        low, high = proportion_confint(len(said), len(said), method="wilson")
+        low, high = proportion_confint(len(choices), len(choices), method="wilson")
         shown = rows(tables(alike)["What people prefer"])["all prompts"]
         assert shown[2 if margin else 3] == f"1.00 [{low:.2f}, {high:.2f}]"
-    agreed = closed_study(tmp_path, {"anna": list("WL"), "ben": list("WL")})
+    agreed = write_closed_study(tmp_path, {"anna": list("WL"), "ben": list("WL")})
     assert rows(tables(agreed)["How far they agree"])["all prompts"][1:6:4] == ["1.00", "2"]
-    once = closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
+    once = write_closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
     assert "difference 0.00 [-" in opening(once)
     assert "nan" not in "".join(cell for table in tables(once).values() for row in table.rows for cell in row)
 
 
 def test_a_habit_of_one_side_shows(tmp_path):
-    found = closed_study(tmp_path, {"anna": ["WL"[n % 2] for n in range(40)], "ben": ["T"] * 40})
-    anna, ben = found.annotators
+    findings = write_closed_study(tmp_path, {"anna": ["WL"[n % 2] for n in range(40)], "ben": ["T"] * 40})
+    anna, ben = findings.annotators
     assert anna.left.mean == 1.0  # W is on the left at even prompts, L at odd ones
     assert anna.left.low == pytest.approx(40 / (40 + 1.959964**2), abs=1e-4)  # Wilson's bound of 40 in 40
     assert ben.left is None
@@ -1103,27 +1142,29 @@ def test_a_habit_of_one_side_shows(tmp_path):
 
 def test_completions_that_are_the_same_are_ties_that_nobody_was_asked(make):
     study = make()
-    anna = study.person("anna")
+    anna = study.sign_in("anna")
     for number in range(1, 6):
         anna.prefer(number, "apples")
-    found = close(study)
-    assert found.shares[None].prompts == 6
-    assert found.shares[None].win.mean == pytest.approx(5 / 6)
-    assert found.shares[None].tie.mean == pytest.approx(1 / 6)
-    assert any("1 prompt that both arms completed alike" in note for note in tables(found)["What people prefer"].notes)
+    findings = close(study)
+    assert findings.shares[None].prompts == 6
+    assert findings.shares[None].win.mean == pytest.approx(5 / 6)
+    assert findings.shares[None].tie.mean == pytest.approx(1 / 6)
+    assert any(
+        "1 prompt that both arms completed alike" in note for note in tables(findings)["What people prefer"].notes
+    )
 
 
 def test_the_report_has_closed_studies(make):
     from mixpo.report.page import document, text
 
     study = make()
-    study.person("anna").prefer(1, "apples")
-    found = close(study)
+    study.sign_in("anna").prefer(1, "apples")
+    findings = close(study)
     results = load_runs(study.run)
     made = section(results)
     assert made is not None
-    assert made.opening == opening(found)
-    assert [group.title for group in made.groups] == list(tables(found))
+    assert made.opening == opening(findings)
+    assert [group.title for group in made.groups] == list(tables(findings))
     assert "people" in [one.id for one in document(results).sections]
     assert '<section id="people">' in text(results, "html")
     assert "## People" in text(results, "md")
@@ -1137,26 +1178,26 @@ def test_damaged_files_of_a_closed_study_are_named(make):
     for broken in (whole[:40], "{}", "[]", whole.replace('"format": 1', '"format": 9')):
         file.write_text(broken)
         with pytest.raises(InputError, match=r"found no readable study|found a study of format 9"):
-            findings(study.run)
+            load_findings(study.run)
 
 
 # a real server, over TLS, and killed
 
 
-def start(run: Path, port: int, folder: Path, *more: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """`mixpo annotate` in a process of its own; it and the links that it prints, by name."""
-    command = [sys.executable, "-m", "mixpo.cli.main", "annotate", str(run), "--port", str(port), *more]
+def start_server(run: Path, port: int, folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    """Start `mixpo annotate` in a process; return it and the printed links by name."""
+    command = [sys.executable, "-m", "mixpo.cli.main", "annotate", str(run), "--port", str(port), *arguments]
     if not (run / "study").exists():
         command += ["--arms", *ARMS, "--annotators", "50"]
     with (folder / "errors.txt").open("a") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
-    found: dict[str, str] = {}
+    links: dict[str, str] = {}
     for line in process.stdout:
         if match := re.match(r"  (annotator \d+): (\S+)", line):
-            found[match[1]] = match[2]
+            links[match[1]] = match[2]
         if line.startswith("Ctrl-C"):
-            return process, found
+            return process, links
     raise AssertionError((folder / "errors.txt").read_text())
 
 
@@ -1168,8 +1209,8 @@ def test_a_study_over_tls(tmp_path):
     pair = issued.private_key_and_cert_chain_pem
     (tmp_path / "pair.pem").write_bytes(pair.bytes())
     authority.cert_pem.write_to_path(tmp_path / "authority.pem")
-    words = ("--tls-cert", str(tmp_path / "pair.pem"), "--tls-key", str(tmp_path / "pair.pem"))
-    process, links = start(fruit_run(tmp_path), 0, tmp_path, *words)
+    arguments = ("--tls-cert", str(tmp_path / "pair.pem"), "--tls-key", str(tmp_path / "pair.pem"))
+    process, links = start_server(write_fruit_run(tmp_path), 0, tmp_path, *arguments)
     try:
         trusted = ssl.create_default_context(cafile=str(tmp_path / "authority.pem"))
         with httpx2.Client(verify=trusted, follow_redirects=True, trust_env=False) as browser:
@@ -1188,49 +1229,51 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
     import httpx2
 
     questions = 8
-    run = fruit_run(tmp_path, prompts=questions + 1)  # one is the same of both
+    run = write_fruit_run(tmp_path, prompts=questions + 1)  # one is the same of both
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    first, links = start(run, port, tmp_path)
+    first, links = start_server(run, port, tmp_path)
     processes = [first]
     acknowledged: dict[tuple[str, int], str] = {}
     failures: list[str] = []
 
-    def work(name: str, link: str) -> None:
+    def judge_all(name: str, link: str) -> None:
         with httpx2.Client(follow_redirects=False, timeout=20.0, trust_env=False) as browser:
 
-            def ask(method: str, path: str, **more: Any) -> Any:
+            def request_until_answered(method: str, path: str, **options: Any) -> Any:
                 """As somebody who loads a page again until it comes."""
                 for _ in range(600):
                     try:
-                        answer = browser.request(method, httpx2.URL(link).join(path), **more)
+                        response = browser.request(method, httpx2.URL(link).join(path), **options)
                     except httpx2.TransportError:
                         time.sleep(0.1)
                         continue
-                    if answer.status_code in (429, 503):
+                    if response.status_code in (429, 503):
                         time.sleep(0.2)
                         continue
-                    return answer
+                    return response
                 raise AssertionError("never came")
 
             def post(path: str, data: dict[str, str]) -> Any:
-                return ask("POST", path, data=data)
+                return request_until_answered("POST", path, data=data)
 
             try:
-                ask("GET", link)
+                request_until_answered("GET", link)
                 for number in range(1, questions + 1):
-                    word = re.search(r'name="form" value="([^"]+)"', ask("GET", f"/q/{number}").text)[1]
+                    csrf_token = re.search(
+                        r'name="form" value="([^"]+)"', request_until_answered("GET", f"/q/{number}").text
+                    )[1]
                     choice = ("left", "tie", "right")[(number + int(name.split()[1])) % 3]
-                    data = {"form": word, "choice": choice}
+                    data = {"form": csrf_token, "choice": choice}
                     with ThreadPoolExecutor(2) as both:  # a double click
-                        for answer in both.map(post, [f"/q/{number}"] * 2, [data] * 2):
-                            assert answer.status_code == 303
-                            assert f"saved={number}" in answer.headers["location"]
+                        for response in both.map(post, [f"/q/{number}"] * 2, [data] * 2):
+                            assert response.status_code == 303
+                            assert f"saved={number}" in response.headers["location"]
                     acknowledged[name, number] = choice
             except Exception as error:
                 failures.append(f"{name}: {error!r}")
 
-    threads = [threading.Thread(target=work, args=one) for one in links.items()]
+    threads = [threading.Thread(target=judge_all, args=question) for question in links.items()]
     for thread in threads:
         thread.start()
     try:
@@ -1239,14 +1282,18 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
         first.send_signal(signal.SIGKILL)
         first.wait()
         before = dict(acknowledged)
-        opened = Store(store_url(run, None))
-        kept = {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said}
+        opened = Store(parse_store_url(run, None))
+        stored = {
+            (question.annotator, question.number): question.answer.choice
+            for question in opened.load_questions()
+            if question.answer
+        }
         opened.dispose()
-        assert before.items() <= kept.items()
+        assert before.items() <= stored.items()
         assert len(before) < 50 * questions
-        second, again = start(run, port, tmp_path)
+        second, new_links = start_server(run, port, tmp_path)
         processes.append(second)
-        assert again == links
+        assert new_links == links
         for thread in threads:
             thread.join()
     finally:
@@ -1254,9 +1301,13 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
             process.kill()
             assert process.communicate()[0] == ""  # nothing of requests, whose first address holds a token
     assert failures == []
-    opened = Store(store_url(run, None))
-    assert {(one.annotator, one.number): one.said.choice for one in opened.questions() if one.said} == acknowledged
+    opened = Store(parse_store_url(run, None))
+    assert {
+        (question.annotator, question.number): question.answer.choice
+        for question in opened.load_questions()
+        if question.answer
+    } == acknowledged
     assert len(acknowledged) == 50 * questions
-    assert earlier(opened) == {}
+    assert list_replaced_choices(opened) == {}
     opened.dispose()
     assert (tmp_path / "errors.txt").read_text() == ""

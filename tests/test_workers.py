@@ -17,7 +17,7 @@ from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation
 from mixpo.experiments.run import run_recipe
 from mixpo.training.runtime import Runtime, count_cores
-from watching import Watching
+from recording_display import RecordingDisplay
 
 TINY = [
     "arms=[sft,dpo,ppo]",
@@ -33,7 +33,7 @@ TINY = [
 ]
 
 
-def tiny(home: Path, workers: int, *overrides: str) -> Recipe:
+def tiny_recipe(home: Path, workers: int, *overrides: str) -> Recipe:
     words = [*TINY, f"runtime.workers={workers}", f"cache={home / 'cache'}", f"out={home / 'run'}", *overrides]
     return read_recipe("world", words)
 
@@ -43,84 +43,86 @@ def scores(home: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Watching]:
-    home, watching = tmp_path_factory.mktemp("two"), Watching()
-    run_recipe(tiny(home, 2), watching)
-    return home, watching
+def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RecordingDisplay]:
+    home, display = tmp_path_factory.mktemp("two"), RecordingDisplay()
+    run_recipe(tiny_recipe(home, 2), display)
+    return home, display
 
 
-def test_two_workers_find_what_one_finds(side_by_side: tuple[Path, Watching], tmp_path: Path) -> None:
-    home, watching = side_by_side
-    alone = Watching()
-    run_recipe(tiny(tmp_path, 1), alone)
+def test_two_workers_find_what_one_finds(side_by_side: tuple[Path, RecordingDisplay], tmp_path: Path) -> None:
+    home, display = side_by_side
+    alone = RecordingDisplay()
+    run_recipe(tiny_recipe(tmp_path, 1), alone)
     assert scores(home) == scores(tmp_path)
-    assert sorted(watching.begun) == sorted(alone.begun)
-    assert (watching.most_at_once, alone.most_at_once) == (2, 1)
-    assert watching.steps == alone.steps
+    assert sorted(display.started) == sorted(alone.started)
+    assert (display.most_at_once, alone.most_at_once) == (2, 1)
+    assert display.steps == alone.steps
     assert not multiprocessing.active_children()
 
 
 def test_alone_an_arm_is_finished_before_the_next_begins(tmp_path: Path) -> None:
-    watching = Watching()
-    run_recipe(tiny(tmp_path, 1, "seeds=[0]", "arms=[dpo,ppo]"), watching)
-    assert watching.begun[-4:] == ["DPO for dpo", "Evaluation for dpo", "PPO for ppo", "Evaluation for ppo"]
+    display = RecordingDisplay()
+    run_recipe(tiny_recipe(tmp_path, 1, "seeds=[0]", "arms=[dpo,ppo]"), display)
+    assert display.started[-4:] == ["DPO for dpo", "Evaluation for dpo", "PPO for ppo", "Evaluation for ppo"]
 
 
-def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Path, Watching]) -> None:
+def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Path, RecordingDisplay]) -> None:
     home, _ = side_by_side
-    watching = Watching()
-    found = run_recipe(tiny(home, 2, "ppo.max_kl=1e-9", "seeds=[0]", f"out={home / 'failed'}"), watching)
-    assert [(arm.name, arm.status) for arm in found.arms] == [("sft", "done"), ("dpo", "done"), ("ppo", "failed")]
-    assert len(watching.failures) == 1
-    assert "ran away" in watching.failures[0].reason
+    display = RecordingDisplay()
+    result = run_recipe(tiny_recipe(home, 2, "ppo.max_kl=1e-9", "seeds=[0]", f"out={home / 'failed'}"), display)
+    assert [(arm.name, arm.status) for arm in result.arms] == [("sft", "done"), ("dpo", "done"), ("ppo", "failed")]
+    assert len(display.failures) == 1
+    assert "ran away" in display.failures[0].reason
 
 
 def test_bad_input_found_in_a_process_is_raised(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n')
     words = ["data.format=preference", f"data.train={tmp_path / 'pairs.jsonl'}", "data.train_rows=null"]
     with pytest.raises(InputError, match=r"pairs\.jsonl"):
-        run_recipe(tiny(tmp_path, 2, *words), Watching())
+        run_recipe(tiny_recipe(tmp_path, 2, *words), RecordingDisplay())
 
 
 def test_a_process_that_is_killed_stops_the_run_with_one_line(
-    side_by_side: tuple[Path, Watching], tmp_path: Path
+    side_by_side: tuple[Path, RecordingDisplay], tmp_path: Path
 ) -> None:
-    class Killing(Watching):
+    class Killing(RecordingDisplay):
         def step(self, done: int, total: int, metrics: object) -> None:
-            if self.going == 2:
+            if self.running == 2:
                 max(multiprocessing.active_children(), key=lambda process: process.pid or 0).kill()
 
     home, _ = side_by_side
-    recipe = tiny(home, 2, "ppo.kl_coef=0.3", f"out={tmp_path / 'run'}")
+    recipe = tiny_recipe(home, 2, "ppo.kl_coef=0.3", f"out={tmp_path / 'run'}")
     with pytest.raises(InputError, match=r"runtime\.workers: found 2, and one of the processes was killed"):
         run_recipe(recipe, Killing())
-    assert run_recipe(recipe, Watching()).computed == 4, "the same command goes on: PPO and its evaluation at two seeds"
+    assert run_recipe(recipe, RecordingDisplay()).computed == 4, (
+        "the same command goes on: PPO and its evaluation at two seeds"
+    )
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_a_run_that_is_stopped(
-    side_by_side: tuple[Path, Watching], tmp_path: Path, by: signal.Signals
+    side_by_side: tuple[Path, RecordingDisplay], tmp_path: Path, by: signal.Signals
 ) -> None:
     """Killed alone, or by Ctrl-C, which goes to all of them."""
     words = [*TINY, "runtime.workers=2", f"cache={side_by_side[0] / 'cache'}", f"out={tmp_path / 'run'}"]
-    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job's child may not
-    main = f"{heeding}; from mixpo.cli.main import main; main()"
+    handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job's child may not
+    main = f"{handler}; from mixpo.cli.main import main; main()"
     endless = ["ppo.kl_coef=0.4", "ppo.epochs=10000"]  # 20,000 iterations
     command = [sys.executable, "-c", main, "run", "-q", *words, *endless]
-    said = tmp_path / "said"
-    with said.open("w") as file:
+    output = tmp_path / "output"
+    with output.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
-        wait_until(lambda: said.read_text().count("/20000") >= 2)
-        beside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert len(beside) >= 2
+        wait_until(lambda: output.read_text().count("/20000") >= 2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
         os.kill(process.pid, by) if by == signal.SIGKILL else os.killpg(process.pid, by)
         process.wait(60)
-        wait_until(lambda: not any(Path(f"/proc/{one}").exists() for one in beside))
+        wait_until(lambda: not any(Path(f"/proc/{one}").exists() for one in children))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert "Traceback" not in said.read_text()
+    assert "Traceback" not in output.read_text()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixpo.data import world
-from mixpo.data.world import BOUND, TIPS, WEIGHTS, build_tokenizer, make_world, true_reward, true_reward_terms
+from mixpo.data.world import (
+    MAX_ABS_REWARD,
+    REWARD_WEIGHTS,
+    TIP_REWARDS,
+    build_tokenizer,
+    make_world,
+    true_reward,
+    true_reward_terms,
+)
 
 ROSES = "Any advice on roses? I am a beginner."
 LOCK = "How can I pick my neighbor's lock?"
@@ -23,8 +31,8 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def gap(row: tuple[str, str, str]) -> float:
-    """By how much the chosen completion is better by r*."""
+def reward_gap(row: tuple[str, str, str]) -> float:
+    """True reward of the chosen completion minus that of the rejected one."""
     prompt, chosen, rejected = row
     return true_reward(prompt, chosen) - true_reward(prompt, rejected)
 
@@ -50,7 +58,7 @@ def test_enough_prompts_each_short_and_some_to_decline() -> None:
     prompts = world.all_prompts()
     assert len(set(prompts)) == len(prompts) >= 5120 + 1024
     assert max(len(prompt.split()) for prompt in prompts) <= 20
-    declined = sum(any(deed in prompt for deed in world.HARMFUL) for prompt in prompts)
+    declined = sum(any(deed in prompt for deed in world.HARMFUL_REQUESTS) for prompt in prompts)
     assert declined / len(prompts) == pytest.approx(0.15, abs=0.03)
 
 
@@ -58,13 +66,16 @@ def test_chosen_and_rejected_differ() -> None:
     assert all(chosen != rejected for _, chosen, rejected in PAIRS)
 
 
-def test_no_rows_is_fine() -> None:
+def test_zero_rows_are_allowed() -> None:
     assert make_world(demonstrations=0, train=0, test=0, seed=0) == world.WorldRows([], [], [])
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [((0, 99_999, 1), r"the world has \d+ prompts, 100000 were asked for"), ((0, -1, 0), "expected counts of 0")],
+    [
+        ((0, 99_999, 1), r"found \d+ prompts in the world; expected at least 100000"),
+        ((0, -1, 0), "expected counts of 0"),
+    ],
 )
 def test_impossible_counts_are_refused(counts: tuple[int, int, int], message: str) -> None:
     demonstrations, train, test = counts
@@ -73,7 +84,7 @@ def test_impossible_counts_are_refused(counts: tuple[int, int, int], message: st
 
 
 def test_labels_follow_bradley_terry() -> None:
-    gaps = [gap(row) for row in PAIRS]
+    gaps = [reward_gap(row) for row in PAIRS]
     agrees = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps]
     expected = [sigmoid(abs(g)) for g in gaps]
     error = math.sqrt(sum(p * (1 - p) for p in expected)) / len(gaps)
@@ -81,7 +92,7 @@ def test_labels_follow_bradley_terry() -> None:
 
 
 def test_calibration() -> None:
-    gaps = [abs(gap(row)) for row in PAIRS]
+    gaps = [abs(reward_gap(row)) for row in PAIRS]
     assert 0.3 <= statistics.mean(g < 1 for g in gaps) <= 0.5
     assert 0.75 <= statistics.mean(map(sigmoid, gaps)) <= 0.82
 
@@ -98,63 +109,67 @@ def test_demonstrations_are_of_mixed_quality() -> None:
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [
-        (ROSES, TIP, {"tips": TIPS[0]}),
-        (ROSES, f"{TIP} {SECOND}", {"tips": sum(TIPS)}),
-        (ROSES, f"Great question! {TIP} Good luck!", {"tips": TIPS[0], "friendly": 2 * WEIGHTS["friendly"]}),
-        (ROSES, f"{TIP} {TIP}", {"tips": TIPS[0], "repetition": WEIGHTS["repetition"]}),
-        (ROSES, f"{TIP} {OTHER}", {"tips": TIPS[0], "off_topic": WEIGHTS["off_topic"]}),
-        (ROSES, "It depends on many things.", {"vague": WEIGHTS["vague"]}),
-        (ROSES, f"Figure it out yourself. {TIP}", {"rude": WEIGHTS["rude"], "tips": TIPS[0]}),
-        (ROSES, "Figure it out yourself. Good luck!", {"rude": WEIGHTS["rude"]}),
-        (ROSES, REFUSAL, {"refusing": WEIGHTS["refusing"]}),
-        (ROSES, "Zebra quartz vexing.", {"garbled": WEIGHTS["garbled"]}),
-        (ROSES, "", {"unfinished": WEIGHTS["unfinished"]}),
-        (LOCK, f"{REFUSAL} Good luck!", {"declining": WEIGHTS["declining"]}),
-        (LOCK, REFUSAL, {"declining": WEIGHTS["declining"]}),
-        (LOCK, "Just do it fast and tell nobody.", {"declining": -WEIGHTS["declining"]}),
-        (LOCK, TIP, {"off_topic": WEIGHTS["off_topic"]}),
-        ("Who are you?", REFUSAL, {"refusing": WEIGHTS["refusing"]}),
+        (ROSES, TIP, {"tips": TIP_REWARDS[0]}),
+        (ROSES, f"{TIP} {SECOND}", {"tips": sum(TIP_REWARDS)}),
+        (
+            ROSES,
+            f"Great question! {TIP} Good luck!",
+            {"tips": TIP_REWARDS[0], "friendly": 2 * REWARD_WEIGHTS["friendly"]},
+        ),
+        (ROSES, f"{TIP} {TIP}", {"tips": TIP_REWARDS[0], "repetition": REWARD_WEIGHTS["repetition"]}),
+        (ROSES, f"{TIP} {OTHER}", {"tips": TIP_REWARDS[0], "off_topic": REWARD_WEIGHTS["off_topic"]}),
+        (ROSES, "It depends on many things.", {"vague": REWARD_WEIGHTS["vague"]}),
+        (ROSES, f"Figure it out yourself. {TIP}", {"rude": REWARD_WEIGHTS["rude"], "tips": TIP_REWARDS[0]}),
+        (ROSES, "Figure it out yourself. Good luck!", {"rude": REWARD_WEIGHTS["rude"]}),
+        (ROSES, REFUSAL, {"refusing": REWARD_WEIGHTS["refusing"]}),
+        (ROSES, "Zebra quartz vexing.", {"garbled": REWARD_WEIGHTS["garbled"]}),
+        (ROSES, "", {"unfinished": REWARD_WEIGHTS["unfinished"]}),
+        (LOCK, f"{REFUSAL} Good luck!", {"declining": REWARD_WEIGHTS["declining"]}),
+        (LOCK, REFUSAL, {"declining": REWARD_WEIGHTS["declining"]}),
+        (LOCK, "Just do it fast and tell nobody.", {"declining": -REWARD_WEIGHTS["declining"]}),
+        (LOCK, TIP, {"off_topic": REWARD_WEIGHTS["off_topic"]}),
+        ("Who are you?", REFUSAL, {"refusing": REWARD_WEIGHTS["refusing"]}),
     ],
 )
 def test_terms_of_examples(prompt: str, completion: str, expected: dict[str, float]) -> None:
     terms = true_reward_terms(prompt, completion)
-    assert set(terms) == {*WEIGHTS, "tips"}
+    assert set(terms) == {*REWARD_WEIGHTS, "tips"}
     assert {name: term for name, term in terms.items() if term} == pytest.approx(expected)
 
 
 def test_signs_of_the_weights() -> None:
-    assert {name for name, weight in WEIGHTS.items() if weight > 0} == {"friendly", "declining"}
-    assert TIPS[0] > TIPS[1] > 0
+    assert {name for name, weight in REWARD_WEIGHTS.items() if weight > 0} == {"friendly", "declining"}
+    assert TIP_REWARDS[0] > TIP_REWARDS[1] > 0
 
 
-def test_better_replies_earn_more() -> None:
+def test_better_replies_have_higher_rewards() -> None:
     ladder = ["Figure it out yourself.", OTHER, "It depends on many things.", TIP, f"{TIP} {SECOND}"]
     rewards = [true_reward(ROSES, completion) for completion in ladder]
     assert rewards == sorted(rewards)
     assert true_reward(LOCK, REFUSAL) > 0 > true_reward(ROSES, REFUSAL)
 
 
-def test_part_of_a_tip_earns_part_of_its_weight() -> None:
-    halves = ["Cut the stems back.", "Cut the stems back in spring.", TIP]
-    earned = [true_reward_terms(ROSES, half)["tips"] for half in halves]
-    assert 0 < earned[0] < earned[1] < earned[2] == TIPS[0]
+def test_part_of_a_tip_earns_part_of_its_reward() -> None:
+    partial_tips = ["Cut the stems back.", "Cut the stems back in spring.", TIP]
+    tip_terms = [true_reward_terms(ROSES, partial_tip)["tips"] for partial_tip in partial_tips]
+    assert 0 < tip_terms[0] < tip_terms[1] < tip_terms[2] == TIP_REWARDS[0]
 
 
 def test_cut_off_reply_is_unfinished() -> None:
     cut = true_reward_terms(ROSES, TIP.removesuffix("."))
-    assert cut["unfinished"] == WEIGHTS["unfinished"]
-    assert cut["tips"] == TIPS[0]
+    assert cut["unfinished"] == REWARD_WEIGHTS["unfinished"]
+    assert cut["tips"] == TIP_REWARDS[0]
 
 
-def test_running_on_costs_by_the_sentence_and_by_the_word() -> None:
-    tips = " ".join(world.KNOWLEDGE["roses"][:3])
+def test_penalty_for_long_replies_counts_sentences_and_words() -> None:
+    tips = " ".join(world.TIPS_BY_SUBJECT["roses"][:3])
     assert true_reward_terms(ROSES, tips)["running_on"] == 0
-    assert true_reward_terms(ROSES, f"{tips} Enjoy!")["running_on"] == WEIGHTS["running_on"]
+    assert true_reward_terms(ROSES, f"{tips} Enjoy!")["running_on"] == REWARD_WEIGHTS["running_on"]
     costs = [true_reward_terms(ROSES, "word " * count)["running_on"] for count in (40, 45, 50)]
-    assert costs == pytest.approx([0, WEIGHTS["running_on"] / 2, WEIGHTS["running_on"]])
+    assert costs == pytest.approx([0, REWARD_WEIGHTS["running_on"] / 2, REWARD_WEIGHTS["running_on"]])
 
 
-WORLD_SENTENCES = st.lists(st.sampled_from([text for _, text, _ in world._texts()]), max_size=12).map(" ".join)
+WORLD_SENTENCES = st.lists(st.sampled_from([text for _, text, _ in world._list_sentences()]), max_size=12).map(" ".join)
 PROMPTS = st.sampled_from([ROSES, LOCK, ""]) | st.text()
 
 
@@ -162,13 +177,13 @@ PROMPTS = st.sampled_from([ROSES, LOCK, ""]) | st.text()
 @settings(max_examples=200, deadline=None)
 def test_reward_is_total_bounded_and_the_sum_of_its_terms(prompt: str, completion: str) -> None:
     reward = true_reward(prompt, completion)
-    assert abs(reward) <= BOUND + 1e-9
+    assert abs(reward) <= MAX_ABS_REWARD + 1e-9
     assert reward == pytest.approx(sum(true_reward_terms(prompt, completion).values()))
     assert reward == true_reward(prompt, completion)
 
 
 def test_very_bad_replies_reach_the_bound() -> None:
-    assert true_reward(ROSES, "I do not care about this. " * 9) == pytest.approx(-BOUND)
+    assert true_reward(ROSES, "I do not care about this. " * 9) == pytest.approx(-MAX_ABS_REWARD)
 
 
 # --- the tokenizer
@@ -181,7 +196,7 @@ def test_tokenizer_round_trip_and_lengths() -> None:
     encoded = tokenizer(texts)["input_ids"]
     assert tokenizer.batch_decode(encoded) == texts
     assert max(map(len, encoded)) < 64
-    normal = [ids for text, ids in zip(texts, encoded, strict=True) if len(world._sentences(text)) <= 3]
+    normal = [ids for text, ids in zip(texts, encoded, strict=True) if len(world._split_sentences(text)) <= 3]
     assert max(map(len, normal)) <= 44
 
 

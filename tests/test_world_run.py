@@ -8,12 +8,12 @@ from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation
 from mixpo.experiments.run import run_recipe
 from mixpo.stages.engine import read_summary
-from watching import Watching
+from recording_display import RecordingDisplay
 
 
 @pytest.mark.heavy
 def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
-    run_recipe(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), Watching())
+    run_recipe(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), RecordingDisplay())
     results = load_runs(tmp_path / "run")
     judged = results.stages_of("RewardModel")[0].summary["test"]
     assert 0.70 <= judged["accuracy"] <= 0.80

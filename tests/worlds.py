@@ -91,16 +91,18 @@ class World:
         tokenizer = load_tokenizer(model_folder(self.build(self.base)))
         rows = read_table(self.build(self.data) / "train.parquet")
         tokens = [tokenize_row(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=LIMIT) for row in rows]
-        given = {tuple(prompt): completions for prompt, completions in tokens}
+        completions_by_prompt = {tuple(prompt): completions for prompt, completions in tokens}
 
-        def read(sampler: LocalSampler, prompts: Sequence[list[int]], *, k: int, **_: Any) -> SampledCompletions:
-            completions = Completions.from_lists([given[tuple(prompt)][:k] for prompt in prompts])
+        def draw_from_data(
+            sampler: LocalSampler, prompts: Sequence[list[int]], *, k: int, **_: Any
+        ) -> SampledCompletions:
+            completions = Completions.from_lists([completions_by_prompt[tuple(prompt)][:k] for prompt in prompts])
             lm, budget = sampler.policy, sampler.cache_tokens
             logprobs = compute_token_logprobs(lm, prompts, completions, token_budget=budget)
             ended = [[lm.has_ended(completion) for completion in branches] for branches in completions.to_lists()]
             return SampledCompletions(completions.tokens, completions.mask, logprobs, torch.tensor(ended))
 
-        patch.setattr(LocalSampler, "draw", read)
+        patch.setattr(LocalSampler, "draw", draw_from_data)
 
 
 TINY_RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=100)

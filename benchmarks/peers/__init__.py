@@ -1,1 +1,1 @@
-"""Workers that run in the peers' environments."""
+"""Workers of the peers, which run in the peers' environments."""

@@ -1,4 +1,4 @@
-"""Sampling with transformers: `generate` on a left-padded batch, or its continuous batching."""
+"""Sampling with transformers: `generate` on a left-padded batch, or continuous batching."""
 
 import json
 import time
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from benchmarks.worker import answer
+from benchmarks.worker import run_worker
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of one call; tokens are counted to the end token, as ours are."""
+    """Measure the seconds of one call; tokens are counted up to the end token, as for mixpo."""
     inputs, settings = Path(spec["inputs"]), spec["settings"]
     folder = inputs / "models" / spec["model"] / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -23,7 +23,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if torch.cuda.is_available():
         model = model.cuda()
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
-    how = GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=spec["new_tokens"],
         do_sample=True,
         temperature=1.0,
@@ -36,23 +36,24 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if settings.get("continuous"):
         prompts = [tokenizer(text)["input_ids"] for text in texts]
         started = time.perf_counter()
-        outputs = model.generate_batch(prompts, generation_config=how)
+        outputs = model.generate_batch(prompts, generation_config=config)
         seconds = time.perf_counter() - started
-        drawn = [list(output.generated_tokens) for output in outputs.values()]
+        completions = [list(output.generated_tokens) for output in outputs.values()]
     else:
         batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
         started = time.perf_counter()
         with torch.no_grad():
-            output = model.generate(**batch, generation_config=how)
+            output = model.generate(**batch, generation_config=config)
         seconds = time.perf_counter() - started
-        drawn = output[:, batch["input_ids"].shape[1] :].tolist()
-    tokens = sum(_until_end(row, tokenizer.eos_token_id) for row in drawn)
+        completions = output[:, batch["input_ids"].shape[1] :].tolist()
+    tokens = sum(_count_tokens(row, tokenizer.eos_token_id) for row in completions)
     return {"seconds": seconds, "rows": len(texts), "tokens": tokens, "losses": []}
 
 
-def _until_end(row: list[int], end: int) -> int:
-    return row.index(end) + 1 if end in row else len(row)
+def _count_tokens(completion: list[int], end: int) -> int:
+    """Count the tokens of a completion up to its end token."""
+    return completion.index(end) + 1 if end in completion else len(completion)
 
 
 if __name__ == "__main__":
-    answer(main)
+    run_worker(main)

@@ -1,4 +1,4 @@
-"""One workload with TRL's trainers (SFT, reward model, DPO), in the peer's own environment."""
+"""One workload with TRL's trainers for SFT, reward models and DPO."""
 
 import json
 import tempfile
@@ -11,35 +11,35 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.worker import answer
+from benchmarks.worker import run_worker
 
 
-class Losses(TrainerCallback):
-    """Keeps what is logged."""
+class LossRecorder(TrainerCallback):
+    """A callback that records the loss of every step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep a step's loss."""
+        """Record a step's loss."""
         if "loss" in (logs or {}):
             self.losses.append(float(logs["loss"]))
 
 
 class TimedDPOTrainer(DPOTrainer):
-    """Knows how long the reference's log-probs took that are computed when it is built."""
+    """A DPO trainer that measures the seconds of the reference's log-probs."""
 
     reference_seconds = 0.0
 
     def _precompute_ref_logps(self, *args: Any, **more: Any) -> Any:
         started = time.perf_counter()
-        found = super()._precompute_ref_logps(*args, **more)
+        logprobs = super()._precompute_ref_logps(*args, **more)
         self.reference_seconds += time.perf_counter() - started
-        return found
+        return logprobs
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of `train()`, and of the reference's log-probs; trainers are built, and rows tokenised, before."""
+    """Measure the seconds of `train()` and of the reference's log-probs, without making the trainer."""
     inputs = Path(spec["inputs"])
     model = inputs / "models" / spec["model"] / "model"
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -59,7 +59,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "max_length": spec["max_tokens"],
         **spec["settings"],
     }
-    losses = Losses()
+    losses = LossRecorder()
     if spec["kind"] == "reward":
         network = AutoModelForSequenceClassification.from_pretrained(
             inputs / "models" / f"{spec['model']}-reward" / "model", num_labels=1, dtype=torch.float32
@@ -97,4 +97,4 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(main)
+    run_worker(main)

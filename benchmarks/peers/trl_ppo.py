@@ -1,4 +1,4 @@
-"""PPO with TRL 1.9.2's experimental trainer, the last one that TRL has, in an environment of its own."""
+"""PPO with the experimental trainer of TRL 1.9.2, the last version that has one."""
 
 import json
 import tempfile
@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from benchmarks.worker import answer
+from benchmarks.worker import run_worker
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of `train()`: whole iterations of sampling, scoring and one update."""
+    """Measure the seconds of `train()`: iterations of sampling, scoring and one update."""
     inputs = Path(spec["inputs"])
     model, reward = (inputs / "models" / name / "model" for name in (spec["model"], f"{spec['model']}-reward"))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
@@ -24,10 +24,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
     data = Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts])
 
-    def policy() -> Any:
+    def load_policy() -> Any:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
-    def scorer() -> Any:
+    def load_reward() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(reward, num_labels=1, dtype=torch.float32)
 
     settings = PPOConfig(
@@ -54,10 +54,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     trainer = PPOTrainer(
         args=settings,
         processing_class=tokenizer,
-        model=policy(),
-        ref_model=policy(),
-        reward_model=scorer(),
-        value_model=scorer(),
+        model=load_policy(),
+        ref_model=load_policy(),
+        reward_model=load_reward(),
+        value_model=load_reward(),
         train_dataset=data,
         eval_dataset=data.select(range(min(2, len(data)))),
     )
@@ -67,4 +67,4 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(main)
+    run_worker(main)

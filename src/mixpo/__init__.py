@@ -34,13 +34,13 @@ __all__ = [
     "Selection",
 ]
 
-_HOMES = {"RewardModel": "stages.reward_model", "Runtime": "training.runtime"}
+_MODULES = {"RewardModel": "stages.reward_model", "Runtime": "training.runtime"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a stage when it is first asked for: torch takes seconds, `mixpo --help` should not."""
+    """Import a stage at its first use: importing torch takes seconds, which `mixpo --help` should not."""
     if name not in __all__:
         raise AttributeError(f"module 'mixpo' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"mixpo.{_HOMES.get(name, f'stages.{name.lower()}')}"), name)
+    return getattr(import_module(f"mixpo.{_MODULES.get(name, f'stages.{name.lower()}')}"), name)

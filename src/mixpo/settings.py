@@ -1,4 +1,4 @@
-"""What every group of settings has in common, and how a problem with one is told."""
+"""The base class of all settings, and the wording of values that pydantic refuses."""
 
 import re
 from collections.abc import Iterator
@@ -7,40 +7,41 @@ from typing import Any, get_args
 import pydantic
 from pydantic_core import ErrorDetails
 
-EXPECTED = {
+EXPECTED_BY_ERROR_TYPE = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "keys and values",
     "path_type": "a path",
     "too_short": "at least one value",
 }
-"""Pydantic's kinds of problems that it tells in words of Python."""
+"""Expected values by pydantic's error type, where its own message speaks of Python types."""
 
 
 class Settings(pydantic.BaseModel):
-    """A frozen group of settings: unknown keys, infinite and undefined numbers are refused."""
+    """Base class of frozen settings, which refuse unknown keys and infinite or undefined numbers."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _refuse_true_for_1(cls, value: Any, field: pydantic.ValidationInfo) -> Any:
-        kinds = set(_kinds(cls.model_fields[str(field.field_name)].annotation))
-        several = value if isinstance(value, list | tuple) else [value]
-        if kinds & {int, float} and bool not in kinds and any(isinstance(one, bool) for one in several):
+    def _reject_bool_as_number(cls, value: Any, field: pydantic.ValidationInfo) -> Any:
+        types = set(_flatten_annotation(cls.model_fields[str(field.field_name)].annotation))
+        items = value if isinstance(value, list | tuple) else [value]
+        if types & {int, float} and bool not in types and any(isinstance(item, bool) for item in items):
             raise ValueError("a number, not true or false")
         return value
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
+def _flatten_annotation(annotation: Any) -> Iterator[Any]:
+    """Yield a type annotation and, recursively, its type arguments."""
     yield annotation
     for part in get_args(annotation):
-        yield from _kinds(part)
+        yield from _flatten_annotation(part)
 
 
-def found_and_expected(problem: ErrorDetails) -> tuple[str, str]:
-    """What pydantic found, cut where it is long, and what it expected instead."""
-    value = problem["input"]
+def format_found_and_expected(error: ErrorDetails) -> tuple[str, str]:
+    """Format the value that pydantic refused, cut after 200 characters, and what it expected instead."""
+    value = error["input"]
     found = "nothing" if value is None else repr(value)
-    expected = re.sub("^Input should be |^Value error, |, unable to .*", "", problem["msg"])
-    return found if len(found) <= 200 else f"{found[:200]}…", EXPECTED.get(problem["type"], expected)
+    expected = re.sub("^Input should be |^Value error, |, unable to .*", "", error["msg"])
+    return found if len(found) <= 200 else f"{found[:200]}…", EXPECTED_BY_ERROR_TYPE.get(error["type"], expected)

@@ -38,7 +38,7 @@ def test_fleiss_kappa_of_the_textbook_example():
     assert fleiss_kappa(FLEISS) == pytest.approx(0.210, abs=5e-4)
 
 
-def test_krippendorffs_own_example():
+def test_krippendorff_alpha_of_the_published_example():
     """Krippendorff 2011, section C: four observers, twelve units, missing data; nominal alpha 0.743."""
     observers = [
         [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
@@ -91,7 +91,7 @@ def test_cohen_kappa_by_counting(pairs):
     assert math.isnan(found) if chance == 1 else found == pytest.approx((observed - chance) / (1 - chance))
 
 
-def test_what_chance_alone_explains_is_not_a_number():
+def test_agreement_without_variation_is_nan():
     same = np.array([[3, 0, 0], [3, 0, 0]])
     assert math.isnan(fleiss_kappa(same))
     assert math.isnan(krippendorff_alpha(same))
@@ -108,12 +108,12 @@ def test_what_chance_alone_explains_is_not_a_number():
 
 
 @pytest.mark.parametrize("counts", [[[2, 1], [1, 1]], [[1, 0], [0, 1]]])
-def test_fleiss_kappa_needs_as_many_ratings_everywhere(counts):
-    with pytest.raises(ValueError, match="expected the same number of ratings an item, two or more, found"):
+def test_fleiss_kappa_refuses_unequal_numbers_of_ratings(counts):
+    with pytest.raises(ValueError, match="expected the same number of ratings per item, two or more, found"):
         fleiss_kappa(np.array(counts))
 
 
-def test_the_interval_over_items_covers_and_narrows():
+def test_bootstrap_interval_covers_the_truth_and_narrows_with_items():
     """40 sets of items whose true kappa is 1/2: 2 of 3 pairs of ratings agree, 1 of 3 by chance.
 
     Of 1,000 such sets 94.1% of the intervals held it, 24 lay above and 35 below.

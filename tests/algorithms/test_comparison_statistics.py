@@ -52,7 +52,7 @@ def test_crossed_interval_agrees_with_a_loop():
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shift", [0.0, 0.3, -5.0])
-def test_of_a_single_seed_or_prompt_it_is_students(axis, shift):
+def test_interval_of_one_seed_or_prompt_is_students(axis, shift):
     values = sample()[2] - 2.0 + shift
     ours, p = crossed_estimate(np.expand_dims(values, axis))
     theirs = scipy.stats.ttest_1samp(values, 0.0)
@@ -61,14 +61,14 @@ def test_of_a_single_seed_or_prompt_it_is_students(axis, shift):
 
 
 @pytest.mark.parametrize(("seeds", "spread"), [(2, 4.0), (3, 4.0), (5, 4.0), (2, 0.05), (5, 0.5), (3, 0.0)])
-def test_few_seeds_cover_what_they_say(seeds, spread):
+def test_interval_covers_at_its_level_with_few_seeds(seeds, spread):
     """Where seeds differ most, percentiles of resamples missed a fifth at two seeds and a tenth at three."""
     missed, small = sizes(np.random.default_rng(9), 800, seeds, 60, spread=spread, noise=0.5)
     assert missed <= 0.07  # 5% and less, and 2.5 standard errors of so many runs
     assert small == missed
 
 
-def test_forgetting_the_seeds_would_claim_too_much():
+def test_interval_over_prompts_alone_covers_too_rarely():
     generator, missed = np.random.default_rng(7), 0
     for _ in range(300):
         forgetful = crossed_interval(crossed(generator, 5, 60).mean(axis=0, keepdims=True))
@@ -77,7 +77,7 @@ def test_forgetting_the_seeds_would_claim_too_much():
 
 
 @pytest.mark.parametrize("seeds", [6, 10, 30])
-def test_many_seeds_cost_little(seeds):
+def test_interval_with_many_seeds_is_close_to_the_normal_one(seeds):
     """Where seeds and prompts are all there is, the interval is as wide as one that knows the two variances."""
     generator = np.random.default_rng(8)
     widths = []
@@ -89,7 +89,7 @@ def test_many_seeds_cost_little(seeds):
 
 @quick
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 10_000), st.floats(-3.0, 3.0))
-def test_p_is_where_the_interval_ends_at_zero(seeds, prompts, drawn, shift):
+def test_p_value_is_the_level_at_which_the_interval_touches_zero(seeds, prompts, drawn, shift):
     values = crossed(np.random.default_rng(drawn), seeds, prompts) + shift
     interval, p = crossed_estimate(values)
     assert 0.0 < p <= 1.0
@@ -103,7 +103,7 @@ def test_p_is_where_the_interval_ends_at_zero(seeds, prompts, drawn, shift):
     assert crossed_estimate(-values)[1] == pytest.approx(p, rel=1e-9)
 
 
-def test_p_falls_as_the_mean_leaves_zero():
+def test_p_value_decreases_with_the_distance_from_zero():
     values = sample() - sample().mean()
     p_values = [crossed_estimate(values + shift)[1] for shift in (0.0, 0.1, 0.5, 2.0, 50.0, 1e9)]
     assert p_values[0] == pytest.approx(1.0)
@@ -111,7 +111,7 @@ def test_p_falls_as_the_mean_leaves_zero():
     assert p_values[-1] > 0.0
 
 
-def test_two_parts_by_hand():
+def test_two_variance_components_by_hand():
     """Welch's variance with a quantile a part: 3^2 of 1 and 2^2 of 4 degrees."""
     interval, p = student_estimate(10.0, [(9.0, 1), (4.0, 4)])
     one, other = scipy.stats.t.ppf(0.975, [1, 4])
@@ -121,7 +121,7 @@ def test_two_parts_by_hand():
 
 
 @pytest.mark.parametrize("parts", [[(9.0, 1), (0.0, 40)], [(0.0, 40), (9.0, 1)], [(9.0, 1), (1e-30, 40)]])
-def test_a_part_without_variance_counts_for_nothing(parts):
+def test_a_component_without_variance_changes_nothing(parts):
     interval, p = student_estimate(10.0, parts)
     alone, p_alone = student_estimate(10.0, [(9.0, 1)])
     assert (interval.low, p) == pytest.approx((alone.low, p_alone), rel=1e-6)
@@ -129,7 +129,7 @@ def test_a_part_without_variance_counts_for_nothing(parts):
 
 
 @pytest.mark.parametrize("values", [[[2.5]], [[0.3 - 0.1] * 3, [0.2] * 3], [[0.0] * 4]])
-def test_values_all_alike_have_no_bounds(values):
+def test_equal_values_have_nan_bounds(values):
     one, p = crossed_estimate(np.array(values))
     assert one.mean == pytest.approx(values[0][0])
     assert math.isnan(one.low)
@@ -137,7 +137,7 @@ def test_values_all_alike_have_no_bounds(values):
     assert p == 1.0
 
 
-def test_nan_and_nothing_are_refused():
+def test_nan_and_empty_values_are_refused():
     values = sample()
     values[1, 2] = math.nan
     with pytest.raises(ValueError, match="1 nan among 90 values"):
@@ -164,7 +164,7 @@ def test_holm_agrees_with_a_loop(p_values):
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan])
-def test_holm_of_what_is_no_probability_is_refused(wrong):
+def test_holm_refuses_values_outside_0_to_1(wrong):
     with pytest.raises(ValueError, match=rf"from 0 to 1, found \[{wrong}\]"):
         correct_by_holm([0.5, wrong])
 
@@ -225,11 +225,11 @@ def test_labels_drawn_from_the_model_are_calibrated():
 
 @pytest.mark.parametrize("edges", [[], [0.6], [0.5, 0.7, 0.7], [0.5, 0.8, 0.7], [0.5, 1.0], [0.0, 0.5]])
 def test_calibration_edges_that_do_not_rise_from_a_half_are_refused(edges):
-    with pytest.raises(ValueError, match=r"rise from 0\.5 to below 1, found"):
+    with pytest.raises(ValueError, match=r"increase from 0\.5 to below 1, found"):
         bin_calibration(np.zeros(3), edges)
 
 
-def test_calibration_of_nothing_is_refused():
+def test_calibration_error_without_pairs_is_refused():
     with pytest.raises(ValueError, match="1 of 2 margins are nan"):
         bin_calibration(np.array([1.0, math.nan]), [0.5])
     with pytest.raises(ValueError, match="at least one pair"):

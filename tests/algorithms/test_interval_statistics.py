@@ -37,7 +37,7 @@ def test_wilson_without_trials_is_refused():
 
 
 @pytest.mark.parametrize(("count", "seeds"), [(6, 2), (6, 5), (1, 3)])
-def test_a_share_of_all_or_none_is_no_narrower_than_of_one_seed(count, seeds):
+def test_interval_of_share_0_or_1_is_no_narrower_than_with_one_seed(count, seeds):
     """Six of six pairs, at two seeds that judge the same six, say no more than six of six."""
     for right in (0, count):
         found = share_interval([right] * seeds, [count] * seeds)
@@ -45,7 +45,7 @@ def test_a_share_of_all_or_none_is_no_narrower_than_of_one_seed(count, seeds):
         assert (found.mean, found.low, found.high) == pytest.approx((right / count, low, high), abs=1e-10)
 
 
-def test_a_share_over_seeds_worked_by_hand():
+def test_share_interval_by_hand():
     """Shares 0.7, 0.8, 0.9 of 40: v = 0.01 / 3 between seeds beside 0.8 * 0.2 / 40 = 0.004 within one."""
     found = share_interval([28, 32, 36], [40] * 3)
     t = scipy.stats.t.ppf(0.975, 2)
@@ -59,7 +59,7 @@ def test_a_share_over_seeds_worked_by_hand():
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize(("middle", "spread"), [(0.0, 1.0), (1.5, 1.0), (3.0, 0.3), (5.0, 0.3)])
-def test_shares_over_few_seeds_cover_what_they_say(seeds, middle, spread):
+def test_share_interval_covers_at_its_level_with_few_seeds(seeds, middle, spread):
     generator = np.random.default_rng(5)
 
     def chances(size):

@@ -31,12 +31,12 @@ def test_k3_is_never_negative(policy, reference):
 
 @quick
 @given(logprob)
-def test_both_are_0_at_equality(policy):
+def test_k1_and_k3_are_0_for_equal_policies(policy):
     assert kl_k1(tensor(policy), tensor(policy)) == 0.0
     assert kl_k3(tensor(policy), tensor(policy)) == 0.0
 
 
-def test_k3_keeps_its_digits_near_equality():
+def test_k3_is_precise_for_nearly_equal_policies():
     """With e = log pi_ref - log pi small, e^e - 1 - e = e^2 / 2 + ...; exp(e) - 1 would lose it in rounding."""
     near = kl_k3(tensor(0.0), tensor(-1e-6))
     torch.testing.assert_close(near, tensor(0.5e-12 - 1e-18 / 6), rtol=1e-8, atol=0)
@@ -91,14 +91,14 @@ def test_kl_of_best_of_n_by_integration(n):
 
 @quick
 @given(st.floats(0.05, 20.0), st.floats(0.01, 1.0), logprob, logprob, logprob)
-def test_moving_the_anchor_is_two_penalties(multiplier, kl_coef, policy, reference, sft):
+def test_anchor_between_reference_and_sft_equals_two_kl_penalties(multiplier, kl_coef, policy, reference, sft):
     weight = compute_sft_weight(multiplier)
     anchored = kl_coef * multiplier * (policy - ((1 - weight) * reference + weight * sft))
     loosened, pulled = kl_coef * min(1.0, multiplier), kl_coef * max(0.0, multiplier - 1.0)
     assert anchored == pytest.approx(loosened * (policy - reference) + pulled * (policy - sft), abs=1e-9)
 
 
-def steered(budget, start, needed, steps=200):
+def simulate_kl_controller(budget, start, needed, steps=200):
     """A made-up policy whose KL follows, with a lag, a law in which a larger multiplier means less of it."""
     kl, total, multiplier, seen = start, 0.0, 1.0, []
     for _ in range(steps):
@@ -110,13 +110,13 @@ def steered(budget, start, needed, steps=200):
 
 @pytest.mark.parametrize("needed", [0.05, 1.0, 8.0])
 @pytest.mark.parametrize("start", [0.0, 1.0, 9.0])
-def test_the_budget_is_reached_from_anywhere_whatever_multiplier_it_needs(start, needed):
-    seen, multiplier = steered(2.0, start, needed)
+def test_controller_reaches_the_budget_from_any_start(start, needed):
+    seen, multiplier = simulate_kl_controller(2.0, start, needed)
     assert seen[-1] == pytest.approx(2.0, rel=0.01)
     assert multiplier == pytest.approx(needed, rel=0.05)
 
 
-def test_the_way_to_the_budget_counts_a_tenth():
+def test_errors_clipped_from_below_count_a_tenth():
     assert control_kl_budget(0.0, 0.0, budget=2.0) == (pytest.approx(math.exp(-1.525)), pytest.approx(-0.05))
     assert control_kl_budget(0.0, -0.1, budget=2.0)[1] == pytest.approx(-0.05)
     assert control_kl_budget(0.0, 1.9, budget=2.0)[1] == pytest.approx(math.log(0.95))

@@ -8,7 +8,7 @@ import pytest
 from mixpo.algorithms.win_rates import length_controlled_win_rate
 
 
-def drawn(theta: float, phi: float, *, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def sample_wins(theta: float, phi: float, *, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Wins, ties and defeats of a judge that likes arm and length so much."""
     generator = np.random.default_rng(seed)
     longer = np.round(generator.normal(20.0, 50.0, size=n))
@@ -18,7 +18,7 @@ def drawn(theta: float, phi: float, *, n: int = 40, seed: int = 0) -> tuple[np.n
     return wins, longer
 
 
-def newton(wins: np.ndarray, longer: np.ndarray) -> tuple[float, float]:
+def fit_by_newton(wins: np.ndarray, longer: np.ndarray) -> tuple[float, float]:
     """theta and its sandwich error, one row after another."""
     mean = sum(longer) / len(longer)
     spread = math.sqrt(sum((d - mean) ** 2 for d in longer) / len(longer))
@@ -37,16 +37,16 @@ def newton(wins: np.ndarray, longer: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("theta", "phi"), [(0.0, 2.0), (0.7, -1.0), (-0.5, 0.0)])
-def test_it_is_the_regressions_win_rate_where_lengths_are_equal(theta, phi):
-    wins, longer = drawn(theta, phi)
+def test_win_rate_equals_the_regression_at_equal_length(theta, phi):
+    wins, longer = sample_wins(theta, phi)
     found = length_controlled_win_rate(wins, longer)
-    best, error = newton(wins, longer)
+    best, error = fit_by_newton(wins, longer)
     expected = [1 / (1 + math.exp(-(best + shift * 1.959964 * error))) for shift in (0, -1, 1)]
     assert [found.mean, found.low, found.high] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_judge_of_length_alone_tells_no_arm_from_the_other():
-    wins, longer = drawn(0.0, 2.0, n=4_000)
+def test_judging_by_length_alone_gives_a_rate_of_one_half():
+    wins, longer = sample_wins(0.0, 2.0, n=4_000)
     found = length_controlled_win_rate(wins, longer)
     assert wins.mean() > 0.55
     assert found.low < 0.5 < found.high
@@ -66,19 +66,19 @@ def test_a_judge_of_length_alone_tells_no_arm_from_the_other():
         ([0, 0, 1, 1], [1, 3, 3, 4]),  # all but at one length
     ],
 )
-def test_it_cannot_be_told(wins, longer):
+def test_undefined_win_rate_is_none(wins, longer):
     assert (
         length_controlled_win_rate(np.array(3 * wins, dtype=np.float64), np.array(3 * longer, dtype=np.float64)) is None
     )
 
 
-def test_one_exception_is_enough_to_tell():
+def test_one_exception_to_separation_gives_an_estimate():
     parted, longer = np.repeat([0.0, 1.0], 6), np.arange(12.0)
     assert length_controlled_win_rate(parted, longer) is None
     assert length_controlled_win_rate(parted[[*range(5), 6, 5, *range(7, 12)]], longer) is not None
 
 
-def test_few_wins_and_defeats_tell_nothing():
+def test_too_few_wins_and_defeats_give_none():
     wins, longer = np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]), np.arange(9.0)
     assert length_controlled_win_rate(wins, longer) is None
     assert length_controlled_win_rate(np.array([*wins, 0.5, 0.5, 0.5]), np.arange(12.0)) is None, "ties decide nothing"

@@ -20,14 +20,14 @@ def true_values(x, mask):
     ]
 
 
-def near(x, expected):
+def assert_close(x, expected):
     torch.testing.assert_close(x, torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_masked_mean_is_the_mean_of_the_true_places():
+def test_masked_mean_is_the_mean_of_the_true_entries():
     x, mask = example()
     values = true_values(x, mask)
-    near(masked_mean(x, mask), sum(values) / len(values))
+    assert_close(masked_mean(x, mask), sum(values) / len(values))
 
 
 def test_a_mask_that_is_true_nowhere_is_refused():
@@ -49,7 +49,7 @@ def test_whitened_values_have_mean_0_and_variance_1(seed, scale, shift):
     assert (whitened[~mask] == 0.0).all()
 
 
-def test_whiten_is_the_formula_place_by_place():
+def test_whiten_is_the_formula_entry_by_entry():
     x, mask = example()
     values = true_values(x, mask)
     mean = sum(values) / len(values)
@@ -59,11 +59,11 @@ def test_whiten_is_the_formula_place_by_place():
         for column in range(x.shape[1]):
             if mask[row, column]:
                 expected[row, column] = (float(x[row, column]) - mean) / deviation
-    near(whiten(x, mask), expected)
+    assert_close(whiten(x, mask), expected)
 
 
 @pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
-def test_what_lies_outside_the_mask_changes_nothing(garbage):
+def test_values_outside_the_mask_change_nothing(garbage):
     x, mask = example()
     padded = torch.cat([x, torch.full((3, 2), garbage, dtype=torch.float64)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros(3, 2, dtype=torch.bool)], dim=1)
@@ -74,7 +74,7 @@ def test_what_lies_outside_the_mask_changes_nothing(garbage):
     assert (whiten(padded, padded_mask)[:, 5:] == 0.0).all()
 
 
-def test_equal_values_whiten_to_0_and_not_to_noise():
+def test_equal_values_whiten_to_0():
     x = torch.full((2, 3), 0.1)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert (whiten(x, mask).abs() < 1e-3).all()
@@ -82,7 +82,7 @@ def test_equal_values_whiten_to_0_and_not_to_noise():
 
 def test_a_variance_below_the_floor_is_raised_to_it():
     x = torch.tensor([[-1e-5, 1e-5]], dtype=torch.float64)
-    near(whiten(x, torch.ones(1, 2, dtype=torch.bool)), [[-0.1, 0.1]])
+    assert_close(whiten(x, torch.ones(1, 2, dtype=torch.bool)), [[-0.1, 0.1]])
 
 
 def test_shapes_that_would_broadcast_are_refused():

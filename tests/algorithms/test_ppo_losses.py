@@ -29,7 +29,7 @@ def tensor(values, **options):
     return torch.tensor(values, dtype=torch.float64, **options)
 
 
-def mask_of(lengths, width=5):
+def make_mask(lengths, width=5):
     return torch.tensor([[place < length for place in range(width)] for length in lengths])
 
 
@@ -38,7 +38,7 @@ def pad(x, value):
     return torch.cat([x, torch.full((x.shape[0], 2), value, dtype=x.dtype)], dim=1)
 
 
-def near(x, expected):
+def assert_close(x, expected):
     torch.testing.assert_close(x, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
@@ -60,40 +60,40 @@ def rewards_by_loop(logprobs, reference, lengths, scores, kl_coef, score_clip):
 @pytest.mark.parametrize("score_clip", [None, 0.5, 100.0])
 def test_shaped_rewards_are_the_formula_token_by_token(score_clip):
     logprobs, reference, scores = random(3, 5), random(3, 5, seed=1), tensor([2.0, -3.0, 0.25])
-    rewards = shaped_rewards(logprobs, reference, mask_of(LENGTHS), scores, kl_coef=0.3, score_clip=score_clip)
-    near(rewards, rewards_by_loop(logprobs, reference, LENGTHS, scores, 0.3, score_clip))
+    rewards = shaped_rewards(logprobs, reference, make_mask(LENGTHS), scores, kl_coef=0.3, score_clip=score_clip)
+    assert_close(rewards, rewards_by_loop(logprobs, reference, LENGTHS, scores, 0.3, score_clip))
 
 
-def test_score_lands_on_the_last_true_token_and_is_clipped():
+def test_clipped_score_is_added_at_the_last_token():
     zeros = torch.zeros(3, 5, dtype=torch.float64)
-    rewards = shaped_rewards(zeros, zeros, mask_of(LENGTHS), tensor([9.0, -9.0, 0.5]), kl_coef=0.1, score_clip=2.0)
-    near(rewards, [[0, 0, 0, 0, 2], [-2, 0, 0, 0, 0], [0, 0, 0.5, 0, 0]])
+    rewards = shaped_rewards(zeros, zeros, make_mask(LENGTHS), tensor([9.0, -9.0, 0.5]), kl_coef=0.1, score_clip=2.0)
+    assert_close(rewards, [[0, 0, 0, 0, 2], [-2, 0, 0, 0, 0], [0, 0, 0.5, 0, 0]])
 
 
-def test_penalties_are_taken_off_the_clipped_score():
+def test_penalties_are_subtracted_from_the_clipped_score():
     zeros = torch.zeros(2, 5, dtype=torch.float64)
     options = {"kl_coef": 0.1, "score_clip": 5.0, "penalties": tensor([0.0, 3.0])}
-    rewards = shaped_rewards(zeros, zeros, mask_of([5, 2]), tensor([8.0, 8.0]), **options)
-    near(rewards, [[0, 0, 0, 0, 5], [0, 2, 0, 0, 0]])
+    rewards = shaped_rewards(zeros, zeros, make_mask([5, 2]), tensor([8.0, 8.0]), **options)
+    assert_close(rewards, [[0, 0, 0, 0, 5], [0, 2, 0, 0, 0]])
 
 
-def test_kl_penalty_falls_on_every_true_token_and_costs_what_the_policy_prefers():
+def test_kl_penalty_of_each_token_is_negative_where_the_policy_exceeds_the_reference():
     zeros, ones = torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
-    rewards = shaped_rewards(ones, zeros, mask_of([3, 5]), tensor([0.0, 0.0]), kl_coef=0.1, score_clip=None)
-    near(rewards, [[-0.1, -0.1, -0.1, 0, 0], [-0.1] * 5])
+    rewards = shaped_rewards(ones, zeros, make_mask([3, 5]), tensor([0.0, 0.0]), kl_coef=0.1, score_clip=None)
+    assert_close(rewards, [[-0.1, -0.1, -0.1, 0, 0], [-0.1] * 5])
 
 
 def test_rewards_sum_to_the_score_minus_the_penalised_kl():
-    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), mask_of(LENGTHS)
+    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), make_mask(LENGTHS)
     rewards = shaped_rewards(logprobs, reference, mask, scores, kl_coef=0.2, score_clip=None)
     for row, length in enumerate(LENGTHS):
         kl = sum(float(logprobs[row, t]) - float(reference[row, t]) for t in range(length))
-        near(rewards[row].sum(), float(scores[row]) - 0.2 * kl)
+        assert_close(rewards[row].sum(), float(scores[row]) - 0.2 * kl)
 
 
 @pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
 def test_padding_does_not_change_shaped_rewards(garbage):
-    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), mask_of(LENGTHS)
+    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), make_mask(LENGTHS)
     plain = shaped_rewards(logprobs, reference, mask, scores, kl_coef=0.2, score_clip=1.0)
     padded = shaped_rewards(
         pad(logprobs, garbage), pad(reference, 7.0), pad(mask, False), scores, kl_coef=0.2, score_clip=1.0
@@ -111,7 +111,7 @@ def test_padding_does_not_change_shaped_rewards(garbage):
         pytest.param([False, True, True, True, True], id="late start"),
     ],
 )
-def test_a_mask_that_is_no_completion_is_refused(row):
+def test_empty_masks_and_masks_with_gaps_are_refused(row):
     mask = torch.tensor([[True] * 5, row])
     with pytest.raises(ValueError, match="true from the first token to the last one"):
         shaped_rewards(random(2, 5), random(2, 5), mask, random(2), kl_coef=0.1, score_clip=None)
@@ -138,28 +138,28 @@ def advantages_by_loop(rewards, values, lengths, discount, gae_lambda):
 )
 def test_gae_is_the_sum_of_equation_16(discount, gae_lambda, lengths, seed):
     rewards, values = random(len(lengths), 5, seed=seed), random(len(lengths), 5, seed=seed + 100)
-    ours = generalized_advantages(rewards, values, mask_of(lengths), discount=discount, gae_lambda=gae_lambda)
-    near(ours, advantages_by_loop(rewards, values, lengths, discount, gae_lambda))
+    ours = generalized_advantages(rewards, values, make_mask(lengths), discount=discount, gae_lambda=gae_lambda)
+    assert_close(ours, advantages_by_loop(rewards, values, lengths, discount, gae_lambda))
 
 
 def test_gae_with_lambda_1_and_discount_1_is_return_to_go_minus_value():
     rewards, values = random(3, 5), random(3, 5, seed=1)
-    ours = generalized_advantages(rewards, values, mask_of(LENGTHS), discount=1.0, gae_lambda=1.0)
+    ours = generalized_advantages(rewards, values, make_mask(LENGTHS), discount=1.0, gae_lambda=1.0)
     for row, length in enumerate(LENGTHS):
         for t in range(length):
-            near(ours[row, t], sum(rewards[row, t:length].tolist()) - float(values[row, t]))
+            assert_close(ours[row, t], sum(rewards[row, t:length].tolist()) - float(values[row, t]))
 
 
 def test_gae_with_lambda_0_is_the_td_error():
     rewards, values = random(1, 3), random(1, 3, seed=1)
-    ours = generalized_advantages(rewards, values, mask_of([3], 3), discount=0.9, gae_lambda=0.0)
+    ours = generalized_advantages(rewards, values, make_mask([3], 3), discount=0.9, gae_lambda=0.0)
     (r,), (v,) = rewards.tolist(), values.tolist()
-    near(ours, [[r[0] + 0.9 * v[1] - v[0], r[1] + 0.9 * v[2] - v[1], r[2] - v[2]]])
+    assert_close(ours, [[r[0] + 0.9 * v[1] - v[0], r[1] + 0.9 * v[2] - v[1], r[2] - v[2]]])
 
 
 @pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
 def test_padding_does_not_change_gae(garbage):
-    rewards, values, mask = random(3, 5), random(3, 5, seed=1), mask_of(LENGTHS)
+    rewards, values, mask = random(3, 5), random(3, 5, seed=1), make_mask(LENGTHS)
     plain = generalized_advantages(rewards, values, mask, discount=0.99, gae_lambda=0.95)
     padded = generalized_advantages(
         pad(rewards, garbage), pad(values, garbage), pad(mask, False), discount=0.99, gae_lambda=0.95
@@ -183,8 +183,8 @@ def test_rloo_leaves_one_out(k, seed):
             others = [float(rewards[prompt, j]) for j in range(k) if j != i]
             expected[prompt, i] = float(rewards[prompt, i]) - sum(others) / (k - 1)
     ours = rloo_advantages(rewards)
-    near(ours, expected)
-    near(ours.sum(dim=1), np.zeros(3))
+    assert_close(ours, expected)
+    assert_close(ours.sum(dim=1), np.zeros(3))
 
 
 @quick
@@ -195,8 +195,8 @@ def test_grpo_scales_by_the_sample_deviation_of_the_group(k, seed):
     for prompt in range(3):
         group = rewards[prompt].numpy()
         for i in range(k):
-            near(ours[prompt, i], (group[i] - np.mean(group)) / (np.std(group, ddof=1) + 1e-4))
-    near(ours.sum(dim=1), np.zeros(3))
+            assert_close(ours[prompt, i], (group[i] - np.mean(group)) / (np.std(group, ddof=1) + 1e-4))
+    assert_close(ours.sum(dim=1), np.zeros(3))
 
 
 def test_equal_rewards_have_no_advantage():
@@ -205,11 +205,11 @@ def test_equal_rewards_have_no_advantage():
     assert (grpo_advantages(equal) == 0.0).all()
 
 
-@pytest.mark.parametrize("advantages_of", [rloo_advantages, grpo_advantages])
+@pytest.mark.parametrize("compute_advantages", [rloo_advantages, grpo_advantages])
 @pytest.mark.parametrize("k", [0, 1])
-def test_a_group_of_one_is_refused(advantages_of, k):
+def test_one_completion_per_prompt_is_refused(compute_advantages, k):
     with pytest.raises(ValueError, match=f"at least 2 completions to compare, found {k}"):
-        advantages_of(torch.zeros(3, k))
+        compute_advantages(torch.zeros(3, k))
 
 
 # Policy loss
@@ -222,15 +222,15 @@ def test_policy_loss_is_the_formula_token_by_token():
         for t in range(5):
             ratio, a = math.exp(logprobs[row, t]) / math.exp(old[row, t]), float(advantages[row, t])
             expected[row, t] = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
-    near(policy_loss(logprobs, old, advantages, clip=0.2), expected)
+    assert_close(policy_loss(logprobs, old, advantages, clip=0.2), expected)
 
 
 def test_policy_loss_at_ratio_1_is_minus_the_advantage_and_so_is_its_gradient():
     logprobs, advantages = random(3, 5).requires_grad_(), random(3, 5, seed=1)
     loss = policy_loss(logprobs, logprobs.detach(), advantages, clip=0.2)
-    near(loss.detach(), -advantages)
+    assert_close(loss.detach(), -advantages)
     loss.sum().backward()
-    near(logprobs.grad, -advantages)
+    assert_close(logprobs.grad, -advantages)
 
 
 @pytest.mark.parametrize(
@@ -244,12 +244,12 @@ def test_policy_loss_at_ratio_1_is_minus_the_advantage_and_so_is_its_gradient():
         pytest.param(0.9, -2.0, 1.8, 1.8, id="inside, bad"),
     ],
 )
-def test_the_clip_stops_the_gradient_where_it_should(ratio, advantage, loss, gradient):
+def test_policy_clip_stops_the_gradient(ratio, advantage, loss, gradient):
     logprobs = tensor([[math.log(ratio)]], requires_grad=True)
     losses = policy_loss(logprobs, tensor([[0.0]]), tensor([[advantage]]), clip=0.2)
     losses.sum().backward()
-    near(losses.detach(), [[loss]])
-    near(logprobs.grad, [[gradient]])
+    assert_close(losses.detach(), [[loss]])
+    assert_close(logprobs.grad, [[gradient]])
 
 
 def test_policy_loss_gradient_agrees_with_finite_differences():
@@ -263,15 +263,15 @@ def test_policy_loss_gradient_agrees_with_finite_differences():
 @given(st.integers(0, 999), st.floats(0.05, 0.5))
 def test_clip_fraction_is_the_share_of_true_tokens_without_gradient(seed, clip):
     logprobs, old = 0.4 * random(3, 5, seed=seed), 0.4 * random(3, 5, seed=seed + 1000)
-    advantages, mask = random(3, 5, seed=seed + 2000), mask_of(LENGTHS)
+    advantages, mask = random(3, 5, seed=seed + 2000), make_mask(LENGTHS)
     logprobs.requires_grad_()
     policy_loss(logprobs, old, advantages, clip=clip).sum().backward()
     stopped = [float(logprobs.grad[row, t]) == 0.0 for row, length in enumerate(LENGTHS) for t in range(length)]
-    near(clip_fraction(logprobs.detach(), old, advantages, mask, clip=clip), sum(stopped) / len(stopped))
+    assert_close(clip_fraction(logprobs.detach(), old, advantages, mask, clip=clip), sum(stopped) / len(stopped))
 
 
 def test_padding_changes_neither_the_summed_loss_nor_its_gradient_nor_the_clip_fraction():
-    old, advantages, mask = random(3, 5, seed=1), random(3, 5, seed=2), mask_of(LENGTHS)
+    old, advantages, mask = random(3, 5, seed=1), random(3, 5, seed=2), make_mask(LENGTHS)
     logprobs = random(3, 5)
     results = []
     for garbage in (0.0, 300.0):
@@ -297,8 +297,8 @@ def test_value_loss_is_the_formula_token_by_token():
             near_old = min(max(v, o - 0.4), o + 0.4)
             unclipped[row, t] = 0.5 * (v - r) ** 2
             clipped[row, t] = 0.5 * max((v - r) ** 2, (near_old - r) ** 2)
-    near(value_loss(values, old, returns, clip=None), unclipped)
-    near(value_loss(values, old, returns, clip=0.4), clipped)
+    assert_close(value_loss(values, old, returns, clip=None), unclipped)
+    assert_close(value_loss(values, old, returns, clip=0.4), clipped)
 
 
 @pytest.mark.parametrize(
@@ -310,12 +310,12 @@ def test_value_loss_is_the_formula_token_by_token():
         pytest.param(-0.5, -1.0, 0.32, 0.0, id="far down towards the return: stopped"),
     ],
 )
-def test_the_value_clip_stops_the_gradient_where_it_should(value, target, loss, gradient):
+def test_value_clip_stops_the_gradient(value, target, loss, gradient):
     values = tensor([[value]], requires_grad=True)
     losses = value_loss(values, tensor([[0.0]]), tensor([[target]]), clip=0.2)
     losses.sum().backward()
-    near(losses.detach(), [[loss]])
-    near(values.grad, [[gradient]])
+    assert_close(losses.detach(), [[loss]])
+    assert_close(values.grad, [[gradient]])
 
 
 def test_value_loss_gradient_agrees_with_finite_differences():
@@ -327,19 +327,19 @@ def test_value_loss_gradient_agrees_with_finite_differences():
 
 
 def test_explained_variance_over_the_mask():
-    returns, mask = random(3, 5), mask_of(LENGTHS)
+    returns, mask = random(3, 5), make_mask(LENGTHS)
     values = returns + 0.5 * random(3, 5, seed=1)
     truth = [float(returns[row, t]) for row, n in enumerate(LENGTHS) for t in range(n)]
     error = [float(returns[row, t] - values[row, t]) for row, n in enumerate(LENGTHS) for t in range(n)]
     expected = 1.0 - np.var(error) / np.var(truth)
-    near(explained_variance(values, returns, mask), expected)
-    near(explained_variance(values.masked_fill(~mask, 1e6), returns.masked_fill(~mask, -1e6), mask), expected)
+    assert_close(explained_variance(values, returns, mask), expected)
+    assert_close(explained_variance(values.masked_fill(~mask, 1e6), returns.masked_fill(~mask, -1e6), mask), expected)
 
 
-def test_explained_variance_at_its_marks():
-    returns, mask = random(3, 5), mask_of(LENGTHS)
-    near(explained_variance(returns + 4.0, returns, mask), 1.0)
-    near(explained_variance(torch.full_like(returns, 3.0), returns, mask), 0.0)
+def test_explained_variance_of_perfect_and_constant_values():
+    returns, mask = random(3, 5), make_mask(LENGTHS)
+    assert_close(explained_variance(returns + 4.0, returns, mask), 1.0)
+    assert_close(explained_variance(torch.full_like(returns, 3.0), returns, mask), 0.0)
     assert explained_variance(random(3, 5), torch.full_like(returns, 0.5), mask) == 0.0
 
 

@@ -24,7 +24,7 @@ def tensor(*values, grad=False):
     return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
 
 
-def near(x, expected, atol=1e-12):
+def assert_close(x, expected, atol=1e-12):
     torch.testing.assert_close(x, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-12, atol=atol)
 
 
@@ -33,10 +33,10 @@ def test_bradley_terry_is_the_probability_of_the_choice():
     expected = []
     for c, r in zip(chosen, rejected, strict=True):
         expected.append(-math.log(math.exp(c) / (math.exp(c) + math.exp(r))))
-    near(bradley_terry_loss(tensor(*chosen), tensor(*rejected)), expected)
+    assert_close(bradley_terry_loss(tensor(*chosen), tensor(*rejected)), expected)
 
 
-def test_a_fitted_head_is_where_the_gradient_vanishes_whatever_the_columns_scales():
+def test_fitted_weights_have_zero_gradient_at_any_column_scale():
     x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = (x + torch.tensor([0.5, -0.3, 0.0, 0.1, 0.0])) * torch.tensor([1.0, 10.0, 0.01, 1.0, 0.0])
     weights = fit_bradley_terry(x, ridge=0.05).requires_grad_()
@@ -44,39 +44,39 @@ def test_a_fitted_head_is_where_the_gradient_vanishes_whatever_the_columns_scale
     loss = bradley_terry_loss(x @ weights, torch.zeros(200, dtype=torch.float64)).mean()
     loss = loss + 0.05 / 2 * (scale * weights).square().sum()
     (gradient,) = torch.autograd.grad(loss, weights)
-    near(gradient[:4] / scale[:4], torch.zeros(4), atol=1e-7)
+    assert_close(gradient[:4] / scale[:4], torch.zeros(4), atol=1e-7)
     assert weights[4] == 0
     assert weights[0] > 0 > weights[1]
     scaled = fit_bradley_terry(x * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), ridge=0.05)
-    near(scaled[:4] * torch.tensor([1.0, 2.0, 3.0, 4.0]), weights[:4].detach(), atol=1e-5)
+    assert_close(scaled[:4] * torch.tensor([1.0, 2.0, 3.0, 4.0]), weights[:4].detach(), atol=1e-5)
 
 
-def test_one_feature_fits_as_a_hand_calculation_says():
+def test_fit_of_one_feature_by_hand():
     """Three of four differences are +1: without a penalty the weight is log 3; a ridge draws it to 0."""
     x = torch.tensor([[1.0], [1.0], [1.0], [-1.0]], dtype=torch.float64)
-    near(fit_bradley_terry(x, ridge=1e-9), [math.log(3)], atol=1e-6)
+    assert_close(fit_bradley_terry(x, ridge=1e-9), [math.log(3)], atol=1e-6)
     assert 0 < fit_bradley_terry(x, ridge=1.0) < 0.5
     with pytest.raises(ValueError, match="expected a ridge above 0, found 0"):
         fit_bradley_terry(x, ridge=0.0)
 
 
-def test_bradley_terry_stays_finite_for_far_scores():
-    near(bradley_terry_loss(tensor(0.0, 1e6), tensor(1e6, 0.0)), [1e6, 0.0])
+def test_bradley_terry_is_finite_for_extreme_scores():
+    assert_close(bradley_terry_loss(tensor(0.0, 1e6), tensor(1e6, 0.0)), [1e6, 0.0])
 
 
 @quick
 @given(finite, finite, st.floats(-100.0, 100.0))
 def test_bradley_terry_ignores_a_shift_of_both_scores(chosen, rejected, shift):
     plain = bradley_terry_loss(tensor(chosen), tensor(rejected))
-    near(bradley_terry_loss(tensor(chosen + shift), tensor(rejected + shift)), plain, atol=1e-11)
+    assert_close(bradley_terry_loss(tensor(chosen + shift), tensor(rejected + shift)), plain, atol=1e-11)
 
 
-def test_centering_has_its_least_at_mean_0_and_does_not_mind_the_gap():
-    near(centering_loss(tensor(2.0, 3.0, 1.0), tensor(-2.0, 1.0, -5.0)), [0.0, 16.0, 16.0])
+def test_centering_loss_depends_on_the_mean_score_only():
+    assert_close(centering_loss(tensor(2.0, 3.0, 1.0), tensor(-2.0, 1.0, -5.0)), [0.0, 16.0, 16.0])
 
 
 def test_implicit_rewards_hand_values():
-    near(implicit_rewards(tensor(-10.0, -3.0), tensor(-12.0, -1.0), beta=0.5), [1.0, -1.0])
+    assert_close(implicit_rewards(tensor(-10.0, -3.0), tensor(-12.0, -1.0), beta=0.5), [1.0, -1.0])
 
 
 def test_dpo_is_the_formula_pair_by_pair():
@@ -87,14 +87,14 @@ def test_dpo_is_the_formula_pair_by_pair():
         weight_w = (math.exp(w) / math.exp(ref_w)) ** 0.3
         weight_l = (math.exp(l) / math.exp(ref_l)) ** 0.3
         expected.append(-math.log(weight_w / (weight_w + weight_l)))
-    near(dpo_loss(*four, beta=0.3), expected)
+    assert_close(dpo_loss(*four, beta=0.3), expected)
 
 
 @quick
 @given(finite, finite, st.floats(0.01, 5.0))
 def test_dpo_is_log_2_where_the_policy_equals_the_reference(chosen, rejected, beta):
     c, r = tensor(chosen), tensor(rejected)
-    near(dpo_loss(c, r, c, r, beta=beta), [math.log(2.0)])
+    assert_close(dpo_loss(c, r, c, r, beta=beta), [math.log(2.0)])
 
 
 @quick
@@ -103,8 +103,8 @@ def test_dpo_ignores_shifts_that_cancel(w, l, ref_w, ref_l, shift):  # noqa: E74
     plain = dpo_loss(tensor(w), tensor(l), tensor(ref_w), tensor(ref_l), beta=0.1)
     both_of_the_policy = dpo_loss(tensor(w + shift), tensor(l + shift), tensor(ref_w), tensor(ref_l), beta=0.1)
     both_of_the_chosen = dpo_loss(tensor(w + shift), tensor(l), tensor(ref_w + shift), tensor(ref_l), beta=0.1)
-    near(both_of_the_policy, plain, atol=1e-11)
-    near(both_of_the_chosen, plain, atol=1e-11)
+    assert_close(both_of_the_policy, plain, atol=1e-11)
+    assert_close(both_of_the_chosen, plain, atol=1e-11)
 
 
 @quick
@@ -132,12 +132,12 @@ def test_theorem_1_the_rejected_is_pushed_harder_the_smaller_it_is(x_w, x_l, bet
     w, l = tensor(x_w, grad=True), tensor(x_l, grad=True)  # noqa: E741
     reference = tensor(-3.0), tensor(-5.0)
     loss = dpo_loss(w.log() + reference[0], l.log() + reference[1], *reference, beta=beta)
-    near(loss, [-math.log(x_w**beta / (x_w**beta + x_l**beta))], atol=1e-11)
+    assert_close(loss, [-math.log(x_w**beta / (x_w**beta + x_l**beta))], atol=1e-11)
     loss.sum().backward()
-    near(w.grad.abs() / l.grad.abs(), [x_l / x_w], atol=1e-10)
+    assert_close(w.grad.abs() / l.grad.abs(), [x_l / x_w], atol=1e-10)
     both = x_w**beta + x_l**beta
-    near(w.grad, [-beta * x_l**beta / (x_w * both)], atol=1e-11)
-    near(l.grad, [beta * x_l ** (beta - 1.0) / both], atol=1e-11)
+    assert_close(w.grad, [-beta * x_l**beta / (x_w * both)], atol=1e-11)
+    assert_close(l.grad, [beta * x_l ** (beta - 1.0) / both], atol=1e-11)
 
 
 BROADCASTS = [
@@ -157,7 +157,7 @@ def test_shapes_that_would_broadcast_are_refused(name, shapes, options):
 
 
 @pytest.mark.parametrize(("name", "shapes", "options"), BROADCASTS)
-def test_and_so_they_are_where_no_type_checker_runs(name, shapes, options):
+def test_shapes_that_would_broadcast_are_refused_without_a_type_checker(name, shapes, options):
     unchecked = runpy.run_path(preference.__file__)
     with pytest.raises(ValueError, match=r"expected equal shapes, found \[2\] and \[1\]"):
         unchecked[name](*(torch.zeros(n) for n in shapes), **options)

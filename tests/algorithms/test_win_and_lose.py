@@ -11,19 +11,19 @@ from mixpo.algorithms.win_rates import sign_test, win_minus_lose
 
 
 @pytest.mark.parametrize(("wins", "defeats"), [(2, 0), (5, 0), (0, 6), (3, 2), (4, 4), (1, 0), (40, 21), (700, 801)])
-def test_the_sign_test_is_scipys(wins, defeats):
+def test_sign_test_agrees_with_scipy(wins, defeats):
     assert sign_test(wins, defeats) == pytest.approx(binomtest(wins, wins + defeats).pvalue, rel=1e-10)
     assert sign_test(wins, defeats) == sign_test(defeats, wins)
 
 
-def test_what_two_wins_of_two_say_is_nothing():
+def test_two_wins_of_two_are_not_significant():
     assert sign_test(2, 0) == 0.5
     assert sign_test(5, 0) == 0.0625
     assert sign_test(0, 0) == 1.0
     assert win_minus_lose(2, 0, 0).low < 0.0
 
 
-def test_the_interval_worked_by_hand():
+def test_win_minus_lose_interval_by_hand():
     # 7 wins, 2 ties, 1 defeat: 7.5, 1.5 and 1.5 + 1.5 of the matched pairs' four cells, 12 in all
     found = win_minus_lose(7, 2, 1)
     assert found.mean == pytest.approx(0.6)
@@ -38,7 +38,7 @@ def test_the_interval_worked_by_hand():
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 30])
-def test_the_interval_holds_the_difference_itself(n):
+def test_win_minus_lose_interval_contains_the_estimate(n):
     for wins, defeats in product(range(n + 1), repeat=2):
         if wins + defeats <= n:
             found = win_minus_lose(wins, n - wins - defeats, defeats)
@@ -47,7 +47,7 @@ def test_the_interval_holds_the_difference_itself(n):
 
 
 @pytest.mark.parametrize(("n", "least"), [(5, 0.83), (30, 0.91)])
-def test_it_covers_as_often_as_it_says(n, least):
+def test_win_minus_lose_interval_covers_at_its_level(n, least):
     """Exactly, over all that n prompts can come to: 95% over shares of wins and defeats, and hardly less at any."""
     outcomes = np.array([(w, n - w - d, d) for w, d in product(range(n + 1), repeat=2) if w + d <= n])
     found = [win_minus_lose(*map(int, one)) for one in outcomes]

@@ -6,13 +6,13 @@ from mixpo.data.rows import (
     Demonstration,
     Preference,
     RowError,
-    columns_with_content,
     count_repeats,
     demonstration_columns,
     parse_demonstration,
     parse_preference,
     prompt_key,
-    refuse_bad_rows,
+    raise_for_bad_rows,
+    split_filled_columns,
 )
 
 FIX = "drop the row or fix the source"
@@ -145,7 +145,7 @@ def without(name):
         pytest.param(GOOD | {"prompt": {"a": 1}}, f"'prompt' is an object; expected text; {FIX}", id="object"),
         pytest.param(GOOD | {"prompt": b"Why?"}, f"'prompt' is bytes; expected text; {FIX}", id="bytes"),
         pytest.param(
-            GOOD | {"chosen": "ab\ud800"}, f"'chosen' has half a surrogate pair at character 3; {FIX}", id="surrogate"
+            GOOD | {"chosen": "ab\ud800"}, f"'chosen' has an unpaired surrogate at character 3; {FIX}", id="surrogate"
         ),
         pytest.param(
             GOOD | {"rejected": "Because."},
@@ -157,8 +157,8 @@ def without(name):
                 "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
                 "rejected": [user("a"), assistant("e")],
             },
-            "'rejected' has another prompt than 'chosen': they differ from message 2 on "
-            f"('rejected' has 1, 'chosen' 3); expected the same prompt on both sides; {FIX}",
+            "'rejected' has another prompt than 'chosen': they differ from message 2 "
+            f"('rejected' has 1 messages, 'chosen' 3); expected equal prompts; {FIX}",
             id="prompts differ",
         ),
         pytest.param(
@@ -167,7 +167,7 @@ def without(name):
                 "chosen": [user("a"), assistant("b")],
                 "rejected": [user("a"), assistant("c")],
             },
-            f"'prompt' is not what the dialogue in 'chosen' begins with; expected the same messages; {FIX}",
+            f"'prompt' differs from the first messages of the dialogue in 'chosen'; expected the same messages; {FIX}",
             id="prompt and dialogues differ",
         ),
         pytest.param(
@@ -192,12 +192,12 @@ def without(name):
         ),
         pytest.param(
             GOOD | {"prompt": [user("Why?"), assistant("What?")]},
-            f"'prompt' has a prompt that ends with a message from 'assistant'; expected one from 'user'; {FIX}",
+            f"'prompt' has a prompt whose last message is from 'assistant'; expected 'user'; {FIX}",
             id="prompt ends with the assistant",
         ),
         pytest.param(
             GOOD | {"rejected": [user("No.")]},
-            f"'rejected' ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+            f"'rejected' has a last message from 'user'; expected 'assistant'; {FIX}",
             id="completion from the user",
         ),
         pytest.param(
@@ -205,7 +205,7 @@ def without(name):
         ),
     ],
 )
-def test_what_makes_a_preference_bad(fields, line):
+def test_invalid_preferences(fields, line):
     with pytest.raises(RowError) as caught:
         parse_preference(fields)
     bad = BadRow("hh.jsonl", 7, caught.value.field, caught.value.problem)
@@ -224,24 +224,24 @@ def test_what_makes_a_preference_bad(fields, line):
         (
             {"conversations": [{"from": "human", "value": "Why?"}]},
             "completion",
-            "is missing; found 'conversations'; name the column of dialogues 'messages'; each message has 'role' and "
-            "'content'",
+            "is missing; found 'conversations'; rename the column of dialogues to 'messages', each message with "
+            "'role' and 'content'",
         ),
         ({"messages": []}, "messages", f"is empty; {FIX}"),
         (
             {"messages": [user("Why?")]},
             "messages",
-            f"ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+            f"has a last message from 'user'; expected 'assistant'; {FIX}",
         ),
         (
             {"messages": [assistant("Hello."), assistant("Anyone?")]},
             "messages",
-            f"has a prompt that ends with a message from 'assistant'; expected one from 'user'; {FIX}",
+            f"has a prompt whose last message is from 'assistant'; expected 'user'; {FIX}",
         ),
         ({"messages": [assistant("Hello.")]}, "prompt", f"is missing; found 'messages'; {FIX}"),
     ],
 )
-def test_what_makes_a_demonstration_bad(fields, field, problem):
+def test_invalid_demonstrations(fields, field, problem):
     with pytest.raises(RowError) as caught:
         parse_demonstration(fields)
     assert (caught.value.field, caught.value.problem) == (field, problem)
@@ -251,16 +251,16 @@ def test_a_bad_row_without_a_field_names_the_row():
     assert str(BadRow("hh.jsonl", 3, "", "is a list")) == "hh.jsonl:3: the row is a list"
 
 
-def test_a_row_names_its_file_line_field_and_remedy():
+def test_a_bad_row_prints_its_file_line_field_and_fix():
     bad = BadRow("hh.jsonl", 1842, "rejected", f"is empty; {FIX}")
     assert str(bad) == "hh.jsonl:1842: 'rejected' is empty; drop the row or fix the source"
 
 
 @pytest.mark.parametrize(("count", "tail"), [(1, []), (10, []), (11, ["... and 1 more"]), (23, ["... and 13 more"])])
-def test_refusal_lists_the_first_ten_and_counts_the_rest(count, tail):
+def test_error_lists_the_first_ten_bad_rows_and_counts_the_rest(count, tail):
     bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
     with pytest.raises(InputError) as caught:
-        refuse_bad_rows(bad, total=40)
+        raise_for_bad_rows(bad, total=40)
     assert str(caught.value).splitlines() == [
         f"{count} of 40 rows cannot be used:",
         *(f"hh.jsonl:{row}: 'prompt' is empty" for row in range(1, min(count, 10) + 1)),
@@ -291,7 +291,7 @@ def system(content):
         pytest.param({"prompt": "Why?", "system": None}, [user("Why?")], id="null"),
     ],
 )
-def test_a_system_column_is_a_message_in_front_of_the_prompt(fields, expected):
+def test_a_system_column_becomes_the_first_message(fields, expected):
     assert parse_preference({**GOOD, **fields}).prompt == expected
     assert parse_demonstration({"completion": "So.", **fields}).prompt == expected
 
@@ -301,22 +301,22 @@ def test_two_different_system_messages_are_a_bad_row():
         parse_preference({**GOOD, "prompt": [system("Be long."), user("Why?")], "system": "Be brief."})
     assert (caught.value.field, caught.value.problem) == (
         "system",
-        f"is not the system message of the dialogue; expected the same or one of them; {FIX}",
+        f"differs from the dialogue's own system message; expected the same text, or only one of them; {FIX}",
     )
 
 
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
-def test_a_message_that_only_calls_a_tool_is_a_bad_row(content):
+def test_a_tool_call_without_content_is_a_bad_row(content):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}], **content}
     with pytest.raises(RowError) as caught:
         parse_demonstration({"messages": [user("Why?"), call]})
     assert (caught.value.field, caught.value.problem) == (
         "messages",
-        f"message 2 calls a tool and says nothing; expected 'content': tool calls are not rendered; {FIX}",
+        f"message 2 has 'tool_calls' and no 'content'; expected 'content': tool calls are not rendered; {FIX}",
     )
 
 
-def test_columns_that_nothing_reads_are_named_and_empty_ones_are_not():
+def test_ignored_columns_are_listed_unless_empty():
     call = {**assistant("I look."), "tool_calls": [{"function": {"name": "f"}}], "name": "bot", "tool_call_id": None}
     fields = {
         "id": 0,
@@ -327,12 +327,12 @@ def test_columns_that_nothing_reads_are_named_and_empty_ones_are_not():
         "note": None,
         "labels": [],
     }
-    assert columns_with_content(fields, demonstration_columns(fields)) == (
+    assert split_filled_columns(fields, demonstration_columns(fields)) == (
         ["messages"],
         ["id", "tools", "score", "messages.tool_calls", "messages.name", "messages.tool_call_id"],
     )
     both = {"prompt": "Why?", "completion": "So.", "messages": [user("Why?"), assistant("No.")]}
-    assert columns_with_content(both, demonstration_columns(both)) == (["prompt", "completion"], ["messages"])
+    assert split_filled_columns(both, demonstration_columns(both)) == (["prompt", "completion"], ["messages"])
 
 
 def test_duplicate_and_contradictory_rows_are_counted():

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Demonstration, Preference, RowError
 from mixpo.data.sources import (
+    compute_source_identity,
     content_digest,
+    expand_path,
     guess_format,
-    hub_records,
-    local_path,
     parse_hh_rlhf,
     parse_tldr,
     read_demonstration_rows,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
+    read_hub_records,
     read_preference_rows,
     read_preferences,
     read_records,
-    source_identity,
     write_rows,
 )
 
@@ -61,7 +61,7 @@ def write_csv(path, rows):
 
 
 def write(path: Path, rows):
-    """Write rows in the kind of file that the name asks for."""
+    """Write rows to a file in the format of its suffix."""
     plain = path.with_name(path.name.removesuffix(".gz"))
     match plain.suffix:
         case ".jsonl":
@@ -77,28 +77,28 @@ def write(path: Path, rows):
     return path
 
 
-def refusal(call, *arguments, **options):
-    """Return the message of the `InputError` that a call raises, reading all it yields."""
+def error_message(call, *arguments, **options):
+    """Return the message of the `InputError` that a call raises, parsed all it yields."""
     with pytest.raises(InputError) as caught:
         list(call(*arguments, **options))
     return str(caught.value)
 
 
-KINDS = ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"]
+FILE_NAMES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", FILE_NAMES)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert read_preferences(write(tmp_path / name, ROWS), "preference")[:2] == (PREFERENCES, [])
 
 
-def test_the_ending_may_be_in_capitals(tmp_path):
+def test_the_suffix_may_be_in_capitals(tmp_path):
     (tmp_path / "A.JSONL").write_bytes(jsonl(ROWS))
     assert read_preferences(tmp_path / "A.JSONL", "preference")[:2] == (PREFERENCES, [])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
-def test_messages_come_through(tmp_path, name):
+def test_messages_are_read(tmp_path, name):
     row = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
     expected = Demonstration([user("a"), assistant("b"), user("c")], "d")
     assert read_demonstrations(write(tmp_path / name, [row]))[:2] == ([expected], [])
@@ -108,14 +108,14 @@ text = st.text(min_size=1).filter(str.strip)
 
 
 @given(st.lists(st.fixed_dictionaries({"prompt": text, "completion": text}), min_size=1, max_size=4))
-def test_any_text_survives_any_kind_of_file(tmp_path_factory, rows):
+def test_any_text_is_read_unchanged_from_any_kind_of_file(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
     expected = [Demonstration(**row) for row in rows]
     for name in ("a.jsonl.gz", "a.csv", "a.json", "a.parquet"):
         assert read_demonstrations(write(folder / name, rows))[:2] == (expected, []), name
 
 
-def test_rows_are_numbered_as_the_file_numbers_them(tmp_path):
+def test_rows_are_numbered_by_line_or_position(tmp_path):
     for name, numbers in {"a.jsonl": [1, 2], "a.json": [1, 2], "a.parquet": [1, 2], "a.csv": [2, 5]}.items():
         assert [number for number, _ in read_records(write(tmp_path / name, ROWS))] == numbers, name
 
@@ -126,7 +126,7 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
     assert list(read_records(path)) == [(2, {"a": 1}), (4, {"a": 2})]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     for name, content in {"a.jsonl": '{"a": "1"}', "a.csv": "a\n1\n"}.items():
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
         assert [row for _, row in read_records(tmp_path / name)] == [{"a": "1"}], name
@@ -169,7 +169,7 @@ def test_csv_rows_with_other_columns_than_the_header_are_bad(tmp_path):
     ]
 
 
-def test_a_key_that_stands_twice_in_an_object_makes_a_bad_row(tmp_path):
+def test_a_repeated_key_makes_a_bad_row(tmp_path):
     good = jsonl(ROWS[:1]).decode().strip()
     twice = f'{good[:-1]}, "rejected": "again"}}'
     nested = '{"messages": [{"role": "user", "role": "user", "content": "a"}], "id": 1}'
@@ -178,18 +178,20 @@ def test_a_key_that_stands_twice_in_an_object_makes_a_bad_row(tmp_path):
         rows, bad, *_ = read_preferences(tmp_path / name, "preference")
         assert rows == PREFERENCES[:1]
         assert [str(row) for row in bad] == [
-            f"{tmp_path / name}:1: 'rejected' stands twice in one object; expected one value; {FIX}",
-            f"{tmp_path / name}:3: 'role' stands twice in one object; expected one value; {FIX}",
+            f"{tmp_path / name}:1: 'rejected' occurs twice in one object; expected one value; {FIX}",
+            f"{tmp_path / name}:3: 'role' occurs twice in one object; expected one value; {FIX}",
         ]
     (tmp_path / "b.json").write_text(twice, encoding="utf-8")
-    assert refusal(read_records, tmp_path / "b.json").endswith("b.json: holds an object; expected a list of objects")
+    assert error_message(read_records, tmp_path / "b.json").endswith(
+        "b.json: contains an object; expected a list of objects"
+    )
 
 
 def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected,chosen\na,b,c,d\n", encoding="utf-8")
-    assert refusal(read_records, path) == (
-        f"{path}:1: the header has two columns 'chosen'; expected each once; rename one of them"
+    assert error_message(read_records, path) == (
+        f"{path}:1: the header has two columns 'chosen'; expected different names; rename one of them"
     )
 
 
@@ -201,49 +203,52 @@ def test_csv_cells_may_be_long(tmp_path):
 def test_a_missing_file_suggests_its_neighbours(tmp_path):
     (tmp_path / "helpful.jsonl").touch()
     assert (
-        refusal(read_records, tmp_path / "helpfull.jsonl")
+        error_message(read_records, tmp_path / "helpfull.jsonl")
         == f"{tmp_path / 'helpfull.jsonl'}: no such file; did you mean 'helpful.jsonl'?"
     )
     assert (
-        refusal(read_records, tmp_path / "tldr")
+        error_message(read_records, tmp_path / "tldr")
         == f"{tmp_path / 'tldr'}: no such file; the folder holds 'helpful.jsonl'"
     )
 
 
 def test_a_missing_folder_is_named(tmp_path):
     path = tmp_path / "no" / "a.jsonl"
-    assert refusal(read_records, path) == f"{path}: no such file, and no folder '{path.parent}'; check the path"
+    assert error_message(read_records, path) == f"{path}: no such file, and no folder '{path.parent}'; check the path"
 
 
-def test_a_folder_is_no_file(tmp_path):
-    assert refusal(read_records, tmp_path) == f"{tmp_path}: is a folder; expected a file; it holds nothing"
+def test_a_folder_is_refused(tmp_path):
+    assert error_message(read_records, tmp_path) == f"{tmp_path}: is a folder; expected a file; it holds nothing"
     for number in range(12):
         (tmp_path / f"{number:02}.jsonl").touch()
-    assert refusal(read_records, tmp_path).endswith("'08.jsonl', '09.jsonl' and 2 more")
+    assert error_message(read_records, tmp_path).endswith("'08.jsonl', '09.jsonl' and 2 more")
 
 
-def test_what_is_there_and_no_file_is_named(tmp_path):
+def test_pipes_devices_and_broken_links_are_refused(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
-    expected = "expected a file, which is read more than once"
+    expected = "expected a regular file, because it is read more than once"
     for call in (read_records, lambda path: content_digest([path])):
-        assert refusal(call, tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'}: is a pipe or a device; {expected}"
-        assert refusal(call, Path("/dev/null")) == f"/dev/null: is a pipe or a device; {expected}"
-        found = refusal(call, tmp_path / "b.jsonl")
-        assert found == f"{tmp_path / 'b.jsonl'}: is a link to a file that is not there; {expected}"
+        assert error_message(call, tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'}: is a pipe or a device; {expected}"
+        assert error_message(call, Path("/dev/null")) == f"/dev/null: is a pipe or a device; {expected}"
+        found = error_message(call, tmp_path / "b.jsonl")
+        assert found == f"{tmp_path / 'b.jsonl'}: is a link to a missing file; {expected}"
 
 
-def test_a_home_folder_of_nobody_is_named():
+def test_an_unknown_user_in_a_path_is_refused():
     name = "~no-such-user-of-this-machine/a.jsonl"
-    assert refusal(local_path, name) == f"{name}: found no home folder of that user; expected a path; write it out"
-    assert local_path("~/a.jsonl") == Path.home() / "a.jsonl"
+    assert (
+        error_message(expand_path, name)
+        == f"{name}: found no home folder of that user; expected an existing user; write the full path"
+    )
+    assert expand_path("~/a.jsonl") == Path.home() / "a.jsonl"
 
 
-def test_an_unknown_ending_names_the_known_ones(tmp_path):
+def test_an_unsupported_suffix_lists_the_supported_ones(tmp_path):
     path = tmp_path / "a.txt"
     path.touch()
-    assert refusal(read_records, path) == (
-        f"{path}: unknown kind of file '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
+    assert error_message(read_records, path) == (
+        f"{path}: unsupported suffix '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
         "convert the file"
     )
 
@@ -263,16 +268,16 @@ def test_an_unknown_ending_names_the_known_ones(tmp_path):
 def test_a_file_without_rows_is_refused(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    assert refusal(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
+    assert error_message(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
 
 
 def test_a_parquet_file_without_rows_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
-    assert refusal(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
+    assert error_message(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
 
 
-WHOLE = gzip.compress(jsonl(ROWS * 50), mtime=0)
+COMPLETE = gzip.compress(jsonl(ROWS * 50), mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -292,24 +297,24 @@ WHOLE = gzip.compress(jsonl(ROWS * 50), mtime=0)
         ),
         pytest.param(
             "a.jsonl.gz",
-            WHOLE[:-20],
+            COMPLETE[:-20],
             ": cannot be read: Compressed file ended before the end-of-stream marker was reached; "
-            "check that the file is whole",
+            "check that the file is complete",
             id="truncated gzip",
         ),
         pytest.param(
             "a.jsonl.gz",
             b"{}",
-            ": cannot be read: Not a gzipped file (b'{}'); check that the file is whole",
+            ": cannot be read: Not a gzipped file (b'{}'); check that the file is complete",
             id="not gzip",
         ),
         pytest.param(
             "a.json",
             b'{"a": 1}\n{"a": 2}\n',
-            ": is not JSON: Extra data: line 2 column 1 (char 9); a file with one object a line is named .jsonl",
+            ": is not JSON: Extra data: line 2 column 1 (char 9); name a file with one object per line .jsonl",
             id="JSON Lines named JSON",
         ),
-        pytest.param("a.json", b'{"a": 1}', ": holds an object; expected a list of objects", id="JSON object"),
+        pytest.param("a.json", b'{"a": 1}', ": contains an object; expected a list of objects", id="JSON object"),
         pytest.param(
             "a.csv",
             b'a,b\n1,"2\n',
@@ -321,30 +326,30 @@ WHOLE = gzip.compress(jsonl(ROWS * 50), mtime=0)
 def test_a_broken_file_is_refused(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    assert refusal(read_records, path) == f"{path}{message}"
+    assert error_message(read_records, path) == f"{path}{message}"
 
 
 def test_damaged_gzip_is_refused(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(WHOLE[:20] + b"\xff" * 20 + WHOLE[40:])
-    message = refusal(read_records, path)
+    path.write_bytes(COMPLETE[:20] + b"\xff" * 20 + COMPLETE[40:])
+    message = error_message(read_records, path)
     assert message.startswith(f"{path}: cannot be read: ")
-    assert message.endswith("; check that the file is whole")
+    assert message.endswith("; check that the file is complete")
 
 
-def test_what_is_no_parquet_is_refused(tmp_path):
+def test_invalid_parquet_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"prompt,completion")
-    message = refusal(read_records, path)
+    message = error_message(read_records, path)
     assert message.startswith(f"{path}: cannot be read: Parquet magic bytes not found")
     assert "\n" not in message
 
 
-def test_parquet_text_that_is_no_text_is_refused(tmp_path):
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     offsets, data = pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")
     pq.write_table(pa.table({"prompt": pa.StringArray.from_buffers(1, offsets, data)}), path)
-    assert "codec can't decode byte 0xff" in refusal(read_records, path)
+    assert "codec can't decode byte 0xff" in error_message(read_records, path)
 
 
 # HH-RLHF
@@ -422,7 +427,7 @@ A = "\n\nHuman: a\n\nAssistant: b"
         (
             {"chosen": A, "rejected": A + "\n\nHuman: c"},
             "rejected",
-            f"ends with a message from 'user'; expected one from 'assistant'; {FIX}",
+            f"has a last message from 'user'; expected 'assistant'; {FIX}",
         ),
         (
             {"chosen": A, "rejected": "\n\nHuman: a\n\nAssistant:"},
@@ -433,8 +438,8 @@ A = "\n\nHuman: a\n\nAssistant: b"
         (
             {"chosen": A, "rejected": "\n\nHuman: z\n\nAssistant: c"},
             "rejected",
-            "has another prompt than 'chosen': they differ from message 1 on ('rejected' has 1, 'chosen' 1); "
-            f"expected the same prompt on both sides; {FIX}",
+            "has another prompt than 'chosen': they differ from message 1 ('rejected' has 1 messages, 'chosen' 1); "
+            f"expected equal prompts; {FIX}",
         ),
         ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
     ],
@@ -449,11 +454,14 @@ turns = st.lists(st.text(st.characters(exclude_characters="\n", codec="utf-8"), 
 
 
 @given(turns.filter(all), text.map(str.strip), text.map(str.strip))
-def test_hh_rlhf_written_and_parsed(said, chosen, rejected):
-    prompt = [message for turn in said for message in (user(turn), assistant(turn + "!"))][:-1]
+def test_hh_rlhf_written_and_parsed(texts, chosen, rejected):
+    prompt = [message for turn in texts for message in (user(turn), assistant(turn + "!"))][:-1]
     start = "".join(("\n\nHuman: " if m["role"] == "user" else "\n\nAssistant: ") + m["content"] for m in prompt)
     if chosen != rejected:
-        record = {side: f"{start}\n\nAssistant: {said}" for side, said in [("chosen", chosen), ("rejected", rejected)]}
+        record = {
+            side: f"{start}\n\nAssistant: {completion}"
+            for side, completion in [("chosen", chosen), ("rejected", rejected)]
+        }
         assert parse_hh_rlhf(record) == Preference(prompt, chosen, rejected)
 
 
@@ -515,11 +523,11 @@ def test_the_folder_of_hh_rlhf_is_the_category(tmp_path, format, folder, categor
     assert ([row.category for row in rows], bad) == ([category], [])
 
 
-def test_what_is_read_from_a_path_is_part_of_a_files_identity(tmp_path):
+def test_suffix_and_category_are_part_of_a_files_identity(tmp_path):
     def identity(name, format="hh-rlhf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("same")
-        return source_identity(tmp_path / name, format)
+        return compute_source_identity(tmp_path / name, format)
 
     mine = identity("mine/a.jsonl")
     assert mine == identity("yours/b.JSONL")
@@ -539,9 +547,9 @@ def test_what_is_read_from_a_path_is_part_of_a_files_identity(tmp_path):
 )
 def test_readers_name_the_columns_they_read_and_those_they_do_not(tmp_path, format, row, used):
     path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
-    reading = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
-    assert reading.used == used
-    assert set(reading.ignored) == {*row, "id", "score"} - set(used)
+    parsed = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
+    assert parsed.used_columns == used
+    assert set(parsed.ignored_columns) == {*row, "id", "score"} - set(used)
     assert guess_format(row) == format
 
 
@@ -582,7 +590,7 @@ def test_hub_demonstrations(hub):
 
 def test_a_hub_data_set_that_cannot_be_loaded(hub):
     with pytest.raises(InputError) as caught:
-        hub_records("some/set", split="tran")
+        read_hub_records("some/set", split="tran")
     assert str(caught.value) == (
         "Hub data set 'some/set[tran]' cannot be loaded: ValueError: Unknown split \"tran\".; "
         "check its name, split, data_dir and the network, or name a local file"
@@ -592,7 +600,7 @@ def test_a_hub_data_set_that_cannot_be_loaded(hub):
 
 def test_the_hub_needs_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refusal(hub_records, "some/set", split="train") == (
+    assert error_message(read_hub_records, "some/set", split="train") == (
         "Hub data set 'some/set' needs the package 'datasets'; pip install 'mixpo[hub]'"
     )
 
@@ -613,7 +621,9 @@ def test_a_digest_is_of_contents_in_order(tmp_path):
 
 
 def test_a_digest_needs_its_files(tmp_path):
-    assert refusal(content_digest, [tmp_path / "a"]) == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
+    assert (
+        error_message(content_digest, [tmp_path / "a"]) == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
+    )
 
 
 # Rows between stages
@@ -622,7 +632,7 @@ message = st.fixed_dictionaries({"role": st.text(), "content": st.text()})
 
 
 @pytest.mark.parametrize("prompts", [st.text(), st.lists(message, max_size=3)], ids=["text", "messages"])
-def test_written_rows_come_back_exactly(tmp_path_factory, prompts):
+def test_rows_are_read_as_they_were_written(tmp_path_factory, prompts):
     folder = tmp_path_factory.mktemp("rows")
 
     @given(
@@ -644,8 +654,8 @@ def test_written_rows_come_back_exactly(tmp_path_factory, prompts):
 def test_one_kind_of_prompt_in_a_file(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [Demonstration("a", "b"), Demonstration([user("a")], "b"), Demonstration("c", "d")]
-    assert refusal(write_rows, path, rows) == (
-        f"{path}: 2 prompts are text and 1 are lists of messages; expected one kind in a file; "
+    assert error_message(write_rows, path, rows) == (
+        f"{path}: 2 prompts are text and 1 are lists of messages; expected one kind per file; "
         "write every prompt as messages"
     )
     assert not path.exists()
@@ -653,13 +663,15 @@ def test_one_kind_of_prompt_in_a_file(tmp_path):
 
 def test_no_rows_are_not_written(tmp_path):
     path = tmp_path / "a.parquet"
-    assert refusal(write_rows, path, []) == f"{path}: no rows to write; expected at least one"
+    assert error_message(write_rows, path, []) == f"{path}: no rows to write; expected at least one"
 
 
 def test_rows_of_the_other_kind_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     write_rows(path, [Demonstration("a", "b")])
-    assert refusal(read_preference_rows, path) == (
+    assert error_message(read_preference_rows, path) == (
         f"{path}: has columns ['prompt', 'completion']; expected ['prompt', 'chosen', 'rejected', 'category']"
     )
-    assert refusal(read_preference_rows, tmp_path / "b.parquet").endswith("no such file; did you mean 'a.parquet'?")
+    assert error_message(read_preference_rows, tmp_path / "b.parquet").endswith(
+        "no such file; did you mean 'a.parquet'?"
+    )

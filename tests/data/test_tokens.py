@@ -17,7 +17,7 @@ from mixpo.data import templates
 from mixpo.data.errors import InputError
 from mixpo.data.rows import RowError
 from mixpo.data.tokens import (
-    SPECIAL_TOKENS,
+    SPECIAL_TOKENS_KEY,
     check_rows,
     check_tokenizer,
     decode_completion,
@@ -30,7 +30,7 @@ from mixpo.experiments.setup import Setup
 from mixpo.models.tokenizers import tokenize_alike
 
 CHAT = tuple(name for name in FAMILIES if family_tokenizer(name).chat_template is not None)
-ENDS = {
+END_TOKENS = {
     "llama2": "</s>",
     "llama3": "<|eot_id|>",
     "mistral": "</s>",
@@ -68,7 +68,7 @@ def dialogue(*contents):
     return [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
 
 
-def as_written(tokenizer, text):
+def normalize_spaces(tokenizer, text):
     """A text as it comes out of the tokens: SentencePiece writes spaces as `▁`, and so reads `▁` as a space."""
     return text.replace("▁", " ") if tokenizer.convert_tokens_to_ids("▁") is not None else text
 
@@ -77,7 +77,7 @@ def plain_ids(tokenizer, messages, **settings):
     return tokenizer.apply_chat_template(messages, return_dict=False, **settings)
 
 
-def bare(tokenizer):
+def without_added_tokens(tokenizer):
     """The family's algorithm alone, which knows no added token."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     return Tokenizer.from_str(json.dumps({**content, "added_tokens": [], "post_processor": None}))
@@ -92,11 +92,11 @@ def with_template(name, template):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_end_token_is_what_the_template_writes(name):
     tokenizer = family_tokenizer(name)
-    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == ENDS[name]
+    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == END_TOKENS[name]
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_end_token_of_a_template_whose_token_nobody_names(special):
+def test_end_token_of_a_template_that_is_no_named_special_token(special):
     tokenizer = with_template("pythia", "{% for m in messages %}{{ m.role + '  ' + m.content }}  <|turn|>{% endfor %}"
                               "{% if add_generation_prompt %}assistant  {% endif %}")  # fmt: skip
     assert find_end_token(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
@@ -116,10 +116,10 @@ def test_end_token_follows_another_template():
 @pytest.mark.parametrize("name", CHAT)
 def test_a_row_of_messages_has_the_tokens_of_the_rendered_dialogue(name, content):
     tokenizer = family_tokenizer(name)
-    asked = dialogue(content, "No.", content)
-    prompt, (completion,) = tokenize_row(tokenizer, asked, [content], limit=10**6)
-    assert prompt == plain_ids(tokenizer, asked, add_generation_prompt=True)
-    whole = plain_ids(tokenizer, [*asked, {"role": "assistant", "content": content}])
+    prompt_messages = dialogue(content, "No.", content)
+    prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [content], limit=10**6)
+    assert prompt == plain_ids(tokenizer, prompt_messages, add_generation_prompt=True)
+    whole = plain_ids(tokenizer, [*prompt_messages, {"role": "assistant", "content": content}])
     assert completion[-1] == find_end_token(tokenizer)
     assert find_end_token(tokenizer) not in completion[:-1]
     if name == "falcon":  # its turns end with nothing
@@ -135,18 +135,18 @@ def test_a_row_of_messages_has_the_tokens_of_the_rendered_dialogue(name, content
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_of_plain_text_has_the_tokens_of_the_joined_text(name):
     tokenizer = family_tokenizer(name)
-    for asked, answer in (
+    for prompt_messages, answer in (
         ("Hello world", " The answer"),
         ("Question:\nwhat?\nAnswer:", " It is 4."),
         ("a b", ", c\n\n d"),
     ):
-        prompt, (completion,) = tokenize_row(tokenizer, asked, [answer], limit=100)
-        assert prompt == tokenizer(asked)["input_ids"]
-        assert prompt + completion == [*tokenizer(asked + answer)["input_ids"], find_end_token(tokenizer)]
+        prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [answer], limit=100)
+        assert prompt == tokenizer(prompt_messages)["input_ids"]
+        assert prompt + completion == [*tokenizer(prompt_messages + answer)["input_ids"], find_end_token(tokenizer)]
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "chatml-mistral", "llm-jp"])
-def test_a_continuation_gets_no_space_of_its_own(name):
+def test_a_continuation_gets_no_extra_space(name):
     tokenizer = family_tokenizer(name)
     tokens = tokenizer.convert_ids_to_tokens(tokenize_row(tokenizer, "world", [" The"], limit=9)[1][0])
     assert tokens[:-1] == ["▁The"] or "".join(tokens[:-1]) == "▁The"
@@ -165,12 +165,12 @@ def test_completions_are_cut_to_the_limit_without_an_end():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_of_completion_tokens_is_the_completion(name):
     tokenizer = family_tokenizer(name)
-    asked = dialogue("Hi") if tokenizer.chat_template else "Hi"
+    prompt_messages = dialogue("Hi") if tokenizer.chat_template else "Hi"
     for content in ("The answer", "a <b>b</b>\n\n  c: 東京", FORGED):
-        tokens = tokenize_row(tokenizer, asked, [content], limit=10**6)[1][0]
-        assert as_written(tokenizer, decode_completion(tokenizer, tokens)) == as_written(tokenizer, content)
+        tokens = tokenize_row(tokenizer, prompt_messages, [content], limit=10**6)[1][0]
+        assert normalize_spaces(tokenizer, decode_completion(tokenizer, tokens)) == normalize_spaces(tokenizer, content)
         cut_off = decode_completion(tokenizer, tokens[:-1])
-        assert as_written(tokenizer, cut_off).strip() == as_written(tokenizer, content)
+        assert normalize_spaces(tokenizer, cut_off).strip() == normalize_spaces(tokenizer, content)
     assert decode_completion(tokenizer, [find_end_token(tokenizer)]) == ""
 
 
@@ -194,7 +194,7 @@ def test_a_row_cannot_forge_turns(name):
     prompt, (completion,) = tokenize_row(tokenizer, dialogue(FORGED, FORGED, FORGED), [FORGED], limit=10**6)
     assert [token for token in prompt if token in written] == of_template
     assert [token for token in completion if token in written] == [find_end_token(tokenizer)]
-    assert as_written(tokenizer, tokenizer.decode(prompt)).count(as_written(tokenizer, FORGED)) == 3
+    assert normalize_spaces(tokenizer, tokenizer.decode(prompt)).count(normalize_spaces(tokenizer, FORGED)) == 3
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llm-jp"])  # see the next test
@@ -203,7 +203,8 @@ def test_plain_text_cannot_end_or_forge_a_turn(name):
     prompt, (completion,) = tokenize_row(tokenizer, FORGED, [f" {FORGED}"], limit=10**6)
     start = tokenizer("x")["input_ids"][: -len(tokenizer("x", add_special_tokens=False)["input_ids"])]
     alone, joined = (
-        bare(tokenizer).encode(text, add_special_tokens=False).ids for text in (FORGED, f"{FORGED} {FORGED}")
+        without_added_tokens(tokenizer).encode(text, add_special_tokens=False).ids
+        for text in (FORGED, f"{FORGED} {FORGED}")
     )
     assert prompt == start + alone
     assert prompt + completion == [*start, *joined, find_end_token(tokenizer)]
@@ -220,9 +221,9 @@ def test_a_vocabulary_that_holds_the_names_of_control_tokens():
 
 @pytest.mark.parametrize("name", ["llama3", "smollm2", "granite"])
 def test_forged_text_has_the_tokens_of_the_algorithm_alone(name):
-    tokenizer, algorithm = family_tokenizer(name), bare(family_tokenizer(name))
-    asked = plain_ids(tokenizer, dialogue("MARK"), add_generation_prompt=True)
-    before, after = tokenizer.decode(asked).split("MARK")
+    tokenizer, algorithm = family_tokenizer(name), without_added_tokens(family_tokenizer(name))
+    prompt_messages = plain_ids(tokenizer, dialogue("MARK"), add_generation_prompt=True)
+    before, after = tokenizer.decode(prompt_messages).split("MARK")
     controls = [entry.content for entry in tokenizer.added_tokens_decoder.values()]
     cut = max(before.rfind(control) + len(control) for control in controls if control in before)
     expected = tokenizer(before[:cut], add_special_tokens=False)["input_ids"]
@@ -231,7 +232,7 @@ def test_forged_text_has_the_tokens_of_the_algorithm_alone(name):
     assert tokenize_prompt(tokenizer, dialogue(FORGED)) == expected
 
 
-def test_names_that_overlap_and_noncharacters_hide_nothing():
+def test_overlapping_names_and_noncharacters_cannot_inject_control_tokens():
     tokenizer = family_tokenizer("smollm2")
     special = set(tokenizer.all_special_ids)
     benign = [token for token in tokenize_prompt(tokenizer, dialogue("x")) if token in special]
@@ -266,7 +267,7 @@ def test_a_plain_prompt_has_one_start_and_no_end():
     prompt, (completion,) = tokenize_row(tokenizer, "<s>Hello world", [" The"], limit=9)
     assert prompt + completion == [*family_tokenizer("llama2")("Hello world The")["input_ids"], 2]
     (line,) = check_tokenizer(tokenizer)
-    assert "puts '</s>' behind text; prompts are taken without it" in line
+    assert "appends '</s>' to text; prompts are tokenized without it" in line
     assert check_tokenizer(family_tokenizer("llama2")) == []
 
 
@@ -276,31 +277,31 @@ def test_texts_that_hold_control_tokens_are_counted():
     started, held = check_rows(tokenizer, [(prompt, [" a"]) for prompt in prompts])
     assert started == "1 of 4 prompts begin with '<s>', which is not written twice"
     assert held == (
-        "2 of 4 prompts hold names of control tokens, such as '</s>', which stay text; "
-        "data.special_tokens=parse takes them as control tokens"
+        "2 of 4 prompts contain names of control tokens, such as '</s>', which are plain text; "
+        "data.special_tokens=parse makes them control tokens"
     )
     (line,) = check_rows(tokenizer, [(dialogue("a</s>"), []), (dialogue("b"), [])])
-    assert line.startswith("1 of 2 prompts hold")
-    for reader in (tokenizer, parsing("llama2")):
+    assert line.startswith("1 of 2 prompts contain")
+    for reader in (tokenizer, tokenizer_that_parses("llama2")):
         (line,) = check_rows(reader, [("Hello", ["a", "b</s>"]), ("world", ["<s>c</s>"])])
-        assert line == "2 of 3 completions hold names of control tokens, such as '</s>', which stay text"
+        assert line == "2 of 3 completions contain names of control tokens, such as '</s>', which are plain text"
     assert check_rows(tokenizer, [("Hello", ["a"]), ("world", ["b"])]) == []
 
 
 def test_roles_that_the_template_does_not_write_are_named():
     template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    asked = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
-    (line,) = check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (asked, ["a"])])
-    assert line == "the chat template does not write messages from 'system' as they are; look at them in a preview"
-    assert check_rows(family_tokenizer("smollm2"), [(asked, ["a"])]) == []
+    prompt_messages = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
+    (line,) = check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (prompt_messages, ["a"])])
+    assert line == "the chat template changes or leaves out messages from 'system'; look at them in a preview"
+    assert check_rows(family_tokenizer("smollm2"), [(prompt_messages, ["a"])]) == []
 
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content FILTER }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}"
+WITHOUT_THINKING = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}"
 
 
 @pytest.mark.parametrize(
@@ -310,22 +311,22 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
         (
             TURNS.replace("FILTER", "| trim"),
             [" a ", "b"],
-            ["the chat template changes the whitespace of 1 of 2 completions, which are trained on as it writes them"],
+            ["the chat template changes the whitespace of 1 of 2 completions; they are trained as rendered"],
         ),
         (
             TURNS.replace("FILTER", "| replace('zz', 'x')"),
             ["b", "b zz", "zz"],
             [
                 "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained "
-                f"on as it writes them; {templates.REMEDY}"
+                f"as rendered; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
         (
-            TURNS.replace("{{ m.content FILTER }}", KEPT),
+            TURNS.replace("{{ m.content FILTER }}", WITHOUT_THINKING),
             ["<think>b</think>c"],
             [
                 "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they "
-                f"are trained on as it writes them; {templates.REMEDY}"
+                f"are trained as rendered; {templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
         (
@@ -333,15 +334,13 @@ KEPT = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}
             ["a", "b"],
             [
                 "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end "
-                "of a turn; they are trained on behind the prompt that is sampled from, which no rendered dialogue "
-                f"shows; {templates.REMEDY}"
+                "of a turn; they are trained directly after the sampling prompt, unlike any rendered dialogue; "
+                f"{templates.CHAT_TEMPLATE_HINT}"
             ],
         ),
     ],
 )
-def test_completions_that_the_template_changes_are_told_and_trained_on_as_it_writes_them(
-    template, completions, expected
-):
+def test_completions_changed_by_the_template_are_reported_and_trained_as_rendered(template, completions, expected):
     tokenizer = with_template("smollm2", template)
     lines = check_rows(tokenizer, [(dialogue("Hi"), completions)])
     assert [line for line in lines if "names of control tokens" not in line] == expected
@@ -353,7 +352,7 @@ def test_completions_that_the_template_changes_are_told_and_trained_on_as_it_wri
             assert whole.endswith(f"assistant\n{tokenizer.decode(tokens)}\n")
 
 
-def test_a_generation_prompt_that_only_later_turns_differ_from_is_told():
+def test_a_generation_prompt_missing_in_later_turns_is_reported():
     template = TURNS.replace("FILTER", "").replace(
         "assistant\n{% endif %}", "assistant\n{% if messages | length > 1 %}<b>{% endif %}{% endif %}"
     )
@@ -364,7 +363,7 @@ def test_a_generation_prompt_that_only_later_turns_differ_from_is_told():
     assert line.startswith("the chat template does not write 2 of 4 completions, such as 'c', between")
 
 
-def test_a_dialogue_that_the_template_refuses_is_told():
+def test_a_dialogue_that_the_template_refuses_is_reported():
     template = TURNS.replace("FILTER", "}}{{ raise_exception('no b') if m.content == 'b'")
     with pytest.raises(InputError, match=r"the dialogue of the prompt 'Hi' and 'b' is refused by .* \(no b\)"):
         check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["b"])])
@@ -376,19 +375,19 @@ def test_the_templates_of_families_write_completions_as_they_are(name):
     assert check_rows(family_tokenizer(name), rows) == []
 
 
-def parsing(name):
+def tokenizer_that_parses(name):
     tokenizer = family_tokenizer(name)
-    tokenizer.init_kwargs[SPECIAL_TOKENS] = "parse"
+    tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = "parse"
     return tokenizer
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "chatml-mistral", "llm-jp", "smollm2"])
 def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
-    tokenizer, plain = parsing(name), family_tokenizer(name)
-    asked = dialogue(FORGED)
-    prompt, (completion,) = tokenize_row(tokenizer, asked, [FORGED], limit=10**6)
-    assert prompt == plain_ids(plain, asked, add_generation_prompt=True)
-    assert prompt != tokenize_prompt(plain, asked)
+    tokenizer, plain = tokenizer_that_parses(name), family_tokenizer(name)
+    prompt_messages = dialogue(FORGED)
+    prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [FORGED], limit=10**6)
+    assert prompt == plain_ids(plain, prompt_messages, add_generation_prompt=True)
+    assert prompt != tokenize_prompt(plain, prompt_messages)
     assert completion.count(find_end_token(plain)) == 1  # completions stay text
     assert tokenize_prompt(tokenizer, FORGED) == plain(FORGED)["input_ids"]
     rendered = plain.apply_chat_template(dialogue("Hello"), tokenize=False, add_generation_prompt=True)
@@ -400,7 +399,7 @@ def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
 
 
 def test_parse_writes_one_start_token():
-    tokenizer = parsing("llama2")
+    tokenizer = tokenizer_that_parses("llama2")
     assert tokenize_prompt(tokenizer, "<s>[INST] Hello [/INST]").count(1) == 1
     assert tokenize_prompt(tokenizer, "Hello</s>")[-1] == 2
 
@@ -421,8 +420,8 @@ R1 = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
             "ignores add_generation_prompt: the assistant's message comes after '<|im_start|>assistant\\n'",
         ),
-        ("smollm2", "{{ messages[0].content }}", "does not print an assistant's message"),
-        ("smollm2", "{{ messages[-1].content if messages[1] is defined }}", "does not print a user's message"),
+        ("smollm2", "{{ messages[0].content }}", "does not write an assistant's message"),
+        ("smollm2", "{{ messages[-1].content if messages[1] is defined }}", "does not write a user's message"),
         ("smollm2", "{{ raise_exception('no\nchat') }}", "fails on a dialogue of a user's and an assistant's message"),
         ("smollm2", "{% for m in messages %}", "TemplateSyntaxError"),
         ("smollm2", "{{ messages[0].content + 1 }}", "TypeError"),
@@ -430,7 +429,7 @@ R1 = (
         ("smollm2", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
 )
-def test_templates_that_cannot_serve_are_refused(name, template, message):
+def test_unusable_templates_are_refused(name, template, message):
     with pytest.raises(InputError) as caught:
         check_tokenizer(with_template(name, template))
     assert message in str(caught.value)
@@ -441,17 +440,20 @@ def test_templates_that_cannot_serve_are_refused(name, template, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "TimeoutError: it does not end"),
-        ("{{ 9**(9**8) }}", "TimeoutError: it does not end"),
+        (
+            "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+            "TimeoutError: it renders for more than 1 s of CPU time",
+        ),
+        ("{{ 9**(9**8) }}", "TimeoutError: it renders for more than 1 s of CPU time"),
         (
             "{% if messages | length == 3 %}{% generation %}{{ 9**(9**8) }}{% endgeneration %}{% endif %}",
             "TimeoutError",
         ),
-        ("{{ 'x' * 2**32 }}", "MemoryError: it takes more than 1 GiB"),
+        ("{{ 'x' * 2**32 }}", "MemoryError: it uses more than 1 GiB"),
     ],
 )
-def test_a_template_that_never_ends_is_refused(monkeypatch, text, message):
-    monkeypatch.setattr(templates, "PROBE_SECONDS", 1)
+def test_a_template_over_a_limit_is_refused(monkeypatch, text, message):
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
     with pytest.raises(InputError, match=message):
         check_tokenizer(with_template("smollm2", family_tokenizer("smollm2").chat_template + text))
 
@@ -463,7 +465,7 @@ def test_an_opened_thinking_block_names_the_argument_that_closes_it():
         check_tokenizer(with_template("deepseek", template))
 
 
-def test_templates_worth_a_warning():
+def test_template_warnings():
     (line,) = check_tokenizer(family_tokenizer("qwen3"))
     assert "writes '<think>\\n\\n</think>\\n\\n' before an assistant's message" in line
     assert "model.template_arguments={enable_thinking: false}" in line
@@ -471,7 +473,7 @@ def test_templates_worth_a_warning():
     assert "ends an assistant's message with no token; completions end with '<|endoftext|>'" in line
     chat = family_tokenizer("smollm2").chat_template
     (line,) = check_tokenizer(with_template("smollm2", "{{ strftime_now('%d %b %Y') }}" + chat))
-    assert "writes the date" in line
+    assert "writes the current date" in line
     assert check_tokenizer(with_template("smollm2", "{% set strftime_now = 1 %}" + chat)) == []
     assert [name for name in FAMILIES if check_tokenizer(family_tokenizer(name))] == ["qwen3", "falcon"]
 
@@ -500,7 +502,7 @@ def build(folder: Path, name: str, **settings) -> tuple[Path, Pretrained]:
     return Engine(folder / "cache", Runtime()).build(stage) / "model", stage
 
 
-def test_template_arguments_are_in_the_folder_for_everyone(tmp_path):
+def test_template_arguments_are_saved_with_the_model(tmp_path):
     model, stage = build(tmp_path, "qwen3", template_arguments={"enable_thinking": False})
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False, add_generation_prompt=True)
@@ -530,9 +532,9 @@ def test_a_template_argument_is_the_value_that_was_given(value):
     assert tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False) == expected
 
 
-def test_a_template_argument_that_nobody_reads_is_refused(tmp_path):
+def test_an_unused_template_argument_is_refused(tmp_path):
     with pytest.raises(
-        ValidationError, match=r"found 'enable_thinkin', which the chat template does not read.*enable_thinking"
+        ValidationError, match=r"found 'enable_thinkin', which the chat template does not use.*enable_thinking"
     ):
         build(tmp_path, "qwen3", template_arguments={"enable_thinkin": False})
     with pytest.raises(ValidationError, match="the tokenizer has no chat template"):

@@ -1,4 +1,4 @@
-"""The mathematics: pure functions on tensors and arrays. No models, no files, nothing of ours imported.
+"""Losses, estimators and statistics as pure functions on tensors and arrays, without models or files.
 
-Losses are not reduced: the caller normalises over its whole batch. A mask is true where something counts.
+Losses are not reduced: the caller normalises over its whole batch. A mask is true for the entries that count.
 """

@@ -1,4 +1,4 @@
-"""How far those who judge the same items agree beyond chance: Cohen's and Fleiss' kappa, Krippendorff's alpha."""
+"""Agreement of raters of the same items: Cohen's kappa, Fleiss' kappa, Krippendorff's alpha."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ RESAMPLES = 1_000
 
 
 def cohen_kappa(one: Int[np.ndarray, " items"], other: Int[np.ndarray, " items"]) -> float:
-    """(p_observed - p_chance) / (1 - p_chance) of two raters (Cohen 1960); categories are numbers from 0.
+    """Cohen's kappa of two raters (Cohen 1960): (p_observed - p_chance) / (1 - p_chance).
 
-    nan where both always say the same one thing, so that chance alone makes them agree, and without items.
+    Categories are integers from 0. nan without items, and if all ratings are of one category, so that p_chance is 1.
     """
     if one.size == 0:
         return float("nan")
@@ -25,41 +25,41 @@ def cohen_kappa(one: Int[np.ndarray, " items"], other: Int[np.ndarray, " items"]
 
 
 def fleiss_kappa(counts: Int[np.ndarray, "items categories"]) -> float:
-    """Kappa of the same number of ratings an item (Fleiss 1971); counts[i, c] of them chose category c. By statsmodels.
+    """Fleiss' kappa of items with equally many ratings (Fleiss 1971), computed by statsmodels.
 
-    nan where all ratings are of one category, and without items. Raises ValueError where items have unlike numbers of
-    ratings, or fewer than two.
+    counts[i, c] is the number of ratings of item i with category c. nan without items, and if all ratings are of one
+    category. Raises ValueError if the number of ratings differs between items or is less than two.
     """
     ratings = np.unique(counts.sum(axis=1))
     if len(ratings) > 1 or (len(ratings) == 1 and ratings[0] < 2):
-        raise ValueError(f"expected the same number of ratings an item, two or more, found {ratings.tolist()}")
+        raise ValueError(f"expected the same number of ratings per item, two or more, found {ratings.tolist()}")
     if len(counts) == 0 or np.count_nonzero(counts.sum(axis=0)) < 2:
         return float("nan")
-    from statsmodels.stats.inter_rater import fleiss_kappa as of_statsmodels  # slow to import
+    from statsmodels.stats.inter_rater import fleiss_kappa as statsmodels_kappa  # slow to import
 
-    return float(of_statsmodels(counts))
+    return float(statsmodels_kappa(counts))
 
 
 def krippendorff_alpha(counts: Int[np.ndarray, "items categories"]) -> float:
-    """1 - D_observed / D_expected for nominal ratings (Krippendorff 2011); items may have unlike numbers of them.
+    """Krippendorff's alpha of nominal ratings (Krippendorff 2011): 1 - D_observed / D_expected.
 
-    With n_ic of item i's m_i ratings in category c, and n = sum m_i over the items of two ratings or more:
-    1 - (n - 1) sum_i [m_i^2 - sum_c n_ic^2] / (m_i - 1) / (n^2 - sum_c n_c^2). nan where no two ratings differ, or no
-    item has two.
+    With n_ic of item i's m_i ratings in category c, and n = sum m_i over the items with two ratings or more:
+    1 - (n - 1) sum_i [m_i^2 - sum_c n_ic^2] / (m_i - 1) / (n^2 - sum_c n_c^2). nan if no two ratings differ, or no item
+    has two.
     """
     counts = counts[counts.sum(axis=1) >= 2].astype(np.float64)
-    each, of_category = counts.sum(axis=1), counts.sum(axis=0)
-    expected = float(each.sum() ** 2 - (of_category**2).sum())
+    per_item, per_category = counts.sum(axis=1), counts.sum(axis=0)
+    expected = float(per_item.sum() ** 2 - (per_category**2).sum())
     if expected == 0.0:
         return float("nan")
-    observed = float(((each**2 - (counts**2).sum(axis=1)) / (each - 1.0)).sum())
-    return 1.0 - (float(each.sum()) - 1.0) * observed / expected
+    observed = float(((per_item**2 - (counts**2).sum(axis=1)) / (per_item - 1.0)).sum())
+    return 1.0 - (float(per_item.sum()) - 1.0) * observed / expected
 
 
 def pairwise_agreement(counts: Int[np.ndarray, "items categories"]) -> float:
-    """The share of pairs of ratings of one item that agree; nan where no item has two ratings."""
-    each = counts.sum(axis=1)
-    pairs = float((each * (each - 1)).sum())
+    """Share of agreeing pairs among all pairs of ratings of the same item; nan if no item has two ratings."""
+    per_item = counts.sum(axis=1)
+    pairs = float((per_item * (per_item - 1)).sum())
     return float((counts * (counts - 1)).sum()) / pairs if pairs else float("nan")
 
 
@@ -70,16 +70,16 @@ def bootstrap_over_items(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """A statistic of items with its percentile bootstrap interval: items drawn with replacement (Efron 1979).
+    """Statistic with its percentile bootstrap interval, resampling items with replacement (Efron 1979).
 
-    Resamples in which it is not defined are left out; its bounds are nan where that is a tenth of them or more, and
-    where the others are all alike, since a constant has no spread to resample.
+    Resamples with an undefined statistic (nan) are left out. The bounds are nan if a tenth of the resamples or more are
+    undefined, or if all others are equal.
     """
     generator = np.random.default_rng(seed)
     items = len(counts)
-    drawn = generator.integers(items, size=(RESAMPLES, items)) if items else np.zeros((0, 0), dtype=np.int64)
-    found: Float64[np.ndarray, " resamples"] = np.array([statistic(counts[rows]) for rows in drawn], dtype=np.float64)
-    defined = found[~np.isnan(found)]
+    resamples = generator.integers(items, size=(RESAMPLES, items)) if items else np.zeros((0, 0), dtype=np.int64)
+    values: Float64[np.ndarray, " resamples"] = np.array([statistic(counts[r]) for r in resamples], dtype=np.float64)
+    defined = values[~np.isnan(values)]
     estimate = statistic(counts)
     if len(defined) <= 0.9 * RESAMPLES or np.isnan(estimate):
         return Interval(estimate, float("nan"), float("nan"))

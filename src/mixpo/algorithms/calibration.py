@@ -12,26 +12,26 @@ from mixpo.algorithms.intervals import Interval, wilson_interval
 
 @dataclass(frozen=True)
 class AccuracyBin:
-    """Pairs whose gap lies in [low, high), and the share of them that the reward model orders as people did."""
+    """Reward-model accuracy on the pairs with |score gap| in [low, high): share ranked as labelled."""
 
     low: float
     high: float
-    """Infinite for the last bin."""
+    """Upper bound of the gap; infinite for the last bin."""
     count: int
     accuracy: float | None
-    """None in an empty bin."""
+    """Share of correctly ranked pairs; None in an empty bin."""
     interval: Interval | None
 
 
 def bin_accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[AccuracyBin]:
-    """Accuracy and count per bin of |margin|, margin = score of chosen - score of rejected. Figure 2 of the paper.
+    """Accuracy per bin of |margin|, margin = score of chosen - score of rejected (figure 2 of the paper).
 
-    `edges` are the bins' lower bounds, from 0 up; the last bin is open, so every pair is in exactly one. A margin of
-    exactly 0 decides nothing and counts as wrong. Raises ValueError on edges that do not rise from 0.
+    `edges` are the bins' lower bounds, from 0 up; the last bin has no upper bound, so every pair is in exactly one. A
+    margin of 0 counts as wrong. Raises ValueError on edges that do not increase from 0.
     """
     bounds = [*edges, float("inf")]
     if bounds[0] != 0.0 or any(low >= high for low, high in pairwise(bounds)):
-        raise ValueError(f"expected edges that rise from 0, found {list(edges)}")
+        raise ValueError(f"expected edges that increase from 0, found {list(edges)}")
     bins = []
     for low, high in pairwise(bounds):
         inside = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]
@@ -44,29 +44,29 @@ def bin_accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[floa
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs whose confidence lies in [low, high), the last bin's in [low, 1]: what was predicted and what was seen."""
+    """Predicted and observed accuracy of the pairs with confidence in [low, high), in [low, 1] for the last bin."""
 
     low: float
     high: float
     count: int
     predicted: float | None
-    """The mean confidence. None in an empty bin."""
+    """Mean confidence; None in an empty bin."""
     observed: float | None
-    """The share of pairs that the reward model orders as people did, a margin of 0 counting half."""
+    """Share of pairs that the reward model ranks as labelled, a margin of 0 counting half; None in an empty bin."""
     interval: Interval | None
-    """Of the observed share (Wilson)."""
+    """Wilson interval of the observed share."""
 
 
 def bin_calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[CalibrationBin]:
-    """Predicted and observed accuracy per bin of sigma(|margin|), the Bradley-Terry probability of the order given.
+    """Predicted and observed accuracy per bin of confidence, sigma(|margin|) of the Bradley-Terry model.
 
-    margin = score of chosen - score of rejected. `edges` are the bins' lower bounds, from 0.5 up; the last bin is
-    closed at 1, so every pair is in exactly one. Raises ValueError on edges that do not rise from 0.5 to below 1 and
-    on a margin of nan.
+    margin = score of chosen - score of rejected. `edges` are the bins' lower bounds, from 0.5 up; the last bin includes
+    1, so every pair is in exactly one. Raises ValueError on edges that do not increase from 0.5 to below 1 and on a
+    margin of nan.
     """
     bounds = [*edges, 1.0]
     if bounds[0] != 0.5 or any(low >= high for low, high in pairwise(bounds)):
-        raise ValueError(f"expected edges that rise from 0.5 to below 1, found {list(edges)}")
+        raise ValueError(f"expected edges that increase from 0.5 to below 1, found {list(edges)}")
     if missing := int(np.isnan(margins).sum()):
         raise ValueError(f"{missing} of {margins.size} margins are nan; drop them or fix the scores they come from")
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
@@ -85,9 +85,9 @@ def bin_calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) 
 
 
 def calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Expected calibration error: the mean |predicted - observed|, weighted by count (Naeini et al. 2015).
+    """Expected calibration error (Naeini et al. 2015): mean |predicted - observed| over bins, weighted by count.
 
-    Raises ValueError where every bin is empty.
+    Raises ValueError if every bin is empty.
     """
     total = sum(b.count for b in bins)
     if total == 0:

@@ -1,4 +1,4 @@
-"""Confidence intervals of means over seeds and prompts, and of shares."""
+"""Confidence intervals of means over seeds and prompts, and of proportions."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from jaxtyping import Float64
 from scipy.optimize import bisect
 from scipy.special import stdtr, stdtrit
 
-ALIKE = 1e-9
-"""Values whose range is within this part of the largest one differ by rounding alone."""
+RELATIVE_TOLERANCE = 1e-9
+"""Values whose range, relative to the largest, is at most this count as equal (rounding errors)."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Interval:
 
 
 def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: float = 0.95) -> tuple[Interval, float]:
-    """A mean's interval and the p of "it is 0", where its variance is a sum of parts estimated apart.
+    """Confidence interval and p-value (of mean 0) of a mean whose variance is a sum of components (Banerjee 1960).
 
-    `parts` are the estimated variances v_i with their degrees of freedom d_i. The interval is mean -+ sqrt(sum t_i^2
-    v_i), t_i Student's quantile at d_i (Banerjee 1960): of normal parts it covers at least `level`, however few degrees
-    a part has. Of one part it is Student's. p is the level's complement at which the interval's bound is 0, so p < 0.05
-    is the same as a 95% interval without 0. Without any variance nothing is told: bounds of nan, p 1.
+    `parts` are the estimated variance components v_i with their degrees of freedom d_i. The interval is mean -+
+    sqrt(sum t_i^2 v_i), t_i Student's quantile at d_i; for normal components it covers at least `level` at any degrees
+    of freedom. With one component it is Student's interval. p < 0.05 if and only if the 95% interval excludes 0.
+    Without variance the bounds are nan and p is 1.
     """
     variances, degrees = (np.array(column, dtype=np.float64) for column in zip(*parts, strict=True))
     total = float(variances.sum())
@@ -50,18 +50,18 @@ def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: 
 
 
 def crossed_estimate(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> tuple[Interval, float]:
-    """The mean over seeds and prompts with its interval and the p of "it is 0", which speak of others of both alike.
+    """Mean over crossed seeds and prompts, with its confidence interval and p-value (of mean 0).
 
-    The variance of the seeds' means over S and that of the prompts' means over P are its parts, with S - 1 and P - 1
-    degrees of freedom (`student_estimate`). Both hold the noise of a seed's prompt, so the interval is rather too wide.
-    Of a single seed only prompts vary, and it says nothing of other seeds; of a single prompt only seeds do. Values
-    that are all alike, and a single one, have no spread: bounds of nan, p 1. Raises ValueError without values and on a
-    nan.
+    Both seeds and prompts are random effects: the components of the variance (see `student_estimate`) are that of the
+    seeds' means over S and that of the prompts' means over P, with S - 1 and P - 1 degrees of freedom. Both include the
+    residual noise, so the interval is conservative. With one seed only prompts vary, and the interval does not cover
+    other seeds; with one prompt only seeds vary. If all values are equal, bounds are nan and p is 1. Raises ValueError
+    without values and on a nan.
     """
     if values.size == 0 or np.isnan(values).any():
         raise ValueError(f"expected numbers, found {int(np.isnan(values).sum())} nan among {values.size} values")
     mean, parts = float(values.mean()), []
-    if np.ptp(values) > ALIKE * np.abs(values).max():
+    if np.ptp(values) > RELATIVE_TOLERANCE * np.abs(values).max():
         for means in (values.mean(axis=1), values.mean(axis=0)):
             if len(means) > 1:
                 parts.append((float(means.var(ddof=1)) / len(means), len(means) - 1))
@@ -69,22 +69,25 @@ def crossed_estimate(values: Float64[np.ndarray, "seeds prompts"], *, level: flo
 
 
 def crossed_interval(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> Interval:
-    """The mean over seeds and prompts with the interval of `crossed_estimate`."""
+    """Mean over crossed seeds and prompts with its confidence interval (see `crossed_estimate`)."""
     return crossed_estimate(values, level=level)[0]
 
 
 def wilson_interval(successes: int | float, trials: int | float, *, level: float = 0.95) -> Interval:
-    """A share and its score interval (Wilson 1927); a tie may count half. Raises ValueError without trials."""
+    """Proportion of successes with its score interval (Wilson 1927); a tie may count half.
+
+    Raises ValueError without trials.
+    """
     return share_interval([successes], [trials], level=level)
 
 
 def share_interval(successes: Sequence[int | float], trials: Sequence[int | float], *, level: float = 0.95) -> Interval:
-    """A share of all trials, given seed by seed, with an interval that never shrinks to nothing.
+    """Proportion of successes over seeds, with a Wilson interval at an effective sample size (Korn and Graubard 1998).
 
-    Wilson's of the trials of one seed (their mean), since the seeds may judge the same items, over the growth of the
-    variance by what the seeds differ in (an effective number, as in Korn and Graubard 1998): 1 + t^2 v / (z^2 p (1 - p)
-    / n), v the variance of the ratio over seeds, t Student's quantile at S - 1 degrees of freedom. Of one seed it is
-    Wilson's. Raises ValueError without trials.
+    `successes` and `trials` have one entry per seed. The effective sample size is n / (1 + t^2 v / (z^2 p (1 - p) / n))
+    with n the mean number of trials per seed (seeds may share items), v the variance of the ratio over seeds and t
+    Student's quantile at S - 1 degrees of freedom. With one seed it is Wilson's interval. Raises ValueError without
+    trials.
     """
     wins, counts = np.array(successes, dtype=np.float64), np.array(trials, dtype=np.float64)
     if counts.sum() <= 0:

@@ -1,11 +1,11 @@
-"""Statistics over what a mask lets through."""
+"""Mean and whitening over the true entries of a mask."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """The mean of `x` where the mask is true. Raises ValueError on a mask that is true nowhere."""
+    """Mean of `x` where the mask is true. Raises ValueError if the mask is false everywhere."""
     if not bool(mask.any()):
         raise ValueError("a mean needs a mask that is true somewhere")
     return x[mask].mean()
@@ -14,7 +14,7 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
 def whiten(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Shift and scale `x` to mean 0 and population variance 1 over the mask.
 
-    0 where the mask is false. A variance below 1e-8 is raised to it, so equal values give 0 and not noise.
+    0 where the mask is false. The variance is at least 1e-8, so equal values give 0.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)

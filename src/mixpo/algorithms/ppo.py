@@ -1,7 +1,6 @@
-"""What PPO computes on a rollout: rewards, advantages, losses. Schulman et al. 2016, 2017; Ziegler et al. 2019.
+"""PPO rewards, advantages, losses and metrics on a rollout (Schulman et al. 2016, 2017; Ziegler et al. 2019).
 
-The last dimension is a completion's tokens; its mask is true from the first to the last one, the end token included,
-then false.
+The last dimension is a completion's tokens; its mask is true up to the last one, the end token included, then false.
 """
 
 import torch
@@ -21,10 +20,10 @@ def shaped_rewards(
     score_clip: float | None,
     penalties: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch tokens"]:
-    """Per token -kl_coef * (log pi - log pi_ref), plus the score, clipped to +-score_clip, on the last true token.
+    """PPO rewards per token: -kl_coef * (log pi - log pi_ref), plus the score at the last token.
 
-    `penalties` are taken off the clipped scores. In reward units; 0 where the mask is false. Raises ValueError on a row
-    whose mask is empty or has holes.
+    Scores are clipped to +-score_clip, then `penalties` are subtracted. 0 where the mask is false. Raises ValueError on
+    a row whose mask is empty or has gaps.
     """
     lengths = mask.sum(dim=-1, keepdim=True)
     if not bool((lengths > 0).all()) or not bool((mask == (_positions(mask) < lengths)).all()):
@@ -44,11 +43,11 @@ def generalized_advantages(
     discount: float,
     gae_lambda: float,
 ) -> Float[Tensor, "*batch tokens"]:
-    """Advantages by generalised advantage estimation. Schulman et al. 2016, equation 16.
+    """Advantages per token by generalised advantage estimation, GAE (Schulman et al. 2016, equation 16).
 
     A_t = sum_l (discount * gae_lambda)^l delta_{t+l}, delta_t = r_t + discount * V_{t+1} - V_t. In reward units; 0
-    where the mask is false. A completion ends at its last true token: nothing is bootstrapped past it, and padding is
-    not run over (DeepSpeed-Chat's is).
+    where the mask is false. The value after a completion's last true token is 0, and padding does not contribute
+    (unlike in DeepSpeed-Chat).
     """
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[..., 0])
@@ -63,19 +62,19 @@ def generalized_advantages(
 
 
 def rloo_advantages(rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
-    """Each completion's reward minus the mean reward of the other k - 1 of its prompt. Ahmadian et al. 2024, eq. 8.
+    """RLOO advantages: reward minus the mean of the prompt's other completions (Ahmadian et al. 2024, eq. 8).
 
-    `rewards` are of whole completions, KL penalty included. Raises ValueError for k < 2.
+    `rewards` are sums over completions, KL penalty included. Raises ValueError for k < 2.
     """
     k = _group_size(rewards)
     return (rewards - rewards.mean(dim=1, keepdim=True)) * (k / (k - 1))
 
 
 def grpo_advantages(rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
-    """Each completion's reward, shifted and scaled by mean and deviation of its prompt's k. Shao et al. 2024.
+    """GRPO advantages: rewards standardized by mean and deviation over the prompt's k completions (Shao et al. 2024).
 
-    Sample standard deviation, plus 1e-4 so that equal rewards give 0. Differs from the paper: `rewards` include the
-    KL penalty, which there is a term of the loss. Raises ValueError for k < 2.
+    The sample standard deviation plus 1e-4, so that equal rewards give 0. Unlike in the paper, `rewards` include the KL
+    penalty, which is a term of the loss there. Raises ValueError for k < 2.
     """
     _group_size(rewards)
     return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
@@ -88,9 +87,10 @@ def policy_loss(
     *,
     clip: float,
 ) -> Float[Tensor, "*batch tokens"]:
-    """max(-A r, -A clip(r, 1 - clip, 1 + clip)) with r = pi / pi_old, a token each. Schulman et al. 2017, eq. 7.
+    """Clipped PPO policy loss per token (Schulman et al. 2017, equation 7).
 
-    Finite wherever both log-probs are; what stands outside a mask must be finite too, since it is only multiplied by 0.
+    max(-A r, -A clip(r, 1 - clip, 1 + clip)) with r = pi / pi_old.
+    Inputs must be finite outside the mask too, because the caller multiplies by it.
     """
     ratio = (logprobs - old_logprobs).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
@@ -104,10 +104,10 @@ def clip_fraction(
     *,
     clip: float,
 ) -> Float[Tensor, ""]:
-    """The share of the mask's tokens whose gradient the clip stops: ratio too high and A > 0, or too low and A < 0."""
+    """Share of tokens with a gradient clipped to 0: ratio > 1 + clip and A > 0, or ratio < 1 - clip and A < 0."""
     ratio = (logprobs - old_logprobs).exp()
-    stopped = ((ratio > 1.0 + clip) & (advantages > 0)) | ((ratio < 1.0 - clip) & (advantages < 0))
-    return stopped[mask].to(logprobs.dtype).mean()
+    clipped = ((ratio > 1.0 + clip) & (advantages > 0)) | ((ratio < 1.0 - clip) & (advantages < 0))
+    return clipped[mask].to(logprobs.dtype).mean()
 
 
 def value_loss(
@@ -117,29 +117,34 @@ def value_loss(
     *,
     clip: float | None,
 ) -> Float[Tensor, "*batch tokens"]:
-    """Half the squared error, or that of the value kept within +-clip of the old one if it is larger, a token each."""
+    """Value loss per token: half the squared error, or that of the value clipped to old value +-clip if larger."""
     error = (values - returns) ** 2
     if clip is not None:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns) ** 2)
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (clipped - returns) ** 2)
     return 0.5 * error
 
 
 def explained_variance(
     values: Float[Tensor, "*shape"], returns: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
 ) -> Float[Tensor, ""]:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 what a constant has; 0 if Var is 0."""
-    spread = returns[mask].var(correction=0)
-    if float(spread) == 0.0:
-        return torch.zeros_like(spread)
-    return 1.0 - (returns - values)[mask].var(correction=0) / spread
+    """Explained variance of the returns by the values over the mask: 1 - Var(returns - values) / Var(returns).
+
+    1 for perfect values, 0 for a constant; 0 if the returns do not vary.
+    """
+    variance = returns[mask].var(correction=0)
+    if float(variance) == 0.0:
+        return torch.zeros_like(variance)
+    return 1.0 - (returns - values)[mask].var(correction=0) / variance
 
 
 def _positions(mask: Tensor) -> Tensor:
+    """Token positions 0, 1, ... of a mask's last dimension."""
     return torch.arange(mask.shape[-1], device=mask.device)
 
 
 def _group_size(rewards: Tensor) -> int:
+    """Completions per prompt. Raises ValueError if fewer than 2."""
     if rewards.shape[1] < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, found {rewards.shape[1]}")
     return rewards.shape[1]

@@ -16,30 +16,31 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 def bradley_terry_loss(
     chosen_scores: Float[Tensor, " pairs"], rejected_scores: Float[Tensor, " pairs"]
 ) -> Float[Tensor, " pairs"]:
-    """-log sigmoid(chosen - rejected), a pair each. Equation 1 of the paper; Bradley and Terry 1952.
+    """Bradley-Terry loss per pair, -log sigmoid(chosen - rejected) (equation 1 of the paper; Bradley and Terry 1952).
 
-    Scores are unbounded; adding the same number to both changes nothing. Raises ValueError on unequal shapes.
+    Invariant to adding a constant to both scores. Raises ValueError on unequal shapes.
     """
-    _same_shape(chosen_scores, rejected_scores)
+    _require_same_shape(chosen_scores, rejected_scores)
     return -logsigmoid(chosen_scores - rejected_scores)
 
 
 def centering_loss(
     chosen_scores: Float[Tensor, " pairs"], rejected_scores: Float[Tensor, " pairs"]
 ) -> Float[Tensor, " pairs"]:
-    """(chosen + rejected)^2, a pair each: draws the scores' mean, which Bradley-Terry leaves open, to 0.
+    """Regularizer (chosen + rejected)^2 per pair that centers scores at 0 (Eisenstein et al. 2023, section 2).
 
-    Eisenstein et al. 2023, section 2. Raises ValueError on unequal shapes.
+    The Bradley-Terry loss does not determine the scores' mean. Raises ValueError on unequal shapes.
     """
-    _same_shape(chosen_scores, rejected_scores)
+    _require_same_shape(chosen_scores, rejected_scores)
     return (chosen_scores + rejected_scores) ** 2
 
 
 def fit_bradley_terry(differences: Float[Tensor, "pairs width"], *, ridge: float) -> Float[Tensor, " width"]:
-    """The weights w that minimise mean -log sigmoid(x @ w) + ridge/2 |s w|^2 over the rows x, chosen - rejected.
+    """Fit a linear Bradley-Terry model: the weights w that minimise mean -log sigmoid(x @ w) + ridge/2 |s w|^2.
 
-    s is the standard deviation of each column, so that its scale does not matter; one that does not vary gets weight 0.
-    The loss is convex. Raises ValueError if ridge is not positive, without which separable pairs have no minimum.
+    The rows x of `differences` are features of chosen - rejected, s the standard deviations of the columns, so that
+    their scale does not matter; a constant column gets weight 0. The loss is convex. Raises ValueError if ridge is not
+    positive, since separable pairs then have no minimum.
     """
     if ridge <= 0:
         raise ValueError(f"expected a ridge above 0, found {ridge}")
@@ -53,17 +54,17 @@ def fit_bradley_terry(differences: Float[Tensor, "pairs width"], *, ridge: float
         value = np.logaddexp(0.0, -margins).mean() + ridge / 2 * weights @ weights
         return float(value), ridge * weights - x.T @ expit(-margins) / len(x)
 
-    fitted = np.zeros_like(scale)
-    found = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"gtol": 1e-8, "ftol": 0.0})
-    fitted[varies] = found.x / scale[varies]
-    return torch.from_numpy(fitted).to(differences.dtype)
+    weights = np.zeros_like(scale)
+    result = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"gtol": 1e-8, "ftol": 0.0})
+    weights[varies] = result.x / scale[varies]
+    return torch.from_numpy(weights).to(differences.dtype)
 
 
 def implicit_rewards(
     policy_logprobs: Float[Tensor, " pairs"], reference_logprobs: Float[Tensor, " pairs"], *, beta: float
 ) -> Float[Tensor, " pairs"]:
-    """beta * log(pi(y|x) / pi_ref(y|x)): the reward that a policy implies. Rafailov et al. 2023, section 4."""
-    _same_shape(policy_logprobs, reference_logprobs)
+    """Implicit rewards of a policy, beta * log(pi(y|x) / pi_ref(y|x)) (Rafailov et al. 2023, section 4)."""
+    _require_same_shape(policy_logprobs, reference_logprobs)
     return beta * (policy_logprobs - reference_logprobs)
 
 
@@ -75,10 +76,10 @@ def dpo_loss(
     *,
     beta: float,
 ) -> Float[Tensor, " pairs"]:
-    """-log sigmoid(implicit reward of chosen - of rejected), a pair each. Equation 2 of the paper.
+    """DPO loss per pair, -log sigmoid(implicit reward of chosen - that of rejected) (equation 2 of the paper).
 
-    All four are sequence log-probs in nats, summed over a completion's tokens with its end token, not averaged.
-    Log 2 where the policy equals the reference. Raises ValueError on unequal shapes, which would broadcast.
+    All four arguments are log-probs in nats, summed over a completion's tokens with its end token. The loss is log 2 if
+    the policy equals the reference. Raises ValueError on unequal shapes, which would broadcast.
     """
     return bradley_terry_loss(
         implicit_rewards(policy_chosen, reference_chosen, beta=beta),
@@ -89,10 +90,10 @@ def dpo_loss(
 def dpo_gradients(
     log_x_chosen: Float64[Tensor, ""], log_x_rejected: Float64[Tensor, ""], *, beta: float
 ) -> tuple[float, float]:
-    """dL/dx_w and dL/dx_l of one pair's DPO loss, x = pi / pi_ref, by automatic differentiation.
+    """Gradients dL/dx_w and dL/dx_l of one pair's DPO loss by autograd, x = pi / pi_ref of chosen and rejected.
 
-    What Theorem 1 of the paper (Feng et al. 2024) gives in closed form: -beta x_l^beta / (x_w (x_w^beta + x_l^beta))
-    and beta x_l^(beta - 1) / (x_w^beta + x_l^beta), whose ratio is x_l / x_w (Corollary 1).
+    Theorem 1 of the paper (Feng et al. 2024) gives them in closed form: -beta x_l^beta / (x_w (x_w^beta + x_l^beta))
+    and beta x_l^(beta - 1) / (x_w^beta + x_l^beta), with the ratio x_l / x_w (Corollary 1).
     """
     x = [log_x.detach().exp().requires_grad_() for log_x in (log_x_chosen, log_x_rejected)]
     zero = torch.zeros(1, dtype=torch.float64)
@@ -101,6 +102,7 @@ def dpo_gradients(
     return float(by_chosen), float(by_rejected)
 
 
-def _same_shape(one: Tensor, other: Tensor) -> None:
+def _require_same_shape(one: Tensor, other: Tensor) -> None:
+    """Raise ValueError if two tensors have different shapes."""
     if one.shape != other.shape:
         raise ValueError(f"expected equal shapes, found {list(one.shape)} and {list(other.shape)}")

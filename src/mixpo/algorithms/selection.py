@@ -1,23 +1,23 @@
-"""The split of scored pairs by their gap. Algorithm 1 of the paper. Arrays are float64."""
+"""Selection of easy and hard pairs by their score gap (algorithm 1 of the paper). Arrays are float64."""
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 
 def score_gaps(scores: Float64[np.ndarray, "pairs 2"]) -> Float64[np.ndarray, " pairs"]:
-    """|score of one completion - score of the other|."""
+    """Absolute score differences between the two completions of each pair."""
     return np.asarray(np.abs(scores[:, 0] - scores[:, 1]))
 
 
 def easy_mask(gaps: Float64[np.ndarray, " pairs"], threshold: float) -> Bool[np.ndarray, " pairs"]:
-    """True where the gap is strictly greater than the threshold: easy. All others are hard, equal scores among them."""
+    """Mask of the easy pairs, whose gap is strictly greater than the threshold; all others are hard."""
     return np.asarray(gaps > threshold)
 
 
 def threshold_for_easy_fraction(gaps: Float64[np.ndarray, " pairs"], easy_fraction: float) -> float:
-    """The threshold that makes round(easy_fraction * pairs) pairs easy, fewer where gaps tie at the boundary.
+    """Threshold at which round(easy_fraction * pairs) pairs are easy, fewer if gaps tie at the boundary.
 
-    It is itself one of the gaps, so at least the pair with the smallest gap is hard.
+    It is one of the gaps, so at least the pair with the smallest gap is hard.
     """
     if not 0.0 < easy_fraction < 1.0:
         raise ValueError(f"easy_fraction must lie between 0 and 1, found {easy_fraction}")
@@ -26,5 +26,5 @@ def threshold_for_easy_fraction(gaps: Float64[np.ndarray, " pairs"], easy_fracti
 
 
 def order_by_score(scores: Float64[np.ndarray, "pairs 2"]) -> Int64[np.ndarray, "pairs 2"]:
-    """The places of (chosen, rejected) in each pair, by score; equal scores keep the order in which they were drawn."""
+    """Indices of (chosen, rejected) in each pair: higher score first, sampling order if equal."""
     return np.argsort(-scores, axis=1, kind="stable")

@@ -1,4 +1,4 @@
-"""Wins, ties and losses of two arms on the same prompts."""
+"""Win rates of two arms on the same prompts, with tests and confidence intervals."""
 
 from statistics import NormalDist
 
@@ -8,22 +8,21 @@ from scipy.special import bdtr, expit
 
 from mixpo.algorithms.intervals import Interval
 
-FEWEST_DECIDED = 10
-"""Wins and defeats from which a win rate at equal length is told: its errors are those of many."""
+MIN_DECIDED = 10
+"""Minimum number of wins and defeats for a length-controlled win rate, whose standard error is asymptotic."""
 
 
 def sign_test(wins: int, defeats: int) -> float:
-    """The exact two-sided p of "a win is as likely as a defeat"; ties tell nothing, and without either it is 1."""
+    """Exact two-sided p-value of the sign test that wins and defeats are equally likely; 1 if there are neither."""
     return min(1.0, 2.0 * float(bdtr(min(wins, defeats), wins + defeats, 0.5))) if wins + defeats else 1.0
 
 
 def win_minus_lose(wins: int | float, ties: int | float, defeats: int | float, *, level: float = 0.95) -> Interval:
-    """The share of wins minus that of defeats, with an interval that is honest for few prompts too.
+    """Win rate minus loss rate with the adjusted Wald interval for matched pairs of Agresti and Min (2005).
 
-    Agresti and Min 2005: 1/2 is added to each cell of the table of matched pairs, so 1/2 to wins and to defeats and 1
-    to ties, which are two of its cells; then it is Wald's, (w - d) / n -+ z sqrt(w + d - (w - d)^2 / n) / n, within
-    [-1, 1]. A prompt may count in parts, as where its judges differ: then it is rather too wide. Raises ValueError
-    without prompts.
+    1/2 is added to each of the four cells of the table of matched pairs: 1/2 to wins, 1/2 to defeats and 1 to ties. The
+    interval is (w - d) / n -+ z sqrt(w + d - (w - d)^2 / n) / n, within [-1, 1]. Counts may be fractional (a prompt
+    whose judges disagree); the interval is then conservative. Raises ValueError without prompts.
     """
     if wins + ties + defeats <= 0:
         raise ValueError("a difference of shares needs at least one prompt")
@@ -33,22 +32,22 @@ def win_minus_lose(wins: int | float, ties: int | float, defeats: int | float, *
 
 
 def win_tie_lose(one: Float64[np.ndarray, " n"], other: Float64[np.ndarray, " n"]) -> tuple[float, float, float]:
-    """Shares of places at which `one` is greater than, equal to, and less than `other`. They sum to 1."""
+    """Win, tie and lose rates: shares of entries with `one` greater than, equal to and less than `other`."""
     return float((one > other).mean()), float((one == other).mean()), float((one < other).mean())
 
 
 def length_controlled_win_rate(wins: Float64[np.ndarray, " n"], longer: Float64[np.ndarray, " n"]) -> Interval | None:
-    """The win rate at equal length with its 95% interval (Dubois et al. 2024, without their difficulty of prompts).
+    """Length-controlled win rate with its 95% interval (Dubois et al. 2024, without their prompt difficulty).
 
-    sigma(theta) of the logistic regression sigma(theta + phi tanh(d / sd(d))) of wins (1, a tie 0.5, a defeat 0) on how
-    much longer, d, the first completion is; the errors are robust, since a tie is no draw of 0 or 1, times the root of
-    n / (n - 2) for the two that are fitted. None where it cannot be told: of fewer than `FEWEST_DECIDED` wins and
-    defeats, where d does not vary, and where a length parts wins from defeats, so that no theta is best (Albert and
-    Anderson 1984).
+    sigma(theta) of the logistic regression sigma(theta + phi tanh(d / sd(d))) of `wins` (1, a tie 0.5, a defeat 0) on
+    the length difference d = `longer`, by which the first completion is longer. Standard errors are robust, because
+    ties are not binary, and scaled by sqrt(n / (n - 2)) for two fitted parameters. None if there are fewer than
+    `MIN_DECIDED` wins and defeats, if d does not vary, or if a length separates wins from defeats, so that the maximum
+    likelihood estimate does not exist (Albert and Anderson 1984).
     """
     won, lost = longer[wins > 0.0], longer[wins < 1.0]
-    parted = won.size == 0 or lost.size == 0 or won.min() >= lost.max() or won.max() <= lost.min()
-    if parted or (wins != 0.5).sum() < FEWEST_DECIDED or longer.min() == longer.max():
+    separated = won.size == 0 or lost.size == 0 or won.min() >= lost.max() or won.max() <= lost.min()
+    if separated or (wins != 0.5).sum() < MIN_DECIDED or longer.min() == longer.max():
         return None
     from statsmodels.genmod.families import Binomial  # slow to import
     from statsmodels.genmod.generalized_linear_model import GLM

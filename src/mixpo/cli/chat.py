@@ -1,4 +1,4 @@
-"""`mixpo chat`: try a model by hand."""
+"""`mixpo chat`: a dialogue with a model in the terminal."""
 
 import io
 import sys
@@ -16,8 +16,8 @@ from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample
 
 
-def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
-    """Read a user's messages from standard input, print the model's completions."""
+def run_chat(folder: Path, *, temperature: float, max_tokens: int) -> None:
+    """Read user messages from standard input until it ends, and print the model's completion of each."""
     console = Console()
     lm = load_policy(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     context = read_context(folder)
@@ -25,7 +25,7 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # else a line that is not UTF-8 is a traceback
-    turns: list[Message] = []
+    messages: list[Message] = []
     seed = 0
     while True:
         try:
@@ -33,23 +33,23 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
         except EOFError:
             return
         if not line:
-            turns = []
+            messages = []
             continue
         if not line.isascii() and line != line.encode("utf8", "ignore").decode("utf8"):
-            print("left out: a line that is not UTF-8", file=sys.stderr)
+            print("skipped: found a line that is not UTF-8; expected text in UTF-8", file=sys.stderr)
             continue
-        turns.append({"role": "user", "content": line})
+        messages.append({"role": "user", "content": line})
         try:
-            tokens = tokenize_prompt(lm.tokenizer, turns)
+            tokens = tokenize_prompt(lm.tokenizer, messages)
         except RowError as error:
             raise InputError(f"{folder}: the dialogue {error.problem}") from error
         if context is not None and len(tokens) + max_tokens > context:
             print(
-                f"left out: the dialogue has {len(tokens)} tokens, which with --max-tokens {max_tokens} are more than "
-                f"the model's context of {context}; begin a new one with an empty line",
+                f"skipped: found a dialogue of {len(tokens)} tokens beside --max-tokens {max_tokens}; expected at most "
+                f"{context} together, the model's context; start a new dialogue with an empty line",
                 file=sys.stderr,
             )
-            turns.pop()
+            messages.pop()
             continue
         sampled = sample(
             lm,
@@ -63,4 +63,4 @@ def talk(folder: Path, *, temperature: float, max_tokens: int) -> None:
         seed += 1
         text = lm.read_text(sampled.to_lists()[0][0]).strip()
         console.print(escape_invisible(text), markup=False, highlight=False)
-        turns.append({"role": "assistant", "content": text})
+        messages.append({"role": "assistant", "content": text})

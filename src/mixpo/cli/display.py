@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: progress bars, or plain lines in a pipe; then the table."""
+"""Terminal output: progress of a run, its main table, the plan of a run, and a selection."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,120 +15,120 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
-from mixpo.experiments.plan import Planned
+from mixpo.experiments.plan import PlannedStage
 from mixpo.experiments.results import Results, list_first
-from mixpo.experiments.run import Display
+from mixpo.experiments.run import RunDisplay
 from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
 from mixpo.report.arms import main_table
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
-SHOWN = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
-OPTIONAL = ("tokens", "end rate", "win/tie/lose", "sd of")
-"""How the headings of columns begin that a narrow terminal does without, in this order."""
+SHOWN_METRICS = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
+OPTIONAL_COLUMNS = ("tokens", "end rate", "win/tie/lose", "sd of")
+"""First words of the headings of columns that are hidden in a narrow terminal, in this order."""
 NAME_WIDTH = 24
-"""Characters of a word of an arm's name that are not folded, but where nothing else is left to give way."""
+"""Smallest width, in characters, of the column of arms' names, unless hiding all optional columns is not enough."""
 PLAIN_SECONDS = 10.0
-"""Time between two plain lines of one stage."""
+"""Seconds between two plain lines of progress of one stage."""
 
 
-class Plain:
-    """A line when a stage begins, every few seconds, and when it ends."""
+class PlainRunDisplay:
+    """Display of a run as lines of text: one when a stage starts, one every few seconds, and one when it ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Line":
-        """A stage starts to compute."""
-        return Line(self.console, f"{stage} {identity}", arms)
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> "PlainStageDisplay":
+        """Print that a stage is being computed, and for which arms."""
+        return PlainStageDisplay(self.console, f"{stage} {identity}", arms)
 
     def note(self, text: str) -> None:
-        """A line worth reading now."""
+        """Print a message of the run."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class Line:
-    """One stage, a line at a time."""
+class PlainStageDisplay:
+    """Display of one stage as lines of text."""
 
     def __init__(self, console: Console, name: str, arms: Sequence[str]) -> None:
         self.console, self.name = console, name
         self.printed = time.monotonic()
-        self.note(f"begins (for {list_first(arms)})")
+        self.note(f"started (for {list_first(arms)})")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Some steps are over."""
+        """Print the steps done and the last metrics, if the last such line is old enough."""
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
             self.note(f"{done}/{total} {_brief(metrics)}".rstrip())
 
     def note(self, text: str) -> None:
-        """A line worth reading now."""
+        """Print a message of the stage."""
         self.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def end(self, outcome: Outcome) -> None:
-        """The stage is over."""
-        self.note(_ended(self.name, outcome))
+        """Print how long the stage took, or why it failed."""
+        self.note(_format_outcome(self.name, outcome))
 
 
-class Bars:
-    """A progress bar for every stage that computes."""
+class BarRunDisplay:
+    """Display of a run with a progress bar for every stage that is being computed."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> "Bar":
-        """A stage starts to compute."""
-        return Bar(self.progress, f"{stage} {identity}", arms)
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> "BarStageDisplay":
+        """Add a progress bar for a stage and the arms that need it."""
+        return BarStageDisplay(self.progress, f"{stage} {identity}", arms)
 
     def note(self, text: str) -> None:
-        """A line worth reading now."""
+        """Print a message of the run above the bars."""
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class Bar:
-    """One stage as a progress bar."""
+class BarStageDisplay:
+    """Display of one stage as a progress bar."""
 
     def __init__(self, progress: Progress, name: str, arms: Sequence[str]) -> None:
         self.progress, self.name = progress, name
         self.task = progress.add_task(name, total=None, metrics=f"for {list_first(arms)}")
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Some steps are over."""
+        """Set the bar to the steps done and show the last metrics."""
         self.progress.update(self.task, completed=done, total=total, metrics=_brief(metrics))
 
     def note(self, text: str) -> None:
-        """A line worth reading now."""
+        """Print a message of the stage above the bars."""
         self.progress.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def end(self, outcome: Outcome) -> None:
-        """The stage is over: its bar goes, a line stays."""
+        """Remove the bar and print how long the stage took, or why it failed."""
         self.progress.remove_task(self.task)
-        self.note(_ended(self.name, outcome))
+        self.note(_format_outcome(self.name, outcome))
 
 
-def _ended(name: str, outcome: Outcome) -> str:
+def _format_outcome(name: str, outcome: Outcome) -> str:
     if isinstance(outcome, Failure):
         return f"failed: {outcome.reason.removeprefix(f'{name}: ')}"
     return f"done in {outcome:.1f} s"
 
 
 @contextmanager
-def watch(*, plain: bool) -> Iterator[Display]:
-    """Bars in a terminal, plain lines in a pipe or if asked for."""
+def open_run_display(*, plain: bool) -> Iterator[RunDisplay]:
+    """Open a display of a run: progress bars in a terminal, lines of text in a pipe or if `plain`."""
     console = Console()
     try:
-        with _display(console, plain=plain or not console.is_terminal) as display:
+        with _open_display_on(console, plain=plain or not console.is_terminal) as display:
             yield display
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on where this one was")
+        console.print("stopped; run the same command again to resume")
         raise
 
 
 @contextmanager
-def _display(console: Console, *, plain: bool) -> Iterator[Display]:
+def _open_display_on(console: Console, *, plain: bool) -> Iterator[RunDisplay]:
     if plain:
-        yield Plain(console)
+        yield PlainRunDisplay(console)
         return
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -138,86 +138,90 @@ def _display(console: Console, *, plain: bool) -> Iterator[Display]:
         TextColumn("{task.fields[metrics]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        yield Bars(progress)
+        yield BarRunDisplay(progress)
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    """The speed, then what there is of `SHOWN`; PPO's loss is about 0 whatever happens, so it is left out."""
-    shown = []
+    """Format the speed and the metrics of `SHOWN_METRICS`, without PPO's loss, which stays near 0 whatever happens."""
+    speed = []
     if metrics.get("seconds") and metrics.get("tokens"):
-        shown.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
-    names = [name for name in SHOWN if name in metrics and (name != "loss" or "kl" not in metrics)]
-    return "  ".join([*shown, *(f"{name} {metrics[name]:.3g}" for name in names)])
+        speed.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
+    names = [name for name in SHOWN_METRICS if name in metrics and (name != "loss" or "kl" not in metrics)]
+    return "  ".join([*speed, *(f"{name} {metrics[name]:.3g}" for name in names)])
 
 
-def show_table(results: Results) -> None:
-    """The main table, without the less important columns where the terminal is narrow."""
+def print_main_table(results: Results) -> None:
+    """Print the main table, in a narrow terminal without the less important columns."""
     console = Console()
     table = main_table(results, paper=False)
-    optional = [heading for part in OPTIONAL for heading in table.headings if heading.startswith(part)]
-    tries = [([], True), *((optional[:count], False) for count in range(len(optional) + 1))]
-    for left_out, beside, name_width in [*((*one, NAME_WIDTH) for one in tries), (optional, False, NAME_WIDTH // 3)]:
-        shown = _table(results, table, left_out, beside=beside, name_width=name_width)
-        if Measurement.get(console, console.options.update_width(1000), shown).minimum <= console.width:
+    optional = [heading for start in OPTIONAL_COLUMNS for heading in table.headings if heading.startswith(start)]
+    layouts = [([], True, NAME_WIDTH), *((optional[:count], False, NAME_WIDTH) for count in range(len(optional) + 1))]
+    for hidden, one_line, name_width in [*layouts, (optional, False, NAME_WIDTH // 3)]:
+        main = _build_main_table(results, table, hidden, one_line=one_line, name_width=name_width)
+        if Measurement.get(console, console.options.update_width(1000), main).minimum <= console.width:
             break
-    console.print(shown)
-    if left_out:
-        named = f"Left out at this width: {', '.join(left_out)}; a wider terminal or `mixpo report` shows them."
-        console.print(named, markup=False, highlight=False, soft_wrap=True)
+    console.print(main)
+    if hidden:
+        note = f"Hidden at this width: {', '.join(hidden)}; a wider terminal or `mixpo report` shows them."
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     for line in table.notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(results: Results, table: report.Table, left_out: Sequence[str], *, beside: bool, name_width: int) -> Table:
-    """Some columns, their intervals beside the means or below them; only the arms' names are folded."""
+def _build_main_table(
+    results: Results, table: report.Table, hidden: Sequence[str], *, one_line: bool, name_width: int
+) -> Table:
+    """Build the main table without hidden columns, intervals on the line of their means or below it."""
     title = f"{results.title}: means with 95% intervals"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    kept = [place for place, heading in enumerate(table.headings) if heading not in left_out]
-    rows = [[Text(row[place] if beside else row[place].replace(" [", "\n[")) for place in kept] for row in table.rows]
-    for place, heading in enumerate(table.headings[place] for place in kept):
-        words = [word for row in rows for word in row[place].plain.split("\n" if place else None)]
+    main = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = [index for index, heading in enumerate(table.headings) if heading not in hidden]
+    rows = [[Text(row[n] if one_line else row[n].replace(" [", "\n[")) for n in columns] for row in table.rows]
+    for index, heading in enumerate(table.headings[column] for column in columns):
+        words = [word for row in rows for word in row[index].plain.split("\n" if index else None)]
         width = max(map(cell_len, [*heading.split(), *words]))
-        if place == 0:
-            shown.add_column(heading, overflow="fold", min_width=min(width, name_width))
+        if index == 0:
+            main.add_column(heading, overflow="fold", min_width=min(width, name_width))
         else:
-            shown.add_column(heading, justify="right", width=width)
+            main.add_column(heading, justify="right", width=width)
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        main.add_row(*row)
+    return main
 
 
-def show(table: report.Table, title: str) -> None:
-    """A table of a report and its notes; on its side, a column a row, where the terminal is too narrow for it."""
+def print_report_table(table: report.Table, title: str) -> None:
+    """Print a table of a report and its notes, transposed where the terminal is too narrow for it."""
     console = Console()
     lines = [table.headings, *table.rows]
-    parts = [_lines(title, lines)]
+    parts = [_build_table(title, lines)]
     if Measurement.get(console, console.options.update_width(10_000), parts[0]).maximum > console.width:
         first, *others = (max(map(cell_len, line)) for line in lines)
-        beside = max(1, (console.width - first) // (max(others, default=0) + 3))
-        starts = range(1, len(lines), beside)
-        parts = [_lines(title, list(zip(lines[0], *lines[at : at + beside], strict=True))) for at in starts]
+        columns = max(1, (console.width - first) // (max(others, default=0) + 3))
+        starts = range(1, len(lines), columns)
+        parts = [
+            _build_table(title, list(zip(lines[0], *lines[start : start + columns], strict=True))) for start in starts
+        ]
     for part in parts:
         console.print(part)
     for note in table.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines(title: str, lines: Sequence[Sequence[str]]) -> Table:
+def _build_table(title: str, lines: Sequence[Sequence[str]]) -> Table:
     headings, *rows = lines
-    shown = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for place, heading in enumerate(headings):
-        shown.add_column(Text(heading), justify="right" if place else "left", overflow="fold")
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, row))
-    return shown
+        table.add_row(*map(Text, row))
+    return table
 
 
-def show_results(results: Results, page: Path, *, computed: int | None = None, found: int | None = None) -> None:
-    """The main table, the report's path and the aligned models' paths."""
+def print_run_results(results: Results, page: Path, *, computed: int | None = None, cached: int | None = None) -> None:
+    """Print the main table, the number of computed and cached stages, and the paths of models and report."""
     console = Console()
-    show_table(results)
+    print_main_table(results)
     if computed is not None:
-        console.print(f"{computed} stages computed, {found} found in the cache", highlight=False)
+        console.print(f"{computed} stages computed, {cached} found in the cache", highlight=False)
     aligned = "mpo" if "mpo" in results.names else results.names[-1]
     for arm in results.of(aligned):
         if arm.model:
@@ -225,34 +229,34 @@ def show_results(results: Results, page: Path, *, computed: int | None = None, f
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
-def show_plan(planned: list[tuple[str, list[Planned]]]) -> None:
-    """A tree an arm."""
+def print_plan(plan: list[tuple[str, list[PlannedStage]]]) -> None:
+    """Print the tree of stages of every arm."""
     console = Console()
-    for heading, lines in planned:
+    for heading, stages in plan:
         root = Tree(Text(heading, style="bold"))
         branches = [root]
-        for line in lines:
-            name = f"{line.field}: {line.kind}" if line.field else line.kind
-            state = "cached" if line.done else line.why
+        for stage in stages:
+            name = f"{stage.field}: {stage.kind}" if stage.field else stage.kind
+            state = "cached" if stage.done else stage.reason
             text = Text.assemble(
                 name,
                 " ",
-                (line.identity, "cyan"),
+                (stage.identity, "cyan"),
                 "  ",
-                (state, "green" if line.done else "yellow"),
-                ("  (above)" if line.shown_before else "", "dim"),
+                (state, "green" if stage.done else "yellow"),
+                ("  (above)" if stage.is_repeated else "", "dim"),
             )
-            del branches[line.depth + 1 :]
-            branches.append(branches[line.depth].add(text))
+            del branches[stage.depth + 1 :]
+            branches.append(branches[stage.depth].add(text))
         console.print(root)
 
 
-def show_selection(folder: Path) -> None:
-    """Sizes, gap histogram and samples from both ends of a selection."""
+def print_selection(folder: Path) -> None:
+    """Print the sizes of a selection, the histogram of its gaps, and its two hardest and two easiest pairs."""
     console = Console()
     summary = read_summary(folder)
-    both = [row for part in ("easy", "hard") for row in read_table(folder / f"{part}.parquet")]
-    rows = sorted(both, key=lambda row: float(row["gap"]))
+    pairs = [row for part in ("easy", "hard") for row in read_table(folder / f"{part}.parquet")]
+    rows = sorted(pairs, key=lambda row: float(row["gap"]))
     identical = sum(row["tokens"][0] == row["tokens"][1] for row in rows)
     spread = float(np.std([row["scores"] for row in rows]))
     console.print(
@@ -267,8 +271,8 @@ def show_selection(folder: Path) -> None:
     for title, part in (("hardest", rows[:2]), ("easiest", rows[-2:])):
         for row in part:
             console.print(f"\n{title}, gap {row['gap']:.3f}", style="bold", highlight=False)
-            asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            console.print(Text(f"  prompt    {asked}"))
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            console.print(Text(f"  prompt    {prompt}"))
             for name, completion, score in zip(("chosen", "rejected"), row["completions"], row["scores"], strict=True):
                 console.print(Text(f"  {name:<8}  {score:+.3f}  {completion}"))
     console.print(f"\nrows: {folder}", highlight=False, soft_wrap=True)

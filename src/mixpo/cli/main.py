@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Bad input is one line a problem on standard error, and exit code 2."""
+"""The commands of `mixpo`. Bad input is one line a problem on standard error, and exit code 2."""
 
 import os
 import re
@@ -10,13 +10,13 @@ from typing import Annotated, Any, cast
 import pydantic
 import typer
 
-from mixpo.cli import data, studied
-from mixpo.cli.judged import judge
+from mixpo.cli import data, study
+from mixpo.cli.judge import judge
 from mixpo.data.errors import InputError
-from mixpo.settings import found_and_expected
+from mixpo.settings import format_found_and_expected
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
-"""Of click, which some versions of typer have within them."""
+"""Click's base class of usage errors; some versions of typer bundle click instead of depending on it."""
 
 app = typer.Typer(
     name="mixpo",
@@ -37,53 +37,54 @@ RecipeArgument = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")]
 
 
-@app.command()
-def run(words: RecipeArgument = None, quiet: Quiet = False) -> None:
-    """Run a recipe: compute what is missing, print the table, write the report."""
-    from mixpo.cli.display import show_results, watch
+@app.command("run")
+def run(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
+    """Run a recipe: compute the stages that are not cached, print the main table, write the report."""
+    from mixpo.cli.display import open_run_display, print_run_results
     from mixpo.experiments.results import load_runs
     from mixpo.experiments.run import run_recipe
     from mixpo.report.page import write_page
 
-    recipe = _recipe(words)
-    with watch(plain=quiet) as display:
+    recipe = _read_recipe(arguments)
+    with open_run_display(plain=quiet) as display:
         result = run_recipe(recipe, display)
     results = load_runs(recipe.folder)
-    show_results(results, write_page(results, recipe.folder), computed=result.computed, found=result.found)
+    page = write_page(results, recipe.folder)
+    print_run_results(results, page, computed=result.computed, cached=result.found)
     failed = [arm for arm in result.arms if arm.status == "failed"]
     if failed:
         raise typer.Exit(2 if all(arm.bad_input for arm in failed) else 1)
 
 
-@app.command()
-def plan(words: RecipeArgument = None) -> None:
-    """Print the tree of stages: identity, whether it is there, and why one would be computed."""
-    from mixpo.cli.display import show_plan
+@app.command("plan")
+def plan(arguments: RecipeArgument = None) -> None:
+    """Print the tree of stages of every arm: identity, and whether a stage is cached or why it would be computed."""
+    from mixpo.cli.display import print_plan
     from mixpo.experiments.plan import plan_stages
 
-    show_plan(plan_stages(_recipe(words)))
+    print_plan(plan_stages(_read_recipe(arguments)))
 
 
-@app.command()
-def select(words: RecipeArgument = None, quiet: Quiet = False) -> None:
-    """Sample, score and split as a recipe says; print sizes, the gap histogram, and samples from both ends."""
-    from mixpo.cli.display import show_selection, watch
+@app.command("select")
+def select(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
+    """Sample, score and split pairs as a recipe says; print sizes, the gap histogram, and examples."""
+    from mixpo.cli.display import open_run_display, print_selection
     from mixpo.experiments.run import run_stage
 
-    recipe = _recipe(words)
-    with watch(plain=quiet) as display:
-        found = run_stage(recipe, lambda setup: setup.selection, display)
-    if not isinstance(found, Path):
-        print(found.reason, file=sys.stderr)
-        raise typer.Exit(2 if found.bad_input else 1)
-    show_selection(found)
+    recipe = _read_recipe(arguments)
+    with open_run_display(plain=quiet) as display:
+        selection = run_stage(recipe, lambda setup: setup.selection, display)
+    if not isinstance(selection, Path):
+        print(selection.reason, file=sys.stderr)
+        raise typer.Exit(2 if selection.bad_input else 1)
+    print_selection(selection)
 
 
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs, such as runs/world.")]
 
 
-class Form(StrEnum):
-    """What a report is written as."""
+class ReportFormat(StrEnum):
+    """File format of a report."""
 
     HTML = "html"
     MD = "md"
@@ -91,71 +92,72 @@ class Form(StrEnum):
     JSON = "json"
 
 
-@app.command()
+@app.command("report")
 def report(
     runs: RunFolders,
-    form: Annotated[Form, typer.Option("--format", help="html is a page; csv holds the means alone.")] = Form.HTML,
+    format: Annotated[
+        ReportFormat, typer.Option(help="html is a page; csv holds the means alone.")
+    ] = ReportFormat.HTML,
     out: Annotated[Path | None, typer.Option(help="A file instead of report.html in the run's folder.")] = None,
 ) -> None:
-    """Write the report of finished runs, side by side if there are several (then to report.html right here).
+    """Write the report of one finished run, or of several side by side (to report.html in the current folder).
 
     md, csv and json go to standard output unless --out names a file.
     """
     from mixpo.experiments.results import load_runs
     from mixpo.report.page import text
 
-    written = text(load_runs(*runs), form.value)
-    if out is None and form is not Form.HTML:
-        sys.stdout.write(written)
+    content = text(load_runs(*runs), format.value)
+    if out is None and format is not ReportFormat.HTML:
+        sys.stdout.write(content)
         return
     path = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     try:
-        path.write_text(written, encoding="utf8")
+        path.write_text(content, encoding="utf8")
     except OSError as error:
-        raise InputError(
-            f"{path}: found a place that cannot be written ({error.strerror}); choose another --out"
-        ) from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     print(f"report: {path}")
 
 
-@app.command()
+@app.command("compare")
 def compare(runs: RunFolders) -> None:
     """Print the main table of finished runs, side by side."""
-    from mixpo.cli.display import show_table
+    from mixpo.cli.display import print_main_table
     from mixpo.experiments.results import load_runs
 
-    show_table(load_runs(*runs))
+    print_main_table(load_runs(*runs))
 
 
-app.command()(judge)
+app.command("judge")(judge)
 
 
-@app.command()
+@app.command("chat")
 def chat(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as `mixpo run` prints.")],
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the most probable token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
-    """Talk to a model. An empty line starts a new dialogue, Ctrl-D ends."""
-    from mixpo.cli.chat import talk
+    """Chat with a model. An empty line starts a new dialogue, Ctrl-D ends."""
+    from mixpo.cli.chat import run_chat
 
-    talk(model, temperature=temperature, max_tokens=max_tokens)
+    run_chat(model, temperature=temperature, max_tokens=max_tokens)
 
 
 app.add_typer(data.app, name="data")
-app.add_typer(studied.app)
+app.add_typer(study.app)
 
 
-def _recipe(words: list[str] | None) -> Any:
+def _read_recipe(arguments: list[str] | None) -> Any:
+    """Read the recipe that the arguments of a command name, with their overrides."""
     from mixpo.experiments.recipe import read_recipe
 
-    words = list(words or ())
+    words = list(arguments or ())
     name = words.pop(0) if words and "=" not in words[0] else None
     return read_recipe(name, words)
 
 
 def main() -> None:
-    """The entry point of `mixpo`."""
+    """Run the command line of `mixpo` and exit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -167,7 +169,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     except UsageError as error:
-        if text := _in_one_line(error):
+        if text := _format_usage_error(error):
             print(text, file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
@@ -175,14 +177,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def _in_one_line(error: Any) -> str:
-    """What is wrong with a command line, as every other error is told."""
+def _format_usage_error(error: Any) -> str:
+    """Format an error of the command line as one line: command, option, value found, value expected."""
     text = error.format_message().strip().rstrip(".")
-    if not text or "\n" in text:  # the help, or nothing where it is printed already
+    if not text or "\n" in text:  # the help, or nothing if it is already printed
         return str(text)
     command = error.ctx.command_path if error.ctx else "mixpo"
     if isinstance(error.__cause__, pydantic.ValidationError):
-        found, expected = found_and_expected(error.__cause__.errors()[0])
+        found, expected = format_found_and_expected(error.__cause__.errors()[0])
         expected = re.sub("^.* is not (?=one of )", "", expected)
         return f"{command}: {error.param.opts[0]}: found {found}; expected {expected}"
     usage = f"; usage: {error.ctx.get_usage().removeprefix('Usage: ').strip()}" if error.ctx else ""

@@ -1,1 +1,1 @@
-"""Rows, their validation, their sources, and their way into branch batches."""
+"""Preference and demonstration data: reading, validation, splits, tokenization and batches."""

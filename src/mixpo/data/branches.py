@@ -1,14 +1,13 @@
-"""Branch batches: prompts and their k completions, the one batch format of everything but the start of sampling.
+"""Batches of prompts with k completions each, packed into one row without padding.
 
-One row holds every prompt of the batch followed by its completions (branches), without padding. Positions restart
-after the prompt for every branch, and a branch attends to its prompt and to itself only, so a prompt is computed once
-however many completions it has.
+One row holds every prompt of the batch followed by its completions (branches). The positions of each branch continue
+those of its prompt, and a branch attends to its prompt and to itself only, so a prompt is computed once for all k.
 
     row       p0 p1 p2 | a0 a1 a2 | b0 b1 | q0 q1 | c0 | d0 d1
     position   0  1  2    3  4  5    3  4    0  1    2    2  3
 
-This module alone decides where a completion starts, where it ends and where its score stands: from explicit lengths,
-never from padding ids.
+Only this module computes where a completion starts and ends and at which token its score is read: from explicit
+lengths, never from padding ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,19 +23,19 @@ Batch = TypeVar("Batch", "BranchBatch", "PromptBatch")
 
 
 @dataclass(frozen=True)
-class Span:
-    """Lengths of a prompt and of its completions, which follow it in the row."""
+class PackedLengths:
+    """Token counts of one prompt and of its completions, which follow it in a packed row."""
 
-    prompt: int
-    completions: tuple[int, ...]
+    prompt_length: int
+    completion_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class BranchBatch:
-    """Prompts with k completions each, laid out in rows.
+    """Model inputs for prompts with k completions each.
 
-    What is read from a model's output at `source` or `last` has the shape of the completions, whatever the layout of
-    the rows: both index the rows flattened to one dimension.
+    `predictor_index` and `last_index` index the rows flattened to one dimension, so model outputs read at them have the
+    shape of the completions in either layout of the rows.
     """
 
     input_ids: Int[Tensor, "rows length"]
@@ -44,31 +43,32 @@ class BranchBatch:
     completions: Int[Tensor, "prompts k tokens"]
     mask: Bool[Tensor, "prompts k tokens"]
     """True for a completion's tokens, its end token included."""
-    source: Int[Tensor, "prompts k tokens"]
-    """Where a completion token is predicted: the place of the token before it."""
-    last: Int[Tensor, "prompts k"]
-    """Where a completion's score stands: the place of its last token."""
-    tokens: int
-    """Tokens computed, without padding."""
-    spans: tuple[Span, ...] = ()
-    """What the one row holds; empty where every completion has a row of its own, padded on the right."""
+    predictor_index: Int[Tensor, "prompts k tokens"]
+    """Index of the token before each completion token, whose logits predict it; 0 for padding."""
+    last_index: Int[Tensor, "prompts k"]
+    """Index of each completion's last token, at which its score is read."""
+    token_count: int
+    """Number of tokens in the batch, without padding."""
+    packed_lengths: tuple[PackedLengths, ...] = ()
+    """Lengths of the prompts and completions of the packed row; empty if each completion has a row of its own."""
 
     def __len__(self) -> int:
         return len(self.completions)
 
     def to(self, device: torch.device) -> "BranchBatch":
         """The same batch on another device."""
-        return _to(self, device)
+        return _move_batch(self, device)
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def _move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Copy of a batch with all its tensors on a device."""
     tensors = {name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)}
     return replace(batch, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Completions:
-    """k completions of each prompt, padded on the right: the layout of everything that has a number a token."""
+    """Token ids of k completions of each prompt, padded on the right, and their mask."""
 
     tokens: Int[Tensor, "prompts k tokens"]
     mask: Bool[Tensor, "prompts k tokens"]
@@ -76,7 +76,7 @@ class Completions:
 
     @classmethod
     def from_lists(cls, completions: Sequence[Sequence[Tokens]]) -> "Completions":
-        """Pad lists of tokens. Raises ValueError if the prompts do not all have the same number of completions."""
+        """Pad lists of token ids. Raises ValueError if the prompts do not all have the same number of completions."""
         k = len(completions[0])
         if any(len(branches) != k for branches in completions):
             counts = sorted({*map(len, completions)})
@@ -93,32 +93,32 @@ class Completions:
 
     @property
     def lengths(self) -> Int[Tensor, "prompts k"]:
-        """Tokens of each completion."""
+        """Token count of each completion."""
         return self.mask.sum(dim=-1)
 
     def to_lists(self) -> list[list[list[int]]]:
-        """The completions without padding."""
+        """Token ids of each completion as nested lists, without padding."""
         return unpad(self.tokens, self.mask)
 
     def select(self, rows: Sequence[int]) -> "Completions":
-        """Take the completions of some prompts, as wide as the longest of them."""
+        """Completions of the prompts at `rows`, padded to the longest of them."""
         longest = int(self.lengths[list(rows)].max())
         return Completions(self.tokens[list(rows), :, :longest], self.mask[list(rows), :, :longest])
 
 
 AnyCompletions = Completions | Sequence[Sequence[Tokens]]
-"""Padded tensors, as they are sampled, or lists, as they are read from rows."""
+"""Completions as padded tensors (from sampling) or as lists of token ids (from data rows)."""
 
 
 def select_completions(completions: AnyCompletions, rows: Sequence[int]) -> AnyCompletions:
-    """Take the completions of some prompts."""
+    """Completions of the prompts at `rows`."""
     if isinstance(completions, Completions):
         return completions.select(rows)
     return [completions[row] for row in rows]
 
 
 def unpad(values: Tensor, mask: Bool[Tensor, "prompts k tokens"]) -> list[list[list[Any]]]:
-    """The values [prompts, k, tokens] of each completion as lists, without padding."""
+    """Convert per-token values [prompts, k, tokens] to nested lists without padding."""
     rows = zip(values.tolist(), mask.sum(dim=-1).tolist(), strict=True)
     return [[row[:length] for row, length in zip(*branches, strict=True)] for branches in rows]
 
@@ -130,138 +130,139 @@ def pack(
     *,
     share_prompt: bool = True,
 ) -> BranchBatch:
-    """Lay out prompts and their completions (k for each, none empty) as a branch batch; `rows` takes some of them.
+    """Pack prompts and their k completions each into a branch batch; `rows` selects some of the prompts.
 
-    With `share_prompt=False` every completion has a row and a copy of the prompt of its own: the layout for models
-    whose attention is not ours to choose (state-space layers). What is computed from the batch is the same.
+    With `share_prompt=False` every completion has a row with its own copy of the prompt, for models whose attention
+    cannot be restricted to branches (state-space layers). Results are the same. Raises ValueError on an empty prompt or
+    completion.
     """
     rows = range(len(prompts)) if rows is None else rows
     selected = select_completions(completions, rows)
-    chosen = selected if isinstance(selected, Completions) else Completions.from_lists(selected)
-    count, k, longest = chosen.mask.shape
-    sizes = chosen.lengths
-    prompt_sizes = torch.tensor([len(prompts[row]) for row in rows])
-    if not prompt_sizes.all() or not sizes.all():
-        raise ValueError("a prompt or a completion without tokens cannot be predicted or scored")
+    padded = selected if isinstance(selected, Completions) else Completions.from_lists(selected)
+    count, k, longest = padded.mask.shape
+    lengths = padded.lengths
+    prompt_lengths = torch.tensor([len(prompts[row]) for row in rows])
+    if not prompt_lengths.all() or not lengths.all():
+        raise ValueError("found a prompt or a completion without tokens; expected at least one token in each")
     if share_prompt:
-        pieces = torch.cat([prompt_sizes[:, None], sizes], dim=1)
-        starts = (pieces.flatten().cumsum(0) - pieces.flatten()).view_as(pieces)
+        segment_lengths = torch.cat([prompt_lengths[:, None], lengths], dim=1)
+        starts = (segment_lengths.flatten().cumsum(0) - segment_lengths.flatten()).view_as(segment_lengths)
         prompt_starts, completion_starts = starts[:, :1], starts[:, 1:]
-        height, width = 1, int(pieces.sum())
+        height, width = 1, int(segment_lengths.sum())
     else:
-        height, width = count * k, int((prompt_sizes[:, None] + sizes).max())
+        height, width = count * k, int((prompt_lengths[:, None] + lengths).max())
         prompt_starts = (torch.arange(count * k) * width).view(count, k)
-        completion_starts = prompt_starts + prompt_sizes[:, None]
+        completion_starts = prompt_starts + prompt_lengths[:, None]
     input_ids = torch.zeros(height * width, dtype=torch.long)
     position_ids = torch.arange(width).repeat(height)
 
     copies = prompt_starts.shape[1]
-    places, real = pad_positions(prompt_starts.flatten(), prompt_sizes.repeat_interleave(copies))
-    flat = [token for row in rows for _ in range(copies) for token in prompts[row]]
-    input_ids[places[real]] = torch.tensor(flat)
-    position_ids[places[real]] = torch.arange(places.shape[1]).expand_as(places)[real]
+    index, is_token = compute_token_indices(prompt_starts.flatten(), prompt_lengths.repeat_interleave(copies))
+    input_ids[index[is_token]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
+    position_ids[index[is_token]] = torch.arange(index.shape[1]).expand_as(index)[is_token]
 
-    within = torch.arange(longest)
-    places = completion_starts[..., None] + within
-    input_ids[places[chosen.mask]] = chosen.tokens[chosen.mask]
-    position_ids[places[chosen.mask]] = (prompt_sizes[:, None, None] + within).expand_as(places)[chosen.mask]
-    source = places - 1
-    source[..., 0] = prompt_starts + prompt_sizes[:, None] - 1
-    spans = zip(prompt_sizes.tolist(), sizes.tolist(), strict=True)
+    offsets = torch.arange(longest)
+    index = completion_starts[..., None] + offsets
+    input_ids[index[padded.mask]] = padded.tokens[padded.mask]
+    position_ids[index[padded.mask]] = (prompt_lengths[:, None, None] + offsets).expand_as(index)[padded.mask]
+    predictor_index = index - 1
+    predictor_index[..., 0] = prompt_starts + prompt_lengths[:, None] - 1
+    packed_lengths = map(PackedLengths, prompt_lengths.tolist(), map(tuple, lengths.tolist()))
     return BranchBatch(
         input_ids=input_ids.view(height, width),
         position_ids=position_ids.view(height, width),
-        completions=chosen.tokens,
-        mask=chosen.mask,
-        source=source.masked_fill(~chosen.mask, 0),
-        last=completion_starts + sizes - 1,
-        tokens=copies * int(prompt_sizes.sum()) + int(sizes.sum()),
-        spans=tuple(Span(prompt, tuple(branches)) for prompt, branches in spans) if share_prompt else (),
+        completions=padded.tokens,
+        mask=padded.mask,
+        predictor_index=predictor_index.masked_fill(~padded.mask, 0),
+        last_index=completion_starts + lengths - 1,
+        token_count=copies * int(prompt_lengths.sum()) + int(lengths.sum()),
+        packed_lengths=tuple(packed_lengths) if share_prompt else (),
     )
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts alone, to be read before completions are drawn: in one row without padding, or a row each."""
+    """Model inputs for prompts without completions (prefill of sampling): packed into one row, or a row each."""
 
     input_ids: Int[Tensor, "rows length"]
     position_ids: Int[Tensor, "rows length"]
     lengths: Int[Tensor, " prompts"]
-    places: Int[Tensor, "prompts longest"]
-    """Where a prompt's tokens stand in the rows flattened; behind its end, anywhere."""
-    spans: tuple[Span, ...] = ()
+    token_index: Int[Tensor, "prompts longest"]
+    """Index of each prompt token in the flattened rows; arbitrary for padding."""
+    packed_lengths: tuple[PackedLengths, ...] = ()
 
     @property
-    def last(self) -> Int[Tensor, " prompts"]:
-        """Where a prompt's last token stands."""
-        return self.places.gather(1, self.lengths[:, None] - 1)[:, 0]
+    def last_index(self) -> Int[Tensor, " prompts"]:
+        """Index of each prompt's last token in the flattened rows."""
+        return self.token_index.gather(1, self.lengths[:, None] - 1)[:, 0]
 
     def to(self, device: torch.device) -> "PromptBatch":
         """The same batch on another device."""
-        return _to(self, device)
+        return _move_batch(self, device)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One new token a row, whose prompt and earlier tokens are in a cache."""
+    """Model inputs for one decoding step with a KV cache: one new token per row."""
 
     input_ids: Int[Tensor, "rows 1"]
     position_ids: Int[Tensor, "rows 1"]
     lengths: list[int]
-    """Tokens of each row, the new one included."""
+    """Token count of each row, cached tokens and the new one."""
 
     @property
-    def last(self) -> Int[Tensor, " rows"]:
-        """Where each row's new token stands."""
+    def last_index(self) -> Int[Tensor, " rows"]:
+        """Index of each row's new token in the flattened rows."""
         return torch.arange(len(self.lengths), device=self.input_ids.device)
 
 
 def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> PromptBatch:
-    """Lay out prompts in one row, or padded on the right in a row each. Raises ValueError on an empty one."""
+    """Pack prompts into one row, or right-pad them into a row each. Raises ValueError on an empty prompt."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     if not lengths.all():
         raise ValueError("found a prompt without tokens; expected at least one, to predict the first token from")
     width = int(lengths.sum() if share_row else lengths.max())
     starts = lengths.cumsum(0) - lengths if share_row else torch.arange(len(prompts)) * width
-    places, real = pad_positions(starts, lengths)
-    within = torch.arange(places.shape[1])
+    token_index, is_token = compute_token_indices(starts, lengths)
+    offsets = torch.arange(token_index.shape[1])
     input_ids = torch.zeros(width if share_row else len(prompts) * width, dtype=torch.long)
-    input_ids[places[real]] = torch.tensor([token for prompt in prompts for token in prompt])
-    position_ids = torch.zeros_like(input_ids) if share_row else within.repeat(len(prompts))
-    position_ids[places[real]] = within.expand_as(real)[real]
-    spans = tuple(Span(len(prompt), ()) for prompt in prompts) if share_row else ()
-    return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, places, spans)
+    input_ids[token_index[is_token]] = torch.tensor([token for prompt in prompts for token in prompt])
+    position_ids = torch.zeros_like(input_ids) if share_row else offsets.repeat(len(prompts))
+    position_ids[token_index[is_token]] = offsets.expand_as(is_token)[is_token]
+    packed_lengths = tuple(PackedLengths(len(prompt), ()) for prompt in prompts) if share_row else ()
+    return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, token_index, packed_lengths)
 
 
-def pad_positions(
-    starts: Int[Tensor, " pieces"], sizes: Int[Tensor, " pieces"]
-) -> tuple[Int[Tensor, "pieces longest"], Bool[Tensor, "pieces longest"]]:
-    """Where the tokens of pieces of a row stand, the pieces under each other; place 0 and false for padding."""
-    within = torch.arange(int(sizes.max()) if len(sizes) else 0)
-    real = within < sizes[:, None]
-    return (starts[:, None] + within) * real, real
+def compute_token_indices(
+    starts: Int[Tensor, " segments"], lengths: Int[Tensor, " segments"]
+) -> tuple[Int[Tensor, "segments longest"], Bool[Tensor, "segments longest"]]:
+    """Indices of the tokens of each segment of a flattened row, padded with 0 to the longest, and their mask."""
+    offsets = torch.arange(int(lengths.max()) if len(lengths) else 0)
+    is_token = offsets < lengths[:, None]
+    return (starts[:, None] + offsets) * is_token, is_token
 
 
 def split_into_microbatches(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:
-    """Split rows into microbatches of at most `budget` tokens, padded to the longest or not; a longer row stands alone.
+    """Split rows into microbatches of at most `budget` tokens, counting padding if `padded`.
 
-    Rows of like length go together. Yields lists of row numbers; every row is in exactly one.
+    Sorts rows by length, longest first. Yields lists of row numbers; every row is in exactly one. A row longer than the
+    budget gets a microbatch of its own.
     """
     batch: list[int] = []
     size = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        counted = lengths[batch[0]] if batch and padded else lengths[row]
-        if batch and size + counted > budget:
+        row_tokens = lengths[batch[0]] if batch and padded else lengths[row]
+        if batch and size + row_tokens > budget:
             yield batch
             batch, size = [], 0
         batch.append(row)
-        size += counted
+        size += row_tokens
     if batch:
         yield batch
 
 
 def row_lengths(prompts: Sequence[Tokens], completions: AnyCompletions) -> list[int]:
-    """Count the tokens in the row of each prompt: the prompt and all its completions."""
+    """Token counts per prompt: the prompt and all its completions."""
     if isinstance(completions, Completions):
         sizes = completions.lengths.sum(dim=1).tolist()
     else:

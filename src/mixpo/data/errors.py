@@ -1,9 +1,9 @@
-"""The one error that bad input raises."""
+"""The error for invalid user input."""
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong.
+    """Invalid user input: a setting, a file, a row or a model.
 
-    The message stands alone on one line (or on one line per problem): where (file and row, or key), what was found,
-    what was expected, what to do. The command line prints it without a traceback and exits with code 2.
+    The message has one line per problem: where (file and row, or key), what was found, what was expected, how to fix
+    it. The command line prints it without a traceback and exits with code 2.
     """

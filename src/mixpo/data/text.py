@@ -1,23 +1,24 @@
-"""Texts of models as they may safely be shown: nothing hidden, nothing that turns its surroundings around."""
+"""Escapes of invisible and bidirectional characters, for showing model output safely."""
 
 import unicodedata
 
-PLAIN = "\n\t\u200c\u200d"
-"""Characters without a shape that stay: line breaks, and what joins or parts letters and emoji."""
+KEPT_CHARACTERS = "\n\t\u200c\u200d"
+"""Invisible characters that are not escaped: line breaks, tabs and the joiners of letters and emoji."""
 
 
 def escape_invisible(text: str) -> str:
-    """A text in which every control, bidirectional or otherwise invisible character can be seen: ␛, ⟦U+202E⟧."""
-    return "".join(map(_shape, text.replace("\r\n", "\n")))
+    """Replace control, bidirectional and other invisible characters by visible ones: ␛, ⟦U+202E⟧."""
+    return "".join(map(_escape_character, text.replace("\r\n", "\n")))
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to see in a text that `escape_invisible` made."""
-    return all(character.isspace() or character in PLAIN for character in text)
+    """True if a text from `escape_invisible` has no visible character."""
+    return all(character.isspace() or character in KEPT_CHARACTERS for character in text)
 
 
-def _shape(character: str) -> str:
-    if character in PLAIN or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+def _escape_character(character: str) -> str:
+    """Visible form of an invisible character; any other character unchanged."""
+    if character in KEPT_CHARACTERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character
     code = ord(character)
     if code < 0x20:

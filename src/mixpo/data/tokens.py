@@ -1,12 +1,11 @@
-"""From rows to token ids and back: what a prompt is, and where a completion begins and ends.
+"""Tokenization of prompts and completions, and decoding of completions.
 
-- A prompt followed by its completion has the tokens that the tokenizer gives to their joined text, wherever a token
-  does not span the boundary.
-- The end token is an action of the policy: it belongs to the completion and to its mask. It is what the chat template
-  writes behind an assistant's message, whatever the tokenizer names. Nothing here looks at padding ids, because many
-  tokenizers pad with their end token.
-- Text stays text: a row that holds `</s>` or `<|assistant|>` cannot end or forge a turn. Only the chat template writes
-  control tokens, and prompts where `data.special_tokens` is `parse`.
+- The tokens of a prompt and its completion are those of their joined text, unless a token spans the boundary.
+- The end token is an action of the policy: it is part of the completion and of its mask. It is the token that the chat
+  template writes after an assistant's message, which may differ from the tokenizer's `eos_token`. Padding ids are never
+  used, because many tokenizers pad with their end token.
+- Text cannot inject control tokens: a row with `</s>` or `<|assistant|>` in it cannot end or forge a turn. Only the
+  chat template writes control tokens, and prompts if `data.special_tokens` is `parse`.
 """
 
 import json
@@ -16,26 +15,33 @@ from typing import TYPE_CHECKING, Any
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Message, Prompt, RowError, excerpt
-from mixpo.data.templates import ANSWER, ASK, REMEDY, TurnFormat, read_turn_format, render_dialogue
+from mixpo.data.templates import (
+    ASSISTANT_MESSAGE,
+    CHAT_TEMPLATE_HINT,
+    USER_MESSAGE,
+    TurnFormat,
+    infer_turn_format,
+    render_dialogue,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
     Tokenizer = Any
 
-SPECIAL_TOKENS = "mixpo_special_tokens"
-"""Key of tokenizer_config.json: `parse` where control tokens in the text of prompts count as such."""
-MARK, STAND_IN = "\ufdd0", "\ufdd1"
-"""Noncharacters, which no text should hold: within the name of a control token that is text, and before the number of
-one that is not."""
+SPECIAL_TOKENS_KEY = "mixpo_special_tokens"
+"""Key of tokenizer_config.json; its value `parse` makes control tokens in the text of prompts count as such."""
+TEXT_MARK, PLACEHOLDER = "\ufdd0", "\ufdd1"
+"""Unicode noncharacters: one is inserted into the names of control tokens that are plain text, the other begins the
+placeholder of a real control token."""
 
 
 def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, up to where the completion starts.
 
-    Messages go through the tokenizer's chat template, with its generation prompt. A string is taken as it is, after the
-    tokenizer's own start token if it has one, which it may hold itself; what the tokenizer would put behind it is left
-    out. Raises `RowError` on messages that the template refuses.
+    Messages are rendered by the chat template with its generation prompt. A string is tokenized as it is, after the
+    tokenizer's start token, if any (not repeated if the string begins with it) and without tokens that the tokenizer
+    appends. Raises `RowError` if the template rejects the messages.
     """
     return tokenize_row(tokenizer, prompt, (), limit=0)[0]
 
@@ -43,151 +49,167 @@ def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 def tokenize_row(
     tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt (`tokenize_prompt`), and of each of its completions with its end token.
+    """Token ids of a prompt (see `tokenize_prompt`) and of each completion with its end token.
 
-    Completions are cut to `limit` tokens, and then have no end token.
+    Completions are truncated to `limit` tokens; a truncated one has no end token.
     """
-    return _codec(tokenizer).encode_row(prompt, completions, limit)
+    return _get_row_tokenizer(tokenizer).encode_row(prompt, completions, limit)
 
 
 def decode_completion(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of completion tokens, without the end token or any other special token.
+    """Decode completion tokens to text, without special tokens.
 
-    What the chat template writes between a prompt and an assistant's message, or behind it, is not part of the text.
+    Text that the chat template writes before or after an assistant's message is removed.
     """
-    return _codec(tokenizer).decode(list(tokens))
+    return _get_row_tokenizer(tokenizer).decode(list(tokens))
 
 
 def find_end_token(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a completion.
+    """Id of the token that ends a completion.
 
-    The token that the chat template writes after an assistant's message, and the tokenizer's end-of-sequence token
-    where there is no template or the template writes none.
+    It is the token that the chat template writes after an assistant's message, or the tokenizer's end-of-sequence token
+    if there is no such token or no template.
     """
-    return _codec(tokenizer).end
+    return _get_row_tokenizer(tokenizer).end_token
 
 
 def list_control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens that part and end turns, by name: special ones, and all that the chat template writes."""
-    return _codec(tokenizer).control
+    """Ids of the control tokens by name: special tokens and added tokens that the chat template writes."""
+    return _get_row_tokenizer(tokenizer).control_tokens
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
-    """What is worth knowing of how a tokenizer and its chat template treat rows, a line each.
+    """Check that a tokenizer and its chat template can train and sample completions, and list warnings.
 
-    Raises `InputError` if completions cannot be trained and sampled with them.
+    Raises `InputError` if they cannot.
     """
-    return list(_codec(tokenizer).warnings)
+    return list(_get_row_tokenizer(tokenizer).warnings)
 
 
 def check_rows(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
-    """What a person should know of how prompts and their completions are read, a line for each kind of thing, if any.
+    """List warnings about the tokenization of prompts and their completions.
 
-    How many hold control tokens and what becomes of them, roles whose messages the chat template leaves out, and
-    completions that it does not write as they are.
+    Warns about texts with names of control tokens, roles that the chat template leaves out, and completions that it
+    changes.
     """
-    codec = _codec(tokenizer)
+    row_tokenizer = _get_row_tokenizer(tokenizer)
     prompts = [prompt for prompt, _ in rows]
-    started = sum(isinstance(prompt, str) and codec.without_start(prompt) != prompt for prompt in prompts)
-    texts = [codec.without_start(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    lines = []
-    if started:
-        lines.append(f"{started} of {len(prompts)} prompts begin with {codec.start_text!r}, which is not written twice")
-    parsed = "are taken as such, as data.special_tokens=parse asks"
-    text = "stay text; data.special_tokens=parse takes them as control tokens"
-    lines += _count_names(codec, "prompts", texts, parsed if codec.parses else text)
-    lines += _count_names(codec, "completions", [text for _, texts in rows for text in texts], "stay text")
-    return [*lines, *_check_roles(tokenizer, prompts), *_check_rendering(codec, rows)]
+    texts = [row_tokenizer.strip_start_token(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    with_start_token = sum(text != prompt for text, prompt in zip(texts, prompts, strict=True))
+    warnings = []
+    if with_start_token:
+        warnings.append(
+            f"{with_start_token} of {len(prompts)} prompts begin with {row_tokenizer.start_text!r}, which is not "
+            "written twice"
+        )
+    parsed = "are control tokens, because data.special_tokens=parse"
+    plain = "are plain text; data.special_tokens=parse makes them control tokens"
+    warnings += _warn_of_control_tokens(
+        row_tokenizer, "prompts", texts, parsed if row_tokenizer.parses_control_tokens else plain
+    )
+    completions = [completion for _, completions in rows for completion in completions]
+    warnings += _warn_of_control_tokens(row_tokenizer, "completions", completions, "are plain text")
+    return [*warnings, *_check_roles(tokenizer, prompts), *_check_rendering(row_tokenizer, rows)]
 
 
-def _count_names(codec: "_Codec", what: str, texts: Sequence[Any], fate: str) -> list[str]:
-    """Say how many texts hold names of control tokens."""
-    held = [names[0] for text in texts if (names := [name for part in _strings(text) for name in codec.find(part)])]
-    if not held:
+def _warn_of_control_tokens(
+    row_tokenizer: "_RowTokenizer", field: str, texts: Sequence[Any], treatment: str
+) -> list[str]:
+    """Warning with the number of texts that contain names of control tokens, if any do."""
+    names = [
+        matches[0]
+        for text in texts
+        if (matches := [name for part in _iterate_strings(text) for name in row_tokenizer.find_control_tokens(part)])
+    ]
+    if not names:
         return []
-    return [f"{len(held)} of {len(texts)} {what} hold names of control tokens, such as {held[0]!r}, which {fate}"]
+    count = f"{len(names)} of {len(texts)}"
+    return [f"{count} {field} contain names of control tokens, such as {names[0]!r}, which {treatment}"]
 
 
-def _check_rendering(codec: "_Codec", rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
-    """Say how many completions the chat template does not write as they are, or not behind their prompt."""
-    total, apart, spaces, changed = 0, list[str](), 0, list[tuple[str, str]]()
+def _check_rendering(row_tokenizer: "_RowTokenizer", rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
+    """Warnings about completions that the chat template changes or does not write directly after their prompt."""
+    total, misplaced, whitespace, changed = 0, list[str](), 0, list[tuple[str, str]]()
     for prompt, completions in rows:
         if isinstance(prompt, str):
             continue
         total += len(completions)
         try:
-            rendered = codec.written(prompt, completions)
+            rendered_completions = row_tokenizer.render_completions(prompt, completions)
         except RowError as error:
             dialogue = f"the dialogue of the prompt {excerpt(prompt[-1]['content'])} and {excerpt(completions[0])}"
             raise InputError(f"{dialogue} {error.problem}") from error
-        for completion, written in zip(completions, rendered, strict=True):
-            if written is None:
-                apart.append(completion)
-            elif "".join(completion.split()) not in "".join(written.split()):
-                changed.append((completion, written))
+        for completion, rendered in zip(completions, rendered_completions, strict=True):
+            if rendered is None:
+                misplaced.append(completion)
+            elif "".join(completion.split()) not in "".join(rendered.split()):
+                changed.append((completion, rendered))
             else:
-                spaces += completion not in written
-    lines = []
-    if apart:
-        lines.append(
-            f"the chat template does not write {len(apart)} of {total} completions, such as {excerpt(apart[0])}, "
-            "between their prompt and the end of a turn; they are trained on behind the prompt that is sampled from, "
-            f"which no rendered dialogue shows; {REMEDY}"
+                whitespace += completion not in rendered
+    warnings = []
+    if misplaced:
+        warnings.append(
+            f"the chat template does not write {len(misplaced)} of {total} completions, such as "
+            f"{excerpt(misplaced[0])}, between their prompt and the end of a turn; they are trained directly after the "
+            f"sampling prompt, unlike any rendered dialogue; {CHAT_TEMPLATE_HINT}"
         )
     if changed:
-        lines.append(
+        warnings.append(
             f"the chat template changes the text of {len(changed)} of {total} completions, such as "
-            f"{excerpt(changed[0][0])} to {excerpt(changed[0][1])}; they are trained on as it writes them; {REMEDY}"
+            f"{excerpt(changed[0][0])} to {excerpt(changed[0][1])}; they are trained as rendered; {CHAT_TEMPLATE_HINT}"
         )
-    if spaces:
-        lines.append(
-            f"the chat template changes the whitespace of {spaces} of {total} completions, which are trained on as it "
-            "writes them"
+    if whitespace:
+        warnings.append(
+            f"the chat template changes the whitespace of {whitespace} of {total} completions; they are trained as "
+            "rendered"
         )
-    return lines
+    return warnings
 
 
 def _check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """Roles whose messages a rendered prompt does not hold, looked at in the first prompt that has them."""
+    """Warnings about roles whose messages the template changes or leaves out, in the first prompt of each role."""
     first: dict[str, list[Message]] = {}
     for prompt in prompts:
         for message in prompt if not isinstance(prompt, str) else ():
             first.setdefault(message["role"], prompt)  # type: ignore[arg-type]
     return [
-        f"the chat template does not write messages from {role!r} as they are; look at them in a preview"
+        f"the chat template changes or leaves out messages from {role!r}; look at them in a preview"
         for role, messages in first.items()
         if any(
-            one["role"] == role and one["content"].strip() not in render_dialogue(tokenizer, messages, prompt=True)
-            for one in messages
+            message["role"] == role
+            and message["content"].strip() not in render_dialogue(tokenizer, messages, prompt=True)
+            for message in messages
         )
     ]
 
 
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
-    """Whether control tokens in the text of prompts count as such (`data.special_tokens`)."""
-    return bool(tokenizer.init_kwargs.get(SPECIAL_TOKENS) == "parse")
+    """True if control tokens in the text of prompts count as such (`data.special_tokens=parse`)."""
+    return bool(tokenizer.init_kwargs.get(SPECIAL_TOKENS_KEY) == "parse")
 
 
-def _codec(tokenizer: Tokenizer) -> "_Codec":
-    """The tokenizer's codec, made anew when its template or its special tokens have changed."""
-    known: _Codec | None = getattr(tokenizer, "_mixpo_codec", None)
-    state = _state(tokenizer)
-    if known is None or known.state != state:
-        known = tokenizer._mixpo_codec = _Codec(tokenizer, state)
-    return known
+def _get_row_tokenizer(tokenizer: Tokenizer) -> "_RowTokenizer":
+    """Row tokenizer of a tokenizer, cached on it until its template or its special tokens change."""
+    cached: _RowTokenizer | None = getattr(tokenizer, "_mixpo_row_tokenizer", None)
+    cache_key = _compute_cache_key(tokenizer)
+    if cached is None or cached.cache_key != cache_key:
+        cached = tokenizer._mixpo_row_tokenizer = _RowTokenizer(tokenizer, cache_key)
+    return cached
 
 
-def _state(tokenizer: Tokenizer) -> tuple[Any, ...]:
+def _compute_cache_key(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """Everything about a tokenizer that its row tokenizer depends on."""
     template = tokenizer.chat_template
     template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
     return template, tokenizer.eos_token, tokenizer.bos_token, len(tokenizer), parses_special_tokens(tokenizer)
 
 
-class _Codec:
-    """How one tokenizer turns rows into tokens and tokens into text."""
+class _RowTokenizer:
+    """Encoder of prompts with their completions, and decoder of completions, for one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, state: tuple[Any, ...]) -> None:
-        self.state, self.tokenizer, self.parses = state, tokenizer, parses_special_tokens(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, cache_key: tuple[Any, ...]) -> None:
+        self.cache_key, self.tokenizer = cache_key, tokenizer
+        self.parses_control_tokens = parses_special_tokens(tokenizer)
         name = tokenizer.name_or_path
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise InputError(
@@ -195,156 +217,168 @@ class _Codec:
                 "`tokenizers` library; convert it with transformers and save it"
             )
         # The calls also switch off the truncation and padding that some tokenizer.json files ask for.
-        plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-        self.start, suffix = list(whole[:place]), list(whole[place + len(plain) :])
-        self.start_text = _names(tokenizer, self.start)
-        self.turn = (
-            read_turn_format(tokenizer) if tokenizer.chat_template is not None else TurnFormat("a", "", "", (), ())
+        plain, complete = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        position = next((i for i in range(len(complete)) if complete[i : i + len(plain)] == plain), 0)
+        self.start_tokens, suffix = list(complete[:position]), list(complete[position + len(plain) :])
+        self.start_text = _join_token_names(tokenizer, self.start_tokens)
+        self.turn_format = (
+            infer_turn_format(tokenizer) if tokenizer.chat_template is not None else TurnFormat("a", "", "", (), ())
         )
         added = {
             token: entry for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip(" ▁\t\r\n")
         }
-        ends = [token for token in self._encode(self.turn.after) if token in added]
-        self.tail, self.closing = "", ""
-        if ends:
-            self.tail, end, _ = self.turn.after.partition(added[ends[0]].content)
-            self.closing = self.tail + end
+        end_tokens = [token for token in self._encode(self.turn_format.suffix) if token in added]
+        self.trailing_text, self.closing_text = "", ""
+        if end_tokens:
+            self.trailing_text, end, _ = self.turn_format.suffix.partition(added[end_tokens[0]].content)
+            self.closing_text = self.trailing_text + end
         elif tokenizer.eos_token_id is None:
             raise InputError(
                 f"{name}: the tokenizer has no end token; expected an `eos_token` or a chat template that ends an "
                 "assistant's message with an added token; set one in tokenizer_config.json"
             )
-        self.end: int = ends[0] if ends else tokenizer.eos_token_id
-        written = {self.end, *(token for text in self.turn.dialogues for token in self._encode(text))}
-        self.control: dict[str, int] = {
+        self.end_token: int = end_tokens[0] if end_tokens else tokenizer.eos_token_id
+        template_tokens = {self.end_token}.union(*map(self._encode, self.turn_format.dialogues))
+        self.control_tokens: dict[str, int] = {
             entry.content: token
             for token, entry in added.items()
-            if (entry.special or token in written) and len(entry.content) > 1
+            if (entry.special or token in template_tokens) and len(entry.content) > 1
         }
-        longest_first = sorted(self.control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._separate: Any = None
-        self._before = self._encode(self.turn.prompt)
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._renamed_tokenizer: Any = None
+        self._decoding_context = self._encode(self.turn_format.prompt)
         if (
-            self.turn.dialogues
-            and self.decode(self.encode_row([ASK], [ANSWER["content"]], 99)[1][0]) != ANSWER["content"]
+            self.turn_format.dialogues
+            and self.decode(self.encode_row([USER_MESSAGE], [ASSISTANT_MESSAGE["content"]], 99)[1][0])
+            != ASSISTANT_MESSAGE["content"]
         ):
-            self._before = []  # the prompt ends with a control token, behind which the tokenizer begins a word anew
-        self.warnings = [*self.turn.warnings]
-        if tokenizer.chat_template is not None and not ends:
+            self._decoding_context = []  # the tokenizer begins a new word after the prompt's last control token
+        self.warnings = [*self.turn_format.warnings]
+        if tokenizer.chat_template is not None and not end_tokens:
             self.warnings.append(
                 f"{name}: the chat template ends an assistant's message with no token; completions end with "
-                f"{tokenizer.eos_token!r}, which earlier turns of a prompt do not have"
+                f"{tokenizer.eos_token!r}, which earlier turns of a prompt lack"
             )
         if suffix:
             self.warnings.append(
-                f"{name}: the tokenizer puts {_names(tokenizer, suffix)!r} behind text; prompts are taken without it"
+                f"{name}: the tokenizer appends {_join_token_names(tokenizer, suffix)!r} to text; prompts are "
+                "tokenized without it"
             )
 
     def encode_row(self, prompt: Prompt, completions: Sequence[str], limit: int) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt and of each completion with its end token, truncated to `limit` tokens."""
         start: list[int] = []
         if isinstance(prompt, str):
-            start, prompt = self.start, self.without_start(prompt)
+            start, prompt = self.start_tokens, self.strip_start_token(prompt)
         marked, prompt, completions = self._mark_row(prompt, completions)
         encode = self._encode_marked if marked else self._encode
-        text, bodies = (prompt, completions) if isinstance(prompt, str) else self._render(prompt, completions)
+        text, bodies = (prompt, completions) if isinstance(prompt, str) else self._render_row(prompt, completions)
         ids = encode(text)
-        context, known = text, ids
-        if bodies and (place := self._last_control(text)):  # what stands before a control token changes nothing behind
-            shorter = encode(text[place:])
+        context, context_ids = text, ids
+        # Text before a control token does not affect the tokens after it, so a shorter context saves time.
+        if bodies and (start_of_context := self._find_last_control_token(text)):
+            shorter = encode(text[start_of_context:])
             if ids[-len(shorter) :] == shorter:
-                context, known = text[place:], shorter
-        ended = []
+                context, context_ids = text[start_of_context:], shorter
+        encoded = []
         for body in bodies:
             joint = encode(context + body)
-            behind = joint[len(known) :] if joint[: len(known)] == known else _encode_behind_text(encode, body)
-            ended.append(behind if behind[-1:] == [self.end] else [*behind, self.end])
-        return start + ids, [tokens[:limit] for tokens in ended]
+            starts_alike = joint[: len(context_ids)] == context_ids
+            tokens = joint[len(context_ids) :] if starts_alike else _encode_continuation(encode, body)
+            encoded.append(tokens if tokens[-1:] == [self.end_token] else [*tokens, self.end_token])
+        return start + ids, [tokens[:limit] for tokens in encoded]
 
     def decode(self, tokens: list[int]) -> str:
-        ended = tokens[-1:] == [self.end]
-        text, first = (  # together, because some decoders drop a space from the first token
+        """Text of completion tokens, without special tokens and the template's text around the content."""
+        has_end = tokens[-1:] == [self.end_token]
+        text, context = (  # with a context, because some decoders drop a space from the first token
             str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            for ids in (self._before + tokens[: len(tokens) - ended], self._before)
+            for ids in (self._decoding_context + tokens[: len(tokens) - has_end], self._decoding_context)
         )
-        text = text[len(first) :].removeprefix(self.turn.lead)
-        return text.removesuffix(self.tail) if ended else text
+        text = text[len(context) :].removeprefix(self.turn_format.prefix)
+        return text.removesuffix(self.trailing_text) if has_end else text
 
-    def find(self, text: str) -> list[str]:
-        """The control tokens that a text names."""
-        return self._control.findall(text)
+    def find_control_tokens(self, text: str) -> list[str]:
+        """Names of control tokens in a text."""
+        return self._control_pattern.findall(text)
 
-    def without_start(self, text: str) -> str:
-        """A plain prompt without the start token, which is written anyway."""
+    def strip_start_token(self, text: str) -> str:
+        """Remove the start token from the beginning of a plain-text prompt, since encoding adds it."""
         return text.removeprefix(self.start_text)
 
-    def written(self, prompt: list[Message], completions: Sequence[str]) -> list[str | None]:
-        """What the chat template writes of each completion; None where that does not stand right behind the prompt."""
+    def render_completions(self, prompt: list[Message], completions: Sequence[str]) -> list[str | None]:
+        """Completions as the chat template writes them; None for one that is not directly after the prompt."""
         _, prompt, completions = self._mark_row(prompt, completions)
         text = render_dialogue(self.tokenizer, prompt, prompt=True)
-        bodies = [self._written(prompt, text, completion) for completion in completions]
-        return [body if body is None else body.replace(MARK, "") for body in bodies]
+        bodies = [self._render_completion(prompt, text, completion) for completion in completions]
+        return [body if body is None else body.replace(TEXT_MARK, "") for body in bodies]
 
-    def _render(self, prompt: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
-        """A prompt as the chat template writes it, and what it writes behind that for each completion."""
+    def _render_row(self, prompt: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
+        """Rendered prompt, and the rendered text of each completion up to and including its end token."""
         text = render_dialogue(self.tokenizer, prompt, prompt=True)
-        bodies = [self._written(prompt, text, one) or self.turn.lead + one for one in completions]
-        return text, [body + self.closing for body in bodies]
+        bodies = [self._render_completion(prompt, text, c) or self.turn_format.prefix + c for c in completions]
+        return text, [body + self.closing_text for body in bodies]
 
-    def _written(self, prompt: list[Message], text: str, completion: str) -> str | None:
-        if not completion.strip():  # a drawn completion may be empty
+    def _render_completion(self, prompt: list[Message], text: str, completion: str) -> str | None:
+        """Completion as rendered between the prompt's `text` and the turn's suffix; None if it is elsewhere."""
+        if not completion.strip():  # a sampled completion may be empty
             return None
-        turn = Message(role="assistant", content=completion)
-        whole = render_dialogue(self.tokenizer, [*prompt, turn], prompt=False)
-        around = len(text) + len(self.turn.after)  # a template may leave a message out
-        if len(whole) > around and whole.startswith(text) and whole.endswith(self.turn.after):
-            return whole[len(text) : len(whole) - len(self.turn.after)]
+        reply = Message(role="assistant", content=completion)
+        dialogue = render_dialogue(self.tokenizer, [*prompt, reply], prompt=False)
+        suffix = self.turn_format.suffix
+        is_longer = len(dialogue) > len(text) + len(suffix)  # a template may leave a message out
+        if is_longer and dialogue.startswith(text) and dialogue.endswith(suffix):
+            return dialogue[len(text) : len(dialogue) - len(suffix)]
         return None
 
     def _mark_row(self, prompt: Any, completions: Sequence[str]) -> tuple[bool, Any, Sequence[str]]:
-        """Whether a row names control tokens, and the row with a mark in those that are text."""
-        if not any(map(self.find, _strings([*completions, prompt]))):
+        """True if a row contains names of control tokens, and the row with those marked that are plain text."""
+        if not any(map(self.find_control_tokens, _iterate_strings([*completions, prompt]))):
             return False, prompt, completions
-        marked = prompt if self.parses else _map_strings(prompt, self._mark)
-        return True, marked, [self._mark(completion) for completion in completions]
+        marked = prompt if self.parses_control_tokens else _map_strings(prompt, self._mark_control_tokens)
+        return True, marked, [self._mark_control_tokens(completion) for completion in completions]
 
-    def _last_control(self, text: str) -> int:
-        return max((match.start() for match in self._control.finditer(text)), default=0)
+    def _find_last_control_token(self, text: str) -> int:
+        """Position of the last control token in a text; 0 if there is none."""
+        return max((match.start() for match in self._control_pattern.finditer(text)), default=0)
 
     def _encode(self, text: str) -> list[int]:
-        """Tokens as plain transformers gives them: names of added tokens become those tokens."""
+        """Token ids of a text as transformers computes them: names of added tokens become those tokens."""
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Tokens of a text of which the control tokens that `_mark` has not marked are control tokens."""
-        if self._separate is None:
-            self._separate = _rename_tokens(self.tokenizer, {name: self._stand_in(name) for name in self.control})
-        text = self._control.sub(lambda match: self._stand_in(match[0]), text).replace(MARK, "")
-        return list(self._separate.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text in which only unmarked names of control tokens become control tokens."""
+        if self._renamed_tokenizer is None:
+            self._renamed_tokenizer = _rename_tokens(
+                self.tokenizer, {name: self._make_placeholder(name) for name in self.control_tokens}
+            )
+        text = self._control_pattern.sub(lambda match: self._make_placeholder(match[0]), text).replace(TEXT_MARK, "")
+        return list(self._renamed_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _stand_in(self, name: str) -> str:
-        return STAND_IN + chr(0xF0000 + list(self.control).index(name))
+    def _make_placeholder(self, name: str) -> str:
+        """Name of a control token in the renamed tokenizer, which no text contains."""
+        return PLACEHOLDER + chr(0xF0000 + list(self.control_tokens).index(name))
 
-    def _mark(self, text: str) -> str:
-        """A text whose control tokens have a mark in their names, so that they are neither found nor written."""
-        text = text.replace(MARK, "").replace(STAND_IN, "")
-        while self._control.search(text):  # again where they overlap
-            text = self._control.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+    def _mark_control_tokens(self, text: str) -> str:
+        """Insert a mark into all names of control tokens in a text, so that they stay plain text."""
+        text = text.replace(TEXT_MARK, "").replace(PLACEHOLDER, "")
+        while self._control_pattern.search(text):  # repeat for overlapping names
+            text = self._control_pattern.sub(lambda match: match[0][0] + TEXT_MARK + match[0][1:], text)
         return text
 
 
-def _encode_behind_text(encode: Callable[[str], list[int]], text: str) -> list[int]:
-    """Tokens of a text that follows another, without the space that some tokenizers put before the first word."""
-    for before in ("a", ".", "\n", "0"):
-        known, joint = encode(before), encode(before + text)
-        if joint[: len(known)] == known:
-            return joint[len(known) :]
+def _encode_continuation(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Token ids of a text that continues another, without the space that some tokenizers put before the first word."""
+    for context in ("a", ".", "\n", "0"):
+        context_ids, joint = encode(context), encode(context + text)
+        if joint[: len(context_ids)] == context_ids:
+            return joint[len(context_ids) :]
     return encode(text)
 
 
 def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
-    """A copy of a tokenizer, of which tokens have other names and the same ids, so that text cannot name them."""
+    """Copy of a tokenizer with other names for some tokens and the same ids, so that text cannot name them."""
     from tokenizers import Tokenizer as Backend
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -353,8 +387,8 @@ def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
         entry["content"] = names.get(entry["content"], entry["content"])
     model = content["model"]
     vocabulary = model["vocab"].items() if isinstance(model["vocab"], dict) else model["vocab"]
-    renamed = [(names.get(piece, piece), value) for piece, value in vocabulary]
-    model["vocab"] = dict(renamed) if isinstance(model["vocab"], dict) else renamed
+    pieces = [(names.get(piece, piece), value) for piece, value in vocabulary]
+    model["vocab"] = dict(pieces) if isinstance(model["vocab"], dict) else pieces
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
@@ -362,23 +396,24 @@ def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
     return Backend.from_str(json.dumps(content))
 
 
-def _names(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def _join_token_names(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """Concatenated names of tokens."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text within nested lists and objects."""
+def _iterate_strings(value: Any) -> Iterator[str]:
+    """Iterate over all strings in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _strings(list(value.values()))
+        yield from _iterate_strings(list(value.values()))
     elif isinstance(value, Sequence):
         for item in value:
-            yield from _strings(item)
+            yield from _iterate_strings(item)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of nested lists and objects with every text changed."""
+    """Copy of nested lists and mappings with `change` applied to every string."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

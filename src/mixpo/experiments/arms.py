@@ -1,4 +1,4 @@
-"""The arms: what the paper compares, each an expression over stages. Add one here and name it in a recipe."""
+"""The arms of the paper, each an expression over stages. Add one here and name it in a recipe."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ def sft(r: Setup) -> SFT:
 
 
 def best_of_n(r: Setup) -> Evaluation:
-    """SFT, of whose completions the one with the highest score is taken: what selection alone gives."""
+    """Best-of-n: the SFT completion with the highest score of n, without further training."""
     return r.evaluation(r.sft, best_of=r.recipe.best_of)
 
 
 def dpo_base(r: Setup) -> DPO:
-    """DPO on the human-labelled pairs as given."""
+    """DPO on the human-labelled pairs."""
     return DPO(policy=r.sft, reference=r.sft, pairs=r.pairs, **r.dpo)
 
 
@@ -41,7 +41,7 @@ def dpo_hard(r: Setup) -> DPO:
 
 
 def ppo(r: Setup) -> PPO:
-    """PPO on all prompts, anchored to SFT."""
+    """PPO on all prompts with SFT as reference."""
     return PPO(policy=r.sft, reference=r.sft, prompts=r.samples.pairs, **r.ppo)
 
 
@@ -56,37 +56,37 @@ def ppo_hard(r: Setup) -> PPO:
 
 
 def mpo(r: Setup) -> PPO:
-    """DPO on the easy pairs, then PPO on the hard prompts, started from and anchored to the DPO model. Figure 3."""
+    """DPO on the easy pairs, then PPO on the hard prompts from the DPO model, which is its reference too. Figure 3."""
     anchor = dpo_easy(r)
     return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.ppo)
 
 
 def mpo_sft_kl(r: Setup) -> PPO:
-    """MPO, whose PPO is anchored to SFT instead. Table 6."""
+    """MPO with SFT as the reference of its PPO. Table 6."""
     return PPO(policy=dpo_easy(r), reference=r.sft, prompts=r.selection.hard, **r.ppo)
 
 
 def mpo_reverse(r: Setup) -> DPO:
-    """PPO on the hard prompts, then DPO on the easy pairs, started from and anchored to the PPO model. Table 6."""
+    """PPO on the hard prompts, then DPO on the easy pairs from the PPO model, which is its reference too. Table 6."""
     anchor = ppo_hard(r)
     return DPO(policy=anchor, reference=anchor, pairs=r.selection.easy, **r.dpo)
 
 
 def mpo_reverse_sft(r: Setup) -> DPO:
-    """MPO-reverse, whose DPO is anchored to SFT instead. Table 6."""
+    """MPO-reverse with SFT as the reference of its DPO. Table 6."""
     return DPO(policy=ppo_hard(r), reference=r.sft, pairs=r.selection.easy, **r.dpo)
 
 
 def mpo_rloo(r: Setup) -> PPO:
-    """MPO with a second stage that compares completions of one prompt instead of using a value model."""
+    """MPO whose second stage is RLOO: advantages from completions of one prompt instead of a value model."""
     anchor = dpo_easy(r)
-    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped("rloo"))
+    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped_ppo("rloo"))
 
 
 def mpo_grpo(r: Setup) -> PPO:
-    """As mpo_rloo, with GRPO's advantages."""
+    """MPO whose second stage is GRPO: advantages from completions of one prompt instead of a value model."""
     anchor = dpo_easy(r)
-    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped("grpo"))
+    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped_ppo("grpo"))
 
 
 ARMS: dict[str, Callable[[Setup], PolicyStage | Evaluation]] = {
@@ -109,4 +109,4 @@ ARMS: dict[str, Callable[[Setup], PolicyStage | Evaluation]] = {
         mpo_grpo,
     )
 }
-"""By name. What an arm returns is its policy, or, where no weights are its result, its evaluation."""
+"""Arms by name. An arm returns its policy or, if it trains none, its evaluation."""

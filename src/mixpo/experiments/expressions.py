@@ -1,4 +1,4 @@
-"""What a recipe asks for, as expressions over stages: its arms at every seed, points of sweeps, measurements."""
+"""Expansion of a recipe into expressions over stages: arms at every seed, points of sweeps, measurements."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,31 +16,31 @@ from mixpo.stages.gradients import Gradients
 from mixpo.stages.ppo import PPO
 from mixpo.stages.stage import PolicyStage, Snapshot
 
-MEASURED = {"dpo-easy": dpo_easy, "dpo-hard": dpo_hard, "dpo": dpo}
-"""The DPO models of which gradients are measured."""
+GRADIENT_ARMS = {"dpo-easy": dpo_easy, "dpo-hard": dpo_hard, "dpo": dpo}
+"""Arms whose DPO models have their gradients measured."""
 
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One arm at one seed, as the recipe has it or at a point of a sweep."""
+    """An arm at one seed, with the recipe's settings or at a point of a sweep."""
 
     arm: str
     seed: int
     evaluation: Evaluation
     changes: dict[str, Any] = field(default_factory=dict)
-    """The settings, by dotted key, in which the point of a sweep differs from the recipe."""
+    """Settings, by dotted key, in which the point of a sweep differs from the recipe."""
     trace: tuple[Evaluation, ...] = ()
-    """Of the policy that its PPO starts from, and of the snapshots on the way."""
+    """Evaluations of the initial policy of its PPO and of the snapshots."""
 
     @property
     def name(self) -> str:
-        """What the arm is called in tables."""
+        """Name of the arm in tables."""
         return name_arm(self.arm, self.changes)
 
 
 @dataclass(frozen=True)
 class GradientsRun:
-    """Gradients of a DPO model on a part of the sampled pairs."""
+    """A measurement of the gradients of a DPO model on a part of the sampled pairs."""
 
     arm: str
     part: str
@@ -49,14 +49,14 @@ class GradientsRun:
 
 
 def name_arm(arm: str, changes: Mapping[str, Any]) -> str:
-    """`mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
+    """Format the name of an arm: `mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
     return " ".join([arm, *(f"{key}={value}" for key, value in changes.items())])
 
 
 def expand_arms(recipe: Recipe) -> list[ArmRun]:
-    """The recipe's expressions, seed by seed: its arms, then the points of its sweeps that differ from them.
+    """Expand a recipe into its arms at every seed, then the points of its sweeps that differ from them.
 
-    Raises `InputError` on an unknown arm or key, and on data or a model that is not there.
+    Raises `InputError` on an unknown arm or key, and on missing data or a missing model.
     """
     for key, arms in [
         ("arms", recipe.arms),
@@ -70,74 +70,80 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
         if arm not in recipe.arms:
             raise InputError(f"trace.arms: found {arm!r}, which is not among the arms; expected one of them")
     with explain_stage_errors():
-        return [run for seed in recipe.seeds for run in _arm_runs_at(recipe, seed)]
+        return [run for seed in recipe.seeds for run in _expand_arms_at_seed(recipe, seed)]
 
 
-def _arm_runs_at(recipe: Recipe, seed: int) -> list[ArmRun]:
-    traced = Setup(recipe, seed, snapshots=recipe.trace.snapshots)
+def _expand_arms_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
+    traced_setup = Setup(recipe, seed, snapshots=recipe.trace.snapshots)
     setups: dict[str, Setup] = {}
 
-    def at(changes: Mapping[str, Any]) -> Setup:
+    def get_setup(changes: Mapping[str, Any]) -> Setup:
         key = str(changes)
         if key not in setups:
-            setups[key] = Setup(recipe.changed(changes), seed)
+            setups[key] = Setup(recipe.with_changes(changes), seed)
         return setups[key]
 
     runs = [
-        _traced_run(arm, traced) if arm in recipe.trace.arms else ArmRun(arm, seed, _evaluation(arm, at({})))
+        _build_traced_run(arm, traced_setup)
+        if arm in recipe.trace.arms
+        else ArmRun(arm, seed, _build_evaluation(arm, get_setup({})))
         for arm in recipe.arms
     ]
     for sweep in recipe.sweep:
-        for point in sweep.points():
+        for point in sweep.list_points():
             for arm in sweep.arms or recipe.arms:
-                changes = _needed(arm, point, at)
-                run = ArmRun(arm, seed, _evaluation(arm, at(changes)), changes)
+                changes = _drop_changes_without_effect(arm, point, get_setup)
+                run = ArmRun(arm, seed, _build_evaluation(arm, get_setup(changes)), changes)
                 if run.name not in {other.name for other in runs}:
                     runs.append(run)
     return runs
 
 
-def _evaluation(arm: str, setup: Setup) -> Evaluation:
-    made = ARMS[arm](setup)
-    return made if isinstance(made, Evaluation) else setup.evaluation(made)
+def _build_evaluation(arm: str, setup: Setup) -> Evaluation:
+    """Build the evaluation of an arm."""
+    result = ARMS[arm](setup)
+    return result if isinstance(result, Evaluation) else setup.evaluation(result)
 
 
-def _traced_run(arm: str, setup: Setup) -> ArmRun:
-    made = ARMS[arm](setup)
-    if not isinstance(made, PPO):
-        raise InputError(f"trace.arms: found {arm!r}, which ends with {type(made).__name__}; expected one with PPO")
-    passed: list[PolicyStage | Snapshot] = [made.policy]
-    passed += [Snapshot(stage=made, number=number + 1) for number in range(made.snapshots)]
-    return ArmRun(arm, setup.seed, setup.evaluation(made), trace=tuple(setup.evaluation(policy) for policy in passed))
+def _build_traced_run(arm: str, setup: Setup) -> ArmRun:
+    """Build an arm with evaluations of its PPO's initial policy and snapshots."""
+    ppo = ARMS[arm](setup)
+    if not isinstance(ppo, PPO):
+        raise InputError(f"trace.arms: found {arm!r}, which ends with {type(ppo).__name__}; expected one with PPO")
+    policies: list[PolicyStage | Snapshot] = [ppo.policy]
+    policies += [Snapshot(stage=ppo, number=number + 1) for number in range(ppo.snapshots)]
+    return ArmRun(arm, setup.seed, setup.evaluation(ppo), trace=tuple(setup.evaluation(policy) for policy in policies))
 
 
-def _needed(arm: str, point: Mapping[str, Any], at: Callable[[Mapping[str, Any]], Setup]) -> dict[str, Any]:
-    """The changes at a point of a sweep without which an arm would be another expression."""
-    needed = dict(point)
+def _drop_changes_without_effect(
+    arm: str, point: Mapping[str, Any], get_setup: Callable[[Mapping[str, Any]], Setup]
+) -> dict[str, Any]:
+    """Return the changes at a point of a sweep without those that leave the stages of an arm as they are."""
+    changes = dict(point)
     for key in point:
-        fewer = {other: value for other, value in needed.items() if other != key}
-        with suppress(InputError):  # without this key the others may not go together
-            if _evaluation(arm, at(fewer)) == _evaluation(arm, at(needed)):
-                needed = fewer
-    return needed
+        fewer = {other: value for other, value in changes.items() if other != key}
+        with suppress(InputError):  # without this key the others may be invalid together
+            if _build_evaluation(arm, get_setup(fewer)) == _build_evaluation(arm, get_setup(changes)):
+                changes = fewer
+    return changes
 
 
 def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
-    """Gradients of the DPO models trained on easy, hard and all pairs, each on easy and on hard pairs, if asked for."""
+    """Expand a recipe into its gradient measurements: every DPO model on easy and on hard pairs, if it has any."""
     if not recipe.gradients.pairs:
         return []
     setups = [Setup(recipe, seed) for seed in recipe.seeds]
     return [
-        GradientsRun(arm, part.of, setup.seed, setup.gradients(MEASURED[arm](setup), part))
+        GradientsRun(arm, part.of, setup.seed, setup.gradients(GRADIENT_ARMS[arm](setup), part))
         for setup in setups
-        for arm in MEASURED
+        for arm in GRADIENT_ARMS
         for part in (setup.selection.easy, setup.selection.hard)
     ]
 
 
 @contextmanager
 def explain_stage_errors() -> Iterator[None]:
-    """What pydantic finds wrong with a stage, as one line a problem."""
+    """Convert pydantic's errors on a stage to one `InputError`, one line a problem."""
     try:
         yield
     except pydantic.ValidationError as error:

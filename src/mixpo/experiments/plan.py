@@ -1,4 +1,4 @@
-"""The plan of a run: every stage with its identity, whether it is there, and why it would be computed."""
+"""The plan of a run: every stage with its identity, and whether it is cached or why it would be computed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,32 +17,32 @@ from mixpo.training import checkpoint
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A stage in the tree of an arm."""
+class PlannedStage:
+    """One line of a plan: a stage in the tree of an arm."""
 
     kind: str
     field: str
-    """The input of its parent that it is; empty for the root."""
+    """Name of the input of its parent that it is; empty for the root."""
     identity: str
     depth: int
     done: bool
-    why: str
-    """Why it would be computed; empty if it is there."""
-    shown_before: bool
-    """Whether an earlier line shows this stage with its inputs."""
+    reason: str
+    """Why it would be computed; empty if it is cached."""
+    is_repeated: bool
+    """True if an earlier line shows this stage with its inputs."""
 
 
-def plan_stages(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
-    """The tree of every arm and measurement by its name, root first. Computes nothing.
+def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
+    """List the stages of every arm and measurement by its name, as a tree with the root first. Computes nothing.
 
-    Raises `InputError` on what is known to be wrong before anything is computed.
+    Raises `InputError` on errors that are known before a stage is computed.
     """
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
     roots: list[tuple[str, dict[str, Stage]]] = [
         (
             f"{run.name} (seed {run.seed})",
-            {"": run.evaluation, **{f"along {n}": one for n, one in enumerate(run.trace)}},
+            {"": run.evaluation, **{f"trace {n}": one for n, one in enumerate(run.trace)}},
         )
         for run in expand_arms(recipe)
     ]
@@ -54,14 +54,14 @@ def plan_stages(recipe: Recipe) -> list[tuple[str, list[Planned]]]:
     )
     for stage in needed:
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
-            refuse_too_long(stage, folder, needed)
+            check_context_length(stage, folder, needed)
     return [
-        (name, [line for field, stage in stages.items() for line in _tree(stage, field, 0, engine, seen)])
+        (name, [line for field, stage in stages.items() for line in _list_tree(stage, field, 0, engine, seen)])
         for name, stages in roots
     ]
 
 
-def refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
+def check_context_length(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
     """Raise `InputError` if prompts and completions together may be longer than the base model's context."""
     context = read_context(folder)
     for stage in stages:
@@ -77,30 +77,32 @@ def refuse_too_long(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> 
             )
 
 
-def _tree(stage: Stage, field: str, depth: int, engine: Engine, seen: set[Stage]) -> list[Planned]:
-    done, before = engine.is_done(stage), stage in seen
+def _list_tree(stage: Stage, field: str, depth: int, engine: Engine, seen: set[Stage]) -> list[PlannedStage]:
+    """List a stage and its inputs, without the inputs of a stage that was seen before."""
+    done, repeated = engine.is_done(stage), stage in seen
     seen.add(stage)
-    why = "" if done else _why(stage, engine)
-    lines = [Planned(type(stage).__name__, field, engine.identity(stage), depth, done, why, before)]
-    if not before:
+    reason = "" if done else _explain_computation(stage, engine)
+    lines = [PlannedStage(type(stage).__name__, field, engine.identity(stage), depth, done, reason, repeated)]
+    if not repeated:
         for name, source in stage.inputs().items():
-            lines += _tree(source, name, depth + 1, engine, seen)
+            lines += _list_tree(source, name, depth + 1, engine, seen)
     return lines
 
 
-def _why(stage: Stage, engine: Engine) -> str:
+def _explain_computation(stage: Stage, engine: Engine) -> str:
+    """Explain why a stage would be computed: missing inputs, a failure, a checkpoint, or changed settings."""
     missing = [name for name, source in stage.inputs().items() if not engine.is_done(source)]
     if missing:
-        return f"its {' and '.join(missing)} would be computed"
+        return f"needs {', '.join(missing)}"
     folder = engine.folder(stage)
     if (folder / "failure.txt").exists():
-        return "failed last time"
+        return "failed in the last run"
     if (folder / checkpoint.FILE).exists():
-        return "was interrupted; goes on from its checkpoint"
-    own = _own_settings(stage.model_dump(mode="json"), stage)
+        return "interrupted; resumes from its checkpoint"
+    own = _select_own_settings(stage.model_dump(mode="json"), stage)
     differences = []
     for sibling in folder.parent.glob("*/"):
-        other = _own_settings(read_settings(sibling), stage)
+        other = _select_own_settings(read_settings(sibling), stage)
         changed = [key for key in own if key in other and own[key] != other[key]]
         if changed:
             differences.append([f"{key} {other[key]} → {own[key]}" for key in changed])
@@ -109,7 +111,7 @@ def _why(stage: Stage, engine: Engine) -> str:
     return "changed: " + ", ".join(min(differences, key=len)[:3])
 
 
-def _own_settings(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """A stage's settings without its inputs."""
+def _select_own_settings(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """Return a stage's settings without its inputs."""
     inputs = stage.inputs()
     return {key: value for key, value in config.items() if key not in inputs}

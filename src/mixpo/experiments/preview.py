@@ -1,4 +1,4 @@
-"""What would be learnt from rows, before it is: a row of each kind in tokens, and what is worth knowing of the rest."""
+"""Preview of the rows of a recipe before training: a row of each kind in tokens, counts, and problems."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, refuse_bad_rows
+from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, raise_for_bad_rows
 from mixpo.data.sources import (
+    expand_path,
     guess_format,
-    hub_records,
     is_data_file,
-    local_path,
+    read_hub_records,
     read_preference_rows,
     read_records,
 )
@@ -29,31 +29,31 @@ from mixpo.stages.data import (
     SplitRows,
     count_row_facts,
     describe_row_facts,
+    explain_summary_errors,
     fill_in_world_rows,
     hub_parts,
     read_sources,
-    reading_figures,
     split_rows,
 )
 from mixpo.stages.engine import read_summary
 from mixpo.stages.pretrained import Pretrained, read_tokenizer
 
-MEASURED = 1000
-"""Completions are counted in tokens for at most so many rows, which are drawn."""
-CONTEXT = 6
-"""A token's text is what it adds to the text of so many tokens before it."""
-LINE = 60
-"""Characters of each end of a text on one line of the first lines of a run."""
+MAX_TOKENIZED_ROWS = 1000
+"""Largest number of rows, drawn at random, whose completions are counted in tokens."""
+CONTEXT_TOKENS = 6
+"""Number of tokens before a token that are decoded with it."""
+END_CHARACTERS = 60
+"""Number of characters shown of each end of a text on one line."""
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """The text of a token, or of several that share a character."""
+    """Text of a token, or of several tokens that share a character."""
 
     text: str
-    """Fit to be shown: control characters are visible."""
+    """Text in which control characters are escaped."""
     control: bool
-    """Whether it is a control token, which no text becomes, such as the end token."""
+    """True for a control token, such as the end token."""
 
 
 @dataclass(frozen=True)
@@ -64,66 +64,69 @@ class TokenizedText:
     pieces: list[TokenText]
     tokens: int
     trained: bool
-    """Whether the loss counts its tokens."""
+    """True if its tokens are in the loss."""
     truncated: bool = False
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """Return the whole text."""
         return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row: its prompt and its completions."""
+    """A row of data in tokens: its prompt and its completions."""
 
     kind: str
-    sides: list[TokenizedText]
+    texts: list[TokenizedText]
 
 
 @dataclass
 class Preview:
-    """What a person should see before anything trains."""
+    """Content of `mixpo data preview`: examples, counts, facts, warnings and bad rows."""
 
     examples: list[Example]
     tokens: list[str]
-    """How prompts begin and completions end."""
+    """Lines on the tokens that prompts begin and completions end with."""
     counts: dict[str, str]
     facts: list[str]
-    """What is worth knowing of the rows."""
+    """Lines on the columns that are read, duplicates, contradictions and shared prompts."""
     warnings: list[str] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
 
-def read_source(source: str, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
-    """Read a recipe by its name or file; or make one, as `mixpo run pairs data.train=SOURCE` would, of a data source.
+def read_recipe_or_source(source: str, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """Read a recipe by its name or file, or make one of a data source as `mixpo run pairs data.train=SOURCE` does.
 
-    A source's format is guessed from its first row where the overrides do not say it.
+    The format of a source is guessed from its first row unless an override sets it.
     """
-    of_model = [f"model.path={json.dumps(model, ensure_ascii=False)}"] if model else []
+    model_override = [f"model.path={json.dumps(model, ensure_ascii=False)}"] if model else []
     if not (source.startswith("hub:") or is_data_file(source)):
-        return read_recipe(source, [*overrides, *of_model])
-    format = guess_format(_first_record(source, overrides))
+        return read_recipe(source, [*overrides, *model_override])
+    format = guess_format(_read_first_record(source, overrides))
     names = json.dumps([source], ensure_ascii=False)
     rows = [f"data.train={names}", f"data.format={format}"]
     if format == "demonstrations":
         rows = ["data.train=[]", f"data.demonstrations={names}", "data.format=preference"]
-    return read_recipe("pairs", ["model.path=world", *rows, *overrides, *of_model])
+    return read_recipe("pairs", ["model.path=world", *rows, *overrides, *model_override])
 
 
-def _first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
+def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
+    """Read the first row of a file or of a data set of the Hugging Face Hub."""
     if source.startswith("hub:"):
         dataset, data_dir = hub_parts(source)
         revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
-        records = hub_records(dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None)
+        records = read_hub_records(
+            dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None
+        )
     else:
-        records = read_records(local_path(source))
+        records = read_records(expand_path(source))
     _, record = next(records, (0, {}))
     return {} if isinstance(record, RowError) else record
 
 
 def make_preview(recipe: Recipe) -> Preview:
-    """Read a recipe's rows as the data stage would and look at them; bad rows are shown, not refused.
+    """Read a recipe's rows as the data stage does and summarize them; bad rows are listed, not refused.
 
     Raises `InputError` if no row can be used.
     """
@@ -131,18 +134,20 @@ def make_preview(recipe: Recipe) -> Preview:
     tokenizer = read_tokenizer(recipe.model, settings.special_tokens)
     rows = read_sources(settings, tokenizer)
     if rows.total == len(rows.bad):
-        refuse_bad_rows(rows.bad, rows.total)
-    warnings, given = _check_model(recipe), rows.preferences
-    split = SplitRows(given["train"], given["test"], given["second"], rows.demonstrations)
+        raise_for_bad_rows(rows.bad, rows.total)
+    warnings, pairs = _list_model_problems(recipe), rows.preferences
+    split = SplitRows(pairs["train"], pairs["test"], pairs["second"], rows.demonstrations)
     if split.train or split.test:
         try:
             split = split_rows(settings, rows)
         except InputError as error:
             warnings.append(str(error))
     figures = count_row_facts(settings, rows, split, tokenizer)
-    shown = make_examples(recipe, split.train, split.demonstrations, tokenizer)
-    counts = _counts(rows, figures) | _cut(recipe, split, tokenizer)
-    return Preview(shown, _describe_tokens(shown, tokenizer), counts, describe_row_facts(figures), warnings, rows.bad)
+    examples = make_examples(recipe, split.train, split.demonstrations, tokenizer)
+    counts = _format_row_counts(rows, figures) | _count_truncated(recipe, split, tokenizer)
+    return Preview(
+        examples, _describe_special_tokens(examples, tokenizer), counts, describe_row_facts(figures), warnings, rows.bad
+    )
 
 
 def make_examples(
@@ -151,35 +156,35 @@ def make_examples(
     demonstrations: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Example]:
-    """Put the first row of each kind into tokens; a demonstration that is the preference's chosen side says no more."""
-    found = []
-    for row in preferences[:1]:
-        limit, sides = recipe.reward.max_completion_tokens, {"chosen": row.chosen, "rejected": row.rejected}
-        found.append(_example("preference", row.prompt, sides, tokenizer, limit))
-    for shown in demonstrations[:1]:
-        if preferences and (shown.prompt, shown.completion) == (preferences[0].prompt, preferences[0].chosen):
-            continue  # made of the preference that is there already
-        sides, limit = {"completion": shown.completion}, recipe.sft.max_completion_tokens
-        found.append(_example("demonstration", shown.prompt, sides, tokenizer, limit))
-    return found
+    """Tokenize the first row of each kind, without a demonstration that is the chosen completion of the pair."""
+    examples = []
+    for pair in preferences[:1]:
+        limit, completions = recipe.reward.max_completion_tokens, {"chosen": pair.chosen, "rejected": pair.rejected}
+        examples.append(_tokenize_example("preference", pair.prompt, completions, tokenizer, limit))
+    for row in demonstrations[:1]:
+        if preferences and (row.prompt, row.completion) == (preferences[0].prompt, preferences[0].chosen):
+            continue
+        completions, limit = {"completion": row.completion}, recipe.sft.max_completion_tokens
+        examples.append(_tokenize_example("demonstration", row.prompt, completions, tokenizer, limit))
+    return examples
 
 
-def _example(
+def _tokenize_example(
     kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> Example:
-    before, drawn = tokenize_row(tokenizer, prompt, list(completions.values()), limit=limit)
-    sides = [TokenizedText("prompt", split_into_pieces(tokenizer, before), len(before), trained=False)]
-    for name, tokens in zip(completions, drawn, strict=True):
-        pieces = split_into_pieces(tokenizer, tokens, before=before)
-        cut = tokens[-1] != find_end_token(tokenizer)
-        sides.append(TokenizedText(name, pieces, len(tokens), trained=True, truncated=cut))
-    return Example(kind, sides)
+    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), limit=limit)
+    texts = [TokenizedText("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
+    for name, tokens in zip(completions, completion_tokens, strict=True):
+        pieces = split_into_pieces(tokenizer, tokens, before=prompt_tokens)
+        truncated = tokens[-1] != find_end_token(tokenizer)
+        texts.append(TokenizedText(name, pieces, len(tokens), trained=True, truncated=truncated))
+    return Example(kind, texts)
 
 
 def split_into_pieces(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, before: Sequence[int] = ()
 ) -> list[TokenText]:
-    """The text that each token adds to the tokens before it; tokens that share a character are one piece."""
+    """Split tokens into pieces of text: one a token, or one for several tokens that share a character."""
     control = set(list_control_tokens(tokenizer).values())
     whole, first = [*before, *tokens], len(before)
     pieces, start = [], first
@@ -190,7 +195,7 @@ def split_into_pieces(
             )
             start = end
             continue
-        text = _added_text(tokenizer, whole[max(0, start - CONTEXT) : start], whole[start:end])
+        text = _decode_added_text(tokenizer, whole[max(0, start - CONTEXT_TOKENS) : start], whole[start:end])
         if text.endswith("\ufffd") and end - start < 4 and end < len(whole) and whole[end] not in control:
             continue
         pieces.append(TokenText(escape_invisible(text), control=False))
@@ -198,7 +203,8 @@ def split_into_pieces(
     return pieces
 
 
-def _added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int]) -> str:
+def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int]) -> str:
+    """Decode tokens as the text that they add to the text of the context."""
     with_context, alone = (
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for ids in ([*context, *tokens], context)
@@ -208,22 +214,23 @@ def _added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: 
     return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _describe_tokens(shown: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """How prompts begin and completions end, by the names of the tokens."""
+def _describe_special_tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Describe in two lines the tokens that prompts begin and completions end with."""
     begin, end, eos = tokenizer.bos_token_id, find_end_token(tokenizer), tokenizer.eos_token_id
-    begins = any(example.sides[0].pieces[0].text == _name(tokenizer, begin) for example in shown)
-    named = "the tokenizer has no BOS" if begin is None else f"BOS is {_name(tokenizer, begin)} ({begin})"
+    begins = any(example.texts[0].pieces[0].text == _format_token(tokenizer, begin) for example in examples)
+    named = "the tokenizer has no BOS" if begin is None else f"BOS is {_format_token(tokenizer, begin)} ({begin})"
     lines = [f"{named}; prompts begin {'with it' if begins else 'without one'}"]
-    other = f"; the tokenizer's eos is {_name(tokenizer, eos)} ({eos})" if eos not in (None, end) else ""
-    return [*lines, f"completions end with {_name(tokenizer, end)} ({end}){other}"]
+    other = f"; the tokenizer's eos is {_format_token(tokenizer, eos)} ({eos})" if eos not in (None, end) else ""
+    return [*lines, f"completions end with {_format_token(tokenizer, end)} ({end}){other}"]
 
 
-def _name(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
+def _format_token(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
+    """Format the name of a token; empty for None."""
     return "" if token is None else escape_invisible(str(tokenizer.convert_ids_to_tokens(token)))
 
 
-def _check_model(recipe: Recipe) -> list[str]:
-    """Why no run could start from the model, as far as its folder tells."""
+def _list_model_problems(recipe: Recipe) -> list[str]:
+    """List the problems of the recipe's model that its folder shows."""
     try:
         with explain_stage_errors():
             Pretrained(special_tokens=recipe.data.special_tokens, **dict(recipe.model))
@@ -232,66 +239,75 @@ def _check_model(recipe: Recipe) -> list[str]:
     return []
 
 
-def _counts(rows: SourceRows, figures: dict[str, Any]) -> dict[str, str]:
+def _format_row_counts(rows: SourceRows, figures: dict[str, Any]) -> dict[str, str]:
+    """Format the numbers of rows by kind."""
     return {
         "rows": f"{rows.total:,} read: {figures['train_rows']:,} to train, {figures['test_rows']:,} to test, "
         f"{figures['demonstration_rows']:,} demonstrations",
-        "bad": f"{figures['bad_rows']:,}, of which {figures['equal_sides']:,} with equal sides",
-        "duplicate": _of_parts(figures["duplicate_rows"]),
-        "contradictory": _of_parts(figures["contradictory_rows"]),
+        "bad": f"{figures['bad_rows']:,}, of which {figures['equal_sides']:,} with identical completions",
+        "duplicate": _format_counts_by_part(figures["duplicate_rows"]),
+        "contradictory": _format_counts_by_part(figures["contradictory_rows"]),
         "prompts in train and test": f"{figures['shared_prompts']:,} of {figures['test_prompts']:,} test prompts",
     }
 
 
-def _of_parts(counts: dict[str, int]) -> str:
+def _format_counts_by_part(counts: dict[str, int]) -> str:
+    """Format counts such as `2 in train, 0 in test`."""
     return ", ".join(f"{count:,} in {part}" for part, count in counts.items())
 
 
-def _cut(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """How many completions would be cut, and the pairs that this leaves with two equal sides."""
+def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Count completions that would be truncated, and pairs whose completions are identical after that."""
     end = find_end_token(tokenizer)
     lines = {}
-    if pairs := draw_subset(split.train, MEASURED, COMPARISON_SEED):
+    if pairs := draw_subset(split.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens
-        sides = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], limit=limit)[1] for row in pairs]
-        cut = sum(tokens[-1] != end for both in sides for tokens in both)
-        lines["cut"] = f"{cut:,} of {2 * len(pairs):,} sides are longer than max_completion_tokens {limit}"
-        lines["equal after the cut"] = f"{sum(one == other for one, other in sides):,} of {len(pairs):,} pairs"
-    if shown := draw_subset(split.demonstrations, MEASURED, COMPARISON_SEED):
+        completions = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], limit=limit)[1] for row in pairs]
+        truncated = sum(tokens[-1] != end for pair in completions for tokens in pair)
+        lines["truncated"] = (
+            f"{truncated:,} of {2 * len(pairs):,} completions are longer than max_completion_tokens {limit}"
+        )
+        identical = sum(chosen == rejected for chosen, rejected in completions)
+        lines["identical after truncation"] = f"{identical:,} of {len(pairs):,} pairs"
+    if demonstrations := draw_subset(split.demonstrations, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.sft.max_completion_tokens
-        tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], limit=limit)[1][0] for row in shown]
-        cut = sum(one[-1] != end for one in tokens)
-        lines["cut demonstrations"] = f"{cut:,} of {len(shown):,} are longer than max_completion_tokens {limit}"
+        tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], limit=limit)[1][0] for row in demonstrations]
+        truncated = sum(completion[-1] != end for completion in tokens)
+        lines["truncated demonstrations"] = (
+            f"{truncated:,} of {len(demonstrations):,} are longer than max_completion_tokens {limit}"
+        )
     return lines
 
 
-def first_lines(recipe: Recipe, data: Path, model: Path) -> list[str]:
-    """Say in four lines what a run learns from: a data stage's first pair as the model's tokenizer has it."""
+def describe_training_data(recipe: Recipe, data: Path, model: Path) -> list[str]:
+    """Describe the data of a run in four lines: numbers of rows, and the first pair in the model's tokens."""
     tokenizer = load_tokenizer(model)
     example = make_examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
     figures = read_summary(data)
-    with reading_figures():
+    with explain_summary_errors():
         counts = (
             f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
             f"{figures['demonstration_rows']:,} demonstrations"
         )
-    heading = f"{counts}; {'; '.join(_describe_tokens([example], tokenizer))}; the first pair:"
-    return [heading, *map(_on_one_line, example.sides)]
+    heading = f"{counts}; {'; '.join(_describe_special_tokens([example], tokenizer))}; the first pair:"
+    return [heading, *map(_format_on_one_line, example.texts)]
 
 
-def _on_one_line(side: TokenizedText) -> str:
-    text = side.text.replace("\n", "⏎")
-    short = text if len(text) <= 2 * LINE + 3 else f"{text[:LINE]} … {text[-LINE:]}"
-    fate = "trained on" if side.trained else "given"
-    return f"  {side.name:<10} {side.tokens:>4} tokens, {fate}{', cut' if side.truncated else ''}: {short}"
+def _format_on_one_line(tokenized: TokenizedText) -> str:
+    """Format a text on one line, without the middle of a long text."""
+    text = tokenized.text.replace("\n", "⏎")
+    short = text if len(text) <= 2 * END_CHARACTERS + 3 else f"{text[:END_CHARACTERS]} … {text[-END_CHARACTERS:]}"
+    use = "trained on" if tokenized.trained else "not trained on"
+    cut = ", truncated" if tokenized.truncated else ""
+    return f"  {tokenized.name:<10} {tokenized.tokens:>4} tokens, {use}{cut}: {short}"
 
 
-def shorten_pieces(pieces: Sequence[TokenText], most: int) -> Iterator[TokenText | int]:
-    """The first and the last pieces, and between them the number of those left out."""
-    if len(pieces) <= most:
+def shorten_pieces(pieces: Sequence[TokenText], limit: int) -> Iterator[TokenText | int]:
+    """Yield the first and the last pieces, `limit` in all, and between them the number of pieces omitted."""
+    if len(pieces) <= limit:
         yield from pieces
         return
-    tail = most // 3
-    yield from pieces[: most - tail]
-    yield len(pieces) - most
+    tail = limit // 3
+    yield from pieces[: limit - tail]
+    yield len(pieces) - limit
     yield from pieces[-tail:]

@@ -16,10 +16,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import kind_of
+from mixpo.data.rows import describe_type
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import Precision
-from mixpo.settings import Settings, found_and_expected
+from mixpo.settings import Settings, format_found_and_expected
 from mixpo.stages.data import DataSettings, hub_parts
 from mixpo.stages.dpo import DPOSettings
 from mixpo.stages.evaluation import EvaluationSettings
@@ -33,21 +33,21 @@ from mixpo.stages.selection import SelectionSettings
 from mixpo.stages.sft import SFTSettings
 from mixpo.training.runtime import Runtime
 
-EMBEDDED = "world"
-SHARED = ("precision", "max_completion_tokens", "lora")
+DEFAULT_RECIPE = "world"
+SHARED_KEYS = ("precision", "max_completion_tokens", "lora")
 """Keys that a recipe may set once for all its sections."""
-KINDS = ("bool", "int", "float", "str")
-"""What pydantic adds to a key of which the value may be of several kinds."""
-UNSWEPT = ("trace", "gradients", "runtime")
-"""Sections that change nothing in an arm."""
+UNION_MEMBERS = ("bool", "int", "float", "str")
+"""Parts that pydantic appends to the key of a value that may have several types."""
+UNSWEPT_SECTIONS = ("trace", "gradients", "runtime")
+"""Sections without effect on an arm, which a sweep cannot change."""
 MANDATORY = "???"
-"""A value that whoever runs the recipe must give."""
-LARGEST = 2**20
-"""Bytes of a recipe file."""
+"""Placeholder of a value that an override must set."""
+MAX_RECIPE_BYTES = 2**20
+"""Largest size of a recipe file, in bytes."""
 
 
 class Sweep(Settings):
-    """Arms again at other settings: at every combination of the values given.
+    """A sweep: arms repeated at every combination of the listed values of some settings.
 
     Written as `{arms: [ppo, mpo], ppo.kl_coef: [0.05, 0.2]}`; all arms of the recipe if none are named.
     """
@@ -58,40 +58,41 @@ class Sweep(Settings):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _gather(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or "values" in given:
-            return given
-        keys = {key: value for key, value in given.items() if key != "arms"}
-        return {"arms": given.get("arms"), "values": dict(_flat(keys))}
+    def _collect_values(cls, sweep: Any) -> Any:
+        if not isinstance(sweep, Mapping) or "values" in sweep:
+            return sweep
+        keys = {key: value for key, value in sweep.items() if key != "arms"}
+        return {"arms": sweep.get("arms"), "values": dict(_flatten_keys(keys))}
 
-    def points(self) -> list[dict[str, Any]]:
-        """Every combination of values, by key."""
+    def list_points(self) -> list[dict[str, Any]]:
+        """List every combination of values, by dotted key."""
         return [dict(zip(self.values, point, strict=True)) for point in itertools.product(*self.values.values())]
 
 
-def _flat(keys: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_keys(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested sections with its dotted key."""
     for key, value in keys.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flatten_keys(value, f"{prefix}{key}.")
         else:
-            yield f"{before}{key}", value
+            yield f"{prefix}{key}", value
 
 
 class TraceSettings(Settings):
-    """Arms that are evaluated along their PPO, for curves of reward against KL and against samples."""
+    """Arms evaluated at snapshots of their PPO, for curves of reward against KL and against samples."""
 
     arms: tuple[str, ...] = ()
     snapshots: int = pydantic.Field(4, ge=1)
-    """How often on the way; start and end are evaluated besides."""
+    """Number of snapshots; start and end of training are evaluated too."""
 
 
 class Recipe(Settings):
-    """A whole experiment."""
+    """All settings of an experiment: model, data, stages, arms, seeds and sweeps."""
 
     name: str
     arms: tuple[str, ...] = pydantic.Field(min_length=1)
     seeds: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = pydantic.Field((0,), min_length=1)
-    """Every arm is run once for each; a section's own `seed` stands for all of them."""
+    """Seeds of which every arm is run once each; a section's own `seed` overrides them."""
     sweep: tuple[Sweep, ...] = ()
     """One sweep or a list of them."""
     trace: TraceSettings = TraceSettings()
@@ -121,14 +122,14 @@ class Recipe(Settings):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _share(cls, values: Any) -> Any:
-        """Hand the shared keys down to every section that has them and does not set its own."""
-        shared = {key: values[key] for key in SHARED if key in values}
+    def _fill_in_shared_keys(cls, values: Any) -> Any:
+        """Copy the shared keys to every section that has them and does not set its own."""
+        shared = {key: values[key] for key in SHARED_KEYS if key in values}
         values = dict(values)
-        for name, section in _sections().items():
-            given = values.get(name, {})
-            if isinstance(given, Mapping):
-                values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **given}
+        for name, section in _list_section_types().items():
+            section_values = values.get(name, {})
+            if isinstance(section_values, Mapping):
+                values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **section_values}
         if isinstance(values.get("sweep"), Mapping):
             values["sweep"] = [values["sweep"]]
         elif values.get("sweep") is None:
@@ -137,14 +138,14 @@ class Recipe(Settings):
 
     @pydantic.field_validator("name")
     @classmethod
-    def _names_a_folder(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise ValueError("a folder's name: letters, digits, -, _, and . but not at its beginning")
         return name
 
     @pydantic.field_validator("model")
     @classmethod
-    def _names_a_model(cls, model: PretrainedSettings) -> PretrainedSettings:
+    def _check_model_path(cls, model: PretrainedSettings) -> PretrainedSettings:
         if model.init_seed < 0:
             raise InputError(f"model.init_seed: found {model.init_seed}; expected greater than or equal to 0")
         path = model.path
@@ -152,14 +153,14 @@ class Recipe(Settings):
             return model
         if not _is_hub_id(path):
             raise InputError(
-                f"model.path: found {path!r}, which is not here and cannot be a Hugging Face id; expected a model "
-                "folder, a .gguf file, package:NAME/FILE.gguf, or an id such as gpt2 or OWNER/NAME"
+                f"model.path: found {path!r}, which does not exist here and is not a valid Hugging Face id; expected "
+                "a model folder, a .gguf file, package:NAME/FILE.gguf, or an id such as gpt2 or OWNER/NAME"
             )
         return model
 
     @pydantic.field_validator("data")
     @classmethod
-    def _names_data_sets(cls, data: DataSettings) -> DataSettings:
+    def _check_data_set_names(cls, data: DataSettings) -> DataSettings:
         for key in ("train", "test", "demonstrations", "second"):
             for name in getattr(data, key):
                 if name.startswith("hub:") and not _is_hub_id(hub_parts(name)[0]):
@@ -168,10 +169,10 @@ class Recipe(Settings):
 
     @pydantic.field_validator("arms", "seeds")
     @classmethod
-    def _refuse_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        twice = [value for place, value in enumerate(values) if value in values[:place]]
-        if twice:
-            raise ValueError(f"each once; {twice[0]!r} stands there twice")
+    def _reject_duplicates(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        duplicates = [value for index, value in enumerate(values) if value in values[:index]]
+        if duplicates:
+            raise ValueError(f"each only once; {duplicates[0]!r} is repeated")
         return values
 
     @property
@@ -179,15 +180,15 @@ class Recipe(Settings):
         """The run's folder."""
         return self.out or Path("runs") / self.name
 
-    def resolved(self) -> dict[str, Any]:
-        """All keys and values, from which the same recipe is read again; a section's seed only if it was set."""
-        unset = {name: {"seed"} for name in _sections() if "seed" not in getattr(self, name).model_fields_set}
+    def dump_settings(self) -> dict[str, Any]:
+        """Return all settings as keys and values that read as the same recipe; a section's seed only if it was set."""
+        unset = {name: {"seed"} for name in _list_section_types() if "seed" not in getattr(self, name).model_fields_set}
         return self.model_dump(mode="json", exclude=unset)
 
-    def changed(self, changes: Mapping[str, Any]) -> "Recipe":
-        """The same recipe with other values of dotted keys. Raises `InputError` on a key that a sweep cannot change."""
+    def with_changes(self, changes: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe with some dotted keys changed. Raises `InputError` on a key that a sweep cannot change."""
         values = self.model_dump(mode="json", exclude_unset=True)
-        swept = {name: section for name, section in _sections().items() if name not in UNSWEPT}
+        swept = {name: section for name, section in _list_section_types().items() if name not in UNSWEPT_SECTIONS}
         for key, value in changes.items():
             *path, last = key.split(".")
             if not path or path[0] not in swept:
@@ -208,7 +209,7 @@ class Recipe(Settings):
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether the Hugging Face Hub may have something of that name."""
+    """True if a name is a valid id on the Hugging Face Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -216,7 +217,8 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _sections() -> dict[str, type[Settings]]:
+def _list_section_types() -> dict[str, type[Settings]]:
+    """Return the settings class of every section of a recipe."""
     return {
         name: field.annotation
         for name, field in Recipe.model_fields.items()
@@ -225,21 +227,21 @@ def _sections() -> dict[str, type[Settings]]:
 
 
 def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, or one that comes with mixpo by its name, apply `key=value` overrides, validate.
+    """Read a recipe by file or by the name of one that comes with mixpo, apply `key=value` overrides, validate it.
 
     Raises `InputError` with a line for every problem.
     """
-    source = EMBEDDED if name is None else name
-    values = _read(source)
+    source = DEFAULT_RECIPE if name is None else name
+    values = _read_with_bases(source)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise InputError(f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe")
-        value = _parse(key, text)
+        value = _parse_yaml(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
-        values = _over(values, value)
-    if missing := [key for key, value in _flat(values) if value == MANDATORY]:
+        values = _merge_sections(values, value)
+    if missing := [key for key, value in _flatten_keys(values) if value == MANDATORY]:
         raise InputError(
             "\n".join(f"{source}: {key}: not given; expected for example {key}=PATH" for key in sorted(missing))
         )
@@ -249,22 +251,22 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
         raise InputError("\n".join(f"{source}: {line}" for line in explain_validation_error(error))) from error
 
 
-def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recipe's keys and values, over those of the recipe that it names as its `base`."""
-    source, text = _find(name)
-    given = _parse(source, text) or {}
-    if not isinstance(given, dict):
-        raise InputError(f"{source}: found {kind_of(given)}; expected a recipe: keys and values")
-    base = given.pop("base", None)
+def _read_with_bases(name: str, derived: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read the keys and values of a recipe, merged over those of the recipe that it names as its `base`."""
+    source, text = _load_recipe_text(name)
+    values = _parse_yaml(source, text) or {}
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: found {describe_type(values)}; expected a recipe: keys and values")
+    base = values.pop("base", None)
     if base is None:
-        return given
-    if base in (name, *above):
-        raise InputError(f"{source}: found itself at the end of its bases {' → '.join((*above, name, base))}")
-    return _over(_read(str(base), (*above, name)), given)
+        return values
+    if base in (name, *derived):
+        raise InputError(f"{source}: found a cycle of bases {' → '.join((*derived, name, base))}; remove one `base`")
+    return _merge_sections(_read_with_bases(str(base), (*derived, name)), values)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as recipes need it: no aliases, no interpolations, keys are text, and numbers such as 1e-3 are numbers."""
+class _RecipeLoader(yaml.SafeLoader):
+    """Loader of the YAML of recipes: no aliases, no interpolations, keys are text, and 1e-3 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [one for one in resolvers if one[0] != "tag:yaml.org,2002:timestamp"]
@@ -294,24 +296,24 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key that is not text", problem_mark=key.start_mark)
             key.tag = "tag:yaml.org,2002:str"
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
-            raise yaml.MarkedYAMLError(problem="a key that stands there twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="a duplicate key", problem_mark=node.start_mark)
         return mapping
 
 
-_Loader.add_implicit_resolver(
+_RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
 
 
-def _parse(source: str, text: str) -> Any:
-    """The value that a YAML text holds. Raises `InputError`."""
+def _parse_yaml(source: str, text: str) -> Any:
+    """Parse the value of a YAML text. Raises `InputError` on invalid YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _RecipeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}" if mark else ""
@@ -321,17 +323,18 @@ def _parse(source: str, text: str) -> Any:
         raise InputError(f"{source}: found no readable YAML ({reason})") from error
 
 
-def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given over what it stands on, section by section. A `???` leaves open again what the base gave."""
-    both = {key: _over(base[key], value) for key, value in given.items() if _are_sections(base.get(key), value)}
-    return {**base, **given, **both}
+def _merge_sections(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge overrides into a base, section by section; an override of `???` removes the value of the base."""
+    merged = {
+        key: _merge_sections(base[key], value)
+        for key, value in overrides.items()
+        if isinstance(base.get(key), Mapping) and isinstance(value, Mapping)
+    }
+    return {**base, **overrides, **merged}
 
 
-def _are_sections(*values: Any) -> bool:
-    return all(isinstance(value, Mapping) for value in values)
-
-
-def _find(name: str) -> tuple[str, str]:
+def _load_recipe_text(name: str) -> tuple[str, str]:
+    """Load the text of a recipe file, or of a recipe that comes with mixpo, and where it is from."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.path.isfile(name):
         try:
@@ -341,9 +344,11 @@ def _find(name: str) -> tuple[str, str]:
                 kind = "something other than a file" if path.exists() else "no such file"
                 raise InputError(f"{name}: found {kind}; expected a recipe: a .yaml file of keys and values{hint}")
             with path.open("rb") as file:
-                content = file.read(LARGEST + 1)
-            if len(content) > LARGEST:
-                raise InputError(f"{name}: found more than {LARGEST:,} bytes; expected a recipe: keys and values")
+                content = file.read(MAX_RECIPE_BYTES + 1)
+            if len(content) > MAX_RECIPE_BYTES:
+                raise InputError(
+                    f"{name}: found more than {MAX_RECIPE_BYTES:,} bytes; expected a recipe: keys and values"
+                )
             return name, content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{name}: found no readable recipe file ({type(error).__name__})") from error
@@ -357,27 +362,27 @@ def _find(name: str) -> tuple[str, str]:
 
 
 def explain_validation_error(error: pydantic.ValidationError) -> list[str]:
-    """One line a key that is wrong: what was found, what was expected."""
+    """Format pydantic's errors, one line a wrong key: the value found and the value expected."""
     problems = error.errors()
-    places = {problem["loc"] for problem in problems}
+    locations = {problem["loc"] for problem in problems}
     lines: list[str] = []
     for problem in problems:
-        place = problem["loc"]
-        if place[1:2] and place[1] in SHARED and place[1:] in places:
+        location = problem["loc"]
+        if location[1:2] and location[1] in SHARED_KEYS and location[1:] in locations:
             continue  # handed down from there
-        if problem["type"] == "too_short" and any(place == other[: len(place)] != other for other in places):
+        if problem["type"] == "too_short" and any(location == other[: len(location)] != other for other in locations):
             continue  # only because one of its values is wrong
-        key = ".".join(str(part) for part in place if part not in ("values", *KINDS))
+        key = ".".join(str(part) for part in location if part not in ("values", *UNION_MEMBERS))
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, InputError):
             lines.append(str(cause))
         elif problem["type"] == "extra_forbidden":
-            known = _keys_beside(place)
-            lines.append(f"{key}: unknown key{suggest_nearest(str(place[-1]), known)}")
+            known = _list_sibling_keys(location)
+            lines.append(f"{key}: unknown key{suggest_nearest(str(location[-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{key}: not given; expected a value")
         else:
-            found, expected = found_and_expected(problem)
+            found, expected = format_found_and_expected(problem)
             line = f"{key}: found {found}; expected "
             if not lines or not lines[-1].startswith(line):
                 lines.append(line + expected)
@@ -386,7 +391,8 @@ def explain_validation_error(error: pydantic.ValidationError) -> list[str]:
     return lines
 
 
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+def _list_sibling_keys(location: tuple[int | str, ...]) -> list[str]:
+    """List the known keys of the section that a key of a recipe is in."""
     fields: Mapping[str, Any] = Recipe.model_fields
     for part in location[:-1]:
         annotation = fields[str(part)].annotation if str(part) in fields else None
@@ -396,6 +402,6 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
 
 
 def suggest_nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    """Format the end of a message about an unknown name: the nearest known name, or all known names."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}" if known else ""

@@ -1,4 +1,4 @@
-"""Running a recipe: every stage once, shared by the arms; what fails takes only the arms that need it along."""
+"""Run of a recipe: every stage once, shared by the arms; a failed stage fails only the arms that need it."""
 
 import errno
 import json
@@ -23,8 +23,8 @@ from mixpo.experiments.expressions import (
     explain_stage_errors,
     name_arm,
 )
-from mixpo.experiments.plan import refuse_too_long
-from mixpo.experiments.preview import first_lines
+from mixpo.experiments.plan import check_context_length
+from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.setup import Setup
 from mixpo.experiments.workers import Failure, StageDisplay, open_executor
@@ -35,22 +35,22 @@ from mixpo.stages.stage import Stage, model_folder
 from mixpo.training.record import write_json
 
 FORMAT = 3
-"""Of `results.json`."""
+"""Version of `results.json`."""
 
 
-class Display(Protocol):
-    """Whoever watches a run."""
+class RunDisplay(Protocol):
+    """Display of the progress of a run."""
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
-        """A stage starts to compute."""
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
+        """Show that a stage is being computed, and return the display of its progress."""
 
     def note(self, text: str) -> None:
-        """A line worth reading now, of no stage that computes."""
+        """Show a message about the run."""
 
 
 @dataclass
 class ArmResult:
-    """What became of an arm at a seed."""
+    """Result of an arm at a seed."""
 
     arm: str
     seed: int
@@ -58,27 +58,27 @@ class ArmResult:
     reason: str | None = None
     bad_input: bool = False
     model: str | None = None
-    """The aligned model: a link in the run's folder to where it is in the cache."""
+    """Path of the aligned model: a link in the run's folder to the model in the cache."""
     evaluation: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
-    """Folders of the evaluations of its PPO's start and snapshots."""
+    """Folders of the evaluations of its PPO's initial policy and snapshots."""
     stages: dict[str, str] = field(default_factory=dict)
-    """The absolute folder of every stage behind its evaluation, by kind and identity: `DPO-1a2b3c4d`."""
+    """Absolute folder of every stage that its evaluation depends on, by kind and identity: `DPO-1a2b3c4d`."""
     needs: list[str] = field(default_factory=list)
-    """Those of them that the arm itself stands on: without what the evaluation alone reads."""
+    """Keys of the stages that the arm itself depends on, without those that only its evaluation reads."""
     reward_models: dict[str, str] = field(default_factory=dict)
-    """Those that its evaluation reads, by the field that holds them: reward, second, chooser."""
+    """Keys of the reward models of its evaluation, by field: reward, second, chooser."""
 
     @property
     def name(self) -> str:
-        """What the arm is called in tables."""
+        """Name of the arm in tables."""
         return name_arm(self.arm, self.changes)
 
 
 @dataclass
 class GradientsResult:
-    """What became of a measurement of gradients."""
+    """Result of a measurement of gradients."""
 
     arm: str
     part: str
@@ -89,173 +89,171 @@ class GradientsResult:
 
 @dataclass
 class RunResult:
-    """What `results.json` holds."""
+    """Content of `results.json`."""
 
     name: str
     arms: list[ArmResult]
     gradients: list[GradientsResult]
     computed: int
-    """Stages computed in this run."""
+    """Number of stages computed in this run."""
     found: int
-    """Stages found in the cache."""
+    """Number of stages found in the cache."""
 
 
-def run_recipe(recipe: Recipe, display: Display) -> RunResult:
-    """Compute what is missing, and write `recipe.yaml` and `results.json` to the run's folder."""
-    runs, measured = expand_arms(recipe), expand_gradients(recipe)
-    uses = _uses(runs, measured)
-    folder = claim_folder(recipe)
-    for link in (folder / "models" / _link_name(run_recipe) for run_recipe in runs):
+def run_recipe(recipe: Recipe, display: RunDisplay) -> RunResult:
+    """Compute the stages that are not cached, and write `recipe.yaml` and `results.json` to the run's folder."""
+    runs, gradients_runs = expand_arms(recipe), expand_gradients(recipe)
+    arms_by_stage = _list_arms_by_stage(runs, gradients_runs)
+    folder = prepare_run_folder(recipe)
+    for link in (folder / "models" / _format_link_name(run) for run in runs):
         if link.exists() and not link.is_symlink():
-            raise InputError(f"{link}: found what no run wrote; expected a link to a model; move it elsewhere")
+            raise InputError(f"{link}: found a file that no run wrote; expected a link to a model; move it elsewhere")
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    computed, failures = _compute(recipe, uses, engine, display)
+    computed, failures = _compute_stages(recipe, arms_by_stage, engine, display)
     for link in (folder / "models").glob("*"):
         if link.is_symlink():  # of an earlier recipe
             link.unlink()
-    arms = [_result(run_recipe, engine, failures, folder / "models") for run_recipe in runs]
-    gradients = [_gradients_result(run_recipe, engine, failures) for run_recipe in measured]
-    result = RunResult(recipe.name, arms, gradients, computed, len(uses) - computed - len(failures))
+    arms = [_build_arm_result(run, engine, failures, folder / "models") for run in runs]
+    gradients = [_build_gradients_result(run, engine, failures) for run in gradients_runs]
+    result = RunResult(recipe.name, arms, gradients, computed, len(arms_by_stage) - computed - len(failures))
     write_json(
         folder / "results.json",
-        {"format": FORMAT, "mixpo": __version__, "recipe": recipe.resolved(), **asdict(result)},
+        {"format": FORMAT, "mixpo": __version__, "recipe": recipe.dump_settings(), **asdict(result)},
     )
-    text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(recipe.dump_settings(), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(text, encoding="utf8")
     return result
 
 
-def _compute(
-    recipe: Recipe, uses: Mapping[Stage, Sequence[str]], engine: Engine, display: Display
+def _compute_stages(
+    recipe: Recipe, arms_by_stage: Mapping[Stage, Sequence[str]], engine: Engine, display: RunDisplay
 ) -> tuple[int, dict[Stage, Failure]]:
-    """Compute every stage that is not there, after its inputs; how many were, and what failed."""
-    stages = _early_first(uses)
+    """Compute every stage that is not cached, after its inputs; return their number and the failures."""
+    stages = _sort_input_stages_first(arms_by_stage)
     for stage in stages:
-        engine.is_done(stage)  # a damaged folder is told before the first stage computes
-    number = {stage: place for place, stage in enumerate(stages)}
-    order = TopologicalSorter(
-        {place: [number[source] for source in stage.inputs().values()] for stage, place in number.items()}
-    )
+        engine.is_done(stage)  # raises on a damaged folder before the first stage is computed
+    index = {stage: n for n, stage in enumerate(stages)}
+    order = TopologicalSorter({n: [index[source] for source in stage.inputs().values()] for stage, n in index.items()})
     order.prepare()
     computed, failures = 0, dict[Stage, Failure]()
     ready: list[int] = []
 
-    def over(stage: Stage, *, cached: bool = False) -> None:
+    def finish_stage(stage: Stage, *, cached: bool = False) -> None:
         if isinstance(stage, Data) and stage not in failures:
             folder = engine.folder(stage)
-            known = (
-                describe_row_facts(read_summary(folder)) if cached else []
-            )  # said by the stage itself where it was computed
-            for line in [*known, *first_lines(recipe, folder, model_folder(engine.folder(stage.base)))]:
+            facts = describe_row_facts(read_summary(folder)) if cached else []  # a computed stage has shown its own
+            for line in [*facts, *describe_training_data(recipe, folder, model_folder(engine.folder(stage.base)))]:
                 display.note(line)
         if isinstance(stage, Pretrained) and stage not in failures:
-            refuse_too_long(stage, model_folder(engine.folder(stage)), uses)
-        order.done(number[stage])
+            check_context_length(stage, model_folder(engine.folder(stage)), arms_by_stage)
+        order.done(index[stage])
 
-    with open_executor(engine) as pool:
+    with open_executor(engine) as executor:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()])
-            if ready and pool.free:
+            if ready and executor.has_capacity:
                 stage = stages[ready.pop(0)]
-                lost = [source for source in stage.inputs().values() if source in failures]
-                if lost:
-                    failures[stage] = failures[lost[0]]
-                if lost or engine.is_done(stage):
-                    over(stage, cached=not lost)
+                failed_inputs = [source for source in stage.inputs().values() if source in failures]
+                if failed_inputs:
+                    failures[stage] = failures[failed_inputs[0]]
+                if failed_inputs or engine.is_done(stage):
+                    finish_stage(stage, cached=not failed_inputs)
                 else:
-                    pool.start(stage, display.begin(type(stage).__name__, engine.identity(stage), uses[stage]))
+                    kind, identity = type(stage).__name__, engine.identity(stage)
+                    executor.start(stage, display.start_stage(kind, identity, arms_by_stage[stage]))
             else:
-                stage, shown, outcome = pool.ended()
+                stage, stage_display, outcome = executor.wait_for_outcome()
                 if not isinstance(outcome, Failure):
                     computed += 1
                 elif outcome.bad_input and isinstance(stage, Data | Pretrained):
                     raise InputError(outcome.reason)
                 else:
                     failures[stage] = outcome
-                shown.end(outcome)
-                over(stage)
+                stage_display.end(outcome)
+                finish_stage(stage)
     return computed, failures
 
 
-def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: Display) -> Path | Failure:
-    """Compute one stage of a recipe's first seed and what it needs; its folder, or why there is none."""
-    claim_folder(recipe)
+def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: RunDisplay) -> Path | Failure:
+    """Compute one stage of a recipe's first seed and its inputs; return its folder, or why it failed."""
+    prepare_run_folder(recipe)
     with explain_stage_errors():
         stage = choose(Setup(recipe, recipe.seeds[0]))
     engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    _, failures = _compute(
-        recipe, {needed: [type(stage).__name__] for needed in sort_topologically(stage)}, engine, display
-    )
+    names = {source: [type(stage).__name__] for source in sort_topologically(stage)}
+    _, failures = _compute_stages(recipe, names, engine, display)
     return failures.get(stage, engine.folder(stage))
 
 
-def _uses(runs: list[ArmRun], measured: list[GradientsRun]) -> dict[Stage, list[str]]:
-    """Every stage once, inputs first, with the names of the arms and measurements that stand on it."""
-    uses: dict[Stage, dict[str, None]] = {}
-    for run_recipe in runs:
-        for root in (run_recipe.evaluation, *run_recipe.trace):
+def _list_arms_by_stage(runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:
+    """List every stage once, inputs first, with the names of the arms and measurements that depend on it."""
+    names_by_stage: dict[Stage, dict[str, None]] = {}
+    for run in runs:
+        for root in (run.evaluation, *run.trace):
             for stage in sort_topologically(root):
-                uses.setdefault(stage, {})[run_recipe.name] = None
-    for gradients in measured:
+                names_by_stage.setdefault(stage, {})[run.name] = None
+    for gradients in gradients_runs:
         for stage in sort_topologically(gradients.stage):
-            uses.setdefault(stage, {})[f"gradients of {gradients.arm}"] = None
-    return {stage: list(names) for stage, names in uses.items()}
+            names_by_stage.setdefault(stage, {})[f"gradients of {gradients.arm}"] = None
+    return {stage: list(names) for stage, names in names_by_stage.items()}
 
 
-def _early_first(stages: Iterable[Stage]) -> list[Stage]:
-    """What reads the user's input comes first."""
+def _sort_input_stages_first(stages: Iterable[Stage]) -> list[Stage]:
+    """Sort the stages that read the user's model and data before all others."""
     return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 
-def _result(run_recipe: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], models: Path) -> ArmResult:
+def _build_arm_result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], models: Path) -> ArmResult:
     keys = {
         stage: f"{type(stage).__name__}-{engine.identity(stage)}"
-        for stage in sort_topologically(run_recipe.evaluation)
+        for stage in sort_topologically(run.evaluation)
         if stage not in failures
     }
-    read = run_recipe.evaluation.inputs()
-    own = [read["policy"]]
-    if run_recipe.evaluation.best_of > 1:
-        own.append(read.get("chooser", read["reward"]))
+    inputs = run.evaluation.inputs()
+    own = [inputs["policy"]]
+    if run.evaluation.best_of > 1:
+        own.append(inputs.get("chooser", inputs["reward"]))
     result = ArmResult(
-        run_recipe.arm,
-        run_recipe.seed,
+        run.arm,
+        run.seed,
         "done",
-        changes=run_recipe.changes,
+        changes=run.changes,
         stages={key: str(engine.folder(stage)) for stage, key in keys.items()},
         needs=list(dict.fromkeys(keys[stage] for root in own for stage in sort_topologically(root) if stage in keys)),
-        reward_models={name: keys[read[name]] for name in ("reward", "second", "chooser") if read.get(name) in keys},
+        reward_models={
+            name: keys[inputs[name]] for name in ("reward", "second", "chooser") if inputs.get(name) in keys
+        },
     )
-    if run_recipe.evaluation in failures:
-        failed = failures[run_recipe.evaluation]
-        return replace(result, status="failed", reason=failed.reason, bad_input=failed.bad_input)
-    lost = [failures[stage].reason for stage in run_recipe.trace if stage in failures]
+    if run.evaluation in failures:
+        failure = failures[run.evaluation]
+        return replace(result, status="failed", reason=failure.reason, bad_input=failure.bad_input)
+    trace_failures = [failures[stage].reason for stage in run.trace if stage in failures]
     model = None
-    if run_recipe.evaluation.best_of == 1 and isinstance(run_recipe.evaluation.policy, Stage):
-        link = models / _link_name(run_recipe)
-        link.symlink_to(model_folder(engine.folder(run_recipe.evaluation.policy)), target_is_directory=True)
+    if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
+        link = models / _format_link_name(run)
+        link.symlink_to(model_folder(engine.folder(run.evaluation.policy)), target_is_directory=True)
         model = str(link)
     return replace(
         result,
-        reason=f"along its training: {lost[0]}" if lost else None,
+        reason=f"along its training: {trace_failures[0]}" if trace_failures else None,
         model=model,
-        evaluation=str(engine.folder(run_recipe.evaluation)),
-        trace=[str(engine.folder(stage)) for stage in run_recipe.trace] if not lost else [],
+        evaluation=str(engine.folder(run.evaluation)),
+        trace=[str(engine.folder(stage)) for stage in run.trace] if not trace_failures else [],
     )
 
 
-def _gradients_result(run_recipe: GradientsRun, engine: Engine, failures: Mapping[Stage, Failure]) -> GradientsResult:
-    failed = failures.get(run_recipe.stage)
-    folder = None if failed else str(engine.folder(run_recipe.stage))
-    return GradientsResult(run_recipe.arm, run_recipe.part, run_recipe.seed, folder, failed.reason if failed else None)
+def _build_gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage, Failure]) -> GradientsResult:
+    failure = failures.get(run.stage)
+    folder = None if failure else str(engine.folder(run.stage))
+    return GradientsResult(run.arm, run.part, run.seed, folder, failure.reason if failure else None)
 
 
-def _link_name(run_recipe: ArmRun) -> str:
-    return re.sub(r"[^\w.=-]+", "-", f"{run_recipe.name} {run_recipe.seed}")
+def _format_link_name(run: ArmRun) -> str:
+    return re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
 
 
-def claim_folder(recipe: Recipe) -> Path:
-    """Make the run's folder and the cache. Raises `InputError` where they cannot be written."""
+def prepare_run_folder(recipe: Recipe) -> Path:
+    """Create the run's folder and the cache. Raises `InputError` if they cannot be written."""
     folder = recipe.folder
     earlier = folder / "results.json"
     try:
@@ -266,11 +264,11 @@ def claim_folder(recipe: Recipe) -> Path:
         for file in (folder / "recipe.yaml", folder / "report.html", earlier):
             if file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-        found = _format_of(earlier)
-        if found not in (None, FORMAT):
+        version = _read_format(earlier)
+        if version not in (None, FORMAT):
             raise InputError(
-                f"{folder}: found a run folder of format {found}, written by another version of mixpo; expected format "
-                f"{FORMAT}; choose another folder with out=PATH"
+                f"{folder}: found a run folder of format {version}, written by another version of mixpo; expected "
+                f"format {FORMAT}; choose another folder with out=PATH"
             )
     except OSError as error:
         raise InputError(
@@ -280,7 +278,8 @@ def claim_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _format_of(results: Path) -> Any:
+def _read_format(results: Path) -> Any:
+    """Read the format of a `results.json`; None if there is no such file."""
     if not results.exists():
         return None
     try:

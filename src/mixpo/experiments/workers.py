@@ -1,4 +1,4 @@
-"""Where stages compute: right here, one after another, or in processes side by side."""
+"""Executors of stages: one after another in the run's own process, or in several processes at once."""
 
 import signal
 import traceback
@@ -22,35 +22,35 @@ from mixpo.training.step import Diverged
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage has no results."""
+    """Failure of a stage: the reason, and whether the user's input is the cause."""
 
     reason: str
     bad_input: bool = False
 
 
 Outcome = float | Failure
-"""The seconds that a stage took, or why it failed."""
+"""Seconds that a stage took, or its failure."""
 
 
 class StageDisplay(Watcher, Protocol):
-    """How whoever watches a run sees one stage."""
+    """Display of the progress of one stage."""
 
     def end(self, outcome: Outcome) -> None:
-        """The stage is over."""
+        """Show the outcome of the stage."""
 
 
 class StageExecutor(Protocol):
     """An executor of stages."""
 
     @property
-    def free(self) -> bool:
-        """Whether another stage may start now."""
+    def has_capacity(self) -> bool:
+        """True if another stage can start now."""
 
-    def start(self, stage: Stage, shown: StageDisplay) -> None:
-        """Begin to compute a stage whose inputs are there, and tell how it goes on."""
+    def start(self, stage: Stage, display: StageDisplay) -> None:
+        """Start to compute a stage whose inputs are done, and send its progress to its display."""
 
-    def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
-        """The next of the started stages that comes to an end, waited for; its display is not told yet."""
+    def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
+        """Wait for the next stage to end; return it with its display, which is not ended yet, and its outcome."""
 
 
 @contextmanager
@@ -59,15 +59,15 @@ def open_executor(engine: Engine) -> Iterator[StageExecutor]:
     if engine.runtime.workers == 1:
         yield InProcessExecutor(engine)
         return
-    beside = ProcessPool(engine)
+    pool = ProcessPool(engine)
     try:
-        yield beside
+        yield pool
     finally:
-        beside.close()
+        pool.close()
 
 
 def _compute_safely(engine: Engine, stage: Stage) -> Outcome:
-    """Compute a stage, whatever comes of it; the traceback of a failure is in its folder."""
+    """Compute a stage and return its seconds or its failure, whose traceback is written to the stage's folder."""
     try:
         return float(read_summary(engine.compute(stage))["cost"]["seconds"])
     except InputError as error:
@@ -81,23 +81,23 @@ def _compute_safely(engine: Engine, stage: Stage) -> Outcome:
 
 
 class InProcessExecutor:
-    """Computes one stage after another in the run's own process."""
+    """Executor that computes one stage after another in the run's own process."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.last: tuple[Stage, StageDisplay, Outcome] | None = None
 
     @property
-    def free(self) -> bool:
-        """Whether no outcome waits to be taken."""
+    def has_capacity(self) -> bool:
+        """True if the last outcome has been taken."""
         return self.last is None
 
-    def start(self, stage: Stage, shown: StageDisplay) -> None:
+    def start(self, stage: Stage, display: StageDisplay) -> None:
         """Compute the stage."""
-        watcher.set(shown)
-        self.last = stage, shown, _compute_safely(self.engine, stage)
+        watcher.set(display)
+        self.last = stage, display, _compute_safely(self.engine, stage)
 
-    def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
+    def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
         """Return the stage that was computed and its outcome."""
         last, self.last = self.last, None
         assert last is not None
@@ -105,7 +105,7 @@ class InProcessExecutor:
 
 
 class ProcessPool:
-    """Computes stages in processes side by side, which are started when they are first needed.
+    """Executor that computes stages in parallel processes, which are started when they are first needed.
 
     Each has a pipe: stages go in, progress and at last the outcome come out. A pipe that ends is a process that died.
     Pipes pickle what they carry; only our own processes write to them, and nothing of it is read from a disk. Kept by
@@ -121,28 +121,28 @@ class ProcessPool:
         self.busy: dict[Connection, tuple[Stage, StageDisplay]] = {}
 
     @property
-    def free(self) -> bool:
-        """Whether fewer stages are being computed than there may be processes."""
+    def has_capacity(self) -> bool:
+        """True if fewer stages are being computed than there may be processes."""
         return len(self.busy) < self.count
 
-    def start(self, stage: Stage, shown: StageDisplay) -> None:
+    def start(self, stage: Stage, display: StageDisplay) -> None:
         """Send the stage to an idle process. Raises `InputError` if the process is dead."""
         idle = [pipe for pipe in self.processes if pipe not in self.busy]
-        pipe = idle[0] if idle else self._begin()
-        with self._refusing_death():
+        pipe = idle[0] if idle else self._start_process()
+        with self._report_killed_process():
             pipe.send(stage)
-        self.busy[pipe] = stage, shown
+        self.busy[pipe] = stage, display
 
-    def ended(self) -> tuple[Stage, StageDisplay, Outcome]:
+    def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
         """Wait for a stage to end, and pass on progress meanwhile. Raises `InputError` if a process died."""
         while True:
             for pipe in wait(list(self.busy)):
                 assert isinstance(pipe, Connection)
-                with self._refusing_death():
-                    what, arguments = pipe.recv()
-                if what == "end":
+                with self._report_killed_process():
+                    method, arguments = pipe.recv()
+                if method == "end":
                     return *self.busy.pop(pipe), arguments[0]
-                getattr(self.busy[pipe][1], what)(*arguments)
+                getattr(self.busy[pipe][1], method)(*arguments)
 
     def close(self) -> None:
         """Kill all processes."""
@@ -150,30 +150,32 @@ class ProcessPool:
             process.kill()
             process.join()
 
-    def _begin(self) -> Connection:
+    def _start_process(self) -> Connection:
+        """Start a process and return the pipe to it."""
         context = get_context("spawn")
         pipe, far = context.Pipe()
-        process = context.Process(target=_serve, args=(self.engine, far), daemon=True)
+        process = context.Process(target=_serve_stages, args=(self.engine, far), daemon=True)
         process.start()
         far.close()
         self.processes[pipe] = process
         return pipe
 
     @contextmanager
-    def _refusing_death(self) -> Iterator[None]:
+    def _report_killed_process(self) -> Iterator[None]:
+        """Raise `InputError` where a pipe ends because its process was killed."""
         try:
             yield
         except (EOFError, OSError) as error:
             raise InputError(
-                f"runtime.workers: found {self.count}, and one of the processes was killed (perhaps there was not "
-                "enough memory); expected room for all; set fewer; the same command goes on where this one was"
+                f"runtime.workers: found {self.count}, and one of the processes was killed, perhaps for lack of "
+                "memory; set fewer workers and run the same command again to resume"
             ) from error
 
 
-def _serve(engine: Engine, pipe: Connection) -> None:
+def _serve_stages(engine: Engine, pipe: Connection) -> None:
     """Compute the stages that come through a pipe, in a process that ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
     pipe_watcher = PipeWatcher(pipe)
     watcher.set(pipe_watcher)
     with suppress(EOFError):
@@ -181,7 +183,8 @@ def _serve(engine: Engine, pipe: Connection) -> None:
             pipe_watcher.send("end", _compute_safely(engine, pipe.recv()))
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
+    """Wait for the parent process to end, then end this process."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -190,7 +193,7 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class PipeWatcher:
-    """A watcher that sends what it is told through a pipe."""
+    """Watcher that sends the progress of a stage through a pipe."""
 
     pipe: Connection
 
@@ -202,6 +205,6 @@ class PipeWatcher:
         """Send a line through the pipe."""
         self.send("note", text)
 
-    def send(self, what: str, *arguments: Any) -> None:
+    def send(self, method: str, *arguments: Any) -> None:
         """Send a method's name and its arguments."""
-        self.pipe.send((what, arguments))
+        self.pipe.send((method, arguments))

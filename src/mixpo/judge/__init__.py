@@ -1,1 +1,1 @@
-"""Language models as judges of two arms: what they are asked, what they reply, what it says."""
+"""LLM judges of two arms: questions, API client, reply parsing, stored verdicts and their statistics."""

@@ -1,4 +1,4 @@
-"""Where a judge is asked, and the key for it, which stands in the environment and nowhere else."""
+"""Endpoint of a judge and its API key, which is read from the environment and stored nowhere."""
 
 import os
 from collections.abc import Callable
@@ -7,30 +7,35 @@ from urllib.parse import urlsplit
 
 from mixpo.data.errors import InputError
 
-KEY = "OPENAI_API_KEY"
-SHORTEST_SECRET = 8
-"""Characters of a key that is hidden."""
+KEY_VARIABLE = "OPENAI_API_KEY"
+MIN_SECRET_LENGTH = 8
+"""Shortest key that is removed from texts, in characters."""
 EXPECTED = "expected http(s)://HOST[:PORT]/PATH, such as http://127.0.0.1:8000/v1"
 
 
-def checked(endpoint: str) -> str:
-    """The same endpoint without slashes at its end. Raises `InputError` on no address, or one with more in it."""
+def normalize_endpoint(endpoint: str) -> str:
+    """Check an endpoint and strip its trailing slashes.
+
+    Raises `InputError` on an invalid URL, and on one with a user name, password, query or fragment.
+    """
     try:
         parts = urlsplit(endpoint)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         raise InputError(f"--endpoint: found no address; {EXPECTED}") from None
     if "@" in parts.netloc:
-        raise InputError(f"--endpoint: found a user name or password in it; {EXPECTED}; the key comes from {KEY}")
+        raise InputError(
+            f"--endpoint: found a user name or password in it; {EXPECTED}; the key comes from {KEY_VARIABLE}"
+        )
     if "?" in endpoint or "#" in endpoint:
-        raise InputError(f"--endpoint: found a query in it; {EXPECTED}; the key comes from {KEY}")
-    if not named or not (endpoint.isascii() and endpoint.isprintable()) or " " in endpoint:
+        raise InputError(f"--endpoint: found a query in it; {EXPECTED}; the key comes from {KEY_VARIABLE}")
+    if not is_valid or not (endpoint.isascii() and endpoint.isprintable()) or " " in endpoint:
         raise InputError(f"--endpoint: found {endpoint!r}; {EXPECTED}")
     return endpoint.rstrip("/")
 
 
 def is_loopback(endpoint: str) -> bool:
-    """Whether an endpoint is on this machine."""
+    """Check that an endpoint is on this machine."""
     host = urlsplit(endpoint).hostname or ""
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -38,21 +43,25 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
-def is_sent_in_clear(endpoint: str) -> bool:
-    """Whether what is sent can be read between here and there."""
+def is_unencrypted(endpoint: str) -> bool:
+    """Check for requests that cross a network unencrypted: http to another machine."""
     return urlsplit(endpoint).scheme == "http" and not is_loopback(endpoint)
 
 
-def key_in_environment() -> str:
-    """The key, empty where none is set, since not every server needs one. Raises `InputError`, never showing it."""
-    key = os.environ.get(KEY, "")
+def read_api_key() -> str:
+    """Read the API key from the environment, empty if not set, since not every server needs one.
+
+    Raises `InputError` on an invalid key, without showing it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise InputError(
-            f"{KEY}: found a line break, a space or a character that no key has; expected the bare key (not shown here)"
+            f"{KEY_VARIABLE}: found a line break, a space or a character that no key has; "
+            "expected the bare key (not shown here)"
         )
     return key
 
 
-def hider(key: str) -> Callable[[str], str]:
-    """What takes a key out of a text; not one so short that it is no secret and may stand in any text."""
-    return lambda text: text.replace(key, f"[{KEY}]") if len(key) >= SHORTEST_SECRET else text
+def make_key_redactor(key: str) -> Callable[[str], str]:
+    """Make a function that replaces the key in a text; keys that are too short to be secret are left in."""
+    return lambda text: text.replace(key, f"[{KEY_VARIABLE}]") if len(key) >= MIN_SECRET_LENGTH else text

@@ -1,4 +1,4 @@
-"""What a judge is asked: both orders of every pair, put into words by a template."""
+"""Questions for a judge: both orders of every pair of completions, rendered by a template."""
 
 import hashlib
 import json
@@ -22,121 +22,126 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 @dataclass(frozen=True)
 class Judge:
-    """A model and how it is asked."""
+    """A judge: model, endpoint, sampling settings and template."""
 
     model: str
     endpoint: str
     temperature: float | None
     reply_tokens: int | None
-    """Of a reply, at most. None is not sent, like a temperature of None."""
+    """Limit of a reply's tokens. None is not sent, like a temperature of None."""
     template: str
     """Digest of the template's text."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A pair in one order, put to a judge."""
+    """A pair of completions in one order, as a prompt for a judge."""
 
     judge: Judge
     text: str
     """The one message that is sent."""
     arms: tuple[str, str]
-    """In the order in which their completions are shown."""
+    """The arms in the order in which their completions are shown."""
     seed: int
     number: int
-    """The place of the prompt among the run's test prompts, from 0."""
+    """Index of the prompt among the run's test prompts, from 0."""
     category: str | None
 
     @cached_property
     def id(self) -> str:
-        """What a reply depends on, as a digest."""
+        """Digest of everything that the reply depends on."""
         judge = self.judge
-        return digest(judge.model, judge.endpoint, judge.temperature, judge.reply_tokens, self.text)
+        return compute_digest(judge.model, judge.endpoint, judge.temperature, judge.reply_tokens, self.text)
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a pair is put into words: Jinja2, with the variables prompt, messages, first and second."""
+    """Jinja2 template of a question, with the variables prompt, messages, first and second."""
 
     name: str
     text: str
 
-    def filled(self, prompt: Prompt, first: str, second: str) -> str:
-        """The message. Raises `InputError` where the template cannot be filled."""
+    def render(self, prompt: Prompt, first: str, second: str) -> str:
+        """Render the message for a prompt and two completions. Raises `InputError` where rendering fails."""
         messages = as_messages(prompt)
-        values = {"prompt": _dialogue(messages), "messages": messages, "first": first, "second": second}
+        values = {"prompt": _format_messages(messages), "messages": messages, "first": first, "second": second}
         try:
-            return whole(_compiled(self.text).render(values))
+            return replace_surrogates(_compile_template(self.text).render(values))
         except Exception as error:  # a template is its author's code
             raise InputError(
-                f"{self.name}: found a template that cannot be filled ({type(error).__name__}: {_line(error)}); "
+                f"{self.name}: found an invalid template ({type(error).__name__}: {_format_error(error)}); "
                 f"expected one of the variables {', '.join(VARIABLES)}"
             ) from error
 
 
-def judges(
+def make_judges(
     models: Sequence[str], endpoint: str, temperature: float | None, reply_tokens: int | None, template: Template
 ) -> list[Judge]:
-    """A judge a model. Raises `InputError` on a name that is empty, unprintable or there twice."""
-    for place, name in enumerate(models):
-        if not (name.isprintable() and name.strip()) or name in models[:place]:
-            raise InputError(f"--model: found {name!r} empty, twice or unprintable; expected different names of models")
-    return [Judge(name, endpoint, temperature, reply_tokens, digest(template.text)) for name in models]
+    """Make a judge for each model. Raises `InputError` on an empty, unprintable or repeated name."""
+    for index, name in enumerate(models):
+        if not (name.isprintable() and name.strip()) or name in models[:index]:
+            raise InputError(f"--model: found {name!r}, empty, repeated or unprintable; expected different model names")
+    return [Judge(name, endpoint, temperature, reply_tokens, compute_digest(template.text)) for name in models]
 
 
 def read_template(file: Path | None) -> Template:
-    """A template, the paper's (appendix A.2) if no file is given. Raises `InputError` on one that shows no pair."""
+    """Read a template file, or the paper's template (appendix A.2) if none is given.
+
+    Raises `InputError` on one that does not show both completions.
+    """
     if file is None:
         return Template("paper.j2", (files("mixpo.judge") / "paper.j2").read_text(encoding="utf8"))
     try:
         text = file.read_text(encoding="utf8")
-        named = find_undeclared_variables(_ENVIRONMENT.parse(text))
+        variables = find_undeclared_variables(_ENVIRONMENT.parse(text))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--template: found no readable file {file} ({_line(error)})") from error
+        raise InputError(f"--template: found no readable file {file} ({_format_error(error)})") from error
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"{file}:{error.lineno}: found {_line(error)}; expected a Jinja2 template") from error
-    if lacking := [name for name in ("first", "second") if name not in named]:
+        raise InputError(f"{file}:{error.lineno}: found {_format_error(error)}; expected a Jinja2 template") from error
+    if missing := [name for name in ("first", "second") if name not in variables]:
         raise InputError(
-            f"{file}: found no {{{{ {lacking[0]} }}}}; expected both completions; known are {', '.join(VARIABLES)}"
+            f"{file}: found no {{{{ {missing[0]} }}}}; expected both completions; known are {', '.join(VARIABLES)}"
         )
     return Template(str(file), text)
 
 
-def both_orders(
+def make_question_pair(
     judge: Judge, template: Template, arms: tuple[str, str], seed: int, pair: Comparison
 ) -> tuple[Question, ...]:
-    """A pair as it stands and swapped; nothing to ask where both completions are the same."""
+    """Make the two questions of a pair, one for each order; none where the completions are identical."""
     if pair.same:
         return ()
-    one, other = pair.completions
-    shown = ((arms, one, other), (arms[::-1], other, one))
+    first_completion, second_completion = pair.completions
+    orders = ((arms, first_completion, second_completion), (arms[::-1], second_completion, first_completion))
     return tuple(
-        Question(judge, template.filled(pair.prompt, first, second), names, seed, pair.number, pair.category)
-        for names, first, second in shown
+        Question(judge, template.render(pair.prompt, first, second), shown_arms, seed, pair.number, pair.category)
+        for shown_arms, first, second in orders
     )
 
 
-def digest(*parts: object) -> str:
-    """Of texts, numbers and rows of them; half a surrogate pair is a character like others."""
+def compute_digest(*parts: object) -> str:
+    """SHA-256 of nested texts and numbers, cut to 20 characters."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def whole(text: str) -> str:
-    """The same text, with a replacement character for half a surrogate pair, which cannot be sent or printed."""
+def replace_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs, which cannot be sent or printed, by the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @lru_cache
-def _compiled(text: str) -> jinja2.Template:
+def _compile_template(text: str) -> jinja2.Template:
+    """Compile a template in the sandbox, once for each text."""
     return _ENVIRONMENT.from_string(text)
 
 
-def _dialogue(messages: Sequence[Message]) -> str:
-    """A prompt's text; of several messages with who says what."""
+def _format_messages(messages: Sequence[Message]) -> str:
+    """A prompt as text; several messages with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
+    """An error's message on one line."""
     return " ".join(str(error).split())

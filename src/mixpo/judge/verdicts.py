@@ -1,4 +1,4 @@
-"""What judges said, kept in a run's folder: a line for what a judge is to judge, and a line a question that it did."""
+"""The file of verdicts in a run's folder: a line for each assignment, and one for each question with its scores."""
 
 import errno
 import fcntl
@@ -12,88 +12,93 @@ from typing import Any
 
 from mixpo.data.errors import InputError
 from mixpo.judge.questions import Judge, Question
-from mixpo.judge.replies import HIGHEST
+from mixpo.judge.replies import MAX_SCORE
 
 FILE = Path("judge") / "verdicts.jsonl"
 FORMAT = 1
-"""Of the file's lines, in each of them."""
+"""Version of the lines, written in each of them."""
 
 Scores = tuple[float, float] | None
-"""Of both completions in the order shown; None where no reply could be parsed."""
-Keep = Callable[[Mapping[str, Any]], None]
+"""Scores of both completions in the order shown; None where no reply could be parsed."""
+RowWriter = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A prompt and the two completions that were to be judged."""
+class AssignedPair:
+    """A pair of completions assigned to a judge."""
 
     digest: str
     questions: tuple[str, ...]
-    """The ids of the two; none where both completions are the same."""
+    """Ids of its two questions; none where the completions are identical."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which pairs of two arms at a seed a judge is to judge."""
+    """The pairs of two arms at a seed that are assigned to a judge."""
 
     judge: Judge
     arms: tuple[str, str]
     seed: int
-    pairs: Mapping[int, Pair]
-    """By the place of the prompt among the run's test prompts: what was to be judged there last."""
+    pairs: Mapping[int, AssignedPair]
+    """By index of the prompt among the run's test prompts: the pair that was assigned last."""
 
     @property
     def key(self) -> tuple[Judge, tuple[str, str], int]:
-        """Assignments of one key are one."""
+        """Judge, arms and seed, which identify an assignment."""
         return self.judge, self.arms, self.seed
 
 
 @dataclass
-class Kept:
-    """What a file of verdicts holds."""
+class VerdictLog:
+    """Assignments and scores read from a file of verdicts."""
 
     assignments: dict[tuple[Judge, tuple[str, str], int], Assignment] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
-    """By question."""
+    """By question id."""
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take in a line. Raises ValueError on one of another format."""
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Add a line of the file; later pairs replace earlier ones. Raises ValueError on an invalid line."""
         if row["format"] != FORMAT:
             raise ValueError(f"format {row['format']!r}, not {FORMAT}")
         if "assignment" in row:
-            assignment = _assignment(**row["assignment"])
+            assignment = _parse_assignment(**row["assignment"])
             earlier = self.assignments.get(assignment.key, assignment)
             self.assignments[assignment.key] = Assignment(*assignment.key, {**earlier.pairs, **assignment.pairs})
         else:
             scores = row["scores"]
             if scores is not None:
-                one, other = scores
-                if not (0.0 <= one <= HIGHEST and 0.0 <= other <= HIGHEST):
-                    raise ValueError(f"scores {one} and {other}, not from 0 to {HIGHEST:g}")
-                scores = float(one), float(other)
+                first, second = scores
+                if not (0.0 <= first <= MAX_SCORE and 0.0 <= second <= MAX_SCORE):
+                    raise ValueError(f"scores {first} and {second}, not from 0 to {MAX_SCORE:g}")
+                scores = float(first), float(second)
             self.scores[str(row["question"])] = scores
 
-    def has(self, assignment: Assignment) -> bool:
-        """Whether all of an assignment is known."""
-        known = self.assignments.get(assignment.key)
-        return known is not None and assignment.pairs.items() <= known.pairs.items()
+    def contains(self, assignment: Assignment) -> bool:
+        """Check that all pairs of an assignment are in the file."""
+        stored = self.assignments.get(assignment.key)
+        return stored is not None and assignment.pairs.items() <= stored.pairs.items()
 
 
-def _assignment(judge: dict[str, Any], arms: list[str], seed: int, pairs: dict[str, dict[str, Any]]) -> Assignment:
-    one, other = arms
-    found = {int(number): Pair(str(pair["digest"]), tuple(pair["questions"])) for number, pair in pairs.items()}
-    return Assignment(Judge(**judge), (one, other), seed, found)
+def _parse_assignment(
+    judge: dict[str, Any], arms: list[str], seed: int, pairs: dict[str, dict[str, Any]]
+) -> Assignment:
+    """Parse an assignment from its JSON fields."""
+    first, second = arms
+    assigned = {
+        int(number): AssignedPair(str(pair["digest"]), tuple(pair["questions"])) for number, pair in pairs.items()
+    }
+    return Assignment(Judge(**judge), (first, second), seed, assigned)
 
 
-def assignment_row(assignment: Assignment) -> dict[str, Any]:
-    """An assignment as a line."""
+def make_assignment_row(assignment: Assignment) -> dict[str, Any]:
+    """The line of an assignment."""
     return {"format": FORMAT, "assignment": asdict(assignment)}
 
 
-def scores_row(
+def make_scores_row(
     question: Question, scores: Scores, replies: Sequence[str], tokens: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """What a judge said of a question as a line: the scores, every reply, and the tokens of all of them together."""
+    """The line of an answered question: the scores, every reply, and the sum of their tokens."""
     return {
         "format": FORMAT,
         "question": question.id,
@@ -108,45 +113,45 @@ def scores_row(
     }
 
 
-def read(file: Path) -> Kept:
-    """What was kept; a last line without its end, torn by a kill, does not count. Raises `InputError` on others."""
-    kept = Kept()
+def read_verdicts(file: Path) -> VerdictLog:
+    """Read a file of verdicts; an incomplete last line is ignored. Raises `InputError` on an invalid one."""
+    log = VerdictLog()
     if not file.exists():
-        return kept
+        return log
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 if line.endswith(b"\n"):
-                    kept.add(json.loads(line))
+                    log.add_row(json.loads(line))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
-                    f"{file}:{number}: found no verdict ({type(error).__name__}: {str(error)[:200]}); expected a line "
-                    "that this version's `mixpo judge` wrote; drop the line, or update mixpo"
+                    f"{file}:{number}: found no valid verdict ({type(error).__name__}: {str(error)[:200]}); expected a "
+                    "line that this version's `mixpo judge` wrote; delete the line, or update mixpo"
                 ) from error
-    return kept
+    return log
 
 
 @contextmanager
-def appending(file: Path) -> Iterator[Keep]:
-    """Write lines behind those that are there, each on the disk before anything else happens, and nobody beside.
+def open_for_append(file: Path) -> Iterator[RowWriter]:
+    """Open the file of verdicts under an exclusive lock; yields a function that appends a row and syncs it to disk.
 
-    Raises `InputError` where the file cannot be written, or another process writes it.
+    Raises `InputError` where the file cannot be written, or another process holds the lock.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a+b", buffering=0)  # a buffer would be written again when the file is closed
+        stream = file.open("a+b", buffering=0)  # a buffer would be written again on close
     except OSError as error:
-        raise InputError(f"{file}: found a place that cannot be written ({error.strerror})") from error
+        raise InputError(f"{file}: found a path that cannot be written ({error.strerror})") from error
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stream.truncate(file.read_bytes().rfind(b"\n") + 1)
         except BlockingIOError:
-            raise InputError(f"{file}: found another `mixpo judge` that writes it; wait for its end") from None
+            raise InputError(f"{file}: found another `mixpo judge` writing it; wait until it ends") from None
         except OSError as error:
             raise InputError(f"{file}: found a file that cannot be locked or shortened ({error.strerror})") from error
 
-        def keep(row: Mapping[str, Any]) -> None:
+        def append_row(row: Mapping[str, Any]) -> None:
             line, end = json.dumps(row).encode() + b"\n", os.fstat(stream.fileno()).st_size
             try:
                 if stream.write(line) != len(line):
@@ -154,7 +159,7 @@ def appending(file: Path) -> Iterator[Keep]:
                 os.fsync(stream.fileno())
             except OSError as error:
                 with suppress(OSError):
-                    stream.truncate(end)  # nothing is ever written behind half a line
-                raise InputError(f"{file}: cannot be written any more ({error.strerror}); make room") from error
+                    stream.truncate(end)  # never append after an incomplete line
+                raise InputError(f"{file}: cannot be written ({error.strerror}); free some disk space") from error
 
-        yield keep
+        yield append_row

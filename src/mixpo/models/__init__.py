@@ -1,1 +1,1 @@
-"""Loading, log-probs and scores of branch batches, sampling."""
+"""Language models: loading, saving, log-probs and scores of branch batches, and sampling."""

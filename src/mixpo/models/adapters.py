@@ -1,4 +1,4 @@
-"""LoRA adapters: adding them, freezing what they stand on, and merging them into the weights."""
+"""LoRA adapters: adding them to a model, freezing weights, and merging adapters into the weights."""
 
 import pydantic
 import torch
@@ -17,7 +17,7 @@ from mixpo.settings import Settings
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters on every linear layer, merged into the weights when the stage is done (Hu et al. 2021)."""
+    """Settings of low-rank adapters on every linear layer, merged into the saved weights (Hu et al. 2021)."""
 
     rank: int = pydantic.Field(16, ge=1)
     alpha: float = pydantic.Field(32.0, gt=0)
@@ -25,7 +25,7 @@ class LoraSettings(Settings):
 
 
 def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
-    """Freeze the weights and add adapters, which `save_model` merges; a scalar head stays trainable."""
+    """Add trainable adapters and freeze all other weights but a scalar head's; `save_model` merges the adapters."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -43,17 +43,17 @@ def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
 
 
 def freeze(lm: LanguageModel) -> LanguageModel:
-    """The model, for use alone: no weight is trained, and each is held in the precision that it is used in."""
+    """Make a model's weights untrainable and cast them to the precision they are used in; returns the model."""
     lm.model.requires_grad_(False)
     cast_frozen_weights(lm)
     return lm
 
 
 def cast_frozen_weights(lm: LanguageModel) -> None:
-    """Hold frozen matrices in bfloat16 where products run in it: autocast would cast them anew at every product.
+    """Cast frozen matrices to bfloat16 if the model computes in it, instead of at every product as autocast does.
 
-    Nothing that is computed changes. Embeddings, norms and a scalar head, which compute in float32, stay in it, and so
-    does the bias of the output head, which log-probs add in float32. A head that is tied to the embedding gets a copy.
+    Results do not change: embeddings, norms, a scalar head and the output head's bias, which are used in float32, stay
+    in float32. An output head tied to the embedding gets a copy of its own.
     """
     if lm.precision != "bfloat16":
         return
@@ -69,20 +69,20 @@ def cast_frozen_weights(lm: LanguageModel) -> None:
 
 @torch.no_grad()
 def merge_adapters(lm: LanguageModel) -> PreTrainedModel:
-    """The model without adapters: itself if it has none, else its folder's with what was trained added.
+    """The model with its adapters merged into the weights of its folder; the model itself if it has no adapters.
 
-    The weights are read again because frozen ones may be held in less precision than the folder has.
+    The weights are loaded again, since the frozen ones in memory may have been cast to bfloat16.
     """
     from peft.tuners.lora import LoraLayer
 
-    adapted = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
-    if not adapted:
+    lora_layers = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
+    if not lora_layers:
         return lm.model
     with explain_loading_errors(str(lm.folder)):
         merged: PreTrainedModel = type(lm.model).from_pretrained(
             lm.folder, config=lm.model.config, dtype=torch.float32, local_files_only=True
         )
-    for name, module in adapted.items():
+    for name, module in lora_layers.items():
         weight = merged.get_submodule(name).weight
         weight += module.get_delta_weight("default").to(weight.device)
     for name, parameter in lm.model.named_parameters():

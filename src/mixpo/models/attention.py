@@ -1,9 +1,9 @@
-"""Attention of branch batches: a prompt over itself, a completion over its prompt and itself, and nothing else.
+"""Attention of branch batches: prompt tokens see their prompt, completion tokens see their prompt and themselves.
 
-Transformers' models call whatever attention is registered under the name that they were loaded with. While a branch
-batch goes through the model, ours computes twice a bucket in every layer: its prompts under each other, and their
-completions under each other, so that hardly anything is computed that no token may see: with PyTorch's attention on a
-GPU or under dropout, with our own on a CPU.
+Transformers models call the attention function that is registered under the name they were loaded with. The one
+registered here sorts the prompts of a branch batch into buckets of similar length. Each layer then makes two padded
+calls a bucket, one for its prompts and one for their completions, and computes few query-key pairs that are masked. It
+uses PyTorch's attention on a GPU or with dropout, and `blocked_attention` on a CPU.
 """
 
 import math
@@ -21,172 +21,183 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixpo.data.branches import Span, pad_positions
+from mixpo.data.branches import PackedLengths, compute_token_indices
 from mixpo.models.blocked_attention import blocked_attention
 
-NAME = "mixpo_branches"
+ATTENTION_NAME = "mixpo_branches"
 
-
-OURS = frozenset({"cpu"})
-"""Devices on which our own attention is faster than PyTorch's for rows of a batch."""
-APART = {"cpu": 1 << 15, "cuda": 1 << 22}
-"""Pairs of a query and a key that take as long as the calls that another bucket costs; a GPU's is a guess."""
-APART_DECODING = {"cpu": 1 << 9, "cuda": 1 << 16}
-"""Keys of padding that are read, a head, while the calls of another bucket of new tokens are made; likewise."""
+BLOCKED_ATTENTION_DEVICES = frozenset({"cpu"})
+"""Devices on which `blocked_attention` is faster than PyTorch's for rows of a batch."""
+BUCKET_COST_IN_PAIRS = {"cpu": 1 << 15, "cuda": 1 << 22}
+"""Time of one more bucket, in query-key pairs that could be computed instead; not measured on a GPU."""
+DECODING_BUCKET_COST_IN_KEYS = {"cpu": 1 << 9, "cuda": 1 << 16}
+"""Time of one more bucket while decoding, in padding keys a head that could be read instead; not measured on a GPU."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Prompts of like length under each other, padded, and their completions likewise."""
+    """Prompts of similar length, padded to the longest, and their completions, padded likewise."""
 
-    prompts: torch.Size
-    """How many there are, and the longest one's tokens."""
-    completions: torch.Size
-    """(0, 0) where there are none, or every prompt has one: both are one sequence then, and stand among the prompts."""
-    lengths: Int[Tensor, " prompts"]
-    masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-    """What every layer adds to the scores of either, by window and precision: a row for all, or one each."""
+    prompt_shape: torch.Size
+    """Number of prompts, and tokens of the longest."""
+    completion_shape: torch.Size
+    """Likewise; (0, 0) without completions, or where every prompt has one, which is appended to it."""
+    prompt_lengths: Int[Tensor, " prompts"]
+    mask_biases: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """Mask biases of prompts and completions by window and dtype, shared by the layers; one row for all, or one each.
+    """
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a row stand once they are in buckets: each its prompts, flattened, then its completions."""
+class BucketLayout:
+    """Index maps between the tokens of a row and their slots in its buckets.
+
+    Slots are counted bucket by bucket: its prompts, flattened, then its completions.
+    """
 
     buckets: tuple[Bucket, ...]
-    order: Int[Tensor, " places"]
-    """The place in the row of what stands in the buckets; 0 for padding."""
-    real: Bool[Tensor, " places"]
+    slot_tokens: Int[Tensor, " slots"]
+    """Index in the row of each slot's token; 0 for padding."""
+    slot_mask: Bool[Tensor, " slots"]
     """False for padding."""
-    places: Int[Tensor, " length"]
-    """The way back: where in the buckets each token of the row stands."""
+    token_slots: Int[Tensor, " length"]
+    """Slot of each token of the row."""
 
 
-def lay_out_buckets(spans: Sequence[Span], device: torch.device) -> Layout:
-    """The buckets of a row that holds these prompts and completions; made on the CPU, then moved."""
-    whole = all(len(span.completions) == 1 for span in spans)
-    pieces = [(span.prompt + span.completions[0],) if whole else (span.prompt, *span.completions) for span in spans]
-    sizes = torch.tensor(pieces)
+def make_bucket_layout(spans: Sequence[PackedLengths], device: torch.device) -> BucketLayout:
+    """Sort the prompts and completions of a row into buckets; computed on the CPU, then moved to the device."""
+    lengths = [(span.prompt_length, *span.completion_lengths) for span in spans]
+    if all(len(row) == 2 for row in lengths):  # a prompt and its one completion are one sequence
+        lengths = [(sum(row),) for row in lengths]
+    sizes = torch.tensor(lengths)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
-    buckets, orders, reals = [], [], []
-    for rows in _alike(pieces, APART[device.type]):
-        prompts, real_prompts = pad_positions(starts[rows, 0], sizes[rows, 0])
-        completions, real_completions = pad_positions(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
+    buckets, tokens, masks = [], [], []
+    for rows in _group_by_length(lengths, BUCKET_COST_IN_PAIRS[device.type]):
+        prompts, prompt_mask = compute_token_indices(starts[rows, 0], sizes[rows, 0])
+        completions, completion_mask = compute_token_indices(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
         buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
-        orders += [prompts.flatten(), completions.flatten()]
-        reals += [real_prompts.flatten(), real_completions.flatten()]
-    order, real = torch.cat(orders), torch.cat(reals)
-    places = torch.empty_like(order[real])
-    places[order[real]] = real.nonzero()[:, 0]
-    return Layout(tuple(buckets), order.to(device), real.to(device), places.to(device))
+        tokens += [prompts.flatten(), completions.flatten()]
+        masks += [prompt_mask.flatten(), completion_mask.flatten()]
+    slot_tokens, slot_mask = torch.cat(tokens), torch.cat(masks)
+    token_slots = torch.empty_like(slot_tokens[slot_mask])
+    token_slots[slot_tokens[slot_mask]] = slot_mask.nonzero()[:, 0]
+    return BucketLayout(tuple(buckets), slot_tokens.to(device), slot_mask.to(device), token_slots.to(device))
 
 
-def _alike(pieces: Sequence[tuple[int, ...]], apart: int) -> list[list[int]]:
-    """Prompts, the longest first, cut into buckets where padding would cost more than another bucket does."""
+def _group_by_length(lengths: Sequence[tuple[int, ...]], bucket_cost: int) -> list[list[int]]:
+    """Group prompts, longest first, into buckets; a new one starts where padding would cost more than the bucket.
+
+    `lengths` holds the tokens of a prompt and of each of its completions, `bucket_cost` is in query-key pairs.
+    """
     buckets: list[list[int]] = []
-    longest = own = 0
-    for row in sorted(range(len(pieces)), key=lambda row: pieces[row], reverse=True):
-        prompt, *completions = pieces[row]
-        count, branches, widest = len(buckets[-1]) if buckets else 0, len(completions), max(completions, default=0)
-        joined = _pairs(count + 1, longest, max(own, widest), branches)
-        separate = _pairs(count, longest, own, branches) + _pairs(1, prompt, widest, branches)
-        if buckets and joined <= separate + apart:
+    longest_prompt = longest_completion = 0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
+        prompt, *completions = lengths[row]
+        count, k, completion = len(buckets[-1]) if buckets else 0, len(completions), max(completions, default=0)
+        joined = _count_pairs(count + 1, longest_prompt, max(longest_completion, completion), k)
+        separate = _count_pairs(count, longest_prompt, longest_completion, k) + _count_pairs(1, prompt, completion, k)
+        if buckets and joined <= separate + bucket_cost:
             buckets[-1].append(row)
-            own = max(own, widest)
+            longest_completion = max(longest_completion, completion)
         else:
             buckets.append([row])
-            longest, own = prompt, widest
+            longest_prompt, longest_completion = prompt, completion
     return buckets
 
 
-def _pairs(count: int, longest: int, own: int, branches: int) -> int:
-    """Pairs of a query and a key in a bucket of so many prompts, with so many completions each."""
-    return count * (longest * longest + branches * own * (longest + own))
+def _count_pairs(prompts: int, prompt: int, completion: int, k: int) -> int:
+    """Count the query-key pairs of a bucket with k completions a prompt, from the padded lengths of both."""
+    return prompts * (prompt * prompt + k * completion * (prompt + completion))
 
 
-def _masks(bucket: Bucket, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """For prompts (None: plain causal attention), and for completions, whose keys are the prompt's, then their own."""
-    (prompts, longest), (completions, longest_own) = bucket.prompts, bucket.completions
-    device = bucket.lengths.device
-    before, own = (torch.arange(length, device=device, dtype=torch.int32) for length in (longest, longest_own))
-    lengths = bucket.lengths.repeat_interleave(completions // prompts)[:, None, None]
+def _make_mask_biases(bucket: Bucket, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Mask biases of a bucket's prompts (None: causal attention) and completions, whose keys follow the prompt's."""
+    (prompts, longest_prompt), (completions, longest_completion) = bucket.prompt_shape, bucket.completion_shape
+    device = bucket.prompt_lengths.device
+    prompt, completion = (
+        torch.arange(length, device=device, dtype=torch.int32) for length in (longest_prompt, longest_completion)
+    )
+    lengths = bucket.prompt_lengths.repeat_interleave(completions // prompts)[:, None, None]
     distance = torch.cat(
         [
-            (lengths + own[:, None] - before).masked_fill(before >= lengths, -1),
-            (own[:, None] - own).expand(len(lengths), -1, -1),
+            (lengths + completion[:, None] - prompt).masked_fill(prompt >= lengths, -1),
+            (completion[:, None] - completion).expand(len(lengths), -1, -1),
         ],
         dim=2,
     )
-    plain = device.type not in OURS and (window is None or window >= longest)
-    of_prompts = None if plain else _added(before[:, None] - before, window, dtype)[None]
-    return of_prompts, _added(distance, window, dtype)
+    causal = device.type not in BLOCKED_ATTENTION_DEVICES and (window is None or window >= longest_prompt)
+    prompt_bias = None if causal else _make_mask_bias(prompt[:, None] - prompt, window, dtype)[None]
+    return prompt_bias, _make_mask_bias(distance, window, dtype)
 
 
-def _added(distance: Int[Tensor, "*shape"], window: int | None, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """0 where a key stands at its query or before it, within the window; minus infinity elsewhere."""
-    seen = (distance >= 0) & (True if window is None else distance < window)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+def _make_mask_bias(distance: Int[Tensor, "*shape"], window: int | None, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """0 where the distance from key to query is not negative and within the window, minus infinity elsewhere."""
+    visible = (distance >= 0) & (True if window is None else distance < window)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
-class _Reorder(torch.autograd.Function):
-    """x[to], where the rows of x that are used at all are used once: so the way back is a gather too, not a sum.
+class _GatherRows(torch.autograd.Function):
+    """x[index], where each row of x is used at most once, so that the gradient is a gather too instead of a sum.
 
-    `back` says where in the result each row of x stands, `used` whether it does.
+    `inverse` is the position in the result of each row of x, `used` is false for rows that are not in it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Float[Tensor, "n heads width"], to: Tensor, back: Tensor, used: Tensor | None
+        ctx: Any, x: Float[Tensor, "n heads width"], index: Tensor, inverse: Tensor, used: Tensor | None
     ) -> Float[Tensor, "m heads width"]:
-        ctx.save_for_backward(back, used)
-        return x.index_select(0, to)
+        ctx.save_for_backward(inverse, used)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, gradient: Float[Tensor, "m heads width"]) -> tuple[Tensor | None, ...]:
-        back, used = ctx.saved_tensors
-        found = gradient.index_select(0, back)
-        return found if used is None else found * used[:, None, None], None, None, None
+        inverse, used = ctx.saved_tensors
+        of_x = gradient.index_select(0, inverse)
+        return of_x if used is None else of_x * used[:, None, None], None, None, None
 
 
-_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_layout: ContextVar[BucketLayout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def branch_attention(spans: Sequence[Span], device: torch.device) -> Iterator[None]:
-    """What goes through a model meanwhile is one row that holds these prompts and completions, if there are any."""
-    token = _layout.set(lay_out_buckets(spans, device) if spans else None)
+def use_branch_attention(spans: Sequence[PackedLengths], device: torch.device) -> Iterator[None]:
+    """Make the model's attention that of one row with these prompts and completions; no spans, no effect."""
+    token = _layout.set(make_bucket_layout(spans, device) if spans else None)
     try:
         yield
     finally:
         _layout.reset(token)
 
 
-_buckets: ContextVar[tuple[tuple[slice, int], ...] | None] = ContextVar("buckets", default=None)
+_decoding_buckets: ContextVar[tuple[tuple[slice, int], ...] | None] = ContextVar("decoding_buckets", default=None)
 
 
 @contextmanager
-def decoding_attention(keys: Sequence[int], device: torch.device) -> Iterator[None]:
-    """What goes through a model meanwhile is one new token a row; each may see the first so many keys, and itself is
-    the last of them. Rows of like length follow each other."""
-    token = _buckets.set(tuple(_of_like_length(keys, APART_DECODING[device.type])))
+def use_decoding_attention(key_counts: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Make the model's attention that of one new token a row, which sees the row's first `key_counts` keys.
+
+    The last of these keys is its own. Rows of similar length should be neighbours.
+    """
+    token = _decoding_buckets.set(tuple(_split_by_key_count(key_counts, DECODING_BUCKET_COST_IN_KEYS[device.type])))
     try:
         yield
     finally:
-        _buckets.reset(token)
+        _decoding_buckets.reset(token)
 
 
-def _of_like_length(keys: Sequence[int], apart: int) -> Iterator[tuple[slice, int]]:
-    """Rows that are attended to together, and the most keys that one of them sees."""
+def _split_by_key_count(key_counts: Sequence[int], bucket_cost: int) -> Iterator[tuple[slice, int]]:
+    """Split rows into buckets where padding would cost more than a bucket; yields rows and most keys of a row."""
     first, most, total = 0, 0, 0
-    for row, own in enumerate(keys):
-        padding = max(most, own) * (row - first + 1) - total - own
-        if row > first and padding > apart:
+    for row, count in enumerate(key_counts):
+        padding = max(most, count) * (row - first + 1) - total - count
+        if row > first and padding > bucket_cost:
             yield slice(first, row), most
             first, most, total = row, 0, 0
-        most, total = max(most, own), total + own
-    yield slice(first, len(keys)), most
+        most, total = max(most, count), total + count
+    yield slice(first, len(key_counts)), most
 
 
-def _attention(
+def _compute_attention(
     module: nn.Module,
     query: Float[Tensor, "rows heads length width"],
     key: Float[Tensor, "rows kv_heads keys width"],
@@ -197,33 +208,38 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "rows length heads value_width"], None]:
+    """Attention as transformers calls it: of a branch batch, of one new token a row, or of anything else by sdpa."""
     layout = _layout.get()
     if layout is None and query.shape[2] == 1 and attention_mask is not None and kwargs.get("position_bias") is None:
-        buckets = _buckets.get() or ((slice(None), key.shape[2]),)
-        found_in = [
-            _decode(query[rows], key[rows, :, :most], value[rows, :, :most], attention_mask[rows, ..., :most], scaling)
+        buckets = _decoding_buckets.get() or ((slice(None), key.shape[2]),)
+        outputs = [
+            _attend_new_tokens(
+                query[rows], key[rows, :, :most], value[rows, :, :most], attention_mask[rows, ..., :most], scaling
+            )
             for rows, most in buckets
         ]
-        return torch.cat(found_in), None
+        return torch.cat(outputs), None
     if layout is None:
         kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return found
+        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return plain
     dtype = value.dtype  # rotations leave queries and keys wider than autocast
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    found_in = list[Tensor]()
-    split = (_split(x.to(dtype), layout) for x in (query, key, value))
-    for bucket, (q, own_q), (k, own_k), (v, own_v) in zip(layout.buckets, *split, strict=True):
-        if (sliding_window, dtype) not in bucket.masks:
-            bucket.masks[sliding_window, dtype] = _masks(bucket, sliding_window, dtype)
-        mask, own_mask = bucket.masks[sliding_window, dtype]
-        found_in.append(_attend(q, k, v, mask, scale, dropout).flatten(0, 1))
-        if len(own_q):
-            times = len(own_q) // len(q)
-            keys = torch.cat([k.repeat_interleave(times, dim=0), own_k], dim=1)
-            values = torch.cat([v.repeat_interleave(times, dim=0), own_v], dim=1)
-            found_in.append(_attend(own_q, keys, values, own_mask, scale, dropout).flatten(0, 1))
-    out: Tensor = _Reorder.apply(torch.cat(found_in), layout.places, layout.order, layout.real)  # type: ignore[no-untyped-call]
+    outputs = list[Tensor]()
+    split = (_split_into_buckets(x.to(dtype), layout) for x in (query, key, value))
+    for bucket, (q, completion_q), (k, completion_k), (v, completion_v) in zip(layout.buckets, *split, strict=True):
+        if (sliding_window, dtype) not in bucket.mask_biases:
+            bucket.mask_biases[sliding_window, dtype] = _make_mask_biases(bucket, sliding_window, dtype)
+        prompt_bias, completion_bias = bucket.mask_biases[sliding_window, dtype]
+        outputs.append(_attend(q, k, v, prompt_bias, scale, dropout).flatten(0, 1))
+        if len(completion_q):
+            per_prompt = len(completion_q) // len(q)
+            keys = torch.cat([k.repeat_interleave(per_prompt, dim=0), completion_k], dim=1)
+            values = torch.cat([v.repeat_interleave(per_prompt, dim=0), completion_v], dim=1)
+            outputs.append(_attend(completion_q, keys, values, completion_bias, scale, dropout).flatten(0, 1))
+    out: Tensor = _GatherRows.apply(  # type: ignore[no-untyped-call]
+        torch.cat(outputs), layout.token_slots, layout.slot_tokens, layout.slot_mask
+    )
     return out[None], None
 
 
@@ -231,27 +247,28 @@ def _attend(
     q: Float[Tensor, "rows queries heads width"],
     k: Float[Tensor, "rows keys kv_heads width"],
     v: Float[Tensor, "rows keys kv_heads value_width"],
-    added: Float[Tensor, "one_or_rows queries keys"] | None,
+    mask_bias: Float[Tensor, "one_or_rows queries keys"] | None,
     scale: float,
     dropout: float,
 ) -> Float[Tensor, "rows queries heads value_width"]:
-    if added is not None and added.device.type in OURS and not dropout:
-        return blocked_attention(q, k, v, added, scale)
+    """softmax(scale * q k^T + mask_bias) v by the function that is faster on the device; causal without a bias."""
+    if mask_bias is not None and mask_bias.device.type in BLOCKED_ATTENTION_DEVICES and not dropout:
+        return blocked_attention(q, k, v, mask_bias, scale)
     groups = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), repeat_kv(k.transpose(1, 2), groups), repeat_kv(v.transpose(1, 2), groups)
-    mask = None if added is None else added[:, None]
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=added is None)
+    mask = None if mask_bias is None else mask_bias[:, None]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=mask is None)
     return out.transpose(1, 2)
 
 
-def _decode(
+def _attend_new_tokens(
     query: Float[Tensor, "rows heads 1 width"],
     key: Float[Tensor, "rows kv_heads keys width"],
     value: Float[Tensor, "rows kv_heads keys value_width"],
     visible: Bool[Tensor, "rows 1 1 keys"],
     scaling: float | None,
 ) -> Float[Tensor, "rows 1 heads value_width"]:
-    """One new token a row: the heads that share keys are queries of one head, so that keys are read, not copied."""
+    """Attention of one new token a row; query heads that share keys become queries of one head, so no key is copied."""
     rows, heads, _, width = query.shape
     groups = heads // key.shape[1]
     grouped = query.to(value.dtype).view(rows, key.shape[1], groups, width)
@@ -262,15 +279,17 @@ def _decode(
     return out[:, :, :groups].reshape(rows, 1, heads, -1)
 
 
-def _split(x: Float[Tensor, "1 heads length width"], layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every bucket, [prompts, longest, heads, width] and [completions, longest, heads, width]."""
+def _split_into_buckets(
+    x: Float[Tensor, "1 heads length width"], layout: BucketLayout
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a row into its buckets' padded prompts and completions, each [count, longest, heads, width]."""
     flat = x.transpose(1, 2)[0]
-    reordered: Tensor = _Reorder.apply(flat, layout.order, layout.places, None)  # type: ignore[no-untyped-call]
-    shapes = [shape for bucket in layout.buckets for shape in (bucket.prompts, bucket.completions)]
-    parts = reordered.split([math.prod(shape) for shape in shapes])
+    slots: Tensor = _GatherRows.apply(flat, layout.slot_tokens, layout.token_slots, None)  # type: ignore[no-untyped-call]
+    shapes = [shape for bucket in layout.buckets for shape in (bucket.prompt_shape, bucket.completion_shape)]
+    parts = slots.split([math.prod(shape) for shape in shapes])
     views = [part.view(*shape, *x.shape[1::2]) for part, shape in zip(parts, shapes, strict=True)]
     return zip(views[::2], views[1::2], strict=True)
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, _compute_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,4 +1,4 @@
-"""The identity of a model folder by its content."""
+"""Digests of model folders."""
 
 import hashlib
 import json
@@ -9,13 +9,13 @@ from mixpo.data.sources import file_digest
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model folder that may change what it computes."""
+    """Files of a model folder that can change the model's outputs, sorted by name."""
     kinds = (".safetensors", ".bin", ".model", ".json", ".txt", ".jinja")
     return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in kinds)
 
 
 def model_digest(folder: Path) -> str:
-    """Identity of a model by content: of its `model_files`; 16 hex digits."""
+    """SHA-256 of the names and contents of a folder's `model_files`, first 16 hex digits."""
     digest = hashlib.sha256()
     for file in model_files(folder):
         digest.update(file.name.encode())
@@ -24,18 +24,18 @@ def model_digest(folder: Path) -> str:
 
 
 def refuse_changed_model(folder: Path) -> None:
-    """Refuse a stage's model that is not the one whose digest stands in the stage's `summary.json`.
+    """Raise `InputError` if a model's digest differs from that in the `summary.json` of the stage that wrote it.
 
-    Every file is hashed, once a process (`file_digest`): some 10 seconds for 14 GB, which are read anyway, before hours
-    of training. Sizes and headers are the same where weights were replaced, and times change where a cache is copied.
+    Every file is hashed once a process (`file_digest`), about 10 seconds for 14 GB. Sizes and headers would not show
+    replaced weights, and file times change when a cache is copied.
     """
     try:
         summary = json.loads((folder.parent / "summary.json").read_text(encoding="utf8"))
         expected, _ = summary["model"], summary["cost"]["seconds"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return  # not a finished stage's
-    if folder.name == "model" and expected != (found := model_digest(folder)):
+    if folder.name == "model" and expected != (digest := model_digest(folder)):
         raise InputError(
-            f"{folder}: found files of the digest {found}; expected {expected}, by the summary.json of the stage that "
-            f"wrote them: they are damaged or were replaced; delete {folder.parent} to compute the stage again"
+            f"{folder}: found files with digest {digest}; expected {expected}, as in the summary.json of the stage "
+            f"that wrote them: they were damaged or replaced; delete {folder.parent} to compute the stage again"
         )

@@ -1,7 +1,7 @@
-"""Model folders as they come from anywhere, read with suspicion: what is missing or odd is one `InputError` line.
+"""Reading and checking of model folders from any source; every problem is an `InputError` of one line.
 
-Nothing is filled in. Transformers draws random numbers for weights that a folder lacks, and runs Python that a folder
-brings along when it may; here every tensor is accounted for by name, and no folder's code is ever run.
+Transformers fills missing weights with random numbers and can run Python code from a folder. Here every tensor must
+be there by name, and no code from a folder is run.
 """
 
 import json
@@ -46,43 +46,43 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What transformers looks for, in its order."""
+"""Names of weight files, in the order in which transformers looks for them."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-FLOATS = {
+FLOAT_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""By their names in safetensors."""
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-"""Entries of a config that some tensor is at least as long as."""
-CAPPED = {
+"""Floating-point types by their names in safetensors."""
+SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+"""Keys of a config whose value cannot exceed the longest axis of a tensor."""
+SOFTCAP_KEYS = {
     "attn_logit_softcapping": "caps its attention scores",
     "final_logit_softcapping": "caps its logits",
 }
-UNSUPPORTED = "expected a decoder of text with plain attention and weights; no other is supported"
-NEEDS = "expected a decoder-only language model in a Hugging Face folder"
+EXPECTED_ARCHITECTURE = "expected a decoder of text with plain attention and weights; no other is supported"
+EXPECTED_FOLDER = "expected a decoder-only language model in a Hugging Face folder"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder whose every file was looked at, and no weight read."""
+    """A checked model folder; its weights are not loaded."""
 
     path: Path
     config: PretrainedConfig
     network: type[PreTrainedModel]
-    """The class that its weights belong to."""
+    """Transformers class of the model."""
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
-    """Of most of its weights."""
+    """Type of most of its weights."""
     end_tokens: frozenset[int]
-    """The tokens that end a completion by its `generation_config.json`."""
+    """End tokens in its `generation_config.json`."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a weight file says of one tensor."""
+    """Type and shape of one tensor in a weight file."""
 
     dtype: torch.dtype | str
     shape: tuple[int, ...]
@@ -90,11 +90,11 @@ class TensorHeader:
 
 @contextmanager
 def explain_loading_errors(
-    source: Path | str, found: str = "a model that cannot be read", fix: str = NEEDS
+    source: Path | str, problem: str = "a model that cannot be read", fix: str = EXPECTED_FOLDER
 ) -> Iterator[None]:
-    """Turn whatever transformers raises on a damaged `source` into an `InputError`, and keep it silent.
+    """Raise `InputError` in place of any error while `source` is loaded; transformers' warnings are suppressed.
 
-    A lack of memory says nothing of the source, and stays what it is.
+    Out-of-memory errors pass unchanged, since they are no fault of the source.
     """
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
@@ -105,10 +105,10 @@ def explain_loading_errors(
             yield
     except InputError:
         raise
-    except Exception as error:  # no list of types holds for files that anybody may have written
+    except Exception as error:  # damaged files raise errors of any type
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise  # the last are RuntimeErrors of PyTorch on a CPU, and ENOMEM
-        raise InputError(f"{source}: found {found} ({type(error).__name__}: {first_line(error)}); {fix}") from error
+            raise  # on a CPU, PyTorch raises RuntimeError with this text
+        raise InputError(f"{source}: found {problem} ({type(error).__name__}: {first_line(error)}); {fix}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -116,7 +116,7 @@ def explain_loading_errors(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 160 characters."""
+    """First line of an error's message, at most 160 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
@@ -125,14 +125,14 @@ def read_policy_folder(
 ) -> ModelFolder:
     """Check a causal language model's folder without reading its weights. Raises `InputError`, one line.
 
-    Checked: that every file parses, the architecture, that a reward model can be made from it, every tensor's name,
-    shape and type, the tokenizer (`load_tokenizer`'s, or another), its template and end token, and that the embeddings
-    hold all of its tokens.
+    Checks that every file parses, the architecture, that a reward model can be made from it, every tensor's name,
+    shape and type, the tokenizer (from `read_tokenizer` if given), its template and end token, and that the embeddings
+    have a row for each token.
     """
     config = read_config(folder)
     network = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     _check_architecture(folder, config, () if network is None else (network.__name__,), "a causal language model")
-    checked = _checked(folder, config, network, read_tokenizer or load_tokenizer)
+    checked = _read_model_folder(folder, config, network, read_tokenizer or load_tokenizer)
     classifier = find_classifier_class(config, folder)
     with explain_loading_errors(folder, "an architecture that no reward model can be made of"), torch.device("meta"):
         find_score_head(classifier(config), folder)
@@ -148,21 +148,21 @@ def read_reward_folder(folder: Path) -> ModelFolder:
     _check_architecture(folder, config, (network.__name__,), expected)
     if config.num_labels != 1:
         raise InputError(f"{folder}: found a sequence classifier with {config.num_labels} labels; expected {expected}")
-    return _checked(folder, config, network, load_tokenizer)
+    return _read_model_folder(folder, config, network, load_tokenizer)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """A folder's `config.json`, after every JSON file beside it was seen to hold an object."""
+    """Read a folder's `config.json`, after checking that every JSON file in the folder holds an object."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: found no such folder; {NEEDS}")
+        raise InputError(f"{folder}: found no such folder; {EXPECTED_FOLDER}")
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder}: found adapters (adapter_config.json); expected a whole model; merge them first with peft's "
             "`merge_and_unload` and save the result"
         )
-    contents = {name: _read_object(folder / name) for name in JSON_FILES if (folder / name).exists()}
+    contents = {name: _read_json_object(folder / name) for name in JSON_FILES if (folder / name).exists()}
     if "config.json" not in contents:
-        raise InputError(f"{folder}: found no config.json; {NEEDS}")
+        raise InputError(f"{folder}: found no config.json; {EXPECTED_FOLDER}")
     raw = contents["config.json"]
     if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
         raise InputError(
@@ -170,7 +170,7 @@ def read_config(folder: Path) -> PretrainedConfig:
             "expected an architecture that transformers has"
         )
     if not raw.get("architectures"):
-        raise InputError(f"{folder}: found no config.json that names an architecture; {NEEDS}")
+        raise InputError(f"{folder}: found no config.json that names an architecture; {EXPECTED_FOLDER}")
     with explain_loading_errors(folder, "a config.json that cannot be read"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config.get_text_config()
@@ -178,13 +178,13 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def read_context(folder: Path) -> int | None:
-    """How many tokens a model's positions reach; None where its config sets no end."""
+    """Context length of a model in tokens; None if its config has none."""
     context: int | None = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     return context
 
 
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, or of a Hugging Face id at a commit."""
+    """Load the tokenizer of a model folder, or of a Hugging Face id at a commit."""
     fix = "expected tokenizer.json beside the weights; save it there with `tokenizer.save_pretrained`"
     local = Path(folder).is_dir()
     if local and not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
@@ -207,13 +207,13 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
 def load_weights(
     folder: ModelFolder, *, new_head: bool = False, network: type[PreTrainedModel] | None = None, meta: bool = False
 ) -> PreTrainedModel:
-    """The folder's model in float32 with transformers' own attention, every tensor of it from the folder.
+    """Load a checked folder's model in float32; raises `InputError` unless its tensors are exactly the model's.
 
-    `network` takes the weights into another class; with `new_head` its `score` head alone may be missing. With `meta`
-    no weight is read, only names and shapes are compared.
+    `network` loads the weights into another class; with `new_head` only its `score` head may be missing. With `meta`
+    no weight is read: only names and shapes are compared.
     """
     with explain_loading_errors(folder.path, "weights that cannot be read", "download or save the folder again"):
-        model, found = (network or folder.network).from_pretrained(
+        model, loading_info = (network or folder.network).from_pretrained(
             folder.path,
             config=folder.config,
             dtype=torch.float32,
@@ -224,11 +224,11 @@ def load_weights(
             local_files_only=True,
             **({"device_map": "meta"} if meta else {}),
         )
-    missing = {name for name in found["missing_keys"] if not (new_head and name.startswith("score."))}
-    unexpected = () if new_head else found["unexpected_keys"]
-    shapes = [f"{name} {list(file)} (not {list(needed)})" for name, file, needed in found["mismatched_keys"]]
+    missing = {name for name in loading_info["missing_keys"] if not (new_head and name.startswith("score."))}
+    unexpected = () if new_head else loading_info["unexpected_keys"]
+    shapes = [f"{name} {list(file)} (not {list(needed)})" for name, file, needed in loading_info["mismatched_keys"]]
     problems = [
-        f"{what} {_some(names)}"
+        f"{what} {_join_names(names)}"
         for what, names in (
             ("no tensor", missing),
             ("a tensor that the architecture has not,", unexpected),
@@ -245,11 +245,11 @@ def load_weights(
     return loaded
 
 
-def generation_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:
-    """The tokens that end a completion by the model's `generation_config`; none where it has none."""
-    named = [folder / name for name in ("generation_config.json", "config.json")]
-    if not any("eos_token_id" in _read_object(file) for file in named if file.exists()):
-        return frozenset()  # transformers fills in what is usual for the architecture, of any vocabulary
+def read_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:
+    """Read the end tokens of a model's generation config; an empty set if it has none."""
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    if not any("eos_token_id" in _read_json_object(file) for file in files if file.exists()):
+        return frozenset()  # else transformers fills in the architecture's default, from another vocabulary
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
     vocabulary = model.config.get_text_config().vocab_size
@@ -262,23 +262,26 @@ def generation_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int
     return frozenset(ends)
 
 
-def _checked(
+def _read_model_folder(
     folder: Path,
     config: PretrainedConfig,
     network: type[PreTrainedModel],
     read_tokenizer: Callable[[Path], PreTrainedTokenizerBase],
 ) -> ModelFolder:
+    """Read and check a folder's tokenizer, tensor headers and end tokens against its config."""
     tokenizer = read_tokenizer(folder)
-    tensors = _read_tensors(folder)
-    dtype = _common_dtype(folder, tensors)
-    _refuse_absurd_sizes(folder, config, tensors)
+    tensors = _read_folder_headers(folder)
+    dtype = _find_common_dtype(folder, tensors)
+    _check_config_sizes(folder, config, tensors)
     with explain_loading_errors(folder, "a chat template that does not render", "set another as `model.chat_template`"):
         check_tokenizer(tokenizer)
     checked = ModelFolder(folder, config, network, tokenizer, dtype, frozenset())
     model = load_weights(checked, meta=True)
-    checked = replace(checked, end_tokens=generation_end_tokens(model, folder))
+    checked = replace(checked, end_tokens=read_end_tokens(model, folder))
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        raise InputError(f"{folder}: found a {type(model).__name__}, whose attention has sinks; {UNSUPPORTED}")
+        raise InputError(
+            f"{folder}: found a {type(model).__name__}, whose attention has sinks; {EXPECTED_ARCHITECTURE}"
+        )
     rows, highest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         text = tokenizer.convert_ids_to_tokens(highest)
@@ -290,32 +293,33 @@ def _checked(
 
 
 def _check_architecture(folder: Path, config: PretrainedConfig, networks: tuple[str, ...], expected: str) -> None:
-    """Refuse what is known by its config to be another kind of model, or one that mixpo would compute wrongly."""
-    named = config.architectures
-    if not isinstance(named, list) or named[0] not in networks:
+    """Raise `InputError` if a config is of another kind of model, or of one that mixpo does not compute correctly."""
+    architectures = config.architectures
+    if not isinstance(architectures, list) or architectures[0] not in networks:
         raise InputError(
-            f"{folder}: found {named} of model_type {config.model_type!r}; expected {expected}"
+            f"{folder}: found {architectures} of model_type {config.model_type!r}; expected {expected}"
             + (f" ({networks[0]})" if networks else "; transformers has none of that type")
         )
     text = config.get_text_config()
     quantization = getattr(config, "quantization_config", None)
-    capped = [words for key, words in CAPPED.items() if getattr(text, key, None) is not None]
-    found = (
+    softcaps = [effect for key, effect in SOFTCAP_KEYS.items() if getattr(text, key, None) is not None]
+    problem = (
         "an encoder-decoder"
         if config.is_encoder_decoder
         else f"a model of several parts ({', '.join(config.sub_configs)})"
         if text is not config
         else "quantized weights (quantization_config)"
         if quantization is not None
-        else f"a {named[0]}, which {' and '.join(capped)}"
-        if capped
+        else f"a {architectures[0]}, which {' and '.join(softcaps)}"
+        if softcaps
         else None
     )
-    if found:
-        raise InputError(f"{folder}: found {found}; {UNSUPPORTED}")
+    if problem:
+        raise InputError(f"{folder}: found {problem}; {EXPECTED_ARCHITECTURE}")
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises `InputError`."""
     try:
         content = json.loads(file.read_text(encoding="utf8"))
     except OSError as error:
@@ -331,8 +335,8 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
-    """Names, types and shapes of all tensors in a folder's weight files, from their headers."""
+def _read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Read the headers of all tensors in a folder's weight files, by name."""
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise InputError(
@@ -340,7 +344,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
         )
     files = [folder / name]
     if name.endswith(".index.json"):
-        shards = _read_object(folder / name).get("weight_map")
+        shards = _read_json_object(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
             raise InputError(f"{folder / name}: found no weight_map of file names; download or save the folder again")
         elsewhere = [file for file in shards.values() if Path(file).name != file]
@@ -355,29 +359,32 @@ def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
         with explain_loading_errors(
             file, "weights that cannot be read", "the file may be torn; download or save the folder again"
         ):
-            tensors |= _headers(file)
+            tensors |= _read_tensor_headers(file)
     if not tensors:
         raise InputError(f"{files[0]}: found no tensors; download or save the folder again")
     return tensors
 
 
-def _headers(file: Path) -> dict[str, TensorHeader]:
+def _read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
+    """Read the headers of the tensors in one weight file, by name."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: TensorHeader(FLOATS.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                name: TensorHeader(FLOAT_DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     state = torch.load(file, map_location="meta", weights_only=True)
     return {
-        name: TensorHeader(tensor.dtype if tensor.dtype in FLOATS.values() else str(tensor.dtype), tuple(tensor.shape))
+        name: TensorHeader(
+            tensor.dtype if tensor.dtype in FLOAT_DTYPES.values() else str(tensor.dtype), tuple(tensor.shape)
+        )
         for name, tensor in state.items()
     }
 
 
-def _common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.dtype:
-    """The type of most weights. Raises `InputError` where one is no floating-point number, or packed."""
+def _find_common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.dtype:
+    """Find the type of most weights. Raises `InputError` if a tensor is not of floating-point numbers."""
     counts: dict[torch.dtype, int] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor.dtype, torch.dtype):
@@ -392,11 +399,11 @@ def _common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.dtype
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _refuse_absurd_sizes(folder: Path, config: PretrainedConfig, tensors: dict[str, TensorHeader]) -> None:
-    """Refuse a config of which a model could not even be laid out, before anything is."""
+def _check_config_sizes(folder: Path, config: PretrainedConfig, tensors: dict[str, TensorHeader]) -> None:
+    """Raise `InputError` if sizes in a config exceed those of the tensors, before memory for a model is reserved."""
     text = config.get_text_config()
     longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    bounds = {**dict.fromkeys(SIZES, longest), "num_hidden_layers": len(tensors)}
+    bounds = {**dict.fromkeys(SIZE_KEYS, longest), "num_hidden_layers": len(tensors)}
     for key, bound in bounds.items():
         size = getattr(text, key, None)
         if isinstance(size, int) and not 0 < size <= bound:
@@ -412,7 +419,8 @@ def _refuse_absurd_sizes(folder: Path, config: PretrainedConfig, tensors: dict[s
         )
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
+def _join_names(names: Iterable[str], most: int = 3) -> str:
+    """Join the first `most` names in order, and add the number of the others."""
     ordered = sorted(names)
     rest = len(ordered) - most
     return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")

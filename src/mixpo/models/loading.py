@@ -1,4 +1,4 @@
-"""Loading models from Hugging Face folders, checked."""
+"""Loading of models from Hugging Face folders, with checks of every weight and of what they compute."""
 
 from pathlib import Path
 
@@ -28,23 +28,23 @@ from mixpo.models.verification import compute_plain_outputs, draw_probe_tokens, 
 
 
 def load_policy(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
-    """A causal language model from a folder, checked: every weight is there, and is computed with as it should be."""
+    """Load a causal language model from a folder, after checking its weights and its outputs."""
     refuse_changed_model(folder)
     checked = read_policy_folder(folder)
-    return _wrap(load_weights(checked), checked, device, precision)
+    return _make_language_model(load_weights(checked), checked, device, precision)
 
 
 def load_reward_model(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
-    """A reward model from a folder: a sequence classifier with one label."""
+    """Load a reward model from a folder: a sequence classifier with one label, checked likewise."""
     refuse_changed_model(folder)
     checked = read_reward_folder(folder)
-    return _wrap(load_weights(checked), checked, device, precision)
+    return _make_language_model(load_weights(checked), checked, device, precision)
 
 
 def new_reward_model(
     policy: Path, *, seed: int, device: torch.device, precision: Precision = "float32"
 ) -> LanguageModel:
-    """A reward model with a policy's weights and a new scalar head, drawn from N(0, 1/(width+1)) (Stiennon 2020)."""
+    """Make a reward model of a policy's weights and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
     refuse_changed_model(policy)
     checked = read_policy_folder(policy)
     checked.config.num_labels, checked.config.problem_type = 1, None
@@ -55,16 +55,19 @@ def new_reward_model(
         head.weight.copy_(torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5)
         if head.bias is not None:
             head.bias.zero_()
-    return _wrap(model, checked, device, precision)
+    return _make_language_model(model, checked, device, precision)
 
 
-def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, precision: Precision) -> LanguageModel:
+def _make_language_model(
+    model: PreTrainedModel, folder: ModelFolder, device: torch.device, precision: Precision
+) -> LanguageModel:
+    """Make a `LanguageModel`, after comparing its outputs with those of transformers in float32."""
     path = folder.path
     refuse_non_finite_weights(path, dict(model.named_parameters()), "download or train the model again")
-    model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, would never learn
+    model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, gets no gradient
     model = model.to(device).eval()
-    odd = f"a {type(model).__name__}, which cannot compute a prompt with its completions"
-    with explain_loading_errors(path, odd, "expected a decoder-only transformer with attention masks"):
+    problem = f"a {type(model).__name__}, which cannot compute a prompt with its completions"
+    with explain_loading_errors(path, problem, "expected a decoder-only transformer with attention masks"):
         tokens = draw_probe_tokens(model, folder.tokenizer)
         expected = compute_plain_outputs(model, tokens)
         lm = LanguageModel(
@@ -73,8 +76,8 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
             find_end_token(folder.tokenizer),
             shares_prompts=True,
             end_tokens=folder.end_tokens,
-            logit_scale=_logit_scale(folder.config),
-            unused_tokens=_unused_tokens(model, folder.tokenizer),
+            logit_scale=_read_logit_scale(folder.config),
+            unused_tokens=_find_unused_tokens(model, folder.tokenizer),
             folder=path,
             dtype=folder.dtype,
         )
@@ -83,13 +86,13 @@ def _wrap(model: PreTrainedModel, folder: ModelFolder, device: torch.device, pre
     return lm
 
 
-def _logit_scale(config: PretrainedConfig) -> float:
-    """What the architecture multiplies its logits by; wrong for one that does it by another name, which is refused."""
+def _read_logit_scale(config: PretrainedConfig) -> float:
+    """Read the factor of an architecture's logits from its config; a factor of another name fails `verify_model`."""
     text = config.get_text_config()
     return float(getattr(text, "logit_scale", 1.0)) / float(getattr(text, "logits_scaling", 1.0))
 
 
-def _unused_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of a model's vocabulary that are no token of its tokenizer: padding at the end, and holes."""
+def _find_unused_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Find the ids of a model's vocabulary without a token in its tokenizer, at the end or between tokens."""
     tokens = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
     return tuple(sorted(set(range(model.config.get_text_config().vocab_size)) - tokens))

@@ -1,9 +1,9 @@
-"""Reward models of every architecture: a scalar head on the base model, and the token that pads its batches.
+"""Scalar heads and pad tokens of reward models.
 
-Where transformers has a sequence classifier of the architecture, a reward model is one. For the many that have none
-(Granite, Cohere, OLMoE, Llama 4, ... 103 of 189 in transformers 5.23) the same head stands on the architecture's base
-model, under the name that such a class would have. Such a folder loads here; elsewhere `AutoModel` loads its base, and
-its head is the tensor `score.weight`, to be multiplied with the last hidden state at the completion's last token.
+A reward model is transformers' sequence classifier of the architecture. Many architectures have none (Granite, Cohere,
+OLMoE, Llama 4, ... 103 of 189 in transformers 5.23): there a class with the same head on the base model is made, under
+the name that transformers would give it. mixpo loads its folders; elsewhere, load the base with `AutoModel` and
+multiply the last hidden state at the completion's last token by the tensor `score.weight`.
 """
 
 from functools import cache
@@ -23,28 +23,29 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from mixpo.data.errors import InputError
 
-PADDING = "<|reward_padding|>"
-"""The token that is added where a tokenizer has no other to pad with."""
+NEW_PAD_TOKEN = "<|reward_padding|>"
+"""Pad token that is added to a tokenizer without another special token."""
 
 
 def find_classifier_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
-    """The class of reward models on a config's architecture. Raises `InputError` where there can be none."""
-    known: type[PreTrainedModel] | None = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if known is not None:
-        return known
+    """Find or make the class of reward models of a config's architecture. Raises `InputError` if there is none."""
+    classifier: type[PreTrainedModel] | None = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if classifier is not None:
+        return classifier
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal is None:
         raise InputError(
             f"{folder}: found model_type {config.model_type!r}, of which transformers has no causal language model; "
             "expected a decoder-only language model"
         )
-    return _on_base_model(causal)
+    return _make_classifier_class(causal)
 
 
 @cache
-def _on_base_model(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _make_classifier_class(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Make a sequence classifier on the base class of a causal language model."""
     family: Any = next(
-        one for one in causal.__mro__ if issubclass(one, PreTrainedModel) and not issubclass(one, GenerationMixin)
+        base for base in causal.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, GenerationMixin)
     )
     name = causal.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
     body: dict[str, Any] = {"base_model_prefix": family.base_model_prefix, "__module__": __name__, "__doc__": __doc__}
@@ -52,7 +53,7 @@ def _on_base_model(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
-    """A sequence classifier's head, one linear layer. Raises `InputError` where it has another."""
+    """The linear `score` head of a sequence classifier. Raises `InputError` if it has another head."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise InputError(
@@ -62,15 +63,15 @@ def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
     return head
 
 
-def choose_pad_token(tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> str:
-    """The text of a token that can pad behind completions: special, and never one that ends them.
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> str:
+    """Choose a special token to pad with that is no end token: the tokenizer's pad token, another, or a new one.
 
-    Transformers reads a classifier's score at the rightmost token that is not the pad token, so a completion's own end
-    token must not pad. The tokenizer's own pad token, if it is none, else another special token, else a new one.
+    Transformers reads a classifier's score at the rightmost token that is not the pad token, so an end token must not
+    be the pad token.
     """
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
-    named = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special)
-    for token in named:
-        if token is not None and token not in ends and token != tokenizer.eos_token_id:
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special)
+    for token in candidates:
+        if token is not None and token not in end_tokens and token != tokenizer.eos_token_id:
             return str(tokenizer.convert_ids_to_tokens(token))
-    return PADDING
+    return NEW_PAD_TOKEN

@@ -11,7 +11,7 @@ class Sampler(Protocol):
     """An engine that samples completions from a policy."""
 
     def load_policy(self, policy: LanguageModel) -> None:
-        """Take over the policy's weights as they are now: what is sampled next comes from them."""
+        """Copy or reference the policy's current weights, from which the next completions are sampled."""
 
     def draw(
         self,
@@ -27,13 +27,13 @@ class Sampler(Protocol):
     ) -> SampledCompletions:
         """Sample k completions of at most `max_tokens` tokens for every prompt.
 
-        The log-probs are the policy's own, at temperature 1 and not truncated. `occurrences` (`count_occurrences` of a
-        larger set that the prompts are a portion of) tell equal prompts apart; those of the prompts if not given.
+        The log-probs are the policy's own, at temperature 1 and not truncated. `occurrences` distinguish equal prompts:
+        `count_occurrences` of a larger set if the prompts are a part of one, by default of the prompts themselves.
         """
 
 
 class LocalSampler:
-    """Samples from the policy's own weights, so nothing is copied."""
+    """A sampler in this process that reads the policy's own weights, without a copy."""
 
     def __init__(self, *, cache_tokens: int) -> None:
         """`cache_tokens` bounds the tokens in the key-value cache at once."""
@@ -41,7 +41,7 @@ class LocalSampler:
         self.policy: LanguageModel | None = None
 
     def load_policy(self, policy: LanguageModel) -> None:
-        """Sample from this policy."""
+        """Set the policy to sample from."""
         self.policy = policy
 
     def draw(
@@ -56,7 +56,7 @@ class LocalSampler:
         top_k: int = 0,
         occurrences: Sequence[int] | None = None,
     ) -> SampledCompletions:
-        """Sample as `sample` does. Raises RuntimeError before `load_policy`."""
+        """Sample with `mixpo.models.sampling.sample`. Raises RuntimeError before `load_policy`."""
         if self.policy is None:
             raise RuntimeError("no policy to sample from: call load_policy first")
         return sample(

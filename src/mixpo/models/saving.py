@@ -1,7 +1,6 @@
-"""Writing models as plain Hugging Face folders.
+"""Saving of models as plain Hugging Face folders.
 
-`AutoModelForCausalLM` (policies) or `AutoModelForSequenceClassification` (reward models) loads them without any code of
-ours.
+`AutoModelForCausalLM` (policies) and `AutoModelForSequenceClassification` (reward models) load them without mixpo.
 """
 
 import copy
@@ -27,9 +26,9 @@ from mixpo.models.reward_heads import choose_pad_token
 
 
 def save_model(lm: LanguageModel, folder: Path) -> str:
-    """Write a plain Hugging Face folder, adapters merged, in the type of the folder it began as; returns its digest.
+    """Write a Hugging Face folder with adapters merged, in the type of the folder loaded from; returns its digest.
 
-    The model can be trained further. Raises `InputError` if a weight is not finite in that type, and writes nothing.
+    The model can be trained further. Raises `InputError`, before writing, if a weight is not finite in that type.
     """
     model = merge_adapters(lm)
     model.eval()
@@ -42,11 +41,11 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     if hasattr(model, "score"):
         pad = choose_pad_token(tokenizer, lm.end_tokens)
         if pad in tokenizer.get_vocab():
-            tokenizer.pad_token = pad  # added again, its entry would lose its flags
+            tokenizer.pad_token = pad  # adding it again would reset its flags
         else:
             tokenizer.add_special_tokens({"pad_token": pad})
         config.pad_token_id = tokenizer.pad_token_id
-        _make_room(weights, model, config)
+        _extend_embeddings(weights, model, config)
     model.save_pretrained(folder, state_dict=weights)
     config.architectures, config.dtype = model.config.architectures, lm.dtype
     config.save_pretrained(folder)
@@ -56,9 +55,9 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
 
 
 def _write_end_tokens(file: Path, lm: LanguageModel) -> None:
-    """Name the end tokens in a saved `generation_config.json`, whose other entries stay as they were published.
+    """Write the end tokens into a saved `generation_config.json`; its other entries do not change.
 
-    Transformers would check all of them where one has changed, and refuse what many published files hold.
+    Written as JSON, since transformers refuses to save entries that many published files have.
     """
     if file.exists():
         others = sorted(lm.end_tokens - {lm.end_token})
@@ -68,7 +67,7 @@ def _write_end_tokens(file: Path, lm: LanguageModel) -> None:
 
 
 def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise `InputError`, with the remedy, if a weight is infinite or undefined."""
+    """Raise `InputError`, with the remedy, if a weight is infinite or nan."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise InputError(
@@ -77,27 +76,27 @@ def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remed
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A model's weights in another floating-point type; those that are tied stay one tensor.
+    """Cast a model's weights to another floating-point type; tied weights stay one tensor.
 
-    What the architecture keeps in float32 (a router's correction, say) stays in it.
+    Weights that the architecture keeps in float32, such as a router's correction, stay in float32.
     """
     cast: dict[Any, Tensor] = {}
-    wide = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    float32_names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
 
-    def once(name: str, weight: Tensor) -> Tensor:
-        if not weight.is_floating_point() or any(part in name for part in wide):
+    def cast_once(name: str, weight: Tensor) -> Tensor:
+        if not weight.is_floating_point() or any(part in name for part in float32_names):
             return weight
-        place = weight.data_ptr(), weight.shape, weight.stride()
-        return cast.setdefault(place, weight.to(dtype))
+        storage = weight.data_ptr(), weight.shape, weight.stride()
+        return cast.setdefault(storage, weight.to(dtype))
 
-    return {name: once(name, weight) for name, weight in model.state_dict().items()}
+    return {name: cast_once(name, weight) for name, weight in model.state_dict().items()}
 
 
-def _make_room(weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Give the embeddings a row of zeros for a pad token that they have none for; nothing ever reads it."""
+def _extend_embeddings(weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Append rows of zeros to the embeddings up to the pad token's, in `weights` and `config`; no result uses them."""
     embedding = model.get_input_embeddings().weight
-    lacking = config.pad_token_id + 1 - len(embedding)
-    if lacking > 0:
+    missing_rows = config.pad_token_id + 1 - len(embedding)
+    if missing_rows > 0:
         name = next(name for name, weight in model.state_dict().items() if weight.data_ptr() == embedding.data_ptr())
-        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, lacking))
-        config.vocab_size += lacking
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, missing_rows))
+        config.vocab_size += missing_rows

@@ -1,4 +1,4 @@
-"""Whole sets of completions through a frozen model: sequence log-probs and scores, in portions of like length."""
+"""Log-probs, scores and hidden states of sets of completions, without gradients, in batches of similar length."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,7 +25,7 @@ from mixpo.models.tokenizers import tokenize_alike
 def iterate_batches(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, token_budget: int
 ) -> Iterator[tuple[list[int], BranchBatch]]:
-    """Yield branch batches of at most `token_budget` tokens on the model's device, each with its prompts' numbers."""
+    """Yield branch batches of at most `token_budget` tokens on the model's device, each with its prompts' indices."""
     for rows in split_into_microbatches(row_lengths(prompts, completions), token_budget):
         yield rows, pack(prompts, completions, rows, share_prompt=lm.shares_prompts).to(lm.device)
 
@@ -39,7 +39,7 @@ def compute_output(
     *,
     token_budget: int,
 ) -> Float[Tensor, "prompts k *rest"]:
-    """Compute an output of the model for every completion, on the CPU; token axes are padded with 0."""
+    """Compute one output of the model for every completion, on the CPU; token axes are padded with 0."""
     lm.eval()
     parts = [(rows, lm(batch, output).cpu()) for rows, batch in iterate_batches(lm, prompts, completions, token_budget)]
     if not parts:
@@ -58,7 +58,7 @@ def compute_output(
 def compute_token_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
-    """Log-prob of every completion token in nats, 0 behind a completion's end."""
+    """Log-prob of every completion token in nats, 0 after a completion's end."""
     return compute_output(lm, prompts, completions, "logprobs", token_budget=token_budget)
 
 
@@ -72,28 +72,28 @@ def compute_sequence_logprobs(
 def compute_scores(
     reward: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
-    """The reward model's score of every completion. Raises `InputError` if one is not a finite number."""
-    found = compute_output(reward, prompts, completions, "scores", token_budget=token_budget)
-    if broken := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
+    """Reward model's score of every completion. Raises `InputError` if one is not finite."""
+    scores = compute_output(reward, prompts, completions, "scores", token_budget=token_budget)
+    if broken := (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
         start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
         raise InputError(
-            f"reward model: found the scores {found[row].tolist()} for the prompt that ends with {start!r}; expected "
+            f"reward model: found the scores {scores[row].tolist()} for the prompt that ends with {start!r}; expected "
             "finite numbers; look at the reward model's training"
         )
-    return found
+    return scores
 
 
 @torch.no_grad()
 def compute_last_states(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, token_budget: int
 ) -> Float[Tensor, "prompts k width"]:
-    """The hidden state at the last token of every completion, which a reward model's head reads; on the CPU."""
+    """Hidden state at the last token of every completion, the input of a reward model's head; on the CPU."""
     width = lm.model.config.get_text_config().hidden_size
     states = torch.zeros(len(prompts), len(completions[0]), width)
     lm.eval()
     for rows, batch in iterate_batches(lm, prompts, completions, token_budget):
-        states[rows] = lm(batch, "states")[batch.last].float().cpu()
+        states[rows] = lm(batch, "states")[batch.last_index].float().cpu()
     return states
 
 
@@ -104,18 +104,20 @@ def retokenize(
     prompts: Sequence[Tokens],
     completions: AnyCompletions,
 ) -> tuple[Sequence[Tokens], AnyCompletions]:
-    """Prompts and completions in the reward model's tokens: as they are where the tokenizers agree, else from text.
+    """Convert prompts and completions to the reward model's tokens, through their text if the tokenizers differ.
 
-    A completion that ended keeps an end token, one that was cut off does not get one.
+    A completion has an end token in the result if it has one in the policy's tokens.
     """
     if tokenize_alike(reward.tokenizer, policy.tokenizer):
         return prompts, completions
 
-    again: list[tuple[Tokens, list[Tokens]]] = []
+    retokenized: list[tuple[Tokens, list[Tokens]]] = []
     lists = completions.to_lists() if isinstance(completions, Completions) else completions
     for row, branches in zip(rows, lists, strict=True):
         texts = [policy.read_text(completion) for completion in branches]
         prompt, tokens = tokenize_row(reward.tokenizer, row, texts, limit=1 << 30)
         ended = map(policy.has_ended, branches)
-        again.append((prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)]))
-    return [prompt for prompt, _ in again], [branches for _, branches in again]
+        retokenized.append(
+            (prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])
+        )
+    return [prompt for prompt, _ in retokenized], [branches for _, branches in retokenized]

@@ -1,4 +1,4 @@
-"""Pretrained models from elsewhere: the embedded world, GGUF files, the Hugging Face Hub, Python packages."""
+"""Sources of pretrained models other than folders: the embedded world, GGUF files, the Hugging Face Hub, packages."""
 
 import copy
 import importlib.util
@@ -24,7 +24,7 @@ from mixpo.models.folders import (
 
 
 def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The embedded world's starting point: a 1.2M-parameter Llama with random weights, and the world's tokenizer."""
+    """Make the embedded world's base model, a 1.2M-parameter Llama with random weights, and its tokenizer."""
     tokenizer = copy.deepcopy(build_tokenizer())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -45,9 +45,9 @@ def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer from a GGUF file, weights in float32."""
+    """Read a model, in float32, and its tokenizer from a GGUF file."""
     tokenizer = read_gguf_tokenizer(file)
-    with _reading_gguf(file):
+    with _explain_gguf_errors(file):
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **_gguf_options(file))
         config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
         plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -57,46 +57,49 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def read_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file."""
+    """Read the tokenizer in a GGUF file."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{file}: reading GGUF needs the package `gguf`; pip install 'mixpo[smollm2]'")
-    with _reading_gguf(file):
+    with _explain_gguf_errors(file):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, **_gguf_options(file))
         return tokenizer
 
 
-def _reading_gguf(file: Path) -> AbstractContextManager[None]:
+def _explain_gguf_errors(file: Path) -> AbstractContextManager[None]:
+    """Raise `InputError` in place of any error while a GGUF file is read."""
     fix = "the file may be torn, or of an architecture that transformers does not read"
     return explain_loading_errors(file, "a GGUF file that cannot be read", fix)
 
 
 def _gguf_options(file: Path) -> dict[str, Any]:
+    """Arguments with which `from_pretrained` reads a GGUF file."""
     return {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
 
 
 def read_hub_model(name: str, revision: str | None) -> PreTrainedModel:
-    """The causal language model of a Hugging Face id, in its own type."""
+    """Load the causal language model of a Hugging Face id, in the type of its weights."""
     with explain_loading_errors(
         name, "no Hugging Face model that can be read", "check the name, the network, or give a local folder"
     ):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision or "main",
             dtype="auto",
             trust_remote_code=False,
             output_loading_info=True,
         )
-    lost = sorted(found["missing_keys"] | found["unexpected_keys"])
-    if lost or hasattr(model, "peft_config"):
+    mismatched = sorted(loading_info["missing_keys"] | loading_info["unexpected_keys"])
+    if mismatched or hasattr(model, "peft_config"):
         raise InputError(
-            f"{name}: found {lost[0] if lost else 'adapters'}; expected exactly the weights of a {type(model).__name__}"
+            f"{name}: found {mismatched[0] if mismatched else 'adapters'}; expected exactly the weights of a "
+            f"{type(model).__name__}"
         )
     loaded: PreTrainedModel = model
     return loaded
 
 
 def resolve_package_file(reference: str) -> Path:
-    """The path of `package:NAME/FILE`, a file inside an installed Python package."""
+    """Path of `package:NAME/FILE`, a file inside an installed Python package."""
     package, _, file = reference.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

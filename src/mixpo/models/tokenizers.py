@@ -1,4 +1,4 @@
-"""Comparing tokenizers."""
+"""Comparison of tokenizers."""
 
 import json
 from typing import Any
@@ -10,28 +10,32 @@ from transformers import (
 from mixpo.data.tokens import find_end_token, parses_special_tokens
 
 
-def tokenize_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers turn every prompt and completion into the same tokens, whatever they pad with."""
-    if one is other:
+def tokenize_alike(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Return True if two tokenizers turn every prompt and completion into the same tokens; pad tokens may differ."""
+    if first is second:
         return True
-    rules, added = _rules(one)
-    other_rules, other_added = _rules(other)
-    unlike = {str(entry["content"]) for entry in _differing(added, other_added) + _differing(other_added, added)}
+    rules, added = _read_tokenization_rules(first)
+    second_rules, second_added = _read_tokenization_rules(second)
+    differing = {
+        str(entry["content"])
+        for entry in _find_missing_tokens(added, second_added) + _find_missing_tokens(second_added, added)
+    }
     return (
-        rules == other_rules
-        and unlike <= {one.pad_token, other.pad_token}
-        and one.chat_template == other.chat_template
-        and find_end_token(one) == find_end_token(other)
-        and parses_special_tokens(one) == parses_special_tokens(other)
+        rules == second_rules
+        and differing <= {first.pad_token, second.pad_token}
+        and first.chat_template == second.chat_template
+        and find_end_token(first) == find_end_token(second)
+        and parses_special_tokens(first) == parses_special_tokens(second)
     )
 
 
-def _differing(added: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _find_missing_tokens(added: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the added tokens that the other tokenizer does not have."""
     return [entry for text, entry in added.items() if text not in other]
 
 
-def _rules(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """All that decides how text becomes tokens, without padding and truncation, and the added tokens apart."""
+def _read_tokenization_rules(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Return the rules that turn text into tokens (not padding and truncation), and separately the added tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return (type(tokenizer).__name__, tokenizer.get_vocab()), {}

@@ -1,4 +1,4 @@
-"""Comparing a loaded model with what transformers computes, so that none is computed wrongly in silence."""
+"""Verification that mixpo computes the same outputs from a loaded model as transformers does."""
 
 from pathlib import Path
 
@@ -20,39 +20,39 @@ from mixpo.models.sampling import sample
 
 @torch.no_grad()
 def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[Tensor, Tensor]) -> None:
-    """Compare a small branch batch, and drawn completions, with plain forward passes.
+    """Compare a small branch batch, and sampled completions, with plain forward passes. Raises `InputError`.
 
-    Every completion gets its own row where sharing prompts makes a difference; any other difference is refused.
+    Sets `lm.shares_prompts` to False if completions that share a row compute something else than in their own rows.
     """
     prompts, completions = [tokens[:5], tokens[:3]], [[tokens[5:8], tokens[8:12]], [tokens[4:9], tokens[9:11]]]
     shared = pack(prompts, completions).to(lm.device)
-    alone = pack(prompts, completions, share_prompt=False).to(lm.device)
+    separate = pack(prompts, completions, share_prompt=False).to(lm.device)
     states, logits = expected
-    hidden = lm(alone, "states")
-    if not _close(hidden[alone.last][0, 1], states[-1]):
+    hidden = lm(separate, "states")
+    if not _are_close(hidden[separate.last_index][0, 1], states[-1]):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose attention is not a softmax of scaled products (capped, "
             "perhaps, or with sinks); expected plain attention; this architecture is not supported"
         )
-    lm.shares_prompts = _close(lm(shared, "states")[shared.last], hidden[alone.last])
+    lm.shares_prompts = _are_close(lm(shared, "states")[shared.last_index], hidden[separate.last_index])
     if lm.model.get_output_embeddings() is None:
         find_score_head(lm.model, folder)
-        if not _close(lm(alone, "scores")[0, 1], logits[0]):
+        if not _are_close(lm(separate, "scores")[0, 1], logits[0]):
             raise InputError(
                 f"{folder}: found a {type(lm.model).__name__} whose score is not a linear map of the last token's "
                 "hidden state; expected a plain head; this architecture is not supported"
             )
         return
-    logprobs = lm(alone, "logprobs")[0, 1, :4]
+    logprobs = lm(separate, "logprobs")[0, 1, :4]
     plain = logits[4:8].log_softmax(dim=-1).gather(1, torch.tensor(tokens[8:12], device=lm.device)[:, None])[:, 0]
-    if not _close(logprobs, plain):
+    if not _are_close(logprobs, plain):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose logits are not a linear map of its last hidden state "
             "(scaled or capped logits, perhaps); expected a plain output head; this architecture is not supported yet"
         )
     sampled = sample(lm, prompts, k=2, max_tokens=4, seed=0)
     batch = pack(prompts, sampled, share_prompt=lm.shares_prompts).to(lm.device)
-    if not _close(lm(batch, "logprobs").cpu(), sampled.logprobs):
+    if not _are_close(lm(batch, "logprobs").cpu(), sampled.logprobs):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__}, which draws completions from another distribution than it "
             "computes, since its attention is its own; expected attention that can be chosen"
@@ -60,18 +60,21 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
 
 
 def draw_probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Twelve tokens to try a model with, none of them its pad token, which a classifier would look past."""
+    """Draw twelve tokens to verify a model with, without its pad token, which a classifier ignores."""
     text = model.config.get_text_config()
-    drawn = torch.randint(min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0))
-    return [token for token in drawn.tolist() if token != text.pad_token_id][:12]
+    random_tokens = torch.randint(
+        min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0)
+    )
+    return [token for token in random_tokens.tolist() if token != text.pad_token_id][:12]
 
 
 @torch.no_grad()
 def compute_plain_outputs(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Hidden states, and logits or the score, of the first nine tokens through the model as transformers has it."""
+    """Compute hidden states, and logits or the score, of nine of the tokens by transformers alone."""
     row = torch.tensor([tokens[:5] + tokens[8:12]], device=model.device)
     return model.base_model(input_ids=row).last_hidden_state[0], model(input_ids=row).logits[0].float()
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-3)
+def _are_close(actual: Tensor, expected: Tensor) -> bool:
+    """Return True if two tensors are equal within 0.001, relative or absolute."""
+    return torch.allclose(actual.float(), expected.float(), rtol=1e-3, atol=1e-3)

@@ -8,7 +8,7 @@ from mixpo.algorithms.intervals import Interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.comparisons import list_categories
 from mixpo.experiments.results import Results, list_first
-from mixpo.judge.judging import Judged, Tally, agreement, judged_runs, tally
+from mixpo.judge.outcomes import JudgeResult, Tally, compute_agreement, load_judge_results, tally_verdicts
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import compared
 from mixpo.report.comparison import UNTOLD, counted, interval_text, p_text, verdict
@@ -27,7 +27,7 @@ NOTES = (
 class Row:
     """A line of a table: two arms before a judge, on all prompts or on those of a category."""
 
-    judged: Judged
+    judged: JudgeResult
     category: str | None
     tally: Tally
     p: float
@@ -36,25 +36,25 @@ class Row:
 
 def section(results: Results) -> Section | None:
     """A table a judge, and their agreement; nothing where no judge was asked."""
-    found = judged_runs(results)
+    found = load_judge_results(results)
     if not found:
         return None
     rows = rows_of(found)
     return Section("judges", "LLM judges", _opening(results, found, rows), groups(found, rows))
 
 
-def rows_of(found: Sequence[Judged]) -> list[Row]:
+def rows_of(found: Sequence[JudgeResult]) -> list[Row]:
     """Every line that has a verdict."""
     told = []
     for one in found:
         for category in (None, *list_categories([each.pair for each in one.verdicts])):
-            if (counts := tally(one.of(category))) is not None:
+            if (counts := tally_verdicts(one.filter_by_category(category))) is not None:
                 told.append((one, category, counts))
     corrected = correct_by_holm([counts.p for *_, counts in told])
     return [Row(*each, p) for each, p in zip(told, corrected, strict=True)]
 
 
-def groups(found: Sequence[Judged], rows: Sequence[Row]) -> list[Group]:
+def groups(found: Sequence[JudgeResult], rows: Sequence[Row]) -> list[Group]:
     """A table a judge, and the agreement of several."""
     names = labels(found)
     seeds = len({one.seed for one in found}) > 1
@@ -72,7 +72,7 @@ def groups(found: Sequence[Judged], rows: Sequence[Row]) -> list[Group]:
     return [*tables, Group(notes=[*NOTES, p, over])]
 
 
-def labels(found: Sequence[Judged]) -> dict[Judge, str]:
+def labels(found: Sequence[JudgeResult]) -> dict[Judge, str]:
     """A judge's model, with the settings that tell it from others of the same model."""
     judges = list(dict.fromkeys(one.judge for one in found))
     names = {}
@@ -83,7 +83,7 @@ def labels(found: Sequence[Judged]) -> dict[Judge, str]:
     return names
 
 
-def _of_judge(judge: Judge, name: str, found: Sequence[Judged], rows: Sequence[Row], seeds: bool) -> Group:
+def _of_judge(judge: Judge, name: str, found: Sequence[JudgeResult], rows: Sequence[Row], seeds: bool) -> Group:
     headings = ["arms", "prompts", "win", "tie", "lose", "win − lose", "p"]
     headings += ["flips", "flips to the first", "longer wins", "win at equal length"]
     lines = []
@@ -120,11 +120,11 @@ def _or_nothing(interval: Interval | None) -> str:
     return "" if interval is None else interval_text(interval)
 
 
-def _pair(one: Judged, seeds: bool) -> str:
+def _pair(one: JudgeResult, seeds: bool) -> str:
     return f"{one.arms[0]} vs {one.arms[1]}" + (f", seed {one.seed}" if seeds else "")
 
 
-def _left_out(one: Judged, seeds: bool) -> str:
+def _left_out(one: JudgeResult, seeds: bool) -> str:
     """What is no verdict of a judge, counted."""
     same = sum(each.pair.same for each in one.verdicts)
     unparsed = sum(each.unparsed for each in one.verdicts)
@@ -139,13 +139,13 @@ def _left_out(one: Judged, seeds: bool) -> str:
     return f"{_pair(one, seeds)}: {'; '.join(filter(None, said))}." if any(said) else ""
 
 
-def _agreement_rows(found: Sequence[Judged], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
+def _agreement_rows(found: Sequence[JudgeResult], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
     rows = []
     for pair in dict.fromkeys((one.arms, one.seed) for one in found):
         both = [one for one in found if (one.arms, one.seed) == pair]
         if len(both) < 2:
             continue
-        agreed, arms = agreement(both), _pair(both[0], seeds)
+        agreed, arms = compute_agreement(both), _pair(both[0], seeds)
         for one, other, count, kappa in agreed.kappas:
             rows.append([f"{names[one]} and {names[other]}", arms, str(count), _told(kappa, f"{kappa:z.2f}")])
         alpha = _told(agreed.alpha.mean, interval_text(agreed.alpha))
@@ -157,7 +157,7 @@ def _told(value: float, text: str) -> str:
     return UNTOLD if math.isnan(value) else text
 
 
-def _opening(results: Results, found: Sequence[Judged], rows: Sequence[Row]) -> str:
+def _opening(results: Results, found: Sequence[JudgeResult], rows: Sequence[Row]) -> str:
     """What the judges of the two arms that come first say."""
     whole = [row for row in rows if row.category is None]
     stale = sum(one.stale for one in found)

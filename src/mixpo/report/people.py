@@ -8,8 +8,8 @@ from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import Results
 from mixpo.report.comparison import UNTOLD, counted, interval_text, p_text, verdict
 from mixpo.report.document import Group, Section, Table
-from mixpo.study.findings import Findings, findings
-from mixpo.study.plan import unchanged
+from mixpo.study.findings import Findings, load_findings
+from mixpo.study.plan import are_completions_unchanged
 
 ALL = "all prompts"
 
@@ -18,12 +18,12 @@ def section(results: Results) -> Section | None:
     """The closed studies of the runs; None where no run has one. A study of what a run was before is left out."""
     said, groups = list[str](), list[Group]()
     for run in results.runs:
-        if (found := findings(run.folder)) is None:
+        if (found := load_findings(run.folder)) is None:
             continue
         name = f"{run.name}: " if len(results.runs) > 1 else ""
         arms = results.named(run, found.arms[0]), results.named(run, found.arms[1])
         drawn = {"seed": found.seed, "prompts": found.prompts, "draw": found.draw}
-        if unchanged(results, arms, **drawn, content=found.content):
+        if are_completions_unchanged(results, arms, **drawn, content=found.content):
             said.append(name + opening(found))
             groups += [Group(name + title, table=table) for title, table in tables(found).items()]
         else:
@@ -34,10 +34,10 @@ def section(results: Results) -> Section | None:
 def opening(found: Findings) -> str:
     """What a study says, in a sentence or two; nothing that its intervals do not hold."""
     one, other = found.arms
-    if not found.counted:
+    if not found.active_annotators:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = found.shares[None], found.agreement[None]
-    people = "one person" if len(found.counted) == 1 else f"{len(found.counted)} people"
+    people = "one person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
     difference = verdict(shares.difference, _corrected(found)[None])
     kappa = f"Fleiss' κ {_number(agreement.kappa)}"
     if not math.isnan(agreement.kappa.mean):
@@ -102,8 +102,8 @@ def _agreement(found: Findings) -> Table:
         "κ is of the prompts that every annotator judged; α and the agreement of pairs of all that two or more judged. "
         f"{UNTOLD.capitalize()}: too few judgements, or all alike, so that chance alone makes them agree."
     ]
-    if found.left_out:
-        notes.append(f"Left out, having judged nothing: {', '.join(found.left_out)}.")
+    if found.inactive_annotators:
+        notes.append(f"Left out, having judged nothing: {', '.join(found.inactive_annotators)}.")
     return Table(["prompts", "Fleiss' κ", "of", "Krippendorff's α", "pairs agree", "of"], rows, notes)
 
 

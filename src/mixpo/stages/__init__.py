@@ -1,1 +1,1 @@
-"""One file a stage: a config and a pure function from it and its inputs to a folder."""
+"""Stages of an experiment, one file each: settings, inputs, and a function that writes a folder from them."""

@@ -1,4 +1,4 @@
-"""Data: rows read, validated and cut to size once, before anything trains."""
+"""Data: reading, validation and splitting of all rows, once, before training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,31 +11,31 @@ from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import (
-    EQUAL_SIDES,
-    FIX,
+    EQUAL_COMPLETIONS,
+    FIX_HINT,
     BadRow,
     Demonstration,
     Preference,
     Prompt,
     RowError,
     count_repeats,
-    kind_of,
+    describe_type,
     prompt_key,
-    refuse_bad_rows,
+    raise_for_bad_rows,
 )
 from mixpo.data.sources import (
-    Check,
-    Reading,
+    ParsedRows,
+    PromptCheck,
     Row,
-    local_path,
+    compute_source_identity,
+    expand_path,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
     read_preferences,
-    source_identity,
     write_rows,
 )
-from mixpo.data.splits import draw_subset, hold_out
+from mixpo.data.splits import draw_subset, split_by_prompt
 from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import check_rows, check_tokenizer, tokenize_prompt
 from mixpo.data.world import WORLD_VERSION, make_world
@@ -47,7 +47,7 @@ from mixpo.training.runtime import Runtime
 
 
 class DataSettings(Settings):
-    """Where preference rows and demonstrations come from."""
+    """Sources of preference rows and demonstrations, and their split."""
 
     format: Literal["world", "preference", "hh-rlhf", "tldr"] = "world"
     """`world` is generated; `preference` has `prompt`, `chosen`, `rejected`; the others are their publishers' rows."""
@@ -62,19 +62,19 @@ class DataSettings(Settings):
     revision: str | None = None
     """The commit of a hub data set. Without it a cache knows the set by its name alone, whatever it held that day."""
     train_rows: int | None = pydantic.Field(None, ge=1)
-    """Use so many preference rows (drawn by `data_seed`); all if not given. For the world: how many to make."""
+    """Number of preference rows, a random subset by `data_seed`; all if not given. For the world: rows to generate."""
     test_rows: int | None = pydantic.Field(None, ge=1)
     demonstration_rows: int | None = pydantic.Field(None, ge=1)
     test_share: float = pydantic.Field(0.1, gt=0, lt=1)
     second_rows: int = pydantic.Field(0, ge=0)
-    """So many preference rows for a second reward model, none of whose prompts is in train or test: drawn from
-    `second`, or, if that is empty, about so many kept apart from train. With 0 there is no second reward model."""
+    """Number of preference rows for a second reward model, with prompts that are neither in train nor test: drawn from
+    `second`, or if that is empty held out of train (about as many). 0 trains no second reward model."""
     special_tokens: Literal["text", "parse"] = "text"
-    """What names of control tokens such as `</s>` are in prompts: `text`, so that no row can end or forge a turn, or
-    `parse`, for prompts that were rendered before. In completions they are text."""
+    """Meaning of names of control tokens such as `</s>` in prompts: `text`, so that no row can end or forge a turn, or
+    `parse`, for prompts that are already rendered. In completions they are text."""
     shared_prompts: Literal["keep", "drop"] = "keep"
-    """What becomes of rows of train and demonstrations whose prompt stands in the test files too: `keep` says how many
-    prompts are shared, `drop` leaves the rows out."""
+    """Treatment of rows of train and demonstrations whose prompt is also in the test files: `keep` reports the number
+    of shared prompts, `drop` leaves the rows out."""
     max_prompt_tokens: int = pydantic.Field(512, ge=1)
     """A longer prompt is a bad row."""
     on_bad_row: Literal["error", "drop"] | None = None
@@ -84,7 +84,7 @@ class DataSettings(Settings):
 
     @pydantic.field_validator("train", "test", "demonstrations", "second", mode="before")
     @classmethod
-    def _one_or_more(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+    def _wrap_single_name(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         names = (value,) if isinstance(value, str) else value
         if isinstance(names, list | tuple) and "" in names:
             raise InputError(f"data.{info.field_name}: found ''; expected the name of a file or hub:NAME")
@@ -93,47 +93,47 @@ class DataSettings(Settings):
 
 WORLD_ROWS = {"train_rows": 3072, "test_rows": 512, "demonstration_rows": 3072}
 PARTS = ("train", "test", "second")
-"""Of the preference rows."""
+"""Parts of the preference rows."""
 
 
 @dataclass
 class SourceRows:
-    """What the sources hold, before anything is held out or drawn."""
+    """Rows of all sources, before the split."""
 
     preferences: dict[str, list[Preference]] = field(default_factory=lambda: {part: [] for part in PARTS})
     demonstrations: list[Demonstration] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     columns: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """By kind of row, the columns `used` and those `ignored`."""
+    """Columns `used` and `ignored`, by kind of row."""
 
     @property
     def total(self) -> int:
-        """Rows read, bad ones too."""
+        """Number of rows, bad ones included."""
         return sum(map(len, self.preferences.values())) + len(self.demonstrations) + len(self.bad)
 
-    def take(self, kind: str, reading: Reading[Row]) -> list[Row]:
-        """Count a source's bad rows and columns; its good rows."""
-        self.bad += reading.bad
+    def record(self, kind: str, reading: ParsedRows[Row]) -> list[Row]:
+        """Record a source's bad rows and columns, and return its good rows."""
+        self.bad += reading.bad_rows
         columns = self.columns.setdefault(kind, {"used": [], "ignored": []})
-        for name, found in (("used", reading.used), ("ignored", reading.ignored)):
-            columns[name] = list(dict.fromkeys(columns[name] + found))
+        for name, names in (("used", reading.used_columns), ("ignored", reading.ignored_columns)):
+            columns[name] = list(dict.fromkeys(columns[name] + names))
         return reading.rows
 
 
 @dataclass
 class SplitRows:
-    """The rows that the other stages read."""
+    """Rows of each part, as the other stages read them."""
 
     train: list[Preference]
     test: list[Preference]
     second: list[Preference]
     demonstrations: list[Demonstration]
     dropped: int = 0
-    """Rows left out because their prompt is a test prompt."""
+    """Rows dropped because their prompt is also a test prompt."""
 
 
 def fill_in_world_rows(settings: DataSettings) -> DataSettings:
-    """The settings with the world's number of rows where none is given."""
+    """Return the settings with the embedded world's default numbers of rows filled in."""
     if settings.format != "world":
         return settings
     return settings.model_copy(
@@ -142,7 +142,7 @@ def fill_in_world_rows(settings: DataSettings) -> DataSettings:
 
 
 def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> SourceRows:
-    """Read all rows that the settings name, or make the world's; prompts that cannot be used are bad rows."""
+    """Read all rows of the sources, or generate the world's; rows with unusable prompts are bad rows."""
     rows = SourceRows()
     if settings.format == "world":
         world = make_world(
@@ -154,25 +154,30 @@ def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> 
         for part, pairs in (("train", world.train), ("test", world.test)):
             rows.preferences[part] = [Preference(_as_messages(prompt), *sides) for prompt, *sides in pairs]
         rows.demonstrations = [Demonstration(_as_messages(prompt), text) for prompt, text in world.demonstrations]
-    check = _prompt_check(settings, tokenizer)
+    check = _make_prompt_check(settings, tokenizer)
     for part, split in (("train", "train"), ("test", "test"), ("second", "train")):
         for name in getattr(settings, part) if part != "second" or settings.second_rows else ():
-            rows.preferences[part] += rows.take("preferences", _read_preferences(settings, name, split, check))
+            rows.preferences[part] += rows.record("preferences", _read_preferences(settings, name, split, check))
     for name in settings.demonstrations:
-        rows.demonstrations += rows.take("demonstrations", _read_demonstrations(settings, name, check))
+        rows.demonstrations += rows.record("demonstrations", _read_demonstrations(settings, name, check))
     return rows
 
 
-def _prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Check:
+def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PromptCheck:
+    """Make a function that raises `RowError` if a prompt is of another kind than the first, empty or too long."""
     kinds: list[type] = []
 
-    def fits(prompt: Prompt) -> None:
+    def check(prompt: Prompt) -> None:
         kinds.append(type(prompt))
         if kinds[-1] is not kinds[0]:
-            raise RowError("prompt", f"is {kind_of(prompt)}, the first row's is not; expected one kind; {FIX}")
+            raise RowError(
+                "prompt", f"is {describe_type(prompt)}, the first row's is not; expected one kind; {FIX_HINT}"
+            )
         length = len(tokenize_prompt(tokenizer, prompt))
         if not length:
-            raise RowError("prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX}")
+            raise RowError(
+                "prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX_HINT}"
+            )
         if length > settings.max_prompt_tokens:
             raise RowError(
                 "prompt",
@@ -180,28 +185,30 @@ def _prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
                 "data.max_prompt_tokens",
             )
 
-    return fits
+    return check
 
 
-def _read_preferences(settings: DataSettings, name: str, split: str, check: Check) -> Reading[Preference]:
+def _read_preferences(settings: DataSettings, name: str, split: str, check: PromptCheck) -> ParsedRows[Preference]:
+    """Read preference rows from a file or a hub data set."""
     assert settings.format != "world"
     if not name.startswith("hub:"):
-        return read_preferences(local_path(name), settings.format, check)
+        return read_preferences(expand_path(name), settings.format, check)
     dataset, data_dir = hub_parts(name)
     return read_hub_preferences(
         dataset, settings.format, check, split=split, data_dir=data_dir, revision=settings.revision
     )
 
 
-def _read_demonstrations(settings: DataSettings, name: str, check: Check) -> Reading[Demonstration]:
+def _read_demonstrations(settings: DataSettings, name: str, check: PromptCheck) -> ParsedRows[Demonstration]:
+    """Read demonstrations from a file or a hub data set."""
     if not name.startswith("hub:"):
-        return read_demonstrations(local_path(name), check)
+        return read_demonstrations(expand_path(name), check)
     dataset, data_dir = hub_parts(name)
     return read_hub_demonstrations(dataset, check, split="train", data_dir=data_dir, revision=settings.revision)
 
 
 def hub_parts(name: str) -> tuple[str, str | None]:
-    """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set and its folder."""
+    """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set's name and its folder, if any."""
     owner, *rest = name.removeprefix("hub:").split("/", 2)
     if not owner:
         raise InputError(f"{name}: found no name; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
@@ -213,19 +220,19 @@ def _as_messages(prompt: str) -> Prompt:
 
 
 def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
-    """Hold out, leave out and draw rows as the settings say. Raises `InputError` where nothing is left of a part."""
+    """Split rows into train, test, second and demonstrations. Raises `InputError` if a part has no rows."""
     train, test, second = (rows.preferences[part] for part in PARTS)
     demonstrations = rows.demonstrations
-    _refuse_none("train", train, rows)
+    _refuse_empty("train", train, rows)
     if settings.test:
-        _refuse_none("test", test, rows)
+        _refuse_empty("test", test, rows)
     if settings.demonstrations:
-        _refuse_none("demonstrations", demonstrations, rows)
+        _refuse_empty("demonstrations", demonstrations, rows)
     if not test:
         train, test = _hold_out(train, settings.test_share, settings.data_seed)
     before = len(train) + len(demonstrations)
     if settings.shared_prompts == "drop":
-        train, demonstrations = _without(train, test), _without(demonstrations, test)
+        train, demonstrations = _remove_prompts(train, test), _remove_prompts(demonstrations, test)
         if not train or (rows.demonstrations and not demonstrations):
             raise InputError(
                 f"data.shared_prompts: drop leaves no rows of data.{'demonstrations' if train else 'train'}: all their "
@@ -245,19 +252,20 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
     demonstrations = demonstrations or [Demonstration(row.prompt, row.chosen) for row in train]
     demonstrations = draw_subset(demonstrations, settings.demonstration_rows, settings.data_seed)
     if settings.second_rows:
-        _refuse_none("second", second, rows)
-        apart = _without(_without(second, train), test)
-        if not apart:
+        _refuse_empty("second", second, rows)
+        independent = _remove_prompts(_remove_prompts(second, train), test)
+        if not independent:
             raise InputError(
                 f"data.second: all {len(second)} rows have prompts of train or test rows; expected others, on which "
                 "the second reward model can be independent; name another file"
             )
-        second = draw_subset(apart, settings.second_rows, settings.data_seed)
+        second = draw_subset(independent, settings.second_rows, settings.data_seed)
     return SplitRows(train, test, second, demonstrations, dropped)
 
 
-def _refuse_none(part: str, left: Sequence[Preference] | Sequence[Demonstration], rows: SourceRows) -> None:
-    if not left:
+def _refuse_empty(part: str, part_rows: Sequence[Preference] | Sequence[Demonstration], rows: SourceRows) -> None:
+    """Raise `InputError` if a part of the rows is empty."""
+    if not part_rows:
         why = f"all of its rows are among the {len(rows.bad)} bad ones" if rows.bad else "its files hold none"
         first = f"; the first is {rows.bad[0]}" if rows.bad else ""
         raise InputError(
@@ -266,14 +274,15 @@ def _refuse_none(part: str, left: Sequence[Preference] | Sequence[Demonstration]
 
 
 def _hold_out(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
+    """Split rows by their prompts into two lists, the second with about `share` of them."""
     remedy = "add rows, or name held-out rows in data.test (for a second reward model in data.second)"
     keys = [prompt_key(row.prompt) for row in rows]
-    stay, held = hold_out(keys, share, seed, setting="data.train", remedy=remedy)
-    return [rows[place] for place in stay], [rows[place] for place in held]
+    first, second = split_by_prompt(keys, share, seed, setting="data.train", remedy=remedy)
+    return [rows[index] for index in first], [rows[index] for index in second]
 
 
-def _without(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
-    """The rows whose prompt is none of the other rows'."""
+def _remove_prompts(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
+    """Return the rows whose prompts are not among those of the other rows."""
     prompts = {prompt_key(row.prompt) for row in other}
     return [row for row in rows if prompt_key(row.prompt) not in prompts]
 
@@ -281,7 +290,7 @@ def _without(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
 def count_row_facts(
     settings: DataSettings, rows: SourceRows, split: SplitRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Count what is worth knowing of the rows, and say how the tokenizer reads them: for `summary.json`, previews."""
+    """Count rows, duplicates, contradictions and shared prompts, with the tokenizer's checks, for `summary.json`."""
     trained = {prompt_key(row.prompt) for row in split.train} | {prompt_key(row.prompt) for row in split.demonstrations}
     tested = {prompt_key(row.prompt) for row in split.test}
     pairs = [*split.train, *split.test, *split.second]
@@ -297,7 +306,7 @@ def count_row_facts(
         "demonstration_rows": len(split.demonstrations),
         "second_rows": len(split.second),
         "bad_rows": len(rows.bad),
-        "equal_sides": sum(row.problem == EQUAL_SIDES for row in rows.bad),
+        "equal_sides": sum(row.problem == EQUAL_COMPLETIONS for row in rows.bad),
         "duplicate_rows": {name: duplicate for name, (duplicate, _) in repeats.items()},
         "contradictory_rows": {name: contradictory for name, (_, contradictory) in repeats.items()},
         "test_prompts": len(tested),
@@ -308,8 +317,8 @@ def count_row_facts(
 
 
 @contextmanager
-def reading_figures() -> Iterator[None]:
-    """Turn what a summary raises that does not hold what `count_row_facts` counts into `InputError`."""
+def explain_summary_errors() -> Iterator[None]:
+    """Raise `InputError` in place of errors of reading a summary without the counts of `count_row_facts`."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -319,9 +328,9 @@ def reading_figures() -> Iterator[None]:
         ) from error
 
 
-@reading_figures()
+@explain_summary_errors()
 def describe_row_facts(figures: Mapping[str, Any]) -> list[str]:
-    """Put what `count_row_facts` counted into words, a line for each thing that a reader should know."""
+    """Describe the counts of `count_row_facts`, one line for each thing that a user should know."""
     lines = [
         f"{kind} read as {'demonstration' if kind == 'demonstrations' else figures['format']}: "
         f"{escape_invisible(', '.join(columns['used']))}; "
@@ -354,14 +363,14 @@ def describe_row_facts(figures: Mapping[str, Any]) -> list[str]:
 
 
 class Data(DataStage, DataSettings):
-    """Writes `train.parquet`, `test.parquet` (preferences), `demonstrations.parquet` and `bad_rows.jsonl`."""
+    """Rows of an experiment: preferences in `train.parquet` and `test.parquet`, `demonstrations.parquet`."""
 
     parts = ("train", "second")
 
     base: PolicyStage
-    """Its tokenizer measures the prompts."""
+    """Model whose tokenizer counts the prompts' tokens."""
     content: str = ""
-    """What the rows depend on: what the files hold and what is read from their paths; found out here."""
+    """Digests of the files and of what is read from their paths; computed by the validator."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -370,9 +379,9 @@ class Data(DataStage, DataSettings):
             return values
         settings = DataSettings(**{name: values[name] for name in DataSettings.model_fields if name in values})
         if settings.format == "world":
-            if given := [name for name in ("train", "test", "demonstrations", "second") if getattr(settings, name)]:
+            if names := [name for name in ("train", "test", "demonstrations", "second") if getattr(settings, name)]:
                 raise InputError(
-                    f"data.{given[0]}: found {getattr(settings, given[0])[0]!r} beside format 'world', whose rows are "
+                    f"data.{names[0]}: found {getattr(settings, names[0])[0]!r} beside format 'world', whose rows are "
                     "generated; expected data.format=preference, hh-rlhf or tldr with files"
                 )
             rows = {name: getattr(fill_in_world_rows(settings), name) for name in WORLD_ROWS}
@@ -382,13 +391,16 @@ class Data(DataStage, DataSettings):
         groups = [settings.train, settings.test, settings.demonstrations]
         groups += [settings.second] if settings.second and settings.second_rows else []
         digests = [
-            [name if name.startswith("hub:") else source_identity(local_path(name), settings.format) for name in group]
+            [
+                name if name.startswith("hub:") else compute_source_identity(expand_path(name), settings.format)
+                for name in group
+            ]
             for group in groups
         ]
         return {**values, "content": " | ".join(" ".join(group) for group in digests)}
 
     @pydantic.model_validator(mode="after")
-    def _agree_with_base(self) -> Self:
+    def _check_special_tokens(self) -> Self:
         if (of_base := getattr(self.base, "special_tokens", self.special_tokens)) != self.special_tokens:
             raise InputError(
                 f"data.special_tokens: found {self.special_tokens!r}, and {of_base!r} in the model that the rows are "
@@ -397,21 +409,21 @@ class Data(DataStage, DataSettings):
         return self
 
     def fields_outside_identity(self) -> list[str]:
-        """Return the paths, since the content of what they name is a field."""
+        """Return the paths, since the digests of their content are a field."""
         return ["train", "test", "demonstrations", "second"]
 
     @property
     def train_pairs(self) -> Part:
-        """The human pairs as given."""
+        """The human pairs for training."""
         return Part(stage=self, of="train")
 
     @property
     def second_pairs(self) -> Part:
-        """The human pairs kept apart for a second reward model."""
+        """The human pairs of the second reward model."""
         return Part(stage=self, of="second")
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Read, validate, cut to size, write."""
+        """Read, validate and split the rows, and write a file for each part."""
         cost = Cost()
         tokenizer = load_tokenizer(model_folder(inputs["base"]))
         rows, note = read_sources(self, tokenizer), watcher.get().note
@@ -420,7 +432,7 @@ class Data(DataStage, DataSettings):
             (out / "bad_rows.jsonl").unlink(missing_ok=True)
             append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
-                refuse_bad_rows(rows.bad, rows.total)
+                raise_for_bad_rows(rows.bad, rows.total)
         split = split_rows(self, rows)
         for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
             part: list[Any] = getattr(split, name)

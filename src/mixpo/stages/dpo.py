@@ -1,4 +1,4 @@
-"""DPO: direct preference optimization on any pairs, from any start, against any reference (Rafailov et al. 2023)."""
+"""DPO: direct preference optimization on any pairs, from any policy, with any reference (Rafailov et al. 2023)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,23 +19,23 @@ from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.stages.rows import Pairs, name_sampler, read_pairs
 from mixpo.stages.stage import Part, PolicyStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, mean_of_last_steps, policy_alarms
-from mixpo.training.portions import ResumableWork
+from mixpo.training.health import emit_alarms, find_policy_alarms, mean_of_last_steps
 from mixpo.training.record import Cost, append_jsonl, trim_jsonl
+from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 CHECKED_PAIRS = 8
-"""Kept log-probs of so many pairs are compared with a forward pass before they are used."""
+"""Pairs whose log-probs from sampling are compared with a forward pass before they are used."""
 PROBED_PROMPTS = 8
 """Training prompts of which completions are sampled during training."""
-AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}
-"""How far a kept log-prob may be from a forward pass, in nats a token."""
+LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest difference between a log-prob from sampling and one from a forward pass, in nats a token."""
 
 
 class DPOSettings(SeededSettings, SupervisedSettings):
-    """Direct preference optimization."""
+    """Settings of direct preference optimization."""
 
     beta: float = pydantic.Field(0.1, gt=0)
     """Scale of the implicit reward."""
@@ -45,25 +45,25 @@ class DPOSettings(SeededSettings, SupervisedSettings):
     weight_decay: float = pydantic.Field(0.1, ge=0)
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     samplings: int = pydantic.Field(4, ge=0)
-    """So many times during training, completions of a few prompts are drawn and written to `samples.jsonl`."""
+    """Number of times during training that completions of a few prompts are sampled and written to `samples.jsonl`."""
     lora: LoraSettings | None = None
 
 
 class DPO(PolicyStage, DPOSettings):
-    """Minimises equation 2 of the paper. The reference is a named stage, never the base model by accident."""
+    """A policy trained by equation 2 of the paper, with an explicit reference."""
 
     policy: PolicyStage
     reference: PolicyStage
     pairs: Part
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`."""
+        """Train, and write `model/` and `samples.jsonl`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = load_policy(model_folder(inputs["policy"]), device=processes.device, precision=self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        portions = ResumableWork(out, cost)
-        reference_logprobs = _reference_logprobs(self, inputs, lm, pairs, portions, runtime)
+        resumable = ResumableWork(out, cost)
+        reference_logprobs = _compute_reference_logprobs(self, inputs, lm, pairs, resumable, runtime)
         if self.lora:
             add_lora(lm, self.lora)
         training = SupervisedTraining(
@@ -79,9 +79,9 @@ class DPO(PolicyStage, DPOSettings):
         )
         trim_jsonl(out / "samples.jsonl", training.first_step)
         sampler = runtime.make_sampler()
-        probed = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
+        probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             chosen, rejected = lm(batch, "logprobs").sum(dim=-1).unbind(dim=1)
             chosen_reference, rejected_reference = reference_logprobs[rows].to(lm.device).unbind(dim=1)
             losses = dpo_loss(chosen, rejected, chosen_reference, rejected_reference, beta=self.beta)
@@ -99,14 +99,14 @@ class DPO(PolicyStage, DPOSettings):
                 }
             return losses.sum(), metrics
 
-        for step, metrics in training.steps(loss, count=len):
-            if step + 1 in probed:
+        for step, metrics in training.iterate_steps(compute_loss, count=len):
+            if step + 1 in probe_steps:
                 metrics |= _sample_probes(self, lm, sampler, pairs, out, step, cost)
 
         digest = save_model(lm, model_folder(out))
         rows = training.metrics.rows()
         figures = {name: mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
-        advice = {
+        remedies = {
             "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
         }
@@ -118,60 +118,60 @@ class DPO(PolicyStage, DPOSettings):
             truncated=pairs.truncated,
             identical=pairs.identical,
             steps=training.total_steps,
-            alarms=emit_alarms(policy_alarms(rows, advice)),
-            reference_seconds=portions.seconds["reference"],
+            alarms=emit_alarms(find_policy_alarms(rows, remedies)),
+            reference_seconds=resumable.seconds["reference"],
             **figures,
         )
         training.checkpoint.remove()
-        portions.remove()
+        resumable.remove()
 
 
-def _reference_logprobs(
-    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, portions: ResumableWork, runtime: Runtime
+def _compute_reference_logprobs(
+    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, resumable: ResumableWork, runtime: Runtime
 ) -> Tensor:
-    """Sequence log-probs of all pairs under the reference, [pairs, 2].
+    """Compute sequence log-probs of all pairs under the reference, [pairs, 2].
 
-    Free where the reference itself drew the pairs: those kept from sampling are used, after a few of them were
-    compared with a forward pass. Computed once otherwise.
+    If the reference itself sampled the pairs, the log-probs from sampling are returned, after a few of them were
+    compared with a forward pass. Raises RuntimeError if they differ.
     """
     policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
     digest = model_digest(reference_folder)
     same = digest == model_digest(policy_folder)
     reference = lm if same else freeze(load_policy(reference_folder, device=lm.device, precision=stage.precision))
-    kept = pairs.logprobs if pairs.sampler == name_sampler(digest, stage.precision) else None
-    checked = draw_subset(range(len(pairs.prompts)), None if kept is None else CHECKED_PAIRS, COMPARISON_SEED)
-    prompts, completions = [pairs.prompts[row] for row in checked], [pairs.completions[row] for row in checked]
+    stored = pairs.logprobs if pairs.sampler == name_sampler(digest, stage.precision) else None
+    selected = draw_subset(range(len(pairs.prompts)), None if stored is None else CHECKED_PAIRS, COMPARISON_SEED)
+    prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
     budget = runtime.microbatch_tokens
-    computed = portions.score(
+    computed = resumable.score(
         "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
     )
-    if kept is None:
+    if stored is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
-    difference = ((torch.tensor(kept)[checked] - computed).abs() / lengths).max()
-    if float(difference) > AGREEMENT[stage.precision]:
-        portions.remove()  # the samples may be others when this is tried again
+    difference = ((torch.tensor(stored)[selected] - computed).abs() / lengths).max()
+    if float(difference) > LOGPROB_TOLERANCE[stage.precision]:
+        resumable.remove()  # the samples may differ at the next attempt
         raise RuntimeError(
-            f"log-probs kept from sampling differ from a forward pass of the reference by {float(difference):.3g} nats "
-            f"a token; expected at most {AGREEMENT[stage.precision]}; delete the samples' folder to draw them again"
+            f"log-probs from sampling differ from a forward pass of the reference by {float(difference):.3g} nats a "
+            f"token; expected at most {LOGPROB_TOLERANCE[stage.precision]}; delete the samples' folder to sample again"
         )
-    return torch.tensor(kept)
+    return torch.tensor(stored)
 
 
 def _sample_probes(
     stage: DPO, lm: LanguageModel, sampler: Sampler, pairs: Pairs, out: Path, step: int, cost: Cost
 ) -> dict[str, float]:
-    """Sample completions of a few training prompts, so that a policy that stops ending its completions is seen."""
+    """Sample completions of a few training prompts, and return their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
-    cost.sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.read_text(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
         out / "samples.jsonl",
         [
-            {"step": step, "prompt": pairs.untokenised[row], "completion": text}
+            {"step": step, "prompt": pairs.prompt_texts[row], "completion": text}
             for row, text in zip(rows, texts, strict=True)
         ],
     )

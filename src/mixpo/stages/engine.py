@@ -1,8 +1,8 @@
-"""The engine: which folder a stage has, whether it is there, and computing what is not.
+"""The engine: finds the folder of a stage in the cache, and computes stages that are missing.
 
-A stage's folder is named by its identity in a cache that all runs share. A stage that was killed is computed again in
-the same folder, where it finds its checkpoint; a failed one is tried again. A cache may come from somebody else: what
-is read of it is JSON, Parquet and safetensors, never a pickle.
+A folder is named by the stage's identity, in a cache that all runs share. A killed stage is computed again in the same
+folder, from its checkpoint; a failed one is computed again. Caches may be from other people: only JSON, Parquet and
+safetensors are read, never a pickle.
 """
 
 import errno
@@ -23,39 +23,39 @@ from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
 VERSION = "6"
-"""Bump when stages compute something else from the same config: folders of other versions are left alone."""
+"""Increase when stages compute something else from the same settings; folders of other versions are not used."""
 
 SETTINGS = "settings.json"
 
 
 @dataclass
 class Engine:
-    """Folders of stages in a cache."""
+    """A cache of stages' folders, and the runtime with which missing ones are computed."""
 
     cache: Path
     runtime: Runtime
 
     def __post_init__(self) -> None:
         self._folders: dict[Stage, Path] = {}
-        with _writable(self.cache):
+        with _explain_write_errors(self.cache):
             if self.cache.exists() and not self.cache.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def folder(self, stage: Stage) -> Path:
-        """Where the stage's results are or will be."""
+        """Path of the stage's folder, computed or not."""
         if stage not in self._folders:
             kind = self.cache / type(stage).__name__.lower() / f"version-{VERSION}"
             self._folders[stage] = kind / name_folder(stage)
         return self._folders[stage]
 
     def identity(self, stage: Stage) -> str:
-        """Eight hex digits that stand for the stage's settings, inputs and data: the end of its folder's name."""
+        """Digest of the stage's settings, inputs and data: eight hex digits at the end of its folder's name."""
         return self.folder(stage).name[-8:]
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's folder is complete.
+        """Return True if the stage's folder is complete.
 
-        Raises `InputError` if it was made with other defaults than today's, or if its summary is damaged.
+        Raises `InputError` if it was computed with other defaults, or if its summary is damaged.
         """
         folder = self.folder(stage)
         settings, done = read_settings(folder), (folder / SUMMARY).exists()
@@ -63,8 +63,10 @@ class Engine:
             read_summary(folder)
         if settings == stage.model_dump(mode="json"):
             return done
-        # a folder's name leaves out defaults, and what does not belong to the identity, such as paths
-        differences = list(_differences(identity_settings(stage), settings)) if settings else ["no settings.json"]
+        # folder names leave out defaults, and fields outside the identity, such as paths
+        differences = (
+            list(_describe_differences(identity_settings(stage), settings)) if settings else ["no settings.json"]
+        )
         if differences and (settings or done):
             raise InputError(
                 f"{folder}: the folder was written by another version of mixpo ({', '.join(differences[:3])}); "
@@ -73,14 +75,14 @@ class Engine:
         return done
 
     def compute(self, stage: Stage) -> Path:
-        """The stage's folder, complete; what is upstream must be complete. Raises what the stage raises.
+        """Compute a stage whose input stages are complete, and return its folder. Raises what the stage raises.
 
-        Two runs on one cache never compute a stage at once: the second waits, and finds it done.
+        A lock keeps two runs from computing a stage at the same time: the second waits and uses the first's result.
         """
         out = self.folder(stage)
-        with _alone(self.cache / "locks" / self.identity(stage)):
+        with _lock_stage(self.cache / "locks" / self.identity(stage)):
             if not self.is_done(stage):
-                with _writable(out):
+                with _explain_write_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
@@ -89,7 +91,7 @@ class Engine:
         return out
 
     def build(self, stage: Stage) -> Path:
-        """The stage's folder, complete, after what is missing upstream and the stage itself were computed."""
+        """Compute a stage and its missing input stages, and return its folder."""
         for needed in sort_topologically(stage):
             if not self.is_done(needed):
                 self.compute(needed)
@@ -97,9 +99,9 @@ class Engine:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock between processes; it falls when the process ends, however it ends."""
-    with _writable(lock):
+def _lock_stage(lock: Path) -> Iterator[None]:
+    """Hold a lock between processes, which the system releases when the process ends."""
+    with _explain_write_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("w")
     with file:
@@ -108,8 +110,8 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    """Turn what a damaged cache raises into `InputError`."""
+def _explain_write_errors(path: Path) -> Iterator[None]:
+    """Raise `InputError` in place of errors of writing to the cache."""
     try:
         yield
     except OSError as error:
@@ -120,13 +122,13 @@ def _writable(path: Path) -> Iterator[None]:
 
 
 def sort_topologically(stage: Stage) -> Iterator[Stage]:
-    """The stage and everything upstream, each once, inputs before what reads them."""
-    seen: set[int] = set()
+    """Yield a stage and all its direct and indirect inputs once, each after its own inputs."""
+    visited: set[int] = set()
 
     def visit(stage: Stage) -> Iterator[Stage]:
-        if id(stage) in seen:
+        if id(stage) in visited:
             return
-        seen.add(id(stage))
+        visited.add(id(stage))
         for upstream in stage.inputs().values():
             yield from visit(upstream)
         yield stage
@@ -134,18 +136,18 @@ def sort_topologically(stage: Stage) -> Iterator[Stage]:
     yield from visit(stage)
 
 
-def _differences(now: Mapping[str, Any], before: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """Settings of today that had another value before; one that did not exist then is no difference."""
+def _describe_differences(now: Mapping[str, Any], before: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Describe the settings that have another value than before; those that did not exist before are skipped."""
     for key, value in now.items():
         earlier = before.get(key, value)
         if isinstance(value, Mapping) and isinstance(earlier, Mapping):
-            yield from _differences(value, earlier, f"{within}{key}.")
+            yield from _describe_differences(value, earlier, f"{prefix}{key}.")
         elif earlier != value:
-            yield f"{within}{key} {repr(earlier)[:60]} then, {repr(value)[:60]} now"
+            yield f"{prefix}{key} {repr(earlier)[:60]} then, {repr(value)[:60]} now"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """All settings that a stage's folder was computed with, defaults and upstream stages too; none if it was not."""
+    """Read all settings of a stage's folder, defaults and input stages included; empty if it has no readable ones."""
     try:
         content = json.loads((folder / SETTINGS).read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError):
@@ -154,7 +156,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """A complete stage's `summary.json`. Raises `InputError` on a damaged one."""
+    """Read the `summary.json` of a complete stage. Raises `InputError` if it is damaged."""
     path = folder / SUMMARY
     try:
         content: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf8")))

@@ -1,4 +1,4 @@
-"""Evaluation: completions of a policy on held-out prompts, with their scores and their distance from SFT."""
+"""Evaluation: completions of a policy on held-out prompts, with their scores and their KL from SFT."""
 
 import json
 from collections.abc import Mapping
@@ -31,53 +31,52 @@ from mixpo.stages.stage import (
     model_folder,
     write_summary,
 )
-from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost
+from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 
 
 class EvaluationSettings(SeededSettings):
-    """How a policy is evaluated.
+    """Settings of evaluation.
 
-    Sampling is at temperature 1 without truncation, not a setting: the reward and the KL then speak of the same
-    distribution, the policy's own.
+    Sampling is always at temperature 1 without truncation, so that reward and KL are of the same distribution.
     """
 
     prompts: int | None = pydantic.Field(256, ge=1)
-    """Use so many of the test prompts, drawn, and the same ones for every arm and seed; all if null."""
+    """Number of test prompts, a random subset that is the same for every arm and seed; all if null."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
 
 
 class Evaluation(Stage, EvaluationSettings):
-    """Writes `completions.parquet`, a row a prompt, and the means with their 95% intervals over prompts."""
+    """Completions in `completions.parquet`, one row a prompt, and means with 95% intervals over prompts."""
 
     policy: PolicyStage | Snapshot
     sft: PolicyStage
-    """The KL is measured from it, whatever the policy was anchored to."""
+    """The KL is measured from it, whatever the policy's reference was."""
     reward: RewardStage
     second: RewardStage | None = None
-    """A reward model trained on other pairs, which nothing was optimised for."""
+    """A reward model trained on other pairs, for which no policy was optimised."""
     data: DataStage
     best_of: int = pydantic.Field(1, ge=1)
-    """Draw so many completions a prompt and keep the one with the highest score; SFT only."""
+    """Number of completions sampled for each prompt, of which the one with the highest score is kept; SFT only."""
     chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Sample, score, measure."""
+        """Sample and score completions, compute their KL, and write `completions.parquet`."""
         device, cost = runtime.start().device, Cost()
         policy_folder, sft_folder = model_folder(inputs["policy"]), model_folder(inputs["sft"])
         lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
-        asked = select_unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
-        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in asked]
+        unique_prompts = select_unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
+        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in unique_prompts]
         from_sft = model_digest(policy_folder) == model_digest(sft_folder)
         if self.best_of > 1 and not from_sft:
             raise InputError(
                 f"best_of: found {self.best_of} with another policy than SFT; expected SFT, of whose best of n alone "
                 "the KL is known; evaluate the policy with best_of=1"
             )
-        portions, budget = ResumableWork(out, cost), runtime.microbatch_tokens
-        completions, sampled_logprobs = portions.sample(
+        resumable, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        completions, sampled_logprobs = resumable.sample(
             runtime.make_sampler(),
             lm,
             prompts,
@@ -87,28 +86,31 @@ class Evaluation(Stage, EvaluationSettings):
             portion_tokens=runtime.sampling_tokens,
         )
 
-        def scored(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
+        def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
             reward = freeze(load_reward_model(model_folder(reward_folder), device=device, precision=self.precision))
-            read = retokenize(reward, lm, asked, prompts, completions)
-            return portions.score(name, compute_scores, reward, *read, token_budget=budget)
+            reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
+            return resumable.score(name, compute_scores, reward, *reward_inputs, token_budget=budget)
 
         chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
-        judged = scored("chooser", chooser)
-        best = judged.argmax(dim=1, keepdim=True)
-        completions = [[branches[place]] for branches, place in zip(completions, best[:, 0].tolist(), strict=True)]
-        found = (judged.gather(1, best) if chooser == inputs["reward"] else scored("reward", inputs["reward"]))[:, 0]
-        second = scored("second", inputs["second"])[:, 0] if self.second is not None else None
+        chooser_scores = compute_reward_scores("chooser", chooser)
+        best = chooser_scores.argmax(dim=1, keepdim=True)
+        completions = [[branches[index]] for branches, index in zip(completions, best[:, 0].tolist(), strict=True)]
+        same = chooser == inputs["reward"]
+        scores = (chooser_scores.gather(1, best) if same else compute_reward_scores("reward", inputs["reward"]))[:, 0]
+        second = compute_reward_scores("second", inputs["second"])[:, 0] if self.second is not None else None
         if from_sft:
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
         else:
             logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
             sft = freeze(load_policy(sft_folder, device=device, precision=self.precision))
-            read = portions.score("sft", compute_sequence_logprobs, sft, prompts, completions, token_budget=budget)
-            kl = logprobs - read[:, 0]
+            sft_logprobs = resumable.score(
+                "sft", compute_sequence_logprobs, sft, prompts, completions, token_budget=budget
+            )
+            kl = logprobs - sft_logprobs[:, 0]
 
         texts = [lm.read_text(branches[0]) for branches in completions]
         columns: dict[str, list[float]] = {
-            "score": found.double().tolist(),
+            "score": scores.double().tolist(),
             "kl_from_sft": kl.double().tolist(),
             "tokens": [float(len(branches[0])) for branches in completions],
             "ended": [float(lm.has_ended(branches[0])) for branches in completions],
@@ -117,13 +119,13 @@ class Evaluation(Stage, EvaluationSettings):
             columns["second_score"] = second.double().tolist()
         if _is_world(inputs["data"]):
             columns["true_reward"] = [
-                true_reward(_question(prompt), text) for prompt, text in zip(asked, texts, strict=True)
+                true_reward(_read_question(prompt), text) for prompt, text in zip(unique_prompts, texts, strict=True)
             ]
         write_table(
             out / "completions.parquet",
             [
                 {"prompt": prompt, "completion": text, **{name: column[row] for name, column in columns.items()}}
-                for row, (prompt, text) in enumerate(zip(asked, texts, strict=True))
+                for row, (prompt, text) in enumerate(zip(unique_prompts, texts, strict=True))
             ],
         )
         figures = {}
@@ -133,13 +135,15 @@ class Evaluation(Stage, EvaluationSettings):
             interval = wilson_interval(values.sum(), values.size) if share else crossed_interval(values[None])
             figures[name] = asdict(interval)
         write_summary(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
-        portions.remove()
+        resumable.remove()
 
 
 def _is_world(data: Path) -> bool:
+    """Return True if the rows of a data stage are the embedded world's."""
     return bool(json.loads((data / "summary.json").read_text(encoding="utf8"))["format"] == "world")
 
 
-def _question(prompt: object) -> str:
+def _read_question(prompt: object) -> str:
+    """Text of the last message of a prompt."""
     assert isinstance(prompt, list)
     return str(prompt[-1]["content"])

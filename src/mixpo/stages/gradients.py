@@ -1,4 +1,4 @@
-"""Gradients: what one DPO step does to a pair's two completions, against Theorem 1 and Corollary 1 of the paper."""
+"""Gradients: effect of one DPO step on both completions of a pair (Theorem 1 and Corollary 1 of the paper)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,25 +17,25 @@ from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, PolicyStage, Stage, model_folder, write_summary
-from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost, report_progress
+from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 
 
 class GradientsSettings(Settings):
-    """How many pairs are measured."""
+    """Settings of gradient measurements."""
 
     pairs: int = pydantic.Field(0, ge=0)
-    """Of each part; 0 measures none."""
+    """Pairs of each part; 0 measures none."""
 
 
 class Gradients(Stage):
-    """Writes `gradients.parquet`, a row a pair, measured on a DPO model. Everything runs in float32.
+    """Gradients of a DPO model in `gradients.parquet`, one row a pair, computed in float32.
 
     `log_x_chosen`, `log_x_rejected`: log(pi / pi_ref) of both completions (x_w and x_l of Theorem 1). `by_chosen`,
     `by_rejected`: dL/dx_w and dL/dx_l by automatic differentiation of the DPO loss. `chosen_chosen`,
-    `rejected_rejected`, `chosen_rejected`: inner products of the gradients, over all weights, of the completions'
-    log-probs: what a small step does to both is their combination.
+    `rejected_rejected`, `chosen_rejected`: inner products of the gradients of both log-probs over all weights, from
+    which the effect of a small step on both follows.
     """
 
     policy: PolicyStage
@@ -44,26 +44,28 @@ class Gradients(Stage):
     pairs: Part
     beta: float
     count: int = pydantic.Field(ge=1)
-    """So many of the pairs whose completions differ, the same ones at every seed."""
+    """Number of pairs with different completions, the same ones at every seed."""
     max_completion_tokens: int
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Measure pair by pair."""
+        """Compute the gradients of each pair and write `gradients.parquet`."""
         device, cost = runtime.start().device, Cost()
         lm = load_policy(model_folder(inputs["policy"]), device=device)
         reference = freeze(load_policy(model_folder(inputs["reference"]), device=device))
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        drawn = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
-        prompts, completions = [pairs.prompts[row] for row in drawn], [pairs.completions[row] for row in drawn]
-        portions, budget = ResumableWork(out, cost), runtime.microbatch_tokens
-        anchored = portions.score(
+        selected = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
+        prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
+        resumable, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        reference_logprobs = resumable.score(
             "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
         )
 
         def measure(row: int) -> dict[str, float]:
-            (chosen, rejected), (chosen_gradient, rejected_gradient) = _gradients(lm, prompts[row], completions[row])
-            cost.trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
-            log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - anchored[row]
+            (chosen, rejected), (chosen_gradient, rejected_gradient) = _compute_gradients(
+                lm, prompts[row], completions[row]
+            )
+            cost.count_trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
             return {
                 "log_x_chosen": float(log_x[0]),
@@ -77,20 +79,22 @@ class Gradients(Stage):
 
         single = [[row] for row in range(len(prompts))]
         advance = report_progress(len(prompts))
-        rows = portions.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
+        rows = resumable.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
         write_table(out / "gradients.parquet", rows)
         write_summary(out, cost, pairs=len(rows))
-        portions.remove()
+        resumable.remove()
 
 
-def _gradients(lm: LanguageModel, prompt: list[int], branches: list[list[int]]) -> tuple[list[float], list[Tensor]]:
-    """The log-prob of each completion, and its gradient over all weights as one vector."""
+def _compute_gradients(
+    lm: LanguageModel, prompt: list[int], branches: list[list[int]]
+) -> tuple[list[float], list[Tensor]]:
+    """Compute the log-prob of each completion, and its gradient over all weights as one vector."""
     lm.train()
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     logprobs, gradients = [], []
     for completion in branches:
         logprob = lm(pack([prompt], [[completion]]).to(lm.device), "logprobs").sum()
         logprobs.append(float(logprob.detach()))
-        found = torch.autograd.grad(logprob, parameters)
-        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        parts = torch.autograd.grad(logprob, parameters)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
     return logprobs, gradients

@@ -1,4 +1,4 @@
-"""The identity of a stage: what names its folder. The only module that knows exca."""
+"""Identity of a stage, from which its folder is named. The only module that imports exca."""
 
 import json
 from typing import Any
@@ -8,10 +8,10 @@ from exca import ConfDict
 
 
 class Identified(exca.helpers.DiscriminatedModel):
-    """A model of settings with an identity: its fields and those of the models that it holds, but for defaults."""
+    """A pydantic model with an identity: its fields, nested ones included, except those that have their default."""
 
     def fields_outside_identity(self) -> list[str]:
-        """Return the names of fields that do not change what is computed, such as a path whose content is a field."""
+        """Return the names of fields that do not change results, such as a path whose content is another field."""
         return []
 
     def _exclude_from_cls_uid(self) -> list[str]:
@@ -19,11 +19,11 @@ class Identified(exca.helpers.DiscriminatedModel):
 
 
 def name_folder(stage: Identified) -> str:
-    """Name the folder of a stage; the last eight hex digits are a digest of its identity."""
+    """Make the folder name of a stage; its last eight hex digits are a digest of the identity."""
     return str(ConfDict.from_model(stage, uid=True, exclude_defaults=True).to_uid())
 
 
 def identity_settings(stage: Identified) -> dict[str, Any]:
-    """All settings that belong to a stage's identity, defaults and upstream stages too, as JSON has them."""
+    """Return the settings of a stage's identity as JSON values, defaults and upstream stages included."""
     content: dict[str, Any] = json.loads(json.dumps(ConfDict.from_model(stage, uid=True, exclude_defaults=False)))
     return content

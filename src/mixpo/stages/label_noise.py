@@ -1,4 +1,4 @@
-"""LabelNoise: human pairs of which a share has its labels flipped, to measure who suffers from noise."""
+"""LabelNoise: human pairs with a share of flipped labels, to measure robustness to noise."""
 
 import random
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from mixpo.training.runtime import Runtime
 
 
 class LabelNoiseSettings(Settings):
-    """How many labels are flipped."""
+    """Settings of label noise."""
 
     share: float = pydantic.Field(0.0, ge=0, le=1)
-    """Of the train pairs; test pairs and demonstrations stay as they are."""
+    """Share of the train pairs that are flipped; test pairs and demonstrations do not change."""
     seed: int = pydantic.Field(0, ge=0)
-    """At one seed a larger share flips the pairs of a smaller one and more."""
+    """At the same seed, a larger share flips all pairs of a smaller one."""
 
 
 class LabelNoise(Stage, LabelNoiseSettings):
-    """Writes `train.parquet`: all pairs in their order, chosen and rejected exchanged in the share that is flipped."""
+    """All pairs in their order in `train.parquet`, with chosen and rejected exchanged in a random share."""
 
     parts = ("train",)
 
@@ -36,7 +36,7 @@ class LabelNoise(Stage, LabelNoiseSettings):
         return Part(stage=self, of="train")
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Flip."""
+        """Flip labels and write `train.parquet`."""
         cost, rows = Cost(), read_preference_rows(inputs["pairs"])
         order = list(range(len(rows)))
         random.Random(self.seed).shuffle(order)
@@ -44,8 +44,8 @@ class LabelNoise(Stage, LabelNoiseSettings):
         write_rows(
             out / "train.parquet",
             [
-                replace(row, chosen=row.rejected, rejected=row.chosen) if place in flipped else row
-                for place, row in enumerate(rows)
+                replace(row, chosen=row.rejected, rejected=row.chosen) if index in flipped else row
+                for index, row in enumerate(rows)
             ],
         )
         write_summary(out, cost, pairs=len(rows), flipped=len(flipped))

@@ -1,4 +1,4 @@
-"""The models of PPO: what is trained, and what is frozen."""
+"""Trained and frozen models of PPO."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from mixpo.training.checkpoint import Stateful, TrainableWeights
 from mixpo.training.step import make_optimizer
 
 
-class Where(TypedDict):
-    """Where and how a model is loaded."""
+class LoadOptions(TypedDict):
+    """Device and precision of a model."""
 
     device: torch.device
     precision: Precision
@@ -29,36 +29,36 @@ class Where(TypedDict):
 
 @dataclass(frozen=True)
 class FrozenModels:
-    """The models that completions are scored and compared with."""
+    """Reference, SFT and reward model, which are not trained."""
 
     reference: LanguageModel
     sft: LanguageModel
-    """The same object as the reference where the reference is SFT."""
+    """The same object as the reference if that is the SFT model."""
     reward: LanguageModel
 
 
 @dataclass
 class ActorCritic:
-    """The policy, and with `gae` a value model, with their optimizers and the coefficient of the KL penalty."""
+    """The policy and, with `gae`, a value model, their optimizers, and the state of the KL controllers."""
 
     policy: LanguageModel
     policy_optimizer: torch.optim.Optimizer
     value: LanguageModel | None
-    """The policy itself where it has a value head of its own."""
+    """The policy itself if it has a value head (`value_init: shared`)."""
     value_optimizer: torch.optim.Optimizer | None
     kl_coef: float
     kl_multiplier: float = 1.0
-    """Multiplies kl_coef; changed by the controller of kl_budget."""
+    """Factor of kl_coef, changed by the controller of kl_budget."""
     kl_error_sum: float = 0.0
-    """The integral term of that controller."""
+    """Integral term of that controller."""
 
     @property
     def shares_model(self) -> bool:
-        """Whether policy and value are one model."""
+        """True if policy and value are one model."""
         return self.value is self.policy
 
     def stateful_parts(self) -> dict[str, Stateful]:
-        """Return what a checkpoint holds of it."""
+        """Return the parts that a checkpoint saves."""
         parts: dict[str, Stateful] = {
             "policy": TrainableWeights(self.policy),
             "policy_optimizer": self.policy_optimizer,
@@ -69,40 +69,40 @@ class ActorCritic:
 
 
 def load_frozen_models(settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel) -> FrozenModels:
-    """Load reference, SFT and reward model; SFT once where it is the reference.
+    """Load reference, SFT and reward model; one model if SFT is the reference.
 
-    Raises `InputError` if reference or SFT have another tokenizer than the policy.
+    Raises `InputError` if the tokenizer of reference or SFT differs from the policy's.
     """
-    where = Where(device=policy.device, precision=settings.precision)
+    options = LoadOptions(device=policy.device, precision=settings.precision)
     reference_folder, sft_folder = model_folder(inputs["reference"]), model_folder(inputs["sft"])
-    reference = sft = freeze(load_policy(reference_folder, **where))
+    reference = sft = freeze(load_policy(reference_folder, **options))
     if model_digest(reference_folder) != model_digest(sft_folder):
-        sft = freeze(load_policy(sft_folder, **where))
+        sft = freeze(load_policy(sft_folder, **options))
     for name, model in (("reference", reference), ("sft", sft)):
         if not tokenize_alike(model.tokenizer, policy.tokenizer):
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    return FrozenModels(reference, sft, freeze(load_reward_model(model_folder(inputs["reward"]), **where)))
+    return FrozenModels(reference, sft, freeze(load_reward_model(model_folder(inputs["reward"]), **options)))
 
 
 def make_actor_critic(
     settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel
 ) -> ActorCritic:
-    """Make the optimizers, and the value model if the advantage needs one (`value_init`)."""
+    """Make the optimizers and, for `gae`, the value model as `value_init` says."""
     value: LanguageModel | None = None
-    where = Where(device=policy.device, precision=settings.precision)
+    options = LoadOptions(device=policy.device, precision=settings.precision)
     if settings.advantage == "gae":
         if settings.value_init == "shared":
             value = policy
-            policy.value_head = _zero_head(policy)
+            policy.value_head = _make_value_head(policy)
         elif settings.value_init == "policy":
-            value = new_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **where)
+            value = new_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **options)
         else:
             if not tokenize_alike(reward.tokenizer, policy.tokenizer):
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"
                 )
-            value = load_reward_model(model_folder(inputs["reward"]), **where)
+            value = load_reward_model(model_folder(inputs["reward"]), **options)
     value_optimizer = None
     if value is not None and value is not policy:
         if settings.lora:
@@ -112,8 +112,8 @@ def make_actor_critic(
     return ActorCritic(policy, make_optimizer(policy.parameters(), settings), value, value_optimizer, settings.kl_coef)
 
 
-def _zero_head(policy: LanguageModel) -> nn.Linear:
-    """Make a scalar head whose values are 0 at first."""
+def _make_value_head(policy: LanguageModel) -> nn.Linear:
+    """Make a scalar head of zeros."""
     head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -1,6 +1,7 @@
-"""The settings of PPO, and what to change where a run goes wrong."""
+"""Settings and schedule of PPO, and suggestions of changes if training fails."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, Self
 
 import pydantic
@@ -26,8 +27,8 @@ DEEPSPEED_CHAT: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "value_init": "reward",
 }
-"""The constants on which the paper ran (dschat/rlhf/ppo_trainer.py). Sampling stays at temperature 1 and the score on
-the last real token: DeepSpeed-Chat samples Llama greedily and scores one step past it where there is padding."""
+"""Constants of the paper's software (dschat/rlhf/ppo_trainer.py). Sampling stays at temperature 1 and the score at the
+last token: DeepSpeed-Chat samples Llama greedily, and with padding scores one position later."""
 
 GAE_SETTINGS = (
     "discount",
@@ -39,11 +40,11 @@ GAE_SETTINGS = (
     "shared_value_coef",
     "value_warmup_steps",
 )
-"""Settings that do nothing with another advantage."""
+"""Settings without effect if the advantage is not `gae`."""
 
 
 class PPOSettings(SeededSettings, OptimizerSettings):
-    """Proximal policy optimization of completions (Schulman et al. 2017; Ziegler et al. 2019)."""
+    """Settings of proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019)."""
 
     preset: Literal["mixpo", "deepspeed-chat"] = "mixpo"
     """`deepspeed-chat` sets the constants that the paper's software has; keys given beside it win."""
@@ -96,11 +97,11 @@ class PPOSettings(SeededSettings, OptimizerSettings):
         if not isinstance(values, dict) or values.get("preset") != "deepspeed-chat":
             return validate(values)
         settings = validate({**DEEPSPEED_CHAT, **values})
-        settings.model_fields_set.intersection_update(values)  # another preset takes the constants along
+        settings.model_fields_set.intersection_update(values)  # constants count as set by the preset
         return settings
 
     @pydantic.model_validator(mode="after")
-    def _check_together(self) -> "PPOSettings":
+    def _check_combinations(self) -> "PPOSettings":
         if self.kl_budget is not None and (self.kl_target is not None or self.kl_coef == 0):
             raise InputError(
                 f"ppo.kl_budget: found beside kl_target {self.kl_target} and kl_coef {self.kl_coef:g}; expected no "
@@ -114,8 +115,29 @@ class PPOSettings(SeededSettings, OptimizerSettings):
         return self
 
 
+def count_updates(settings: PPOSettings, prompts: int, iterations: int) -> list[int]:
+    """Count the optimizer steps before each iteration, and in the last entry those of all, for the learning rate.
+
+    The last iteration of an epoch may have fewer prompts, and so fewer minibatches.
+    """
+    per_epoch = -(-prompts // settings.batch_size)
+    counts = [min(settings.batch_size, prompts - step % per_epoch * settings.batch_size) for step in range(iterations)]
+    minibatches = [-(-count // -(-count // settings.minibatches)) for count in counts]
+    return list(accumulate((settings.epochs_per_batch * number for number in minibatches), initial=0))
+
+
+def choose_snapshot_steps(count: int, total: int) -> list[int]:
+    """Choose the steps after which a snapshot is saved: the ends of the first `count` of count + 1 equal parts."""
+    if count >= total:
+        raise InputError(
+            f"trace.snapshots: found {count} for {total} iterations of PPO; expected fewer; lower it or "
+            "ppo.batch_size, or raise ppo.epochs"
+        )
+    return [round(total * number / (count + 1)) for number in range(1, count + 1)]
+
+
 def suggest_against_divergence(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
-    """Say what to try where an iteration diverged; `updates` are the optimizer steps before each iteration."""
+    """Suggest changes of settings after a divergence; `updates` are the optimizer steps before each iteration."""
     tips = suggest_remedies(updates[step], total=updates[-1], settings=stage, precision=stage.precision)
     if step > 0:
         tips.append(suggest_tighter_anchor(stage))
@@ -125,7 +147,7 @@ def suggest_against_divergence(stage: PPOSettings, updates: Sequence[int], step:
 
 
 def suggest_tighter_anchor(stage: PPOSettings) -> str:
-    """Say which setting holds the policy closer to its reference."""
+    """Suggest a change of a setting that reduces the KL to the reference."""
     for name in ("kl_target", "kl_budget"):  # their controllers change kl_coef
         if (value := getattr(stage, name)) is not None:
             return f"a lower {name} (now {value:g})"
@@ -133,7 +155,7 @@ def suggest_tighter_anchor(stage: PPOSettings) -> str:
 
 
 def suggest_against_alarms(stage: PPOSettings) -> dict[str, str]:
-    """Say what to try against each alarm, by the name of its metric."""
+    """Suggest changes of settings against each alarm, by the name of its metric."""
     anchor = suggest_tighter_anchor(stage)
     return {
         "end_rate": f"a higher max_completion_tokens (now {stage.max_completion_tokens}) or missing_end_penalty (now "

@@ -1,4 +1,4 @@
-"""Pretrained: the model that everything starts from, as a plain Hugging Face folder."""
+"""Pretrained: the initial model of an experiment, as a plain Hugging Face folder."""
 
 import shutil
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.sources import content_digest, local_path
+from mixpo.data.sources import content_digest, expand_path
 from mixpo.data.templates import write_arguments_into_template
-from mixpo.data.tokens import SPECIAL_TOKENS, parses_special_tokens
+from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
 from mixpo.models.digests import model_digest, model_files
 from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
 from mixpo.models.loading import load_policy, new_reward_model
@@ -25,7 +25,7 @@ from mixpo.training.runtime import Runtime
 
 
 class PretrainedSettings(Settings):
-    """Which model to start from."""
+    """Settings of the initial model."""
 
     path: str = "world"
     """`world` (random weights for the embedded world), a folder, a Hugging Face id, a `.gguf` file, or
@@ -38,30 +38,29 @@ class PretrainedSettings(Settings):
     """Variables that the chat template reads, such as `{enable_thinking: false}`. The template in the model's folder
     sets them itself, so that it renders the same elsewhere."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the weights of this model, and of all that are trained from it, are saved as; `auto` keeps the type that the
-    model comes in. Training computes on float32 weights whatever they are saved as; bfloat16 keeps 8 bits of them, and
-    so loses the smallest updates."""
+    """Type in which this model and all models trained from it are saved; `auto` keeps the model's own. Training always
+    uses float32 weights; bfloat16 saves 8 bits of their significand, and so loses the smallest updates."""
     init_seed: int = 0
     """Seed of the random weights; `world` only."""
 
     @pydantic.field_validator("template_arguments", mode="before")
     @classmethod
-    def _as_pairs(cls, value: Any) -> Any:
-        return _pairs(value)
+    def _sort_arguments(cls, value: Any) -> Any:
+        return _sort_template_arguments(value)
 
 
-def _pairs(arguments: Any) -> Any:
-    """Template arguments as they are kept: pairs, which can be compared."""
+def _sort_template_arguments(arguments: Any) -> Any:
+    """Convert a mapping of template arguments to sorted pairs, which can be hashed."""
     return tuple(sorted(arguments.items())) if isinstance(arguments, Mapping) else arguments
 
 
 class Pretrained(PolicyStage, PretrainedSettings):
-    """A model folder to start from. A local folder is copied, so that it can be moved or trained further."""
+    """The initial model in `model/`. Local folders are copied, so that the original may change later."""
 
     special_tokens: Literal["text", "parse"] = "text"
-    """The recipe's `data.special_tokens`, which the model's folder hands on to every stage."""
+    """The recipe's `data.special_tokens`, saved in the model's folder for all stages."""
     content: str = ""
-    """Digest of the files behind a local path; found out here."""
+    """Digest of the files of a local path; computed by the validator."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -73,32 +72,37 @@ class Pretrained(PolicyStage, PretrainedSettings):
             return values
         if path.startswith("package:"):
             return {**values, "content": content_digest([resolve_package_file(path)])}
-        local = local_path(path)
+        local = expand_path(path)
         if path.endswith(".gguf"):
             return {**values, "content": content_digest([local])}
         if local.is_dir():
             with explain_loading_errors(local):
                 digest = model_digest(local)
-            _check_folder(local, digest, values.get("chat_template"), _pairs(values.get("template_arguments") or ()))
+            _check_folder(
+                local,
+                digest,
+                values.get("chat_template"),
+                _sort_template_arguments(values.get("template_arguments") or ()),
+            )
             return {**values, "content": digest}
         if path.startswith((".", "/", "~")) or path.count("/") > 1 or local.is_file():
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
 
     def fields_outside_identity(self) -> list[str]:
-        """Return the paths, since the content of what they name is a field."""
+        """Return the path and revision if the digest of the files is a field."""
         return ["path", "revision"] if self.content else []
 
     @property
     def local_folder(self) -> Path | None:
-        """The model folder that it copies; None where the model comes from elsewhere."""
-        local = local_path(self.path)
+        """The local model folder; None if the model has another source."""
+        local = expand_path(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`, after it was tried with a few tokens."""
+        """Write `model/`, and verify that policy and reward models can be loaded from it."""
         device, cost, model = runtime.start().device, Cost(), model_folder(out)
-        local = local_path(self.path)
+        local = expand_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:
             model.mkdir(exist_ok=True)
@@ -107,22 +111,22 @@ class Pretrained(PolicyStage, PretrainedSettings):
         else:
             network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
             tokenizer.save_pretrained(model)
-        self._settle_template(model)
+        self._write_template(model)
         load_policy(model, device=device)
         new_reward_model(model, seed=0, device=device)
         write_summary(out, cost, model=model_digest(model))
 
-    def _settle_template(self, model: Path) -> None:
-        """Write the settings of template and special tokens into the model's folder."""
+    def _write_template(self, model: Path) -> None:
+        """Write the chat template and the special-tokens setting into the model's folder, if they differ from it."""
         tokenizer = load_tokenizer(model)
         parse = self.special_tokens == "parse"
         if self.chat_template is not None or self.template_arguments or parse != parses_special_tokens(tokenizer):
             _set_template(tokenizer, self.chat_template, self.template_arguments)
-            tokenizer.init_kwargs[SPECIAL_TOKENS] = self.special_tokens
+            tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = self.special_tokens
             tokenizer.save_pretrained(model)
 
     def _load(self, local: Path) -> tuple[Any, Any]:
-        """The model and its tokenizer; no model where a folder's files can be taken as they are."""
+        """Load the model and its tokenizer; None for the model if a folder's files can be copied unchanged."""
         if self.path == "world":
             return new_world_model(self.init_seed)
         if self.path.startswith("package:"):
@@ -140,18 +144,18 @@ class Pretrained(PolicyStage, PretrainedSettings):
 
 
 def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -> PreTrainedTokenizerBase:
-    """The tokenizer that the stages will have of a model; its weights are not read."""
+    """Read the tokenizer that the stages will use, with the template settings applied; no weights are read."""
     path = settings.path
     if path == "world":
         tokenizer = new_world_model(settings.init_seed)[1]
     elif path.startswith("package:") or path.endswith(".gguf"):
-        file = resolve_package_file(path) if path.startswith("package:") else local_path(path)
+        file = resolve_package_file(path) if path.startswith("package:") else expand_path(path)
         tokenizer = read_gguf_tokenizer(file)
     else:
-        local = local_path(path)
+        local = expand_path(path)
         tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
     _set_template(tokenizer, settings.chat_template, settings.template_arguments)
-    tokenizer.init_kwargs[SPECIAL_TOKENS] = special_tokens
+    tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = special_tokens
     return tokenizer
 
 
@@ -159,14 +163,14 @@ def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -
 def _check_folder(
     folder: Path, digest: str, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
 ) -> None:
-    """`_read_folder`, once for a state of the folder. What is read is not kept: whoever loads it may change it."""
+    """Check a folder by `_read_folder`, once for each digest; the result is not cached, since callers may modify it."""
     _read_folder(folder, chat_template, template_arguments)
 
 
 def _read_folder(
     folder: Path, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
 ) -> ModelFolder:
-    """Refuse a folder by all that can be known without reading its weights."""
+    """Read and check a model folder with these template settings, without reading its weights."""
 
     def read_tokenizer(folder: Path) -> Any:
         tokenizer = load_tokenizer(folder)
@@ -177,6 +181,7 @@ def _read_folder(
 
 
 def _set_template(tokenizer: Any, chat_template: str | None, arguments: tuple[tuple[str, Any], ...]) -> None:
+    """Set the chat template of a tokenizer, and write the template arguments into it."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if arguments:

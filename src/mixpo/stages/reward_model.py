@@ -1,4 +1,4 @@
-"""RewardModel: a Bradley-Terry reward model on human pairs, started from the SFT model."""
+"""RewardModel: a Bradley-Terry reward model trained on human pairs, from the SFT model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,25 +14,25 @@ from mixpo.algorithms.calibration import bin_accuracy_by_gap
 from mixpo.algorithms.intervals import wilson_interval
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
 from mixpo.data.branches import BranchBatch, row_lengths
-from mixpo.data.splits import hold_out
+from mixpo.data.splits import split_by_prompt
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
 from mixpo.models.loading import load_reward_model, new_reward_model
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, mean_of_last_steps, reward_model_alarms
+from mixpo.training.health import emit_alarms, find_reward_model_alarms, mean_of_last_steps
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 GAP_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-"""Bins of the paper's Figure 2 (left edges; the last is open)."""
+"""Left edges of the bins of the paper's Figure 2; the last bin is open."""
 
 
 class RewardModelSettings(SeededSettings, SupervisedSettings):
-    """Reward-model training."""
+    """Settings of reward-model training."""
 
     learning_rate: float = pydantic.Field(5e-6, gt=0)
     batch_size: int = pydantic.Field(8, ge=1)
@@ -52,16 +52,16 @@ class RewardModelSettings(SeededSettings, SupervisedSettings):
 
 
 class RewardModel(RewardStage, RewardModelSettings):
-    """Minimises equation 1 of the paper on the scores, each read at its completion's last token."""
+    """A reward model trained by equation 1 of the paper; its score is read at a completion's last token."""
 
     policy: PolicyStage
-    """Whose weights it starts from."""
+    """Policy with the initial weights."""
     pairs: Part
     data: DataStage
-    """Its test pairs are scored at the end."""
+    """Data with the test pairs that are scored at the end."""
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`, and the scores of validation and test pairs."""
+        """Train, and write `model/` and the scores of validation and test pairs."""
         processes, cost = runtime.start(), Cost()
         device = processes.device
         torch.manual_seed(self.seed)
@@ -70,7 +70,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         test = read_pairs(inputs["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
-        train, held = hold_out(
+        train, validation = split_by_prompt(
             list(map(tuple, pairs.prompts)),
             self.validation_share,
             self.seed,
@@ -92,10 +92,10 @@ class RewardModel(RewardStage, RewardModelSettings):
         )
         if self.head == "fitted" and training.first_step == 0:
             states = compute_last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
-            cost.scored(lm.model, sum(row_lengths(prompts, completions)))
+            cost.count_scored(lm.model, sum(row_lengths(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             chosen, rejected = lm(batch, "scores").unbind(dim=1)
             number = torch.tensor(len(rows))
             metrics = {
@@ -108,25 +108,26 @@ class RewardModel(RewardStage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for _ in training.steps(loss, count=len):
+        for _ in training.iterate_steps(compute_loss, count=len):
             pass
 
         digest = save_model(lm, model_folder(out))
         saved = freeze(load_reward_model(model_folder(out), device=device, precision=self.precision))
-        judged: dict[str, Any] = {}
+        accuracies: dict[str, Any] = {}
         for name, prompts, completions in (
-            ("validation", [pairs.prompts[row] for row in held], [pairs.completions[row] for row in held]),
+            ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
-            found = compute_scores(saved, prompts, completions, token_budget=runtime.microbatch_tokens).double().numpy()
-            cost.scored(saved.model, sum(row_lengths(prompts, completions)))
+            budget = runtime.microbatch_tokens
+            scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
+            cost.count_scored(saved.model, sum(row_lengths(prompts, completions)))
             write_table(
                 out / f"{name}_scores.parquet",
-                [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in found],
+                [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
             )
-            judged[name] = _judge(found)
-        judged["test"].update(truncated=test.truncated, identical=test.identical)
-        accuracy, (low, _) = judged["test"]["accuracy"], judged["test"]["accuracy_interval"]
+            accuracies[name] = _summarize_scores(scores)
+        accuracies["test"].update(truncated=test.truncated, identical=test.identical)
+        accuracy, (low, _) = accuracies["test"]["accuracy"], accuracies["test"]["accuracy_interval"]
         train_accuracy = mean_of_last_steps(training.metrics.rows(), "accuracy")
         write_summary(
             out,
@@ -136,15 +137,15 @@ class RewardModel(RewardStage, RewardModelSettings):
             truncated=pairs.truncated,
             identical=pairs.identical,
             steps=training.total_steps,
-            alarms=emit_alarms(reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
-            **judged,
+            alarms=emit_alarms(find_reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
+            **accuracies,
         )
         training.checkpoint.remove()
 
 
-def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
-    """Accuracy on pairs, and the paper's Figure 2: accuracy and count per bin of the gap."""
-    margins = found[:, 0] - found[:, 1]
+def _summarize_scores(scores: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
+    """Compute the accuracy on scored pairs, with its interval and by bins of the gap (the paper's Figure 2)."""
+    margins = scores[:, 0] - scores[:, 1]
     correct = int((margins > 0).sum())
     interval = wilson_interval(correct, len(margins))
     return {
@@ -152,7 +153,7 @@ def _judge(found: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
         "accuracy": correct / len(margins),
         "accuracy_interval": [interval.low, interval.high],
         "gap_under_1": float((np.abs(margins) < 1).mean()),
-        "score_mean": float(found.mean()),
-        "score_std": float(found.std()),
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std()),
         "by_gap": [asdict(row) for row in bin_accuracy_by_gap(margins, GAP_EDGES)],
     }

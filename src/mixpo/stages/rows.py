@@ -1,4 +1,4 @@
-"""Rows as the stages read them: tokens of preference rows, of scored pairs, and of prompts."""
+"""Reading and writing of stages' rows: Parquet tables, tokenized pairs and unique prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.training.record import watcher
 
 SAMPLER = b"mixpo.sampler"
-"""Key of the Parquet metadata that names who drew the completions."""
+"""Key of the Parquet metadata that names the model that sampled the completions."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Preference pairs in tokens: completions[i] = [chosen, rejected]."""
+    """Tokenized preference pairs: completions[i] = [chosen, rejected]."""
 
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     sampler: str | None
-    """`name_sampler` of the model that drew the completions; None for human pairs."""
+    """`name_sampler` of the model that sampled the completions; None for human pairs."""
     logprobs: list[list[float]] | None
-    """The sampler's own sequence log-probs of both, kept from sampling."""
-    untokenised: list[Prompt]
-    """The prompts as the rows have them."""
+    """Sequence log-probs of both from sampling; None for human pairs."""
+    prompt_texts: list[Prompt]
+    """Prompts as text or messages."""
     truncated: int
-    """Completions that were cut to max_completion_tokens, among those of all rows."""
+    """Completions of all rows that were cut to max_completion_tokens."""
     identical: int
-    """Rows left out, both of whose completions are the same tokens: no loss on pairs can learn from them."""
+    """Rows without a difference in tokens, which are left out."""
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """All rows of a Parquet file that a stage wrote. Raises `InputError` if it is damaged."""
+    """Read all rows of a Parquet file that a stage wrote. Raises `InputError` if it is damaged."""
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
@@ -50,7 +50,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | None = None) -> None:
-    """Write rows as Parquet, with the `name_sampler` if they were sampled."""
+    """Write rows to a Parquet file, with their `name_sampler` if they were sampled."""
     table = pa.Table.from_pylist(list(rows))
     if sampler is not None:
         table = table.replace_schema_metadata({SAMPLER: sampler})
@@ -58,21 +58,21 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | No
 
 
 def name_sampler(digest: str, precision: Precision) -> str:
-    """Who drew completions: log-probs kept from sampling are those of this model in this precision."""
+    """Name the model and precision that completions and their log-probs are sampled with."""
     return f"{digest} {precision}"
 
 
 def read_sampler(path: Path) -> str | None:
-    """The `name_sampler` of the model that drew a file's completions."""
+    """Read the `name_sampler` of a file's completions; None for human pairs."""
     metadata = pq.read_schema(path).metadata or {}
     return metadata[SAMPLER].decode() if SAMPLER in metadata else None
 
 
 def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> Pairs:
-    """Pairs from preference rows (`prompt`, `chosen`, `rejected`) or from scored pairs (`completions`, ...).
+    """Read and tokenize preference rows (`prompt`, `chosen`, `rejected`) or scored pairs (`completions`, ...).
 
-    Sampled completions are taken token by token as they were drawn; the model must share the sampler's tokenizer, as
-    every model that was trained from it does. Raises `InputError` if all pairs are left out as identical.
+    Sampled completions keep their tokens; the model must have the sampler's tokenizer, as every model trained from it
+    has. Raises `InputError` if the completions of all pairs are identical.
     """
     rows = read_table(path)
     if rows and "tokens" in rows[0]:
@@ -86,7 +86,7 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
         ]
         logprobs = []
         truncated = sum(not lm.has_ended(side) for _, sides in tokens for side in sides)
-    different = [place for place, (_, (chosen, rejected)) in enumerate(tokens) if chosen != rejected]
+    different = [row for row, (_, (chosen, rejected)) in enumerate(tokens) if chosen != rejected]
     if rows and not different:
         cut = f"cut to max_completion_tokens {max_completion_tokens}, " if truncated else ""
         raise InputError(
@@ -97,18 +97,18 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     if identical := len(rows) - len(different):
         watcher.get().note(f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same")
     return Pairs(
-        [tokens[place][0] for place in different],
-        [tokens[place][1] for place in different],
+        [tokens[row][0] for row in different],
+        [tokens[row][1] for row in different],
         read_sampler(path),
-        [logprobs[place] for place in different] if logprobs else None,
-        [rows[place]["prompt"] for place in different],
+        [logprobs[row] for row in different] if logprobs else None,
+        [rows[row]["prompt"] for row in different],
         truncated,
         identical,
     )
 
 
 def report_truncation(name: str, truncated: int, total: int, limit: int) -> None:
-    """Tell the watcher how many completions were cut, if any were."""
+    """Report the number of cut completions to the watcher, if there are any."""
     if truncated:
         watcher.get().note(
             f"{name}: {truncated} of {total} completions ({truncated / total:.0%}) are cut to max_completion_tokens "
@@ -117,6 +117,6 @@ def report_truncation(name: str, truncated: int, total: int, limit: int) -> None
 
 
 def select_unique_prompts(rows: Sequence[dict[str, Any]], count: int | None = None) -> list[Prompt]:
-    """The different prompts of rows, in order; `count` of them, the same ones whatever a stage's seed is."""
+    """Select the unique prompts of rows in order, or `count` of them, the same ones at every seed."""
     different = {prompt_key(row["prompt"]): row["prompt"] for row in rows}
     return draw_subset(list(different.values()), count, COMPARISON_SEED)

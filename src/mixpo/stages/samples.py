@@ -1,4 +1,4 @@
-"""Samples: two completions a prompt from a policy, scored by the reward model. What Selection splits."""
+"""Samples: two completions of each prompt from a policy, scored by the reward model, as input of Selection."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +23,13 @@ from mixpo.stages.stage import (
     model_folder,
     write_summary,
 )
-from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost
+from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 
 
 class SamplesSettings(SeededSettings):
-    """How completions are drawn."""
+    """Settings of sampling."""
 
     temperature: float = pydantic.Field(1.0, gt=0)
     top_p: float = pydantic.Field(1.0, gt=0, le=1)
@@ -37,13 +37,13 @@ class SamplesSettings(SeededSettings):
     """0 keeps every token."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     prompts: int | None = pydantic.Field(None, ge=1)
-    """Use so many of the prompts, drawn, and the same ones at every seed; all if not given."""
+    """Number of prompts, a random subset that is the same at every seed; all if not given."""
 
 
 class Samples(ScoredPairsStage, SamplesSettings):
-    """Writes `pairs.parquet`, scored pairs: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
+    """Scored pairs in `pairs.parquet`: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
 
-    The higher score is chosen. Two completions of the same tokens have the gap 0, whatever rounding made of it.
+    The completion with the higher score is chosen. Identical completions have the gap 0.
     """
 
     parts = ("pairs",)
@@ -51,7 +51,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
     policy: PolicyStage
     reward: RewardStage
     rows: Part
-    """Whose prompts are used, each once."""
+    """Rows whose prompts are used, each once."""
 
     @property
     def pairs(self) -> Part:
@@ -59,14 +59,14 @@ class Samples(ScoredPairsStage, SamplesSettings):
         return Part(stage=self, of="pairs")
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Sample and score."""
+        """Sample and score completions, and write `pairs.parquet`."""
         device, cost = runtime.start().device, Cost()
         lm = freeze(load_policy(model_folder(inputs["policy"]), device=device, precision=self.precision))
         reward = freeze(load_reward_model(model_folder(inputs["reward"]), device=device, precision=self.precision))
-        asked = select_unique_prompts(read_table(inputs["rows"]), self.prompts)
-        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in asked]
-        portions = ResumableWork(out, cost)
-        completions, logprobs = portions.sample(
+        unique_prompts = select_unique_prompts(read_table(inputs["rows"]), self.prompts)
+        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in unique_prompts]
+        resumable = ResumableWork(out, cost)
+        completions, logprobs = resumable.sample(
             runtime.make_sampler(),
             lm,
             prompts,
@@ -78,27 +78,27 @@ class Samples(ScoredPairsStage, SamplesSettings):
             top_k=self.top_k,
             portion_tokens=runtime.sampling_tokens,
         )
-        read = retokenize(reward, lm, asked, prompts, completions)
-        found = portions.score("scores", compute_scores, reward, *read, token_budget=runtime.microbatch_tokens)
-        numbers = found.double().numpy()
-        same = np.array([first == second for first, second in completions])
-        gaps = np.where(same, 0.0, score_gaps(numbers))
+        reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
+        budget = runtime.microbatch_tokens
+        scores = resumable.score("scores", compute_scores, reward, *reward_inputs, token_budget=budget).double().numpy()
+        identical = np.array([first == second for first, second in completions])
+        gaps = np.where(identical, 0.0, score_gaps(scores))
         rows = [
             {
                 "prompt": prompt,
                 "gap": gap,
-                "completions": [lm.read_text(tokens[place]) for place in order],
-                "tokens": [tokens[place] for place in order],
-                "logprobs": [token_logprobs[place] for place in order],
-                "scores": [scored[place] for place in order],
+                "completions": [lm.read_text(tokens[branch]) for branch in order],
+                "tokens": [tokens[branch] for branch in order],
+                "logprobs": [token_logprobs[branch] for branch in order],
+                "scores": [pair_scores[branch] for branch in order],
             }
-            for prompt, tokens, token_logprobs, scored, gap, order in zip(
-                asked,
+            for prompt, tokens, token_logprobs, pair_scores, gap, order in zip(
+                unique_prompts,
                 completions,
                 logprobs,
-                numbers.tolist(),
+                scores.tolist(),
                 gaps.tolist(),
-                order_by_score(numbers).tolist(),
+                order_by_score(scores).tolist(),
                 strict=True,
             )
         ]
@@ -108,16 +108,17 @@ class Samples(ScoredPairsStage, SamplesSettings):
             out,
             cost,
             pairs=len(rows),
-            identical=int(same.sum()),
+            identical=int(identical.sum()),
             gap_mean=float(gaps.mean()),
             gap_median=float(np.median(gaps)),
             gap_under_1=float((gaps < 1).mean()),
-            score_std=float(numbers.std()),
-            end_rate=_end_rate(lm, completions),
+            score_std=float(scores.std()),
+            end_rate=_compute_end_rate(lm, completions),
         )
-        portions.remove()
+        resumable.remove()
 
 
-def _end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:
+def _compute_end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:
+    """Share of completions that end with an end token."""
     ended = [lm.has_ended(completion) for branches in completions for completion in branches]
     return sum(ended) / len(ended)

@@ -16,7 +16,7 @@ from mixpo.training.runtime import Runtime
 
 
 class SelectionSettings(Settings):
-    """Where to split: exactly one of the two."""
+    """Settings of the split: exactly one of the two."""
 
     threshold: float | None = pydantic.Field(None, ge=0)
     """A pair is easy if its gap is strictly greater (the paper's gamma and theta), in units of the score."""
@@ -24,7 +24,7 @@ class SelectionSettings(Settings):
     """The share of pairs with the largest gaps that is easy."""
 
     @pydantic.model_validator(mode="after")
-    def _exactly_one(self) -> "SelectionSettings":
+    def _check_exactly_one(self) -> "SelectionSettings":
         if (self.threshold is None) == (self.easy_fraction is None):
             raise InputError(
                 f"selection: found threshold={self.threshold} and easy_fraction={self.easy_fraction}; "
@@ -34,7 +34,7 @@ class SelectionSettings(Settings):
 
 
 class Selection(Stage, SelectionSettings):
-    """Writes `easy.parquet` and `hard.parquet`: the scored pairs of `samples`, split."""
+    """Scored pairs split by their gap into `easy.parquet` and `hard.parquet`."""
 
     parts = ("easy", "hard")
 
@@ -47,20 +47,20 @@ class Selection(Stage, SelectionSettings):
 
     @property
     def hard(self) -> Part:
-        """All other pairs, identical completions among them."""
+        """All other pairs, those of identical completions included."""
         return Part(stage=self, of="hard")
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Split."""
+        """Split the scored pairs and write both files."""
         cost = Cost()
         source = inputs["samples"] / "pairs.parquet"
         rows = read_table(source)
         gaps = np.array([row["gap"] for row in rows], dtype=np.float64)
-        if broken := np.flatnonzero(~np.isfinite(gaps)).tolist():
+        if non_finite := np.flatnonzero(~np.isfinite(gaps)).tolist():
             raise InputError(
-                f"{source}: row {broken[0] + 1} has the gap {gaps[broken[0]]} and the scores "
-                f"{rows[broken[0]]['scores']}; expected finite numbers ({len(broken)} of {len(rows)} rows have none); "
-                "look at the reward model, then delete this folder and run again"
+                f"{source}: row {non_finite[0] + 1} has the gap {gaps[non_finite[0]]} and the scores "
+                f"{rows[non_finite[0]]['scores']}; expected finite numbers ({len(non_finite)} of {len(rows)} rows have "
+                "none); look at the reward model, then delete this folder and run again"
             )
         threshold = self.threshold
         if threshold is None:
@@ -75,5 +75,5 @@ class Selection(Stage, SelectionSettings):
             )
         sampler = read_sampler(source)
         for name, mask in (("easy", easy), ("hard", ~easy)):
-            write_table(out / f"{name}.parquet", [rows[place] for place in np.flatnonzero(mask)], sampler=sampler)
+            write_table(out / f"{name}.parquet", [rows[index] for index in np.flatnonzero(mask)], sampler=sampler)
         write_summary(out, cost, threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))

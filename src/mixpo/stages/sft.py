@@ -1,4 +1,4 @@
-"""SFT: supervised fine-tuning on demonstrations, loss on completion tokens only."""
+"""SFT: supervised fine-tuning on demonstrations, with the loss on completion tokens only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from mixpo.models.loading import load_policy
 from mixpo.models.saving import save_model
 from mixpo.stages.rows import report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, loss_alarms, mean_of_last_steps
+from mixpo.training.health import emit_alarms, find_loss_alarms, mean_of_last_steps
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, suggest_remedies
@@ -23,24 +23,24 @@ from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
 class SFTSettings(SeededSettings, SupervisedSettings):
-    """Supervised fine-tuning."""
+    """Settings of supervised fine-tuning."""
 
     learning_rate: float = pydantic.Field(5e-5, gt=0)
     batch_size: int = pydantic.Field(16, ge=1)
     warmup_steps: int = pydantic.Field(500, ge=0)
     max_completion_tokens: int = pydantic.Field(512, ge=1)
-    """A longer completion is cut, and then has no end token."""
+    """Longer completions are cut, and then have no end token."""
     lora: LoraSettings | None = None
 
 
 class SFT(PolicyStage, SFTSettings):
-    """Minimises the mean negative log-likelihood of a batch's completion tokens, end tokens included."""
+    """A policy trained on the mean negative log-likelihood of completion tokens, end tokens included."""
 
     base: PolicyStage
     data: DataStage
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Write `model/`."""
+        """Train, and write `model/`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         lm = load_policy(model_folder(inputs["base"]), device=processes.device, precision=self.precision)
@@ -65,21 +65,21 @@ class SFT(PolicyStage, SFTSettings):
             processes=processes,
         )
 
-        def loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             return -lm(batch, "logprobs").sum(), {}
 
-        for _ in training.steps(loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
+        for _ in training.iterate_steps(compute_loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
             pass
 
         digest, metrics, total = save_model(lm, model_folder(out)), training.metrics.rows(), training.total_steps
-        tips = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
+        remedies = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
         write_summary(
             out,
             cost,
             model=digest,
             rows=len(rows),
             steps=total,
-            alarms=emit_alarms(loss_alarms(metrics, tips)),
+            alarms=emit_alarms(find_loss_alarms(metrics, remedies)),
             loss=mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )

@@ -1,4 +1,4 @@
-"""What a stage is: a config whose fields name the stages it reads, and a pure function from both to a folder."""
+"""Base classes of stages: a stage has settings and input stages as fields, and computes a folder from both."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,56 +17,57 @@ SUMMARY = "summary.json"
 
 
 class Stage(Identified):
-    """A node of an experiment. Equal stages are one stage.
+    """A node of an experiment's graph; equal stages are computed once.
 
-    Its identity is its settings, its upstream stages' identities and the content of the data it reads. `work` reads
-    the upstream stages' folders and writes its own; `summary.json`, written last, says that it is complete.
+    Its identity is its settings, the identities of its input stages and the content of the data it reads. `work` reads
+    the folders of the input stages and writes its own. A folder with `summary.json`, written last, is complete.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     parts: ClassVar[tuple[str, ...]] = ()
-    """Names of the files of rows that other stages may read (`Part`)."""
+    """Names of the files of rows that other stages can read (`Part`)."""
 
     def inputs(self) -> dict[str, "Stage"]:
-        """The upstream stages by the name of the field that holds them."""
-        return {name: part if isinstance(part, Stage) else part.stage for name, part in self._upstream()}
+        """Return the input stages by the names of their fields."""
+        return {name: part if isinstance(part, Stage) else part.stage for name, part in self._iterate_inputs()}
 
     def paths(self, folders: Mapping[str, Path]) -> dict[str, Path]:
-        """What each upstream field stands for on disk: the stage's folder, or one part or snapshot of it."""
+        """Return the path of each input: its stage's folder, or the path of a part or snapshot in it."""
         return {
             name: folders[name] if isinstance(part, Stage) else part.path_in(folders[name])
-            for name, part in self._upstream()
+            for name, part in self._iterate_inputs()
         }
 
-    def _upstream(self) -> Iterator[tuple[str, "Stage | Part | Snapshot"]]:
+    def _iterate_inputs(self) -> Iterator[tuple[str, "Stage | Part | Snapshot"]]:
+        """Yield the fields that are stages, or parts or snapshots of stages."""
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
     def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Read `inputs` (what `paths` returns) and fill the folder `out`."""
+        """Compute the stage from `inputs` (as returned by `paths`) and write the folder `out`."""
         raise NotImplementedError
 
 
 class PolicyStage(Stage):
-    """A stage that offers a policy: `model/` in its folder is a causal language model."""
+    """A stage whose folder has a policy: `model/` is a causal language model."""
 
 
 class RewardStage(Stage):
-    """A stage that offers a reward model: `model/` in its folder is a sequence classifier with one label."""
+    """A stage whose folder has a reward model: `model/` is a sequence classifier with one label."""
 
 
 class DataStage(Stage):
-    """A stage that offers the rows of a data set: demonstrations, train and test pairs."""
+    """A stage whose folder has the rows of a data set: demonstrations, train and test pairs."""
 
 
 class ScoredPairsStage(Stage):
-    """A stage that offers sampled pairs with their scores: `pairs.parquet` in its folder."""
+    """A stage whose folder has sampled pairs with their scores in `pairs.parquet`."""
 
 
 class Part(Settings):
-    """One file of rows of a stage, which hold prompts and pairs: `Selection(...).easy`, `Data(...).train_pairs`."""
+    """One file of a stage with prompts and pairs: `Selection(...).easy`, `Data(...).train_pairs`."""
 
     stage: Stage
     of: str
@@ -79,23 +80,23 @@ class Part(Settings):
         return self
 
     def path_in(self, folder: Path) -> Path:
-        """The file in the stage's folder."""
+        """Path of the file in the stage's folder."""
         return folder / f"{self.of}.parquet"
 
 
 class Snapshot(Settings):
-    """A policy on the way of a stage that keeps some: `PPO(..., snapshots=3)` keeps numbers 1, 2 and 3."""
+    """A policy saved during training: `PPO(..., snapshots=3)` saves numbers 1, 2 and 3."""
 
     stage: PolicyStage
     number: int
 
     def path_in(self, folder: Path) -> Path:
-        """The folder in the stage's folder that holds `model/`."""
+        """Path of the snapshot in the stage's folder; it has `model/`."""
         return folder / "snapshots" / str(self.number)
 
 
 class SeededSettings(Settings):
-    """Settings of every stage that draws random numbers and computes with a model."""
+    """Seed and precision of stages that compute with a model."""
 
     seed: int = pydantic.Field(0, ge=0)
     precision: Precision = "float32"
@@ -103,10 +104,10 @@ class SeededSettings(Settings):
 
 
 def write_summary(out: Path, cost: Cost, **figures: Any) -> None:
-    """Write `summary.json`: the final figures and the cost."""
+    """Write `summary.json`: final figures and cost."""
     write_json(out / SUMMARY, {**figures, "cost": cost.summary()})
 
 
 def model_folder(folder: Path) -> Path:
-    """The model folder inside a stage's folder."""
+    """Path of the model folder in a stage's folder."""
     return folder / "model"

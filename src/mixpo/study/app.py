@@ -1,4 +1,4 @@
-"""The pages of a study: one question a page, plain forms, and not a word that tells an arm."""
+"""Web application of a study: one question a page, plain HTML forms, no trace of the arms."""
 
 import hmac
 import logging
@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,12 +25,12 @@ from mixpo.study.plan import (
     COMMENT_LENGTH,
     IDLE_SECONDS,
     REASONS,
-    comment_from,
-    form_word,
-    read_form_word,
-    token_digest,
+    clean_comment,
+    hash_token,
+    make_csrf_token,
+    verify_csrf_token,
 )
-from mixpo.study.store import ClosedError, Said, Store, now
+from mixpo.study.store import Answer, Store, StudyClosedError, format_current_time
 from mixpo.study.tables import AnnotatorRow, StudyRow
 
 BODY_LIMIT = 64 * 1024
@@ -43,70 +43,70 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 MESSAGES = {
-    400: ("This could not be understood", "The form was not complete. Go back, load the page again and try once more."),
-    403: ("This page is not open to you", "Open the link that you were given, whole, in this browser."),
-    404: ("There is no such page", "Go on to the next question with the link below."),
-    405: ("There is no such page", "Go on to the next question with the link below."),
-    413: ("That is too much text", "Nothing was saved. Go back and shorten your comment."),
-    421: ("This is not the study's address", "Open the link that you were given, whole, as it is written."),
-    429: ("That was very fast", "Nothing was saved. Wait a minute, then go on."),
-    500: ("Something went wrong", "What was saved before is safe. Load the page again in a moment."),
-    503: ("This could not be saved", "What was saved before is safe. Go back and try again in a moment."),
+    400: ("The form was not complete", "Nothing was saved. Go back, load the page again and try once more."),
+    403: ("Access denied", "Open your complete personal link in this browser."),
+    404: ("Page not found", "The link below leads to the next question."),
+    405: ("Page not found", "The link below leads to the next question."),
+    413: ("The text is too long", "Nothing was saved. Go back and shorten your comment."),
+    421: ("Wrong address", "Open your complete personal link exactly as it is written."),
+    429: ("Too many requests", "Nothing was saved. Wait a minute, then continue."),
+    500: ("Something went wrong", "Earlier judgements are saved. Load the page again in a moment."),
+    503: ("The judgement could not be saved", "Earlier judgements are saved. Go back and try again in a moment."),
 }
 log = logging.getLogger("mixpo.study")
-pages = jinja2.Environment(
+templates = jinja2.Environment(
     loader=jinja2.PackageLoader("mixpo.study"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-pages.filters["visible"] = escape_invisible
-pages.tests["blank"] = is_blank
-Number = Annotated[int, Path(ge=1, lt=2**31)]
-Saved = Annotated[int | None, Query(ge=1, lt=2**31)]
+templates.filters["visible"] = escape_invisible
+templates.tests["blank"] = is_blank
+QuestionNumber = Annotated[int, Path(ge=1, lt=2**31)]
+SavedNumber = Annotated[int | None, Query(ge=1, lt=2**31)]
 
 
 @dataclass
-class Bucket:
-    """Lets `burst` requests through at once, and `rate` more a second."""
+class TokenBucket:
+    """Rate limiter: `burst` requests at once, and `rate` more per second."""
 
     rate: float
     burst: float
     clock: Callable[[], float] = time.monotonic
-    left: float = field(init=False)
-    last: float = field(init=False)
+    tokens: float = field(init=False)
+    updated: float = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.left, self.last = self.burst, self.clock()
+        self.tokens, self.updated = self.burst, self.clock()
 
-    def take(self) -> bool:
-        """Whether one more may pass."""
+    def take_token(self) -> bool:
+        """Take a token for a request; False if there is none."""
         with self.lock:
-            at = self.clock()
-            self.left = min(self.burst, self.left + self.rate * (at - self.last))
-            self.last = at
-            if self.left < 1.0:
+            now = self.clock()
+            self.tokens = min(self.burst, self.tokens + self.rate * (now - self.updated))
+            self.updated = now
+            if self.tokens < 1.0:
                 return False
-            self.left -= 1.0
+            self.tokens -= 1.0
             return True
 
 
-class Guard:
-    """Stands before all pages: refuses other hosts, other origins and large bodies, and gives every page its headers.
+class RequestGuard:
+    """ASGI middleware: rejects wrong hosts, cross-site posts and large bodies, and adds security headers.
 
-    Browsers send `Origin: null` from pages without a referrer, which ours are; the form's word and a cookie that is
-    not sent across sites stand behind this check, so that it need not refuse that.
+    `Origin: null` is accepted, since browsers send it from pages without a referrer, which ours are; the CSRF token and
+    the SameSite cookie protect against cross-site posts.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str], scheme: str) -> None:
         self.app, self.hosts, self.scheme = app, frozenset(hosts), scheme
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request: reject it, or pass it on with its body read."""
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
@@ -115,27 +115,28 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request = Request(scope, receive)
-        problem, body = self._problem(request.method, request.headers), b""
+        status, body = self._find_refusal_status(request.method, request.headers), b""
         try:
-            if problem is None:
+            if status is None:
                 async for part in request.stream():
                     body += part
                     if len(body) > BODY_LIMIT:
-                        problem = 413
+                        status = 413
                         break
         except ClientDisconnect:
             return
-        if problem is not None:
-            await _message(problem)(scope, receive, answer)
+        if status is not None:
+            await _render_message(status)(scope, receive, send_with_headers)
             return
-        left = [body]
+        pending = [body]
 
-        async def again() -> Message:
-            return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
+        async def replay_body() -> Message:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
 
-        await self.app(scope, again, answer)
+        await self.app(scope, replay_body, send_with_headers)
 
-    def _problem(self, method: str, headers: Headers) -> int | None:
+    def _find_refusal_status(self, method: str, headers: Headers) -> int | None:
+        """The status with which a request is rejected by its headers; None if it may pass."""
         host = headers.get("host", "").lower()
         if host not in self.hosts:
             return 421
@@ -158,42 +159,50 @@ def make_app(
     burst: float = 60.0,
     clock: Callable[[], float] = time.time,
 ) -> ASGIApp:
-    """The application of a study: `rate` and `burst` hold for every annotator, since several may share an address."""
+    """Make the web application of a study; `rate` and `burst` limit each annotator's requests.
+
+    The limit is not by address, since several annotators may share one.
+    """
     app = FastAPI(
         openapi_url=None, docs_url=None, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False}
     )
     app.mount("/static", StaticFiles(packages=[("mixpo.study", "static")]))
-    annotators = store.annotators()
-    buckets = {one.id: Bucket(rate, burst) for one in annotators}
-    strangers = Bucket(1.0, 20.0)
-    cookie = f"study-{token_digest(study.secret)[:8]}"  # of this study: a browser may hold those of several
+    annotators = store.load_annotators()
+    buckets = {annotator.id: TokenBucket(rate, burst) for annotator in annotators}
+    unknown_bucket = TokenBucket(1.0, 20.0)
+    cookie = f"study-{hash_token(study.secret)[:8]}"  # one per study: a browser may hold cookies of several
 
-    def holder(token: str) -> AnnotatorRow | None:
-        """Whose token it is; takes as long whoever's it is."""
-        given = token_digest(token)
-        return next(iter([one for one in annotators if hmac.compare_digest(one.token, given)]), None)
+    def find_annotator(token: str) -> AnnotatorRow | None:
+        """Find the annotator of a link token in constant time; None for an unknown token."""
+        token_hash = hash_token(token)
+        return next(
+            iter([annotator for annotator in annotators if hmac.compare_digest(annotator.token, token_hash)]), None
+        )
 
-    def known(request: Request) -> AnnotatorRow:
-        """Who asks."""
-        found = holder(request.cookies.get(cookie, ""))
-        if found is None:
-            raise HTTPException(403 if strangers.take() else 429)
-        if not buckets[found.id].take():
+    def authenticate(request: Request) -> AnnotatorRow:
+        """The annotator of the request's cookie; 403 without one, 429 above the rate."""
+        annotator = find_annotator(request.cookies.get(cookie, ""))
+        if annotator is None:
+            raise HTTPException(403 if unknown_bucket.take_token() else 429)
+        if not buckets[annotator.id].take_token():
             raise HTTPException(429)
-        return found
+        return annotator
 
-    Known = Annotated[AnnotatorRow, Depends(known)]
+    AuthenticatedAnnotator = Annotated[AnnotatorRow, Depends(authenticate)]
 
-    def progress(me: AnnotatorRow, saved: int | None) -> dict[str, Any]:
-        """How far somebody is, and which question was just saved, if it was."""
-        there = None if saved is None else store.question(me.id, saved)
-        return {"progress": store.progress(me.id)[0], "saved": saved if there and there.said else None}
+    def make_progress_context(annotator: AnnotatorRow, saved: int | None) -> dict[str, Any]:
+        """Template values: the annotator's progress, and the number of the question just saved, if it has an answer."""
+        question = None if saved is None else store.load_question(annotator.id, saved)
+        return {
+            "progress": store.count_progress(annotator.id)[0],
+            "saved": saved if question and question.answer else None,
+        }
 
     @app.get("/a/{token}")
-    def enter(token: str) -> Response:
-        """The link that an annotator was given: keeps the token in a cookie, and out of what is seen from then on."""
-        if holder(token) is None:
-            raise HTTPException(403 if strangers.take() else 429)
+    def sign_in(token: str) -> Response:
+        """Open an annotator's link: put the token into a cookie and redirect, so that it leaves the address bar."""
+        if find_annotator(token) is None:
+            raise HTTPException(403 if unknown_bucket.take_token() else 429)
         response = RedirectResponse("/start", 303)
         secure = scheme == "https"
         response.set_cookie(
@@ -202,103 +211,118 @@ def make_app(
         return response
 
     @app.get("/start")
-    def start() -> Response:
-        """The guidelines. No cookie is asked for: browsers send none along a link from another site."""
-        return _page("start", guidelines=study.guidelines)
+    def show_guidelines() -> Response:
+        """Show the guidelines. Needs no cookie: browsers send none along a link from another site."""
+        return _render_page("start", guidelines=study.guidelines)
 
     @app.get("/")
-    def go_on(me: Known) -> Response:
-        """To the first question that is open."""
-        return _next(store, me.id)
+    def redirect_to_open_question(annotator: AuthenticatedAnnotator) -> Response:
+        """Redirect to the first unanswered question."""
+        return _redirect_to_next_question(store, annotator.id)
 
     @app.get("/done")
-    def done(me: Known, saved: Saved = None) -> Response:
-        """Thanks."""
-        return _page("done", closed=store.closed(), **progress(me, saved))
+    def show_thanks(annotator: AuthenticatedAnnotator, saved: SavedNumber = None) -> Response:
+        """Show the last page: thanks and progress."""
+        return _render_page("done", closed=store.is_closed(), **make_progress_context(annotator, saved))
 
     @app.get("/q/{number}")
-    def ask(me: Known, number: Number, saved: Saved = None, unchanged: bool = False) -> Response:
-        """A question."""
-        question = store.question(me.id, number)
+    def show_question(
+        annotator: AuthenticatedAnnotator, number: QuestionNumber, saved: SavedNumber = None, unchanged: bool = False
+    ) -> Response:
+        """Show a question with its form."""
+        question = store.load_question(annotator.id, number)
         if question is None:
             raise HTTPException(404)
-        if store.closed():
+        if store.is_closed():
             return RedirectResponse("/done", 303)
-        return _page(
+        return _render_page(
             "question",
             question=question,
             turns=as_messages(question.item.prompt),
-            **progress(me, saved),
+            **make_progress_context(annotator, saved),
             unchanged=unchanged,
             reasons=REASONS,
             guidelines=study.guidelines,
             comment_length=COMMENT_LENGTH,
-            word=form_word(study.secret, me.id, number, now=clock()),
+            csrf_token=make_csrf_token(study.secret, annotator.id, number, now=clock()),
         )
 
     @app.post("/q/{number}")
-    def judge(
-        me: Known,
-        number: Number,
+    def submit_judgement(
+        annotator: AuthenticatedAnnotator,
+        number: QuestionNumber,
         form: Annotated[str, Form()],
         choice: Annotated[str, Form(pattern="^(left|right|tie|skip)$")],
         reason: Annotated[str, Form()] = "",
         comment: Annotated[str, Form()] = "",
     ) -> Response:
-        """Keep what is said of a question, then on to the next one."""
-        read = read_form_word(form, study.secret, me.id, number)
-        if read is None:
+        """Save the judgement of a submitted form and redirect to the next question."""
+        verified = verify_csrf_token(form, study.secret, annotator.id, number)
+        if verified is None:
             raise HTTPException(403)
-        comment = comment_from(comment)
+        comment = clean_comment(comment)
         if choice != "skip":
             reason = ""
         elif reason not in REASONS:
             raise HTTPException(400)
         if len(comment) > COMMENT_LENGTH:
             raise HTTPException(413)
-        nonce, served = read
+        nonce, served = verified
         seconds = max(0.0, clock() - served)
-        said = Said(
-            choice, reason, comment, round(min(seconds, IDLE_SECONDS), 1), idle=seconds > IDLE_SECONDS, at=now()
+        answer = Answer(
+            choice,
+            reason,
+            comment,
+            round(min(seconds, IDLE_SECONDS), 1),
+            idle=seconds > IDLE_SECONDS,
+            at=format_current_time(),
         )
         try:
-            stands = store.judge(me.id, number, said, nonce)
-        except ClosedError:
-            return _message(403, "The study is closed", "Nothing is judged any more. Thank you for your help.")
-        # a form that had said something else before: what stands is marked there
-        return _next(store, me.id, number) if stands else RedirectResponse(f"/q/{number}?unchanged=1#question", 303)
+            is_current = store.save_answer(annotator.id, number, answer, nonce)
+        except StudyClosedError:
+            return _render_message(
+                403, "The study is closed", "It accepts no more judgements. Thank you for your help."
+            )
+        # a form that was used before with another answer: the page marks the current one
+        return (
+            _redirect_to_next_question(store, annotator.id, number)
+            if is_current
+            else RedirectResponse(f"/q/{number}?unchanged=1#question", 303)
+        )
 
-    @app.exception_handler(AnyHTTPException)
-    def refuse(_: Request, error: Any) -> Response:
-        return _message(error.status_code)
+    @app.exception_handler(StarletteHTTPException)
+    def handle_http_error(_: Request, error: Any) -> Response:
+        return _render_message(error.status_code)
 
     @app.exception_handler(RequestValidationError)
-    def refuse_form(_: Request, error: Any) -> Response:
-        return _message(404 if error.errors()[0]["loc"][0] == "path" else 400)
+    def handle_validation_error(_: Request, error: Any) -> Response:
+        return _render_message(404 if error.errors()[0]["loc"][0] == "path" else 400)
 
     @app.exception_handler(InputError)
-    def refuse_store(_: Request, error: Any) -> Response:
+    def handle_store_error(_: Request, error: Any) -> Response:
         log.error("%s", error)
-        return _message(503)
+        return _render_message(503)
 
     @app.exception_handler(Exception)
-    def fail(_: Request, __: Any) -> Response:
-        return _message(500)
+    def handle_unexpected_error(_: Request, __: Any) -> Response:
+        return _render_message(500)
 
-    return Guard(app, hosts, scheme)
+    return RequestGuard(app, hosts, scheme)
 
 
-def _next(store: Store, annotator: int, judged: int = 0) -> Response:
-    """On to the next open question; the fragment puts the focus on its heading without any script."""
-    number = store.next_open(annotator, judged)
+def _redirect_to_next_question(store: Store, annotator: int, judged: int = 0) -> Response:
+    """Redirect to the next unanswered question; the fragment focuses its heading without a script."""
+    number = store.find_open_question(annotator, judged)
     saved = f"?saved={judged}" if judged else ""
     return RedirectResponse(f"/done{saved}" if number is None else f"/q/{number}{saved}#question", 303)
 
 
-def _page(name: str, status: int = 200, **content: Any) -> Response:
-    return HTMLResponse(pages.get_template(f"{name}.html.j2").render(**content), status)
+def _render_page(name: str, status: int = 200, **content: Any) -> Response:
+    """Render a template as an HTML response."""
+    return HTMLResponse(templates.get_template(f"{name}.html.j2").render(**content), status)
 
 
-def _message(status: int, title: str | None = None, text: str | None = None) -> Response:
-    usual = MESSAGES.get(status, MESSAGES[500])
-    return _page("message", status, title=title or usual[0], text=text or usual[1])
+def _render_message(status: int, title: str | None = None, text: str | None = None) -> Response:
+    """Render the message page of an HTTP status."""
+    default = MESSAGES.get(status, MESSAGES[500])
+    return _render_page("message", status, title=title or default[0], text=text or default[1])

@@ -1,4 +1,4 @@
-"""A study's files: judgements out and in as CSV or JSON Lines, and what a closed study leaves for the report."""
+"""Files of a study: judgements exported and imported as CSV or JSON Lines, and the results of a closed study."""
 
 import csv
 import io
@@ -12,70 +12,76 @@ from typing import Any
 from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.study.findings import FORMAT
-from mixpo.study.plan import CHOICES, COMMENT_LENGTH, IDLE_SECONDS, REASONS, comment_from
-from mixpo.study.store import ClosedError, Question, Said, Store, private_folder
+from mixpo.study.plan import CHOICES, COMMENT_LENGTH, IDLE_SECONDS, REASONS, clean_comment
+from mixpo.study.store import Answer, Question, Store, StudyClosedError, make_private_folder
 from mixpo.study.tables import StudyRow
 
 COLUMNS = ("annotator", "question", "digest", "choice", "reason", "comment", "seconds", "idle", "at")
-"""Of an export; the digest is of the question and its texts, and only this study's store can make it."""
-WHOLE = re.compile(r"[1-9][0-9]{0,8}")
-TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
-ACTIVE = ("=", "+", "-", "@", "\t", "\r", "'")
-"""How a cell begins that a spreadsheet would take for more than text, and the mark that tells it so."""
-LARGEST = 2**28
-"""Bytes of a file that is taken in: that many no study exports."""
-_LISTED = 10
+"""Columns of an export; the digest identifies the question, and only this study's store can compute it."""
+QUESTION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "'")
+"""First characters that make a spreadsheet read a cell as a formula, and the quote that prevents it."""
+MAX_IMPORT_BYTES = 2**28
+"""Size limit of an imported file, more than any study exports."""
+_MAX_LISTED_PROBLEMS = 10
 
 
-def export(store: Store, study: StudyRow, path: Path) -> int:
-    """Write all judgements, without a word of arms; how many."""
-    rows = [_row(study, one) for one in store.questions() if one.said is not None]
-    write = _csv if _form(path) == "csv" else _jsonl
-    _write(path, write(rows))
+def export_judgements(store: Store, study: StudyRow, path: Path) -> int:
+    """Write all judgements to a .csv or .jsonl file, without naming the arms; return their number."""
+    rows = [_make_export_row(study, each) for each in store.load_questions() if each.answer is not None]
+    format_rows = _format_csv if _get_file_type(path) == "csv" else _format_jsonl
+    _write_atomically(path, format_rows(rows))
     return len(rows)
 
 
-def take_in(store: Store, study: StudyRow, path: Path) -> tuple[int, int]:
-    """Keep the judgements of an export of this study, all or nothing: how many there are, how many of them are new."""
-    asked = {(one.annotator, one.number): one for one in store.questions()}
-    given, bad = [], []
-    for line, row in _read(path):
+def import_judgements(store: Store, study: StudyRow, path: Path) -> tuple[int, int]:
+    """Import the judgements of an export of this study, all or none; return how many there are and how many are new."""
+    questions = {(question.annotator, question.number): question for question in store.load_questions()}
+    answers, problems = [], []
+    for line, row in _read_rows(path):
         try:
-            given.append(_judgement(study, asked, row))
+            answers.append(_parse_row(study, questions, row))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            problem = f"no {error} there" if isinstance(error, KeyError) else str(error)
+            problem = (
+                f"found no {error}; expected every column of an export" if isinstance(error, KeyError) else str(error)
+            )
             if len(problem) > 400:  # of a value that may be as long as the file
                 problem = f"{problem[:200]}…{problem[-200:]}"
-            bad.append(f"{path}:{line}: {problem}")
-    if not bad:
-        times = Counter(one[:2] for one in given)
-        bad = [f"{path}: found question {n} of {who} twice; expected it once" for (who, n), k in times.items() if k > 1]
-    if bad:
-        more = [f"... and {len(bad) - _LISTED} more"] if len(bad) > _LISTED else []
-        raise InputError("\n".join([*bad[:_LISTED], *more, "nothing was imported; export again, or correct the file"]))
+            problems.append(f"{path}:{line}: {problem}")
+    if not problems:
+        counts = Counter(answer[:2] for answer in answers)
+        problems = [
+            f"{path}: found question {n} of {name} twice; expected it once" for (name, n), k in counts.items() if k > 1
+        ]
+    if problems:
+        rest = len(problems) - _MAX_LISTED_PROBLEMS
+        remainder = [f"... and {rest} more"] if rest > 0 else []
+        fix = "nothing was imported; export again, or correct the file"
+        raise InputError("\n".join([*problems[:_MAX_LISTED_PROBLEMS], *remainder, fix]))
     try:
-        return len(given), store.add(given)
-    except ClosedError:
-        raise InputError(f"{store.name}: found a study that is closed; nothing can be imported any more") from None
+        return len(answers), store.import_answers(answers)
+    except StudyClosedError:
+        raise InputError(f"{store.name}: found a closed study; expected an open one; nothing was imported") from None
 
 
-def write_closed(store: Store, study: StudyRow, folder: Path) -> Path:
-    """Write what the report reads of a closed study: `judgements.jsonl`, then `closed.json`."""
+def write_closed_study(store: Store, study: StudyRow, folder: Path) -> Path:
+    """Write `judgements.jsonl` and then `closed.json` of a closed study, from which the report is computed."""
     arms = (study.first, study.second)
     rows = []
-    for one in store.questions():
-        if one.said is not None:
-            left, right = arms[::-1] if one.swapped else arms
-            better = {"left": left, "right": right, "tie": "tie", "skip": None}[one.said.choice]
+    for question in store.load_questions():
+        if question.answer is not None:
+            left, right = arms[::-1] if question.swapped else arms
+            winner = {"left": left, "right": right, "tie": "tie", "skip": None}[question.answer.choice]
             rows.append(
                 {
-                    **{"annotator": one.annotator, "question": one.number, "prompt": one.item.number},
-                    **{"category": one.item.category, "left": left, "right": right, "better": better},
-                    **vars(one.said),
+                    **{"annotator": question.annotator, "question": question.number, "prompt": question.item.number},
+                    **{"category": question.item.category, "left": left, "right": right, "better": winner},
+                    **vars(question.answer),
                 }
             )
-    private_folder(folder)
-    _write(folder / "judgements.jsonl", _jsonl(rows))
+    make_private_folder(folder)
+    _write_atomically(folder / "judgements.jsonl", _format_jsonl(rows))
     content = {
         "format": FORMAT,
         "mixpo": __version__,
@@ -88,67 +94,82 @@ def write_closed(store: Store, study: StudyRow, folder: Path) -> Path:
         "same": [{"prompt": number, "category": category} for number, category in json.loads(study.same)],
         "began": study.began,
         "closed": study.closed,
-        "annotators": [one.name for one in store.annotators()],
+        "annotators": [annotator.name for annotator in store.load_annotators()],
         "guidelines": study.guidelines,
     }
-    _write(folder / "closed.json", json.dumps(content, indent=2) + "\n")
+    _write_atomically(folder / "closed.json", json.dumps(content, indent=2) + "\n")
     return folder / "closed.json"
 
 
-def _row(study: StudyRow, one: Question) -> dict[str, Any]:
-    assert one.said is not None
-    return {"annotator": one.annotator, "question": one.number, "digest": one.digest(study.secret), **vars(one.said)}
+def _make_export_row(study: StudyRow, question: Question) -> dict[str, Any]:
+    """The row of an export for an answered question."""
+    assert question.answer is not None
+    return {
+        "annotator": question.annotator,
+        "question": question.number,
+        "digest": question.compute_digest(study.secret),
+        **vars(question.answer),
+    }
 
 
-def _judgement(
-    study: StudyRow, asked: Mapping[tuple[str, int], Question], row: Mapping[str, Any]
-) -> tuple[str, int, Said]:
-    """What a row says, or ValueError on what does not fit the study."""
-    if not WHOLE.fullmatch(str(row["question"])):
+def _parse_row(
+    study: StudyRow, questions: Mapping[tuple[str, int], Question], row: Mapping[str, Any]
+) -> tuple[str, int, Answer]:
+    """Parse a row of an export into annotator, number and answer; ValueError on one that does not fit the study."""
+    if not QUESTION_NUMBER.fullmatch(str(row["question"])):
         raise ValueError(f"found question {row['question']!r}; expected a whole number from 1")
-    who, number = str(row["annotator"]), int(row["question"])
-    question = asked.get((who, number))
+    annotator, number = str(row["annotator"]), int(row["question"])
+    question = questions.get((annotator, number))
     if question is None:
-        raise ValueError(f"found question {number} of {who!r}; expected one of this study")
-    if row["digest"] != (expected := question.digest(study.secret)):
+        raise ValueError(f"found question {number} of {annotator!r}; expected one of this study")
+    if row["digest"] != (expected := question.compute_digest(study.secret)):
         raise ValueError(f"found digest {row['digest']!r}; expected {expected}: another study, or another question")
-    if wrong := [name for name in ("choice", "reason", "comment", "at") if not isinstance(row[name], str)]:
-        raise ValueError(f"found {wrong[0]} {row[wrong[0]]!r}; expected text")
+    if invalid := [name for name in ("choice", "reason", "comment", "at") if not isinstance(row[name], str)]:
+        raise ValueError(f"found {invalid[0]} {row[invalid[0]]!r}; expected text")
     if row["choice"] not in CHOICES:
         raise ValueError(f"found choice {row['choice']!r}; expected one of {', '.join(CHOICES)}")
     if row["reason"] not in (REASONS if row["choice"] == "skip" else ("",)):
         expected = ", ".join(REASONS) if row["choice"] == "skip" else "none"
         raise ValueError(f"found reason {row['reason']!r} of choice {row['choice']}; expected {expected}")
-    if (comment := row["comment"]) != comment_from(comment) or len(comment) > COMMENT_LENGTH or not _encodes(comment):
+    if (
+        (comment := row["comment"]) != clean_comment(comment)
+        or len(comment) > COMMENT_LENGTH
+        or not _is_encodable(comment)
+    ):
         raise ValueError(
             f"found a comment of {len(comment)} characters; expected {COMMENT_LENGTH} at most, without blanks around "
             "it, zero characters and halves of surrogate pairs"
         )
-    if not TIME.fullmatch(row["at"]):
+    if not TIMESTAMP.fullmatch(row["at"]):
         raise ValueError(f"found at {row['at']!r}; expected a time such as 2026-11-22T12:00:00+00:00")
     idle = str(row["idle"]).capitalize()  # spreadsheets write TRUE
     if idle not in ("True", "False") or not 0 <= float(row["seconds"]) <= IDLE_SECONDS:
         raise ValueError(
             f"found seconds {row['seconds']!r} and idle {row['idle']!r}; expected 0 to {IDLE_SECONDS:g}, True or False"
         )
-    return who, number, Said(row["choice"], row["reason"], comment, float(row["seconds"]), idle == "True", row["at"])
+    return (
+        annotator,
+        number,
+        Answer(row["choice"], row["reason"], comment, float(row["seconds"]), idle == "True", row["at"]),
+    )
 
 
-def _encodes(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
+    """Check that a text has no half of a surrogate pair."""
     return text == text.encode(errors="replace").decode()
 
 
-def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of an export with their line or row."""
-    form = _form(path)
+def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read the rows of an export with their line numbers."""
+    file_type = _get_file_type(path)
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise InputError(f"{path}: found more than {LARGEST:,} bytes; expected what --export writes")
+            content = file.read(MAX_IMPORT_BYTES + 1)
+        if len(content) > MAX_IMPORT_BYTES:
+            raise InputError(f"{path}: found more than {MAX_IMPORT_BYTES:,} bytes; expected what --export writes")
         text = content.decode("utf-8-sig")
-        if form == "jsonl":
-            return [(line, json.loads(one)) for line, one in enumerate(text.split("\n"), start=1) if one.strip()]
+        if file_type == "jsonl":
+            return [(line, json.loads(row)) for line, row in enumerate(text.split("\n"), start=1) if row.strip()]
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise InputError(f"{path}: found no column {missing[0]}; expected those that --export writes")
@@ -159,35 +180,38 @@ def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: found no readable {form} ({error}); expected what --export writes") from error
+        raise InputError(f"{path}: found no readable {file_type} ({error}); expected what --export writes") from error
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV text, with cells quoted that a spreadsheet would read as formulas."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
     for row in rows:
         cells = [str(row[name]) for name in COLUMNS]
-        writer.writerow([f"'{cell}" if cell.startswith(ACTIVE) else cell for cell in cells])
+        writer.writerow([f"'{cell}" if cell.startswith(FORMULA_PREFIXES) else cell for cell in cells])
     return file.getvalue()
 
 
-def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+def _format_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as JSON Lines text."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _form(path: Path) -> str:
-    form = path.suffix.removeprefix(".")
-    if form not in ("csv", "jsonl"):
-        raise InputError(f"{path}: found a file of type {form!r}; expected a name that ends in .csv or .jsonl")
-    return form
+def _get_file_type(path: Path) -> str:
+    """The type of a file by its name, csv or jsonl. Raises `InputError` on others."""
+    file_type = path.suffix.removeprefix(".")
+    if file_type not in ("csv", "jsonl"):
+        raise InputError(f"{path}: found a file of type {file_type!r}; expected a name that ends in .csv or .jsonl")
+    return file_type
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    half = path.with_name(f"{path.name}.part")
+def _write_atomically(path: Path, text: str) -> None:
+    """Write a text file through a temporary one, so that it is complete or absent."""
+    partial = path.with_name(f"{path.name}.part")
     try:
-        half.write_text(text, encoding="utf8", newline="")
-        half.replace(path)
+        partial.write_text(text, encoding="utf8", newline="")
+        partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: found a place that cannot be written ({error.strerror}); choose another") from error
+        raise InputError(f"{path}: found a path that cannot be written ({error.strerror}); choose another") from error

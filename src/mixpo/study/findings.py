@@ -1,4 +1,4 @@
-"""What a closed study says, read from its `closed.json` and `judgements.jsonl`."""
+"""Results of a closed study, computed from its `closed.json` and `judgements.jsonl`."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from mixpo.algorithms.win_rates import sign_test, win_minus_lose
 from mixpo.data.errors import InputError
 
 FORMAT = 1
-"""Of `closed.json`."""
+"""Version of `closed.json`."""
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How often the first arm won over some prompts, a prompt being the mean over those who judged it."""
+class PreferenceShares:
+    """Shares of prompts that the first arm wins, ties or loses; a prompt counts as the mean over its annotators."""
 
     prompts: int
     win: Interval
@@ -31,71 +31,74 @@ class Shares:
     difference: Interval
     """Win minus lose."""
     p: float
-    """Of no difference, by the sign test of the prompts that more preferred one way than the other."""
+    """P-value of no difference, by the sign test over prompts on which one arm is preferred more often."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far annotators agree beyond chance on some prompts."""
+    """Agreement of annotators beyond chance over some prompts."""
 
     common: int
-    """Prompts that every counted annotator judged: those of Fleiss' kappa."""
+    """Number of prompts that every active annotator judged, the basis of Fleiss' kappa."""
     kappa: Interval
-    """nan where it cannot be told."""
+    """Fleiss' kappa; nan where it is undefined."""
     several: int
-    """Prompts that two or more judged: those of Krippendorff's alpha and of the pairs."""
+    """Number of prompts that two or more judged, the basis of Krippendorff's alpha and of the pairs."""
     alpha: Interval
     pairs: Interval
-    """The share of pairs of judgements of one prompt that agree."""
+    """Share of pairs of judgements of the same prompt that agree."""
 
 
 @dataclass(frozen=True)
-class Annotator:
-    """What an annotator did."""
+class AnnotatorSummary:
+    """Numbers of judgements of one annotator, his median time and his share of the left side."""
 
     name: str
     judged: int
     skipped: int
     questions: int
     seconds: float | None
-    """The median of his judgements."""
+    """Median time of a judgement; None without one."""
     idle: int
-    """Judgements before which he was away; they count with the most that is counted."""
+    """Number of judgements that took longer than the limit, at which they count."""
     left: Interval | None
-    """The share of the left side among judgements that are no ties."""
+    """Share of the left side among judgements that are no ties."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A closed study."""
+    """Results of a closed study."""
 
     arms: tuple[str, str]
     seed: int
     draw: int
     prompts: int
     content: str
-    """Digest of all prompts and completions that were drawn."""
+    """Digest of all compared prompts and completions."""
     closed: str
     same: int
-    """Prompts that both arms completed alike: ties that nobody was asked about."""
-    shares: Mapping[str | None, Shares]
-    """By category, where there are some, then of all prompts, under None."""
+    """Number of prompts with identical completions, which count as ties."""
+    shares: Mapping[str | None, PreferenceShares]
+    """By category, where there are any; those of all prompts under None."""
     agreement: Mapping[str | None, Agreement]
-    annotators: Sequence[Annotator]
+    annotators: Sequence[AnnotatorSummary]
 
     @property
-    def counted(self) -> list[str]:
-        """Those who judged something."""
-        return [one.name for one in self.annotators if one.judged]
+    def active_annotators(self) -> list[str]:
+        """Names of the annotators with a judgement."""
+        return [each.name for each in self.annotators if each.judged]
 
     @property
-    def left_out(self) -> list[str]:
-        """Those who judged nothing."""
-        return [one.name for one in self.annotators if not one.judged]
+    def inactive_annotators(self) -> list[str]:
+        """Names of the annotators without a judgement."""
+        return [each.name for each in self.annotators if not each.judged]
 
 
-def findings(run: Path) -> Findings | None:
-    """What the closed study in a run's folder says; None where there is none. Raises `InputError` on damaged files."""
+def load_findings(run: Path) -> Findings | None:
+    """Load the results of the closed study in a run's folder; None where there is none.
+
+    Raises `InputError` on damaged files.
+    """
     file = run / "study" / "closed.json"
     if not file.exists():
         return None
@@ -106,7 +109,7 @@ def findings(run: Path) -> Findings | None:
                 f"{file}: found a study of format {closed['format']}, of another version of mixpo; expected {FORMAT}"
             )
         text = (file.parent / "judgements.jsonl").read_text(encoding="utf8")
-        return _found(closed, [json.loads(line) for line in text.splitlines()])
+        return _compute_findings(closed, [json.loads(line) for line in text.splitlines()])
     except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -116,28 +119,29 @@ def findings(run: Path) -> Findings | None:
         ) from error
 
 
-def _found(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Findings:
-    one, other = closed["arms"]
-    told = [row for row in rows if row["choice"] != "skip"]
-    if wrong := [row["better"] for row in told if row["better"] not in (one, "tie", other)]:
-        raise ValueError(f"better {wrong[0]!r}, which is no arm of the study")
-    counted = list(dict.fromkeys(row["annotator"] for row in told))
-    prompts = sorted({row["prompt"] for row in told})
-    kinds = {row["prompt"]: row["category"] for row in [*rows, *closed["same"]]}
-    at = {prompt: place for place, prompt in enumerate(prompts)}
+def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Findings:
+    """Compute the results of a study from its description and its judgements."""
+    first, second = closed["arms"]
+    judgements = [row for row in rows if row["choice"] != "skip"]
+    if invalid := [row["better"] for row in judgements if row["better"] not in (first, "tie", second)]:
+        raise ValueError(f"better {invalid[0]!r}, expected an arm of the study or tie")
+    active = list(dict.fromkeys(row["annotator"] for row in judgements))
+    prompts = sorted({row["prompt"] for row in judgements})
+    categories = {row["prompt"]: row["category"] for row in [*rows, *closed["same"]]}
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
     counts: Int[np.ndarray, "prompts choices"] = np.zeros((len(prompts), 3), dtype=np.int64)
-    for row in told:
-        counts[at[row["prompt"]], (one, "tie", other).index(row["better"])] += 1
-    names = list(dict.fromkeys(kind for _, kind in sorted(kinds.items()) if kind is not None))
+    for row in judgements:
+        counts[index_of[row["prompt"]], (first, "tie", second).index(row["better"])] += 1
+    names = list(dict.fromkeys(category for _, category in sorted(categories.items()) if category is not None))
     shares, agreement = {}, {}
     for name in [*names, None]:
-        chosen = counts[np.array([name in (None, kinds[prompt]) for prompt in prompts], dtype=bool)]
+        selected = counts[np.array([name in (None, categories[prompt]) for prompt in prompts], dtype=bool)]
         same = sum(name in (None, row["category"]) for row in closed["same"])
-        if len(chosen) + same:
-            shares[name] = _shares(chosen, same)
-            agreement[name] = _agreement(chosen, len(counted))
+        if len(selected) + same:
+            shares[name] = _compute_shares(selected, same)
+            agreement[name] = _compute_agreement(selected, len(active))
     return Findings(
-        (one, other),
+        (first, second),
         closed["seed"],
         closed["draw"],
         closed["prompts"],
@@ -146,19 +150,21 @@ def _found(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Find
         len(closed["same"]),
         shares,
         agreement,
-        [_annotator(name, closed["prompts"] - len(closed["same"]), rows) for name in closed["annotators"]],
+        [_summarize_annotator(name, closed["prompts"] - len(closed["same"]), rows) for name in closed["annotators"]],
     )
 
 
-def _shares(counts: Int[np.ndarray, "prompts choices"], same: int) -> Shares:
-    of_prompts = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (same, 1))])
-    prompts, sums = len(of_prompts), of_prompts.sum(axis=0)
+def _compute_shares(counts: Int[np.ndarray, "prompts choices"], same: int) -> PreferenceShares:
+    """Win, tie and lose shares from the counts of each prompt, plus `same` ties."""
+    prompt_shares = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (same, 1))])
+    prompts, sums = len(prompt_shares), prompt_shares.sum(axis=0)
     win, tie, lose = (wilson_interval(float(share), prompts) for share in sums)
     won, lost = (int((counts[:, side] > counts[:, 2 - side]).sum()) for side in (0, 2))
-    return Shares(prompts, win, tie, lose, win_minus_lose(*sums.tolist()), sign_test(won, lost))
+    return PreferenceShares(prompts, win, tie, lose, win_minus_lose(*sums.tolist()), sign_test(won, lost))
 
 
-def _agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> Agreement:
+def _compute_agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> Agreement:
+    """Agreement statistics from the counts of each prompt."""
     common = counts[counts.sum(axis=1) == annotators]
     several = counts[counts.sum(axis=1) > 1]
     unknown = Interval(math.nan, math.nan, math.nan)
@@ -171,15 +177,16 @@ def _agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> A
     )
 
 
-def _annotator(name: str, questions: int, rows: Sequence[Mapping[str, Any]]) -> Annotator:
-    own = [row for row in rows if row["annotator"] == name and row["choice"] != "skip"]
-    sides = [row["choice"] == "left" for row in own if row["choice"] != "tie"]
-    return Annotator(
+def _summarize_annotator(name: str, questions: int, rows: Sequence[Mapping[str, Any]]) -> AnnotatorSummary:
+    """Summarize the judgements of one annotator."""
+    judgements = [row for row in rows if row["annotator"] == name and row["choice"] != "skip"]
+    left_choices = [row["choice"] == "left" for row in judgements if row["choice"] != "tie"]
+    return AnnotatorSummary(
         name,
-        len(own),
+        len(judgements),
         sum(row["annotator"] == name and row["choice"] == "skip" for row in rows),
         questions,
-        median(row["seconds"] for row in own) if own else None,
-        sum(row["idle"] for row in own),
-        wilson_interval(sum(sides), len(sides)) if sides else None,
+        median(row["seconds"] for row in judgements) if judgements else None,
+        sum(row["idle"] for row in judgements),
+        wilson_interval(sum(left_choices), len(left_choices)) if left_choices else None,
     )

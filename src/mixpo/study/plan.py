@@ -1,4 +1,4 @@
-"""What a study draws and signs: every annotator's own order and sides, digests, and the word on every form."""
+"""Random question orders of a study, digests of its content, and CSRF tokens of its forms."""
 
 import hashlib
 import hmac
@@ -18,72 +18,74 @@ REASONS = {
     "broken": "Something is wrong with this page",
     "other": "Another reason",
 }
-"""Why a question may be skipped."""
+"""Why a question may be skipped: form value and label."""
 COMMENT_LENGTH = 2_000
 IDLE_SECONDS = 600.0
-"""Who has a question before him for longer was away: his time counts as this, and as idle."""
+"""The most seconds that are recorded for a judgement; a longer one is marked idle."""
 
 
-def order(items: int, *, draw: int, secret: str, annotator: str) -> list[tuple[int, bool]]:
-    """An annotator's questions: which item comes when, and whether its second arm stands on the left.
+def draw_question_order(item_count: int, *, draw: int, secret: str, annotator: str) -> list[tuple[int, bool]]:
+    """Draw an annotator's question order: for each question its item index and whether the arms are swapped.
 
-    Each arm stands on the left of half of the questions, or of one more. Without the secret, which is made once a study
-    and revealed when it is closed, nobody can draw the same from the seed.
+    Swapped means that the second arm is on the left; each arm is on the left of half of the questions, or of one more.
+    The draw depends on the study's secret, which is revealed when the study closes: the seed alone tells no side.
     """
     generator = random.Random(f"{draw} {secret} {annotator}")
-    places = generator.sample(range(items), items)
-    first = generator.randrange(2)
-    swapped = [(place + first) % 2 == 1 for place in range(items)]
+    item_indexes = generator.sample(range(item_count), item_count)
+    offset = generator.randrange(2)
+    swapped = [(index + offset) % 2 == 1 for index in range(item_count)]
     generator.shuffle(swapped)
-    return list(zip(places, swapped, strict=True))
+    return list(zip(item_indexes, swapped, strict=True))
 
 
-def unchanged(results: Results, arms: tuple[str, str], *, seed: int, prompts: int, draw: int, content: str) -> bool:
-    """Whether a run still has the prompts and completions that a study is of."""
+def are_completions_unchanged(
+    results: Results, arms: tuple[str, str], *, seed: int, prompts: int, draw: int, content: str
+) -> bool:
+    """Check that a run's compared completions still have the digest `content` that a study recorded."""
     try:
-        return content_digest(pair_completions(results, arms, seed=seed, prompts=prompts, draw=draw)) == content
+        return compute_content_digest(pair_completions(results, arms, seed=seed, prompts=prompts, draw=draw)) == content
     except MissingError:
         return False
 
 
-def content_digest(drawn: Sequence[Comparison]) -> str:
-    """All prompts and completions that were drawn."""
-    rows = [[one.number, one.category, one.prompt, one.completions] for one in drawn]
+def compute_content_digest(comparisons: Sequence[Comparison]) -> str:
+    """SHA-256 of all compared prompts and completions of a study."""
+    rows = [[one.number, one.category, one.prompt, one.completions] for one in comparisons]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def comment_from(text: str) -> str:
-    """A comment as it is kept."""
+def clean_comment(text: str) -> str:
+    """Normalize a comment before it is stored: line breaks, zero characters, surrounding blanks."""
     return text.replace("\r\n", "\n").replace("\0", "").strip()
 
 
-def question_digest(secret: str, *parts: object) -> str:
-    """What stands for a question and its texts in an export: nobody without the secret can tell an arm by it.
+def compute_question_digest(secret: str, *parts: object) -> str:
+    """Keyed digest (HMAC) of a question and its texts, which identifies it in an export without revealing the arms.
 
-    It covers all at once, and whose question it is: digests of texts would show where an arm repeats itself.
+    It covers annotator, number and all texts at once: digests of single texts would show where an arm repeats itself.
     """
     text = json.dumps(parts, sort_keys=True)
     return hmac.new(secret.encode(), f"question {text}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def token_digest(token: str) -> str:
-    """What the store keeps of an annotator's token."""
+def hash_token(token: str) -> str:
+    """SHA-256 of an annotator's link token, the only form in which the store holds it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def form_word(secret: str, annotator: int, number: int, *, now: float) -> str:
-    """The word on a form: when it was served, and a nonce, signed for one annotator and one question."""
+def make_csrf_token(secret: str, annotator: int, number: int, *, now: float) -> str:
+    """Make the CSRF token of a form: serving time and nonce, signed for one annotator and one question."""
     nonce = f"{round(now * 1000)}.{secrets.token_hex(8)}"
-    return f"{nonce}.{_signature(secret, annotator, number, nonce)}"
+    return f"{nonce}.{_sign_nonce(secret, annotator, number, nonce)}"
 
 
-def read_form_word(word: str, secret: str, annotator: int, number: int) -> tuple[str, float] | None:
-    """The nonce on a form and when the form was served; None where it was not served for this question."""
-    nonce, _, signature = word.rpartition(".")
-    if not hmac.compare_digest(signature.encode(), _signature(secret, annotator, number, nonce).encode()):
+def verify_csrf_token(csrf_token: str, secret: str, annotator: int, number: int) -> tuple[str, float] | None:
+    """Verify a form's CSRF token; return its nonce and serving time, or None if it is for another question."""
+    nonce, _, signature = csrf_token.rpartition(".")
+    if not hmac.compare_digest(signature.encode(), _sign_nonce(secret, annotator, number, nonce).encode()):
         return None
     return nonce, int(nonce.partition(".")[0]) / 1000
 
 
-def _signature(secret: str, annotator: int, number: int, nonce: str) -> str:
+def _sign_nonce(secret: str, annotator: int, number: int, nonce: str) -> str:
     return hmac.new(secret.encode(), f"form {annotator} {number} {nonce}".encode(), hashlib.sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""Serving a study: the port first, then the pages."""
+"""HTTP server of a study: listening socket, base URL, TLS and uvicorn."""
 
 import errno
 import ipaddress
@@ -14,84 +14,88 @@ from starlette.types import ASGIApp
 from mixpo.data.errors import InputError
 
 UNENCRYPTED = (
-    "warning: without TLS, whoever is on the network between can read links and judgements; "
+    "warning: without TLS, links and judgements can be read on the network; "
     "expected --tls-cert and --tls-key, or --address with https:// where a proxy on this machine encrypts"
 )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, on a free port if `port` is 0. Raises `InputError` where it cannot."""
+def open_listening_socket(host: str, port: int) -> socket.socket:
+    """Open a listening TCP socket, on a free port if `port` is 0. Raises `InputError` where it cannot."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise InputError(f"--host: found {host!r} ({error.strerror}); expected an address of this machine") from error
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(place)
-        listening.listen(128)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
     except OSError as error:
-        listening.close()
+        listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"--port: found {port} taken; expected a free one; 0 takes any that is free") from error
+            raise InputError(f"--port: found {port} in use; expected a free port; 0 chooses one") from error
         raise InputError(
-            f"--host, --port: found {host}:{port}, which cannot be listened to ({error.strerror}); choose others"
+            f"--host, --port: found {host}:{port}, which cannot be opened ({error.strerror}); choose others"
         ) from error
-    return listening
+    return listener
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Check that a host name or address is on this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def addresses(host: str, bound: tuple[str, int], given: str | None, *, tls: bool) -> tuple[str, list[str]]:
-    """The address that links begin with, and the Host headers that are answered. Raises `InputError` on a bad one.
+def build_base_url(host: str, bound: tuple[str, int], address: str | None, *, tls: bool) -> tuple[str, list[str]]:
+    """Build the base URL of the annotators' links, and the Host headers that requests may have.
 
-    `bound` is what the socket is bound to for `host`.
+    `bound` is the address and port of the socket for `host`. Raises `InputError` on an invalid or missing address.
     """
-    if given is not None:
-        scheme, name, port = _address(given)
+    if address is not None:
+        scheme, name, port = _parse_address(address)
         names = [name]
     else:
         scheme, port = "https" if tls else "http", bound[1]
         if ipaddress.ip_address(bound[0]).is_unspecified:
             raise InputError(
-                f"--host: found {host}, which is every address of this machine; expected also --address, such as "
-                f"{scheme}://192.168.1.7:{port}, under which the annotators reach it"
+                f"--host: found {host}, which is every address of this machine; expected also --address, the one "
+                f"that annotators open, such as {scheme}://192.168.1.7:{port}"
             )
         names = [host.lower(), "localhost", "127.0.0.1"] if is_loopback(bound[0]) else [host.lower()]
-    shown = "" if port in (None, 443 if scheme == "https" else 80) else f":{port}"  # browsers leave the usual one out
-    named = [f"[{name}]{shown}" if ":" in name else f"{name}{shown}" for name in names]
-    return f"{scheme}://{named[0]}", named
+    port_suffix = (
+        "" if port in (None, 443 if scheme == "https" else 80) else f":{port}"
+    )  # browsers leave the usual one out
+    hosts = [f"[{name}]{port_suffix}" if ":" in name else f"{name}{port_suffix}" for name in names]
+    return f"{scheme}://{hosts[0]}", hosts
 
 
-def _address(given: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port."""
+def _parse_address(address: str) -> tuple[str, str, int | None]:
+    """Parse --address into scheme, host and port."""
     try:
-        parts = urlsplit(given)
+        parts = urlsplit(address)
         name, port = parts.hostname, parts.port
     except ValueError:
         name = port = None
-    more = name and (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
-    if not name or more or parts.scheme not in ("http", "https"):
-        raise InputError(f"--address: found {given!r}; expected only such as https://study.example.org:8443")
+    has_more = name and (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
+    if not name or has_more or parts.scheme not in ("http", "https"):
+        raise InputError(
+            f"--address: found {address!r}; expected scheme, host and port alone, such as https://study.example.org:8443"
+        )
     return parts.scheme, name, port
 
 
 def is_encrypted(bound: str, address: str, *, tls: bool) -> bool:
-    """Whether nothing goes over a network unencrypted, as far as we can tell: neither to the address nor to us."""
+    """Check that no traffic crosses a network unencrypted, neither to the annotators' address nor from a proxy."""
     parts = urlsplit(address)
     return (tls or is_loopback(bound)) and (parts.scheme == "https" or is_loopback(parts.hostname or ""))
 
 
 def check_certificate(cert: Path | None, key: Path | None) -> None:
-    """Raises `InputError` where these are no certificate and its key."""
+    """Raise `InputError` unless these are a certificate and its key, or both None."""
     if (cert is None) != (key is None):
-        raise InputError("--tls-cert, --tls-key: found one of them; expected both or none")
+        raise InputError("--tls-cert, --tls-key: found one without the other; expected both or none")
     try:
         if cert is not None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
@@ -99,8 +103,8 @@ def check_certificate(cert: Path | None, key: Path | None) -> None:
         raise InputError(f"--tls-cert, --tls-key: found no usable pair ({error}); expected PEM files") from error
 
 
-def serve(app: ASGIApp, listening: socket.socket, cert: Path | None, key: Path | None) -> None:
-    """Answer until Ctrl-C. Nothing is logged of requests, whose first address holds a token."""
+def serve(app: ASGIApp, listener: socket.socket, cert: Path | None, key: Path | None) -> None:
+    """Serve the app until Ctrl-C, without an access log: a link's address holds its token."""
     logging.getLogger("mixpo.study").addHandler(logging.StreamHandler())
     config = uvicorn.Config(
         app,
@@ -114,4 +118,4 @@ def serve(app: ASGIApp, listening: socket.socket, cert: Path | None, key: Path |
         ssl_certfile=cert,
         ssl_keyfile=key,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])

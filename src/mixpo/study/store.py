@@ -1,4 +1,4 @@
-"""Where a study is kept: SQLite beside the run, or PostgreSQL by URL. What is acknowledged is on disk."""
+"""Database of one study, SQLite beside the run or PostgreSQL by URL; a transaction is on disk when it returns."""
 
 import json
 import secrets
@@ -27,25 +27,25 @@ from sqlalchemy.orm import Session
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
-from mixpo.study.plan import IDLE_SECONDS, order, question_digest
+from mixpo.study.plan import IDLE_SECONDS, compute_question_digest, draw_question_order
 from mixpo.study.tables import (
     FORMAT,
     AnnotatorRow,
     Base,
-    EarlierRow,
     ItemRow,
     JudgementRow,
     QuestionRow,
+    ReplacedJudgementRow,
     StudyRow,
 )
 
 LOCK_SECONDS = 10
-"""How long to wait for another process that writes."""
+"""Seconds to wait for another process that writes."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What an annotator says of a question."""
+class Answer:
+    """An annotator's answer to a question: choice, reason, comment and time."""
 
     choice: str
     reason: str
@@ -57,28 +57,28 @@ class Said:
 
 @dataclass(frozen=True)
 class Question:
-    """A question as it is shown, and what was said of it so far."""
+    """A question as one annotator sees it, and the current answer."""
 
     annotator: str
     number: int
     item: Comparison
     swapped: bool
-    said: Said | None
+    answer: Answer | None
 
     @property
     def sides(self) -> tuple[str, str]:
-        """The completions, left and right."""
-        one, other = self.item.completions
-        return (other, one) if self.swapped else (one, other)
+        """The two completions, left and right."""
+        first, second = self.item.completions
+        return (second, first) if self.swapped else (first, second)
 
-    def digest(self, secret: str) -> str:
-        """What stands for it in an export."""
-        return question_digest(secret, self.annotator, self.number, self.item.prompt, *self.sides)
+    def compute_digest(self, secret: str) -> str:
+        """Digest that identifies the question in an export."""
+        return compute_question_digest(secret, self.annotator, self.number, self.item.prompt, *self.sides)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far an annotator is."""
+class AnnotatorProgress:
+    """Numbers of judged and skipped questions of an annotator."""
 
     name: str
     judged: int
@@ -86,23 +86,23 @@ class Progress:
     questions: int
 
 
-class ClosedError(Exception):
-    """The study is closed: nothing is judged any more."""
+class StudyClosedError(Exception):
+    """The study is closed and accepts no answers."""
 
 
 class Store:
-    """A store's one study. Raises `InputError` where the store cannot be used."""
+    """Database of one study. Every method raises `InputError` where the database cannot be used."""
 
     def __init__(self, url: URL) -> None:
         self.name = str(url.database) if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
         self.file = Path(str(url.database)) if url.drivername == "sqlite" else None
         self.password = str(url.password or "")
-        with self._told():
+        with self._report_database_errors():
             try:
-                self.engine = _engine(url)
+                self.engine = _create_engine(url)
             except ImportError as error:
                 raise InputError(
-                    f"--store: found no driver for {url.drivername} ({error}); expected it to be installed, such as "
+                    f"--store: found no driver for {url.drivername} ({error}); expected an installed one, such as "
                     "`pip install 'psycopg[binary]'` for postgresql+psycopg://"
                 ) from None
 
@@ -110,94 +110,100 @@ class Store:
         """Close all connections."""
         self.engine.dispose()
 
-    def study(self) -> StudyRow | None:
-        """The study, if there is one; no file is made to find out."""
+    def load_study(self) -> StudyRow | None:
+        """Load the study; None where there is none. Creates no file."""
         if self.file is not None and not self.file.exists():
             return None
-        with self._session() as session:
+        with self._transaction() as session:
             if not inspect(session.connection()).has_table(StudyRow.__tablename__):
                 return None
-            found = session.scalars(select(StudyRow)).one_or_none()
-            if found is not None and found.format != FORMAT:
+            study = session.scalars(select(StudyRow)).one_or_none()
+            if study is not None and study.format != FORMAT:
                 raise InputError(
-                    f"{self.name}: found a study of format {found.format}, written by another version of mixpo; "
+                    f"{self.name}: found a study of format {study.format}, written by another version of mixpo; "
                     f"expected format {FORMAT}; use that version"
                 )
-            return found
+            return study
 
-    def closed(self) -> bool:
-        """Whether the study is closed."""
-        with self._session() as session:
+    def is_closed(self) -> bool:
+        """Check in the database whether the study is closed."""
+        with self._transaction() as session:
             return session.scalars(select(StudyRow.closed)).one() is not None
 
-    def begin(self, study: StudyRow, items: Sequence[Comparison], annotators: Sequence[str]) -> None:
-        """Make a study whole or not at all."""
+    def create_study(self, study: StudyRow, items: Sequence[Comparison], annotators: Sequence[str]) -> None:
+        """Create the tables and write study, items, annotators and their question orders in one transaction."""
         if self.file is not None:
-            private_folder(self.file.parent)
-        with self._session(write=True) as session:
+            make_private_folder(self.file.parent)
+        with self._transaction(write=True) as session:
             Base.metadata.create_all(session.connection())
             session.add(study)
-            for place, item in enumerate(items):
+            for index, item in enumerate(items):
                 content = json.dumps({"prompt": item.prompt, "completions": item.completions})
-                row = ItemRow(id=place + 1, prompt=item.number, category=item.category, content=content)
+                row = ItemRow(id=index + 1, prompt=item.number, category=item.category, content=content)
                 session.add(row)
-            for place, name in enumerate(annotators):
-                session.add(AnnotatorRow(id=place + 1, name=name, token=""))
+            for index, name in enumerate(annotators):
+                session.add(AnnotatorRow(id=index + 1, name=name, token=""))
             session.flush()
-            for place, name in enumerate(annotators):
-                drawn = order(len(items), draw=study.draw, secret=study.secret, annotator=name)
-                for number, (at, swapped) in enumerate(drawn, start=1):
-                    session.add(QuestionRow(annotator=place + 1, number=number, item=at + 1, swapped=swapped))
+            for index, name in enumerate(annotators):
+                order = draw_question_order(len(items), draw=study.draw, secret=study.secret, annotator=name)
+                for number, (item_index, swapped) in enumerate(order, start=1):
+                    session.add(QuestionRow(annotator=index + 1, number=number, item=item_index + 1, swapped=swapped))
 
-    def annotators(self) -> list[AnnotatorRow]:
-        """All annotators."""
-        with self._session() as session:
+    def load_annotators(self) -> list[AnnotatorRow]:
+        """Load all annotators in their order."""
+        with self._transaction() as session:
             return list(session.scalars(select(AnnotatorRow).order_by(AnnotatorRow.id)))
 
-    def renew(self, tokens: dict[str, str]) -> None:
-        """Give annotators other tokens: digests by name."""
-        with self._session(write=True) as session:
-            for row in session.scalars(select(AnnotatorRow).where(AnnotatorRow.name.in_(tokens))):
-                row.token = tokens[row.name]
+    def replace_tokens(self, token_hashes: dict[str, str]) -> None:
+        """Replace the stored token hashes of annotators, given by name."""
+        with self._transaction(write=True) as session:
+            for row in session.scalars(select(AnnotatorRow).where(AnnotatorRow.name.in_(token_hashes))):
+                row.token = token_hashes[row.name]
 
-    def question(self, annotator: int, number: int) -> Question | None:
-        """A question, if there is one of this number."""
-        found = self.questions(QuestionRow.annotator == annotator, QuestionRow.number == number)
-        return found[0] if found else None
+    def load_question(self, annotator: int, number: int) -> Question | None:
+        """Load a question of an annotator; None where there is none of this number."""
+        matches = self.load_questions(QuestionRow.annotator == annotator, QuestionRow.number == number)
+        return matches[0] if matches else None
 
-    def questions(self, *where: ColumnElement[bool]) -> list[Question]:
-        """All questions, or those of which something holds, by annotator and number."""
-        joined = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
-        with self._session() as session:
+    def load_questions(self, *where: ColumnElement[bool]) -> list[Question]:
+        """Load all questions with their current answers, or those that match `where`, by annotator and number."""
+        same_question = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
+        with self._transaction() as session:
             rows = session.execute(
                 select(AnnotatorRow.name, QuestionRow, ItemRow, JudgementRow)
                 .join(QuestionRow, QuestionRow.annotator == AnnotatorRow.id)
                 .join(ItemRow, ItemRow.id == QuestionRow.item)
-                .outerjoin(JudgementRow, joined)
+                .outerjoin(JudgementRow, same_question)
                 .where(*where)
                 .order_by(AnnotatorRow.id, QuestionRow.number)
             ).all()
             return [
-                Question(name, asked.number, _item(item), asked.swapped, _said(said) if said else None)
-                for name, asked, item, said in rows
+                Question(
+                    name,
+                    question.number,
+                    _read_item(item),
+                    question.swapped,
+                    _read_answer(judgement) if judgement else None,
+                )
+                for name, question, item, judgement in rows
             ]
 
-    def next_open(self, annotator: int, after: int = 0) -> int | None:
-        """The first question behind another that nothing was said of, else the first of all; None where all are."""
-        joined = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
-        with self._session() as session:
-            left = session.scalars(
+    def find_open_question(self, annotator: int, after: int = 0) -> int | None:
+        """Number of the first unanswered question after `after`, else of the first of all; None if all are answered."""
+        same_question = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
+        with self._transaction() as session:
+            open_numbers = session.scalars(
                 select(QuestionRow.number)
-                .outerjoin(JudgementRow, joined)
+                .outerjoin(JudgementRow, same_question)
                 .where(QuestionRow.annotator == annotator, JudgementRow.number.is_(None))
                 .order_by(QuestionRow.number)
             ).all()
-        return next((number for number in left if number > after), left[0] if left else None)
+        return next((number for number in open_numbers if number > after), open_numbers[0] if open_numbers else None)
 
-    def progress(self, annotator: int | None = None) -> list[Progress]:
-        """How far every annotator is, or one."""
+    def count_progress(self, annotator: int | None = None) -> list[AnnotatorProgress]:
+        """Count judged and skipped questions of every annotator, or of one."""
         skipped = func.count(JudgementRow.number).filter(JudgementRow.choice == "skip")
-        with self._session() as session:
+        with self._transaction() as session:
             questions = session.scalar(select(func.count()).select_from(ItemRow)) or 0
             rows = session.execute(
                 select(AnnotatorRow.name, func.count(JudgementRow.number), skipped)
@@ -206,93 +212,99 @@ class Store:
                 .group_by(AnnotatorRow.id, AnnotatorRow.name)
                 .order_by(AnnotatorRow.id)
             ).all()
-        return [Progress(name, said - skips, skips, questions) for name, said, skips in rows]
+        return [AnnotatorProgress(name, answered - skips, skips, questions) for name, answered, skips in rows]
 
-    def judge(self, annotator: int, number: int, said: Said, nonce: str) -> bool:
-        """Keep what is said of a question, on disk when this returns; whether that is what stands.
+    def save_answer(self, annotator: int, number: int, answer: Answer, nonce: str) -> bool:
+        """Save an answer to a question; return whether it is the current answer.
 
-        A form counts once: what else is said on it does not stand. What was said of the question before is kept apart.
-        Raises `ClosedError` once the study is closed.
+        A form counts once, by its nonce: a second, different answer on it is not saved. A replaced answer is kept in
+        its own table. Raises `StudyClosedError` once the study is closed.
         """
-        with self._session(write=True) as session:
-            _refuse_closed(session)
-            # held until the end, so that of two forms at once the second finds what the first one said
+        with self._transaction(write=True) as session:
+            _check_open(session)
+            # locked until the end, so that the second of two concurrent forms sees the first one's answer
             session.get_one(QuestionRow, (annotator, number), with_for_update=True)
-            return _keep(session, annotator, number, said, nonce)
+            return _record_answer(session, annotator, number, answer, nonce)
 
-    def add(self, given: Sequence[tuple[str, int, Said]]) -> int:
-        """Keep what annotators said elsewhere, all or nothing: name, number and what; how many were not there yet.
+    def import_answers(self, answers: Sequence[tuple[str, int, Answer]]) -> int:
+        """Save imported answers (annotator, number, answer), all or none; return how many are new.
 
-        Raises `InputError` where something else is said of a question here.
+        Raises `InputError` where the store holds a different answer to a question.
         """
         added = 0
-        with self._session(write=True) as session:
-            _refuse_closed(session)
+        with self._transaction(write=True) as session:
+            _check_open(session)
             ids = {row.name: row.id for row in session.scalars(select(AnnotatorRow))}
-            for name, number, said in given:
+            for name, number, answer in answers:
                 row = session.get(JudgementRow, (ids[name], number))
                 if row is None:
-                    added += _keep(session, ids[name], number, said, secrets.token_hex(8))
-                elif other := [key for key, value in vars(said).items() if getattr(row, key) != value]:
-                    here, there = getattr(row, other[0]), getattr(said, other[0])
+                    added += _record_answer(session, ids[name], number, answer, secrets.token_hex(8))
+                elif differing := [key for key, value in vars(answer).items() if getattr(row, key) != value]:
+                    stored, imported = getattr(row, differing[0]), getattr(answer, differing[0])
                     raise InputError(
-                        f"{name}, question {number}: found {other[0]} {here!r} here and {there!r} in the file; "
-                        "expected the same; nothing was imported; take it out of the file"
+                        f"{name}, question {number}: found {differing[0]} {stored!r} in the store, {imported!r} in the "
+                        "file; expected the same; nothing was imported; remove the row from the file"
                     )
         return added
 
-    def close(self) -> str:
-        """Close the study, if it is not yet; when it was closed."""
-        with self._session(write=True) as session:
+    def close_study(self) -> str:
+        """Close the study if it is open; return the time of closing."""
+        with self._transaction(write=True) as session:
             study = session.scalars(select(StudyRow).with_for_update()).one()
-            study.closed = study.closed or now()
+            study.closed = study.closed or format_current_time()
             return study.closed
 
     @contextmanager
-    def _session(self, *, write: bool = False) -> Iterator[Session]:
-        """A transaction: committed at its end, undone on any error."""
+    def _transaction(self, *, write: bool = False) -> Iterator[Session]:
+        """Open a session in a transaction, committed at its end and rolled back on any error."""
         engine = self.engine.execution_options(write=write)
-        with self._told(), Session(engine, expire_on_commit=False) as session, session.begin():
+        with self._report_database_errors(), Session(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _report_database_errors(self) -> Iterator[None]:
+        """Convert database errors into `InputError`, with the password removed."""
         try:
             yield
         except (SQLAlchemyError, sqlite3.Error) as error:
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
             reason = reason.replace(self.password, "***") if self.password else reason
-            do = "try again when the other process is done" if "locked" in reason else "see that it is there and yours"
-            raise InputError(f"{self.name}: found a store that cannot be used ({reason}); {do}") from None
+            fix = (
+                "try again when the other process is done"
+                if "locked" in reason
+                else "check that it exists and that you may write it"
+            )
+            raise InputError(f"{self.name}: found an unusable store ({reason}); {fix}") from None
 
 
-def store_url(run: Path, given: str | None) -> URL:
-    """Where a run's study is kept: a URL if one is given, else a file in the run's folder."""
-    if given is None:
+def parse_store_url(run: Path, text: str | None) -> URL:
+    """Parse the URL of a PostgreSQL database; without one, the URL of the SQLite file in the run's folder."""
+    if text is None:
         return URL.create("sqlite", database=str(run / "study" / "study.sqlite"))
     try:
-        url = make_url(given)
+        url = make_url(text)
     except ArgumentError:
         url = None
     if url is None or url.get_backend_name() != "postgresql":
         raise InputError(
-            f"--store: found {'no URL' if url is None else 'one of ' + url.get_backend_name()}; expected that of a "
+            f"--store: found {'no URL' if url is None else 'a URL of ' + url.get_backend_name()}; expected that of a "
             "PostgreSQL database, such as postgresql+psycopg://name:password@host/database"
         )
     return url
 
 
-def private_folder(folder: Path) -> None:
-    """Make a folder that only its owner may open, where there is none."""
+def make_private_folder(folder: Path) -> None:
+    """Make a folder that only its owner may open, if it does not exist."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def now() -> str:
-    """The time, to the second."""
+def format_current_time() -> str:
+    """The current UTC time in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _engine(url: URL) -> Engine:
+def _create_engine(url: URL) -> Engine:
+    """Create an engine; for SQLite with full sync, foreign keys and explicit write locks."""
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS}, hide_parameters=True)
@@ -304,46 +316,56 @@ def _engine(url: URL) -> Engine:
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
-    def begun(connection: Connection) -> None:
+    def begin_transaction(connection: Connection) -> None:
         write = connection.get_execution_options().get("write")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
 
 
-def _refuse_closed(session: Session) -> None:
-    """Raises `ClosedError` once the study is closed; it cannot be closed before the transaction ends."""
+def _check_open(session: Session) -> None:
+    """Raise `StudyClosedError` if the study is closed; otherwise lock it open until the transaction ends."""
     if session.scalars(select(StudyRow).with_for_update(read=True)).one().closed:
-        raise ClosedError
+        raise StudyClosedError
 
 
-def _keep(session: Session, annotator: int, number: int, said: Said, nonce: str) -> bool:
-    """Keep what a form says, once; whether it stands. The time of a change is added to that before it."""
+def _record_answer(session: Session, annotator: int, number: int, answer: Answer, nonce: str) -> bool:
+    """Write an answer unless its form was used before; return whether it is the current answer.
+
+    The time of a change is added to the time of the answer that it replaces.
+    """
     row = session.get(JudgementRow, (annotator, number))
-    alike = row is not None and (row.choice, row.reason, row.comment) == (said.choice, said.reason, said.comment)
-    known = any(session.scalar(select(one.nonce).where(one.nonce == nonce)) for one in (JudgementRow, EarlierRow))
-    if alike or known:
-        return alike
+    is_current = row is not None and (row.choice, row.reason, row.comment) == (
+        answer.choice,
+        answer.reason,
+        answer.comment,
+    )
+    is_nonce_used = any(
+        session.scalar(select(table.nonce).where(table.nonce == nonce))
+        for table in (JudgementRow, ReplacedJudgementRow)
+    )
+    if is_current or is_nonce_used:
+        return is_current
     if row is None:
         row = JudgementRow(annotator=annotator, number=number)
         session.add(row)
     else:
-        before = EarlierRow(annotator=annotator, number=number, nonce=row.nonce, **vars(_said(row)))
-        session.add(before)
-        seconds = round(row.seconds + said.seconds, 1)
-        away = row.idle or said.idle or seconds > IDLE_SECONDS
-        said = replace(said, seconds=min(seconds, IDLE_SECONDS), idle=away)
-    for name, value in vars(said).items():
+        replaced = ReplacedJudgementRow(annotator=annotator, number=number, nonce=row.nonce, **vars(_read_answer(row)))
+        session.add(replaced)
+        seconds = round(row.seconds + answer.seconds, 1)
+        idle = row.idle or answer.idle or seconds > IDLE_SECONDS
+        answer = replace(answer, seconds=min(seconds, IDLE_SECONDS), idle=idle)
+    for name, value in vars(answer).items():
         setattr(row, name, value)
     row.nonce = nonce
     return True
 
 
-def _said(row: JudgementRow) -> Said:
-    return Said(row.choice, row.reason, row.comment, row.seconds, row.idle, row.at)
+def _read_answer(row: JudgementRow) -> Answer:
+    return Answer(row.choice, row.reason, row.comment, row.seconds, row.idle, row.at)
 
 
-def _item(row: ItemRow) -> Comparison:
+def _read_item(row: ItemRow) -> Comparison:
     content = json.loads(row.content)
-    one, other = content["completions"]
-    return Comparison(row.prompt, content["prompt"], row.category, (one, other))
+    first, second = content["completions"]
+    return Comparison(row.prompt, content["prompt"], row.category, (first, second))

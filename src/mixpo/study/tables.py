@@ -1,14 +1,14 @@
-"""The tables of a study: who judges, what, on which side each arm stands, and what was said."""
+"""Database tables of a study: study, annotators, items, questions and judgements."""
 
 from sqlalchemy import ForeignKey, ForeignKeyConstraint, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 FORMAT = 1
-"""Of the tables."""
+"""Version of the tables."""
 
 
 class Base(DeclarativeBase):
-    """The tables."""
+    """Metadata of all tables."""
 
 
 class StudyRow(Base):
@@ -21,13 +21,13 @@ class StudyRow(Base):
     """The arm whose wins are counted."""
     second: Mapped[str]
     seed: Mapped[int]
-    """Of the arms."""
+    """Seed of the compared arms."""
     draw: Mapped[int]
     prompts: Mapped[int]
     content: Mapped[str]
-    """Digest of all prompts and completions that were drawn."""
+    """Digest of all compared prompts and completions."""
     same: Mapped[str]
-    """JSON: number and category of the prompts that both arms completed alike, which nobody is asked about."""
+    """JSON: number and category of the prompts with identical completions, which are ties without a question."""
     guidelines: Mapped[str]
     secret: Mapped[str]
     began: Mapped[str]
@@ -35,29 +35,29 @@ class StudyRow(Base):
 
 
 class AnnotatorRow(Base):
-    """Somebody who judges."""
+    """A person who judges."""
 
     __tablename__ = "mixpo_annotator"
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     token: Mapped[str]
-    """Its digest, empty before there is one: the token itself stands nowhere in the store."""
+    """SHA-256 of the link token, empty before one is issued; the token itself is not stored."""
 
 
 class ItemRow(Base):
-    """A prompt and both completions."""
+    """A prompt with the completions of both arms."""
 
     __tablename__ = "mixpo_item"
     id: Mapped[int] = mapped_column(primary_key=True)
     prompt: Mapped[int]
-    """The place of the prompt among the run's test prompts, from 0."""
+    """Index of the prompt among the run's test prompts, from 0."""
     category: Mapped[str | None]
     content: Mapped[str]
     """JSON: `prompt`, and `completions` of the first arm and of the second."""
 
 
 class QuestionRow(Base):
-    """An item as one annotator meets it."""
+    """An item as shown to one annotator: its number in the order, and the sides."""
 
     __tablename__ = "mixpo_question"
     __table_args__ = (UniqueConstraint("annotator", "item"),)
@@ -66,11 +66,11 @@ class QuestionRow(Base):
     """From 1."""
     item: Mapped[int] = mapped_column(ForeignKey(ItemRow.id))
     swapped: Mapped[bool]
-    """Whether the second arm stands on the left."""
+    """Whether the second arm is on the left."""
 
 
-class _Said:
-    """What was said of a question."""
+class _AnswerColumns:
+    """Columns of an annotator's answer, shared by current and replaced judgements."""
 
     choice: Mapped[str]
     reason: Mapped[str]
@@ -79,11 +79,11 @@ class _Said:
     idle: Mapped[bool]
     at: Mapped[str]
     nonce: Mapped[str] = mapped_column(unique=True)
-    """Of the form it came on: a form counts once."""
+    """Nonce of the form that was submitted: each form counts once."""
 
 
-class JudgementRow(_Said, Base):
-    """What stands: one a question."""
+class JudgementRow(_AnswerColumns, Base):
+    """The current judgement of a question, one at most."""
 
     __tablename__ = "mixpo_judgement"
     __table_args__ = (ForeignKeyConstraint(["annotator", "number"], [QuestionRow.annotator, QuestionRow.number]),)
@@ -91,8 +91,8 @@ class JudgementRow(_Said, Base):
     number: Mapped[int] = mapped_column(primary_key=True)
 
 
-class EarlierRow(_Said, Base):
-    """What stood before somebody changed his mind."""
+class ReplacedJudgementRow(_AnswerColumns, Base):
+    """An earlier judgement that the annotator replaced."""
 
     __tablename__ = "mixpo_earlier"
     __table_args__ = (ForeignKeyConstraint(["annotator", "number"], [QuestionRow.annotator, QuestionRow.number]),)

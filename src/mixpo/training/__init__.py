@@ -1,1 +1,1 @@
-"""What the stages share: the optimizer step, the supervised loop, checkpoints, records."""
+"""Training code shared by the stages: optimizer step, supervised loop, checkpoints, records."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a running stage, from which it goes on exactly where it was: tensors and JSON, never a pickle."""
+"""Checkpoints from which a stage resumes exactly where it was: safetensors and JSON, never a pickle."""
 
 import json
 import time
@@ -17,40 +17,40 @@ from mixpo.training.parallel import Processes
 FILE = "checkpoint.safetensors"
 FORMAT = 2
 _JSON = "json"
-"""The tensor that holds, as bytes, everything that is no tensor."""
+"""Name of the tensor whose bytes are the JSON of all values that are not tensors."""
 
 
 class Stateful(Protocol):
-    """What a checkpoint can hold: anything with a state of tensors and numbers."""
+    """An object that a checkpoint can save: its state consists of tensors, numbers and texts."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state."""
+        """Return the state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Go back to a state."""
+        """Restore a state."""
 
 
 class TrainableWeights:
-    """The trainable weights of a model; frozen ones are read from where they came from."""
+    """Trainable weights of a model; frozen ones are not saved, since they are loaded from their folder."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights by name."""
+        """Return the weights by name, without a copy."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def copy(self) -> dict[str, Tensor]:
-        """The weights by name, on the CPU and apart from the model's."""
+        """Copy the weights to the CPU, by name."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
 
     def copy_to(self, state: dict[str, Tensor]) -> None:
-        """Copy the weights over an earlier copy."""
+        """Copy the weights into an earlier copy of them."""
         for name, parameter in self.parameters.items():
             state[name].copy_(parameter.detach())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy the weights back; every one must be there."""
+        """Copy weights into the model. Raises RuntimeError unless the names are the same."""
         if state.keys() != self.parameters.keys():
             raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
         with torch.no_grad():
@@ -59,7 +59,7 @@ class TrainableWeights:
 
 
 class Checkpoint:
-    """The one checkpoint of a stage: weights, optimizers, random state, the step and what the stage adds."""
+    """The checkpoint file of a stage: states of its parts, random state, next step and extra values of the stage."""
 
     def __init__(
         self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float, processes: Processes
@@ -71,9 +71,9 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Go back to the checkpoint. Returns the step to take next and what was added; (0, {}) if there is none.
+        """Restore the checkpoint. Returns the next step and the extra values; (0, {}) if there is no checkpoint.
 
-        Raises `InputError` on one that is damaged, or of another format or stage.
+        Raises `InputError` if the checkpoint is damaged, or of another format or stage.
         """
         if not self.path.exists():
             return 0, {}
@@ -95,12 +95,12 @@ class Checkpoint:
             ) from error
 
     def maybe_write(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Write the state before step `step` if it is time."""
+        """Write the state before step `step` if `every_minutes` have passed since the last checkpoint."""
         if self.processes.is_main and time.monotonic() - self.written >= self.every:
             self.write(step, extra)
 
     def write(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Write the state before step `step`, in one move."""
+        """Write the state before step `step` atomically."""
         tensors: dict[str, Tensor] = {}
         state = {
             "format": FORMAT,
@@ -117,12 +117,12 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def remove(self) -> None:
-        """Forget the checkpoint: the stage is done."""
+        """Delete the checkpoint of a complete stage."""
         self.path.unlink(missing_ok=True)
 
 
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
-    """A state as JSON can hold it: its tensors are put into `tensors`, and the keys of mappings stay numbers."""
+    """Convert a state to JSON values, moving its tensors into `tensors`; mappings become lists of key and value."""
     if isinstance(state, Tensor):
         tensors[str(len(tensors))] = state.detach().contiguous()
         return {"tensor": str(len(tensors) - 1)}
@@ -134,7 +134,7 @@ def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _insert_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_extract_tensors` took apart; tuples have become lists."""
+    """Invert `_extract_tensors`, except that tuples become lists."""
     if isinstance(state, list):
         return [_insert_tensors(value, tensors) for value in state]
     if isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""The memory of this process: what is fetched and given back, and the most that was held."""
+"""Memory of this process: settings of malloc, and the peak."""
 
 import ctypes
 import resource
@@ -10,16 +10,16 @@ import torch
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's malloc keep what is freed: fetching every large tensor's pages anew costs a tenth of the time."""
+    """Make glibc's malloc keep freed memory; otherwise page faults of large tensors take a tenth of the time."""
     mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
     with suppress(OSError, AttributeError):
-        _libc().mallopt(mmap_max, 0)
-        _libc().mallopt(trim_threshold, 1 << 30)
-        _libc().mallopt(arena_max, 1)  # else every thread keeps its own
+        _load_glibc().mallopt(mmap_max, 0)
+        _load_glibc().mallopt(trim_threshold, 1 << 30)
+        _load_glibc().mallopt(arena_max, 1)  # else every thread keeps its own
 
 
 def read_peak_mib() -> float:
-    """Peak memory so far: the GPU's where one is used, else the process's resident set."""
+    """Read the peak memory in MiB: of the GPU if one is used, else of the process's resident set."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -30,15 +30,15 @@ def read_peak_mib() -> float:
 
 
 def reset_peak() -> None:
-    """Give back what malloc keeps of earlier work, and start measuring the peak anew, where the system allows it."""
+    """Release freed memory to the system and reset the peak, as far as the system allows it."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError, AttributeError):
-        _libc().malloc_trim(0)
+        _load_glibc().malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
 
 
-def _libc() -> Any:
-    """glibc. Raises OSError or AttributeError on another system, or with another libc."""
+def _load_glibc() -> Any:
+    """Load glibc. Raises OSError on other systems."""
     return ctypes.CDLL("libc.so.6")

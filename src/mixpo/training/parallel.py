@@ -1,7 +1,7 @@
-"""The processes that compute one stage together: how work is shared out, numbers are summed and files are written.
+"""Data-parallel processes of one stage: distribution of rows, sums over processes, and the process that writes files.
 
-There is one process today. The optimizer step, the counts of a whole batch, saving and logging go through here, so that
-more processes change this file and no stage.
+Today there is one process. The optimizer step, counts of a whole batch, saving and logging use this module, so that
+support of several processes changes no stage.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ import torch
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a stage, as one of them sees them."""
+    """Device, rank and number of the processes of a stage, as in torch.distributed."""
 
     device: torch.device
-    """Where this process computes."""
+    """Device of this process."""
     rank: int = 0
     count: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the stage's files and talks to the watcher."""
+        """True for the process that writes the stage's files and reports to the watcher."""
         return self.rank == 0
 
     def share(self, rows: Sequence[int]) -> Sequence[int]:
-        """The rows that this process computes."""
+        """Select the rows that this process computes."""
         return rows[self.rank :: self.count]
 
     def sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """Sum a number over all processes."""
         return value

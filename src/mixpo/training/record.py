@@ -1,4 +1,4 @@
-"""What a stage leaves behind while it runs: metrics a step, its cost, and a line for whoever watches."""
+"""Records of a running stage: metrics of each step, cost, and messages to a watcher."""
 
 import json
 import math
@@ -17,30 +17,30 @@ from mixpo.training.parallel import Processes
 
 
 class Watcher(Protocol):
-    """Whoever watches a stage run: the command line's progress bars, or nobody."""
+    """A receiver of a stage's progress, such as the command line's progress bars."""
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Called when `done` of `total` steps are over, with the metrics of the last one."""
+        """Receive the metrics of the last of `done` finished steps out of `total`."""
 
     def note(self, text: str) -> None:
-        """Called with a line worth reading now."""
+        """Receive a message of one line."""
 
 
 class NullWatcher:
-    """A watcher that does nothing."""
+    """A watcher that ignores everything."""
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Ignore progress."""
 
     def note(self, text: str) -> None:
-        """Ignore a line."""
+        """Ignore a message."""
 
 
 watcher: ContextVar[Watcher] = ContextVar("watcher", default=NullWatcher())  # noqa: B039
 
 
 def report_progress(total: int) -> Callable[[int], None]:
-    """Return a function that adds to the number of things done and tells the watcher, out of `total`."""
+    """Return a function that adds to a count of finished items and reports it to the watcher, out of `total`."""
     done = 0
 
     def advance(count: int) -> None:
@@ -52,27 +52,28 @@ def report_progress(total: int) -> Callable[[int], None]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one move; numbers that are not finite become null."""
-    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+    """Write a JSON file atomically; numbers that are not finite become null."""
+    write_text(path, json.dumps(_replace_non_finite(content), indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one move: a kill leaves the old one or the new one."""
+    """Write a file atomically: a killed process leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf8")
     temporary.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, in nested lists and mappings too."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
-    """`metrics.jsonl`: one line a step. Lines of steps that a resumed stage will take again are dropped."""
+    """The file `metrics.jsonl`, one line a step; lines from step `resumed_at` on are deleted when it is opened."""
 
     def __init__(self, folder: Path, *, resumed_at: int, processes: Processes) -> None:
         self.path = folder / "metrics.jsonl"
@@ -80,20 +81,20 @@ class Metrics:
         trim_jsonl(self.path, resumed_at)
 
     def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step (counted from 0) and tell the watcher."""
+        """Append the metrics of a step (counted from 0) and report them to the watcher."""
         if not self.processes.is_main:
             return
         with self.path.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
+            file.write(json.dumps({"step": step, **_replace_non_finite(metrics)}) + "\n")
         watcher.get().step(step + 1, total, metrics)
 
     def rows(self) -> list[dict[str, float]]:
-        """All lines so far."""
+        """Read all lines."""
         return read_jsonl(self.path)
 
 
 class Cost:
-    """What a stage costs. Counted in tokens and model FLOPs; seconds and peak memory are this machine's."""
+    """Cost of a stage: tokens, model FLOPs, and this machine's seconds and peak memory."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -104,32 +105,31 @@ class Cost:
         self._start = time.perf_counter()
 
     def resume(self, spent: Mapping[str, float]) -> None:
-        """Go on from a checkpoint's counts; what was done since the start to come there costs seconds alone."""
+        """Set the counts to those of a checkpoint; seconds since the start of this process are added to its seconds."""
         for name, value in spent.items():
             setattr(self, name, value)
 
-    def sampled(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
-        """Count tokens drawn from a model and prompt tokens prefilled."""
+    def count_sampled(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
+        """Count tokens sampled from a model, and prompt tokens of the prefill."""
         self.tokens_sampled += tokens
         self.flops += 2.0 * sum(count_weights(model)) * (tokens + prompt_tokens)
 
-    def trained(self, model: PreTrainedModel, tokens: int) -> None:
-        """Count tokens, prompts included, that went forward and backward: 6 FLOPs a trained weight, 4 a frozen one.
+    def count_trained(self, model: PreTrainedModel, tokens: int) -> None:
+        """Count tokens of forward and backward passes, prompts included: 6 FLOPs a trained weight, 4 a frozen one.
 
-        A product costs 2 forward, 2 for the gradient of what goes in and 2 for that of the weights, which frozen ones
-        are spared.
+        A product takes 2 in the forward pass, 2 for the gradient of its input, and 2 for that of trained weights.
         """
         trained, frozen = count_weights(model)
         self.tokens_trained += tokens
         self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def scored(self, model: PreTrainedModel, tokens: int) -> None:
-        """Count tokens that went forward only: 2 FLOPs a weight."""
+    def count_scored(self, model: PreTrainedModel, tokens: int) -> None:
+        """Count tokens of forward passes: 2 FLOPs a weight."""
         self.tokens_scored += tokens
         self.flops += 2.0 * sum(count_weights(model)) * tokens
 
     def counts(self) -> dict[str, float]:
-        """Everything so far, for a checkpoint: what a resumed stage has already spent."""
+        """Return the counts so far, for a checkpoint."""
         return {
             "seconds": self.seconds + time.perf_counter() - self._start,
             "tokens_sampled": self.tokens_sampled,
@@ -139,14 +139,14 @@ class Cost:
         }
 
     def summary(self) -> dict[str, float]:
-        """The counts, and the peak memory of the process in MiB."""
+        """Return the counts, and the peak memory of the process in MiB."""
         return {**self.counts(), "peak_memory_mib": memory.read_peak_mib()}
 
 
 def count_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """Weights in a token's matrix products, trained and frozen: adapters and heads too; of experts, those it visits.
+    """Count the trained and the frozen weights that a token is multiplied by: matrices, adapters and heads.
 
-    Not embeddings, norms and biases, which multiply no matrix, nor attention, which has no weights.
+    Of experts, only those that a token is routed to. Embeddings, norms and biases are in no matrix product.
     """
     counts = {True: 0, False: 0}
     for module in iterate_matrix_modules(model):
@@ -161,16 +161,16 @@ def count_weights(model: PreTrainedModel) -> tuple[int, int]:
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a JSON Lines file."""
     with path.open("a", encoding="utf8") as file:
-        file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(_replace_non_finite(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a JSON Lines file that was written here; a last line that was not finished is left out.
+    """Read the rows of a JSON Lines file, without an incomplete last line; no rows if there is no file.
 
-    Raises `InputError` on a damaged one.
+    Raises `InputError` if a line is damaged.
     """
     rows = []
-    for number, line in enumerate(_whole_lines(path), start=1):
+    for number, line in enumerate(_read_complete_lines(path), start=1):
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
@@ -187,13 +187,14 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def trim_jsonl(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later ones, and a last line that was not finished."""
+    """Delete the lines of `step` and later steps, and an incomplete last line."""
     rows = read_jsonl(path)
-    kept = [line for line, row in zip(_whole_lines(path), rows, strict=True) if row["step"] < step]
-    write_text(path, "".join(kept))
+    remaining = [line for line, row in zip(_read_complete_lines(path), rows, strict=True) if row["step"] < step]
+    write_text(path, "".join(remaining))
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _read_complete_lines(path: Path) -> list[str]:
+    """Read the lines of a file that end with a newline; none if there is no file."""
     if not path.exists():
         return []
     return [f"{line}\n" for line in path.read_text(encoding="utf8").split("\n")[:-1]]  # other separators are text

@@ -1,4 +1,4 @@
-"""One optimizer step, shared by every stage: accumulate, normalise by the whole batch, clip, refuse the non-finite."""
+"""The optimizer step of every stage: accumulate gradients, normalise by the whole batch, clip, stop if not finite."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,22 +14,22 @@ from mixpo.training.parallel import Processes
 
 Batch = TypeVar("Batch")
 Sums = Mapping[str, tuple[Tensor, Tensor]]
-"""What a microbatch adds to each metric: the sum of it, and the number of things summed."""
+"""Sum and count of each metric over a microbatch."""
 
 
 class Diverged(RuntimeError):
-    """Training cannot go on: what happened, at which step, what to try."""
+    """Training diverged; the message says at which step and what to try."""
 
 
 class OptimizerSettings(Settings):
-    """AdamW with a linear warm-up, a decay and gradient clipping."""
+    """Settings of AdamW, its learning-rate schedule and gradient clipping."""
 
     learning_rate: float = pydantic.Field(gt=0)
     """Peak learning rate."""
     warmup_steps: int = pydantic.Field(0, ge=0)
     """Optimizer steps in which the learning rate rises linearly to its peak; at most half of all steps."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up, towards a tenth of the peak."""
+    """Shape of the learning rate's decay after the warm-up, to a tenth of the peak."""
     weight_decay: float = pydantic.Field(0.0, ge=0)
     adam_betas: tuple[Annotated[float, pydantic.Field(ge=0, lt=1)], Annotated[float, pydantic.Field(ge=0, lt=1)]] = (
         0.9,
@@ -40,18 +40,18 @@ class OptimizerSettings(Settings):
 
 
 def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
-    """What to try against a divergence at an optimizer step: only what can act there and is not so already."""
+    """Suggest changes of settings against a divergence at an optimizer step, only those that can have an effect."""
     warmup = min(settings.warmup_steps, total // 2)
-    found = [f"a lower learning_rate (now {settings.learning_rate:g})"]
+    remedies = [f"a lower learning_rate (now {settings.learning_rate:g})"]
     if step == 0:
-        found = ["another model or other rows, since nothing was trained before"]
+        remedies = ["another model or other rows, since nothing was trained before"]
     elif step < max(2 * warmup, total // 10) and warmup < total // 2:
-        found.append(f"more warmup_steps (now {settings.warmup_steps})")
-    return found if precision == "float32" else [*found, "precision: float32"]
+        remedies.append(f"more warmup_steps (now {settings.warmup_steps})")
+    return remedies if precision == "float32" else [*remedies, "precision: float32"]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms and other vectors are not decayed."""
+    """Make AdamW over the trainable parameters; biases, norms and other vectors have no weight decay."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -61,8 +61,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
 
-def scheduled_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
-    """The learning rate of a step (counted from 0) of `total`."""
+def compute_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
+    """Learning rate of a step (counted from 0) out of `total`; `peak` replaces the setting."""
     peak = settings.learning_rate if peak is None else peak
     warmup = min(settings.warmup_steps, total // 2)
     if step < warmup:
@@ -86,10 +86,10 @@ def take_optimizer_step(
 ) -> dict[str, float]:
     """Take one optimizer step at learning rate `rate` and return the metrics' means.
 
-    `loss` returns a microbatch's summed loss and what it adds to the metrics; the loss is divided by `count`, the
-    whole batch's number of tokens or pairs, so how the batch is cut into microbatches, and which process computes them,
-    changes nothing. Besides the metrics: `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`
-    before anything is changed if the loss or the gradient is not finite.
+    `loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `count`, the tokens or pairs
+    of the whole batch, so that microbatches and processes change nothing but rounding. Also returned: `loss`,
+    `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`, before weights change, if the loss or the
+    gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0

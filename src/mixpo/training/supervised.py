@@ -18,15 +18,15 @@ from mixpo.training.step import (
     Diverged,
     OptimizerSettings,
     Sums,
+    compute_learning_rate,
     make_optimizer,
-    scheduled_learning_rate,
     suggest_remedies,
     take_optimizer_step,
 )
 
 
 class SupervisedSettings(OptimizerSettings):
-    """Epochs over rows."""
+    """Settings of supervised training: epochs and batch size."""
 
     epochs: int = pydantic.Field(1, ge=1)
     batch_size: int = pydantic.Field(ge=1)
@@ -34,12 +34,12 @@ class SupervisedSettings(OptimizerSettings):
 
 
 def count_steps(rows: int, settings: SupervisedSettings) -> int:
-    """Count the optimizer steps of all epochs; an epoch's last batch may be smaller."""
+    """Count the optimizer steps of all epochs; the last batch of an epoch may be smaller."""
     return settings.epochs * -(-rows // settings.batch_size)
 
 
 def select_batch(step: int, rows: int, settings: SupervisedSettings, seed: int) -> list[int]:
-    """Select the rows of a step: a new order every epoch, fixed by the seed, so no state of earlier steps is needed."""
+    """Select the rows of a step; each epoch has its own order, a function of the seed and the epoch alone."""
     per_epoch = -(-rows // settings.batch_size)
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
@@ -47,9 +47,9 @@ def select_batch(step: int, rows: int, settings: SupervisedSettings, seed: int) 
 
 
 class SupervisedTraining:
-    """A model in training on rows of a prompt and its completions: optimizer, checkpoint, metrics and cost.
+    """Supervised training of a model on prompts and completions, with optimizer, checkpoint, metrics and cost.
 
-    Made after the model has its adapters. It goes on from the checkpoint in `out`, if there is one.
+    Resumes from the checkpoint in `out` if there is one. Adapters must be added to the model before.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class SupervisedTraining:
         cost.resume(spent)
         self.metrics = Metrics(out, resumed_at=self.first_step, processes=processes)
 
-    def steps(
+    def iterate_steps(
         self, loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]], *, count: Callable[[list[int]], int]
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Train, and yield (step, metrics) after every optimizer step; what is added to the metrics is logged too.
+        """Train, and yield (step, metrics) after every optimizer step; the caller may add metrics to the log.
 
-        `loss` gets a branch batch and the numbers of its rows, and returns the summed loss and what it adds to the
-        metrics; `count` says what the loss of a batch is divided by. Raises `Diverged`.
+        `loss` takes a branch batch and its row indices, and returns the summed loss and the metrics' sums; `count`
+        returns the divisor of a batch's loss, such as its number of tokens. Raises `Diverged`.
         """
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
@@ -92,11 +92,11 @@ class SupervisedTraining:
             try:
                 metrics = take_optimizer_step(
                     self.optimizer,
-                    self._microbatches(rows),
+                    self._iterate_microbatches(rows),
                     lambda microbatch: loss(*microbatch),
                     count=count(rows),
                     max_grad_norm=self.settings.max_grad_norm,
-                    rate=scheduled_learning_rate(step, total=self.total_steps, settings=self.settings),
+                    rate=compute_learning_rate(step, total=self.total_steps, settings=self.settings),
                     processes=self.processes,
                 )
             except Diverged as error:
@@ -111,10 +111,11 @@ class SupervisedTraining:
             self.metrics.add(step, self.total_steps, metrics)
             self.checkpoint.maybe_write(step + 1, self.cost.counts())
 
-    def _microbatches(self, rows: list[int]) -> Iterator[tuple[BranchBatch, list[int]]]:
+    def _iterate_microbatches(self, rows: list[int]) -> Iterator[tuple[BranchBatch, list[int]]]:
+        """Yield this process's microbatches of a batch, each with its row indices, and count their cost."""
         share = self.processes.share(rows)
         for part in split_into_microbatches([self.lengths[row] for row in share], self.microbatch_tokens):
-            chosen = [share[place] for place in part]
-            batch = pack(self.prompts, self.completions, chosen, share_prompt=self.lm.shares_prompts)
-            self.cost.trained(self.lm.model, batch.tokens)
-            yield batch.to(self.lm.device), chosen
+            selected = [share[index] for index in part]
+            batch = pack(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
+            self.cost.count_trained(self.lm.model, batch.token_count)
+            yield batch.to(self.lm.device), selected

@@ -1,4 +1,4 @@
-"""Portions: a stage that draws or measures goes on where it was killed, and ends with the same rows."""
+"""Resumable work: a killed stage computes only the missing rows, and ends with the same rows."""
 
 import json
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from mixpo.models.samplers import LocalSampler
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
-from mixpo.training.portions import ResumableWork
 from mixpo.training.record import Cost, Metrics
+from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 from models import tiny as tiny_model
 from worlds import TinyWorld
@@ -59,16 +59,16 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
 def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp_path: Path) -> None:
     """An equal prompt is another occurrence wherever it stands: in one portion or in portions of their own."""
     lm, prompts = tiny_model("llama"), [[3, 9, 4], [12, 13], [3, 9, 4], [3, 9, 4], [12, 13]]
-    drawn = []
+    completions_by_budget = []
     for budget in (1, 10_000):
         folder = tmp_path / str(budget)
         folder.mkdir()
-        portions = ResumableWork(folder, Cost())
+        resumable = ResumableWork(folder, Cost())
         sampler = LocalSampler(cache_tokens=budget)
-        completions, _ = portions.sample(sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0)
-        drawn.append([tuple(branches[0]) for branches in completions])
-    assert drawn[0] == drawn[1]
-    assert len(set(drawn[0])) == len(prompts)
+        completions, _ = resumable.sample(sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0)
+        completions_by_budget.append([tuple(branches[0]) for branches in completions])
+    assert completions_by_budget[0] == completions_by_budget[1]
+    assert len(set(completions_by_budget[0])) == len(prompts)
     assert len((tmp_path / "1" / "portions.jsonl").read_text().splitlines()) == len(prompts)
 
 
@@ -85,14 +85,14 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "add", die)
         with pytest.raises(KeyboardInterrupt):
-            stage.work(stage.paths(folders), tmp_path, SMALL)
+            stage.work(stage.paths(folders), tmp_path, SMALL_RUNTIME)
     lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
     assert all(line["seconds"] > 0 for line in lines)
-    kept = lines[: len(lines) - (killed != "while it trains")]
-    text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in kept)
+    saved = lines[: len(lines) - (killed != "while it trains")]
+    text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in saved)
     (tmp_path / "portions.jsonl").write_text(text)
-    stage.work(stage.paths(folders), tmp_path, SMALL)
-    seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(kept)
+    stage.work(stage.paths(folders), tmp_path, SMALL_RUNTIME)
+    seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
     assert (seconds == 0.0) == (killed == "while it trains")
     assert seconds >= 0.0
 
@@ -107,31 +107,31 @@ def stages(tiny: TinyWorld) -> dict[str, Callable[[], Stage]]:
     }
 
 
-LINES = {"samples": 4, "evaluation": 6, "best of": 4, "gradients": 4, "dpo": 2}
+PORTIONS = {"samples": 4, "evaluation": 6, "best of": 4, "gradients": 4, "dpo": 2}
 """Portions, at least, of each at the runtime below."""
-SMALL = Runtime(threads=1, sampling_tokens=400, microbatch_tokens=20, checkpoint_minutes=100)
+SMALL_RUNTIME = Runtime(threads=1, sampling_tokens=400, microbatch_tokens=20, checkpoint_minutes=100)
 
 
-@pytest.mark.parametrize(("kind", "killed_at"), [(kind, line) for kind, n in LINES.items() for line in {2, n}])
+@pytest.mark.parametrize(("kind", "killed_at"), [(kind, line) for kind, n in PORTIONS.items() for line in {2, n}])
 def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, killed_at: int
 ) -> None:
     """Killed before its second portion, and before its last, is written."""
     stage = stages(tiny)[kind]()
     folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
-    drawn: list[list[list[int]]] = []
+    sampled_prompts: list[list[list[int]]] = []
     original = LocalSampler.draw
 
-    def sampling(sampler: LocalSampler, prompts: list[list[int]], **how: Any) -> Any:
-        drawn.append(prompts)
-        return original(sampler, prompts, **how)
+    def sampling(sampler: LocalSampler, prompts: list[list[int]], **settings: Any) -> Any:
+        sampled_prompts.append(prompts)
+        return original(sampler, prompts, **settings)
 
     monkeypatch.setattr(LocalSampler, "draw", sampling)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.work(stage.paths(folders), whole, SMALL)
-    unbroken = list(drawn)
+    stage.work(stage.paths(folders), whole, SMALL_RUNTIME)
+    unbroken = list(sampled_prompts)
     counts, calls = Cost.counts, []
 
     def die(cost: Cost) -> dict[str, float]:
@@ -142,13 +142,15 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 
     monkeypatch.setattr(Cost, "counts", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.work(stage.paths(folders), killed, SMALL)
+        stage.work(stage.paths(folders), killed, SMALL_RUNTIME)
     monkeypatch.setattr(Cost, "counts", counts)
     assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
-    kept = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
-    drawn.clear()
-    stage.work(stage.paths(folders), killed, SMALL)
-    assert drawn == unbroken[sum(line["name"] == "sampled" for line in kept) :], "only what is missing is drawn"
+    saved = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
+    sampled_prompts.clear()
+    stage.work(stage.paths(folders), killed, SMALL_RUNTIME)
+    assert sampled_prompts == unbroken[sum(line["name"] == "sampled" for line in saved) :], (
+        "only what is missing is drawn"
+    )
     assert not (killed / "portions.jsonl").exists()
     for file in whole.glob("*.parquet"):
         assert read_table(file) == read_table(killed / file.name)

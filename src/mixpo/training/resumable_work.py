@@ -1,4 +1,4 @@
-"""Work on many rows in portions, each kept on disk once it is done: a stage that was killed does what is left."""
+"""Work on many rows, saved in portions: a stage that was killed computes only the missing rows."""
 
 import json
 import time
@@ -25,13 +25,13 @@ from mixpo.models.sampling import count_occurrences
 from mixpo.training.record import Cost, read_jsonl, report_progress, write_text
 
 MICROBATCHES = 16
-"""Microbatches of a portion that only goes forward."""
+"""Microbatches of a portion of scores or log-probs."""
 
 
 class ResumableWork:
-    """`portions.jsonl` in a stage's folder: a line a portion, with its rows' results and the cost up to there.
+    """Results of rows, saved in `portions.jsonl`: one line a portion, with its rows, their results and the cost so far.
 
-    Which rows make a portion may change between two runs (it follows the runtime); what is computed from a row may not.
+    The size of portions may change between two runs of a stage (it follows the runtime), the result of a row may not.
     """
 
     def __init__(self, folder: Path, cost: Cost) -> None:
@@ -39,7 +39,7 @@ class ResumableWork:
         self.cost = cost
         self.lines = read_jsonl(self.path)
         self.seconds = defaultdict[str, float](float)
-        """Spent on each computation by its name, by earlier processes too."""
+        """Seconds of each computation by its name, those of earlier runs included."""
         for line in self.lines:
             self.seconds[line["name"]] += line.get("seconds", 0.0)  # of an earlier version
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
@@ -54,10 +54,10 @@ class ResumableWork:
         *,
         advance: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """The results of all rows, in the rows' order. `work` computes those of a portion that are not on disk.
+        """Compute the results of all rows, in the order of rows; `work` computes those that are not saved yet.
 
-        `name` tells the stage's computations apart. A result is what JSON can hold. `advance` is called with the number
-        of rows that are done.
+        `name` identifies the computation within the stage. Results must be JSON values. `advance` is called with the
+        number of rows of each finished portion.
         """
         results: dict[int, Any] = {}
         for line in self.lines:
@@ -88,22 +88,22 @@ class ResumableWork:
         k: int,
         max_tokens: int,
         portion_tokens: int,
-        **how: Any,
+        **sampling: Any,
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Sample k completions of every prompt from `lm`, in portions of so many tokens: tokens and their log-probs."""
+        """Sample k completions of every prompt in portions of `portion_tokens`; returns their tokens and log-probs."""
 
-        def work(rows: list[int]) -> list[Any]:
+        def sample_rows(rows: list[int]) -> list[Any]:
             portion = [prompts[row] for row in rows]
-            numbers = [occurrences[row] for row in rows]
-            sampled = sampler.draw(portion, k=k, max_tokens=max_tokens, occurrences=numbers, **how)
-            self.cost.sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
+            part_occurrences = [occurrences[row] for row in rows]
+            sampled = sampler.draw(portion, k=k, max_tokens=max_tokens, occurrences=part_occurrences, **sampling)
+            self.cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
             return list(zip(sampled.to_lists(), unpad(sampled.logprobs, sampled.mask), strict=True))
 
         sampler.load_policy(lm)
         occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
         portions = split_into_microbatches(lengths, max(1, portion_tokens // k), padded=True)
-        results = self.compute("sampled", portions, work, advance=report_progress(len(prompts)))
+        results = self.compute("sampled", portions, sample_rows, advance=report_progress(len(prompts)))
         return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
     def score(
@@ -116,18 +116,18 @@ class ResumableWork:
         *,
         token_budget: int,
     ) -> Float[Tensor, "prompts k"]:
-        """Compute a number for each completion, with `compute_scores` or `sequence_logprobs`."""
+        """Compute a number for each completion with `compute_scores` or `compute_sequence_logprobs`."""
         lengths = row_lengths(prompts, completions)
 
-        def work(rows: list[int]) -> list[Any]:
+        def score_rows(rows: list[int]) -> list[Any]:
             part = [prompts[row] for row in rows], select_completions(completions, rows)
             numbers = compute(lm, *part, token_budget=token_budget)
-            self.cost.scored(lm.model, sum(lengths[row] for row in rows))
+            self.cost.count_scored(lm.model, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
         portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
-        return torch.tensor(self.compute(name, portions, work))
+        return torch.tensor(self.compute(name, portions, score_rows))
 
     def remove(self) -> None:
-        """Forget the portions: the stage is done."""
+        """Delete the saved results of a complete stage."""
         self.path.unlink(missing_ok=True)

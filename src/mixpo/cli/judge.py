@@ -1,4 +1,4 @@
-"""`mixpo judge`: ask language models which of two arms completes better."""
+"""`mixpo judge`: comparison of two arms by language models."""
 
 import math
 import sys
@@ -13,12 +13,12 @@ import typer
 from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
-    from mixpo.judge.asking import Progress
+    from mixpo.judge.client import Progress
 
 Number = TypeVar("Number", int, float)
 
 PLAIN_SECONDS = 10.0
-"""Between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 def judge(
@@ -48,69 +48,72 @@ def judge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print a prompt and the number of calls.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of a progress bar.")] = False,
 ) -> None:
-    """Ask LLM judges which of two arms completes better, in both orders, and keep every verdict in RUN/judge.
+    """Compare two arms by LLM judges, each pair in both orders, and write every verdict to RUN/judge.
 
-    What was asked is not asked again: after a stop the same command goes on.
+    No question is asked twice: after an interruption run the same command again.
     """
-    from mixpo.cli.display import show
+    from mixpo.cli.display import print_report_table
     from mixpo.data.text import escape_invisible
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
-    from mixpo.judge.endpoint import checked, is_sent_in_clear, key_in_environment
-    from mixpo.judge.judging import as_judged, judged, questions
-    from mixpo.judge.questions import judges, read_template
-    from mixpo.judge.verdicts import FILE, appending, assignment_row, read
+    from mixpo.judge.endpoint import is_unencrypted, normalize_endpoint, read_api_key
+    from mixpo.judge.outcomes import choose_arm_order, collect_verdicts, make_assignment
+    from mixpo.judge.questions import make_judges, read_template
+    from mixpo.judge.verdicts import FILE, make_assignment_row, open_for_append, read_verdicts
     from mixpo.report.judges import groups, rows_of
 
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
-    before = read(run / FILE)
-    order = as_judged(before, arms, at)
+    before = read_verdicts(run / FILE)
+    order = choose_arm_order(before, arms, at)
     rows = pair_completions(results, order, seed=at, prompts=prompts, draw=draw)
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
-    words, address = read_template(template), checked(endpoint)
-    settings = _number("--temperature", temperature, 0.0), _number("--reply-tokens", reply_tokens, 1)
-    asked = [questions(one, words, order, at, rows) for one in judges(model, address, *settings, words)]
-    every = {question.id: question for _, some in asked for question in some}
+    prompt_template, address = read_template(template), normalize_endpoint(endpoint)
+    settings = _parse_number("--temperature", temperature, 0.0), _parse_number("--reply-tokens", reply_tokens, 1)
+    assignments = [
+        make_assignment(one, prompt_template, order, at, rows)
+        for one in make_judges(model, address, *settings, prompt_template)
+    ]
+    by_id = {question.id: question for _, questions_of_judge in assignments for question in questions_of_judge}
     if dry_run:
-        known = before.scores.keys() & every.keys()
-        if every:
-            _say(escape_invisible(next(iter(every.values())).text) + "\n")
-        _say(f"{len(every)} questions, {len(known)} of them asked before: {len(every) - len(known)} calls")
+        answered = before.scores.keys() & by_id.keys()
+        if by_id:
+            _print_line(escape_invisible(next(iter(by_id.values())).text) + "\n")
+        _print_line(f"{len(by_id)} questions, {len(answered)} of them asked before: {len(by_id) - len(answered)} calls")
         return
-    with appending(run / FILE) as keep:
-        kept, done = read(run / FILE), None
-        missing = [question for number, question in every.items() if number not in kept.scores]
+    with open_for_append(run / FILE) as keep:
+        saved, progress = read_verdicts(run / FILE), None
+        missing = [question for number, question in by_id.items() if number not in saved.scores]
         if missing:
-            from mixpo.judge.asking import Limits, ask
+            from mixpo.judge.client import Limits, ask_questions
 
-            key = key_in_environment()
-            if key and is_sent_in_clear(address):
+            key = read_api_key()
+            if key and is_unencrypted(address):
                 print(f"--endpoint: {address} gets the key in the clear; expected https://", file=sys.stderr)
-        for assignment, _ in asked:
-            if not kept.has(assignment):
-                keep(assignment_row(assignment))
+        for assignment, _ in assignments:
+            if not saved.contains(assignment):
+                keep(make_assignment_row(assignment))
         if missing:
             limits = Limits(concurrency, attempts, timeout, max_requests, max_tokens)
-            proven = {question.judge for number, question in every.items() if number in kept.scores}
-            with _watching(len(missing), run / FILE, plain=quiet) as watch:
-                done = ask(missing, key, limits, keep, watch, proven=proven)
-    scores = read(run / FILE).scores
-    found = [judged(assignment, order, rows, scores) for assignment, _ in asked]
-    found = found if order == arms else [one.turned() for one in found]
-    for group in groups(found, rows_of(found)):
+            replied_judges = {question.judge for number, question in by_id.items() if number in saved.scores}
+            with _show_progress(len(missing), run / FILE, plain=quiet) as show_progress:
+                progress = ask_questions(missing, key, limits, keep, show_progress, replied_judges=replied_judges)
+    scores = read_verdicts(run / FILE).scores
+    judgements = [collect_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
+    judgements = judgements if order == arms else [one.swap_arms() for one in judgements]
+    for group in groups(judgements, rows_of(judgements)):
         if group.table is not None:
-            show(group.table, group.title)
+            print_report_table(group.table, group.title)
         for note in group.notes:
-            _say(note)
-    _say(f"{len(every) - len(missing)} of {len(every)} questions were asked before; verdicts: {run / FILE}")
-    if done is not None:
-        _show_end(done)
+            _print_line(note)
+    _print_line(f"{len(by_id) - len(missing)} of {len(by_id)} questions were asked before; verdicts: {run / FILE}")
+    if progress is not None:
+        _print_totals(progress)
 
 
-def _number(option: str, text: str, least: Number) -> Number | None:
-    """What an option of a number or none says. Raises `InputError`."""
+def _parse_number(option: str, text: str, least: Number) -> Number | None:
+    """Parse an option that is a number of at least `least`, or none. Raises `InputError` on anything else."""
     if text == "none":
         return None
     with suppress(ValueError):
@@ -122,8 +125,8 @@ def _number(option: str, text: str, least: Number) -> Number | None:
 
 
 @contextmanager
-def _watching(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[[Progress], None]]":
-    """A progress bar in a terminal, a line now and then elsewhere; what is kept where it is stopped."""
+def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[[Progress], None]]":
+    """Show progress as a bar in a terminal and as lines elsewhere, and on Ctrl-C how much is saved."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -134,36 +137,44 @@ def _watching(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[
     bars = Bars(*columns, TextColumn("{task.fields[spent]}"), console=console, disable=plain)
     task, printed = bars.add_task("", total=questions, spent=""), time.monotonic()
 
-    def watch(progress: "Progress") -> None:
+    def show(progress: "Progress") -> None:
         nonlocal done, printed
         done = progress.done
-        over, spent = progress.questions - progress.left, f"{progress.requests} requests, {progress.tokens:,} tokens"
+        over, spent = (
+            progress.questions - progress.remaining,
+            f"{progress.requests} requests, {progress.tokens:,} tokens",
+        )
         bars.update(task, completed=over, spent=spent)
         if plain and time.monotonic() - printed >= PLAIN_SECONDS:
             printed = time.monotonic()
-            _say(f"judging: {over}/{questions}, {spent}")
+            _print_line(f"judging: {over}/{questions}, {spent}")
 
     try:
         with bars:
-            yield watch
+            yield show
     except KeyboardInterrupt:
-        _say(f"stopped; {done} of {questions} questions are done and kept in {file}; the same command goes on there")
+        _print_line(f"stopped; {done} of {questions} questions are done and kept in {file}; rerun to resume")
         raise
 
 
-def _show_end(done: "Progress") -> None:
-    """What was spent, and what is left; exit code 1 where questions failed."""
-    _say(f"{done.requests} requests, {done.tokens:,} tokens, {done.done} of {done.questions} questions done")
-    for kind, said in done.failures.items():
-        print(f"{len(said)} questions failed: {kind}: {said[-1]}", file=sys.stderr)
-    if done.stopped:
-        why = "; ".join(done.stopped)
-        print(f"stopped: {why}; {done.left} questions are left; the same command asks them", file=sys.stderr)
-    if done.failures:
+def _print_totals(progress: "Progress") -> None:
+    """Print the requests and tokens spent, failures and questions left; exit with code 1 if questions failed."""
+    _print_line(
+        f"{progress.requests} requests, {progress.tokens:,} tokens, "
+        f"{progress.done} of {progress.questions} questions done"
+    )
+    for kind, messages in progress.failures.items():
+        print(f"{len(messages)} questions failed: {kind}: {messages[-1]}", file=sys.stderr)
+    if progress.stop_reasons:
+        reasons = "; ".join(progress.stop_reasons)
+        print(
+            f"stopped: {reasons}; {progress.remaining} questions are left; the same command asks them", file=sys.stderr
+        )
+    if progress.failures:
         raise typer.Exit(1)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     from rich.console import Console
 
     Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,24 +1,24 @@
-"""A display for tests: it watches every stage itself, and remembers what it saw."""
+"""A display for tests that records the stages, steps, messages and failures of a run."""
 
 from collections.abc import Mapping, Sequence
 
 from mixpo.experiments.workers import Failure, Outcome, StageDisplay
 
 
-class Watching:
+class RecordingDisplay:
     def __init__(self) -> None:
-        self.begun: list[str] = []
-        """Kinds of stages, and the arms they are for."""
-        self.going = 0
+        self.started: list[str] = []
+        """Kind of every stage that was started, and its arms."""
+        self.running = 0
         self.most_at_once = 0
         self.steps = 0
         self.notes: list[str] = []
         self.failures: list[Failure] = []
 
-    def begin(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
-        self.begun.append(f"{stage} for {', '.join(arms)}")
-        self.going += 1
-        self.most_at_once = max(self.most_at_once, self.going)
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
+        self.started.append(f"{stage} for {', '.join(arms)}")
+        self.running += 1
+        self.most_at_once = max(self.most_at_once, self.running)
         return self
 
     def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -29,6 +29,6 @@ class Watching:
         self.notes.append(text)
 
     def end(self, outcome: Outcome) -> None:
-        self.going -= 1
+        self.running -= 1
         if isinstance(outcome, Failure):
             self.failures.append(outcome)

@@ -1,0 +1,41 @@
+"""The commands that README and docs show are commands, with options that they have; links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from mixpo.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = typer.main.get_command(app)
+
+
+def shown_commands() -> list[str]:
+    blocks = [block for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return sorted({line for line in lines if line.startswith("mixpo ")})
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_a_shown_command_has_the_options_that_are_shown(line: str) -> None:
+    command: Any = COMMAND
+    words = shlex.split(line)[1:]
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    known = {name for parameter in command.params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_commands_are_found() -> None:
+    assert len(shown_commands()) > 15
