@@ -122,7 +122,7 @@ def run_server() -> Iterator[Server]:
                 for part in content:
                     written += self.wfile.write(part)
             finally:
-                server.written.append(written)
+                server.sent_bytes.append(written)
 
         def log_message(self, *args: object) -> None:
             pass
