@@ -204,7 +204,7 @@ class Writer:
             given = self.margins.get(int(rest[0]), MARGINS) if rest[0].isdigit() else MARGINS
             for part, margins in (("validation", MARGINS), ("test", given)):
                 rows = [{"chosen_score": margin, "rejected_score": 0.0} for margin in margins]
-                write_table(place / f"{part}_list_scores.parquet", rows)
+                write_table(place / f"{part}_scores.parquet", rows)
             return {"validation": JUDGED, "test": JUDGED}
         if kind in ("Samples", "Selection"):
             easy, hard = self.pairs or (pairs_of([2.1]), pairs_of([0.0, 0.5, 1.0]))

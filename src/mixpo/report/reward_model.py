@@ -87,7 +87,7 @@ def build_section(results: Results) -> Section | None:
 
 def load_margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:
     """Score of chosen minus score of rejected, for the `validation` or the `test` pairs of a reward model."""
-    rows = read_table(stage.folder / f"{part}_list_scores.parquet")
+    rows = read_table(stage.folder / f"{part}_scores.parquet")
     return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=np.float64)
 
 
