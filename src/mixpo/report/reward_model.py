@@ -73,7 +73,7 @@ def build_section(results: Results) -> Section | None:
     )
     notes = [
         f"{intervals}; n is the number of pairs in the bin; the dotted line is chance. "
-        "Calibration compares sigma(gap), the model's probability of its values order, with the share of pairs in that "
+        "Calibration compares sigma(gap), the model's probability of its own order, with the share of pairs in that "
         "order; its error is their mean absolute difference, weighted by count.",
         "The paper: 73% on HH-RLHF, 78% on TL;DR; over half of its pairs have a gap under 1 (Figure 2).",
     ]
