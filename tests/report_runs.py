@@ -214,11 +214,12 @@ class Writer:
                 write_table(place / f"{part}.parquet", rows)
             return {"threshold": 2.0, "pairs": len(easy + hard), "easy": len(easy), "hard": len(hard)}
         if kind == "DPO":
-            row = {"loss": 0.7, "accuracy": 0.6, "chosen_logprob": -9.0, "rejected_logprob": None}
-            metrics(place, [row] * self.steps)
+            row = {"accuracy": 0.6, "chosen_logprob": -9.0, "rejected_logprob": None}
+            metrics(place, [{**row, "loss": 0.7 - 0.001 * step} for step in range(self.steps)])
             return {"pairs": 2, "steps": self.steps, "loss": 0.5, "accuracy": 0.9, "margin": None}
         if kind == "PPO":
-            metrics(place, [{"score": 0.4, "kl": 1.0, "entropy": 2.0, "completions": 10.0}] * self.steps)
+            row = {"kl": 1.0, "entropy": 2.0, "completions": 10.0}
+            metrics(place, [{**row, "score": 0.4 + 0.001 * step} for step in range(self.steps)])
             return {"prompts": 3, "steps": self.steps, "score": 0.4, "kl": 1.0, "snapshots": [2]}
         return {}
 

@@ -12,7 +12,8 @@ import pytest
 from mixpo.algorithms.intervals import Interval
 from mixpo.report import figures
 from mixpo.report.document import Figure
-from mixpo.report.figures import Point, Share
+from mixpo.report.figures import Point, Share, plane
+from mixpo.report.figures.style import COLOURS, get_colour, get_marker
 
 HOSTILE = "</svg><script>alert(1)</script>--> ]]> \"'&\n$x_1$ 漢 #010203"
 NAN = math.nan
@@ -23,19 +24,21 @@ SHARE = Interval(0.75, 0.5, 0.9)
 
 def every() -> dict[str, Callable[[], Figure]]:
     return {
-        "plane": lambda: figures.plane([POINT, BARE], name="a", x=HOSTILE, y="y", title=HOSTILE),
-        "paths": lambda: figures.paths(
+        "plane": lambda: figures.plot_plane([POINT, BARE], name="a", x=HOSTILE, y="y", title=HOSTILE),
+        "paths": lambda: figures.plot_paths(
             {f"ppo, {HOSTILE}": [BARE, POINT], "ppo, r*": [POINT], "none": []},
             name="a",
             x="x",
             y="y",
             dashed={"ppo, r*"},
         ),
-        "dots": lambda: figures.dots({HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", y="y", title=HOSTILE),
-        "forest": lambda: figures.forest(
-            {HOSTILE: {HOSTILE: SHARE, "b": BARE.y}, "r*": {"c": SHARE}}, name="a", title=HOSTILE, beside="b"
+        "dots": lambda: figures.plot_grouped_intervals(
+            {HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", y="y", title=HOSTILE
         ),
-        "shares": lambda: figures.shares(
+        "forest": lambda: figures.plot_forest(
+            {HOSTILE: {HOSTILE: SHARE, "b": BARE.y}, "r*": {"c": SHARE}}, name="a", title=HOSTILE, reference="b"
+        ),
+        "shares": lambda: figures.plot_shares(
             [Share(HOSTILE, 3, SHARE), Share("2", 0, None)],
             name="a",
             title=HOSTILE,
@@ -43,13 +46,15 @@ def every() -> dict[str, Callable[[], Figure]]:
             y="y",
             each={HOSTILE: [Share("1", 2, SHARE), Share("2", 0, None)]},
         ),
-        "calibration": lambda: figures.calibration(
+        "calibration": lambda: figures.plot_calibration(
             [(0.6, SHARE, 9), (0.9, BARE.y, 0)], name="a", title=HOSTILE, each={HOSTILE: [(0.6, SHARE, 9)]}
         ),
-        "histogram": lambda: figures.histogram(
-            {HOSTILE: [0.0, 1.0], "r": [2.0, 2.0]}, cuts=[1.0, 1.5], name="a", x=HOSTILE
+        "histogram": lambda: figures.plot_histogram(
+            {HOSTILE: [0.0, 1.0], "r": [2.0, 2.0]}, thresholds=[1.0, 1.5], name="a", x=HOSTILE
         ),
-        "lines": lambda: figures.lines({HOSTILE: [(0, 1.0), (1, 2.0)], "_b": [(0, 1.0)]}, name="a", title=HOSTILE),
+        "lines": lambda: figures.plot_curves(
+            {HOSTILE: [(0, 1.0), (1, 2.0)], "_b": [(0, 1.0)]}, name="a", title=HOSTILE
+        ),
     }
 
 
@@ -73,7 +78,7 @@ def test_a_figure_is_well_formed_and_the_same_twice(kind: str) -> None:
 
 def test_ids_of_two_figures_do_not_clash() -> None:
     def ids(name: str) -> set[str]:
-        svg = figures.plane([POINT, BARE], name=name, x="x", y="y").svg
+        svg = figures.plot_plane([POINT, BARE], name=name, x="x", y="y").svg
         return {one.get("id", "") for one in ElementTree.fromstring(svg).iter() if one.get("id")}
 
     assert ids("a")
@@ -81,14 +86,14 @@ def test_ids_of_two_figures_do_not_clash() -> None:
 
 
 def test_rows_are_the_numbers_given() -> None:
-    plane = figures.plane([POINT, BARE], name="a", x="KL", y="score")
+    plane = figures.plot_plane([POINT, BARE], name="a", x="KL", y="score")
     assert plane.columns == ("name", "KL", "KL, low", "KL, high", "score", "score, low", "score, high")
     assert plane.rows == [(HOSTILE, 1.0, 0.5, 1.5, 2.0, 1.75, 2.25), ("_bare", 0.0, None, None, 1.0, None, None)]
-    paths = figures.paths({"one": [POINT, BARE], "two": [BARE]}, name="a", x="KL", y="score")
+    paths = figures.plot_paths({"one": [POINT, BARE], "two": [BARE]}, name="a", x="KL", y="score")
     assert paths.rows == [("one", *plane.rows[0]), ("one", *plane.rows[1]), ("two", *plane.rows[1])]
-    dots = figures.dots({"DPO": [POINT]}, name="a", y="score")
+    dots = figures.plot_grouped_intervals({"DPO": [POINT]}, name="a", y="score")
     assert dots.rows == [("DPO", HOSTILE, 2.0, 1.75, 2.25)]
-    forest = figures.forest({"reward": {"b": SHARE, "a": BARE.y}, "r*": {"c": SHARE, "b": BARE.y}}, name="a")
+    forest = figures.plot_forest({"reward": {"b": SHARE, "a": BARE.y}, "r*": {"c": SHARE, "b": BARE.y}}, name="a")
     assert forest.columns == ("name", "reward", "reward, low", "reward, high", "r*", "r*, low", "r*, high")
     assert forest.rows == [
         ("b", 0.75, 0.5, 0.9, 1.0, None, None),
@@ -96,60 +101,65 @@ def test_rows_are_the_numbers_given() -> None:
         ("c", None, None, None, 0.75, 0.5, 0.9),
     ]
     bins, own = [Share("1", 3, SHARE), Share("2", 0, None)], {"seed 0": [Share("1", 2, SHARE)]}
-    shares = figures.shares(bins, name="a", title="t", x="gap", y="right", each=own)
+    shares = figures.plot_shares(bins, name="a", title="t", x="gap", y="right", each=own)
     assert shares.columns[-1] == "of"
     assert shares.rows == [
         ("1", 3, 0.75, 0.5, 0.9, ""),
         ("2", 0, None, None, None, ""),
         ("1", 2, 0.75, 0.5, 0.9, "seed 0"),
     ]
-    calibration = figures.calibration([(0.6, SHARE, 9)], name="a", title="t", each={"seed 1": [(0.7, SHARE, 4)]})
+    calibration = figures.plot_calibration([(0.6, SHARE, 9)], name="a", title="t", each={"seed 1": [(0.7, SHARE, 4)]})
     assert calibration.rows == [(0.6, 9, 0.75, 0.5, 0.9, ""), (0.7, 4, 0.75, 0.5, 0.9, "seed 1")]
-    assert figures.lines({"a": [(0, 1.0), (1, 2.0)]}, name="a", title="t").rows == [("a", 0.0, 1.0), ("a", 1.0, 2.0)]
+    assert figures.plot_curves({"a": [(0, 1.0), (1, 2.0)]}, name="a", title="t").rows == [
+        ("a", 0.0, 1.0),
+        ("a", 1.0, 2.0),
+    ]
 
 
 def test_histogram_counts_every_value_in_its_part() -> None:
     parts = {"hard": [0.0, 0.5, 1.0], "easy": [1.01, 4.0]}
-    figure = figures.histogram(parts, cuts=[1.0, 1.0], name="a", x="gap")
+    figure = figures.plot_histogram(parts, thresholds=[1.0, 1.0], name="a", x="gap")
     rows = figure.rows
     assert "threshold 1<" in figure.svg
-    assert "thresholds 1 to 2<" in figures.histogram(parts, cuts=[2.0, 1.0], name="a", x="gap").svg
+    assert "thresholds 1 to 2<" in figures.plot_histogram(parts, thresholds=[2.0, 1.0], name="a", x="gap").svg
     assert figure.columns == ("gap, from", "gap, to", "hard", "easy")
-    assert len(rows) == 40
+    assert 1.0 in [row[0] for row in rows]  # two bins meet at the threshold
+    assert all(row[3] == 0 for row in rows if row[1] <= 1.0)
+    assert all(row[2] == 0 for row in rows if row[0] >= 1.0)
     assert [sum(int(row[side] or 0) for row in rows) for side in (2, 3)] == [3, 2]
     assert (rows[0][0], rows[-1][1]) == (0.0, 4.0)
 
 
 def test_lines_of_many_steps_are_averaged() -> None:
-    figure = figures.lines({"a": [(step, float(step)) for step in range(1000)]}, name="a", title="t")
+    figure = figures.plot_curves({"a": [(step, float(step)) for step in range(1000)]}, name="a", title="t")
     assert len(figure.rows) == figures.MAX_POINTS
     assert figure.rows[0] == ("a", 2.0, 2.0)
 
 
 def test_paths_of_a_stem_share_a_colour_and_only_the_dashed_are_dashed() -> None:
     series = {"ppo, reward": [BARE, POINT], "ppo, r*": [BARE, POINT], "mpo, reward": [BARE, POINT]}
-    plain = figures.paths(series, name="a", x="x", y="y").svg
-    dashed = figures.paths(series, name="a", x="x", y="y", dashed={"ppo, r*"}).svg
+    plain = figures.plot_paths(series, name="a", x="x", y="y").svg
+    dashed = figures.plot_paths(series, name="a", x="x", y="y", dashed={"ppo, r*"}).svg
     assert "stroke-dasharray" not in plain
     assert "stroke-dasharray" in dashed
-    assert [colour in plain for colour in figures.COLOURS[:3]] == [True, True, False]
+    assert [colour in plain for colour in COLOURS[:3]] == [True, True, False]
 
 
 def test_a_scatter_shows_and_names_every_group() -> None:
     groups = {"easy": [(1.0, 1.0), (2.0, 2.5)], "hard": [(3.0, 2.0)]}
-    figure = figures.scatter(groups, name="a", x="x", y="y")
+    figure = figures.plot_scatter(groups, name="a", x="x", y="y")
     assert figure.rows == [("easy", 1.0, 1.0), ("easy", 2.0, 2.5), ("hard", 3.0, 2.0)]
     tree = ElementTree.fromstring(figure.svg)
     texts = {"".join(one.itertext()).strip() for one in tree.iterfind(".//{*}text")}
     assert {"easy", "hard"} <= texts
-    drawn = {colour: figure.svg.count(colour) for colour in figures.COLOURS[:2]}
+    drawn = {colour: figure.svg.count(colour) for colour in COLOURS[:2]}
     assert all(count > 0 for count in drawn.values())
 
 
 def test_no_bar_is_drawn_without_bounds() -> None:
     def bars(low: float, high: float) -> int:
         point = Point("a", BARE.x, Interval(1.0, low, high))
-        return figures.plane([point], name="a", x="x", y="y").svg.count("stroke-opacity: 0.5")
+        return figures.plot_plane([point], name="a", x="x", y="y").svg.count("stroke-opacity: 0.5")
 
     assert bars(NAN, NAN) == 0
     assert bars(0.5, 1.5) == 1
@@ -162,8 +172,10 @@ def texts(figure: Figure) -> list[str]:
 
 def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() -> None:
     def named(count: int) -> list[str]:
-        points = [Point(f"arm-{place}", figures.exactly(0.0), figures.exactly(0.0)) for place in range(count)]
-        return texts(figures.plane(points, name="a", x="x", y="y"))
+        points = [
+            Point(f"arm-{place}", figures.exact_interval(0.0), figures.exact_interval(0.0)) for place in range(count)
+        ]
+        return texts(figures.plot_plane(points, name="a", x="x", y="y"))
 
     few, many = named(4), named(200)
     assert [few.count(f"arm-{place}") for place in range(4)] == [1] * 4
@@ -173,10 +185,12 @@ def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() ->
 
 
 def test_numbers_stand_beside_their_points() -> None:
-    alone = [Point(f"{place}", figures.exactly(place), figures.exactly(place)) for place in (5.0, 10.0, 20.0)]
-    crowd = [Point("long " * 20, figures.exactly(0.0), figures.exactly(0.0))] * 30
-    tree = ElementTree.fromstring(figures.plane([*alone, *crowd], name="a", x="x", y="y", root=True).svg)
-    for number, colour in zip("123", figures.COLOURS, strict=False):
+    alone = [
+        Point(f"{place}", figures.exact_interval(place), figures.exact_interval(place)) for place in (5.0, 10.0, 20.0)
+    ]
+    crowd = [Point("long " * 20, figures.exact_interval(0.0), figures.exact_interval(0.0))] * 30
+    tree = ElementTree.fromstring(figures.plot_plane([*alone, *crowd], name="a", x="x", y="y", root=True).svg)
+    for number, colour in zip("123", COLOURS, strict=False):
         look = f"fill: {colour}"
         mark = next(one for one in tree.iterfind(".//{*}use") if look in one.get("style", ""))
         text = next(one for one in tree.iterfind(".//{*}text") if look in one.get("style", ""))
@@ -186,10 +200,10 @@ def test_numbers_stand_beside_their_points() -> None:
 
 
 def test_a_root_axis_has_round_ticks_that_stand_apart() -> None:
-    points = [Point("near", figures.exactly(0.5), POINT.y), Point("far", figures.exactly(20.0), POINT.y)]
-    found = texts(figures.plane(points, name="a", x="x", y="y", root=True))
+    points = [Point("near", figures.exact_interval(0.5), POINT.y), Point("far", figures.exact_interval(20.0), POINT.y)]
+    found = texts(figures.plot_plane(points, name="a", x="x", y="y", root=True))
     assert [tick for tick in ("0", "0.2", "1", "2", "5", "10", "20") if tick not in found] == []
-    ticks = figures._root(np.array(figures._root_ticks(0.0, 100.0)))
+    ticks = plane._signed_root(np.array(plane._choose_root_ticks(0.0, 100.0)))
     assert np.diff(ticks).min() > 0.07 * 10
 
 
@@ -202,12 +216,12 @@ def placed_x(figure: Figure, colour: str) -> list[float]:
 def test_paths_with_the_same_exact_x_stand_apart_and_their_rows_do_not_move() -> None:
     def drawn(*x: Interval) -> tuple[list[float], list[float]]:
         points = [Point("", one, POINT.y) for one in x]
-        figure = figures.paths({"a": points, "b": points}, name="a", x="x", y="y")
+        figure = figures.plot_paths({"a": points, "b": points}, name="a", x="x", y="y")
         assert [row[2] for row in figure.rows] == [one.mean for one in x] * 2
-        one, other = (placed_x(figure, colour) for colour in figures.COLOURS[:2])
+        one, other = (placed_x(figure, colour) for colour in COLOURS[:2])
         return one, other
 
-    one, other = drawn(*map(figures.exactly, (0.0, 0.1, 0.3)))
+    one, other = drawn(*map(figures.exact_interval, (0.0, 0.1, 0.3)))
     assert all(left < right for left, right in zip(one, other, strict=True))
     one, other = drawn(POINT.x, Interval(2.0, 1.5, 2.5))
     assert one == other
@@ -215,20 +229,20 @@ def test_paths_with_the_same_exact_x_stand_apart_and_their_rows_do_not_move() ->
 
 def test_lines_keep_the_colours_of_their_shared_key() -> None:
     names = [f"arm {place}" for place in range(10)]
-    svg = figures.lines({names[2]: [(0, 1.0), (1, 2.0)]}, name="a", title="t", shared=names).svg
-    assert figures.COLOURS[2] in svg
-    assert figures.COLOURS[0] not in svg
+    svg = figures.plot_curves({names[2]: [(0, 1.0), (1, 2.0)]}, name="a", title="t", shared=names).svg
+    assert COLOURS[2] in svg
+    assert COLOURS[0] not in svg
     assert names[2] not in re.sub(r"aria-label=\S+ [^>]*>", "", svg)
-    key = figures.key([*names, HOSTILE])
+    key = figures.make_colour_key([*names, HOSTILE])
     swatches = re.findall(r'stroke="(\S+)".*?stroke-dasharray="([^"]*)"', key)
     assert len(set(swatches)) == 11
-    assert swatches[2] == (figures.COLOURS[2], "")
+    assert swatches[2] == (COLOURS[2], "")
     assert "<script>" not in key
     assert all(f"</svg>{name}</li>" in key for name in names)
 
 
 def test_every_arm_of_many_has_its_own_look() -> None:
-    looks = {(figures._colour(place), figures._marker(place)) for place in range(64)}
+    looks = {(get_colour(place), get_marker(place)) for place in range(64)}
     assert len(looks) == 64
 
 
@@ -237,8 +251,8 @@ def test_any_number_of_arms_draws_without_warnings(count: int) -> None:
     points = [Point(f"{place} of a long name that goes on and on and on", POINT.x, POINT.y) for place in range(count)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(figures.plane(points, name="a", x="x", y="y").rows) == count
-        assert len(figures.paths({"a": points}, name="a", x="x", y="y").rows) == count
-        assert len(figures.forest({"r": {point.name: point.y for point in points}}, name="a").rows) == count
-        assert len(figures.dots({"a": points[:5]}, name="a", y="y").rows) == min(5, count)
-    assert not figures.calibration([], name="a", title="t").rows
+        assert len(figures.plot_plane(points, name="a", x="x", y="y").rows) == count
+        assert len(figures.plot_paths({"a": points}, name="a", x="x", y="y").rows) == count
+        assert len(figures.plot_forest({"r": {point.name: point.y for point in points}}, name="a").rows) == count
+        assert len(figures.plot_grouped_intervals({"a": points[:5]}, name="a", y="y").rows) == min(5, count)
+    assert not figures.plot_calibration([], name="a", title="t").rows

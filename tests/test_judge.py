@@ -188,7 +188,7 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     assert "0.83 [" in result.row("win")
     assert "0.17 [" in result.row("tie")
     assert "0.00 [" in result.row("lose")
-    assert "mpo vs ppo: the same text on 1 prompt, a tie that nobody was asked." in result.out
+    assert "mpo vs ppo: the same text on 1 prompt, counted as a tie without a request." in result.out
     assert "10 requests, 150 tokens, 10 of 10 questions done" in result.out
     row = next(line for line in study.scored() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
     assert (row["scores"], row["tokens"], row["category"], row["seed"]) == ([4.0, 9.0], [10, 5], "helpful", 0)
@@ -217,9 +217,9 @@ def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study,
     assert "1.00 [" in result.row("tie")
     assert "1.00 [" in result.row("flips")
     assert "1.00 [" in result.row("flips to the first")
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     assert section is not None
-    assert "100% of those asked flip with the order, 100% of these to the completion shown first." in section.opening
+    assert "100% of the verdicts flip with the order, 100% of these to the completion shown first." in section.opening
 
 
 def test_flips_to_the_second_are_told_from_those_to_the_first(study: Study, server: Server) -> None:
@@ -239,7 +239,7 @@ def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Se
     }
     server.respond = lambda request: bad.get(get_prompt_number(request)) or respond_well(request)
     result = study.judge()
-    assert "no verdict on 3 prompts, a reply to which could not be parsed" in result.out
+    assert "no verdict on 3 prompts, because a reply could not be parsed" in result.out
     assert result.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
     assert "1.00 [" in result.row("win")
 
@@ -256,7 +256,7 @@ def test_a_judge_that_prefers_the_longer(study: Study, server: Server) -> None:
     result = study.judge(arms=("mpo", "mpo-sft-kl"))
     assert "0.83 [" in result.row("lose")
     assert "1.00 [" in result.row("longer wins")
-    assert result.row("win at equal length").split()[4:7] == ["cannot", "be", "told"]
+    assert result.row("win at equal length").split()[4:6] == ["not", "estimable"]
 
 
 def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
@@ -275,14 +275,14 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
     server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) in (2, 5)))
     result = study.judge("--template", str(own))
     assert server.requests[0].body["messages"][0]["content"].startswith("question ")
-    made = table(judges.section(load_runs(study.run)), "tiny")
+    made = table(judges.build_section(load_runs(study.run)), "tiny")
     found = rows(made)
     assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
     # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
     counts = {name: [row[1], *(cell.split()[0] for cell in row[2:6])] for name, row in found.items()}
     assert counts == {
-        "mpo vs ppo": ["6", "0.33", "0.17", "0.50", "-0.17"],
-        "mpo vs ppo: helpful": ["2", "0.00", "0.50", "0.50", "-0.50"],
+        "mpo vs ppo": ["6", "0.33", "0.17", "0.50", "−0.17"],
+        "mpo vs ppo: helpful": ["2", "0.00", "0.50", "0.50", "−0.50"],
         "mpo vs ppo: harmless": ["2", "1.00", "0.00", "0.00", "1.00"],
     }
     assert "harmless" in result.out
@@ -301,13 +301,13 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     # by hand: one says 1 five times; two says 1 three times and -1 twice
     one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
     counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
-    found = rows(table(judges.section(load_runs(study.run)), "Agreement of judges"))
+    found = rows(table(judges.build_section(load_runs(study.run)), "Agreement of judges"))
     assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
-    assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}")
+    assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}".replace("-", "−"))
     assert "Agreement of judges" in result.out
-    each = [rows(table(judges.section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
+    each = [rows(table(judges.build_section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
     assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
 
 
@@ -325,7 +325,7 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
 
 
 def _load_rows(study: Study) -> list[judges.Row]:
-    return judges.rows_of(judges.load_judge_results(load_runs(study.run)))
+    return judges.collect_rows(judges.load_judge_results(load_runs(study.run)))
 
 
 # Servers that behave badly
@@ -375,7 +375,7 @@ def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
     )
     result = study.judge()
     assert (result.code, len(server.requests), waits) == (0, 10 + 2, [])
-    assert "no verdict on 1 prompt, a reply to which could not be parsed" in result.out
+    assert "no verdict on 1 prompt, because a reply could not be parsed" in result.out
 
 
 def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +445,7 @@ def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(stud
     assert "2 questions failed: HTTP 400: too long\n" in result.err
     assert "0.75 [" in result.row("win")
     assert "no reply yet on 2 prompts" in result.out
-    assert "a tie that nobody was asked, counted in proportion to the others that have a verdict;" in result.out
+    assert "a tie without a request, counted in proportion to the other prompts with a verdict;" in result.out
     server.respond, before = respond_well, len(server.requests)
     assert study.judge().code == 0
     assert {get_prompt_number(request) for request in server.requests[before:]} == {2, 4}
@@ -540,7 +540,7 @@ def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, ser
     result = study.judge()
     assert result.code == 0
     assert len(server.requests) == 10 + 2 + 2
-    assert "no verdict on 1 prompt, a reply to which could not be parsed" in result.out
+    assert "no verdict on 1 prompt, because a reply could not be parsed" in result.out
     assert "0.80 [" in result.row("win")  # of five: four won, one the same text
     stored = [line for line in study.scored() if line["prompt"] in (2, 3)]
     both = ["I like both."]
@@ -818,9 +818,11 @@ def test_options_that_are_refused(study: Study, server: Server, words: list[str]
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
     study.judge("--temperature", "none", "--reply-tokens", "none")
     assert {frozenset(request.body) for request in server.requests} == {frozenset({"model", "messages"})}
-    notes = table(judges.section(load_runs(study.run)), "tiny")
+    notes = table(judges.build_section(load_runs(study.run)), "tiny")
     assert notes is not None
-    assert "its own temperature, replies as long as it likes" in page.text(load_runs(study.run), "md")
+    assert "the model's default temperature, no limit on the length of replies" in page.render_report(
+        load_runs(study.run), "md"
+    )
     study.judge("--temperature", "none")
     assert server.requests[-1].body.keys() == {"model", "messages", "max_tokens"}
     assert len(server.requests) == 20
@@ -1033,10 +1035,10 @@ def test_the_papers_prompt() -> None:
 
 
 def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) -> None:
-    assert judges.section(load_runs(study.run)) is None
+    assert judges.build_section(load_runs(study.run)) is None
     study.judge()
     results = load_runs(study.run)
-    section = judges.section(results)
+    section = judges.build_section(results)
     assert section is not None
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     mean, low, high = map(float, re.findall(r"-?[\d.]+", row[5]))
@@ -1044,21 +1046,24 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     assert 0.0 < low < mean < high
     assert low == pytest.approx(float(f"{5 / 8 - 1.959964 * (6 - 25 / 8) ** 0.5 / 8:.2f}"))
     assert row[6] == "0.19"  # 2 / 2^5, three rows
-    assert "difference 0.83 [" in section.opening
-    assert "(p 0.19), which does not tell the two apart" in section.opening
-    assert "tiny scores mpo higher than ppo on 83% of 6 prompts and lower on 0%" in section.opening
-    assert "0% of those asked flip with the order" in section.opening
-    assert ">LLM judges<" in page.text(results, "html")
-    assert "mpo vs ppo" in page.text(results, "md")
+    assert "(+0.83, 95% CI [" in section.opening
+    assert ", p 0.19)" in section.opening
+    assert (
+        "tiny prefers mpo on 83% of 6 prompts and ppo on 0%: no significant difference between mpo and ppo"
+        in section.opening
+    )
+    assert "0% of the verdicts flip with the order" in section.opening
+    assert ">LLM judges<" in page.render_report(results, "html")
+    assert "mpo vs ppo" in page.render_report(results, "md")
 
 
 def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
     server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) < 4))
     study.judge()
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     assert section is not None
-    assert "does not tell the two apart" in section.opening
-    assert not re.search(r"\b(above|below) zero", section.opening)
+    assert "no significant difference" in section.opening
+    assert not re.search(r"significantly", section.opening)
 
 
 def _make_verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
@@ -1104,19 +1109,21 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     for number in (2, 5):
         changed[number]["completion"] += "!"
     write_table(place, changed)
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
     assert section is not None
-    assert "2 prompts judged before completions changed are left out." in section.opening
-    assert "2 prompts left out, judged before completions changed" in page.text(load_runs(study.run), "md")
+    assert "2 prompts are excluded, because the completions changed after judging." in section.opening
+    assert "2 prompts excluded, because the completions changed after judging" in page.render_report(
+        load_runs(study.run), "md"
+    )
     assert study.judge().code == 0
     assert len(server.requests) == 14  # both orders of the two
-    section = judges.section(load_runs(study.run))
+    section = judges.build_section(load_runs(study.run))
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
-    assert "left out" not in section.opening
-    assert "before completions changed" not in page.text(load_runs(study.run), "md")
+    assert "excluded" not in section.opening
+    assert "after judging" not in page.render_report(load_runs(study.run), "md")
 
 
 def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:
@@ -1126,9 +1133,9 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     )
     (other / "judge").mkdir()
     (other / FILE).write_bytes(study.file.read_bytes())
-    alone = judges.section(load_runs(other))
+    alone = judges.build_section(load_runs(other))
     assert alone is not None
-    assert alone.opening == "No verdict is known of these completions; 6 prompts had others when they were judged."
-    both = judges.section(load_runs(study.run, other))
+    assert alone.opening == "No verdicts on the current completions: those of 6 prompts changed after judging."
+    both = judges.build_section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
     assert set(read_verdicts(study.file).assignments) == set(read_verdicts(other / FILE).assignments)

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 import pytest
 from markupsafe import Markup
 
-from mixpo.report.document import ArmCompletion, Asked, Document, Figure, Group, Section, Table, Turn
-from mixpo.report.render import csv_address, csv_text, html, markdown, split
+from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table, Turn
+from mixpo.report.render import format_csv, make_csv_url, render_html, render_markdown, split_interval_columns
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror=hit=1>]]> \"'&{{ 1 }}|\n=1+1,`x` *b* @me"
 FORMULA = '=HYPERLINK("http://evil.example","a")'
@@ -31,13 +31,13 @@ def score(number: int, place: int) -> float:
     return {(2, 3): 9.0, (4, 2): 8.0, (5, 0): 7.0, (1, 0): -7.0}.get((number, place), place / 10)
 
 
-def asked(number: int) -> Asked:
+def asked(number: int) -> PromptCompletions:
     earlier = [Turn("user", f"earlier {HOSTILE}"), Turn("assistant", "a reply")] if number == 1 else []
     completions = [
         ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place), 0.5 - number, -0.25)
         for place, arm in enumerate(ARMS)
     ]
-    return Asked(number, earlier, f"Question {number} {HOSTILE}", completions)
+    return PromptCompletions(number, earlier, f"Question {number} {HOSTILE}", completions)
 
 
 def document(prompts: int = 30) -> Document:
@@ -84,7 +84,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return html(document(), mixpo=f"9.9 {HOSTILE}", date="2025-11-21 10:00")
+    return render_html(document(), mixpo=f"9.9 {HOSTILE}", date="2025-11-21 10:00")
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +148,8 @@ def test_downloads_hold_exactly_the_rows(page: Page) -> None:
 def test_csv_of_awkward_cells() -> None:
     rows = [("a,b", 0.1 + 0.2, None, 3), ('"', float("inf"), "\r", -1), (" x\n#%41&+", 1e-300, "é漢", 0)]
     columns = ("a", "b", "", "d")
-    assert decoded(csv_address(columns, rows)) == as_text(columns, rows)
-    assert "0.30000000000000004" in csv_text(columns, rows)
+    assert decoded(make_csv_url(columns, rows)) == as_text(columns, rows)
+    assert "0.30000000000000004" in format_csv(columns, rows)
 
 
 def test_numbers_with_bounds_become_columns() -> None:
@@ -158,7 +158,7 @@ def test_numbers_with_bounds_become_columns() -> None:
         ["b", "failed", "none (3 tied)", "1"],
         ["c", "1,200 [1,100, 1,300]", "", ""],
     ]
-    assert split(Table(["arm", "r", "share", "text"], rows)) == (
+    assert split_interval_columns(Table(["arm", "r", "share", "text"], rows)) == (
         ["arm", "r", "r, low", "r, high", "r, note", "share", "share, low", "share, high", "text"],
         [
             ["a", "0.10", "-0.12", "0.29", "(p <0.001) (1 of 2 seeds)", "73%", "70%", "76%", "x [1, 2]"],
@@ -166,7 +166,7 @@ def test_numbers_with_bounds_become_columns() -> None:
             ["c", "1,200", "1,100", "1,300", "", "", "", "", ""],
         ],
     )
-    assert split(Table(["arm"], [])) == (["arm"], [])
+    assert split_interval_columns(Table(["arm"], [])) == (["arm"], [])
 
 
 def test_contents_lead_to_every_section(page: Page) -> None:
@@ -192,7 +192,7 @@ def test_page_is_whole_without_its_script(page: Page) -> None:
     assert len(blocks) == 30 * 8
     assert not [block for block in blocks if "hidden" in block]
     assert "answer 30 of arm 7" in page.text
-    assert "score 9.00 · r* -1.50 · second score -0.25" in " ".join(page.text.split())
+    assert "score 9.00 · r* −1.50 · second score −0.25" in " ".join(page.text.split())
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_page_is_whole_without_its_script(page: Page) -> None:
 )
 def test_documents_with_little_in_them(arms: tuple[str, ...], pair: tuple[str, str] | None) -> None:
     completions = [ArmCompletion(arm, "x", 1.0) for arm in arms]
-    prompts = [Asked(1, [], "?", completions)] if arms else []
+    prompts = [PromptCompletions(1, [], "?", completions)] if arms else []
     small = Document("small", [], [], "None.", prompts, pair, [])
-    found = Page(html(small, mixpo="1", date="now"))
+    found = Page(render_html(small, mixpo="1", date="now"))
     assert [section["id"] for section in found.all("section")] == ["completions"]
     assert len(found.all("script")) == bool(arms)
     assert "r*" not in found.text
-    assert markdown(small).startswith("# small\n\n## Completions\n\nNone.\n")
+    assert render_markdown(small).startswith("# small\n\n## Completions\n\nNone.\n")
 
 
 def outside(text: str) -> Iterator[str]:
@@ -227,7 +227,7 @@ def cells(line: str) -> int:
 
 
 def test_markdown_tables_keep_their_columns() -> None:
-    lines = list(outside(markdown(document())))
+    lines = list(outside(render_markdown(document())))
     tables = [line for line in lines if line.startswith("|")]
     assert [cells(line) for line in tables] == [4] * 5 + [3] * 4
     assert [line for line in tables if "---" in line] == ["| --- | ---: | ---: | ---: |", "| --- | ---: | --- |"]
@@ -237,7 +237,7 @@ def test_markdown_tables_keep_their_columns() -> None:
 
 
 def test_markdown_of_hostile_text_is_only_text() -> None:
-    text = markdown(document())
+    text = render_markdown(document())
     loose = "\n".join(outside(text))
     assert not re.search(r"<|(?<!\\)[`*]|(?<!\\)\](?=[(\[:])", loose)
     assert "&lt;script&gt;" in loose
@@ -252,13 +252,13 @@ def test_markdown_of_hostile_text_is_only_text() -> None:
 
 
 def test_markdown_holds_the_pair_of_the_first_prompts() -> None:
-    text = markdown(document())
+    text = render_markdown(document())
     assert f"````text\n{HOSTILE} answer" not in text  # no longer a fence than needed
     assert f"```text\n{HOSTILE} answer 5 of arm 3\n```\n" in text
     assert "answer 5 of arm 2" in text
     assert "answer 6" not in text
     assert "of arm 0" not in text
-    assert "mpo · score 9.00 · r\\* -1.50 · second score -0.25:" in text
+    assert "mpo · score 9.00 · r\\* −1.50 · second score −0.25:" in text
     assert "`````yaml\nname: x" in text
 
 
@@ -276,7 +276,9 @@ def test_markdown_holds_the_pair_of_the_first_prompts() -> None:
     ],
 )
 def test_markdown_words(given: str, expected: str) -> None:
-    assert f"\n\n{expected}\n\n" in markdown(Document("t", [], [Section("a", "A", given)], "None.", [], None, []))
+    assert f"\n\n{expected}\n\n" in render_markdown(
+        Document("t", [], [Section("a", "A", given)], "None.", [], None, [])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -304,12 +306,12 @@ def tab(browser: Any, file: Path) -> Iterator[Any]:
 
 
 def prompts(tab: Any) -> list[int]:
-    labels = tab.locator(".asked:visible").evaluate_all("all => all.map((one) => one.ariaLabel)")
+    labels = tab.locator(".prompt-block:visible").evaluate_all("all => all.map((one) => one.ariaLabel)")
     return [int(label.removeprefix("prompt ")) for label in labels]
 
 
 def arms(tab: Any) -> list[int]:
-    found = tab.locator(".asked:visible").first.locator("[data-arm]:visible")
+    found = tab.locator(".prompt-block:visible").first.locator("[data-arm]:visible")
     return sorted(found.evaluate_all("all => all.map((one) => Number(one.dataset.arm))"))
 
 
@@ -318,40 +320,47 @@ def count(tab: Any) -> str:
 
 
 def test_search_in_a_browser(tab: Any) -> None:
-    assert count(tab) == "30 of 30 prompts"
+    assert count(tab) == "20 of 30 prompts shown"
     tab.fill("[name=find]", "QUESTION 1")
     assert prompts(tab) == [1, *range(10, 20)]
-    assert count(tab) == "11 of 30 prompts"
+    assert count(tab) == "11 of 11 prompts shown"
     tab.fill("[name=find]", "answer 7 of arm 3")
     assert prompts(tab) == [7]
     tab.fill("[name=find]", "answer 7 of arm 7")  # an arm that is not shown
     assert prompts(tab) == []
     tab.fill("[name=find]", "<img src=x")
+    assert len(prompts(tab)) == 20
+    tab.click("#completions-more")
     assert len(prompts(tab)) == 30
+    assert not tab.locator("#completions-more").is_visible()
 
 
 def test_orders_in_a_browser(tab: Any) -> None:
     tab.select_option("[name=order]", "gain")
     assert prompts(tab)[:4] == [2, 1, 3, 5]
+    tab.click("#completions-more")
     assert prompts(tab)[-1] == 4
-    assert "score of mpo over ppo: +8.80" in tab.locator(".asked").first.text_content()
+    assert "score of mpo over ppo: +8.80" in tab.locator(".prompt-block").first.text_content()
     tab.select_option("[name=order]", "loss")
     assert prompts(tab)[0] == 4
+    tab.click("#completions-more")
     assert prompts(tab)[-1] == 2
-    assert "mpo over ppo: −7.70" in tab.locator(".asked").first.text_content()
+    assert "mpo over ppo: −7.70" in tab.locator(".prompt-block").first.text_content()
     tab.select_option("[name=order]", "highest")
     assert prompts(tab)[:2] == [2, 1]
     assert not tab.locator("[name=other]").is_visible()
     tab.select_option("[name=one]", label="sft")
+    tab.click("#completions-more")
     assert (prompts(tab)[0], prompts(tab)[-1]) == (5, 1)
     tab.select_option("[name=order]", "lowest")
+    tab.click("#completions-more")
     assert (prompts(tab)[0], prompts(tab)[-1]) == (1, 5)
     tab.select_option("[name=measure]", label="r*")
     assert prompts(tab)[:3] == [30, 29, 28]
     tab.select_option("[name=order]", "highest")
     assert prompts(tab)[:3] == [1, 2, 3]
     tab.select_option("[name=order]", "given")
-    assert prompts(tab) == list(range(1, 31))
+    assert prompts(tab) == list(range(1, 21))
     assert not tab.locator("[name=measure]").is_visible()
 
 
@@ -397,7 +406,7 @@ def test_no_width_scrolls_the_page_in_a_browser(tab: Any, width: int) -> None:
     tab.set_viewport_size({"width": width, "height": 700})
     tab.select_option("[name=order]", "gain")
     tab.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
-    tab.add_style_tag(content=".asked { content-visibility: visible; }")
+    tab.add_style_tag(content=".prompt-block { content-visibility: visible; }")
     assert tab.evaluate("document.documentElement.scrollWidth") == width
 
 
@@ -413,6 +422,8 @@ def test_bounds_stand_on_one_line_in_a_browser(tab: Any, media: str) -> None:
 def test_names_leave_room_on_a_phone_in_a_browser(tab: Any) -> None:
     tab.set_viewport_size({"width": 390, "height": 700})
     assert tab.locator("tbody th").first.bounding_box()["width"] < 0.4 * 390
+    tab.locator(".scroll").first.evaluate("one => { one.scrollLeft = 100; }")
+    assert tab.locator("tbody th").first.bounding_box()["x"] >= 0  # stays in view
 
 
 def test_dark_scheme_in_a_browser(tab: Any) -> None:

@@ -17,9 +17,9 @@ from markupsafe import escape
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.results import Results, load_runs
-from mixpo.report.arms import main_table
-from mixpo.report.page import document, numbers, text, write_page
-from mixpo.report.render import html, markdown
+from mixpo.report.arms import build_main_table
+from mixpo.report.page import build_document, render_report, tabulate_means, write_page
+from mixpo.report.render import render_html, render_markdown
 from report_runs import HOSTILE, SFT_SCORES, Arm, Writer, plain, rows, scores, shifted
 
 CLEAR = {
@@ -79,13 +79,13 @@ def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
     ]
     assert re.findall(r'<li><a href="#([^"]*)">', page) == names
     assert "9.9.9" in page
-    assert "1,280 pairs to train, 8 to test, 7 demonstrations; 1 rows were left out" in page
+    assert "1,280 train pairs, 8 test pairs, 7 demonstrations; 1 bad rows were excluded" in page
 
 
 def test_page_needs_no_network(page: str) -> None:
     loads = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', page.replace(str(escape(HOSTILE)), ""))
     assert loads
-    assert all(load_runs.startswith(("#", "data:text/csv")) for load_runs in loads), loads
+    assert all(address.startswith(("#", "data:text/csv")) for address in loads), loads
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
 
@@ -103,7 +103,7 @@ def test_completions_prompts_reasons_and_recipe_are_text(whole: Results, page: s
 
 def test_page_is_the_same_twice(whole: Results, page: str) -> None:
     again = load_runs(whole.runs[0].folder)
-    assert text(again, "html") == page
+    assert render_report(again, "html") == page
 
 
 def test_whatever_failed_is_told_with_its_reason(tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_whatever_failed_is_told_with_its_reason(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run")
     lost = writer.gradients("dpo-easy", "hard", 1, None, "Gradients 88: out of memory")
     results = writer.load([*arms, FAILED], [lost])
-    assert list(document(results).failed) == [
+    assert list(build_document(results).failures) == [
         ("dpo-base (seed 0)", RAN_AWAY),
         ("mpo (seed 1)", RAN_AWAY),
         ("ppo (seed 0)", "along its training: Evaluation 77: disk full"),
         ("ppo (seed 1)", "along its training: Evaluation 77: disk full"),
         ("gradients of dpo-easy on hard pairs (seed 1)", "Gradients 88: out of memory"),
     ]
-    table = main_table(results)
+    table = build_main_table(results)
     assert rows(table)["dpo-base"][1] == "failed"
     assert rows(table)["mpo (failed at 1 of 2 seeds)"][1].startswith("3.00 [")  # of seed 0 alone
     assert f"dpo-base failed at seed 0: {RAN_AWAY}" in table.notes
@@ -163,10 +163,10 @@ LITTLE |= {f"{case}, scored twice": [with_second(arm) for arm in LITTLE[case]] f
 @pytest.mark.parametrize("case", LITTLE)
 def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
     arms = LITTLE[case]
-    made = document(Writer(tmp_path / "run", second="twice" in case).load(arms))
+    made = build_document(Writer(tmp_path / "run", second="twice" in case).load(arms))
     assert made.sections[0].id == "results"
     assert ("selection" in [part.id for part in made.sections]) == any(arm.name == "mpo" for arm in arms)
-    assert len(made.failed) == sum(len(arm.failed) for arm in arms)
+    assert len(made.failures) == sum(len(arm.failed) for arm in arms)
     for part in made.sections:
         assert not re.search(r"\bnan\b", part.opening)
         for group in part.groups:
@@ -174,8 +174,8 @@ def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
                 assert group.table is not None
                 assert len(row) == len(group.table.headings), part.id
                 assert not any(re.search(r"\bnan\b", cell) for cell in row), row
-    assert html(made, mixpo="9.9.9", date="today").endswith("</html>")
-    assert markdown(made).startswith("# tiny")
+    assert render_html(made, mixpo="9.9.9", date="today").endswith("</html>")
+    assert render_markdown(made).startswith("# tiny")
 
 
 def strictly(content: str) -> Any:
@@ -183,9 +183,9 @@ def strictly(content: str) -> Any:
 
 
 def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
-    table = rows(main_table(whole))
-    read = list(csv.DictReader(io.StringIO(text(whole, "csv"))))
-    content = strictly(text(whole, "json"))
+    table = rows(build_main_table(whole))
+    read = list(csv.DictReader(io.StringIO(render_report(whole, "csv"))))
+    content = strictly(render_report(whole, "json"))
     assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in content["arms"]] == read
     for row in read:
         if row["seed"] == "all":
@@ -198,7 +198,7 @@ def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
     assert parts["results"]["groups"][0]["table"]["rows"] == [list(row) for row in table.values()]
     assert content["failed"] == [{"what": "dpo-base (seed 0)", "why": RAN_AWAY}]
     assert content["recipes"]["tiny"]["note"] == "</pre><script>"
-    markdown = text(whole, "md")
+    markdown = render_report(whole, "md")
     assert re.search(rf"\| mpo \| {re.escape(table['mpo'][1])} \|", markdown)
     assert all(f"## {part['title']}\n" in markdown for part in content["sections"])
     assert "the KL ran away: <nan> & more" in markdown  # within a fence
@@ -206,7 +206,7 @@ def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
 
 def test_numbers_of_a_failed_seed_are_empty(tmp_path: Path) -> None:
     done = {seed: scores(SFT_SCORES) for seed in (0, 2)}
-    names, found = numbers(Writer(tmp_path / "run").load([Arm("sft", done, failed={1: "lost"})]))
+    names, found = tabulate_means(Writer(tmp_path / "run").load([Arm("sft", done, failed={1: "lost"})]))
     read = [dict(zip(names, row, strict=True)) for row in found]
     assert [row["seed"] for row in read] == [0, 2, 1, "all"]
     assert [row["status"] for row in read] == ["done", "done", "failed", "done at 2 of 3 seeds"]
@@ -263,15 +263,15 @@ def test_completions_are_of_the_seed_at_which_most_arms_finished(tmp_path: Path)
     arms = plain(CLEAR, seeds=(1,))
     arms[0] = Arm("sft", {seed: scores(SFT_SCORES) for seed in (0, 1)})
     arms[2] = Arm("mpo", {1: arms[2].done[1]}, failed={0: "lost"})
-    made = document(Writer(tmp_path / "run").load(arms))
+    made = build_document(Writer(tmp_path / "run").load(arms))
     assert made.completions_opening == (
-        "The first 6 test prompts, and completions of 3 arms at seed 1; the score of mpo is above that of ppo on 6 of "
-        "them and below it on 0."
+        "Completions of 3 arms for the first 6 test prompts, at seed 1. mpo scores higher than ppo on 6 of them and "
+        "lower on 0."
     )
-    assert [len(asked.completions) for asked in made.asked] == [3] * 6
-    assert made.asked[1].last == "question 1 & <b>more</b>"
-    assert [turn.content for turn in made.asked[1].earlier] == ["earlier turn", "a reply"]
-    assert {shown.arm: shown.text for shown in made.asked[1].completions}["mpo"] == "answer 1 of mpo"
+    assert [len(asked.completions) for asked in made.prompts] == [3] * 6
+    assert made.prompts[1].last_message == "question 1 & <b>more</b>"
+    assert [turn.content for turn in made.prompts[1].earlier_turns] == ["earlier turn", "a reply"]
+    assert {shown.arm: shown.text for shown in made.prompts[1].completions}["mpo"] == "answer 1 of mpo"
     assert made.pair == ("mpo", "ppo")
 
 
@@ -281,14 +281,19 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     two = Writer(tmp_path / "two", name="b", cache="others").run([*plain(better), FAILED])
     results = load_runs(one, two)
     assert results.names == ["a: sft", "a: ppo", "a: mpo", "b: sft", "b: ppo", "b: mpo", "b: dpo-base"]
-    made = document(results)
+    made = build_document(results)
     assert made.title == "a, b"
     assert made.pair == ("b: mpo", "a: mpo")
-    assert made.sections[0].opening.startswith("b: mpo minus a: mpo: reward 1.00 [0.85, 1.15] (p <0.001), above zero")
+    assert (
+        made.sections[0].opening.count(
+            "b: mpo has a significantly higher reward than a: mpo (+1.00, 95% CI [0.85, 1.15], p <0.001)"
+        )
+        == 1
+    )
     assert "at one seed" in made.sections[0].opening
-    assert ("b: dpo-base (seed 0)", RAN_AWAY) in made.failed
+    assert ("b: dpo-base (seed 0)", RAN_AWAY) in made.failures
     assert [name for name, _ in made.recipes] == ["a", "b"]
-    text(results, "html")
+    render_report(results, "html")
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -302,14 +307,18 @@ def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None
     one = Writer(tmp_path / "one", name="a", world=True).run(arms)
     two = Writer(tmp_path / "two", name="b", world=True, cache="others", reward="other").run(arms)
     results = load_runs(one, two)
-    opening = document(results).sections[0].opening
-    assert "reward was given by other models and is not compared; true r* 0.00, of values all alike" in opening
-    assert "Of all arms" not in opening
-    table = main_table(results)
+    opening = build_document(results).sections[0].opening
+    assert (
+        "reward is not compared, because different models gave it; b: mpo minus a: mpo in true r* is +0.00" in opening
+    )
+    assert "highest" not in opening
+    table = build_main_table(results)
     assert rows(table)["b: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == ""
     assert rows(table)["a: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == "100%/0%/0%"
-    assert any("not all rewards are on one scale" in note for note in table.notes)
-    assert document(results).completions_opening.endswith("6 arms at seed 0.")
+    assert list(table.headings[1:3]) == ["reward (model of a)", "reward (model of b)"]
+    assert rows(table)["a: mpo"][2] == rows(table)["b: mpo"][1] == ""
+    assert any("whose scales differ" in note for note in table.notes)
+    assert build_document(results).completions_opening.endswith("test prompts, at seed 0.")
 
 
 def test_damaged_rows_are_named(tmp_path: Path) -> None:
@@ -319,10 +328,10 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     for broken in (whole[: len(whole) // 2], b""):
         place.write_bytes(broken)
         with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
-            document(load_runs(folder))
+            build_document(load_runs(folder))
     place.unlink()
     with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
-        document(load_runs(folder))
+        build_document(load_runs(folder))
     Writer(tmp_path / "run").run(plain({**CLEAR, "mpo": [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]}))
     with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: row 2: found score nan"):
-        document(load_runs(folder))
+        build_document(load_runs(folder))

@@ -31,7 +31,7 @@ from mixpo.cli import study as study_commands
 from mixpo.data.errors import InputError
 from mixpo.data.text import escape_invisible
 from mixpo.experiments.results import load_runs
-from mixpo.report.people import _corrected, opening, section, tables
+from mixpo.report.people import _correct_p_values, build_section, build_tables, describe_study
 from mixpo.study import files, server, store
 from mixpo.study.app import TokenBucket
 from mixpo.study.findings import Findings, load_findings
@@ -521,9 +521,9 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     findings = close(study)
     study.store.dispose()
     assert findings.seed == 3
-    report = section(load_runs(run))
+    report = build_section(load_runs(run))
     assert report is not None
-    assert any("at seed 3." in note for note in report.groups[0].table.notes)
+    assert any("at seed 3;" in note for note in report.groups[0].table.notes)
 
 
 def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make, capsys):
@@ -531,18 +531,18 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     study.sign_in("anna").prefer(1, "apples")
     close(study)
     write_fruit_run(study.run.parent, texts={("yak", 3): "plums"})
-    report = section(load_runs(study.run))
+    report = build_section(load_runs(study.run))
     assert report is not None
-    assert re.fullmatch(r"The study closed at 20\S+ is left out: the completions have changed since\.", report.opening)
+    assert re.fullmatch(r"The study closed at 20\S+ is excluded: the completions have changed since\.", report.opening)
     assert report.groups == []
     assert run_cli(capsys, "agreement", str(study.run)) == (0, f"{report.opening}\n")
     results = load_runs(study.run)
     (folder,) = {folder for arm in results.arms for key, folder in arm.stages.items() if key.startswith("Data")}
     (Path(folder) / "test.parquet").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"test\.parquet"):  # which is no change of the run
-        section(results)
+        build_section(results)
     write_fruit_run(study.run.parent)
-    assert section(load_runs(study.run)).opening.startswith("One person")
+    assert build_section(load_runs(study.run)).opening.startswith("One person")
 
 
 def test_lost_links_are_made_anew(make):
@@ -619,7 +619,7 @@ def test_before_it_is_closed_nothing_tells_an_arm(make, capsys, tmp_path):
         assert "zebra" not in text
         assert "yak" not in text
         assert "κ" not in text
-    assert section(load_runs(study.run)) is None
+    assert build_section(load_runs(study.run)) is None
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert lines[0].keys() == set(files.COLUMNS)
 
@@ -1036,27 +1036,27 @@ def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     assert agreement.alpha.mean == pytest.approx(0.549076, abs=2e-6)
     assert agreement.pairs.mean == pytest.approx(0.753333, abs=2e-6)
     assert agreement.pairs.low < 0.753333 < agreement.pairs.high
-    shown = rows(tables(findings)["What people prefer"])
+    shown = rows(build_tables(findings)["Preferences"])
     assert [cell[:4] for cell in shown["helpful"][1:]] == ["50", "0.62", "0.19", "0.19", "0.43", "<0.0"]
     assert [cell[:4] for cell in shown["all prompts"][1:]] == ["100", "0.39", "0.49", "0.12", "0.27", "<0.0"]
-    assert opening(findings).startswith(
-        "3 people, who did not know which was which, preferred mpo to ppo on 39% of 100 prompts, called 49% a tie, "
-        "and preferred ppo on 12%: difference 0.27 ["
+    assert describe_study(findings).startswith(
+        "3 people judged blindly and preferred mpo on 39% of 100 prompts and ppo on 12%, with 49% ties: "
+        "mpo has a significantly higher win rate than ppo (+0.27, 95% CI ["
     )
-    assert "] (p <0.001), above zero. Fleiss' κ 0.6" in opening(findings)
-    assert opening(findings).endswith("over 100 prompts.")
+    assert "], p <0.001). Fleiss' κ 0.6" in describe_study(findings)
+    assert describe_study(findings).endswith("over 100 prompts.")
 
 
 def test_the_margins_of_categories_are_corrected_for_their_number(tmp_path):
     choices = {"anna": [*"WWWWWWWWLLWTWWLWWT", *"WTWTTTTTT"]}
     alone = write_closed_study(tmp_path / "alone", choices)
     several = write_closed_study(tmp_path / "several", choices, ["helpful"] * 18 + ["harmless"] * 9)
-    one, many = (_corrected(findings)[None] for findings in (alone, several))
+    one, many = (_correct_p_values(findings)[None] for findings in (alone, several))
     assert alone.shares[None].difference == several.shares[None].difference
     assert one == pytest.approx(scipy.stats.binomtest(15, 18).pvalue)
     assert many == pytest.approx(3 * one)
-    assert "corrected for all rows (Holm)" in str(tables(several)["What people prefer"].notes)
-    assert "corrected" not in str(tables(alone)["What people prefer"].notes)
+    assert "corrected for all rows (Holm)" in str(build_tables(several)["Preferences"].notes)
+    assert "corrected" not in str(build_tables(alone)["Preferences"].notes)
 
 
 def test_categories_stand_apart_and_together(tmp_path):
@@ -1070,7 +1070,7 @@ def test_categories_stand_apart_and_together(tmp_path):
     assert [each.prompts for each in findings.shares.values()] == [4, 4, 8]
     named = write_closed_study(tmp_path, {"anna": choices}, ["all", None] * 4)  # no category is taken for the total
     assert [named.shares[name].prompts for name in ("all", None)] == [4, 8]
-    assert list(rows(tables(named)["What people prefer"])) == ["all", "all prompts"]
+    assert list(rows(build_tables(named)["Preferences"])) == ["all", "all prompts"]
 
 
 def test_who_judged_nothing_spoils_no_kappa(tmp_path):
@@ -1080,9 +1080,9 @@ def test_who_judged_nothing_spoils_no_kappa(tmp_path):
     assert findings.agreement[None].common == 4
     # 3 of 4 agree; 5 wins, 2 ties, 1 loss of 8: chance (25 + 4 + 1) / 64
     assert findings.agreement[None].kappa.mean == pytest.approx((0.75 - 30 / 64) / (1 - 30 / 64))
-    table = tables(findings)["How far they agree"]
-    assert "Left out, having judged nothing: cleo, dora." in table.notes
-    assert rows(tables(findings)["The annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
+    table = build_tables(findings)["Agreement"]
+    assert "Excluded, without judgements: cleo, dora." in table.notes
+    assert rows(build_tables(findings)["Annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
 
 
 def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
@@ -1100,35 +1100,35 @@ def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
 
 def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
     findings = write_closed_study(tmp_path, {"anna": list("WWWW"), "ben": list("WWWW")})
-    assert rows(tables(findings)["How far they agree"])["all prompts"][1] == "cannot be told"
-    assert "Fleiss' κ cannot be told." in opening(findings)
+    assert rows(build_tables(findings)["Agreement"])["all prompts"][1] == "not estimable"
+    assert "Fleiss' κ not estimable." in describe_study(findings)
     alone = write_closed_study(tmp_path, {"anna": list("WLTW")})
-    assert rows(tables(alone)["How far they agree"])["all prompts"][1:3] == ["cannot be told", "0"]
-    assert opening(alone).startswith("One person, who did not know")
+    assert rows(build_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
+    assert describe_study(alone).startswith("One person judged blindly")
     assert write_closed_study(tmp_path, {"anna": list("----")}).active_annotators == []
-    assert opening(write_closed_study(tmp_path, {"anna": list("SS--")})).startswith(
+    assert describe_study(write_closed_study(tmp_path, {"anna": list("SS--")})).startswith(
         "Nobody judged a prompt of mpo and ppo"
     )
 
 
 def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
     findings = write_closed_study(tmp_path, {"anna": list("WLWLW"), "ben": list("LWLWW")})
-    assert "which does not tell the two apart" in opening(findings)
-    assert not re.search(r"\bwins\b|above zero|below zero", opening(findings))
+    assert "no significant difference between mpo and ppo in win rate" in describe_study(findings)
+    assert not re.search(r"\bwins\b|significantly", describe_study(findings))
     lost = write_closed_study(tmp_path, {"anna": list("LLLLLL"), "ben": list("LLLLLT")})
-    assert ", below zero." in opening(lost)
+    assert "mpo has a significantly lower win rate than ppo" in describe_study(lost)
     for choices, margin, p in (("WW", 1, 0.5), ("TTTTT", 0, 1.0)):  # alike on every prompt, and so few
         alike = write_closed_study(tmp_path, {"anna": list(choices), "ben": list(choices)})
-        assert f"difference {margin}.00 [" in opening(alike)
-        assert f"(p {p:.2f}), which does not tell the two apart" in opening(alike)
+        assert f"in win rate (+{margin}.00, 95% CI [" in describe_study(alike)
+        assert f"], p {p:.2f})" in describe_study(alike)
         low, high = proportion_confint(len(choices), len(choices), method="wilson")
-        shown = rows(tables(alike)["What people prefer"])["all prompts"]
+        shown = rows(build_tables(alike)["Preferences"])["all prompts"]
         assert shown[2 if margin else 3] == f"1.00 [{low:.2f}, {high:.2f}]"
     agreed = write_closed_study(tmp_path, {"anna": list("WL"), "ben": list("WL")})
-    assert rows(tables(agreed)["How far they agree"])["all prompts"][1:6:4] == ["1.00", "2"]
+    assert rows(build_tables(agreed)["Agreement"])["all prompts"][1:6:4] == ["1.00", "2"]
     once = write_closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
-    assert "difference 0.00 [-" in opening(once)
-    assert "nan" not in "".join(cell for table in tables(once).values() for row in table.rows for cell in row)
+    assert "(+0.00, 95% CI [−" in describe_study(once)
+    assert "nan" not in "".join(cell for table in build_tables(once).values() for row in table.rows for cell in row)
 
 
 def test_a_habit_of_one_side_shows(tmp_path):
@@ -1150,24 +1150,24 @@ def test_completions_that_are_the_same_are_ties_that_nobody_was_asked(make):
     assert findings.shares[None].win.mean == pytest.approx(5 / 6)
     assert findings.shares[None].tie.mean == pytest.approx(1 / 6)
     assert any(
-        "1 prompt that both arms completed alike" in note for note in tables(findings)["What people prefer"].notes
+        "1 prompt with the same completion of both arms" in note for note in build_tables(findings)["Preferences"].notes
     )
 
 
 def test_the_report_has_closed_studies(make):
-    from mixpo.report.page import document, text
+    from mixpo.report.page import build_document, render_report
 
     study = make()
     study.sign_in("anna").prefer(1, "apples")
     findings = close(study)
     results = load_runs(study.run)
-    made = section(results)
+    made = build_section(results)
     assert made is not None
-    assert made.opening == opening(findings)
-    assert [group.title for group in made.groups] == list(tables(findings))
-    assert "people" in [one.id for one in document(results).sections]
-    assert '<section id="people">' in text(results, "html")
-    assert "## People" in text(results, "md")
+    assert made.opening == describe_study(findings)
+    assert [group.title for group in made.groups] == list(build_tables(findings))
+    assert "people" in [one.id for one in build_document(results).sections]
+    assert '<section id="people">' in render_report(results, "html")
+    assert "## People" in render_report(results, "md")
 
 
 def test_damaged_files_of_a_closed_study_are_named(make):

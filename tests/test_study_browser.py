@@ -118,9 +118,9 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
 
 
 def read_annotator_rows(found: Any) -> Any:
-    from mixpo.report.people import tables
+    from mixpo.report.people import build_tables
 
-    return rows(tables(found)["The annotators"])
+    return rows(build_tables(found)["Annotators"])
 
 
 def judge_by_keyboard(made: Study, tab: Any) -> None:

@@ -20,7 +20,7 @@ from mixpo.experiments.results import Results, list_first
 from mixpo.experiments.run import RunDisplay
 from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
-from mixpo.report.arms import main_table
+from mixpo.report.arms import build_main_table
 from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 
@@ -153,7 +153,7 @@ def _brief(metrics: Mapping[str, float]) -> str:
 def print_main_table(results: Results) -> None:
     """Print the main table, in a narrow terminal without the less important columns."""
     console = Console()
-    table = main_table(results, paper=False)
+    table = build_main_table(results, paper=False)
     optional = [heading for start in OPTIONAL_COLUMNS for heading in table.headings if heading.startswith(start)]
     layouts = [([], True, NAME_WIDTH), *((optional[:count], False, NAME_WIDTH) for count in range(len(optional) + 1))]
     for hidden, one_line, name_width in [*layouts, (optional, False, NAME_WIDTH // 3)]:

@@ -105,9 +105,9 @@ def report(
     md, csv and json go to standard output unless --out names a file.
     """
     from mixpo.experiments.results import load_runs
-    from mixpo.report.page import text
+    from mixpo.report.page import render_report
 
-    content = text(load_runs(*runs), format.value)
+    content = render_report(load_runs(*runs), format.value)
     if out is None and format is not ReportFormat.HTML:
         sys.stdout.write(content)
         return

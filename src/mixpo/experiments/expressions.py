@@ -129,7 +129,10 @@ def _drop_changes_without_effect(
 
 
 def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
-    """Expand a recipe into its gradient measurements: every DPO model on easy and on hard pairs, if it has any."""
+    """List the gradient measurements of a recipe: one for each arm of `GRADIENT_ARMS`, seed, and easy or hard pairs.
+
+    Empty if `gradients.pairs` is 0.
+    """
     if not recipe.gradients.pairs:
         return []
     setups = [Setup(recipe, seed) for seed in recipe.seeds]

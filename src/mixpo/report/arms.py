@@ -1,5 +1,6 @@
-"""Who wins? Every arm's means, the differences that count, and the paper's order held against ours."""
+"""The main results: every arm's means, the paired differences, and the paper's order compared with ours."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,20 +11,25 @@ from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import (
     Difference,
-    difference_text,
-    differences,
-    fewer,
-    interval_text,
-    label,
-    mean_of,
-    over,
-    p_text,
-    sign,
-    verdict,
+    Measure,
+    compute_differences,
+    describe_difference,
+    describe_sample,
+    estimate_mean,
+    find_significant_sign,
+    format_difference,
+    format_interval,
+    format_number,
+    format_p_value,
+    join_names,
+    label_arm,
+    list_measures,
+    note_missing_seeds,
+    start_sentence,
 )
 from mixpo.report.document import Figure, Group, Section, Table
 
-PAPER: dict[str, tuple[str, str]] = {
+PAPER_REWARDS: dict[str, tuple[str, str]] = {
     "sft": ("0.938", "1.108"),
     "dpo-base": ("1.499", "2.911"),
     "dpo": ("1.859", "2.816"),
@@ -37,7 +43,7 @@ PAPER: dict[str, tuple[str, str]] = {
 }
 """Rewards on HH-RLHF and TL;DR that the paper reports (Tables 3 and 6, Figure 4), on its own reward models' scales."""
 
-ORDER: tuple[tuple[str, str, str], ...] = (
+PAPER_ORDER: tuple[tuple[str, str, str], ...] = (
     ("dpo-base", "sft", "Table 3"),
     ("dpo", "dpo-base", "Table 3, HH-RLHF"),
     ("ppo", "dpo", "Table 3"),
@@ -56,21 +62,28 @@ ORDER: tuple[tuple[str, str, str], ...] = (
 """What the paper finds: the first arm's reward above the second's."""
 
 
-def section(results: Results) -> Section:
-    """The main table and the differences."""
+Differences = Mapping[str, Mapping[tuple[str, str], Difference]]
+"""Differences by measure and pair of arms."""
+
+
+def build_section(results: Results) -> Section:
+    """The section with the main table and the differences."""
     if not results.finished:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
-    groups = [Group("Every arm", [_picture(results)], main_table(results))]
-    pairs = _compared_pairs(results)
-    found = {key: by_pair(differences(results, pairs, key)) for key in results.measures(_of_differences(results))}
+    groups = [Group("Every arm", [_plot_means(results)], build_main_table(results))]
+    pairs = _list_pairs(results)
+    differences = {
+        key: index_by_pair(compute_differences(results, pairs, key))
+        for key in results.measures(_list_arms_with_differences(results))
+    }
     if pairs:
-        groups.append(Group("Differences", table=_differences_table(results, pairs, found)))
-    if (table := _order_table(results)) is not None:
+        groups.append(Group("Differences", table=_build_differences_table(results, pairs, differences)))
+    if (table := _build_order_table(results)) is not None:
         groups.append(Group("The paper's order", table=table))
-    return Section("results", "Results", _opening(results, found), groups)
+    return Section("results", "Results", _write_opening(results, differences), groups)
 
 
-def compared(results: Results) -> tuple[str, str] | None:
+def choose_compared_arms(results: Results) -> tuple[str, str] | None:
     """The two arms that first sentences compare.
 
     Of several runs mpo of the second and of the first; else mpo and ppo, else the last and the first that finished.
@@ -85,21 +98,16 @@ def compared(results: Results) -> tuple[str, str] | None:
     return (names[-1], names[0]) if len(names) > 1 else None
 
 
-def _picture(results: Results) -> Figure:
+def _plot_means(results: Results) -> Figure:
     panels = {
-        title: {name: mean_of(results, name, key) for name in results.finished if results.has([name], key)}
-        for key, title in _measures(results).items()
+        measure.title: {name: estimate_mean(results, name, measure.key) for name in measure.names}
+        for measure in list_measures(results)
     }
-    return figures.forest(panels, name="every-arm", beside=results.first("ppo"))
+    return figures.plot_forest(panels, name="every-arm", reference=results.first("ppo"))
 
 
-def _measures(results: Results) -> dict[str, str]:
-    """What is known of one arm or more."""
-    return {key: title for key, title in MEASURES.items() if any(results.has([one], key) for one in results.finished)}
-
-
-def main_table(results: Results, *, paper: bool = True) -> Table:
-    """A row an arm: means with 95% intervals over test prompts and seeds."""
+def build_main_table(results: Results, *, paper: bool = True) -> Table:
+    """A row for every arm: means with 95% intervals over test prompts and seeds."""
     failures = [
         f"{name} failed at seed {arm.seed}: {arm.reason}"
         for name in results.names
@@ -108,12 +116,12 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
     ]
     if not results.finished:
         return Table(["arm", "reward"], [[name, "failed"] for name in results.names], failures)
-    measures = _measures(results)
+    measures = list_measures(results)
     several = len(results.seeds) > 1
     rival = results.first("ppo") or results.finished[0]
     headings = ["arm"]
-    for title in measures.values():
-        headings += [title, f"sd of {title}"] if several else [title]
+    for measure in measures:
+        headings += [measure.title, f"sd of {measure.title}"] if several else [measure.title]
     headings += ["KL from SFT", "tokens", "end rate", f"win/tie/lose vs {rival}"]
     if paper:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
@@ -123,221 +131,235 @@ def main_table(results: Results, *, paper: bool = True) -> Table:
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
         cells = []
-        for key in measures:
-            known = results.has([name], key)
-            cells.append(interval_text(mean_of(results, name, key)) if known else "")
+        for measure in measures:
+            known = name in measure.names
+            cells.append(format_interval(estimate_mean(results, name, measure.key)) if known else "")
             if several:
-                by_seed = results.values(name, key).mean(axis=1) if known else ()
+                by_seed = results.values(name, measure.key).mean(axis=1) if known else ()
                 cells.append(f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else "")
-        cells.append(interval_text(mean_of(results, name, "kl_from_sft")))
+        cells.append(format_interval(estimate_mean(results, name, "kl_from_sft")))
         cells += [f"{results.values(name, 'tokens').mean():.1f}", f"{results.values(name, 'ended').mean():.0%}"]
-        cells.append("" if name == rival else _win_tie_lose(results, name, rival))
+        cells.append("" if name == rival else _format_win_tie_lose(results, name, rival))
         if paper:
-            cells += PAPER.get(role(results, name), ("", ""))
-        rows.append([label(results, name), *cells])
-    return Table(headings, rows, [*failures, *_notes(results, measures)])
+            cells += PAPER_REWARDS.get(find_paper_arm(results, name), ("", ""))
+        rows.append([label_arm(results, name), *cells])
+    return Table(headings, rows, [*failures, *_write_notes(results, measures)])
 
 
-def role(results: Results, name: str) -> str:
-    """What the paper compares an arm as: its own name, but for MPO with more easy pairs than the recipe's."""
+def find_paper_arm(results: Results, name: str) -> str:
+    """The name of an arm in the paper: its own, except for MPO with more easy pairs than the recipe's."""
     first = next(iter(results.done(name).values()))
     plain = first.arm.rpartition(": ")[2]  # after the name of its run
     if not first.changes:
         return plain
-    if plain == "mpo" and _is_weaker(results, first):
+    if plain == "mpo" and _has_more_easy_pairs(results, first):
         return "mpo at a weaker split"
     return name
 
 
-def _is_weaker(results: Results, arm: ArmResult) -> bool:
-    own = results.run_of(arm.name).recipe["selection"]
-    if list(arm.changes) == ["selection.threshold"] and own["threshold"] is not None:
-        return bool(arm.changes["selection.threshold"] < own["threshold"])
-    if list(arm.changes) == ["selection.easy_fraction"] and own["easy_fraction"] is not None:
-        return bool(arm.changes["selection.easy_fraction"] > own["easy_fraction"])
+def _has_more_easy_pairs(results: Results, arm: ArmResult) -> bool:
+    recipe = results.run_of(arm.name).recipe["selection"]
+    if list(arm.changes) == ["selection.threshold"] and recipe["threshold"] is not None:
+        return bool(arm.changes["selection.threshold"] < recipe["threshold"])
+    if list(arm.changes) == ["selection.easy_fraction"] and recipe["easy_fraction"] is not None:
+        return bool(arm.changes["selection.easy_fraction"] > recipe["easy_fraction"])
     return False
 
 
-def _notes(results: Results, measures: dict[str, str]) -> list[str]:
+def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
+    keys = {measure.key for measure in measures}
+    reward = "Reward: mean score of the run's own reward model, which labelled DPO's pairs and trained PPO"
+    reward += (
+        ", except at points with label noise, which trained with another."
+        if any("label_noise" in name for name in results.names)
+        else "."
+    )
+    if "true_reward" in keys:
+        reward += " True r*: the reward that the labels were drawn from."
+    if "second_score" in keys:
+        reward += " Second reward: a reward model trained on other pairs, which no arm optimised."
+    bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.first("best-of-n") else ""
     notes = [
-        "Reward is the mean score of the run's own reward model, which DPO's pairs and PPO were made with"
-        + (
-            ", but at points with label noise, which learnt from another one."
-            if any("label_noise" in name for name in results.names)
-            else "."
-        )
-        + (" The true r* is what the labels were drawn from." if "true_reward" in measures else "")
-        + (
-            " The second reward model was trained on other pairs, and nothing was optimised for it."
-            if "second_score" in measures
-            else ""
-        ),
-        "KL from SFT in nats a completion"
-        + ("; of best-of-n its upper bound log n - (n - 1) / n." if results.first("best-of-n") else ".")
-        + " An arm further from SFT was on a longer leash: see the section on distance.",
+        reward,
+        f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance.",
     ]
     if len(results.seeds) > 1:
         notes.append(
-            "Intervals are 95% intervals over test prompts and seeds, Student's for either (Banerjee 1960), so two or "
-            "three seeds make them wide. sd: of an arm's means, over seeds."
+            "Intervals: 95% over test prompts and seeds, Student's for both (Banerjee 1960), so wide with two or three "
+            "seeds. sd: of an arm's means over seeds."
         )
     else:
-        notes.append("One seed: the intervals are over test prompts and say nothing of other seeds.")
-    if not _one_scale(results, results.finished):
+        notes.append("Intervals: 95% over test prompts at one seed; other seeds may differ.")
+    if len(measures) > len(keys):
         notes.append(
-            "Not all arms were scored by the same reward model, so not all rewards are on one scale; no difference is "
-            "given of two that are not."
+            "The arms were scored by different reward models, whose scales differ: each has its own column, and "
+            "rewards are not compared across columns."
         )
     return notes
 
 
-def _one_scale(results: Results, names: Sequence[str]) -> bool:
-    """Whether these arms' scores may be compared wherever two of them finished the same seed."""
-    return all(results.comparable("score", names[0], name) == results.common_seeds(names[0], name) for name in names)
-
-
-def _win_tie_lose(results: Results, name: str, rival: str) -> str:
+def _format_win_tie_lose(results: Results, name: str, rival: str) -> str:
     """Shares of test prompts, over all seeds that both finished, on which the score is higher, equal, lower."""
     seeds = results.comparable("score", name, rival)
     if not seeds:
         return ""
-    ours, theirs = (results.values(arm, "score", seeds).ravel() for arm in (name, rival))
-    return "/".join(f"{share:.0%}" for share in win_tie_lose(ours, theirs)) + fewer(results, len(seeds), name, rival)
+    one, other = (results.values(arm, "score", seeds).ravel() for arm in (name, rival))
+    shares = "/".join(f"{share:.0%}" for share in win_tie_lose(one, other))
+    return shares + note_missing_seeds(results, len(seeds), name, rival)
 
 
-def _of_differences(results: Results) -> list[str]:
-    return [name for name in results.finished if name in results.plain or role(results, name) in PAPER]
+def _list_arms_with_differences(results: Results) -> list[str]:
+    """The recipe's arms, and the points of sweeps that the paper reports."""
+    return [
+        name for name in results.finished if name in results.plain or find_paper_arm(results, name) in PAPER_REWARDS
+    ]
 
 
-def _rivals(results: Results) -> list[str]:
-    """Against which all others are held: ppo and mpo, or, where neither finished, the first arm."""
+def _list_rivals(results: Results) -> list[str]:
+    """The arms that all others are compared with: ppo and mpo, or the first arm where neither finished."""
     return [rival for arm in ("ppo", "mpo") if (rival := results.first(arm)) is not None] or results.plain[:1]
 
 
-def _compared_pairs(results: Results) -> list[tuple[str, str]]:
-    rivals, names = _rivals(results), _of_differences(results)
+def _list_pairs(results: Results) -> list[tuple[str, str]]:
+    rivals, names = _list_rivals(results), _list_arms_with_differences(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 
-Found = Mapping[str, Mapping[tuple[str, str], Difference]]
-"""Differences by measure and pair of arms."""
-
-
-def _differences_table(results: Results, pairs: Sequence[tuple[str, str]], found: Found) -> Table:
+def _build_differences_table(results: Results, pairs: Sequence[tuple[str, str]], differences: Differences) -> Table:
     rows = []
     for one, other in pairs:
-        told = [each.get((one, other)) for each in found.values()]
-        cells = [(interval_text(each.interval), p_text(each.p)) if each is not None else ("", "") for each in told]
         seeds = len(results.common_seeds(one, other))
-        rows.append([f"{one} − {other}{fewer(results, seeds, one, other)}", *(text for pair in cells for text in pair)])
-    headings = ["arms", *(text for key in found for text in (MEASURES[key], "p"))]
-    return Table(
-        headings,
-        rows,
-        [
-            "Paired by prompt and seed. Each p is of no difference (two-sided, of the same interval), corrected for "
-            "the differences of its column (Holm)."
-        ],
-    )
+        row = [f"{one} − {other}{note_missing_seeds(results, seeds, one, other)}"]
+        for by_pair in differences.values():
+            difference = by_pair.get((one, other))
+            row += (
+                ["", ""]
+                if difference is None
+                else [
+                    format_interval(difference.interval),
+                    format_p_value(difference.p),
+                ]
+            )
+        rows.append(row)
+    headings = ["arms", *(text for key in differences for text in (MEASURES[key], "p"))]
+    note = "Paired by prompt and seed. p: two-sided, of no difference, corrected for the rows of its column (Holm)."
+    return Table(headings, rows, [note])
 
 
-def by_pair(found: Sequence[Difference]) -> dict[tuple[str, str], Difference]:
+def index_by_pair(differences: Sequence[Difference]) -> dict[tuple[str, str], Difference]:
     """Differences by their two arms."""
-    return {(one.one, one.other): one for one in found}
+    return {(difference.one, difference.other): difference for difference in differences}
 
 
-def _order_table(results: Results) -> Table | None:
+def _build_order_table(results: Results) -> Table | None:
     claims: list[tuple[str, str]] = []
-    where: list[str] = []
+    sources: list[str] = []
     for run in results.runs:
-        own = [name for name in results.finished if results.run_of(name) is run]
-        by_role = {role(results, name): name for name in reversed(own)}
-        for one, other, place in ORDER:
-            if {one, other} <= by_role.keys():
-                claims.append((by_role[one], by_role[other]))
-                where.append(place)
+        names = [name for name in results.finished if results.run_of(name) is run]
+        by_paper_arm = {find_paper_arm(results, name): name for name in reversed(names)}
+        for one, other, source in PAPER_ORDER:
+            if {one, other} <= by_paper_arm.keys():
+                claims.append((by_paper_arm[one], by_paper_arm[other]))
+                sources.append(source)
     if not claims:
         return None
-    measures = results.measures(results.finished)
-    found = claims_table(results, claims, measures)
-    headings = [found.headings[0], "in", *found.headings[1:]]
-    rows = [[row[0], place, *row[1:]] for row, place in zip(found.rows, where, strict=True)]
-    return Table(headings, rows, [*found.notes, "The paper's own figures stand in the first table."])
+    table = build_claims_table(results, claims, results.measures(results.finished))
+    headings = [table.headings[0], "in", *table.headings[1:]]
+    rows = [[row[0], source, *row[1:]] for row, source in zip(table.rows, sources, strict=True)]
+    return Table(headings, rows, [*table.notes, "The paper's own values are in the first table."])
 
 
-def claims_table(results: Results, claims: Sequence[tuple[str, str]], measures: Mapping[str, str]) -> Table:
-    """A row a claim that the first arm is above the second: our difference, and whether the order appears."""
-    found = {key: by_pair(differences(results, claims, key)) for key in measures}
+def build_claims_table(results: Results, claims: Sequence[tuple[str, str]], measures: Mapping[str, str]) -> Table:
+    """A row for every claim that the first arm is above the second: our difference, and whether it agrees."""
+    differences = {key: index_by_pair(compute_differences(results, claims, key)) for key in measures}
     rows = []
     for claim in claims:
-        cells = []
+        row = [" > ".join(claim)]
         for key in measures:
-            each = found[key].get(claim)
-            cells += [difference_text(results, each) if each is not None else "", borne_out(results, claim, each)]
-        rows.append([" > ".join(claim), *cells])
+            difference = differences[key].get(claim)
+            row.append("" if difference is None else format_difference(results, difference))
+            row.append(check_claim(results, claim, difference))
+        rows.append(row)
     headings = ["the paper finds", *(text for label in measures.values() for text in (f"our {label}", "here"))]
     notes = [f"p corrected for the claims of the column, {len(claims)} at most (Holm)."]
     if len(results.seeds) == 1:
-        notes.append("One seed: another may order the arms otherwise.")
+        notes.append("One seed: the order may differ at another.")
     return Table(headings, rows, notes)
 
 
-def borne_out(results: Results, claim: tuple[str, str], difference: Difference | None) -> str:
-    """Whether a claimed order appears."""
+def check_claim(results: Results, claim: tuple[str, str], difference: Difference | None) -> str:
+    """`confirmed`, `reversed` or `not significant`, or the reason why a claimed order could not be checked."""
     if difference is not None:
-        found = sign(difference.interval, difference.p)
-        here = {1: "appears", -1: "reversed", 0: "not told apart"}[found]
-        return f"{here} at this seed" if found and difference.seeds == 1 else here
+        sign = find_significant_sign(difference.interval, difference.p)
+        verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[sign]
+        return f"{verdict} at this seed" if sign and difference.seeds == 1 else verdict
     failed = [name for name in claim if not results.done(name)]
     return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
 
-def _opening(results: Results, found: Found) -> str:
-    first = [results.named(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
-    lost = [name for name in first if name in results.names and not results.done(name)]
-    before = f"{' and '.join(lost)} failed at every seed. " if lost else ""
-    pair = compared(results)
+def _write_opening(results: Results, differences: Differences) -> str:
+    """The arm with the highest reward and its significance, then the two compared arms with their numbers."""
+    names = [results.named(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
+    failed = [name for name in names if name in results.names and not results.done(name)]
+    sentences = [*_describe_best_arm(results, differences), *_compare_two_arms(results, differences)]
+    if failed:
+        sentences.insert(1, f"{' and '.join(failed)} failed at every seed.")
+    return " ".join(sentences)
+
+
+def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
+    """Sentences on the two arms that come first, or on one arm where there are no two."""
+    pair = choose_compared_arms(results)
     if pair is None:
         name = results.finished[0]
-        text = interval_text(mean_of(results, name, "score"))
-        only = "One arm finished" if len(results.finished) == 1 else "There are no two arms to compare first"
-        return f"{before}{only}: {name} has a mean reward of {text} {over(results, list(results.done(name)))}."
+        reward = format_interval(estimate_mean(results, name, "score"))
+        sample = describe_sample(results, list(results.done(name)))
+        only = "Only one arm finished" if len(results.finished) == 1 else "No two arms of the recipe finished"
+        return [f"{only}: {name} has a mean reward of {reward} (95% interval {sample})."]
     one, other = pair
     seeds = results.common_seeds(one, other)
     if not seeds:
-        return f"{before}{one} and {other} finished no seed in common, so they cannot be compared prompt by prompt."
-    said = []
+        return [f"{one} and {other} finished at no common seed, so they cannot be compared prompt by prompt."]
+    texts = []
     for key, name in results.measures(pair).items():
         if results.comparable(key, one, other) != seeds:
-            said.append(f"{name} was given by other models and is not compared")
+            texts.append(f"{name} is not compared, because different models gave it")
             continue
-        told = found.get(key, {}).get(pair) or differences(results, [pair], key)[0]
-        said.append(f"{name} {verdict(told.interval, told.p)}")
-    whose = f"95% intervals {over(results, seeds)}{fewer(results, len(seeds), one, other)}"
-    corrected = "p corrected for all differences below" if any(pair in each for each in found.values()) else ""
-    whose = "; ".join(filter(None, (whose, corrected)))
-    return f"{before}{one} minus {other}: {'; '.join(said)} ({whose}). {_best(results, found)}".rstrip()
+        difference = differences.get(key, {}).get(pair) or compute_differences(results, [pair], key)[0]
+        texts.append(describe_difference(name, one, other, difference.interval, difference.p))
+    sample = f"Intervals are {describe_sample(results, seeds)}{note_missing_seeds(results, len(seeds), one, other)}"
+    if any(pair in by_pair for by_pair in differences.values()):
+        sample += "; p is corrected for all differences below (Holm)"
+    return [start_sentence("; ".join(texts)), f"{sample}."]
 
 
-def _best(results: Results, found: Found) -> str:
-    """The arm of the recipe with the highest reward, and how it stands to those that all are held against."""
+def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
+    """A sentence on the arm with the highest reward of three or more on one scale; none otherwise."""
     complete = [name for name in results.plain if results.ran(name) == list(results.done(name)) == results.seeds]
-    if len(complete) < 3 or not _one_scale(results, complete):
-        return ""
+    scales = [measure.names for measure in list_measures(results) if measure.key == "score"]
+    if len(complete) < 3 or not any(set(complete) <= set(names) for names in scales):
+        return []
     means = {name: float(results.values(name, "score").mean()) for name in complete}
-    top = max(means, key=means.__getitem__)
-    whole = "the recipe's arms" if complete == results.plain else f"the {len(complete)} arms that finished every seed"
-    words = {1: "above {}", -1: "below {}", 0: "not told apart from {}"}
-    said = [
-        words[sign(each.interval, each.p)].format(each.other)
-        for each in found.get("score", {}).values()
-        if each.one == top
-    ]
-    close = [
-        each.one
-        for each in found.get("score", {}).values()
-        if each.other == top and each.one in complete and sign(each.interval, each.p) == 0
-    ]
-    if close:
-        said.append(f"not told apart from {list_first(close)}")
-    return f"Of {whole} {top} has the highest mean reward, {means[top]:.2f}{': ' if said else ''}{', '.join(said)}."
+    best = max(means, key=means.__getitem__)
+    group = (
+        f"the {len(complete)} arms" if complete == results.plain else f"the {len(complete)} arms without failed seeds"
+    )
+    above: list[str] = []
+    equal: list[str] = []
+    for difference in differences.get("score", {}).values():
+        sign = find_significant_sign(difference.interval, difference.p)
+        other = difference.other if difference.one == best else difference.one
+        if best not in (difference.one, difference.other) or other not in complete:
+            continue
+        if sign == (1 if difference.one == best else -1):
+            above.append(other)
+        elif sign == 0 and not math.isnan(difference.interval.low):
+            equal.append(other)
+    texts = [f"significantly above {join_names(above)}"] if above else []
+    texts += [f"with no significant difference from {_join_first(equal)}"] if equal else []
+    highest = f"{best} has the highest mean reward of {group} ({format_number(means[best])})"
+    return [f"{', '.join([highest, *texts])}."]
+
+
+def _join_first(names: Sequence[str]) -> str:
+    return join_names(names) if len(names) <= 3 else list_first(names)

@@ -1,4 +1,4 @@
-"""What the tables compare: means over prompts and seeds, paired differences, corrected p-values, and their words."""
+"""Means over prompts and seeds, paired differences, corrected p-values, and the sentences that state them."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from jaxtyping import Float64
 
 from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
-from mixpo.experiments.results import SHARES, Results
+from mixpo.experiments.results import MEASURES, SHARES, Results
 
 LEVEL = 0.05
-UNTOLD = "cannot be told"
-"""In a cell for what there is too little to say of."""
+NOT_ESTIMABLE = "not estimable"
+"""In a cell whose value too few or too uniform data leave open."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,42 @@ class Difference:
     seeds: int
     interval: Interval
     p: float
-    """Of no difference, corrected for the number of differences that it was asked for with (Holm 1979)."""
+    """Of no difference, corrected for the number of differences in the same call (Holm 1979)."""
 
 
-def mean_of(results: Results, name: str, key: str) -> Interval:
+@dataclass(frozen=True)
+class Measure:
+    """A column of the evaluations and the arms whose values are on one scale."""
+
+    key: str
+    title: str
+    names: list[str]
+
+
+def list_measures(results: Results) -> list[Measure]:
+    """Every measure of the finished arms; a reward once for each reward model, since their scales differ."""
+    measures = []
+    for key, title in MEASURES.items():
+        groups: list[list[str]] = []
+        for name in (name for name in results.finished if results.has([name], key)):
+            group = next((group for group in groups if _share_scale(results, key, group[0], name)), None)
+            groups.append([name]) if group is None else group.append(name)
+        runs = [results.run_of(group[0]).name for group in groups]
+        owners = runs if len(set(runs)) == len(runs) else [group[0] for group in groups]
+        titles = [title] if len(groups) == 1 else [f"{title} (model of {owner})" for owner in owners]
+        measures += [Measure(key, *each) for each in zip(titles, groups, strict=True)]
+    return measures
+
+
+def _share_scale(results: Results, key: str, one: str, other: str) -> bool:
+    """True if one model scored both arms wherever both finished; without a common seed, whether they are of one run."""
+    seeds = results.common_seeds(one, other)
+    if not seeds:
+        return results.run_of(one) is results.run_of(other)
+    return results.comparable(key, one, other) == seeds
+
+
+def estimate_mean(results: Results, name: str, key: str) -> Interval:
     """An arm's mean of a column, or its share, with its 95% interval over prompts and seeds."""
     values = results.values(name, key)
     if key in SHARES:
@@ -36,100 +68,126 @@ def mean_of(results: Results, name: str, key: str) -> Interval:
     return crossed_interval(values)
 
 
-def differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) -> list[Difference]:
-    """Paired differences of a column, in the order of `pairs`; those without a comparable seed are left out."""
-    found = []
+def compute_differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) -> list[Difference]:
+    """Paired differences of a column, in the order of `pairs`, without those that have no comparable seed."""
+    paired = []
     for one, other in pairs:
         if seeds := results.comparable(key, one, other):
-            found.append((one, other, results.values(one, key, seeds) - results.values(other, key, seeds)))
-    return estimated(found)
+            paired.append((one, other, results.values(one, key, seeds) - results.values(other, key, seeds)))
+    return estimate_differences(paired)
 
 
-def estimated(found: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
+def estimate_differences(paired: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
     """Differences of two arms from their paired values, each p corrected for the number of them."""
-    made = [(one, other, len(values), *crossed_estimate(values)) for one, other, values in found]
-    corrected = correct_by_holm([p for *_, p in made])
-    return [Difference(*made[place][:4], p) for place, p in enumerate(corrected)]
+    estimates = [(one, other, len(values), *crossed_estimate(values)) for one, other, values in paired]
+    corrected = correct_by_holm([p for *_, p in estimates])
+    return [Difference(*estimate[:4], p) for estimate, p in zip(estimates, corrected, strict=True)]
 
 
-def mean_text(results: Results, name: str, key: str) -> str:
-    """An arm's mean with its interval; how many seeds it is of where some failed, `failed` where all did."""
+def format_number(value: float, spec: str = ".2f") -> str:
+    """A number with a true minus sign, and no minus before zero: `−1.50`."""
+    return format(value, f"{spec[:1] if spec[:1] == '+' else ''}z{spec.removeprefix('+')}").replace("-", "−")
+
+
+def format_interval(interval: Interval, spec: str = ".2f") -> str:
+    """`1.23 [1.10, 1.36]`."""
+    mean, low, high = (format_number(value, spec) for value in (interval.mean, interval.low, interval.high))
+    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
+
+
+def format_mean(results: Results, name: str, key: str) -> str:
+    """An arm's mean with its interval and the number of its seeds where some failed; `failed` where all did."""
     if not results.done(name):
         return "failed"
-    return interval_text(mean_of(results, name, key)) + fewer(results, len(results.done(name)), name)
+    return format_interval(estimate_mean(results, name, key)) + note_missing_seeds(
+        results, len(results.done(name)), name
+    )
 
 
-def fewer(results: Results, seeds: int, *names: str) -> str:
-    """` (2 of 3 seeds)` where so many seeds are not all at which the arms were run."""
+def note_missing_seeds(results: Results, seeds: int, *names: str) -> str:
+    """` (2 of 3 seeds)` where the arms ran at more seeds than this; empty otherwise."""
     ran = len(results.ran(*names))
-    return f" ({seeds} of {counted(ran, 'seed')})" if seeds < ran else ""
+    return f" ({seeds} of {format_count(ran, 'seed')})" if seeds < ran else ""
 
 
-def label(results: Results, name: str) -> str:
+def label_arm(results: Results, name: str) -> str:
     """An arm's name, with the number of seeds at which it failed."""
     ran, done = results.of(name), results.done(name)
     return name if len(done) == len(ran) else f"{name} (failed at {len(ran) - len(done)} of {len(ran)} seeds)"
 
 
-def interval_text(interval: Interval) -> str:
-    """`1.23 [1.10, 1.36]`."""
-    if math.isnan(interval.low):
-        return f"{interval.mean:.2f}"
-    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
-def p_text(p: float) -> str:
+def format_p_value(p: float) -> str:
     """`0.034`; what is smaller than a thousandth as a bound."""
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def difference_text(results: Results, difference: Difference) -> str:
-    """`0.12 [0.05, 0.19] (p 0.002)`, and how many seeds it is of where some failed."""
-    said = f"{interval_text(difference.interval)} (p {p_text(difference.p)})"
-    return said + fewer(results, difference.seeds, difference.one, difference.other)
+def format_difference(results: Results, difference: Difference) -> str:
+    """`0.12 [0.05, 0.19] (p 0.002)`, with the number of its seeds where some failed."""
+    text = f"{format_interval(difference.interval)} (p {format_p_value(difference.p)})"
+    return text + note_missing_seeds(results, difference.seeds, difference.one, difference.other)
 
 
-def counted(count: int, thing: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """`1 claim`, `3 claims`."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def sign(interval: Interval, p: float) -> int:
-    """1 or -1 where the interval excludes zero and the corrected p is small; 0 where the two are not told apart."""
+def join_names(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def start_sentence(text: str) -> str:
+    """A sentence with a capital first letter and a full stop, unless it begins with the name of an arm."""
+    return f"N{text[1:]}." if text.startswith("no ") else f"{text}."
+
+
+def find_significant_sign(interval: Interval, p: float) -> int:
+    """1 or -1 where the interval excludes zero and the corrected p is small; 0 where the difference is not significant.
+
+    An interval with the bound nan is of values that are all alike: never significant.
+    """
     if math.isnan(interval.low) or p >= LEVEL or interval.low <= 0 <= interval.high:
         return 0
     return 1 if interval.low > 0 else -1
 
 
-def verdict(interval: Interval, p: float) -> str:
-    """A paired difference, and what it lets one say: `0.12 [0.05, 0.19] (p 0.002), above zero`."""
+def describe_difference(measure: str, one: str, other: str, interval: Interval, p: float) -> str:
+    """`mpo has a significantly higher reward than ppo (+0.12, 95% CI [0.05, 0.19], p 0.002)`.
+
+    `no significant difference between mpo and ppo in reward (…)` where the interval or p does not show one.
+    """
+    mean = format_number(interval.mean, "+.2f")
     if math.isnan(interval.low):
-        return f"{interval_text(interval)}, of values all alike, which have no interval"
-    said = {1: "above zero", -1: "below zero", 0: "which does not tell the two apart"}[sign(interval, p)]
-    return f"{interval_text(interval)} (p {p_text(p)}), {said}"
+        return f"{one} minus {other} in {measure} is {mean} on every prompt, so it has no interval"
+    bounds = f"[{format_number(interval.low)}, {format_number(interval.high)}]"
+    evidence = f"({mean}, 95% CI {bounds}, p {format_p_value(p)})"
+    if sign := find_significant_sign(interval, p):
+        return f"{one} has a significantly {'higher' if sign > 0 else 'lower'} {measure} than {other} {evidence}"
+    return f"no significant difference between {one} and {other} in {measure} {evidence}"
 
 
-def over(results: Results, seeds: Sequence[int]) -> str:
-    """What an interval speaks of: `over 256 prompts and 5 seeds`."""
+def describe_sample(results: Results, seeds: Sequence[int]) -> str:
+    """The sample of an interval: `over 256 prompts and 5 seeds`."""
     count = next(iter(results.values(name, "score").shape[1] for name in results.finished))
     if len(seeds) == 1:
-        return f"over {count} prompts at one seed, so it says nothing of other seeds"
-    return f"over {count} prompts and {len(seeds)} seeds"
+        return f"over {format_count(count, 'prompt')} at one seed; other seeds may differ"
+    return f"over {format_count(count, 'prompt')} and {len(seeds)} seeds"
 
 
-def along(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
-    """An arm of the recipe and its points of the sweep of one setting alone, finished or not: value and name."""
+def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
+    """An arm of the recipe and its points in the sweep of one setting alone, finished or not: value and name."""
     if arm not in results.names:
         return []
     section, _, last = key.partition(".")
     points = {arm: results.run_of(arm).recipe[section].get(last)}
-    for one in results.arms:
-        if one.arm == arm and list(one.changes) == [key]:
-            points[one.name] = one.changes[key]
+    for result in results.arms:
+        if result.arm == arm and list(result.changes) == [key]:
+            points[result.name] = result.changes[key]
     return sorted((float(value), name) for name, value in points.items() if value is not None)
 
 
-def swept(results: Results, key: str) -> list[str]:
+def list_swept_arms(results: Results, key: str) -> list[str]:
     """The arms of the recipe that have points in the sweep of one setting alone."""
     plain = [name for name in results.names if not results.of(name)[0].changes]
-    return [arm for arm in plain if len(along(results, arm, key)) > 1]
+    return [arm for arm in plain if len(list_sweep_points(results, arm, key)) > 1]

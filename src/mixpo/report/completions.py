@@ -1,48 +1,49 @@
-"""What do they say? Every arm's completions of the test prompts, side by side."""
+"""Every arm's completions of the test prompts, side by side."""
 
 from mixpo.data.rows import as_messages
 from mixpo.experiments.results import Results, read_completions
-from mixpo.report.arms import compared
-from mixpo.report.comparison import counted
-from mixpo.report.document import ArmCompletion, Asked, Turn
+from mixpo.report.arms import choose_compared_arms
+from mixpo.report.comparison import format_count
+from mixpo.report.document import ArmCompletion, PromptCompletions, Turn
 
-MOST = 256
-"""Prompts shown."""
+MAX_PROMPTS = 256
+"""Prompts in the report."""
 
 
-def asked(results: Results) -> list[Asked]:
-    """The first test prompts with the completions of the arms that finished the seed of `_seed`."""
-    seed = _seed(results)
+def list_completions(results: Results) -> list[PromptCompletions]:
+    """The first test prompts with the completions of the arms that finished the seed at which most arms did."""
+    seed = _choose_seed(results)
     rows = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     if not rows:
         return []
-    shown = []
-    for number, row in enumerate(next(iter(rows.values()))[:MOST]):
+    prompts = []
+    for i, row in enumerate(next(iter(rows.values()))[:MAX_PROMPTS]):
         *earlier, last = [Turn(**message) for message in as_messages(row["prompt"])]
-        said = [
-            ArmCompletion(arm, one["completion"], one["score"], one.get("true_reward"), one.get("second_score"))
-            for arm, one in ((arm, found[number]) for arm, found in rows.items())
+        completions = [
+            ArmCompletion(arm, own["completion"], own["score"], own.get("true_reward"), own.get("second_score"))
+            for arm, own in ((arm, arm_rows[i]) for arm, arm_rows in rows.items())
         ]
-        shown.append(Asked(number + 1, earlier, last.content, said))
-    return shown
+        prompts.append(PromptCompletions(i + 1, earlier, last.content, completions))
+    return prompts
 
 
-def _seed(results: Results) -> int:
+def _choose_seed(results: Results) -> int:
     """The first seed at which most arms finished."""
     return max(results.seeds, key=lambda seed: sum(seed in results.done(name) for name in results.finished))
 
 
-def opening(results: Results, asked: list[Asked]) -> str:
-    """What they are, and on how many the compared arms differ."""
-    if not asked:
+def write_opening(results: Results, prompts: list[PromptCompletions]) -> str:
+    """The number of prompts and arms, and the number of prompts on which the two compared arms differ."""
+    if not prompts:
         return "No arm finished, so there are no completions."
-    arms = counted(len(asked[0].completions), "arm")
-    said = f"The first {counted(len(asked), 'test prompt')}, and completions of {arms} at seed {_seed(results)}"
-    scores = [{shown.arm: shown.score for shown in one.completions} for one in asked]
-    pair = compared(results)
-    if pair is None or _seed(results) not in results.comparable("score", *pair):
-        return f"{said}."
+    seed = _choose_seed(results)
+    arms = format_count(len(prompts[0].completions), "arm")
+    text = f"Completions of {arms} for the first {format_count(len(prompts), 'test prompt')}, at seed {seed}"
+    scores = [{completion.arm: completion.score for completion in prompt.completions} for prompt in prompts]
+    pair = choose_compared_arms(results)
+    if pair is None or seed not in results.comparable("score", *pair):
+        return f"{text}."
     one, other = pair
     higher = sum(score[one] > score[other] for score in scores)
     lower = sum(score[one] < score[other] for score in scores)
-    return f"{said}; the score of {one} is above that of {other} on {higher} of them and below it on {lower}."
+    return f"{text}. {one} scores higher than {other} on {higher} of them and lower on {lower}."

@@ -1,4 +1,4 @@
-"""A report as data: sections of figures and tables, before they become HTML, Markdown or JSON."""
+"""The report as data: sections with figures and tables, independent of HTML, Markdown and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text; its notes stand below it."""
+    """A table of text cells, with notes below it."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -17,31 +17,31 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture and the numbers that it was drawn from."""
+    """An SVG figure and the numbers that it draws."""
 
     name: str
-    """Of its files: lower case, digits and hyphens, unlike every other figure's of the report."""
+    """File name of its data: lower case, digits and hyphens, unique in the report."""
     svg: Markup
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | int | None]]
-    """One a drawn point; None where a value is not there."""
+    """One for each point; None where a value is missing."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What stands together in a section: figures above a table, and words below it."""
+    """A part of a section: figures, a table below them, and notes below the table."""
 
     title: str = ""
     figures: Sequence[Figure] = ()
     table: Table | None = None
     notes: Sequence[str] = ()
     key: Markup | None = None
-    """Whose line has which colour, where the figures share that."""
+    """Colour key that the figures share."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One question: a sentence that answers it from its figures, then figures and tables."""
+    """One question: a sentence with the answer, then figures and tables."""
 
     id: str
     title: str
@@ -51,7 +51,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message of a prompt."""
+    """One message of a prompt."""
 
     role: str
     content: str
@@ -59,7 +59,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class ArmCompletion:
-    """An arm's completion of a prompt."""
+    """An arm's completion of a prompt, with its scores."""
 
     arm: str
     text: str
@@ -69,28 +69,28 @@ class ArmCompletion:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptCompletions:
     """A test prompt and every arm's completion of it."""
 
     number: int
-    earlier: Sequence[Turn]
-    last: str
+    earlier_turns: Sequence[Turn]
+    last_message: str
     completions: Sequence[ArmCompletion]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A report."""
+    """The whole report."""
 
     title: str
     facts: Sequence[tuple[str, str]]
-    """Such as ("seeds", "0, 1, 2"): what stands at the head."""
+    """Names and values at the head, such as ("seeds", "0, 1, 2")."""
     sections: Sequence[Section]
     completions_opening: str
-    asked: Sequence[Asked]
+    prompts: Sequence[PromptCompletions]
     pair: tuple[str, str] | None
-    """The two arms that the completions are first compared for."""
-    failed: Sequence[tuple[str, str]]
-    """What failed, and why."""
+    """The two arms whose completions are compared first."""
+    failures: Sequence[tuple[str, str]]
+    """What failed, and the reason."""
     recipes: Sequence[tuple[str, str]] = field(default_factory=tuple)
     """Every run's name and its recipe as YAML."""

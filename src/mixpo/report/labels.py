@@ -1,21 +1,21 @@
-"""Where the names of points in a plane stand, so that none covers another: geometry alone, in any one unit."""
+"""Placement of labels beside points without overlaps, as geometry in one unit."""
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 DISTANCES = (5, 8, 12, 17, 23, 30, 38, 47, 57)
-"""Tried from a point to its name, the nearest first."""
+"""Candidate distances from a point to its label, the nearest first."""
 DIRECTIONS = 24
 LEADER = 9
-"""From this distance on a line leads from the point to its name."""
+"""Distance from which a line leads from the point to its label."""
 HALF_MARK = 3.5
 CROSSED, BLOCKED = 4.0, 25.0
-"""What it costs, as distance does, that a name covers a line, and that its own line runs over a point or a name."""
+"""Costs, in units of distance, of a label on a line, and of a leader over a point or another label."""
 
 
 class Box(NamedTuple):
-    """A rectangle along the axes."""
+    """A rectangle parallel to the axes."""
 
     left: float
     bottom: float
@@ -23,13 +23,13 @@ class Box(NamedTuple):
     top: float
 
     def overlaps(self, other: "Box") -> bool:
-        """Whether the two share more than an edge."""
+        """True if the two share more than an edge."""
         return (
             self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
         )
 
-    def holds(self, other: "Box") -> bool:
-        """Whether the other lies within."""
+    def contains(self, other: "Box") -> bool:
+        """True if the other lies inside."""
         return (
             self.left <= other.left
             and other.right <= self.right
@@ -39,51 +39,53 @@ class Box(NamedTuple):
 
 
 class Label(NamedTuple):
-    """Where a name stands."""
+    """The position of a label."""
 
     box: Box
     side: int
-    """Of its point: -1 to the left, 1 to the right, 0 above or below."""
+    """-1 to the left of its point, 1 to the right, 0 above or below."""
     leader: tuple[tuple[float, float], tuple[float, float]] | None
-    """The ends of the line that leads to it; None where it stands close by."""
+    """The ends of the line from the point to the label; None where the label is close."""
 
 
-def placed(
+def place_labels(
     points: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
     *,
     frame: Box,
     lines: Sequence[Box] = (),
 ) -> list[Label | None]:
-    """A place for a name of every size beside its point, within the frame and on no point or other name.
+    """Choose a position for every label: near its point, inside the frame, on no point and on no other label.
 
-    The most crowded point chooses first, each the cheapest place: near, with few of `lines` below it. None where there
-    is no room.
+    The most crowded point chooses first, and each takes the cheapest position: near, and on few of `lines`. None where
+    no position is free.
     """
     marks = [Box(x - HALF_MARK, y - HALF_MARK, x + HALF_MARK, y + HALF_MARK) for x, y in points]
     crossed = list(lines)
-    found: list[Label | None] = [None] * len(points)
-    for number in sorted(range(len(points)), key=lambda one: _room(points, one)):
-        taken = [*marks, *(label.box for label in found if label is not None)]
-        others = [box for box in taken if box is not marks[number]]
+    labels: list[Label | None] = [None] * len(points)
+    for i in sorted(range(len(points)), key=lambda index: -_compute_crowding(points, index)):
+        taken = [*marks, *(label.box for label in labels if label is not None)]
+        others = [box for box in taken if box is not marks[i]]
         best = math.inf
-        for distance, label in _places(points[number], sizes[number]):
-            if not frame.holds(label.box) or any(label.box.overlaps(box) for box in taken):
+        for distance, label in _list_candidates(points[i], sizes[i]):
+            if not frame.contains(label.box) or any(label.box.overlaps(box) for box in taken):
                 continue
             cost = distance + CROSSED * sum(label.box.overlaps(line) for line in crossed)
-            cost += BLOCKED * sum(step.overlaps(box) for step in _steps(label) for box in others)
+            cost += BLOCKED * sum(part.overlaps(box) for part in _cover_leader(label) for box in others)
             if cost < best:
-                best, found[number] = cost, label
-        if (chosen := found[number]) is not None:
-            crossed += _steps(chosen)
-    return found
+                best, labels[i] = cost, label
+        if (chosen := labels[i]) is not None:
+            crossed += _cover_leader(chosen)
+    return labels
 
 
-def _room(points: Sequence[tuple[float, float]], number: int) -> float:
-    return -sum(math.exp(-math.dist(points[number], other) / 20) for other in points)
+def _compute_crowding(points: Sequence[tuple[float, float]], index: int) -> float:
+    """The number of points near a point, weighted by exp(-distance / 20)."""
+    return sum(math.exp(-math.dist(points[index], other) / 20) for other in points)
 
 
-def _places(point: tuple[float, float], size: tuple[float, float]) -> Iterator[tuple[float, Label]]:
+def _list_candidates(point: tuple[float, float], size: tuple[float, float]) -> Iterator[tuple[float, Label]]:
+    """All positions of a label around its point, with their distances."""
     (x, y), (width, height) = point, size
     for distance in DISTANCES:
         for turn in range(DIRECTIONS):
@@ -96,8 +98,8 @@ def _places(point: tuple[float, float], size: tuple[float, float]) -> Iterator[t
             yield distance, Label(box, side, (point, end) if distance >= LEADER else None)
 
 
-def _steps(label: Label) -> list[Box]:
-    """The line to a name as a row of small boxes."""
+def _cover_leader(label: Label) -> list[Box]:
+    """The line to a label as a row of small boxes."""
     if label.leader is None:
         return []
     (x, y), (to_x, to_y) = label.leader

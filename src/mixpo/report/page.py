@@ -1,4 +1,4 @@
-"""The report of finished runs: its sections put together, and written as HTML, Markdown, CSV or JSON."""
+"""The report of finished runs: all sections together, written as HTML, Markdown, CSV or JSON."""
 
 import json
 import math
@@ -26,43 +26,43 @@ from mixpo.report import (
     theorem,
     training,
 )
-from mixpo.report.comparison import mean_of
+from mixpo.report.comparison import estimate_mean
 from mixpo.report.document import Document, Section
 
 Format = Literal["html", "md", "csv", "json"]
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
-    arms.section,
-    reward_model.section,
-    selection.section,
-    distance.section,
-    overoptimisation.section,
-    judges.section,
-    people.section,
-    cost.section,
-    subsets.section,
-    noise.section,
-    theorem.section,
-    training.section,
+    arms.build_section,
+    reward_model.build_section,
+    selection.build_section,
+    distance.build_section,
+    overoptimisation.build_section,
+    judges.build_section,
+    people.build_section,
+    cost.build_section,
+    subsets.build_section,
+    noise.build_section,
+    theorem.build_section,
+    training.build_section,
 )
 
 
-def document(results: Results) -> Document:
+def build_document(results: Results) -> Document:
     """The report as data."""
-    asked = completions.asked(results)
+    prompts = completions.list_completions(results)
     facts = [
         ("arms", ", ".join(results.names)),
         ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds))),
     ]
-    facts += [("data", _data_text(stage.summary)) for stage in results.stages_of("Data")]
+    facts += [("data", _describe_data(stage.summary)) for stage in results.stages_of("Data")]
     facts += dict.fromkeys(
-        (f"{stage.kind} rows", said)
+        (f"{stage.kind} rows", text)
         for kind in ("SFT", "RewardModel", "DPO")
         for stage in results.stages_of(kind)
-        if (said := _left_out(stage.summary))
+        if (text := _describe_excluded(stage.summary))
     )
     facts += [("models", f"{run.folder / 'models'}/ARM-SEED") for run in results.runs]
     failed = [
-        (f"{arm.name} (seed {arm.seed})", arm.reason or "no reason was kept")
+        (f"{arm.name} (seed {arm.seed})", arm.reason or "unknown reason")
         for arm in results.arms
         if arm.status == "failed"
     ]
@@ -72,57 +72,57 @@ def document(results: Results) -> Document:
     return Document(
         title=results.title,
         facts=facts,
-        sections=[section for make in SECTIONS if (section := make(results)) is not None],
-        completions_opening=completions.opening(results, asked),
-        asked=asked,
-        pair=arms.compared(results),
-        failed=[*failed, *partly, *theorem.failed(results)],
+        sections=[section for build in SECTIONS if (section := build(results)) is not None],
+        completions_opening=completions.write_opening(results, prompts),
+        prompts=prompts,
+        pair=arms.choose_compared_arms(results),
+        failures=[*failed, *partly, *theorem.list_failures(results)],
         recipes=[(run.name, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in results.runs],
     )
 
 
-def _data_text(summary: dict[str, Any]) -> str:
-    said = f"{summary['train_rows']:,} pairs to train, {summary['test_rows']:,} to test, "
-    said += f"{summary['demonstration_rows']:,} demonstrations"
-    said += f", {summary['second_rows']:,} for the second reward model" if summary.get("second_rows") else ""
-    return said + (f"; {summary['bad_rows']:,} rows were left out" if summary["bad_rows"] else "")
+def _describe_data(summary: dict[str, Any]) -> str:
+    text = f"{summary['train_rows']:,} train pairs, {summary['test_rows']:,} test pairs, "
+    text += f"{summary['demonstration_rows']:,} demonstrations"
+    text += f", {summary['second_rows']:,} pairs for the second reward model" if summary.get("second_rows") else ""
+    return text + (f"; {summary['bad_rows']:,} bad rows were excluded" if summary["bad_rows"] else "")
 
 
-def _left_out(summary: dict[str, Any]) -> str:
-    """What a stage could not learn from as it stands in the rows; nothing if there is nothing to say."""
-    said = {
-        "completions cut to max_completion_tokens": "truncated",
-        "pairs of identical completions left out": "identical",
+def _describe_excluded(summary: dict[str, Any]) -> str:
+    """The numbers of truncated and of excluded rows of a stage; empty if there are none."""
+    keys = {
+        "completions truncated to max_completion_tokens": "truncated",
+        "pairs of identical completions excluded": "identical",
     }
-    return ", ".join(f"{summary[key]:,} {words}" for words, key in said.items() if summary.get(key))
+    return ", ".join(f"{summary[key]:,} {words}" for words, key in keys.items() if summary.get(key))
 
 
-def text(results: Results, form: Format) -> str:
-    """The report in a form."""
+def render_report(results: Results, form: Format) -> str:
+    """The report as text in one of the formats."""
     if form == "csv":
-        columns, rows = numbers(results)
-        return render.csv_text(columns, rows)
+        columns, rows = tabulate_means(results)
+        return render.format_csv(columns, rows)
     if form == "json":
-        return as_json(results)
+        return render_json(results)
     if form == "md":
-        return render.markdown(document(results))
+        return render.render_markdown(build_document(results))
     newest = max((run.folder / "results.json").stat().st_mtime for run in results.runs)
-    return render.html(
-        document(results),
+    return render.render_html(
+        build_document(results),
         mixpo=", ".join(dict.fromkeys(run.mixpo for run in results.runs)),
         date=f"{datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}",
     )
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write `report.html` into a folder; its path."""
+    """Write `report.html` into a folder and return its path."""
     path = folder / "report.html"
-    path.write_text(text(results, "html"), encoding="utf8")
+    path.write_text(render_report(results, "html"), encoding="utf8")
     return path
 
 
-def numbers(results: Results) -> tuple[list[str], list[list[Any]]]:
-    """The means as plain columns: a row an arm and seed, and a row an arm over all seeds with its intervals."""
+def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """The means as columns of numbers: a row for every arm and seed, and one for every arm over all seeds."""
     keys = [*MEASURES, "kl_from_sft", "tokens", "ended"]
     columns = [
         "arm",
@@ -148,8 +148,9 @@ def numbers(results: Results) -> tuple[list[str], list[list[Any]]]:
             cells: list[float | None] = []
             for key in keys:
                 if results.has([name], key):
-                    found = mean_of(results, name, key)
-                    cells += [found.mean, *(None if math.isnan(bound) else bound for bound in (found.low, found.high))]
+                    interval = estimate_mean(results, name, key)
+                    bounds = interval.low, interval.high
+                    cells += [interval.mean, *(None if math.isnan(bound) else bound for bound in bounds)]
                 else:
                     cells += [None, None, None]
             status = (
@@ -161,13 +162,13 @@ def numbers(results: Results) -> tuple[list[str], list[list[Any]]]:
     return columns, rows
 
 
-def as_json(results: Results) -> str:
-    """Everything but the pictures and the completions."""
-    made = document(results)
-    columns, rows = numbers(results)
+def render_json(results: Results) -> str:
+    """The report as JSON, without SVG and completions."""
+    document = build_document(results)
+    columns, rows = tabulate_means(results)
     content = {
-        "title": made.title,
-        "facts": dict(made.facts),
+        "title": document.title,
+        "facts": dict(document.facts),
         "arms": [dict(zip(columns, row, strict=True)) for row in rows],
         "sections": [
             {
@@ -197,9 +198,9 @@ def as_json(results: Results) -> str:
                     for group in section.groups
                 ],
             }
-            for section in made.sections
+            for section in document.sections
         ],
-        "failed": [{"what": what, "why": why} for what, why in made.failed],
+        "failed": [{"what": what, "why": why} for what, why in document.failures],
         "recipes": {run.name: run.recipe for run in results.runs},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

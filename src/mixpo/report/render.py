@@ -1,4 +1,4 @@
-"""A report as text: one HTML page that needs no network, and Markdown."""
+"""The report as a self-contained HTML page and as Markdown."""
 
 import csv
 import html as entities
@@ -10,25 +10,26 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup, escape
 
-from mixpo.report.document import ArmCompletion, Asked, Document, Figure, Group, Section, Table
+from mixpo.report.comparison import format_number
+from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table
 
-SHOWN_ARMS = 6
-"""Arms whose completions the page shows first."""
-PRINTED_PROMPTS = 20
-"""Prompts that stand on paper."""
+VISIBLE_ARMS = 6
+"""Arms whose completions are visible at first."""
+VISIBLE_PROMPTS = 20
+"""Prompts that are open at first, that one click adds, and that are printed."""
 MARKDOWN_ROWS = 12
-"""Rows of a figure's data that Markdown still holds."""
+"""Largest number of rows of a figure's data in Markdown."""
 MARKDOWN_PROMPTS = 5
-"""Prompts whose completions Markdown holds."""
+"""Prompts with completions in Markdown."""
 
 INTERVAL = re.compile(r"([+\-−]?[\d.,]+%?) \[(\S+), (\S+)\](?: (.+))?", re.DOTALL)
-"""A number with its bounds, and what stands behind."""
+"""A number with its bounds, and the text after them."""
 
 Cell = str | float | int | None
 
 
-def html(document: Document, *, mixpo: str, date: str) -> str:
-    """The report as one self-contained page."""
+def render_html(document: Document, *, mixpo: str, date: str) -> str:
+    """The report as one HTML page that needs no network."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mixpo.report", "."),
         autoescape=True,
@@ -36,189 +37,201 @@ def html(document: Document, *, mixpo: str, date: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"slug": _slug, "wordy": _wordy, "scores": _scores, "split": split}
-    environment.filters |= {"whole": _whole, "foldable": _foldable}
-    arms = _arms(document.asked)
-    one, other = _pair(document)
-    shown = list(dict.fromkeys([*filter(None, (one, other)), *arms]))[:SHOWN_ARMS]
+    environment.filters |= {"slug": _make_slug, "text_columns": _find_text_columns, "scores": _list_scores}
+    environment.filters |= {"split": split_interval_columns, "number": format_number}
+    environment.filters |= {"whole": _keep_intervals_together, "foldable": _allow_breaks}
+    arms = _list_arms(document.prompts)
+    one, other = _choose_pair(document)
+    shown = list(dict.fromkeys([*filter(None, (one, other)), *arms]))[:VISIBLE_ARMS]
     return environment.get_template("page.html.j2").render(
         document=document,
         facts=[*document.facts, ("mixpo", mixpo), ("date", date)],
-        contents=_contents(document),
+        contents=_list_contents(document),
         arms=arms,
         measures=list(
-            dict.fromkeys(name for one in document.asked for shown in one.completions for name, _ in _scores(shown))
+            dict.fromkeys(
+                name
+                for prompt in document.prompts
+                for completion in prompt.completions
+                for name, _ in _list_scores(completion)
+            )
         ),
         one=one,
         other=other,
         shown=shown,
-        printed=PRINTED_PROMPTS,
-        csv_address=csv_address,
+        visible=VISIBLE_PROMPTS,
+        make_csv_url=make_csv_url,
     )
 
 
-def markdown(document: Document) -> str:
-    """The report without its larger figures and most of its completions."""
-    facts = [f"- {_words(name)}: {_words(value)}" for name, value in document.facts]
-    parts = [f"# {_words(document.title)}", "\n".join(facts)]
+def render_markdown(document: Document) -> str:
+    """The report as Markdown, without larger figures and most completions."""
+    facts = [f"- {_escape_markdown(name)}: {_escape_markdown(value)}" for name, value in document.facts]
+    parts = [f"# {_escape_markdown(document.title)}", "\n".join(facts)]
     for section in document.sections:
-        parts += _markdown_section(section)
-    parts += ["## Completions", _words(document.completions_opening)]
-    pair = [arm for arm in _pair(document) if arm is not None]
-    for asked in document.asked[:MARKDOWN_PROMPTS]:
-        parts += _markdown_asked(asked, pair)
-    if document.failed:
+        parts += _render_markdown_section(section)
+    parts += ["## Completions", _escape_markdown(document.completions_opening)]
+    pair = [arm for arm in _choose_pair(document) if arm is not None]
+    for prompt in document.prompts[:MARKDOWN_PROMPTS]:
+        parts += _render_markdown_completions(prompt, pair)
+    if document.failures:
         parts.append("## Failed")
-        for what, why in document.failed:
-            parts += [f"{_words(what)}:", _fenced(why)]
+        for what, why in document.failures:
+            parts += [f"{_escape_markdown(what)}:", _make_code_block(why)]
     if document.recipes:
         parts.append("## Reproduce")
         for name, recipe in document.recipes:
-            parts += [f"{_words(name)}:", _fenced(recipe, "yaml")]
+            parts += [f"{_escape_markdown(name)}:", _make_code_block(recipe, "yaml")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table as comma-separated values; an empty cell where a value is None."""
+def format_csv(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A table as comma-separated values, with an empty cell for None."""
     file = io.StringIO()
     csv.writer(file).writerows([columns, *rows])
     return file.getvalue()
 
 
-def csv_address(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table as the address of a download."""
-    return "data:text/csv;charset=utf-8," + quote(csv_text(columns, rows), safe=",;:()")
+def make_csv_url(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A data URL from which a table is downloaded as CSV."""
+    return "data:text/csv;charset=utf-8," + quote(format_csv(columns, rows), safe=",;:()")
 
 
-def split(table: Table) -> tuple[list[str], list[list[str]]]:
-    """A table whose cells hold one number each: `0.10 [-0.12, 0.29] (p 0.03)` becomes four columns."""
+def split_interval_columns(table: Table) -> tuple[list[str], list[list[str]]]:
+    """A table with one number per cell: `0.10 [−0.12, 0.29] (p 0.03)` becomes four columns, with ASCII minus signs."""
     columns = list(zip(table.headings, *table.rows, strict=True))
-    found = [column for heading, *cells in columns for column in _split(heading, cells)]
-    return [heading for heading, *_ in found], [list(row) for row in zip(*(cells for _, *cells in found), strict=True)]
+    parts = [column for heading, *cells in columns for column in _split_column(heading, cells)]
+    return [heading for heading, *_ in parts], [list(row) for row in zip(*(cells for _, *cells in parts), strict=True)]
 
 
-def _split(heading: str, cells: list[str]) -> list[list[str]]:
-    """The columns of a column's estimates, bounds and what stands behind them; itself where no cell has bounds."""
-    found = [INTERVAL.fullmatch(cell) for cell in cells]
-    if not any(found):
+def _split_column(heading: str, cells: list[str]) -> list[list[str]]:
+    """The columns of estimates, lower and upper bounds, and notes; the column itself where no cell has bounds."""
+    cells = [re.sub(r"−(?=\d)", "-", cell) for cell in cells]
+    matches = [INTERVAL.fullmatch(cell) for cell in cells]
+    if not any(matches):
         return [[heading, *cells]]
-    parts = [one.groups("") if one else (cell, "", "", "") for one, cell in zip(found, cells, strict=True)]
+    parts = [match.groups("") if match else (cell, "", "", "") for match, cell in zip(matches, cells, strict=True)]
     headings = [heading, f"{heading}, low", f"{heading}, high", f"{heading}, note"]
-    columns = [[name, *own] for name, own in zip(headings, zip(*parts, strict=True), strict=True)]
+    columns = [[name, *values] for name, values in zip(headings, zip(*parts, strict=True), strict=True)]
     return columns if any(columns[-1][1:]) else columns[:-1]
 
 
-def _whole(text: str) -> Markup:
-    """Text in which no line breaks within a number's bounds, nor before the few words behind them."""
+def _keep_intervals_together(text: str) -> Markup:
+    """Text as HTML in which no line breaks within an interval and the p-value after it."""
     bounds = r"\[[^][,]{1,16}, [^][,]{1,16}\](?: \([^()]{1,16}\))?"
     return Markup(re.sub(bounds, r'<span class="whole">\g<0></span>', str(escape(text))))
 
 
-def _foldable(text: str) -> Markup:
-    """An arm's name that may break before the words of a setting and before its value."""
+def _allow_breaks(text: str) -> Markup:
+    """An arm's name as HTML in which lines may break between the words of a setting and before its value."""
     return Markup(re.sub(r"(?<=\w)(?:[._](?=[a-z])|=)", r"\g<0><wbr>", str(escape(text))))
 
 
-def _arms(asked: Sequence[Asked]) -> list[str]:
-    return list(dict.fromkeys(shown.arm for one in asked for shown in one.completions))
+def _list_arms(prompts: Sequence[PromptCompletions]) -> list[str]:
+    return list(dict.fromkeys(completion.arm for prompt in prompts for completion in prompt.completions))
 
 
-def _pair(document: Document) -> tuple[str | None, str | None]:
-    """The two arms that completions are first compared for, as far as there are completions of them."""
-    arms = _arms(document.asked)
+def _choose_pair(document: Document) -> tuple[str | None, str | None]:
+    """The two arms whose completions are compared first; None where there are fewer."""
+    arms = _list_arms(document.prompts)
     if document.pair is not None and set(document.pair) <= set(arms):
         return document.pair
     one, other = [*arms, None, None][:2]
     return one, other
 
 
-def _contents(document: Document) -> list[tuple[str, str]]:
+def _list_contents(document: Document) -> list[tuple[str, str]]:
     entries = [(section.id, section.title) for section in document.sections]
     entries.append(("completions", "Completions"))
-    if document.failed:
+    if document.failures:
         entries.append(("failed", "Failed"))
     if document.recipes:
         entries.append(("reproduce", "Reproduce"))
     return entries
 
 
-def _slug(text: str) -> str:
-    """A file's name."""
+def _make_slug(text: str) -> str:
+    """A text as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "table"
 
 
-def _wordy(table: Table) -> list[bool]:
-    """Which columns hold words, not numbers: after the first, those without a cell that begins as a number does."""
+def _find_text_columns(table: Table) -> list[bool]:
+    """Flags of the columns that hold text: the first, and those without a cell that begins like a number."""
     number = re.compile(r"[+\-−~<>≤≥]?\s*[\d.]|[+\-−]?(nan|inf)$")
     return [
-        place == 0 or not any(number.match(row[place]) for row in table.rows if place < len(row))
-        for place in range(len(table.headings))
+        i == 0 or not any(number.match(row[i]) for row in table.rows if i < len(row))
+        for i in range(len(table.headings))
     ]
 
 
-def _markdown_section(section: Section) -> list[str]:
-    parts = [f"## {_words(section.title)}", _words(section.opening)]
+def _render_markdown_section(section: Section) -> list[str]:
+    parts = [f"## {_escape_markdown(section.title)}", _escape_markdown(section.opening)]
     for group in section.groups:
-        parts += _markdown_group(group)
+        parts += _render_markdown_group(group)
     return parts
 
 
-def _markdown_group(group: Group) -> list[str]:
-    parts = [f"### {_words(group.title)}"] if group.title else []
+def _render_markdown_group(group: Group) -> list[str]:
+    parts = [f"### {_escape_markdown(group.title)}"] if group.title else []
     for figure in group.figures:
-        parts += _markdown_figure(figure)
+        parts += _render_markdown_figure(figure)
     notes = list(group.notes)
     if group.table is not None:
-        parts.append(_markdown_table(group.table))
+        parts.append(_render_markdown_table(group.table))
         notes = [*group.table.notes, *notes]
-    return [*parts, *map(_words, notes)]
+    return [*parts, *map(_escape_markdown, notes)]
 
 
-def _markdown_figure(figure: Figure) -> list[str]:
+def _render_markdown_figure(figure: Figure) -> list[str]:
     if len(figure.rows) > MARKDOWN_ROWS:
-        return [f"(figure {_words(figure.name)}, {len(figure.rows)} points: in the HTML report)"]
-    rows = [[_cell(cell) for cell in row] for row in figure.rows]
-    return [f"Figure {_words(figure.name)}:", _markdown_table(Table(figure.columns, rows))]
+        return [f"(figure {_escape_markdown(figure.name)}, {len(figure.rows)} points: in the HTML report)"]
+    rows = [[_format_cell(cell) for cell in row] for row in figure.rows]
+    return [f"Figure {_escape_markdown(figure.name)}:", _render_markdown_table(Table(figure.columns, rows))]
 
 
-def _markdown_table(table: Table) -> str:
-    rule = ["---" if wordy else "---:" for wordy in _wordy(table)]
-    rows = [[_words(cell) for cell in row] for row in (table.headings, *table.rows)]
+def _render_markdown_table(table: Table) -> str:
+    rule = ["---" if is_text else "---:" for is_text in _find_text_columns(table)]
+    rows = [[_escape_markdown(cell) for cell in row] for row in (table.headings, *table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
-def _markdown_asked(asked: Asked, arms: Sequence[str]) -> list[str]:
-    parts = [f"### Prompt {asked.number}"]
-    for turn in asked.earlier:
-        parts += [f"{_words(turn.role)}:", _fenced(turn.content)]
-    parts.append(_fenced(asked.last))
-    for shown in asked.completions:
-        if shown.arm in arms:
-            scores = " · ".join(f"{_words(name)} {value:.2f}" for name, value in _scores(shown))
-            parts += [f"{_words(shown.arm)} · {scores}:", _fenced(shown.text)]
+def _render_markdown_completions(prompt: PromptCompletions, arms: Sequence[str]) -> list[str]:
+    parts = [f"### Prompt {prompt.number}"]
+    for turn in prompt.earlier_turns:
+        parts += [f"{_escape_markdown(turn.role)}:", _make_code_block(turn.content)]
+    parts.append(_make_code_block(prompt.last_message))
+    for completion in prompt.completions:
+        if completion.arm in arms:
+            scores = [f"{_escape_markdown(name)} {format_number(value)}" for name, value in _list_scores(completion)]
+            line = " · ".join([_escape_markdown(completion.arm), *scores])
+            parts += [f"{line}:", _make_code_block(completion.text)]
     return parts
 
 
-def _scores(shown: ArmCompletion) -> list[tuple[str, float]]:
-    """What a completion was given, by name."""
-    named = [("score", shown.score), ("r*", shown.true_reward), ("second score", shown.second_score)]
+def _list_scores(completion: ArmCompletion) -> list[tuple[str, float]]:
+    """Names and values of a completion's scores."""
+    named = [
+        ("score", completion.score),
+        ("r*", completion.true_reward),
+        ("second score", completion.second_score),
+    ]
     return [(name, value) for name, value in named if value is not None]
 
 
-def _cell(cell: Cell) -> str:
+def _format_cell(cell: Cell) -> str:
     if cell is None:
         return ""
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return format_number(cell, ".4g") if isinstance(cell, float) else str(cell)
 
 
-def _words(text: str) -> str:
-    """A line of Markdown that reads as the text, whatever stands in it."""
+def _escape_markdown(text: str) -> str:
+    """A text as a line of Markdown without active characters."""
     line = entities.escape(" ".join(text.split()), quote=False)
     line = re.sub(r"[\\`*_|~$]|^\[|\](?=[(\[:])", r"\\\g<0>", line)
     return re.sub(r"^(\d*)([#+\-=.)])(?![\d.])", r"\1\\\2", line)
 
 
-def _fenced(text: str, language: str = "text") -> str:
-    """A block of Markdown in which nothing is active: its fence is longer than any within."""
+def _make_code_block(text: str, language: str = "text") -> str:
+    """A fenced Markdown block whose fence is longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"

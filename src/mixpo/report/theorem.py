@@ -1,4 +1,4 @@
-"""Theorem 1 and Corollary 1 of the paper (Feng et al. 2024), measured on the DPO models of the run."""
+"""Theorem 1 and Corollary 1 of the paper (Feng et al. 2024), measured on the run's DPO models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,25 +12,27 @@ from jaxtyping import Float64
 from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval, student_estimate
 from mixpo.experiments.results import Results
 from mixpo.report import figures
-from mixpo.report.comparison import interval_text, sign
+from mixpo.report.comparison import find_significant_sign, format_interval, format_number
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
+
+TITLE = "Theorem 1, Corollary 1 and Remark 1"
 
 Values = Float64[np.ndarray, " pairs"]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A DPO model's gradients on a part of the pairs, all seeds together."""
+class GradientMeasurement:
+    """The gradients of a DPO model on the easy or the hard pairs, over all seeds."""
 
     arm: str
     part: str
     folders: Mapping[int, Path]
-    """By seed."""
+    """Folder of the measurement, by seed."""
 
     @cached_property
     def columns(self) -> dict[str, Values]:
-        """The columns of `gradients.parquet`."""
+        """The columns of `gradients.parquet`, all seeds one after the other."""
         rows = [row for seed in self.folders for row in self._rows[seed]]
         return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
 
@@ -39,13 +41,13 @@ class Measured:
         return {seed: read_table(folder / "gradients.parquet") for seed, folder in self.folders.items()}
 
     def by_seed(self, values: Values) -> dict[int, Values]:
-        """A column's values, seed by seed."""
+        """The values of a column, split by seed."""
         ends = np.cumsum([len(rows) for rows in self._rows.values()])
         return dict(zip(self._rows, np.split(values, ends[:-1]), strict=True))
 
     @property
     def log_ratio(self) -> Values:
-        """log(x_l / x_w), by the log-probs."""
+        """log(x_l / x_w), from the log-probs."""
         return np.asarray(self.columns["log_x_rejected"] - self.columns["log_x_chosen"])
 
     @property
@@ -55,40 +57,40 @@ class Measured:
 
     @property
     def cosine(self) -> Values:
-        """Of the angle between the gradients, over all weights, of the two completions' log-probs."""
+        """Cosine between the gradients of the two completions' log-probs, over all weights."""
         norms = np.sqrt(self.columns["chosen_chosen"] * self.columns["rejected_rejected"])
         return np.asarray(self.columns["chosen_rejected"] / norms)
 
     @property
-    def left(self) -> Values:
-        """|g_w - g_l| / (|g_w| + |g_l|): what is left of the two gradients in DPO's, 0 if they cancel."""
+    def remaining_norm(self) -> Values:
+        """|g_w - g_l| / (|g_w| + |g_l|): norm of DPO's gradient relative to its two parts, 0 if they cancel."""
         one, other, both = (self.columns[n] for n in ("chosen_chosen", "rejected_rejected", "chosen_rejected"))
         return np.asarray(np.sqrt(np.maximum(one + other - 2 * both, 0.0)) / (np.sqrt(one) + np.sqrt(other)))
 
     @property
     def log_step_ratio(self) -> Values:
-        """log of the increase of x_w over the decrease of x_l in a small step; nan where one goes the other way."""
+        """log of the increase of x_w over the decrease of x_l in a small step; nan where one has the opposite sign."""
         one, other, both = (self.columns[n] for n in ("chosen_chosen", "rejected_rejected", "chosen_rejected"))
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.log(one - both) - np.log(other - both) - self.log_ratio)
 
     @property
-    def both_ways(self) -> Values:
+    def moves_both(self) -> Values:
         """1 where a small step raises the chosen log-prob and lowers the rejected one."""
         return np.asarray(np.isfinite(self.log_step_ratio), np.float64)
 
 
-def section(results: Results) -> Section | None:
-    """The ratios, and how far the two gradients cancel on easy and on hard pairs."""
-    measured, notes_of_failed = measurements(results), [f"{what}: {why}" for what, why in failed(results)]
+def build_section(results: Results) -> Section | None:
+    """The section with the ratios of Corollary 1, and the cancellation of gradients on easy and hard pairs."""
+    measured = load_measurements(results)
+    failures = [f"{what}: {why}" for what, why in list_failures(results)]
     if not measured:
-        said = "No gradients could be measured."
-        group = Group(notes=notes_of_failed)
-        return Section("theorem", "Theorem 1, Corollary 1 and Remark 1", said, [group]) if notes_of_failed else None
+        group = Group(notes=failures)
+        return Section("theorem", TITLE, "No gradients could be measured.", [group]) if failures else None
     rows = []
     for one in measured:
-        told = np.isfinite(one.log_step_ratio)
-        agree = one.log_step_ratio[told] + one.log_ratio[told]
+        moved = np.isfinite(one.log_step_ratio)
+        log_prob_ratio = one.log_step_ratio[moved] + one.log_ratio[moved]
         rows.append(
             [
                 one.arm,
@@ -97,10 +99,10 @@ def section(results: Results) -> Section | None:
                 f"{len(one.log_ratio)}",
                 f"{np.exp(np.median(one.log_ratio)):.2g}",
                 f"{np.abs(one.log_gradient_ratio - one.log_ratio).max():.0e}",
-                interval_text(over_pairs(list(one.by_seed(one.cosine).values()))),
-                interval_text(over_pairs(list(one.by_seed(one.left).values()))),
-                _share(list(one.by_seed(one.both_ways).values())),
-                f"{np.exp(np.median(agree)):.2f}" if len(agree) else "",
+                format_interval(average_over_pairs(list(one.by_seed(one.cosine).values()))),
+                format_interval(average_over_pairs(list(one.by_seed(one.remaining_norm).values()))),
+                _format_share(list(one.by_seed(one.moves_both).values())),
+                f"{np.exp(np.median(log_prob_ratio)):.2f}" if len(log_prob_ratio) else "",
             ]
         )
     headings = [
@@ -111,24 +113,23 @@ def section(results: Results) -> Section | None:
         "median x_l / x_w",
         "largest error of Corollary 1 (log)",
         "cosine of the two gradients",
-        "left of them in DPO's",
+        "relative norm of DPO's gradient",
         "a step raises chosen and lowers rejected",
         "median rise / fall of log-probs",
     ]
     notes = [
-        "x = pi / pi_ref. Corollary 1: |dL/dx_w| / |dL/dx_l| = x_l / x_w; the error is the largest difference of the "
-        "two logarithms, the gradients by automatic differentiation of the loss that trains. It is a statement about "
-        "the loss as a function of x_w and x_l; what a step does to the two completions also depends on how their "
-        "gradients over the weights lie to each other, which the other columns measure: for a small step, to first "
-        "order.",
-        _of_a_step(measured),
-        "Remark 1: DPO learns badly from hard pairs because the two gradients counteract each other, which is a large "
-        "cosine and little left of them.",
-        "Intervals: Student's, of one seed over its pairs, of several over the seeds' means; of the share Wilson's, "
-        "wider by what the seeds differ in.",
-        *notes_of_failed,
+        "x = pi / pi_ref. Corollary 1: |dL/dx_w| / |dL/dx_l| = x_l / x_w; the error is the largest difference between "
+        "the two logarithms, with gradients by automatic differentiation of the training loss. The corollary is about "
+        "the loss as a function of x_w and x_l. The effect of a step on the two completions also depends on the angle "
+        "between their gradients over the weights, which the other columns measure for a small step, to first order.",
+        _describe_step(measured),
+        "Remark 1: DPO learns poorly from hard pairs because the two gradients cancel: a large cosine and a small "
+        "relative norm.",
+        "Intervals: Student's, over the pairs of one seed or the means of several seeds; Wilson's for the share, "
+        "widened by the variance between seeds.",
+        *failures,
     ]
-    picture = figures.scatter(
+    ratios = figures.plot_scatter(
         {
             f"{one.arm} on {one.part}": list(zip(one.log_ratio.tolist(), one.log_gradient_ratio.tolist(), strict=True))
             for one in measured
@@ -137,7 +138,7 @@ def section(results: Results) -> Section | None:
         x="log(x_l / x_w)",
         y="log of the measured gradient ratio",
     )
-    steps = figures.scatter(
+    steps = figures.plot_scatter(
         {
             f"{one.arm} on {one.part}": [
                 (x, y)
@@ -148,12 +149,14 @@ def section(results: Results) -> Section | None:
         },
         name="corollary-1-step",
         x="log(x_l / x_w)",
-        y="log of rise of x_w over fall of x_l in a step",
+        y="log(increase of x_w / decrease of x_l) in a step",
     )
-    cosines = figures.dots(
+    cosines = figures.plot_grouped_intervals(
         {
             arm: [
-                figures.Point(one.part, figures.exactly(0.0), over_pairs(list(one.by_seed(one.cosine).values())))
+                figures.Point(
+                    one.part, figures.exact_interval(0.0), average_over_pairs(list(one.by_seed(one.cosine).values()))
+                )
                 for one in measured
                 if one.arm == arm
             ]
@@ -164,14 +167,14 @@ def section(results: Results) -> Section | None:
     )
     return Section(
         "theorem",
-        "Theorem 1, Corollary 1 and Remark 1",
-        _opening(measured),
-        [Group(figures=[picture, steps, cosines], table=Table(headings, rows, notes))],
+        TITLE,
+        _write_opening(measured),
+        [Group(figures=[ratios, *([steps] if steps.rows else []), cosines], table=Table(headings, rows, notes))],
     )
 
 
-def failed(results: Results) -> list[tuple[str, str]]:
-    """What could not be measured, and why."""
+def list_failures(results: Results) -> list[tuple[str, str]]:
+    """The gradients that could not be measured, and the reasons."""
     return [
         (f"gradients of {results.named(run, one.arm)} on {one.part} pairs (seed {one.seed})", one.reason)
         for run in results.runs
@@ -180,80 +183,82 @@ def failed(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def measurements(results: Results) -> list[Measured]:
-    """Every DPO model on every part of the pairs."""
+def load_measurements(results: Results) -> list[GradientMeasurement]:
+    """The gradient measurements of every DPO model on easy and on hard pairs."""
     folders: dict[tuple[str, str], dict[int, Path]] = {}
     for run in results.runs:
         for one in run.gradients:
             if one.folder:
                 folders.setdefault((results.named(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
-    return [Measured(arm, part, places) for (arm, part), places in folders.items()]
+    return [GradientMeasurement(arm, part, places) for (arm, part), places in folders.items()]
 
 
-def over_pairs(by_seed: Sequence[Values]) -> Interval:
-    """A mean over seeds of means over pairs, by Student's t: of one seed over its pairs, of several over seeds."""
+def average_over_pairs(by_seed: Sequence[Values]) -> Interval:
+    """The mean over seeds of means over pairs, with Student's interval over the pairs of one seed or over seeds."""
     if len(by_seed) == 1:
         return crossed_interval(by_seed[0][None])
     return crossed_interval(np.array([[values.mean()] for values in by_seed]))
 
 
-def _share(by_seed: Sequence[Values]) -> str:
-    found = share_interval([float(values.sum()) for values in by_seed], [len(values) for values in by_seed])
-    return f"{found.mean:.0%} [{found.low:.0%}, {found.high:.0%}]"
+def _format_share(by_seed: Sequence[Values]) -> str:
+    share = share_interval([float(values.sum()) for values in by_seed], [len(values) for values in by_seed])
+    return f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
-def _correlation_of_a_step(measured: list[Measured]) -> tuple[float, int] | None:
-    """Of the log of the rise of x_w over the fall of x_l in a step with log(x_l / x_w), and over how many pairs."""
+def _correlate_step(measured: list[GradientMeasurement]) -> tuple[float, int] | None:
+    """Correlation of log(increase of x_w / decrease of x_l) in a step with log(x_l / x_w), and its number of pairs."""
     x, y = (np.concatenate([getattr(one, name) for one in measured]) for name in ("log_ratio", "log_step_ratio"))
-    told = np.isfinite(y)
-    if told.sum() < 3 or not x[told].std() or not y[told].std():
+    moved = np.isfinite(y)
+    if moved.sum() < 3 or not x[moved].std() or not y[moved].std():
         return None
-    return float(np.corrcoef(x[told], y[told])[0, 1]), int(told.sum())
+    return float(np.corrcoef(x[moved], y[moved])[0, 1]), int(moved.sum())
 
 
-def _of_a_step(measured: list[Measured]) -> str:
-    """How the rise of x_w over the fall of x_l in a step goes with x_l / x_w."""
-    found = _correlation_of_a_step(measured)
-    if found is None:
-        return "Too few pairs have a step that raises chosen and lowers rejected to compare its ratio with x_l / x_w."
+def _describe_step(measured: list[GradientMeasurement]) -> str:
+    """A sentence on the correlation of a step's effect with Corollary 1."""
+    estimate = _correlate_step(measured)
+    if estimate is None:
+        return "Too few pairs have a step that raises chosen and lowers rejected for a correlation with x_l / x_w."
+    correlation, pairs = estimate
     return (
-        f"A step in the weights changes x by x times the change of the log-prob: over {found[1]} pairs whose "
-        "step raises chosen and lowers rejected, the log of the rise of x_w over the fall of x_l has a correlation of "
-        f"{found[0]:.2f} with log(x_l / x_w)."
+        f"A step in the weights changes x by x times the change in log-prob. Over {pairs} pairs whose step raises "
+        "chosen and lowers rejected, log(increase of x_w / decrease of x_l) has a correlation of "
+        f"{format_number(correlation)} with log(x_l / x_w)."
     )
 
 
-def _opening(measured: list[Measured]) -> str:
+def _write_opening(measured: list[GradientMeasurement]) -> str:
     error = max(float(np.abs(one.log_gradient_ratio - one.log_ratio).max()) for one in measured)
     ratios = np.concatenate([one.log_ratio for one in measured])
-    said = (
-        f"Corollary 1 holds as the identity that it is: on {len(ratios)} measurements, x_l / x_w from "
-        f"{np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, the log of the measured gradient ratio differs "
-        f"from its log by at most {error:.0e}"
+    text = (
+        f"Corollary 1 is an identity and holds: on {len(ratios)} measurements with x_l / x_w from "
+        f"{np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, the measured gradient ratio differs by at most "
+        f"{error:.0e} in its logarithm"
     )
-    if (found := _correlation_of_a_step(measured)) is not None:
-        said += (
-            f"; in a small step of the weights, though, the log of the rise of x_w over the fall of x_l has a "
-            f"correlation of {found[0]:.2f} with log(x_l / x_w)"
+    if (estimate := _correlate_step(measured)) is not None:
+        text += (
+            "; in a small step of the weights, however, log(increase of x_w / decrease of x_l) has a correlation of "
+            f"{format_number(estimate[0])} with log(x_l / x_w)"
         )
-    easy, hard = cosines(measured)
+    easy, hard = average_cosines(measured)
     if not easy:
-        return f"{said}."
-    difference, p = apart(hard, easy)
-    words = {1: "which has Remark 1's sign", -1: "against Remark 1", 0: "which does not tell them apart"}
-    word = "which has no interval" if math.isnan(difference.low) else words[sign(difference, p)]
+        return f"{text}."
+    difference, p = compare_means(hard, easy)
+    verdicts = {1: "significant, as Remark 1 says", -1: "significant, against Remark 1", 0: "not significant"}
+    verdict = verdicts[find_significant_sign(difference, p)]
     one, other = (float(np.mean([values.mean() for values in part])) for part in (easy, hard))
-    over = "pairs at one seed" if len(easy) == 1 else f"{len(easy)} seeds"
+    sample = "pairs at one seed" if len(easy) == 1 else f"{len(easy)} seeds"
     return (
-        f"{said}; the cosine between the gradients of chosen and rejected is {one:.2f} on easy and {other:.2f} on hard "
-        f"pairs, a difference of {interval_text(difference)} (95% interval over {over}), {word}."
+        f"{text}; the cosine between the gradients of chosen and rejected is {format_number(one)} on easy and "
+        f"{format_number(other)} on hard pairs, a difference of {format_interval(difference)} (95% interval over "
+        f"{sample}){f', {verdict}' if math.isfinite(difference.low) else ', without an interval'}."
     )
 
 
-def cosines(measured: Sequence[Measured]) -> tuple[list[Values], list[Values]]:
-    """Of easy and of hard pairs, seed by seed: every pair's cosine, averaged over the models measured on both parts.
+def average_cosines(measured: Sequence[GradientMeasurement]) -> tuple[list[Values], list[Values]]:
+    """The cosines of easy and of hard pairs by seed, averaged over the models that were measured on both.
 
-    The models are measured on the same pairs, which therefore count once.
+    The models are measured on the same pairs, so each pair counts once.
     """
     found = {(one.arm, one.part): one.by_seed(one.cosine) for one in measured}
     arms, seeds = dict.fromkeys(one.arm for one in measured), sorted({seed for one in measured for seed in one.folders})
@@ -270,8 +275,8 @@ def cosines(measured: Sequence[Measured]) -> tuple[list[Values], list[Values]]:
     return easy, hard
 
 
-def apart(one: Sequence[Values], other: Sequence[Values]) -> tuple[Interval, float]:
-    """The difference of two means and the p of none: of one seed over either's pairs, of several over seeds."""
+def compare_means(one: Sequence[Values], other: Sequence[Values]) -> tuple[Interval, float]:
+    """The difference of two means with its interval and p, over the pairs of one seed or over several seeds."""
     if len(one) > 1:
         return crossed_estimate(np.array([[a.mean() - b.mean()] for a, b in zip(one, other, strict=True)]))
     parts = [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in (one[0], other[0]) if len(part) > 1]

@@ -1,4 +1,4 @@
-"""Arms along their training: the evaluations of the start of their PPO, of its snapshots and of its end."""
+"""Evaluations of arms along their PPO: at its start, at its snapshots and at its end."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from mixpo.stages.engine import read_summary
 
 @dataclass(frozen=True)
 class Trace:
-    """An arm along its PPO at the seeds that have all points."""
+    """The evaluations of an arm along its PPO, at the seeds that have all points."""
 
     arm: str
     seeds: list[int]
@@ -23,40 +23,43 @@ class Trace:
     ppo: list[Path]
     """By seed: the folder of the PPO stage."""
 
-    def at(self, seeds: list[int]) -> "Trace":
-        """The same arm at some of its seeds."""
-        places = [self.seeds.index(seed) for seed in seeds]
-        return Trace(self.arm, seeds, [self.evaluations[n] for n in places], [self.ppo[n] for n in places])
+    def select_seeds(self, seeds: list[int]) -> "Trace":
+        """The trace at some of its seeds."""
+        indices = [self.seeds.index(seed) for seed in seeds]
+        return Trace(self.arm, seeds, [self.evaluations[i] for i in indices], [self.ppo[i] for i in indices])
 
     @property
-    def points(self) -> int:
-        """How many evaluations there are, start and end included."""
+    def num_points(self) -> int:
+        """The number of evaluations, start and end included."""
         return len(self.evaluations[0])
 
     def values(self, key: str, point: int) -> Float64[np.ndarray, "seeds prompts"]:
-        """A column of the evaluations at a point."""
+        """A column of the evaluations at a point, counted from the start."""
         return np.stack([read_columns(folders[point])[key] for folders in self.evaluations])
 
-    def mean(self, key: str, point: int) -> Interval:
+    def estimate_mean(self, key: str, point: int) -> Interval:
         """The mean of a column at a point."""
         return crossed_interval(self.values(key, point))
 
     @cached_property
-    def sampled(self) -> Float64[np.ndarray, " points"]:
-        """Completions that PPO had sampled at each point, averaged over seeds."""
-        counts: Float64[np.ndarray, "seeds points"] = np.array([_sampled(folder) for folder in self.ppo], np.float64)
+    def completions_sampled(self) -> Float64[np.ndarray, " points"]:
+        """The number of completions sampled by PPO up to each point, averaged over seeds."""
+        counts: Float64[np.ndarray, "seeds points"] = np.array(
+            [_count_completions(folder) for folder in self.ppo], np.float64
+        )
         return np.asarray(counts.mean(axis=0))
 
 
-def _sampled(ppo: Path) -> list[float]:
+def _count_completions(ppo: Path) -> list[float]:
+    """The number of completions that a PPO stage sampled up to its start, its snapshots and its end."""
     counts = [row["completions"] for row in read_stage_metrics(ppo)]
     steps = [0, *read_summary(ppo)["snapshots"], len(counts)]
     return [float(sum(counts[:step])) for step in steps]
 
 
-def traced(results: Results) -> list[Trace]:
-    """Every arm that was evaluated along its training."""
-    found = []
+def load_traces(results: Results) -> list[Trace]:
+    """The traces of all arms that were evaluated along their training."""
+    traces = []
     for name in results.plain:
         arms = [arm for arm in results.done(name).values() if arm.trace and arm.evaluation]
         if arms:
@@ -65,5 +68,5 @@ def traced(results: Results) -> list[Trace]:
                 for arm in arms
             ]
             evaluations = [[*arm.trace, str(arm.evaluation)] for arm in arms]
-            found.append(Trace(name, [arm.seed for arm in arms], evaluations, ppo))
-    return found
+            traces.append(Trace(name, [arm.seed for arm in arms], evaluations, ppo))
+    return traces

@@ -1,8 +1,8 @@
-"""How did training go? Curves of every DPO and PPO of the first seed, and their alarms."""
+"""Training curves of every DPO and PPO stage of the first seed, and the alarms of all."""
 
 from mixpo.experiments.results import Results, StageFolder, list_first, read_stage_metrics
 from mixpo.report import figures
-from mixpo.report.comparison import counted
+from mixpo.report.comparison import format_count, format_number
 from mixpo.report.document import Figure, Group, Section, Table
 
 PLOTS: dict[str, dict[str, str]] = {
@@ -25,11 +25,11 @@ PLOTS: dict[str, dict[str, str]] = {
         "value_explained_variance": "value: explained variance",
     },
 }
-"""By kind of stage: what is plotted, by its key in metrics.jsonl."""
+"""Plotted metrics by kind of stage: key in metrics.jsonl and title."""
 
 
-def section(results: Results) -> Section | None:
-    """A figure a metric, with a line a stage of the same colour in all."""
+def build_section(results: Results) -> Section | None:
+    """The section with a figure for every metric that varies, and a line of one colour for every stage."""
     plain = [stage for stage in results.stages if stage.kind in PLOTS and stage.plain]
     seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
     stages = [stage for stage in plain if seed in stage.seeds]
@@ -37,15 +37,15 @@ def section(results: Results) -> Section | None:
         return None
     groups = []
     for kind, plots in PLOTS.items():
-        own = {stage.arms[0]: read_stage_metrics(stage.folder) for stage in stages if stage.kind == kind}
-        if own:
-            pictures = [picture for key, title in plots.items() if (picture := _picture(own, kind, key, title))]
-            groups.append(
-                Group(kind, pictures, _table(results, kind), key=figures.key(list(own)) if len(own) > 1 else None)
-            )
+        metrics = {stage.arms[0]: read_stage_metrics(stage.folder) for stage in stages if stage.kind == kind}
+        if metrics:
+            curves = [figure for key, title in plots.items() if (figure := _plot_metric(metrics, kind, key, title))]
+            colours = figures.make_colour_key(list(metrics)) if len(metrics) > 1 and curves else None
+            groups.append(Group(kind, curves, _build_table(results, kind), _note_constants(metrics, kind), colours))
     notes = [
-        "DPO's loss counts only the difference of chosen and rejected, so both log-probs may fall. A stage that many "
-        f"arms share bears the name of the first. Lines of more than {figures.MAX_POINTS} steps are averaged in groups."
+        "DPO's loss depends only on the difference between chosen and rejected, so both log-probs may fall. A stage "
+        "that several arms share is named after the first. "
+        f"Curves of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
     alarms = [
         f"Alarm, {stage.kind} of {list_first(stage.arms)} ({stage.label}): {alarm}."
@@ -54,43 +54,73 @@ def section(results: Results) -> Section | None:
         for alarm in stage.summary.get("alarms", ())
     ]
     return Section(
-        "training", "Training", _opening(results, stages, seed, len(alarms)), [Group(notes=[*alarms, *notes]), *groups]
+        "training",
+        "Training",
+        _write_opening(results, stages, seed, len(alarms)),
+        [Group(notes=[*alarms, *notes]), *groups],
     )
 
 
-def _picture(own: dict[str, list[dict[str, float]]], kind: str, key: str, title: str) -> Figure | None:
+Metrics = dict[str, list[dict[str, float]]]
+"""The rows of metrics.jsonl by arm."""
+
+
+def _list_series(metrics: Metrics, key: str) -> dict[str, list[tuple[float, float]]]:
+    """Steps and values of a metric, by the arms that have it."""
     series = {
         arm: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
-        for arm, rows in own.items()
+        for arm, rows in metrics.items()
     }
-    series = {arm: points for arm, points in series.items() if points}
+    return {arm: points for arm, points in series.items() if points}
+
+
+def _is_constant(points: list[tuple[float, float]]) -> bool:
+    return len({value for _, value in points}) == 1
+
+
+def _plot_metric(metrics: Metrics, kind: str, key: str, title: str) -> Figure | None:
+    """The curves of a metric; None where it never changes."""
+    series = _list_series(metrics, key)
     name = f"{kind.lower()}-{key.replace('_', '-')}"
-    return figures.lines(series, name=name, title=title, shared=list(own)) if series else None
+    if all(map(_is_constant, series.values())):
+        return None
+    return figures.plot_curves(series, name=name, title=title, shared=list(metrics))
 
 
-def _table(results: Results, kind: str) -> Table:
-    """The last tenth of the steps of every stage, averaged over seeds."""
+def _note_constants(metrics: Metrics, kind: str) -> list[str]:
+    """A note on the metrics that never change."""
+    texts = []
+    for key, title in PLOTS[kind].items():
+        series = _list_series(metrics, key)
+        if series and all(map(_is_constant, series.values())):
+            values = dict.fromkeys(format_number(points[0][1], ".4g") for points in series.values())
+            texts.append(f"{title} {', '.join(values)}")
+    return [f"Not plotted, because constant: {'; '.join(texts)}."] if texts else []
+
+
+def _build_table(results: Results, kind: str) -> Table:
+    """A row for every stage: its metrics, averaged over the last tenth of the steps and over seeds."""
     keys = {
         "DPO": ("pairs", "steps", "loss", "accuracy", "margin"),
         "PPO": ("prompts", "steps", "score", "kl", "kl_from_sft", "entropy", "end_rate"),
     }
-    found: dict[str, list[dict[str, float]]] = {}
+    summaries: dict[str, list[dict[str, float]]] = {}
     for stage in results.stages_of(kind):
-        found.setdefault(stage.arms[0], []).append(stage.summary)
+        summaries.setdefault(stage.arms[0], []).append(stage.summary)
     rows = []
-    for arm, summaries in found.items():
+    for arm, by_seed in summaries.items():
         cells = []
         for key in keys[kind]:
-            values = [one[key] for one in summaries if one.get(key) is not None]
-            cells.append(f"{sum(values) / len(values):.4g}" if values else "")
-        rows.append([arm, f"{len(summaries)}", *cells])
-    note = "Averaged over the last tenth of the steps, and over the seeds at which the stage finished."
+            values = [summary[key] for summary in by_seed if summary.get(key) is not None]
+            cells.append(format_number(sum(values) / len(values), ".4g") if values else "")
+        rows.append([arm, f"{len(by_seed)}", *cells])
+    note = "Means over the last tenth of the steps and over the finished seeds."
     return Table(["stage of", "seeds", *keys[kind]], rows, [note])
 
 
-def _opening(results: Results, stages: list[StageFolder], seed: int, alarms: int) -> str:
+def _write_opening(results: Results, stages: list[StageFolder], seed: int, alarms: int) -> str:
     kinds = {kind: sum(stage.kind == kind for stage in stages) for kind in PLOTS}
-    drawn = " and ".join(counted(count, f"{kind} stage") for kind, count in kinds.items() if count)
+    shown = " and ".join(format_count(count, f"{kind} stage") for kind, count in kinds.items() if count)
     which = f" of seed {seed}" if len(results.seeds) > 1 else ""
-    said = f"finished stages raised {counted(alarms, 'alarm') if alarms else 'no alarm'}, all seeds and sweeps together"
-    return f"The curves of {drawn}{which}; {said}."
+    raised = format_count(alarms, "alarm") if alarms else "no alarm"
+    return f"The stages of all seeds and sweeps raised {raised}; the curves are of {shown}{which}."

@@ -152,8 +152,8 @@ def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> 
             seed=settings.data_seed,
         )
         for part, pairs in (("train", world.train), ("test", world.test)):
-            rows.preferences[part] = [Preference(_as_messages(prompt), *sides) for prompt, *sides in pairs]
-        rows.demonstrations = [Demonstration(_as_messages(prompt), text) for prompt, text in world.demonstrations]
+            rows.preferences[part] = [Preference(_as_user_message(prompt), *sides) for prompt, *sides in pairs]
+        rows.demonstrations = [Demonstration(_as_user_message(prompt), text) for prompt, text in world.demonstrations]
     check = _make_prompt_check(settings, tokenizer)
     for part, split in (("train", "train"), ("test", "test"), ("second", "train")):
         for name in getattr(settings, part) if part != "second" or settings.second_rows else ():
@@ -215,7 +215,7 @@ def hub_parts(name: str) -> tuple[str, str | None]:
     return "/".join([owner, *rest[:1]]), "".join(rest[1:]) or None
 
 
-def _as_messages(prompt: str) -> Prompt:
+def _as_user_message(prompt: str) -> Prompt:
     return [{"role": "user", "content": prompt}]
 
 

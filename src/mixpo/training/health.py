@@ -74,8 +74,8 @@ def find_reward_model_alarms(accuracy: float, low: float, *, train_accuracy: flo
     else:
         remedy = "cleaner pairs, more epochs or a higher learning_rate"
     return [
-        f"test accuracy {accuracy:.0%} is not above chance (its interval starts at {low:.0%}): what is optimised for "
-        f"this score may be noise; try {remedy}"
+        f"the reward model may be no better than chance (test accuracy {accuracy:.0%}, 95% CI from {low:.0%}), so arms "
+        f"may optimise noise; try {remedy}"
     ]
 
 

@@ -1,0 +1,26 @@
+"""Figures as SVG text for an HTML page, each with the numbers that it draws."""
+
+from mixpo.report.figures.bins import plot_calibration, plot_histogram, plot_shares
+from mixpo.report.figures.curves import MAX_POINTS, make_colour_key, plot_curves
+from mixpo.report.figures.data import Bin, Point, Share, exact_interval
+from mixpo.report.figures.intervals import plot_forest, plot_grouped_intervals
+from mixpo.report.figures.paths import plot_paths, plot_scatter
+from mixpo.report.figures.plane import plot_plane
+
+__all__ = [
+    "MAX_POINTS",
+    "Bin",
+    "Point",
+    "Share",
+    "exact_interval",
+    "make_colour_key",
+    "plot_calibration",
+    "plot_curves",
+    "plot_forest",
+    "plot_grouped_intervals",
+    "plot_histogram",
+    "plot_paths",
+    "plot_plane",
+    "plot_scatter",
+    "plot_shares",
+]

@@ -1,0 +1,127 @@
+"""Arms as points in a plane, with intervals in both directions and their names beside them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.lines import Line2D
+
+from mixpo.report.document import Figure
+from mixpo.report.figures.axes import add_legend, draw_error_bars, make_axes
+from mixpo.report.figures.data import Point, interval_cells, interval_columns
+from mixpo.report.figures.style import STYLE, get_colour, get_marker, shorten_label
+from mixpo.report.figures.svg import describe_figure, lay_out, render_svg
+from mixpo.report.labels import Box, Label, place_labels
+
+LABEL_SIZE = 8.5
+"""Font size of the names beside points, in points of 1/72 inch."""
+
+
+def plot_plane(points: Sequence[Point], *, name: str, x: str, y: str, title: str = "", root: bool = False) -> Figure:
+    """Plot arms as points with their intervals in both directions, and their names beside them.
+
+    Where not every name fits, numbers stand beside the points and a legend below. `root` gives x a square root scale.
+    """
+    names = [shorten_label(point.name) for point in points]
+    with rc_context(STYLE):
+        canvas, complete = _draw_plane(points, names, x=x, y=y, title=title, root=root)
+        if not complete:
+            legend = [f"{number} {label}" for number, label in enumerate(names, 1)]
+            numbers = [f"{number}" for number, _ in enumerate(names, 1)]
+            canvas, _ = _draw_plane(points, numbers, legend, x=x, y=y, title=title, root=root)
+        values = "; ".join(f"{point.name}: {point.x.mean:.2f}, {point.y.mean:.2f}" for point in points)
+        svg = render_svg(canvas, name, describe_figure(title, f"{y} against {x}", values))
+    rows = [(point.name, *interval_cells(point.x), *interval_cells(point.y)) for point in points]
+    return Figure(name, svg, ("name", *interval_columns(x), *interval_columns(y)), rows)
+
+
+def _draw_plane(
+    points: Sequence[Point], texts: Sequence[str], legend: Sequence[str] = (), *, x: str, y: str, title: str, root: bool
+) -> tuple[Any, bool]:
+    """A canvas with the points and the texts that fit beside them, and whether all of them fit."""
+    canvas, axes = make_axes(4.2, 3.4, legend)
+    artists = [
+        draw_error_bars(
+            axes, [point], color=get_colour(i), marker=get_marker(i), markersize=5.5, elinewidth=1, capsize=0
+        )
+        for i, point in enumerate(points)
+    ]
+    for artist in artists:
+        for bar in artist[2]:
+            bar.set_alpha(0.5)
+    if root:
+        axes.set_xscale("function", functions=(_signed_root, _signed_square))
+    axes.set(title=title, xlabel=f"{x}, root scale" if root else x, ylabel=y)
+    axes.margins(0.08)
+    if root:
+        ticks = _choose_root_ticks(*axes.get_xlim())
+        axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    if legend:
+        add_legend(canvas, artists, legend)
+    lay_out(canvas)
+    finite = [i for i, point in enumerate(points) if math.isfinite(point.x.mean) and math.isfinite(point.y.mean)]
+    labels = place_labels(
+        [_to_canvas(axes, points[i].x.mean, points[i].y.mean) for i in finite],
+        [_estimate_text_size(texts[i]) for i in finite],
+        frame=Box(*axes.bbox.extents),
+        lines=[line for i in finite for line in _error_bar_boxes(axes, points[i])],
+    )
+    for i, label in zip(finite, labels, strict=True):
+        if label is not None:
+            _draw_label(axes, texts[i], label, get_colour(i))
+    return canvas, all(label is not None for label in labels)
+
+
+def _estimate_text_size(text: str) -> tuple[float, float]:
+    """Width and height of a text in points; the page's font is unknown, so an upper bound for short wide names."""
+    return LABEL_SIZE * (0.4 + 0.6 * len(text)), LABEL_SIZE * 1.15
+
+
+def _to_canvas(axes: Any, x: float, y: float) -> tuple[float, float]:
+    """The position of data coordinates on the canvas, in points of 1/72 inch."""
+    across, up = axes.transData.transform((x, y))
+    return float(across), float(up)
+
+
+def _error_bar_boxes(axes: Any, point: Point) -> list[Box]:
+    """The boxes that a point's error bars cover."""
+    x, y = point.x, point.y
+    bars = [((x.low, y.mean), (x.high, y.mean)), ((x.mean, y.low), (x.mean, y.high))]
+    finite = [[_to_canvas(axes, *end) for end in ends] for ends in bars if np.isfinite(ends).all()]
+    return [Box(left - 0.5, bottom - 0.5, right + 0.5, top + 0.5) for (left, bottom), (right, top) in finite]
+
+
+def _draw_label(axes: Any, text: str, label: Label, colour: str) -> None:
+    """Draw a name in its box, and the line from the point to it."""
+    inches = axes.figure.dpi_scale_trans
+    box = label.box
+    x, align = {1: (box.left, "left"), 0: ((box.left + box.right) / 2, "center"), -1: (box.right, "right")}[label.side]
+    look = {"transform": inches, "color": colour, "fontsize": LABEL_SIZE, "ha": align, "va": "center"}
+    axes.text(x / 72, (box.bottom + box.top) / 144, text, **look).set_in_layout(False)
+    if label.leader is not None:
+        (x, y), (to_x, to_y) = label.leader
+        line = Line2D([x / 72, to_x / 72], [y / 72, to_y / 72], transform=inches, color=colour, linewidth=0.6)
+        line.set(alpha=0.6, zorder=1.5, in_layout=False)
+        axes.add_artist(line)
+
+
+def _signed_root(x: Any) -> Any:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: Any) -> Any:
+    return np.sign(x) * np.square(x)
+
+
+def _choose_root_ticks(low: float, high: float) -> list[float]:
+    """0, and those of 1, 2 and 5 times powers of ten that stand apart on an axis of square roots."""
+    spacing = 0.075 * (_signed_root(high) - _signed_root(low))
+    ticks: list[float] = []
+    for tick in sorted((digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)), reverse=True):
+        nearest = ticks[-1] if ticks else math.inf
+        root = _signed_root(tick)
+        if tick <= high and _signed_root(nearest) - root >= spacing and root >= spacing:
+            ticks.append(tick)
+    return [*(-tick for tick in ticks if -tick >= low), 0.0, *reversed(ticks)]

@@ -1,0 +1,51 @@
+"""A matplotlib figure as an SVG element that stands inside an HTML page."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib import rc_context
+
+from mixpo.report.figures.style import INK, STYLE
+
+
+@contextmanager
+def ignore_missing_glyphs() -> Iterator[None]:
+    """No warnings about glyphs that matplotlib's own font lacks: the page's fonts draw the text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
+def lay_out(canvas: Any) -> None:
+    """Compute the positions of all parts as the SVG renderer will: other renderers measure text differently."""
+    with ignore_missing_glyphs():
+        canvas.savefig(io.BytesIO(), format="svg")
+
+
+def render_svg(canvas: Any, name: str, description: str) -> Markup:
+    """The figure as an `svg` element that scales with the page and takes its text colour."""
+    file = io.StringIO()
+    with rc_context({**STYLE, "svg.hashsalt": name}), ignore_missing_glyphs():
+        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    view = re.search(r'viewBox="([^"]*)"', text)
+    assert view is not None
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace(INK, "currentColor")
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    width = float(view[1].split()[2]) * 1.6
+    label = escape(description.replace("-0.00", "0.00"), quote=True)
+    head = f'<svg {namespaces} viewBox="{view[1]}" style="max-width: {width:.0f}px" role="img" aria-label="{label}">'
+    return Markup(head + body.strip())
+
+
+def describe_figure(title: str, content: str, values: str) -> str:
+    """The description of a figure for those who do not see it."""
+    return f"{title}: {content}. {values}" if title else f"{content}. {values}"
