@@ -12,7 +12,7 @@ from benchmarks.worker import median_seconds, run_worker
 from mixpo.data.branches import pack, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
 
@@ -90,7 +90,7 @@ def _make_update(
 ) -> Callable[[], object]:
     """Make a function that takes one optimizer step on the log-probs of all completions."""
     lengths, budget = row_lengths(prompts, completions), Runtime().microbatch_tokens
-    processes = Processes(lm.device)
+    processes = ProcessGroup(lm.device)
 
     def loss(rows: list[int]) -> Any:
         batch = pack([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)

@@ -8,7 +8,7 @@ text, whether ids reach beyond the tokenizer.
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import log
 from pathlib import Path
@@ -31,7 +31,7 @@ SENTENCES = (
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """What a family's folder holds."""
 
     model_type: str
@@ -258,8 +258,20 @@ _DEEPSEEK = {
 }
 _PHI3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 
+_FIRST_GEMMA = ModelFamily(
+    "gemma",
+    lambda: sentencepiece(*_GEMMA, scheme="never"),
+    _GEMMA_NAMES,
+    GEMMA,
+    special=("<start_of_turn>", "<end_of_turn>"),
+    named=("<start_of_turn>", "<end_of_turn>"),
+    plain=("\n\n", "▁▁", "<table>"),
+    start="<bos>",
+    config={"head_dim": 8},
+)
+
 _FAMILIES = {
-    "llama2": Family(
+    "llama2": ModelFamily(
         "llama",
         lambda: sentencepiece(*_SP, scheme="prepend"),
         _SP_NAMES,
@@ -268,7 +280,7 @@ _FAMILIES = {
         config={"pad_token_id": None},
     ),
     # A base model with a template: its eos is not what ends a turn.
-    "llama3": Family(
+    "llama3": ModelFamily(
         "llama",
         lambda: byte_level(nfc=True),
         {"bos_token": _LLAMA3[0], "eos_token": _LLAMA3[1]},
@@ -277,7 +289,7 @@ _FAMILIES = {
         start=_LLAMA3[0],
         generation_ends=(_LLAMA3[1], _LLAMA3[4]),
     ),
-    "mistral": Family(
+    "mistral": ModelFamily(
         "mistral",
         lambda: sentencepiece(*_SP, "[INST]", "[/INST]", scheme="first"),
         _SP_NAMES,
@@ -286,7 +298,7 @@ _FAMILIES = {
         config={"sliding_window": 64},
     ),
     # A fine-tune whose turn markers are plain added tokens, and whose eos is still the old one.
-    "chatml-mistral": Family(
+    "chatml-mistral": ModelFamily(
         "mistral",
         lambda: sentencepiece(*_SP, scheme="always"),
         _SP_NAMES,
@@ -294,7 +306,7 @@ _FAMILIES = {
         plain=("<|im_end|>", "<|im_start|>"),
         start="<s>",
     ),
-    "qwen2": Family(
+    "qwen2": ModelFamily(
         "qwen2",
         lambda: byte_level(nfc=True),
         _QWEN,
@@ -304,7 +316,7 @@ _FAMILIES = {
         generation_ends=("<|im_end|>", "<|endoftext|>"),
         padding=27,
     ),
-    "qwen3": Family(
+    "qwen3": ModelFamily(
         "qwen3",
         lambda: byte_level(nfc=True),
         _QWEN,
@@ -315,29 +327,9 @@ _FAMILIES = {
         padding=27,
         config={"head_dim": 8},
     ),
-    "gemma": Family(
-        "gemma",
-        lambda: sentencepiece(*_GEMMA, scheme="never"),
-        _GEMMA_NAMES,
-        GEMMA,
-        special=("<start_of_turn>", "<end_of_turn>"),
-        named=("<start_of_turn>", "<end_of_turn>"),
-        plain=("\n\n", "▁▁", "<table>"),
-        start="<bos>",
-        config={"head_dim": 8},
-    ),
-    "gemma2": Family(
-        "gemma2",
-        lambda: sentencepiece(*_GEMMA, scheme="never"),
-        _GEMMA_NAMES,
-        GEMMA,
-        special=("<start_of_turn>", "<end_of_turn>"),
-        named=("<start_of_turn>", "<end_of_turn>"),
-        plain=("\n\n", "▁▁", "<table>"),
-        start="<bos>",
-        config={"head_dim": 8, "sliding_window": 64},
-    ),
-    "gemma3": Family(
+    "gemma": _FIRST_GEMMA,
+    "gemma2": replace(_FIRST_GEMMA, model_type="gemma2", config={"head_dim": 8, "sliding_window": 64}),
+    "gemma3": ModelFamily(
         "gemma3_text",
         lambda: sentencepiece(*_GEMMA, scheme="never"),
         _GEMMA_NAMES,
@@ -349,7 +341,7 @@ _FAMILIES = {
         padding=16,
         config={"head_dim": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "phi3": Family(
+    "phi3": ModelFamily(
         "phi3",
         lambda: sentencepiece(*_SP, scheme="prepend"),
         {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
@@ -359,11 +351,11 @@ _FAMILIES = {
         generation_ends=("<|endoftext|>", "<|assistant|>", "<|end|>"),
         padding=21,
     ),
-    "gpt2": Family("gpt2", lambda: byte_level("<|endoftext|>"), _END, None),
-    "pythia": Family(
+    "gpt2": ModelFamily("gpt2", lambda: byte_level("<|endoftext|>"), _END, None),
+    "pythia": ModelFamily(
         "gpt_neox", lambda: byte_level("<|endoftext|>", "<|padding|>", whitespace=True), _END, None, padding=16
     ),
-    "olmo2": Family(
+    "olmo2": ModelFamily(
         "olmo2",
         lambda: byte_level(nfc=True),
         {**_END, "pad_token": "<|pad|>"},
@@ -371,7 +363,7 @@ _FAMILIES = {
         special=("<|endoftext|>", "<|pad|>"),
         padding=30,
     ),
-    "granite": Family(
+    "granite": ModelFamily(
         "granite",
         lambda: byte_level("<|end_of_text|>"),
         {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>"},
@@ -380,7 +372,7 @@ _FAMILIES = {
         named=("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
         config={"logits_scaling": 3.0, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
     ),
-    "opt": Family(
+    "opt": ModelFamily(
         "opt",
         lambda: byte_level("<s>", "<pad>", "</s>", "<unk>"),
         {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"},
@@ -389,21 +381,21 @@ _FAMILIES = {
         config={"ffn_dim": 48, "word_embed_proj_dim": 32},
     ),
     # Its template ends a turn with nothing.
-    "falcon": Family(
+    "falcon": ModelFamily(
         "falcon",
         lambda: byte_level(">>TITLE<<", ">>ABSTRACT<<", ">>QUESTION<<", "<|endoftext|>"),
         {"eos_token": "<|endoftext|>"},
         FALCON,
         named=(">>TITLE<<", ">>ABSTRACT<<", ">>QUESTION<<"),
     ),
-    "bloom": Family(
+    "bloom": ModelFamily(
         "bloom",
         lambda: byte_level("<unk>", "<s>", "</s>", "<pad>"),
         {**_SP_NAMES, "pad_token": "<pad>"},
         None,
         padding=40,
     ),
-    "deepseek": Family(
+    "deepseek": ModelFamily(
         "llama",
         lambda: byte_level(nfc=True),
         _DEEPSEEK,
@@ -414,14 +406,14 @@ _FAMILIES = {
         padding=19,
     ),
     # Its turn markers are plain text, and its pad token ends the turns.
-    "zephyr": Family(
+    "zephyr": ModelFamily(
         "llama",
         lambda: sentencepiece(*_SP, scheme="prepend"),
         {**_SP_NAMES, "pad_token": "</s>"},
         ZEPHYR,
         start="<s>",
     ),
-    "smollm2": Family(
+    "smollm2": ModelFamily(
         "llama",
         lambda: byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         {
@@ -434,7 +426,7 @@ _FAMILIES = {
         named=("<|im_start|>", "<|im_end|>"),
         config={"tie_word_embeddings": True},
     ),
-    "llm-jp": Family(
+    "llm-jp": ModelFamily(
         "llama",
         lambda: sentencepiece(*_SP, "<pad>", scheme="first", unigram=True),
         {**_SP_NAMES, "pad_token": "<pad>"},

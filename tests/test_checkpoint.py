@@ -11,9 +11,9 @@ from torch import nn
 
 from mixpo.data.errors import InputError
 from mixpo.training.checkpoint import FILE, Checkpoint, TrainableWeights
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 
-ONE = {"processes": Processes(torch.device("cpu"))}
+ONE = {"processes": ProcessGroup(torch.device("cpu"))}
 
 
 class State:

@@ -159,7 +159,7 @@ def as_folder(name: str) -> Damage:
     return damage
 
 
-class Harmful:
+class HarmfulPickle:
     """Runs when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -304,7 +304,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "found weights that cannot be read",
     ),
     "bin: one missing": (legacy(lambda t: {k: v for k, v in t.items() if k != UP}), f"found no tensor {UP}"),
-    "bin: code": (legacy(lambda t: {**t, "x": Harmful()}), "found weights that cannot be read"),
+    "bin: code": (legacy(lambda t: {**t, "x": HarmfulPickle()}), "found weights that cannot be read"),
     "bin: a list": (legacy(lambda t: [1, 2]), "found weights that cannot be read"),
 }
 

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Other:
+class OtherValue:
     """Another value of a setting than the stage has by default, and what must stand beside it so that it acts."""
 
     value: Any
@@ -42,126 +42,126 @@ class Other:
 
 
 @dataclass(frozen=True)
-class ByTest:
+class TestedIn:
     """A setting that another test shows to act: its file and its name."""
 
     file: str
     name: str
 
 
-SEEDED = {"seed": Other(1), "precision": Other("bfloat16")}
+SEEDED = {"seed": OtherValue(1), "precision": OtherValue("bfloat16")}
 OPTIMIZER = {
-    "learning_rate": Other(0.02),
-    "warmup_steps": Other(2, {"epochs": 3}),
-    "decay": Other("linear", {"epochs": 3}),
-    "weight_decay": Other(0.7),
-    "adam_betas": Other((0.5, 0.6)),
-    "max_grad_norm": Other(1e-3),
+    "learning_rate": OtherValue(0.02),
+    "warmup_steps": OtherValue(2, {"epochs": 3}),
+    "decay": OtherValue("linear", {"epochs": 3}),
+    "weight_decay": OtherValue(0.7),
+    "adam_betas": OtherValue((0.5, 0.6)),
+    "max_grad_norm": OtherValue(1e-3),
 }
-LORA = {"lora": Other({"rank": 2})}
+LORA = {"lora": OtherValue({"rank": 2})}
 SUPERVISED = {
     **SEEDED,
     **OPTIMIZER,
     **LORA,
-    "epochs": Other(2),
-    "batch_size": Other(3),
-    "max_completion_tokens": Other(4),
+    "epochs": OtherValue(2),
+    "batch_size": OtherValue(3),
+    "max_completion_tokens": OtherValue(4),
 }
 
-TABLE: dict[str, dict[str, Other | ByTest]] = {
+TABLE: dict[str, dict[str, OtherValue | TestedIn]] = {
     "model": {
-        "path": Other("{folder}/base"),
-        "revision": ByTest("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
-        "chat_template": Other("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
-        "template_arguments": ByTest("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
-        "dtype": ByTest("test_loading.py", "test_a_recipe_may_choose_the_type"),
-        "init_seed": Other(1),
+        "path": OtherValue("{folder}/base"),
+        "revision": TestedIn("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
+        "chat_template": OtherValue("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
+        "template_arguments": TestedIn("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
+        "dtype": TestedIn("test_loading.py", "test_a_recipe_may_choose_the_type"),
+        "init_seed": OtherValue(1),
     },
     "data": {
-        "format": Other("hh-rlhf"),
-        "train": Other("{folder}/more.jsonl"),
-        "test": Other("{folder}/test.jsonl"),
-        "demonstrations": Other("{folder}/shown.jsonl"),
-        "second": Other("{folder}/more.jsonl", {"second_rows": 4}),
-        "revision": ByTest("data/test_sources.py", "test_hub_preferences"),
-        "train_rows": Other(5),
-        "test_rows": Other(1),
-        "demonstration_rows": Other(5),
-        "test_share": Other(0.4),
-        "second_rows": Other(4),
-        "special_tokens": ByTest("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
-        "shared_prompts": ByTest(
+        "format": OtherValue("hh-rlhf"),
+        "train": OtherValue("{folder}/more.jsonl"),
+        "test": OtherValue("{folder}/test.jsonl"),
+        "demonstrations": OtherValue("{folder}/shown.jsonl"),
+        "second": OtherValue("{folder}/more.jsonl", {"second_rows": 4}),
+        "revision": TestedIn("data/test_sources.py", "test_hub_preferences"),
+        "train_rows": OtherValue(5),
+        "test_rows": OtherValue(1),
+        "demonstration_rows": OtherValue(5),
+        "test_share": OtherValue(0.4),
+        "second_rows": OtherValue(4),
+        "special_tokens": TestedIn("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
+        "shared_prompts": TestedIn(
             "test_stages.py", "test_prompts_of_train_and_test_are_counted_and_left_out_on_request"
         ),
-        "max_prompt_tokens": Other(12, {"on_bad_row": "drop"}),
-        "on_bad_row": Other("drop", {"train": "{folder}/bad.jsonl", "test": "{folder}/test.jsonl"}),
-        "data_seed": Other(1),
+        "max_prompt_tokens": OtherValue(12, {"on_bad_row": "drop"}),
+        "on_bad_row": OtherValue("drop", {"train": "{folder}/bad.jsonl", "test": "{folder}/test.jsonl"}),
+        "data_seed": OtherValue(1),
     },
-    "label_noise": {"share": Other(0.5), "seed": Other(1, {"share": 0.5})},
+    "label_noise": {"share": OtherValue(0.5), "seed": OtherValue(1, {"share": 0.5})},
     "sft": SUPERVISED,
     "reward": {
         **SUPERVISED,
-        "validation_share": Other(0.3),
-        "center_coef": Other(0.5),
-        "head": Other("fitted"),
-        "head_ridge": Other(50.0, {"head": "fitted"}),
+        "validation_share": OtherValue(0.3),
+        "center_coef": OtherValue(0.5),
+        "head": OtherValue("fitted"),
+        "head_ridge": OtherValue(50.0, {"head": "fitted"}),
     },
     "samples": {
         **SEEDED,
-        "temperature": Other(0.3),
-        "top_p": Other(0.3),
-        "top_k": Other(2),
-        "max_completion_tokens": Other(4),
-        "prompts": Other(5),
+        "temperature": OtherValue(0.3),
+        "top_p": OtherValue(0.3),
+        "top_k": OtherValue(2),
+        "max_completion_tokens": OtherValue(4),
+        "prompts": OtherValue(5),
     },
     "selection": {
-        "threshold": Other(0.45, {"threshold": 0.2}),
-        "easy_fraction": Other(0.25, {"easy_fraction": 0.5}),
+        "threshold": OtherValue(0.45, {"threshold": 0.2}),
+        "easy_fraction": OtherValue(0.25, {"easy_fraction": 0.5}),
     },
-    "dpo": {**SUPERVISED, "beta": Other(0.5), "samplings": Other(2)},
+    "dpo": {**SUPERVISED, "beta": OtherValue(0.5), "samplings": OtherValue(2)},
     "ppo": {
         **SEEDED,
         **OPTIMIZER,
         **LORA,
-        "preset": Other("deepspeed-chat"),
-        "advantage": Other("rloo", {"completions_per_prompt": 2}),
-        "completions_per_prompt": Other(2),
-        "epochs": Other(0.5),
-        "batch_size": Other(4),
-        "minibatches": Other(2),
-        "epochs_per_batch": Other(2),
-        "value_learning_rate": Other(0.02),
-        "kl_coef": Other(1.0),
-        "kl_target": Other(0.01),
-        "kl_budget": Other(0.01),
-        "score_clip": Other(0.01),
-        "missing_end_penalty": Other(3.0),
-        "discount": Other(0.8),
-        "gae_lambda": Other(0.5),
-        "whiten_advantages": Other(False),
-        "clip": Other(1e-3, {"epochs_per_batch": 3}),
-        "value_clip": Other(1e-3, {"epochs_per_batch": 3}),
-        "value_init": Other("policy"),
-        "shared_value_coef": Other(2.0, {"value_init": "shared"}),
-        "value_warmup_steps": Other(1),
-        "max_kl": Other(1e-6, {"epochs": 3}),
-        "max_completion_tokens": Other(4),
+        "preset": OtherValue("deepspeed-chat"),
+        "advantage": OtherValue("rloo", {"completions_per_prompt": 2}),
+        "completions_per_prompt": OtherValue(2),
+        "epochs": OtherValue(0.5),
+        "batch_size": OtherValue(4),
+        "minibatches": OtherValue(2),
+        "epochs_per_batch": OtherValue(2),
+        "value_learning_rate": OtherValue(0.02),
+        "kl_coef": OtherValue(1.0),
+        "kl_target": OtherValue(0.01),
+        "kl_budget": OtherValue(0.01),
+        "score_clip": OtherValue(0.01),
+        "missing_end_penalty": OtherValue(3.0),
+        "discount": OtherValue(0.8),
+        "gae_lambda": OtherValue(0.5),
+        "whiten_advantages": OtherValue(False),
+        "clip": OtherValue(1e-3, {"epochs_per_batch": 3}),
+        "value_clip": OtherValue(1e-3, {"epochs_per_batch": 3}),
+        "value_init": OtherValue("policy"),
+        "shared_value_coef": OtherValue(2.0, {"value_init": "shared"}),
+        "value_warmup_steps": OtherValue(1),
+        "max_kl": OtherValue(1e-6, {"epochs": 3}),
+        "max_completion_tokens": OtherValue(4),
     },
-    "evaluation": {**SEEDED, "prompts": Other(5), "max_completion_tokens": Other(4)},
-    "gradients": {"pairs": Other(2)},
+    "evaluation": {**SEEDED, "prompts": OtherValue(5), "max_completion_tokens": OtherValue(4)},
+    "gradients": {"pairs": OtherValue(2)},
     "lora": {
-        "rank": Other(4, {"rank": 2}),
-        "alpha": Other(4.0, {"rank": 2}),
-        "dropout": Other(0.5, {"rank": 2}),
+        "rank": OtherValue(4, {"rank": 2}),
+        "alpha": OtherValue(4.0, {"rank": 2}),
+        "dropout": OtherValue(0.5, {"rank": 2}),
     },
     "runtime": {
-        name: ByTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding")
+        name: TestedIn("test_settings.py", "test_the_runtime_changes_nothing_but_rounding")
         for name in ("device", "threads", "microbatch_tokens", "sampling_tokens", "checkpoint_minutes")
     }
-    | {"workers": ByTest("test_workers.py", "test_two_workers_find_what_one_finds")},
+    | {"workers": TestedIn("test_workers.py", "test_two_workers_find_what_one_finds")},
 }
 ACTING = [
-    (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, Other)
+    (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)
 ]
 
 
@@ -188,7 +188,7 @@ def test_every_setting_has_its_line() -> None:
 def test_the_tests_that_lines_name_are_there() -> None:
     for lines in TABLE.values():
         for line in lines.values():
-            if isinstance(line, ByTest):
+            if isinstance(line, TestedIn):
                 assert f"def {line.name}(" in (Path(__file__).parent / line.file).read_text()
 
 
@@ -225,7 +225,7 @@ def outcome_of(tiny: TinyWorld, section: str, settings: Mapping[str, Any]) -> An
 @pytest.mark.parametrize(("section", "name"), ACTING)
 def test_the_setting_acts(tiny: TinyWorld, section: str, name: str) -> None:
     line = TABLE[section][name]
-    assert isinstance(line, Other)
+    assert isinstance(line, OtherValue)
     plain = outcome_of(tiny, section, line.beside)
     other = outcome_of(tiny, section, {**line.beside, name: line.value})
     assert plain != other

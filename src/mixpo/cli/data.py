@@ -10,7 +10,7 @@ from rich.text import Text
 from mixpo.data.text import escape_invisible
 
 if TYPE_CHECKING:
-    from mixpo.experiments.preview import Preview, TokenizedText
+    from mixpo.experiments.preview import DataPreview, TokenizedText
 
 app = typer.Typer(help="Inspect rows before a model is trained on them.", no_args_is_help=True)
 
@@ -44,7 +44,7 @@ def preview(
     print_preview(make_preview(read_recipe_or_source(source, overrides or (), model)), Console(highlight=False))
 
 
-def print_preview(preview: "Preview", console: Console) -> None:
+def print_preview(preview: "DataPreview", console: Console) -> None:
     """Print a preview, in colours or, on a console without colours, with brackets around every token."""
     plain = console.color_system is None
     for example in preview.examples:

@@ -86,7 +86,7 @@ def judge(
         saved, progress = read_verdicts(run / FILE), None
         missing = [question for number, question in by_id.items() if number not in saved.scores]
         if missing:
-            from mixpo.judge.client import Limits, ask_questions
+            from mixpo.judge.client import RequestLimits, ask_questions
 
             key = read_api_key()
             if key and is_unencrypted(address):
@@ -95,7 +95,7 @@ def judge(
             if not saved.contains(assignment):
                 keep(make_assignment_row(assignment))
         if missing:
-            limits = Limits(concurrency, attempts, timeout, max_requests, max_tokens)
+            limits = RequestLimits(concurrency, attempts, timeout, max_requests, max_tokens)
             replied_judges = {question.judge for number, question in by_id.items() if number in saved.scores}
             with _show_progress(len(missing), run / FILE, plain=quiet) as show_progress:
                 progress = ask_questions(missing, key, limits, keep, show_progress, replied_judges=replied_judges)

@@ -74,7 +74,7 @@ class TokenizedText:
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenizedExample:
     """A row of data in tokens: its prompt and its completions."""
 
     kind: str
@@ -82,10 +82,10 @@ class Example:
 
 
 @dataclass
-class Preview:
+class DataPreview:
     """Content of `mixpo data preview`: examples, counts, facts, warnings and bad rows."""
 
-    examples: list[Example]
+    examples: list[TokenizedExample]
     tokens: list[str]
     """Lines on the tokens that prompts begin and completions end with."""
     counts: dict[str, str]
@@ -125,7 +125,7 @@ def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, objec
     return {} if isinstance(record, RowError) else record
 
 
-def make_preview(recipe: Recipe) -> Preview:
+def make_preview(recipe: Recipe) -> DataPreview:
     """Read a recipe's rows as the data stage does and summarize them; bad rows are listed, not refused.
 
     Raises `InputError` if no row can be used.
@@ -145,7 +145,7 @@ def make_preview(recipe: Recipe) -> Preview:
     figures = count_row_facts(settings, rows, split, tokenizer)
     examples = make_examples(recipe, split.train, split.demonstrations, tokenizer)
     counts = _format_row_counts(rows, figures) | _count_truncated(recipe, split, tokenizer)
-    return Preview(
+    return DataPreview(
         examples, _describe_special_tokens(examples, tokenizer), counts, describe_row_facts(figures), warnings, rows.bad
     )
 
@@ -155,7 +155,7 @@ def make_examples(
     preferences: Sequence[Preference],
     demonstrations: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Example]:
+) -> list[TokenizedExample]:
     """Tokenize the first row of each kind, without a demonstration that is the chosen completion of the pair."""
     examples = []
     for pair in preferences[:1]:
@@ -171,14 +171,14 @@ def make_examples(
 
 def _tokenize_example(
     kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, limit: int
-) -> Example:
+) -> TokenizedExample:
     prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), limit=limit)
     texts = [TokenizedText("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, before=prompt_tokens)
         truncated = tokens[-1] != find_end_token(tokenizer)
         texts.append(TokenizedText(name, pieces, len(tokens), trained=True, truncated=truncated))
-    return Example(kind, texts)
+    return TokenizedExample(kind, texts)
 
 
 def split_into_pieces(
@@ -214,7 +214,7 @@ def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], t
     return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _describe_special_tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Describe in two lines the tokens that prompts begin and completions end with."""
     begin, end, eos = tokenizer.bos_token_id, find_end_token(tokenizer), tokenizer.eos_token_id
     begins = any(example.texts[0].pieces[0].text == _format_token(tokenizer, begin) for example in examples)

@@ -35,7 +35,7 @@ RETRYABLE_STATUSES = (408, 409, 425, 429)
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Limits on concurrency, retries, request time, requests and tokens."""
 
     concurrency: int = 8
@@ -93,7 +93,7 @@ def shuffle_prompts(questions: Sequence[Question]) -> list[Question]:
 def ask_questions(
     questions: Sequence[Question],
     key: str,
-    limits: Limits,
+    limits: RequestLimits,
     append_row: RowWriter,
     on_progress: Callable[[Progress], None],
     *,
@@ -113,7 +113,7 @@ class _JudgeClient:
         self,
         questions: Sequence[Question],
         key: str,
-        limits: Limits,
+        limits: RequestLimits,
         append_row: RowWriter,
         on_progress: Callable[[Progress], None],
         replied_judges: Collection[Judge],

@@ -7,7 +7,7 @@ import exca.helpers
 from exca import ConfDict
 
 
-class Identified(exca.helpers.DiscriminatedModel):
+class IdentifiedModel(exca.helpers.DiscriminatedModel):
     """A pydantic model with an identity: its fields, nested ones included, except those that have their default."""
 
     def fields_outside_identity(self) -> list[str]:
@@ -18,12 +18,12 @@ class Identified(exca.helpers.DiscriminatedModel):
         return self.fields_outside_identity()
 
 
-def name_folder(stage: Identified) -> str:
+def name_folder(stage: IdentifiedModel) -> str:
     """Make the folder name of a stage; its last eight hex digits are a digest of the identity."""
     return str(ConfDict.from_model(stage, uid=True, exclude_defaults=True).to_uid())
 
 
-def identity_settings(stage: Identified) -> dict[str, Any]:
+def identity_settings(stage: IdentifiedModel) -> dict[str, Any]:
     """Return the settings of a stage's identity as JSON values, defaults and upstream stages included."""
     content: dict[str, Any] = json.loads(json.dumps(ConfDict.from_model(stage, uid=True, exclude_defaults=False)))
     return content

@@ -49,7 +49,7 @@ from mixpo.stages.rows import read_table, select_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.health import emit_alarms, find_policy_alarms, mean_of_last_steps
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged, Sums, compute_learning_rate, take_optimizer_step
@@ -159,7 +159,7 @@ class PPOTraining:
         frozen: FrozenModels,
         prompts: Sequence[Prompt],
         runtime: Runtime,
-        processes: Processes,
+        processes: ProcessGroup,
         cost: Cost,
     ) -> None:
         self.settings, self.models, self.frozen = settings, models, frozen

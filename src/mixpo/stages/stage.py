@@ -9,14 +9,14 @@ import pydantic
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
-from mixpo.stages.identity import Identified
+from mixpo.stages.identity import IdentifiedModel
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
 
 SUMMARY = "summary.json"
 
 
-class Stage(Identified):
+class Stage(IdentifiedModel):
     """A node of an experiment's graph; equal stages are computed once.
 
     Its identity is its settings, the identities of its input stages and the content of the data it reads. `work` reads

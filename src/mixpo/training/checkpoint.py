@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 
 FILE = "checkpoint.safetensors"
 FORMAT = 2
@@ -62,7 +62,7 @@ class Checkpoint:
     """The checkpoint file of a stage: states of its parts, random state, next step and extra values of the stage."""
 
     def __init__(
-        self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float, processes: Processes
+        self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float, processes: ProcessGroup
     ) -> None:
         self.path = folder / FILE
         self.parts = dict(parts)

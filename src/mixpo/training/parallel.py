@@ -1,7 +1,7 @@
 """Data-parallel processes of one stage: distribution of rows, sums over processes, and the process that writes files.
 
-Today there is one process. The optimizer step, counts of a whole batch, saving and logging use this module, so that
-support of several processes changes no stage.
+Today there is one process. The optimizer step, sums over a batch, checkpoints and metrics use this module; models and
+summaries are still written without asking it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """Device, rank and number of the processes of a stage, as in torch.distributed."""
 
     device: torch.device

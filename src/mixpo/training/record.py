@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import iterate_matrix_modules
 from mixpo.training import memory
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 
 
 class Watcher(Protocol):
@@ -75,7 +75,7 @@ def _replace_non_finite(value: Any) -> Any:
 class Metrics:
     """The file `metrics.jsonl`, one line a step; lines from step `resumed_at` on are deleted when it is opened."""
 
-    def __init__(self, folder: Path, *, resumed_at: int, processes: Processes) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int, processes: ProcessGroup) -> None:
         self.path = folder / "metrics.jsonl"
         self.processes = processes
         trim_jsonl(self.path, resumed_at)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 
 Batch = TypeVar("Batch")
 Sums = Mapping[str, tuple[Tensor, Tensor]]
@@ -82,7 +82,7 @@ def take_optimizer_step(
     count: int,
     max_grad_norm: float,
     rate: float,
-    processes: Processes,
+    processes: ProcessGroup,
 ) -> dict[str, float]:
     """Take one optimizer step at learning rate `rate` and return the metrics' means.
 

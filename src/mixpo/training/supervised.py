@@ -11,7 +11,7 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch, Tokens, pack, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
-from mixpo.training.parallel import Processes
+from mixpo.training.parallel import ProcessGroup
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import (
@@ -63,7 +63,7 @@ class SupervisedTraining:
         out: Path,
         cost: Cost,
         runtime: Runtime,
-        processes: Processes,
+        processes: ProcessGroup,
     ) -> None:
         self.lm, self.prompts, self.completions = lm, prompts, completions
         self.settings, self.seed, self.cost, self.processes = settings, seed, cost, processes
