@@ -42,7 +42,7 @@ class OtherValue:
 
 
 @dataclass(frozen=True)
-class TestedIn:
+class CoveredBy:
     """A setting that another test shows to act: its file and its name."""
 
     file: str
@@ -68,13 +68,13 @@ SUPERVISED = {
     "max_completion_tokens": OtherValue(4),
 }
 
-TABLE: dict[str, dict[str, OtherValue | TestedIn]] = {
+TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
     "model": {
         "path": OtherValue("{folder}/base"),
-        "revision": TestedIn("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
+        "revision": CoveredBy("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
         "chat_template": OtherValue("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
-        "template_arguments": TestedIn("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
-        "dtype": TestedIn("test_loading.py", "test_a_recipe_may_choose_the_type"),
+        "template_arguments": CoveredBy("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
+        "dtype": CoveredBy("test_loading.py", "test_a_recipe_may_choose_the_type"),
         "init_seed": OtherValue(1),
     },
     "data": {
@@ -83,14 +83,14 @@ TABLE: dict[str, dict[str, OtherValue | TestedIn]] = {
         "test": OtherValue("{folder}/test.jsonl"),
         "demonstrations": OtherValue("{folder}/shown.jsonl"),
         "second": OtherValue("{folder}/more.jsonl", {"second_rows": 4}),
-        "revision": TestedIn("data/test_sources.py", "test_hub_preferences"),
+        "revision": CoveredBy("data/test_sources.py", "test_hub_preferences"),
         "train_rows": OtherValue(5),
         "test_rows": OtherValue(1),
         "demonstration_rows": OtherValue(5),
         "test_share": OtherValue(0.4),
         "second_rows": OtherValue(4),
-        "special_tokens": TestedIn("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
-        "shared_prompts": TestedIn(
+        "special_tokens": CoveredBy("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
+        "shared_prompts": CoveredBy(
             "test_stages.py", "test_prompts_of_train_and_test_are_counted_and_left_out_on_request"
         ),
         "max_prompt_tokens": OtherValue(12, {"on_bad_row": "drop"}),
@@ -155,10 +155,10 @@ TABLE: dict[str, dict[str, OtherValue | TestedIn]] = {
         "dropout": OtherValue(0.5, {"rank": 2}),
     },
     "runtime": {
-        name: TestedIn("test_settings.py", "test_the_runtime_changes_nothing_but_rounding")
+        name: CoveredBy("test_settings.py", "test_the_runtime_changes_nothing_but_rounding")
         for name in ("device", "threads", "microbatch_tokens", "sampling_tokens", "checkpoint_minutes")
     }
-    | {"workers": TestedIn("test_workers.py", "test_two_workers_find_what_one_finds")},
+    | {"workers": CoveredBy("test_workers.py", "test_two_workers_find_what_one_finds")},
 }
 ACTING = [
     (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)
@@ -188,7 +188,7 @@ def test_every_setting_has_its_line() -> None:
 def test_the_tests_that_lines_name_are_there() -> None:
     for lines in TABLE.values():
         for line in lines.values():
-            if isinstance(line, TestedIn):
+            if isinstance(line, CoveredBy):
                 assert f"def {line.name}(" in (Path(__file__).parent / line.file).read_text()
 
 
