@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
 from benchmarks.worker import median_seconds, run_worker
-from mixpo.data.branches import pack, row_lengths, split_into_microbatches
+from mixpo.data.branches import pack_branches, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import sample
+from mixpo.models.sampling import sample_completions
 from mixpo.training.parallel import ProcessGroup
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
@@ -93,7 +93,7 @@ def _make_update(
     processes = ProcessGroup(lm.device)
 
     def loss(rows: list[int]) -> Any:
-        batch = pack([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
+        batch = pack_branches([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
         return -lm(batch, "logprobs").sum(), {}
 
     def work() -> None:
@@ -114,7 +114,7 @@ def _make_update(
 def _make_sampling(lm: LanguageModel, point: Point, prompts: list[list[int]]) -> Callable[[], object]:
     """Make a function that samples the completions of all prompts."""
     budget = Runtime().sampling_tokens
-    return lambda: sample(lm, prompts, k=point.k, max_tokens=point.completion, seed=0, token_budget=budget)
+    return lambda: sample_completions(lm, prompts, k=point.k, max_tokens=point.completion, seed=0, token_budget=budget)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.folders import load_tokenizer
-from mixpo.models.loading import new_reward_model
+from mixpo.models.loading import initialize_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.rows import write_table
@@ -33,7 +33,7 @@ def prepare_model(name: str, inputs: Path) -> None:
     folder = inputs / "models" / name
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        Pretrained(path=SMOLLM2).work({}, folder, Runtime())
+        Pretrained(path=SMOLLM2).compute({}, folder, Runtime())
         if name in RANDOM:
             tokenizer = load_tokenizer(folder / "model")
             config = LlamaConfig(
@@ -48,7 +48,7 @@ def prepare_model(name: str, inputs: Path) -> None:
             LlamaForCausalLM(config).save_pretrained(folder / "model")
     reward = inputs / "models" / f"{name}-reward" / "model"
     if not reward.exists():
-        save_model(new_reward_model(folder / "model", seed=0, device=torch.device("cpu")), reward)
+        save_model(initialize_reward_model(folder / "model", seed=0, device=torch.device("cpu")), reward)
 
 
 def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:

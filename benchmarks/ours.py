@@ -12,7 +12,7 @@ from benchmarks.mathematics import decoding_bytes
 from benchmarks.worker import run_worker
 from mixpo.models.folders import load_tokenizer
 from mixpo.models.loading import load_policy
-from mixpo.models.sampling import sample
+from mixpo.models.sampling import sample_completions
 from mixpo.stages.dpo import DPO
 from mixpo.stages.ppo import PPO
 from mixpo.stages.pretrained import Pretrained
@@ -55,7 +55,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
     stage = stages[spec["kind"]]()
     with tempfile.TemporaryDirectory() as out:
-        stage.work({name: folders[name] for name in stage.inputs()}, Path(out), Runtime())
+        stage.compute({name: folders[name] for name in stage.inputs()}, Path(out), Runtime())
         steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
         summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
     reference_seconds = summary.get("reference_seconds", 0.0)
@@ -77,10 +77,10 @@ def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     started = time.perf_counter()
-    sampled = sample(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
+    sampled = sample_completions(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    sample(lm, prompts, k=1, max_tokens=1, seed=0, token_budget=1 << 20)
+    sample_completions(lm, prompts, k=1, max_tokens=1, seed=0, token_budget=1 << 20)
     prefill = time.perf_counter() - started
     lengths = [(len(prompt), row) for prompt, row in zip(prompts, sampled.lengths.tolist(), strict=True)]
     itemsize = getattr(torch, spec["precision"]).itemsize

@@ -18,7 +18,7 @@ import torch
 
 
 def median_seconds(work: Callable[[], Any], *, repeats: int, untimed: int) -> float:
-    """Measure the median time of `work` over `repeats` calls, after `untimed` ones, with GPU synchronization."""
+    """Measure the median time of `compute` over `repeats` calls, after `untimed` ones, with GPU synchronization."""
     times = []
     for _ in range(untimed + repeats):
         started = time.perf_counter()
@@ -54,7 +54,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def run_worker(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Call `work` with the specification of the command line, and print its result, peak memory and environment.
+    """Call `compute` with the specification of the command line, and print its result, peak memory and environment.
 
     OpenMP's wait policy is the default for mixpo and peers, unless OMP_WAIT_POLICY is set.
     """

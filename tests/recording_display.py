@@ -21,14 +21,14 @@ class RecordingDisplay:
         self.most_at_once = max(self.most_at_once, self.running)
         return self
 
-    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         assert 0 < done <= total
         self.steps += 1
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self.notes.append(text)
 
-    def end(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         self.running -= 1
         if isinstance(outcome, Failure):
             self.failures.append(outcome)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss
-from mixpo.data.branches import pack
+from mixpo.data.branches import pack_branches
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel
 
@@ -96,7 +96,7 @@ def loss_of_trl(trainer):
 def batch_of(tokenizer, pairs, sides):
     tokens = [tokenize_row(tokenizer, pair["prompt"], [pair[side] for side in sides], limit=64) for pair in pairs]
     prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
-    return pack(prompts, completions)
+    return pack_branches(prompts, completions)
 
 
 def wrapped(model, tokenizer):

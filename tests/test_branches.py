@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.data.branches import BranchBatch, pack, pack_prompts, row_lengths, split_into_microbatches
+from mixpo.data.branches import BranchBatch, pack_branches, pack_prompts, row_lengths, split_into_microbatches
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel, _TokenLogprobs
-from mixpo.models.sampling import sample
+from mixpo.models.sampling import sample_completions
 from models import ARCHITECTURES, Row, plain_logprobs, rows_of_sample, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
@@ -42,12 +42,12 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("completions", [COMPLETIONS, [branches[:1] for branches in COMPLETIONS]], ids=["k=2", "k=1"])
 def test_logprobs_equal_plain_forward_passes(name: str, completions: list[list[list[int]]]) -> None:
     lm = tiny(name)
-    compare_with_plain(lm, pack(PROMPTS, completions), completions)
+    compare_with_plain(lm, pack_branches(PROMPTS, completions), completions)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logprobs_of_unshared_prompts_equal_plain_forward_passes(name: str) -> None:
-    compare_with_plain(tiny(name), pack(PROMPTS, COMPLETIONS, share_prompt=False), COMPLETIONS)
+    compare_with_plain(tiny(name), pack_branches(PROMPTS, COMPLETIONS, share_prompt=False), COMPLETIONS)
 
 
 def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[list[list[int]]]) -> None:
@@ -65,7 +65,7 @@ def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[
 def test_gradients_equal_plain_forward_passes(name: str) -> None:
     lm = tiny(name)
     weights = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(1))
-    logprobs = lm(pack(PROMPTS, COMPLETIONS), "logprobs")
+    logprobs = lm(pack_branches(PROMPTS, COMPLETIONS), "logprobs")
     (logprobs * weights).sum().backward()
     actual = {key: p.grad.clone() for key, p in lm.model.named_parameters() if p.grad is not None}
     lm.model.zero_grad()
@@ -134,7 +134,7 @@ def test_recomputed_gradients_equal_stored_ones(
 def test_entropy_is_that_of_the_predicting_distribution() -> None:
     lm = tiny("llama")
     with torch.no_grad():
-        entropy = lm(pack(PROMPTS, COMPLETIONS), "entropies")
+        entropy = lm(pack_branches(PROMPTS, COMPLETIONS), "entropies")
         logits = lm.model(input_ids=torch.tensor([PROMPTS[0] + COMPLETIONS[0][1]])).logits[0]
     expected = torch.distributions.Categorical(logits=logits[len(PROMPTS[0]) - 1]).entropy()
     torch.testing.assert_close(entropy[0, 1, 0], expected, rtol=1e-5, atol=1e-5)
@@ -146,8 +146,8 @@ def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
     head = torch.nn.Linear(32, 1, bias=False)
     lm.model.score = head
     with torch.no_grad():
-        actual = lm(pack(PROMPTS, COMPLETIONS), "scores")
-        values = lm(pack(PROMPTS, COMPLETIONS), "values")
+        actual = lm(pack_branches(PROMPTS, COMPLETIONS), "scores")
+        values = lm(pack_branches(PROMPTS, COMPLETIONS), "values")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
             for branch, completion in enumerate(branches):
                 states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
@@ -160,7 +160,7 @@ def test_lora_starts_as_the_model_it_adapts_and_leaves_it_frozen() -> None:
     lm, plain = tiny("llama"), tiny("llama")
     before = {key: value.clone() for key, value in plain.model.state_dict().items()}
     add_lora(lm, LoraSettings(rank=2))
-    batch = pack(PROMPTS, COMPLETIONS)
+    batch = pack_branches(PROMPTS, COMPLETIONS)
     with torch.no_grad():
         torch.testing.assert_close(lm(batch, "logprobs"), plain(batch, "logprobs"))
     optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=10.0)
@@ -191,7 +191,7 @@ def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budg
 )
 def test_pack_refuses_empty_prompts_and_completions(prompts: list, completions: list) -> None:
     with pytest.raises(ValueError, match=r"without tokens|same number"):
-        pack(prompts, completions)
+        pack_branches(prompts, completions)
 
 
 def test_row_lengths_are_of_prompts_with_their_completions() -> None:
@@ -215,7 +215,7 @@ def test_kept_logprobs_equal_plain_forward_passes(
         original(layer, rows)
 
     def draw() -> list[Row]:
-        return rows_of_sample(sample(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
+        return rows_of_sample(sample_completions(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
 
     monkeypatch.setattr(sampling._PreallocatedLayer, "select_rows", select_rows)
     lm.end_tokens = frozenset()
@@ -244,11 +244,11 @@ def test_prefill_in_portions_changes_nothing(
 ) -> None:
     lm = tiny(family)
     lm.shares_prompts = shares_prompts
-    whole = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
+    whole = sample_completions(lm, PROMPTS, k=2, max_tokens=8, seed=3)
     monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", len(PROMPTS[0]) + 1)
     read = []
     monkeypatch.setattr(sampling, "pack_prompts", lambda prompts, **how: read.append(1) or pack_prompts(prompts, **how))
-    in_portions = sample(lm, PROMPTS, k=2, max_tokens=8, seed=3)
+    in_portions = sample_completions(lm, PROMPTS, k=2, max_tokens=8, seed=3)
     assert torch.equal(in_portions.tokens, whole.tokens)
     torch.testing.assert_close(in_portions.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
     assert len(read) > 1
@@ -270,7 +270,7 @@ def test_buckets_of_new_tokens_are_a_partition_with_little_padding(keys: list[in
 def test_an_update_sees_the_model_that_sampled(name: str) -> None:
     """The base model's dropout is off; the adapters' own is on."""
     lm = tiny(name)
-    batch = pack(PROMPTS, COMPLETIONS)
+    batch = pack_branches(PROMPTS, COMPLETIONS)
     with torch.no_grad():
         before = lm(batch, "logprobs")
         lm.model.train()
@@ -288,7 +288,7 @@ def test_scalar_heads_compute_in_float32() -> None:
     lm = tiny("llama")
     lm.model.score = torch.nn.Linear(32, 1, bias=False)
     lm.precision = "bfloat16"
-    batch = pack(PROMPTS, COMPLETIONS)
+    batch = pack_branches(PROMPTS, COMPLETIONS)
     with torch.no_grad():
         scores = lm(batch, "scores")
         values = lm(batch, "values")

@@ -14,7 +14,7 @@ from mixpo.cli import main as cli
 from mixpo.data.branches import Completions
 from mixpo.data.world import build_tokenizer
 from mixpo.models.loading import load_policy
-from mixpo.models.sources import new_world_model
+from mixpo.models.sources import initialize_world_model
 
 Chat = Callable[..., tuple[str, str, list[str]]]
 
@@ -22,7 +22,7 @@ Chat = Callable[..., tuple[str, str, list[str]]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    for part in new_world_model(0):
+    for part in initialize_world_model(0):
         part.save_pretrained(path)
     return path
 
@@ -35,13 +35,13 @@ def chat(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     def run(lines: bytes, *words: str, answer: str = "Yes.", code: int = 0) -> tuple[str, str, list[str]]:
         prompts: list[str] = []
 
-        def sample(lm: Any, tokens: list[list[int]], **settings: Any) -> Any:
+        def sample_completions(lm: Any, tokens: list[list[int]], **settings: Any) -> Any:
             prompts.append(tokenizer.decode(tokens[0]))
             return Completions.from_lists([[[*tokenizer.encode(answer), tokenizer.eos_token_id]]])
 
         stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf8")
         monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr("mixpo.cli.chat.sample", sample)
+        monkeypatch.setattr("mixpo.cli.chat.sample_completions", sample_completions)
         monkeypatch.setattr(sys, "argv", ["mixpo", "chat", str(folder), *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
@@ -93,5 +93,5 @@ def test_the_text_of_a_completion_is_without_whichever_end_token_it_has(folder: 
     lm = load_policy(folder, device=torch.device("cpu"))
     file.write_text(json.dumps(settings))
     body = tokenizer.encode("So? Yes")
-    assert lm.read_text([*body, other]) == lm.read_text([*body, lm.end_token]) == "So? Yes"
-    assert lm.read_text([*body, *tokenizer.encode(".")]) == "So? Yes."
+    assert lm.decode_completion([*body, other]) == lm.decode_completion([*body, lm.end_token]) == "So? Yes"
+    assert lm.decode_completion([*body, *tokenizer.encode(".")]) == "So? Yes."

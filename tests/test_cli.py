@@ -13,9 +13,9 @@ from mixpo.cli import main as cli
 from mixpo.experiments.expressions import expand_arms
 from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import read_recipe
-from mixpo.stages.engine import SETTINGS, Engine
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import SUMMARY
+from mixpo.stages.stage_cache import SETTINGS, StageCache
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
@@ -218,8 +218,8 @@ def test_a_cache_that_cannot_be_written(working_folder: Path, capsys: pytest.Cap
 
 def test_a_damaged_cache_is_one_line(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file where the stage's folder, that of all locks, or its lock is to be; nothing of it is lost."""
-    engine = Engine((working_folder / "cache").resolve(), Runtime(threads=1))
-    folder, locks = engine.folder(Pretrained()), working_folder / "cache" / "locks"
+    stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
+    folder, locks = stage_cache.folder(Pretrained()), working_folder / "cache" / "locks"
     for file in (locks, folder):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
@@ -236,10 +236,10 @@ def test_a_damaged_cache_is_one_line(working_folder: Path, capsys: pytest.Captur
 def test_a_damaged_summary_is_told_before_anything_computes(
     working_folder: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
-    engine = Engine((working_folder / "cache").resolve(), Runtime(threads=1))
+    stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     recipe = read_recipe("world", ["cache=cache"])
     last = expand_arms(recipe)[-1].evaluation
-    summary = engine.folder(last) / SUMMARY
+    summary = stage_cache.folder(last) / SUMMARY
     summary.parent.mkdir(parents=True)
     write_json(summary.parent / SETTINGS, last.model_dump(mode="json"))
     if content is None:
@@ -276,7 +276,7 @@ def test_ctrl_c_says_that_nothing_is_lost(working_folder: Path, monkeypatch: pyt
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Data, "work", interrupt)
+    monkeypatch.setattr(Data, "compute", interrupt)
     monkeypatch.setattr(sys, "argv", ["mixpo", "run", "-q"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixpo import DPO, PPO, SFT, Data, Pretrained, RewardModel
-from mixpo.data.branches import Completions, pack
+from mixpo.data.branches import Completions, pack_branches
 from mixpo.models.samplers import LocalSampler
 from mixpo.stages.stage import Part, Stage
 
@@ -48,8 +48,8 @@ def test_padded_completions_are_packed_as_their_lists_are() -> None:
     padded = Completions.from_lists(lists)
     assert padded.to_lists() == lists
     for rows in ([1, 2], [2, 0]):
-        one = pack(prompts, padded, rows)
-        other = pack([prompts[row] for row in rows], [lists[row] for row in rows])
+        one = pack_branches(prompts, padded, rows)
+        other = pack_branches([prompts[row] for row in rows], [lists[row] for row in rows])
         for name, tensor in vars(other).items():
             if isinstance(tensor, torch.Tensor):
                 assert torch.equal(getattr(one, name), tensor), name

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from families import FAMILIES, family_tokenizer, make_family
-from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
-from mixpo.data.branches import pack
+from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection, StageCache
+from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import find_end_token
 from mixpo.experiments.preview import make_preview, read_recipe_or_source
-from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
-from mixpo.models.tokenizers import tokenize_alike
+from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages.rows import read_table
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Pat
     lm = load_policy(family_folder(folders, name), device=CPU)
     prompts, completions = rows(lm)
     with torch.no_grad():
-        ours = lm(pack(prompts, completions, share_prompt=lm.shares_prompts), "logprobs")
+        ours = lm(pack_branches(prompts, completions, share_prompt=lm.shares_prompts), "logprobs")
     save_model(lm, tmp_path / "saved")
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == (
         load_file(folders / name / "model.safetensors").keys()
@@ -67,18 +67,18 @@ def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_path: Path, name: str) -> None:
-    lm = new_reward_model(family_folder(folders, name), seed=3, device=CPU)
+    lm = initialize_reward_model(family_folder(folders, name), seed=3, device=CPU)
     prompts, completions = rows(lm)
     with torch.no_grad():
         lm.model.score.weight.mul_(20)
-        ours = lm(pack(prompts, completions, share_prompt=lm.shares_prompts), "scores").flatten()
+        ours = lm(pack_branches(prompts, completions, share_prompt=lm.shares_prompts), "scores").flatten()
     saved = tmp_path / "saved"
     save_model(lm, saved)
     again = load_reward_model(saved, device=CPU)
     with torch.no_grad():
-        reloaded = again(pack(prompts, completions, share_prompt=again.shares_prompts), "scores").flatten()
+        reloaded = again(pack_branches(prompts, completions, share_prompt=again.shares_prompts), "scores").flatten()
     torch.testing.assert_close(reloaded, ours, rtol=1e-5, atol=1e-5)
-    assert tokenize_alike(again.tokenizer, load_policy(folders / name, device=CPU).tokenizer)
+    assert have_same_tokenization(again.tokenizer, load_policy(folders / name, device=CPU).tokenizer)
 
     tokenizer, config = AutoTokenizer.from_pretrained(saved), json.loads((saved / "config.json").read_text())
     assert tokenizer.pad_token_id == config["pad_token_id"]
@@ -138,16 +138,16 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     dpo = DPO(policy=sft, reference=sft, pairs=selection.easy, learning_rate=1e-4, samplings=1, **short)
     mpo = PPO(policy=dpo, reference=dpo, sft=sft, reward=reward, prompts=selection.hard, learning_rate=1e-4, **short)
     evaluation = Evaluation(policy=mpo, sft=sft, reward=reward, data=data, max_completion_tokens=16)
-    engine = Engine(tmp_path / "cache", Runtime(threads=1))
-    engine.build(evaluation)
+    stage_cache = StageCache(tmp_path / "cache", Runtime(threads=1))
+    stage_cache.build(evaluation)
 
-    first = json.loads((engine.folder(mpo) / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((stage_cache.folder(mpo) / "metrics.jsonl").read_text().splitlines()[0])
     assert first["kl_abs_per_token"] < 1e-4, "the policy starts as its own reference"
     tokenizer = AutoTokenizer.from_pretrained(model)
     known = set(tokenizer.get_vocab().values())
-    rows = read_table(engine.folder(samples) / "pairs.parquet")
+    rows = read_table(stage_cache.folder(samples) / "pairs.parquet")
     assert {token for row in rows for side in row["tokens"] for token in side} <= known
-    policy = AutoModelForCausalLM.from_pretrained(engine.folder(sft) / "model", attn_implementation="eager")
+    policy = AutoModelForCausalLM.from_pretrained(stage_cache.folder(sft) / "model", attn_implementation="eager")
     ended = policy.generation_config.eos_token_id
     assert find_end_token(tokenizer) in (ended if isinstance(ended, list) else [ended])
     prompt = (
@@ -162,7 +162,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     torch.testing.assert_close(token_logprobs, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
     if name not in WITHOUT_CLASSIFIER:
         classifier = AutoModelForSequenceClassification.from_pretrained(
-            engine.folder(reward) / "model", attn_implementation="eager"
+            stage_cache.folder(reward) / "model", attn_implementation="eager"
         )
         with torch.no_grad():
             score = float(classifier(input_ids=whole).logits)

@@ -33,7 +33,7 @@ def trajectory(world: World, kind: str, out: Path, patch: pytest.MonkeyPatch) ->
         "rloo": lambda: world.ppo(epochs=0.5, advantage="rloo", completions_per_prompt=2, prompts=pairs),
     }[kind]()
     world.force_completions(patch)
-    lines = (world.work(stage, out) / "metrics.jsonl").read_text().splitlines()[:STEPS]
+    lines = (world.compute(stage, out) / "metrics.jsonl").read_text().splitlines()[:STEPS]
     rows = [json.loads(line) for line in lines]
     return {name: [row[name] for row in rows] for name in WATCHED[kind]}
 

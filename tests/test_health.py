@@ -3,7 +3,12 @@
 import pytest
 
 from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
-from mixpo.training.health import find_loss_alarms, find_policy_alarms, find_reward_model_alarms, mean_of_last_steps
+from mixpo.training.health import (
+    compute_mean_of_last_steps,
+    find_loss_alarms,
+    find_policy_alarms,
+    find_reward_model_alarms,
+)
 from mixpo.training.step import OptimizerSettings, suggest_remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
@@ -129,5 +134,5 @@ def test_a_divergence_is_met_by_what_can_act(step: int, warmup: int, precision: 
 
 def test_mean_of_last_is_over_the_last_tenth() -> None:
     rows = [{"x": float(value)} for value in range(30)]
-    assert mean_of_last_steps(rows, "x") == 28.0
-    assert mean_of_last_steps(rows, "y") is None
+    assert compute_mean_of_last_steps(rows, "x") == 28.0
+    assert compute_mean_of_last_steps(rows, "y") is None

@@ -36,7 +36,7 @@ from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
 from mixpo.judge import client
 from mixpo.judge.endpoint import is_loopback, is_unencrypted, normalize_endpoint
-from mixpo.judge.outcomes import Verdict, tally_verdicts
+from mixpo.judge.outcomes import Verdict, compute_verdict_shares
 from mixpo.judge.questions import Template, read_template
 from mixpo.judge.replies import Reply, parse_reply, parse_scores
 from mixpo.judge.verdicts import FILE, open_for_append, read_verdicts
@@ -217,7 +217,7 @@ def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study,
     assert "1.00 [" in result.row("tie")
     assert "1.00 [" in result.row("flips")
     assert "1.00 [" in result.row("flips to the first")
-    section = judges.build_section(load_runs(study.run))
+    section = judges.build_judges_section(load_runs(study.run))
     assert section is not None
     assert "100% of the verdicts flip with the order, 100% of these to the completion shown first." in section.opening
 
@@ -275,7 +275,7 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
     server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) in (2, 5)))
     result = study.judge("--template", str(own))
     assert server.requests[0].body["messages"][0]["content"].startswith("question ")
-    made = table(judges.build_section(load_runs(study.run)), "tiny")
+    made = table(judges.build_judges_section(load_runs(study.run)), "tiny")
     found = rows(made)
     assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
     # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
@@ -301,13 +301,15 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     # by hand: one says 1 five times; two says 1 three times and -1 twice
     one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
     counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
-    found = rows(table(judges.build_section(load_runs(study.run)), "Agreement of judges"))
+    found = rows(table(judges.build_judges_section(load_runs(study.run)), "Agreement of judges"))
     assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
     assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}".replace("-", "−"))
     assert "Agreement of judges" in result.out
-    each = [rows(table(judges.build_section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")]
+    each = [
+        rows(table(judges.build_judges_section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")
+    ]
     assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
 
 
@@ -818,7 +820,7 @@ def test_options_that_are_refused(study: Study, server: Server, words: list[str]
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
     study.judge("--temperature", "none", "--reply-tokens", "none")
     assert {frozenset(request.body) for request in server.requests} == {frozenset({"model", "messages"})}
-    notes = table(judges.build_section(load_runs(study.run)), "tiny")
+    notes = table(judges.build_judges_section(load_runs(study.run)), "tiny")
     assert notes is not None
     assert "the model's default temperature, no limit on the length of replies" in page.render_report(
         load_runs(study.run), "md"
@@ -1035,10 +1037,10 @@ def test_the_papers_prompt() -> None:
 
 
 def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) -> None:
-    assert judges.build_section(load_runs(study.run)) is None
+    assert judges.build_judges_section(load_runs(study.run)) is None
     study.judge()
     results = load_runs(study.run)
-    section = judges.build_section(results)
+    section = judges.build_judges_section(results)
     assert section is not None
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     mean, low, high = map(float, re.findall(r"-?[\d.]+", row[5]))
@@ -1060,7 +1062,7 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
 def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
     server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) < 4))
     study.judge()
-    section = judges.build_section(load_runs(study.run))
+    section = judges.build_judges_section(load_runs(study.run))
     assert section is not None
     assert "no significant difference" in section.opening
     assert not re.search(r"significantly", section.opening)
@@ -1073,13 +1075,13 @@ def _make_verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Ver
 
 
 def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
-    two = tally_verdicts(_make_verdicts([1, 1]))
+    two = compute_verdict_shares(_make_verdicts([1, 1]))
     assert two is not None
     assert (two.win.mean, two.p) == (1.0, 0.5)
     assert two.win.low == pytest.approx(2 / (2 + 1.959964**2), rel=1e-6)
     assert two.tie.high > 0.5
     assert two.difference.low < 0
-    many = tally_verdicts(_make_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
+    many = compute_verdict_shares(_make_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
     assert many is not None
     assert many.p == pytest.approx(binomtest(15, 17).pvalue)
     assert many.difference == win_minus_lose(15, 3, 2)
@@ -1088,12 +1090,13 @@ def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
 def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict() -> None:
     """A call that was stopped at a tenth leans to nothing."""
     counts = {
-        known: tally_verdicts(_make_verdicts([1] * known + [None] * (20 - known), same=10)) for known in (0, 2, 10, 20)
+        known: compute_verdict_shares(_make_verdicts([1] * known + [None] * (20 - known), same=10))
+        for known in (0, 2, 10, 20)
     }
     assert counts.pop(0) is None
     found = {known: (one.prompts, one.win.mean) for known, one in counts.items() if one is not None}
     assert found == {known: (known * 3 // 2, pytest.approx(2 / 3)) for known in (2, 10, 20)}
-    alone = tally_verdicts(_make_verdicts([], same=3))
+    alone = compute_verdict_shares(_make_verdicts([], same=3))
     assert alone is not None
     assert (alone.prompts, alone.tie.mean, alone.flips) == (3, 1.0, None)
 
@@ -1109,7 +1112,7 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     for number in (2, 5):
         changed[number]["completion"] += "!"
     write_table(place, changed)
-    section = judges.build_section(load_runs(study.run))
+    section = judges.build_judges_section(load_runs(study.run))
     row = rows(table(section, "tiny"))["mpo vs ppo"]
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
     assert section is not None
@@ -1119,7 +1122,7 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     )
     assert study.judge().code == 0
     assert len(server.requests) == 14  # both orders of the two
-    section = judges.build_section(load_runs(study.run))
+    section = judges.build_judges_section(load_runs(study.run))
     assert section is not None
     assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
     assert "excluded" not in section.opening
@@ -1133,9 +1136,9 @@ def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: P
     )
     (other / "judge").mkdir()
     (other / FILE).write_bytes(study.file.read_bytes())
-    alone = judges.build_section(load_runs(other))
+    alone = judges.build_judges_section(load_runs(other))
     assert alone is not None
     assert alone.opening == "No verdicts on the current completions: those of 6 prompts changed after judging."
-    both = judges.build_section(load_runs(study.run, other))
+    both = judges.build_judges_section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"
     assert set(read_verdicts(study.file).assignments) == set(read_verdicts(other / FILE).assignments)

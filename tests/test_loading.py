@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from families import make_family
-from mixpo import Engine, Pretrained, Runtime
+from mixpo import Pretrained, Runtime, StageCache
 from mixpo.cli import main as cli
-from mixpo.data.branches import pack
+from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.models import loading
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.folders import ModelFolder, read_end_tokens, read_policy_folder
-from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
+from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
-from mixpo.models.tokenizers import tokenize_alike
+from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages import pretrained
 from mixpo.stages.stage import model_folder
 
@@ -528,7 +528,7 @@ def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
     (came / TOKENIZER).write_text(json.dumps(content))
     one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
     assert "<unk>" not in (one.pad_token, other.pad_token)
-    assert tokenize_alike(one, other) == tokenize_alike(other, one) == (not flags)
+    assert have_same_tokenization(one, other) == have_same_tokenization(other, one) == (not flags)
 
 
 def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(folder: Path) -> None:
@@ -573,16 +573,16 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
 def test_a_recipe_may_choose_the_type(good: Path, tmp_path: Path, asked: str) -> None:
-    folder = Engine(tmp_path, Runtime(threads=1)).build(Pretrained(path=str(good), dtype=asked))
+    folder = StageCache(tmp_path, Runtime(threads=1)).build(Pretrained(path=str(good), dtype=asked))
     assert tensor_types(model_folder(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
     plain = Pretrained(path=str(good))
-    assert (Engine(tmp_path, Runtime(threads=1)).folder(plain) == folder) == (asked == "auto")
+    assert (StageCache(tmp_path, Runtime(threads=1)).folder(plain) == folder) == (asked == "auto")
 
 
 def test_a_saved_bfloat16_reward_model_gives_its_scores_to_rounding(folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-    lm = new_reward_model(folder, seed=1, device=CPU)
-    batch = pack([[5, 6, 7]], [[[8, 9], [10, 11, lm.end_token]]])
+    lm = initialize_reward_model(folder, seed=1, device=CPU)
+    batch = pack_branches([[5, 6, 7]], [[[8, 9], [10, 11, lm.end_token]]])
     with torch.no_grad():
         lm.model.score.weight.mul_(30)
         ours = lm(batch, "scores")
@@ -621,7 +621,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     ids = {"pad_token_id": 2 if pad == "its end token" else None}
     keys(CONFIG, **ids)(came)
 
-    lm = new_reward_model(came, seed=0, device=CPU)
+    lm = initialize_reward_model(came, seed=0, device=CPU)
     if lora:
         add_lora(lm, LoraSettings(rank=2))
     with torch.no_grad():
@@ -632,7 +632,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     end = lm.end_token
     prompts, completions = [[1, 9, 30, 31], [1, 40]], [[[50, 60, end], [70]], [[80, 81, 82, 83, end], [90, 91]]]
     with torch.no_grad():
-        ours = lm(pack(prompts, completions), "scores").flatten()
+        ours = lm(pack_branches(prompts, completions), "scores").flatten()
     save_model(lm, tmp_path / "saved")
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
@@ -648,7 +648,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     assert model.config.num_labels == 1
     policy = load_policy(came, device=CPU)
     again = load_reward_model(tmp_path / "saved", device=CPU)
-    assert tokenize_alike(again.tokenizer, policy.tokenizer)
+    assert have_same_tokenization(again.tokenizer, policy.tokenizer)
     assert (
         again.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"]
         == (policy.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"])
@@ -656,7 +656,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
 
 
 def test_a_classifier_is_no_policy_and_a_policy_no_reward_model(good: Path, tmp_path: Path) -> None:
-    save_model(new_reward_model(good, seed=0, device=CPU), tmp_path / "reward")
+    save_model(initialize_reward_model(good, seed=0, device=CPU), tmp_path / "reward")
     with pytest.raises(InputError, match="expected a causal language model"):
         load_policy(tmp_path / "reward", device=CPU)
     with pytest.raises(InputError, match="expected a reward model: a sequence classifier with one label"):
@@ -667,5 +667,5 @@ def test_the_embedding_of_the_pad_token_learns(untied: Path) -> None:
     """Transformers' embeddings give their pad token no gradient, and here the pad token ends every turn."""
     lm = load_policy(untied, device=CPU)
     assert lm.model.config.pad_token_id == lm.end_token
-    lm(pack([[5, lm.end_token, 7]], [[[8, 9]]]), "logprobs").sum().backward()
+    lm(pack_branches([[5, lm.end_token, 7]], [[[8, 9]]]), "logprobs").sum().backward()
     assert lm.model.get_input_embeddings().weight.grad[lm.end_token].abs().sum() > 0

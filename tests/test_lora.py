@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixpo.data.branches import pack
+from mixpo.data.branches import pack_branches
 from mixpo.models import adapters
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy, new_reward_model
-from mixpo.models.sampling import sample
+from mixpo.models.loading import initialize_reward_model, load_policy
+from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
 from mixpo.stages.stage import Stage, model_folder
 from mixpo.training import checkpoint
@@ -65,7 +65,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
         p.numel() for p in frozen.values()
     )
     assert share > 0.6
-    batch = pack(PROMPTS, COMPLETIONS)
+    batch = pack_branches(PROMPTS, COMPLETIONS)
     results = []
     for lm in (narrow, wide):
         lm.train()
@@ -74,14 +74,14 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
             logprobs.sum().backward()
         gradients = [p.grad for p in lm.parameters() if p.grad is not None]
         assert bool(gradients) == adapted
-        sampled = sample(lm, PROMPTS, k=2, max_tokens=6, seed=0)
+        sampled = sample_completions(lm, PROMPTS, k=2, max_tokens=6, seed=0)
         results.append((logprobs, entropies, lm(batch, "states"), *gradients, sampled.tokens, sampled.logprobs))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
-    policy, batch = model_folder(tiny.engine.build(tiny.policy)), pack(PROMPTS, COMPLETIONS)
-    wide, narrow = (new_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
+    policy, batch = model_folder(tiny.stage_cache.build(tiny.policy)), pack_branches(PROMPTS, COMPLETIONS)
+    wide, narrow = (initialize_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
     freeze(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
     with torch.no_grad():
@@ -100,18 +100,18 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     tiny: TinyWorld, tmp_path: Path, kind: str, precision: Any
 ) -> None:
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
-    source = model_folder(tiny.engine.build(tiny.policy))
+    source = model_folder(tiny.stage_cache.build(tiny.policy))
     if kind == "policy":
         lm = load_policy(source, device=CPU, precision=precision)
     else:
-        lm = new_reward_model(source, seed=0, device=CPU, precision=precision)
+        lm = initialize_reward_model(source, seed=0, device=CPU, precision=precision)
     add_lora(lm, LoraSettings(rank=3, alpha=7.0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    batch, trained = pack(PROMPTS, COMPLETIONS), dict(lm.model.named_parameters())
+    batch, trained = pack_branches(PROMPTS, COMPLETIONS), dict(lm.model.named_parameters())
     with torch.no_grad():
         before = lm(batch, "states")
         save_model(lm, tmp_path / "saved")
@@ -165,9 +165,9 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: list[Any], kind: str, precision: str
 ) -> None:
     stage = stage_of(tiny, kind, precision)
-    folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
+    folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
     monkeypatch.setattr(Checkpoint, "remove", lambda self: None)
-    stage.work(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=0))
+    stage.compute(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=0))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:
         trained = {name for name, p in lm.model.named_parameters() if p.requires_grad}
@@ -209,7 +209,7 @@ def test_the_loss_falls(tiny: TinyWorld, kind: str, least: float) -> None:
 
 def test_dropout_acts_while_learning_alone() -> None:
     torch.manual_seed(0)
-    lm, batch = tiny_model("llama"), pack(PROMPTS, COMPLETIONS)
+    lm, batch = tiny_model("llama"), pack_branches(PROMPTS, COMPLETIONS)
     add_lora(lm, LoraSettings(rank=2, dropout=0.5))
     for parameter in lm.parameters():
         if parameter.requires_grad:

@@ -13,8 +13,8 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.run import run_recipe
-from mixpo.stages.engine import Engine
 from mixpo.stages.pretrained import Pretrained
+from mixpo.stages.stage_cache import StageCache
 from mixpo.training.runtime import Runtime
 from recording_display import RecordingDisplay
 
@@ -78,19 +78,19 @@ def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: P
 
 
 def test_a_folder_is_complete_when_summary_and_settings_say_so(tmp_path: Path) -> None:
-    engine = Engine(tmp_path, Runtime(threads=1))
-    folder = engine.build(Pretrained())
+    stage_cache = StageCache(tmp_path, Runtime(threads=1))
+    folder = stage_cache.build(Pretrained())
     (folder / "settings.json").write_text("{}")
     with pytest.raises(InputError, match=r"written by another version of mixpo \(no settings\.json\)"):
-        engine.is_done(Pretrained())
+        stage_cache.is_done(Pretrained())
     for damaged in ("[" * 100_000, "[1]", "nothing"):
         (folder / "settings.json").write_text(damaged)
         with pytest.raises(InputError, match="written by another version"):
-            engine.is_done(Pretrained())
+            stage_cache.is_done(Pretrained())
     (folder / "summary.json").unlink()
-    assert not engine.is_done(Pretrained()), "torn by a kill, and computed again"
-    engine.build(Pretrained())
-    assert engine.is_done(Pretrained())
+    assert not stage_cache.is_done(Pretrained()), "torn by a kill, and computed again"
+    stage_cache.build(Pretrained())
+    assert stage_cache.is_done(Pretrained())
     assert not list(tmp_path.rglob("*.pkl"))
 
 

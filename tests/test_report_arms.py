@@ -47,7 +47,7 @@ def many(mean: float, *, seed: int, prompts: int = 40, spread: float = 1.0) -> l
 def test_first_sentence_claims_what_the_paired_interval_holds(
     tmp_path: Path, values: dict[str, list[float]], said: str
 ) -> None:
-    sentence = arms.build_section(Writer(tmp_path / "run").load(plain(values))).opening
+    sentence = arms.build_arms_section(Writer(tmp_path / "run").load(plain(values))).opening
     paired = np.array(values["mpo"]) - np.array(values["ppo"])
     interval = crossed_interval(paired[None])
     evidence = f"({paired.mean():+.2f}, 95% CI [{interval.low:.2f}, {interval.high:.2f}], p "
@@ -103,7 +103,7 @@ def test_win_tie_lose_by_hand(tmp_path: Path) -> None:
 def test_the_picture_of_every_arm_is_the_tables(tmp_path: Path) -> None:
     true = {"sft": [0.0] * 6, "ppo": [1.0] * 6, "mpo": [2.0] * 6}
     done = [Arm(name, {0: scores(values, true_reward=true[name])}) for name, values in CLEAR.items()]
-    section = arms.build_section(Writer(tmp_path / "run").load([*done, Arm("dpo", failed={0: "lost"})]))
+    section = arms.build_arms_section(Writer(tmp_path / "run").load([*done, Arm("dpo", failed={0: "lost"})]))
     drawn = figure_rows(section, "every-arm")
     assert [row[0] for row in drawn] == ["sft", "ppo", "mpo"]
     assert [round(row[1], 6) for row in drawn] == [round(float(np.mean(CLEAR[row[0]])), 6) for row in drawn]
@@ -118,11 +118,11 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert sft[1].startswith("2.33 [")  # (1 + 2 + 4) / 3
     assert sft[2] == f"{np.std([1.0, 2.0, 4.0], ddof=1):.2f}"
     assert not any("one seed" in note for note in made.notes)
-    assert "Intervals are over 6 prompts and 3 seeds;" in arms.build_section(results).opening
+    assert "Intervals are over 6 prompts and 3 seeds;" in arms.build_arms_section(results).opening
 
 
 def test_differences_by_hand(tmp_path: Path) -> None:
-    made = table(arms.build_section(Writer(tmp_path / "run").load(plain(CLEAR))), "Differences")
+    made = table(arms.build_arms_section(Writer(tmp_path / "run").load(plain(CLEAR))), "Differences")
     found = rows(made)
     assert list(found) == ["sft − ppo", "mpo − ppo", "sft − mpo"]
     assert found["sft − ppo"][1:3] == ["−1.00", "1.00"]  # the same on every prompt: no spread to tell from
@@ -150,8 +150,8 @@ def test_few_seeds_decide_only_what_they_hold(tmp_path: Path, seeds: int, said: 
     ]
     results = Writer(tmp_path / "run").load(done)
     (found,) = compute_differences(results, [("mpo", "ppo")], "score")
-    assert CLAIMS[said] in arms.build_section(results).opening
-    order = table(arms.build_section(results), "The paper's order").rows[0][3]
+    assert CLAIMS[said] in arms.build_arms_section(results).opening
+    order = table(arms.build_arms_section(results), "The paper's order").rows[0][3]
     assert order == {0: "confirmed" if seeds > 1 else "confirmed at this seed", 2: "not significant"}[said]
     assert (found.interval.low > 0) == (found.p < 0.05) == (said == 0)
 
@@ -169,7 +169,7 @@ def test_p_values_are_corrected_for_their_number(tmp_path: Path) -> None:
 def test_the_papers_order_is_held_against_ours(tmp_path: Path) -> None:
     values = {"sft": many(1.0, seed=0), "ppo": many(2.0, seed=1), "mpo": many(2.05, seed=2)}
     values |= {"dpo-base": many(0.0, seed=3), "mpo-reverse": many(1.0, seed=4)}
-    made = table(arms.build_section(Writer(tmp_path / "run").load(plain(values))), "The paper's order")
+    made = table(arms.build_arms_section(Writer(tmp_path / "run").load(plain(values))), "The paper's order")
     here = {row[0]: (row[1], row[3]) for row in made.rows}
     assert here == {
         "dpo-base > sft": ("Table 3", "reversed at this seed"),
@@ -223,7 +223,7 @@ def test_the_best_arm_stands_to_ppo_and_mpo_as_the_table_has_it(tmp_path: Path) 
     values = {"sft": base, "ppo": shifted(many(1.0, seed=1), base), "mpo": shifted(many(1.1, seed=2), base)}
 
     def said(name: str, means: dict[str, list[float]]) -> str:
-        section = arms.build_section(Writer(tmp_path / name, cache=name).load(plain(means)))
+        section = arms.build_arms_section(Writer(tmp_path / name, cache=name).load(plain(means)))
         found = rows(table(section, "Differences"))
         mean, bounds = found["mpo − ppo"][1].split(" ", 1)
         assert f"(+{mean}, 95% CI {bounds}, p {found['mpo − ppo'][2]})" in section.opening
@@ -244,7 +244,7 @@ def test_an_arm_that_failed_everywhere_is_said_first(tmp_path: Path) -> None:
     results = Writer(tmp_path / "run").load(
         [*plain({"sft": SFT_SCORES, "mpo": SFT_SCORES}), Arm("ppo", failed={0: "lost"})]
     )
-    assert arms.build_section(results).opening.startswith("mpo minus sft in reward is +0.00 on every prompt")
+    assert arms.build_arms_section(results).opening.startswith("mpo minus sft in reward is +0.00 on every prompt")
 
 
 @pytest.mark.parametrize(
@@ -261,10 +261,10 @@ def test_the_best_arm_is_sought_among_those_with_every_seed(tmp_path: Path) -> N
     done = plain({**CLEAR, "dpo": SFT_SCORES}, seeds=(0, 1))
     done[2] = Arm("mpo", {1: done[2].done[1]}, failed={0: "lost"})
     results = Writer(tmp_path / "run").load(done)
-    opening = arms.build_section(results).opening
+    opening = arms.build_arms_section(results).opening
     assert "ppo has the highest mean reward of the 3 arms without failed seeds (2.50)" in opening
     assert "over 6 prompts at one seed; other seeds may differ (1 of 2 seeds)" in opening
-    assert "mpo − ppo (1 of 2 seeds)" in rows(table(arms.build_section(results), "Differences"))
+    assert "mpo − ppo (1 of 2 seeds)" in rows(table(arms.build_arms_section(results), "Differences"))
 
 
 def test_differences_are_of_the_seeds_that_both_finished(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_orders_of_figure_4(tmp_path: Path) -> None:
     base = many(0.0, seed=0)
     means = {"dpo-easy": 1.0, "dpo-hard": 0.0, "dpo": 2.0, "ppo-easy": 1.0, "ppo-hard": 1.0, "ppo": 1.02}
     values = {name: shifted(many(mean, seed=n), base) for n, (name, mean) in enumerate(means.items())}
-    section = subsets.build_section(Writer(tmp_path / "run").load(plain(values)))
+    section = subsets.build_subsets_section(Writer(tmp_path / "run").load(plain(values)))
     here = {row[0]: row[2] for row in table(section).rows}
     assert here == {
         "dpo-easy > dpo-hard": "confirmed at this seed",
@@ -298,7 +298,7 @@ def test_orders_of_figure_4(tmp_path: Path) -> None:
 
 def test_a_subset_that_failed_stays_in_figure_4(tmp_path: Path) -> None:
     done = plain({"dpo-easy": CLEAR["mpo"], "dpo": SFT_SCORES})
-    section = subsets.build_section(Writer(tmp_path / "run").load([*done, Arm("dpo-hard", failed={0: "lost"})]))
+    section = subsets.build_subsets_section(Writer(tmp_path / "run").load([*done, Arm("dpo-hard", failed={0: "lost"})]))
     found = rows(table(section))
     assert found["dpo-easy > dpo-hard"] == ["dpo-easy > dpo-hard", "", "dpo-hard failed"]
     assert found["dpo-easy > dpo"][2] == "confirmed at this seed"

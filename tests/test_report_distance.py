@@ -45,7 +45,7 @@ def test_equal_kl_by_hand(tmp_path: Path) -> None:
     """At 2.5 nats PPO's lines are at reward 1.8 and true reward 1.0, half way in the log of kl_coef."""
     mpo = Arm("mpo", {0: around(2.0, kl=2.5, true_reward=0.9)})
     near = Arm("dpo", {0: around(0.4, kl=1.25, true_reward=1.15)})
-    section = distance.build_section(Writer(tmp_path / "run").load([*ppo_curve(), mpo, near]))
+    section = distance.build_distance_section(Writer(tmp_path / "run").load([*ppo_curve(), mpo, near]))
     found = rows(table(section, "At equal KL, by PPO's sweep"))
     assert found["mpo − ppo"][1:6] == ["1", "2.50", "1.00 to 3.00", f"{(0.1 * 0.05) ** 0.5:.3g}", "0.20 [0.20, 0.20]"]
     assert found["mpo − ppo"][7] == "−0.10 [−0.10, −0.10]"
@@ -90,7 +90,9 @@ def test_degrees_of_freedom_at_equal_kl_are_of_all_that_varies() -> None:
 
 @pytest.mark.parametrize("kl", [0.5, 4.0, [3.05 + noise for noise in NOISE], [2.9 + noise for noise in NOISE]])
 def test_nothing_is_said_where_ppos_sweep_does_not_reach(tmp_path: Path, kl: float | list[float]) -> None:
-    section = distance.build_section(Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kl)})]))
+    section = distance.build_distance_section(
+        Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kl)})])
+    )
     (row,) = table(section, "At equal KL, by PPO's sweep").rows
     assert row[3] == "1.00 to 3.00"
     assert len(row) == 5  # no measure has a difference
@@ -103,7 +105,7 @@ def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) 
     sweep = ppo_curve(seeds=(0, 1))
     sweep[2] = Arm("ppo", {1: sweep[2].done[1]}, failed={0: "lost"}, changes=sweep[2].changes)
     mpo = Arm("mpo", {0: around(50.0, kl=2.5), 1: around(3.0, kl=2.5)})
-    section = distance.build_section(Writer(tmp_path / "run").load([*sweep, mpo]))
+    section = distance.build_distance_section(Writer(tmp_path / "run").load([*sweep, mpo]))
     (row,) = table(section, "At equal KL, by PPO's sweep").rows
     assert (row[1], row[5]) == ("1", "0.20 [0.20, 0.20]")
     assert section is not None
@@ -113,7 +115,7 @@ def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) 
 def test_equal_kl_within_each_of_two_runs(tmp_path: Path) -> None:
     one = Writer(tmp_path / "one", name="a").run([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=2.5)})])
     two = Writer(tmp_path / "two", name="b", cache="c").run([*ppo_curve(), Arm("mpo", {0: around(1.0, kl=2.5)})])
-    found = rows(table(distance.build_section(load_runs(one, two)), "At equal KL, by PPO's sweep"))
+    found = rows(table(distance.build_distance_section(load_runs(one, two)), "At equal KL, by PPO's sweep"))
     assert {name: row[5] for name, row in found.items()} == {
         "a: mpo − a: ppo": "0.20 [0.20, 0.20]",
         "b: mpo − b: ppo": "−0.80 [−0.80, −0.80]",
@@ -130,7 +132,9 @@ def test_a_sweep_to_no_penalty_has_a_kl_coef(tmp_path: Path) -> None:
 
 def test_without_a_sweep_only_distances_are_told(tmp_path: Path) -> None:
     done = [Arm("sft", {0: around(0.0, kl=0.0)}), Arm("ppo", {0: around(1.0, kl=1.5)})]
-    section = distance.build_section(Writer(tmp_path / "run").load([*done, Arm("mpo", {0: around(2.0, kl=2.5)})]))
+    section = distance.build_distance_section(
+        Writer(tmp_path / "run").load([*done, Arm("mpo", {0: around(2.0, kl=2.5)})])
+    )
     assert section is not None
     assert "between 1.50 (ppo) and 2.50 (mpo) nats from SFT" in section.opening
     assert figure_rows(section, "kl-score")[2][:2] == ("mpo", 2.5)
@@ -144,7 +148,9 @@ def test_the_same_budget(tmp_path: Path) -> None:
     ]
     lost = Arm("mpo-sft-kl", failed={0: "lost"}, changes={"ppo.kl_budget": 2.0})
     alone = Arm("mpo", {0: around(9.0)}, changes={"ppo.kl_budget": 3.0})
-    section = distance.build_section(Writer(tmp_path / "run").load([*plain({"sft": [0.0] * 8}), *budgets, lost, alone]))
+    section = distance.build_distance_section(
+        Writer(tmp_path / "run").load([*plain({"sft": [0.0] * 8}), *budgets, lost, alone])
+    )
     found = rows(table(section, "At the same KL budget, by ppo.kl_budget"))
     assert found["mpo ppo.kl_budget=2.0"][1:3] == ["2", "1.90"]
     assert found["mpo ppo.kl_budget=2.0"][4].startswith("0.50 [0.50, 0.50] (p ")
@@ -160,7 +166,7 @@ def path(*points: tuple[float, float, float]) -> list[Columns]:
 def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     points = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6)]
     *way, end = path(*points)
-    section = overoptimisation.build_section(
+    section = overoptimisation.build_overoptimisation_section(
         Writer(tmp_path / "run").load([Arm("sft", {0: way[0]}), Arm("ppo", {0: end}, trace={0: way})])
     )
     assert [row[:3] for row in table(section, "Along training").rows] == [
@@ -188,7 +194,9 @@ def test_nothing_is_called_hacked_that_does_not_rise_and_fall(
     tmp_path: Path, reward: float, true: float, said: str
 ) -> None:
     *way, end = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (reward, 3.0, true))
-    made = overoptimisation.build_section(Writer(tmp_path / "run").load([Arm("ppo", {0: end}, trace={0: way})]))
+    made = overoptimisation.build_overoptimisation_section(
+        Writer(tmp_path / "run").load([Arm("ppo", {0: end}, trace={0: way})])
+    )
     assert made is not None
     assert f"{said} (95% intervals" in made.opening
     assert "significantly while" not in made.opening
@@ -200,7 +208,7 @@ def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -
         Arm("ppo", {0: around(1.0, true_reward=1.0), 1: around(2.0, kl=6.0, true_reward=-0.5)}),
         Arm("mpo", {0: around(-1.0, true_reward=-1.0), 1: around(0.5, true_reward=0.5)}),
     ]
-    section = overoptimisation.build_section(Writer(tmp_path / "run").load(done))
+    section = overoptimisation.build_overoptimisation_section(Writer(tmp_path / "run").load(done))
     assert section is not None
     (fallen,) = table(section, "More reward, less true r*").rows
     gains = ["2.00 [2.00, 2.00]", "<0.001", "−0.50 [−0.50, −0.50]", "<0.001"]
@@ -214,7 +222,7 @@ def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -
 def test_a_fall_within_the_noise_is_counted_but_not_told(tmp_path: Path) -> None:
     noisy = around(1.0, true_reward=0.0) | {"true_reward": [-0.1 + 2 * noise for noise in NOISE]}
     done = [Arm("sft", {0: around(0.0, true_reward=0.0)}), Arm("ppo", {0: noisy})]
-    section = overoptimisation.build_section(Writer(tmp_path / "run").load(done))
+    section = overoptimisation.build_overoptimisation_section(Writer(tmp_path / "run").load(done))
     assert section is not None
     assert section.opening.startswith("1 of the 1 arms and seeds")
     assert section.opening.endswith(", 0 of them significantly in both.")
@@ -246,18 +254,24 @@ def test_hacking_is_told_by_what_the_seeds_hold(
     tmp_path: Path, rises: list[float], falls: list[float], told: bool
 ) -> None:
     way, ends = over_training(rises, falls)
-    section = overoptimisation.build_section(Writer(tmp_path / "run").load([Arm("ppo", ends, trace=way)]))
+    section = overoptimisation.build_overoptimisation_section(
+        Writer(tmp_path / "run").load([Arm("ppo", ends, trace=way)])
+    )
     assert section is not None
     assert ("the reward rises significantly while true r* falls" in section.opening) == told
     way, ends = over_training(rises, [-fall for fall in falls])
-    both = overoptimisation.build_section(Writer(tmp_path / "both", cache="both").load([Arm("ppo", ends, trace=way)]))
+    both = overoptimisation.build_overoptimisation_section(
+        Writer(tmp_path / "both", cache="both").load([Arm("ppo", ends, trace=way)])
+    )
     assert both is not None
     assert ("both still rise significantly" in both.opening) == told
 
 
 def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
     assert (
-        overoptimisation.build_section(Writer(tmp_path / "run").load(plain({"sft": SFT_SCORES, "ppo": SFT_SCORES})))
+        overoptimisation.build_overoptimisation_section(
+            Writer(tmp_path / "run").load(plain({"sft": SFT_SCORES, "ppo": SFT_SCORES}))
+        )
         is None
     )
 
@@ -267,7 +281,10 @@ def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
     for name, base in (("a", 0.0), ("b", 5.0)):
         arms = [Arm("sft", {0: around(base, true_reward=0.0)}), Arm("ppo", {0: around(7.0, true_reward=0.5)})]
         folders.append(Writer(tmp_path / name, name=name, cache=f"{name}-cache").run(arms))
-    found = {row[0]: row[1] for row in figure_rows(overoptimisation.build_section(load_runs(*folders)), "gains")}
+    found = {
+        row[0]: row[1]
+        for row in figure_rows(overoptimisation.build_overoptimisation_section(load_runs(*folders)), "gains")
+    }
     assert found == pytest.approx({"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0})
 
 
@@ -278,7 +295,7 @@ def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:
     (found,) = load_traces(results)
     assert (found.seeds, found.num_points, found.completions_sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
     assert found.estimate_mean("score", 2).mean == pytest.approx(1.5)
-    section = overoptimisation.build_section(results)
+    section = overoptimisation.build_overoptimisation_section(results)
     assert section is not None
     assert "During PPO of ppo (1 of 2 seeds)" in section.opening
 
@@ -290,7 +307,7 @@ def samples(folder: Path, mpo: Sequence[float], ppo: float, *, noise: Sequence[f
         Arm("mpo", {0: end}, trace={0: way}),
         Arm("ppo", {0: scores([ppo + other for other in noise], true_reward=NOISE)}, trace={0: way}),
     ]
-    section = cost.build_section(Writer(folder / "run").load(arms))
+    section = cost.build_cost_section(Writer(folder / "run").load(arms))
     assert section is not None
     return section.opening
 
@@ -337,7 +354,7 @@ def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
         Arm("mpo", {0: end, 1: end}, trace={0: way, 1: way}),
         Arm("ppo", {1: around(1.5, true_reward=0.0)}, failed={0: "lost"}, trace={1: way}),
     ]
-    section = cost.build_section(Writer(tmp_path / "run").load(arms))
+    section = cost.build_cost_section(Writer(tmp_path / "run").load(arms))
     assert section is not None
     assert "ppo samples 40 completions (1 of 2 seeds); mpo's PPO reaches" in section.opening
     assert "or 38 with the 8 sampled for its pairs" in section.opening
@@ -366,7 +383,7 @@ def test_what_an_arm_needs(tmp_path: Path, arm: str, needed: str) -> None:
 def costs(folder: Path) -> tuple[Section, dict[str, Sequence[str]]]:
     arms = [Arm(name, {0: around(n), 1: around(n + 1)}) for n, name in enumerate(("sft", "ppo", "mpo"))]
     arms[1] = Arm("ppo", {1: around(2.0)}, failed={0: "lost"})
-    section = cost.build_section(Writer(folder / "run").load([*arms, Arm("dpo", failed={0: "lost", 1: "lost"})]))
+    section = cost.build_cost_section(Writer(folder / "run").load([*arms, Arm("dpo", failed={0: "lost", 1: "lost"})]))
     assert section is not None
     return section, rows(table(section, "By arm"))
 
@@ -418,7 +435,7 @@ def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Pa
     def axis(far: float) -> str:
         kls = {"sft": 0.0, "dpo": 1.0, "ppo": 1.2, "mpo": far}
         arms = [Arm(name, {0: scores(SFT_SCORES, kl=kl)}) for name, kl in kls.items()]
-        section = distance.build_section(Writer(tmp_path / f"{far}", cache=f"cache-{far}").load(arms))
+        section = distance.build_distance_section(Writer(tmp_path / f"{far}", cache=f"cache-{far}").load(arms))
         assert section is not None
         figure = section.groups[0].figures[0]
         assert figure.columns[1] == "KL from SFT (nats per completion)"  # the numbers are no roots

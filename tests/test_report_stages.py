@@ -31,7 +31,7 @@ ARMS = {"sft": SFT_SCORES, "mpo": SFT_SCORES}
 
 
 def test_calibration_by_hand(tmp_path: Path) -> None:
-    section = reward_model.build_section(Writer(tmp_path / "run").load(plain(ARMS)))
+    section = reward_model.build_reward_model_section(Writer(tmp_path / "run").load(plain(ARMS)))
     bins: dict[int, list[tuple[float, float]]] = {}
     for margin in MARGINS:
         confidence = 1 / (1 + math.exp(-abs(margin)))
@@ -59,7 +59,7 @@ def test_all_of_six_pairs_is_no_certainty(tmp_path: Path) -> None:
     low, _ = proportion_confint(6, 6, method="wilson")
     for seeds in ((0,), (0, 1)):
         writer = Writer(tmp_path / f"{seeds}", cache=f"cache{len(seeds)}", margins=dict.fromkeys(seeds, [0.5] * 6))
-        section = reward_model.build_section(writer.load(plain(ARMS, seeds=seeds)))
+        section = reward_model.build_reward_model_section(writer.load(plain(ARMS, seeds=seeds)))
         assert section is not None
         assert section.opening.startswith(
             f"The reward model agrees with 100% of the labels of 6 test pairs (95% CI [{low:.0%}, 100%]"
@@ -77,7 +77,7 @@ def test_all_of_six_pairs_is_no_certainty(tmp_path: Path) -> None:
 )
 def test_accuracy_is_held_against_chance(tmp_path: Path, right: int, said: str) -> None:
     margins = {0: [0.5] * right + [-1.5] * (40 - right)}
-    section = reward_model.build_section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS)))
+    section = reward_model.build_reward_model_section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS)))
     assert section is not None
     found = re.match(
         r"The reward model agrees with (\d+)% of the labels of 40 test pairs \(95% CI \[(\d+)%, (\d+)%\] over pairs at "
@@ -93,7 +93,9 @@ def test_accuracy_is_held_against_chance(tmp_path: Path, right: int, said: str) 
 
 def test_accuracy_over_seeds(tmp_path: Path) -> None:
     margins = {0: [1.0] * 40, 1: [1.0] * 20 + [-1.0] * 20}
-    section = reward_model.build_section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1))))
+    section = reward_model.build_reward_model_section(
+        Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1)))
+    )
     assert section is not None
     assert section.opening.startswith("The reward model agrees with 75% of the labels")
     assert "over pairs and 2 seeds), not significantly different from chance" in section.opening
@@ -103,7 +105,7 @@ def test_accuracy_over_seeds(tmp_path: Path) -> None:
 def test_the_second_reward_model_bears_its_name_and_is_not_the_first(tmp_path: Path) -> None:
     arms = [Arm("sft", {0: scores(SFT_SCORES, second_score=SFT_SCORES)})]
     margins = {0: [-1.0] * 40}  # the second has MARGINS
-    section = reward_model.build_section(Writer(tmp_path / "run", second=True, margins=margins).load(arms))
+    section = reward_model.build_reward_model_section(Writer(tmp_path / "run", second=True, margins=margins).load(arms))
     assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 0, second", "seed 0, second"]
     assert section is not None
     assert "of the labels of 40 test pairs" in section.opening
@@ -112,10 +114,10 @@ def test_the_second_reward_model_bears_its_name_and_is_not_the_first(tmp_path: P
 def test_alarms_are_told(tmp_path: Path) -> None:
     alarms = {"RewardModel-0": ["noise"], "PPO-0mpo": ["ran"], "DPO-0easy": ["fell", "grew"]}
     results = Writer(tmp_path / "run", alarms=alarms).load(plain(ARMS))
-    section = reward_model.build_section(results)
+    section = reward_model.build_reward_model_section(results)
     assert section is not None
     assert section.groups[0].notes == ["Alarm, seed 0: noise."]
-    trained = training.build_section(results)
+    trained = training.build_training_section(results)
     assert trained is not None
     assert "of all seeds and sweeps raised 3 alarms;" in trained.opening
     assert trained.groups[0].notes[:3] == [
@@ -136,7 +138,9 @@ def shares(pairs: Sequence[dict[str, object]]) -> tuple[int, int, int]:
 
 def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
     easy, hard = pairs_of([2.5] * 30), pairs_of([0.0] * 5 + [0.1 + n / 20 for n in range(35)])
-    section = selection.build_section(Writer(tmp_path / "run", world=True, pairs=(easy, hard)).load(plain(ARMS)))
+    section = selection.build_selection_section(
+        Writer(tmp_path / "run", world=True, pairs=(easy, hard)).load(plain(ARMS))
+    )
     made = table(section)
     row = dict(zip(made.headings, made.rows[0], strict=True))
     assert [row[name] for name in ("selection", "pairs", "easy", "hard")] == ["seed 0", "70", "30", "40"]
@@ -157,14 +161,14 @@ def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
 
 def test_labels_that_are_all_tied_have_no_share(tmp_path: Path) -> None:
     pairs = pairs_of([2.5]), pairs_of([0.0] * 3)
-    section = selection.build_section(Writer(tmp_path / "run", world=True, pairs=pairs).load(plain(ARMS)))
+    section = selection.build_selection_section(Writer(tmp_path / "run", world=True, pairs=pairs).load(plain(ARMS)))
     assert table(section).rows[0][-1] == "none (3 tied)"
     assert section is not None
     assert "no hard labels" in section.opening
 
 
 def test_elsewhere_no_label_is_called_right(tmp_path: Path) -> None:
-    section = selection.build_section(Writer(tmp_path / "run").load(plain(ARMS)))
+    section = selection.build_selection_section(Writer(tmp_path / "run").load(plain(ARMS)))
     assert section is not None
     assert "confirms" not in section.opening
     assert "correct" not in " ".join(table(section).headings)
@@ -176,7 +180,9 @@ def test_pairs_from_both_ends_each_once(tmp_path: Path, count: int, shown: list[
     results = Writer(tmp_path / "run", pairs=pairs).load(plain(ARMS))
     found = [
         float(row[0])
-        for row in table(selection.build_section(results), "Pairs with the largest and the smallest gaps (seed 0)").rows
+        for row in table(
+            selection.build_selection_section(results), "Pairs with the largest and the smallest gaps (seed 0)"
+        ).rows
     ]
     assert found == pytest.approx([n / 10 for n in shown])
 
@@ -189,7 +195,7 @@ def test_runs_that_share_samples_have_selections_of_their_own(tmp_path: Path) ->
     (tmp_path / "cache" / "Selection-0").rename(tmp_path / "cache" / "Selection-other")
     (two / "results.json").write_text(results.replace("Selection-0", "Selection-other"))
     Writer(tmp_path / "one", name="a").run(plain({"mpo": SFT_SCORES}))
-    section = selection.build_section(load_runs(one, two))
+    section = selection.build_selection_section(load_runs(one, two))
     assert [row[0] for row in table(section).rows] == ["a, seed 0", "b, seed 0"]
 
 
@@ -211,7 +217,7 @@ def noisy(seeds: Sequence[int] = (0,)) -> list[Arm]:
 
 
 def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
-    section = noise.build_section(Writer(tmp_path / "run").load(noisy()))
+    section = noise.build_noise_section(Writer(tmp_path / "run").load(noisy()))
     made = table(section, "reward")
     found = rows(made)
     assert made.headings[1:] == ["0% flipped", "10% flipped", "30% flipped", "change from 0% to 30%"]
@@ -234,7 +240,7 @@ def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None
     arms[2] = Arm("mpo", {0: arms[2].done[0]}, failed={1: "lost"}, changes=arms[2].changes)
     arms[4] = Arm("dpo-base", failed=lost, changes=arms[4].changes)
     arms += [Arm("dpo", {0: scores(SFT_SCORES)}), Arm("dpo", failed=lost, changes={"label_noise.share": 0.3})]
-    section = noise.build_section(Writer(tmp_path / "run").load(arms))
+    section = noise.build_noise_section(Writer(tmp_path / "run").load(arms))
     found = rows(table(section, "reward"))
     assert found["mpo"][3].startswith("2.80 [")
     assert found["mpo"][3].endswith("] (1 of 2 seeds)")
@@ -253,7 +259,7 @@ def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> 
         Arm("ppo", {0: scores(SFT_SCORES)}),
         Arm("ppo", {0: scores([0.0] * 6)}, changes={"label_noise.share": 0.1}),
     ]
-    section = noise.build_section(Writer(tmp_path / "run").load([*noisy(), *short]))
+    section = noise.build_noise_section(Writer(tmp_path / "run").load([*noisy(), *short]))
     found = rows(table(section, "reward"))
     assert found["ppo"][2].startswith("0.00")
     assert found["ppo"][3:] == ["", ""]
@@ -290,7 +296,7 @@ def test_gradients_by_hand(tmp_path: Path) -> None:
         writer.gradients("dpo-easy", "easy", 0, [APART, APART]),
         writer.gradients("dpo-easy", "hard", 0, [TOGETHER, TOGETHER]),
     ]
-    section = theorem.build_section(writer.load(plain(ARMS), measured))
+    section = theorem.build_theorem_section(writer.load(plain(ARMS), measured))
     made = table(section)
     easy, hard = (dict(zip(made.headings, row, strict=True)) for row in made.rows)
     assert (easy["measured on"], easy["seeds"], easy["pairs"]) == ("easy", "1", "2")
@@ -320,13 +326,15 @@ def test_a_step_against_a_small_step_of_the_weights() -> None:
     step = rate * (one - other)
     rise, fall = x[0] * math.expm1(one @ step), -x[1] * math.expm1(other @ step)
     assert made.log_step_ratio[0] == pytest.approx(math.log(rise / fall), abs=1e-4)
-    assert made.moves_both[0] == 1.0
+    assert made.moves_both_as_intended[0] == 1.0
 
 
 def test_a_wrong_corollary_would_be_seen(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run")
     wrong = {**APART, "by_chosen": 2 * APART["by_chosen"]}
-    section = theorem.build_section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, [APART, wrong])]))
+    section = theorem.build_theorem_section(
+        writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, [APART, wrong])])
+    )
     assert table(section).rows[0][5] == f"{math.log(2):.0e}"
     assert section is not None
     assert "differs by at most 7e-01 in its logarithm" in section.opening
@@ -346,7 +354,7 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
         for seed, by in enumerate(apart)
         for part in ("easy", "hard")
     ]
-    section = theorem.build_section(writer.load(plain(ARMS, seeds=(0, 1, 2)), measured))
+    section = theorem.build_theorem_section(writer.load(plain(ARMS, seeds=(0, 1, 2)), measured))
     expected = scipy.stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
     assert section is not None
     said = f"{np.mean(apart):.2f} [{expected.low:.2f}, {expected.high:.2f}] (95% interval over 3 seeds)"
@@ -371,7 +379,7 @@ def test_one_seed_is_told_apart_by_its_pairs(tmp_path: Path, hard: list[float], 
         writer.gradients("dpo", part, 0, [cosine(one) for one in values])
         for part, values in (("easy", easy), ("hard", hard))
     ]
-    section = theorem.build_section(writer.load(plain(ARMS), measured))
+    section = theorem.build_theorem_section(writer.load(plain(ARMS), measured))
     half = sum((scipy.stats.t.ppf(0.975, len(part) - 1) * scipy.stats.sem(part)) ** 2 for part in (easy, hard)) ** 0.5
     mean = np.mean(hard) - np.mean(easy)
     assert section is not None
@@ -388,7 +396,7 @@ def test_models_measured_on_one_part_only_do_not_move_the_difference(tmp_path: P
     measured = [writer.gradients("dpo", part, 0, [cosine(0.5)] * 3) for part in ("easy", "hard")]
     measured += [writer.gradients("dpo-hard", "easy", 0, [cosine(0.0)] * 3)]
     lost = writer.gradients("dpo-hard", "hard", 0, None, "out of memory")
-    section = theorem.build_section(writer.load(plain(ARMS), [*measured, lost]))
+    section = theorem.build_theorem_section(writer.load(plain(ARMS), [*measured, lost]))
     assert section is not None
     assert "is 0.50 on easy and 0.50 on hard" in section.opening
     assert "gradients of dpo-hard on hard pairs (seed 0): out of memory" in table(section).notes
@@ -397,17 +405,17 @@ def test_models_measured_on_one_part_only_do_not_move_the_difference(tmp_path: P
 def test_gradients_that_all_failed_are_told(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run")
     results = writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, None, "out of memory")])
-    section = theorem.build_section(results)
+    section = theorem.build_theorem_section(results)
     assert section is not None
     assert section.opening == "No gradients could be measured."
     assert section.groups[0].notes == ["gradients of dpo on easy pairs (seed 0): out of memory"]
-    assert theorem.build_section(Writer(tmp_path / "none").load(plain(ARMS))) is None
+    assert theorem.build_theorem_section(Writer(tmp_path / "none").load(plain(ARMS))) is None
 
 
 def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Path) -> None:
     values = {**ARMS, "dpo-easy": SFT_SCORES, "ppo": SFT_SCORES}
     results = Writer(tmp_path / "run").load(plain(values, seeds=(0, 1)))
-    section = training.build_section(results)
+    section = training.build_training_section(results)
     assert section is not None
     assert section.opening == (
         "The stages of all seeds and sweeps raised no alarm; the curves are of 1 DPO stage and 2 PPO stages of seed 0."
@@ -425,16 +433,16 @@ def test_curves_are_of_the_first_seed_that_has_any(tmp_path: Path) -> None:
     arms = [Arm("sft", {0: scores(SFT_SCORES), 1: scores(SFT_SCORES)}), Arm("ppo", {1: scores(SFT_SCORES)})]
     writer = Writer(tmp_path / "run")
     results = writer.load(arms)
-    section = training.build_section(results)
+    section = training.build_training_section(results)
     assert section is not None
     assert "of seed 1." in section.opening
-    assert training.build_section(Writer(tmp_path / "sft", cache="c").load(plain({"sft": SFT_SCORES}))) is None
+    assert training.build_training_section(Writer(tmp_path / "sft", cache="c").load(plain({"sft": SFT_SCORES}))) is None
 
 
 def test_points_of_a_sweep_stand_in_the_table_but_are_not_drawn(tmp_path: Path) -> None:
     point = Arm("mpo", {0: scores(SFT_SCORES)}, changes={"ppo.kl_coef": 0.5})
     writer = Writer(tmp_path / "run", alarms={"PPO-0mpo0.5": ["ran"]})
-    section = training.build_section(writer.load([*plain(ARMS), point]))
+    section = training.build_training_section(writer.load([*plain(ARMS), point]))
     assert {row[0] for row in figure_rows(section, "ppo-score")} == {"mpo"}
     assert list(rows(table(section, "PPO"))) == ["mpo", "mpo ppo.kl_coef=0.5"]
     assert section is not None
@@ -442,7 +450,7 @@ def test_points_of_a_sweep_stand_in_the_table_but_are_not_drawn(tmp_path: Path) 
 
 
 def test_long_curves_are_averaged_in_groups(tmp_path: Path) -> None:
-    section = training.build_section(Writer(tmp_path / "run", steps=450).load(plain(ARMS)))
+    section = training.build_training_section(Writer(tmp_path / "run", steps=450).load(plain(ARMS)))
     assert len(figure_rows(section, "ppo-score")) <= 200
 
 
@@ -450,7 +458,7 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
     """Orthogonal gradients of one length move both log-probs alike, so x_w rises by x_w / x_l of the fall of x_l."""
     writer = Writer(tmp_path / "run")
     pairs = [gradients((1.0, 0.0), (0.0, 1.0), x=(w, 1.0)) for w in (0.5, 2.0, 8.0)]
-    section = theorem.build_section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, pairs)]))
+    section = theorem.build_theorem_section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, pairs)]))
     assert section is not None
     (picture,) = [one for group in section.groups for one in group.figures if one.name == "corollary-1-step"]
     assert [(row[1], row[2]) for row in picture.rows] == [
@@ -462,7 +470,7 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
 def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
     margins = {0: [0.1, -0.1, 0.1, 0.1], 1: [0.1, -0.1, -0.1, 0.1]}
     results = Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1)))
-    section = reward_model.build_section(results)
+    section = reward_model.build_reward_model_section(results)
     pooled, *each = figure_rows(section, "calibration")
     assert (pooled[1], pooled[2], pooled[-1]) == (8, 5 / 8, "")
     growth = 1 + scipy.stats.t.ppf(0.975, 1) ** 2 * (0.125**2) / (1.959964**2 * (5 / 8 * 3 / 8) / 4)
@@ -482,7 +490,7 @@ def test_selections_of_seeds_are_told_as_ranges_and_drawn_together(tmp_path: Pat
     writer.run(plain(ARMS, seeds=(0, 1)))
     file = tmp_path / "cache" / "Selection-1" / "summary.json"
     file.write_text(file.read_text().replace('"easy": 30', '"easy": 21').replace('"threshold": 2.0', '"threshold": 1'))
-    section = selection.build_section(load_runs(tmp_path / "run"))
+    section = selection.build_selection_section(load_runs(tmp_path / "run"))
     assert section is not None
     assert section.opening.startswith(
         "Of 70 pairs sampled from SFT at each of 2 seeds, 21 to 30 (30% to 43%) have a gap above 1 to 2 and are easy; "

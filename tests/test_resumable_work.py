@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mixpo.models.samplers import LocalSampler
-from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
+from mixpo.stages.stage_cache import read_summary
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
@@ -65,7 +65,9 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
         folder.mkdir()
         resumable = ResumableWork(folder, Cost())
         sampler = LocalSampler(cache_tokens=budget)
-        completions, _ = resumable.sample(sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0)
+        completions, _ = resumable.sample_completions(
+            sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0
+        )
         completions_by_budget.append([tuple(branches[0]) for branches in completions])
     assert completions_by_budget[0] == completions_by_budget[1]
     assert len(set(completions_by_budget[0])) == len(prompts)
@@ -77,7 +79,7 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
     stage = tiny.dpo(pairs=tiny.pairs.train_pairs, samplings=0)
-    folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
+    folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -85,13 +87,13 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "add", die)
         with pytest.raises(KeyboardInterrupt):
-            stage.work(stage.paths(folders), tmp_path, SMALL_RUNTIME)
+            stage.compute(stage.paths(folders), tmp_path, SMALL_RUNTIME)
     lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
     assert all(line["seconds"] > 0 for line in lines)
     saved = lines[: len(lines) - (killed != "while it trains")]
     text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in saved)
     (tmp_path / "portions.jsonl").write_text(text)
-    stage.work(stage.paths(folders), tmp_path, SMALL_RUNTIME)
+    stage.compute(stage.paths(folders), tmp_path, SMALL_RUNTIME)
     seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
     assert (seconds == 0.0) == (killed == "while it trains")
     assert seconds >= 0.0
@@ -118,7 +120,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 ) -> None:
     """Killed before its second portion, and before its last, is written."""
     stage = stages(tiny)[kind]()
-    folders = {name: tiny.engine.build(source) for name, source in stage.inputs().items()}
+    folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
     sampled_prompts: list[list[list[int]]] = []
     original = LocalSampler.draw
 
@@ -130,7 +132,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.work(stage.paths(folders), whole, SMALL_RUNTIME)
+    stage.compute(stage.paths(folders), whole, SMALL_RUNTIME)
     unbroken = list(sampled_prompts)
     counts, calls = Cost.counts, []
 
@@ -142,12 +144,12 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 
     monkeypatch.setattr(Cost, "counts", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.work(stage.paths(folders), killed, SMALL_RUNTIME)
+        stage.compute(stage.paths(folders), killed, SMALL_RUNTIME)
     monkeypatch.setattr(Cost, "counts", counts)
     assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
     saved = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
     sampled_prompts.clear()
-    stage.work(stage.paths(folders), killed, SMALL_RUNTIME)
+    stage.compute(stage.paths(folders), killed, SMALL_RUNTIME)
     assert sampled_prompts == unbroken[sum(line["name"] == "sampled" for line in saved) :], (
         "only what is missing is drawn"
     )

@@ -18,9 +18,9 @@ from mixpo.experiments.expressions import expand_arms, expand_gradients
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.results import load_runs, read_completions, read_evaluation
 from mixpo.experiments.run import run_recipe
-from mixpo.experiments.setup import Setup
-from mixpo.stages.engine import sort_topologically
+from mixpo.experiments.shared_stages import SharedStages
 from mixpo.stages.stage import Snapshot
+from mixpo.stages.stage_cache import sort_topologically
 from recording_display import RecordingDisplay
 
 SMALL = [
@@ -69,7 +69,7 @@ def test_every_arm_is_done_and_evaluated(home: Path) -> None:
         assert len(read_completions(arm)) == 64
         assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= read_evaluation(arm).keys()
         assert (arm.model is None) == (arm.arm == "best-of-n")
-    (mpo,) = results.of("mpo")
+    (mpo,) = results.list_arm_results("mpo")
     assert len(mpo.trace) == 2
     assert [(one.arm, one.part) for one in results.runs[0].gradients if one.folder] == [
         (arm, part) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
@@ -120,8 +120,10 @@ def test_the_written_recipe_is_the_same_recipe(home: Path) -> None:
     again = read_recipe(str(home / "run" / "recipe.yaml"), ["seeds=[0,1]"])
     given = recipe(home, "seeds=[0,1]")
     assert again == given
-    assert [Setup(again, seed).sft.seed for seed in again.seeds] == [0, 1]
-    assert [Setup(again, seed).sft for seed in again.seeds] == [Setup(given, seed).sft for seed in given.seeds]
+    assert [SharedStages(again, seed).sft.seed for seed in again.seeds] == [0, 1]
+    assert [SharedStages(again, seed).sft for seed in again.seeds] == [
+        SharedStages(given, seed).sft for seed in given.seeds
+    ]
 
 
 def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_run_of_which_nothing_is_left_says_why(
 
 def test_every_arm_is_the_expression_that_the_paper_describes() -> None:
     """By hand from NOTES: what each arm's last stage starts from, is anchored to, and learns from."""
-    r = Setup(read_recipe("world"), 0)
+    r = SharedStages(read_recipe("world"), 0)
     easy, hard, everything = r.selection.easy, r.selection.hard, r.samples.pairs
     made = {name: arm(r) for name, arm in ARMS.items()}
     assert [made[name].pairs for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard")] == [
@@ -238,14 +240,14 @@ def test_every_arm_is_the_expression_that_the_paper_describes() -> None:
 
 
 def test_grouped_arms_sample_as_many_completions_as_ppo() -> None:
-    r = Setup(read_recipe("world", ["group_size=4"]), 0)
+    r = SharedStages(read_recipe("world", ["group_size=4"]), 0)
     for name in ("mpo-rloo", "mpo-grpo"):
         grouped, plain = ARMS[name](r), ARMS["mpo"](r)
         assert grouped.advantage == name.removeprefix("mpo-")
         assert grouped.batch_size * grouped.completions_per_prompt == plain.batch_size
         assert grouped.epochs * grouped.completions_per_prompt == plain.epochs
     with pytest.raises(InputError, match=r"group_size: found 5; expected a divisor of ppo.batch_size, 128"):
-        ARMS["mpo-rloo"](Setup(read_recipe("world", ["group_size=5"]), 0))
+        ARMS["mpo-rloo"](SharedStages(read_recipe("world", ["group_size=5"]), 0))
 
 
 def expand_names(*overrides: str) -> list[str]:
@@ -297,8 +299,8 @@ def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
 
 
 def test_label_noise_reaches_what_learns_from_labels_but_not_sft_nor_what_scores() -> None:
-    r = Setup(read_recipe("world", ["label_noise.share=0.2"]), 0)
-    clean = Setup(read_recipe("world"), 0)
+    r = SharedStages(read_recipe("world", ["label_noise.share=0.2"]), 0)
+    clean = SharedStages(read_recipe("world"), 0)
     assert r.sft == clean.sft
     assert r.clean_reward == clean.reward != r.reward
     assert r.samples != clean.samples
@@ -309,12 +311,12 @@ def test_label_noise_reaches_what_learns_from_labels_but_not_sft_nor_what_scores
 
 
 def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it() -> None:
-    r = Setup(read_recipe("world", ["data.second_rows=64"]), 0)
+    r = SharedStages(read_recipe("world", ["data.second_rows=64"]), 0)
     assert r.second_reward is not None
     assert (r.second_reward.pairs, r.reward.pairs) == (r.data.second_pairs, r.data.train_pairs)
     mpo = ARMS["mpo"](r)
     assert r.second_reward not in set(sort_topologically(mpo))
-    grouped = [ARMS["mpo-rloo"](Setup(read_recipe("world", words), 0)) for words in ([], ["ppo.gae_lambda=0.5"])]
+    grouped = [ARMS["mpo-rloo"](SharedStages(read_recipe("world", words), 0)) for words in ([], ["ppo.gae_lambda=0.5"])]
     assert grouped[0] == grouped[1]
     assert r.evaluation(mpo).second == r.second_reward
 
@@ -340,7 +342,7 @@ def test_traced_arms_are_evaluated_from_their_start_on() -> None:
 def test_gradients_are_measured_on_both_parts_of_each_dpo_model() -> None:
     assert expand_gradients(read_recipe("world")) == []
     runs = expand_gradients(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
-    r = Setup(read_recipe("world"), 3)
+    r = SharedStages(read_recipe("world"), 3)
     assert [(run.arm, run.part, run.seed) for run in runs] == [
         (arm, part, 3) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
     ]

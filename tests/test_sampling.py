@@ -23,7 +23,7 @@ from mixpo.models.sampling import (
     draw_tokens,
     make_exponential_noise,
     make_noise_keys,
-    sample,
+    sample_completions,
 )
 from models import END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
 
@@ -222,7 +222,7 @@ def test_a_completion_depends_on_nothing_but_its_seed_prompt_and_branch() -> Non
     lm = tiny("llama")
 
     def completions(prompts: list[list[int]], *, k: int = 2, max_tokens: int = 12, seed: int = 3, **how: int) -> list:
-        return sample(lm, prompts, k=k, max_tokens=max_tokens, seed=seed, **how).to_lists()
+        return sample_completions(lm, prompts, k=k, max_tokens=max_tokens, seed=seed, **how).to_lists()
 
     together = completions(PROMPTS)
     assert completions(PROMPTS, token_budget=1) == together
@@ -246,7 +246,7 @@ def test_the_cache_holds_no_more_tokens_than_its_budget(monkeypatch: pytest.Monk
         return made
 
     monkeypatch.setattr(sampling._PreallocatedLayer, "_allocate", making)
-    sample(tiny("llama"), PROMPTS, k=2, max_tokens=4, seed=0, token_budget=44)
+    sample_completions(tiny("llama"), PROMPTS, k=2, max_tokens=4, seed=0, token_budget=44)
     assert held == {(2, 12), (4, 9)}
 
 
@@ -256,7 +256,7 @@ def test_threads_change_no_token() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            sampled_tokens.append(sample(lm, PROMPTS, k=4, max_tokens=20, seed=0).to_lists())
+            sampled_tokens.append(sample_completions(lm, PROMPTS, k=4, max_tokens=20, seed=0).to_lists())
     finally:
         torch.set_num_threads(threads)
     assert sampled_tokens[0] == sampled_tokens[1]
@@ -264,7 +264,7 @@ def test_threads_change_no_token() -> None:
 
 def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
     lm = tiny("llama")
-    sampled_tokens = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
+    sampled_tokens = sample_completions(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6)
     counts = torch.bincount(sampled_tokens.tokens[0, :, 0], minlength=VOCABULARY).double()
     with torch.no_grad():
         expected = 4000 * lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().softmax(-1)
@@ -279,7 +279,7 @@ def test_first_tokens_are_drawn_from_the_models_distribution() -> None:
 def test_what_is_drawn_follows_the_settings(settings: dict[str, float]) -> None:
     """So sharp that nothing but the most probable token is left."""
     lm = tiny("llama")
-    sampled_tokens = sample(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
+    sampled_tokens = sample_completions(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
     for prompt, completions in zip(PROMPTS, sampled_tokens.to_lists(), strict=True):
         for completion in completions:
             for place, token in enumerate(completion):
@@ -307,7 +307,7 @@ def test_truncation() -> None:
 )
 def test_first_tokens_are_drawn_from_the_truncated_distribution(settings: dict[str, float]) -> None:
     lm = tiny("llama")
-    sampled_tokens = sample(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6, **settings)
+    sampled_tokens = sample_completions(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, token_budget=10**6, **settings)
     tokens = sampled_tokens.tokens[0, :, 0].tolist()
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().numpy()
@@ -331,7 +331,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
     head = lm.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     head.bias.data[60:] = {"some": 0.0, "nearly all": 8.0, "all that float32 holds": 200.0}[share]
-    sampled_tokens = rows_of_sample(sample(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
+    sampled_tokens = rows_of_sample(sample_completions(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
     for prompt, row in zip(PROMPTS, sampled_tokens, strict=True):
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             assert not set(completion) & set(lm.unused_tokens)
@@ -341,23 +341,23 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
 
 
 def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> None:
-    from mixpo.models.sources import new_world_model
+    from mixpo.models.sources import initialize_world_model
 
-    model, tokenizer = new_world_model(0)
+    model, tokenizer = initialize_world_model(0)
     size = len(tokenizer)
     model.resize_token_embeddings(size + 30)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     lm = load_policy(tmp_path, device=torch.device("cpu"))
     assert lm.unused_tokens == tuple(range(size, size + 30))
-    sampled_tokens = sample(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
+    sampled_tokens = sample_completions(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
     assert int(sampled_tokens.tokens.max()) < size
 
 
 def test_every_end_token_ends_a_completion() -> None:
     lm = tiny("llama")
     lm.end_tokens = frozenset({END, 17, 60})
-    sampled = sample(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0)
+    sampled = sample_completions(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0)
     sampled_tokens = [completion for completions in sampled.to_lists() for completion in completions]
     assert {c[-1] for c in sampled_tokens if len(c) < 12} == lm.end_tokens
     assert not any(set(completion[:-1]) & lm.end_tokens for completion in sampled_tokens)
@@ -373,4 +373,4 @@ def test_logits_that_are_not_finite_are_refused(value: float, settings: dict[str
     with torch.no_grad():
         lm.model.get_output_embeddings().weight[7] = value
     with pytest.raises(InputError, match="found logits that are nan or infinite; expected finite ones"):
-        sample(lm, PROMPTS, k=2, max_tokens=3, seed=0, **settings)
+        sample_completions(lm, PROMPTS, k=2, max_tokens=3, seed=0, **settings)

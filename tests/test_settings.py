@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import _list_section_types
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
-from mixpo.stages.engine import read_summary
 from mixpo.stages.ppo_settings import PPOSettings, count_updates
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage, model_folder
+from mixpo.stages.stage_cache import read_summary
 from mixpo.training.record import read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
 from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch
@@ -205,7 +205,7 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
     lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
     samples = out / "samples.jsonl"
     sampled = samples.read_text() if samples.exists() else ""
-    return rows, lines, sampled, model_digest(model_folder(out)) if model_folder(out).exists() else None
+    return rows, lines, sampled, compute_model_digest(model_folder(out)) if model_folder(out).exists() else None
 
 
 OUTCOMES: dict[str, Any] = {}
@@ -289,8 +289,8 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     policy, reference = (tiny.policy, tiny.tuned) if reverse else (tiny.tuned, tiny.policy)
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
-    models = [load_policy(model_folder(tiny.engine.build(stage)), device=CPU) for stage in (policy, reference)]
-    pairs = read_pairs(part.path_in(tiny.engine.build(part.stage)), models[0], max_completion_tokens=TINY_LIMIT)
+    models = [load_policy(model_folder(tiny.stage_cache.build(stage)), device=CPU) for stage in (policy, reference)]
+    pairs = read_pairs(part.path_in(tiny.stage_cache.build(part.stage)), models[0], max_completion_tokens=TINY_LIMIT)
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
         with torch.no_grad():
@@ -375,5 +375,5 @@ def test_a_revision_is_the_commit_that_is_asked_for(
             return original(tiny.folder / "base" if name == "some/model" else name, **others)
 
         monkeypatch.setattr(auto, "from_pretrained", loading)
-    Pretrained(path="some/model", revision="abc").work({}, tmp_path, TINY_RUNTIME)
+    Pretrained(path="some/model", revision="abc").compute({}, tmp_path, TINY_RUNTIME)
     assert loads.count(("some/model", "abc", False)) == 2, "and with no code of its own"

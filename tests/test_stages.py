@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixpo import SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Selection
+from mixpo import SFT, Data, Evaluation, Pretrained, RewardModel, Selection, StageCache
 from mixpo.algorithms.preference import dpo_loss
-from mixpo.data.branches import Completions, pack
+from mixpo.data.branches import Completions, pack_branches
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Preference
 from mixpo.data.sources import write_rows
@@ -26,26 +26,26 @@ from mixpo.data.tokens import decode_completion, tokenize_prompt
 from mixpo.data.world import build_tokenizer
 from mixpo.models import scoring
 from mixpo.models.adapters import LoraSettings
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.samplers import LocalSampler
-from mixpo.models.sampling import SampledCompletions, sample
+from mixpo.models.sampling import SampledCompletions, sample_completions
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
-from mixpo.models.tokenizers import tokenize_alike
+from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import evaluation as evaluation_module
 from mixpo.stages import ppo as ppo_module
 from mixpo.stages import samples as samples_module
-from mixpo.stages.engine import read_settings, read_summary, sort_topologically
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo_models import make_actor_critic
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_pairs, read_table, select_unique_prompts, write_table
 from mixpo.stages.stage import Snapshot, Stage, model_folder
+from mixpo.stages.stage_cache import read_settings, read_summary, sort_topologically
 from mixpo.training.checkpoint import TrainableWeights
-from mixpo.training.record import Metrics, read_metrics, watcher
+from mixpo.training.record import Metrics, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
 from models import Row, sample_of_rows
@@ -71,7 +71,7 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     assert losses[-1] < 0.8 * losses[0]
     summary = read_summary(folder)
     assert summary["cost"]["tokens_trained"] > 0
-    assert summary["model"] == model_digest(model_folder(folder))
+    assert summary["model"] == compute_model_digest(model_folder(folder))
     model = AutoModelForCausalLM.from_pretrained(model_folder(folder))
     tokenizer = AutoTokenizer.from_pretrained(model_folder(folder))
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -81,15 +81,15 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
 
 def test_sft_that_diverges_raises_an_alarm(tiny: TinyWorld) -> None:
     watching = Mock()
-    token = watcher.set(watching)
+    token = progress_listener.set(watching)
     summary = read_summary(tiny.run(tiny.sft(learning_rate=3.0, warmup_steps=0, epochs=2)))
-    watcher.reset(token)
+    progress_listener.reset(token)
     (alarm,) = summary["alarms"]
     assert re.fullmatch(
         r"the loss rose from 6\.9\d? to .*: training diverged; try a lower learning_rate \(now 3\)", alarm
     )
-    watching.note.assert_any_call(f"alarm: {alarm}")
-    assert read_summary(tiny.engine.build(tiny.policy))["alarms"] == []
+    watching.on_message.assert_any_call(f"alarm: {alarm}")
+    assert read_summary(tiny.stage_cache.build(tiny.policy))["alarms"] == []
 
 
 def replaced(file: Path) -> None:
@@ -109,21 +109,21 @@ def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
 ) -> None:
     """By each way to load one; before anything is computed."""
     stage = getattr(tiny, kind)(**({"pairs": tiny.pairs.train_pairs} if kind == "dpo" else {}))
-    engine = Engine(tmp_path, TINY_RUNTIME)
+    stage_cache = StageCache(tmp_path, TINY_RUNTIME)
     for upstream in sort_topologically(stage):
         if upstream != stage:
-            shutil.copytree(tiny.engine.build(upstream), engine.folder(upstream))
-    source = engine.folder(getattr(tiny, of))
+            shutil.copytree(tiny.stage_cache.build(upstream), stage_cache.folder(upstream))
+    source = stage_cache.folder(getattr(tiny, of))
     expected = read_summary(source)["model"]
     damage(model_folder(source) / "model.safetensors")
     with pytest.raises(InputError) as refused:
-        engine.compute(stage)
+        stage_cache.compute(stage)
     assert re.fullmatch(
         rf"{model_folder(source)}: found files with digest [0-9a-f]{{16}}; expected {expected}, as in the summary.json "
         rf"of the stage that wrote them: .*; delete {source} to compute the stage again",
         str(refused.value),
     )
-    assert {file.name for file in engine.folder(stage).iterdir()} == {"settings.json"}
+    assert {file.name for file in stage_cache.folder(stage).iterdir()} == {"settings.json"}
 
 
 def test_reward_model_orders_pairs(world: World) -> None:
@@ -173,7 +173,7 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
 
     monkeypatch.setattr(samples_module, "compute_scores", compute_scores)
     monkeypatch.setattr(LocalSampler, "draw", draw_subset)
-    world.samples.work(world.samples.paths(folders), tmp_path, RUNTIME)
+    world.samples.compute(world.samples.paths(folders), tmp_path, RUNTIME)
     rows = read_table(tmp_path / "pairs.parquet")
     identical_rows = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
     assert (len(identical_rows), len(rows)) == (22, 64)
@@ -189,7 +189,7 @@ def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: 
     gaps = [abs(one - other) for one, other in (row["scores"] for row in read_table(samples / "pairs.parquet"))]
     threshold = {"easy": max(gaps), "hard": min(gaps) / 2}[empty]
     with pytest.raises(InputError, match=rf"selection.threshold: .* leaves no {empty} pair; the gaps run from"):
-        world.engine.compute(Selection(samples=world.samples, threshold=threshold))
+        world.stage_cache.compute(Selection(samples=world.samples, threshold=threshold))
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, mon
         dpo_module, "compute_sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
     )
     with pytest.raises(RuntimeError, match="from sampling differ from a forward pass"):
-        world.engine.compute(world.dpo(seed=77))
+        world.stage_cache.compute(world.dpo(seed=77))
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
@@ -278,7 +278,7 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(
     group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
     steps = {"epochs": 4, "learning_rate": 6e-4, "kl_coef": 0.0, "max_kl": 100.0}
     stage = world.ppo(advantage=advantage, prompts=world.samples.pairs, **steps, **group)
-    rows = rows_of(world.work(stage, tmp_path / "ppo"))
+    rows = rows_of(world.compute(stage, tmp_path / "ppo"))
     assert rows[0]["kl_abs_per_token"] < 1e-4
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert rows[0]["clip_fraction"] == 0.0
@@ -339,15 +339,15 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
         Diverged, match=r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
     ):
         world.build(stage)
-    stopped = load_policy(world.engine.folder(stage) / "stopped", device=CPU)
+    stopped = load_policy(world.stage_cache.folder(stage) / "stopped", device=CPU)
     reference = load_policy(model_folder(world.build(world.sft)), device=CPU)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
-    sampled = sample(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
+    sampled = sample_completions(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
     difference = (
         sampled.logprobs.sum() - compute_sequence_logprobs(reference, prompts, sampled, token_budget=4096).sum()
     )
     assert difference / sampled.mask.sum() < 0.3, "the last policy within max_kl"
-    assert not world.engine.is_done(stage)
+    assert not world.stage_cache.is_done(stage)
 
 
 def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
@@ -412,7 +412,9 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
     assert summary["steps"] == 4
     assert summary["snapshots"] == [1, 2, 3]
     plain = world.build(world.ppo(epochs=2))
-    assert model_digest(model_folder(folder)) == model_digest(model_folder(plain)), "keeping them changes nothing"
+    assert compute_model_digest(model_folder(folder)) == compute_model_digest(model_folder(plain)), (
+        "keeping them changes nothing"
+    )
     one, other = (load_file(folder / "snapshots" / str(n) / "model" / "model.safetensors") for n in (1, 3))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     evaluated = evaluation(world, Snapshot(stage=stage, number=1))
@@ -427,7 +429,7 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
 def test_lora_snapshots_are_merged_and_training_goes_on(world: World) -> None:
     folder = world.build(world.ppo(epochs=2, snapshots=1, lora={"rank": 4}))
     plain = world.build(world.ppo(epochs=2, lora={"rank": 4}))
-    assert model_digest(model_folder(folder)) == model_digest(model_folder(plain))
+    assert compute_model_digest(model_folder(folder)) == compute_model_digest(model_folder(plain))
     snapshot = load_file(folder / "snapshots" / "1" / "model" / "model.safetensors")
     assert snapshot.keys() == weights(folder).keys()
 
@@ -508,8 +510,8 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
     best = [
         [branches[place]] for branches, place in zip(completions, computed_scores.argmax(dim=1).tolist(), strict=True)
     ]
-    lm = load_policy(model_folder(tiny.engine.build(tiny.policy)), device=CPU)
-    reward = load_reward_model(model_folder(tiny.engine.build(tiny.scored_by)), device=CPU)
+    lm = load_policy(model_folder(tiny.stage_cache.build(tiny.policy)), device=CPU)
+    reward = load_reward_model(model_folder(tiny.stage_cache.build(tiny.scored_by)), device=CPU)
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
     assert written_scores == pytest.approx(
         compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5
@@ -523,7 +525,7 @@ def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -
     folder = tiny.run(stage)
     saved = load_reward_model(model_folder(folder), device=CPU)
     assert saved.dtype == torch.bfloat16
-    test = read_pairs(tiny.engine.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
+    test = read_pairs(tiny.stage_cache.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
     computed_scores = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
     rows = read_table(folder / "test_scores.parquet")
     written = torch.tensor([[row["chosen_score"], row["rejected_score"]] for row in rows])
@@ -585,7 +587,7 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     before = compute_sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
     anchored = compute_sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
     assert [row["log_x_chosen"], row["log_x_rejected"]] == pytest.approx((before - anchored).tolist(), abs=1e-4)
-    batch = pack(prompts, completions)
+    batch = pack_branches(prompts, completions)
     chosen, rejected = lm(batch, "logprobs").sum(dim=-1)[0]
     loss = dpo_loss(chosen[None], rejected[None], anchored[:1], anchored[1:], beta=0.1)
     loss.sum().backward()
@@ -612,64 +614,64 @@ def test_evaluation_reports_true_reward_and_kl(world: World) -> None:
 
 
 def test_identity_follows_settings_and_content_but_not_the_runtime(world: World, tmp_path: Path) -> None:
-    other = World(world.engine.cache)
-    assert other.engine.folder(other.ppo()) == world.engine.folder(world.ppo())
-    assert world.engine.folder(world.ppo(kl_coef=0.3)) != world.engine.folder(world.ppo())
-    moved = Engine(world.engine.cache, Runtime(microbatch_tokens=7, threads=1))
-    assert moved.folder(world.ppo()) == world.engine.folder(world.ppo())
+    other = World(world.stage_cache.cache)
+    assert other.stage_cache.folder(other.ppo()) == world.stage_cache.folder(world.ppo())
+    assert world.stage_cache.folder(world.ppo(kl_coef=0.3)) != world.stage_cache.folder(world.ppo())
+    moved = StageCache(world.stage_cache.cache, Runtime(microbatch_tokens=7, threads=1))
+    assert moved.folder(world.ppo()) == world.stage_cache.folder(world.ppo())
     row = json.dumps({"prompt": "a?", "chosen": "b", "rejected": "c"}) + "\n"
     for name in ("one.jsonl", "two.jsonl"):
         (tmp_path / name).write_text(row)
     one, two = (Data(base=world.base, format="preference", train=str(tmp_path / f"{n}.jsonl")) for n in ("one", "two"))
-    assert world.engine.folder(one) == world.engine.folder(two)
+    assert world.stage_cache.folder(one) == world.stage_cache.folder(two)
     (tmp_path / "two.jsonl").write_text(row + row.replace("a?", "d?"))
     two = Data(base=world.base, format="preference", train=str(tmp_path / "two.jsonl"))
-    assert world.engine.folder(one) != world.engine.folder(two)
+    assert world.stage_cache.folder(one) != world.stage_cache.folder(two)
 
 
 def test_another_default_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders are named without defaults, so a default that changed must not find what the old one made."""
-    Engine(tmp_path, RUNTIME).build(Pretrained())
+    StageCache(tmp_path, RUNTIME).build(Pretrained())
     monkeypatch.setattr(Pretrained.model_fields["init_seed"], "default", 1)
     Pretrained.model_rebuild(force=True)
     try:
         other = r"Pretrained.*-c7b2a294: .* another version of mixpo \(init_seed 0 then, 1 now\); delete it or choose"
         with pytest.raises(InputError, match=other):
-            Engine(tmp_path, RUNTIME).is_done(Pretrained())
+            StageCache(tmp_path, RUNTIME).is_done(Pretrained())
     finally:
         monkeypatch.undo()
         Pretrained.model_rebuild(force=True)
 
 
 def test_a_stage_that_failed_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(tmp_path, RUNTIME)
+    stage_cache = StageCache(tmp_path, RUNTIME)
 
     def fail(*args: object) -> None:
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pretrained, "work", fail)
+        patch.setattr(Pretrained, "compute", fail)
         with pytest.raises(OSError, match="the disk is full"):
-            engine.build(Pretrained())
-    assert not engine.is_done(Pretrained())
-    engine.build(Pretrained())
-    assert engine.is_done(Pretrained())
+            stage_cache.build(Pretrained())
+    assert not stage_cache.is_done(Pretrained())
+    stage_cache.build(Pretrained())
+    assert stage_cache.is_done(Pretrained())
 
 
 def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(model_folder(world.build(world.sft)), folder)
-    digests = {model_digest(folder)}
+    digests = {compute_model_digest(folder)}
     for name in ("special_tokens_map.json", "chat_template.jinja", "added_tokens.json"):
         (folder / name).write_text("{}")
-        digests.add(model_digest(folder))
+        digests.add(compute_model_digest(folder))
     (folder / "optimizer.pt").write_text("")
-    assert len(digests | {model_digest(folder)}) == 4
+    assert len(digests | {compute_model_digest(folder)}) == 4
 
 
 def test_identity_tells_train_from_test_and_keeps_the_order(world: World) -> None:
     def folder(**sources: Any) -> Path:
-        return world.engine.folder(Data(base=world.base, format="preference", **sources))
+        return world.stage_cache.folder(Data(base=world.base, format="preference", **sources))
 
     both = folder(train=("hub:a/a", "hub:b/b"))
     assert both != folder(train="hub:a/a", test="hub:b/b")
@@ -681,26 +683,26 @@ def test_a_local_model_is_copied_and_may_be_moved(world: World, tmp_path: Path) 
     source = tmp_path / "mine"
     shutil.copytree(model_folder(world.build(world.sft)), source)
     stage = Pretrained(path=str(source))
-    folder = Engine(tmp_path / "cache", RUNTIME).build(stage)
+    folder = StageCache(tmp_path / "cache", RUNTIME).build(stage)
     source.rename(tmp_path / "moved")
     load_policy(model_folder(folder), device=CPU)
     moved = Pretrained(path=str(tmp_path / "moved"))
-    assert Engine(tmp_path / "cache", RUNTIME).folder(moved) == folder
+    assert StageCache(tmp_path / "cache", RUNTIME).folder(moved) == folder
 
 
 def test_two_runs_never_compute_a_stage_at_once(tmp_path: Path) -> None:
-    engine = Engine(tmp_path, RUNTIME)
+    stage_cache = StageCache(tmp_path, RUNTIME)
     stage = Pretrained()
     (tmp_path / "locks").mkdir()
-    with (tmp_path / "locks" / engine.identity(stage)).open("w") as file:
+    with (tmp_path / "locks" / stage_cache.identity(stage)).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        other = threading.Thread(target=engine.compute, args=(stage,))
+        other = threading.Thread(target=stage_cache.compute, args=(stage,))
         other.start()
         other.join(timeout=1.0)
         assert other.is_alive(), "it waits"
-        assert not engine.is_done(stage)
+        assert not stage_cache.is_done(stage)
     other.join(timeout=60)
-    assert engine.is_done(stage)
+    assert stage_cache.is_done(stage)
 
 
 def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,8 +712,8 @@ def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytes
     def fail(*args: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(SFT, "work", fail)
-    assert Engine(world.engine.cache, RUNTIME).compute(world.sft) == folder
+    monkeypatch.setattr(SFT, "compute", fail)
+    assert StageCache(world.stage_cache.cache, RUNTIME).compute(world.sft) == folder
     assert (folder / "summary.json").stat().st_mtime_ns == stamp
 
 
@@ -734,7 +736,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.work(stage.paths(folders), whole, runtime)
+    stage.compute(stage.paths(folders), whole, runtime)
     original = Metrics.add
     apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
     monkeypatch.setattr("mixpo.models.language_model.LanguageModel.read_text", lambda *_: apart)
@@ -746,9 +748,9 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
 
     monkeypatch.setattr(Metrics, "add", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.work(stage.paths(folders), killed, runtime)
+        stage.compute(stage.paths(folders), killed, runtime)
     monkeypatch.setattr(Metrics, "add", original)
-    stage.work(stage.paths(folders), killed, runtime)
+    stage.compute(stage.paths(folders), killed, runtime)
     one, other = weights(whole), weights(killed)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [row["loss"] for row in rows_of(whole)] == [row["loss"] for row in rows_of(killed)]
@@ -771,7 +773,7 @@ def test_microbatches_and_threads_change_nothing_but_rounding(
     }[kind]
     world.force_completions(monkeypatch)
     runs = [
-        rows_of(world.work(stage, tmp_path / str(threads), Runtime(threads=threads, microbatch_tokens=tokens)))
+        rows_of(world.compute(stage, tmp_path / str(threads), Runtime(threads=threads, microbatch_tokens=tokens)))
         for tokens, threads in ((64, 1), (100_000, 2))
     ]
     for one, other in zip(*runs, strict=True):
@@ -791,7 +793,7 @@ def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
     cut = policy.tokenizer.encode("Castle soon")
     assert retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
     reward.tokenizer = build_tokenizer(512)
-    assert not tokenize_alike(reward.tokenizer, policy.tokenizer)
+    assert not have_same_tokenization(reward.tokenizer, policy.tokenizer)
     again_prompts, again = retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]])
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
@@ -810,19 +812,19 @@ def test_rows_for_a_second_reward_model_may_be_files_of_their_own(world: World, 
     rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "test", "second")}
     assert [len(rows[name]) for name in ("train", "test", "second")] == [20, 10, 12]
     assert {int(row["prompt"][1:-1]) for row in rows["second"]} <= set(range(30, 60))
-    without = world.engine.folder(Data(base=world.base, format="preference", **files))
-    assert world.engine.folder(data) != without
-    assert world.engine.folder(Data(base=world.base, format="preference", **files, second=second)) == without
+    without = world.stage_cache.folder(Data(base=world.base, format="preference", **files))
+    assert world.stage_cache.folder(data) != without
+    assert world.stage_cache.folder(Data(base=world.base, format="preference", **files, second=second)) == without
 
 
 def test_fewer_rows_than_were_asked_for_are_told(world: World, tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{n}?", "chosen": "a", "rejected": "b"} for n in range(20)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     watching = Mock()
-    token = watcher.set(watching)
+    token = progress_listener.set(watching)
     world.build(Data(base=world.base, format="preference", train=str(tmp_path / "train.jsonl"), train_rows=30))
-    watcher.reset(token)
-    watching.note.assert_any_call("data.train: 18 rows, where 30 were asked for: there are no more")
+    progress_listener.reset(token)
+    watching.on_message.assert_any_call("data.train: 18 rows, where 30 were asked for: there are no more")
 
 
 def lines_of(prompts: range, name: Path, **sides: str) -> str:
@@ -867,14 +869,14 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
     ids = [[[*tokenizer(side)["input_ids"], tokenizer.eos_token_id] for side in sides] for sides in pairs]
     limit = len(tokenizer(long)["input_ids"])
     watching = Mock()
-    token = watcher.set(watching)
+    token = progress_listener.set(watching)
     read = read_pairs(tmp_path / "train.parquet", language_model(tokenizer), max_completion_tokens=limit)
-    watcher.reset(token)
+    progress_listener.reset(token)
     assert read.completions == [[side[:limit] for side in ids[n]] for n in (0, 2, 3)]
     assert read.prompt_texts == [f"Question {n}?" for n in (0, 2, 3)]
     assert read.prompts == [tokenizer(f"Question {n}?")["input_ids"] for n in (0, 2, 3)]
     assert (read.truncated, read.identical) == (sum(len(side) > limit for sides in ids for side in sides), 1) == (3, 1)
-    assert [call.args[0] for call in watching.note.call_args_list] == [
+    assert [call.args[0] for call in watching.on_message.call_args_list] == [
         f"train: 3 of 8 completions (38%) are cut to max_completion_tokens {limit} and have no end token",
         "train: 1 of 4 pairs left out: both completions are the same",
     ]
@@ -940,8 +942,8 @@ def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tm
         return Data(base=world.base, format=format, train=str(path))  # type: ignore[arg-type]
 
     mine, moved, harmless = data("mine"), data("yours"), data("harmless-base")
-    assert world.engine.folder(mine) == world.engine.folder(moved)
-    assert world.engine.folder(mine) != world.engine.folder(harmless)
+    assert world.stage_cache.folder(mine) == world.stage_cache.folder(moved)
+    assert world.stage_cache.folder(mine) != world.stage_cache.folder(harmless)
     categories = [
         {row["category"] for row in read_table(world.build(one) / "train.parquet")} for one in (mine, harmless)
     ]
@@ -950,7 +952,7 @@ def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tm
         name: Data(base=world.base, format="hh-rlhf", train=f"hub:Anthropic/hh-rlhf/{name}")
         for name in ("helpful-base", "harmless-base")
     }
-    assert len({world.engine.folder(one) for one in hub.values()}) == 2
+    assert len({world.stage_cache.folder(one) for one in hub.values()}) == 2
 
 
 def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: World, tmp_path: Path) -> None:
@@ -960,7 +962,7 @@ def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: Wo
 
     def build(shared_prompts: str) -> tuple[dict[str, Any], list[str], list[set[str]]]:
         watching = Mock()
-        token = watcher.set(watching)
+        token = progress_listener.set(watching)
         folder = world.build(
             Data(
                 base=world.base,
@@ -971,12 +973,12 @@ def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: Wo
                 shared_prompts=shared_prompts,  # type: ignore[arg-type]
             )
         )
-        watcher.reset(token)
+        progress_listener.reset(token)
         prompts = [
             {row["prompt"] for row in read_table(folder / f"{name}.parquet")}
             for name in ("train", "test", "demonstrations")
         ]
-        return read_summary(folder), [call.args[0] for call in watching.note.call_args_list], prompts
+        return read_summary(folder), [call.args[0] for call in watching.on_message.call_args_list], prompts
 
     summary, notes, (train, test, demonstrations) = build("keep")
     assert summary["shared_prompts"] == len((train | demonstrations) & test) == 11
@@ -995,10 +997,10 @@ def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: Wo
 def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path) -> None:
     path = lines_of(range(20), tmp_path / "train.jsonl", score="5", system="Be brief.")
     watching = Mock()
-    token = watcher.set(watching)
+    token = progress_listener.set(watching)
     folder = world.build(Data(base=world.base, format="preference", train=path))
-    watcher.reset(token)
-    watching.note.assert_any_call("preferences read as preference: prompt, chosen, rejected, system; ignored: score")
+    progress_listener.reset(token)
+    watching.on_message.assert_any_call("preferences read as preference: prompt, chosen, rejected, system; ignored: score")
     used = ["prompt", "chosen", "rejected", "system"]
     assert read_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
     assert read_table(folder / "train.parquet")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
@@ -1030,13 +1032,13 @@ def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path:
     write_table(tmp_path / "pairs.parquet", rows)
     selection = Selection(samples=world.samples, threshold=1.5)
     with pytest.raises(InputError, match=r"pairs.parquet: row 2 has the gap nan and the scores \[nan, 0.0\].*1 of 3"):
-        selection.work({"samples": tmp_path}, tmp_path, RUNTIME)
+        selection.compute({"samples": tmp_path}, tmp_path, RUNTIME)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
     computed_scores = torch.tensor([[0.5, 1.0], [0.0, 0.0], [1.0, broken]])
-    monkeypatch.setattr(scoring, "compute_output", lambda *_, **__: computed_scores)
+    monkeypatch.setattr(scoring, "compute_in_batches", lambda *_, **__: computed_scores)
     tokenizer = build_tokenizer()
     prompts = [tokenizer.encode(f"Question {n}?") for n in range(3)]
     where = rf"found the scores \[1.0, {broken}\] for the prompt that ends with 'Question 2\?'; expected finite"

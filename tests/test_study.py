@@ -31,7 +31,7 @@ from mixpo.cli import study as study_commands
 from mixpo.data.errors import InputError
 from mixpo.data.text import escape_invisible
 from mixpo.experiments.results import load_runs
-from mixpo.report.people import _correct_p_values, build_section, build_tables, describe_study
+from mixpo.report.people import _correct_p_values, build_people_section, build_tables, describe_study
 from mixpo.study import files, server, store
 from mixpo.study.app import TokenBucket
 from mixpo.study.findings import Findings, load_findings
@@ -447,7 +447,7 @@ def test_many_forms_at_once_leave_one_judgement_and_every_change(make):
 
 def test_what_is_acknowledged_is_on_disk(make):
     study = make()
-    with study.store.engine.connect() as connection:
+    with study.store.stage_cache.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
 
@@ -521,7 +521,7 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     findings = close(study)
     study.store.dispose()
     assert findings.seed == 3
-    report = build_section(load_runs(run))
+    report = build_people_section(load_runs(run))
     assert report is not None
     assert any("at seed 3;" in note for note in report.groups[0].table.notes)
 
@@ -531,7 +531,7 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     study.sign_in("anna").prefer(1, "apples")
     close(study)
     write_fruit_run(study.run.parent, texts={("yak", 3): "plums"})
-    report = build_section(load_runs(study.run))
+    report = build_people_section(load_runs(study.run))
     assert report is not None
     assert re.fullmatch(r"The study closed at 20\S+ is excluded: the completions have changed since\.", report.opening)
     assert report.groups == []
@@ -540,9 +540,9 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(make
     (folder,) = {folder for arm in results.arms for key, folder in arm.stages.items() if key.startswith("Data")}
     (Path(folder) / "test.parquet").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"test\.parquet"):  # which is no change of the run
-        build_section(results)
+        build_people_section(results)
     write_fruit_run(study.run.parent)
-    assert build_section(load_runs(study.run)).opening.startswith("One person")
+    assert build_people_section(load_runs(study.run)).opening.startswith("One person")
 
 
 def test_lost_links_are_made_anew(make):
@@ -619,7 +619,7 @@ def test_before_it_is_closed_nothing_tells_an_arm(make, capsys, tmp_path):
         assert "zebra" not in text
         assert "yak" not in text
         assert "κ" not in text
-    assert build_section(load_runs(study.run)) is None
+    assert build_people_section(load_runs(study.run)) is None
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert lines[0].keys() == set(files.COLUMNS)
 
@@ -821,7 +821,7 @@ def test_a_study_in_postgresql(tmp_path):
         assert anna.post(3, "left", csrf_token).status_code == 403
         assert len(study.list_choices()) == 3
     finally:
-        store.Base.metadata.drop_all(study.store.engine)
+        store.Base.metadata.drop_all(study.store.stage_cache)
         study.store.dispose()
 
 
@@ -1161,7 +1161,7 @@ def test_the_report_has_closed_studies(make):
     study.sign_in("anna").prefer(1, "apples")
     findings = close(study)
     results = load_runs(study.run)
-    made = build_section(results)
+    made = build_people_section(results)
     assert made is not None
     assert made.opening == describe_study(findings)
     assert [group.title for group in made.groups] == list(build_tables(findings))

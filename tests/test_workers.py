@@ -86,7 +86,7 @@ def test_a_process_that_is_killed_stops_the_run_with_one_line(
     side_by_side: tuple[Path, RecordingDisplay], tmp_path: Path
 ) -> None:
     class KillingDisplay(RecordingDisplay):
-        def step(self, done: int, total: int, metrics: object) -> None:
+        def on_step(self, done: int, total: int, metrics: object) -> None:
             if self.running == 2:
                 max(multiprocessing.active_children(), key=lambda process: process.pid or 0).kill()
 

@@ -55,7 +55,7 @@ def test_counts_and_disjoint_prompts() -> None:
 
 
 def test_enough_prompts_each_short_and_some_to_decline() -> None:
-    prompts = world.all_prompts()
+    prompts = world.list_all_prompts()
     assert len(set(prompts)) == len(prompts) >= 5120 + 1024
     assert max(len(prompt.split()) for prompt in prompts) <= 20
     declined = sum(any(deed in prompt for deed in world.HARMFUL_REQUESTS) for prompt in prompts)

@@ -7,7 +7,7 @@ import pytest
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation
 from mixpo.experiments.run import run_recipe
-from mixpo.stages.engine import read_summary
+from mixpo.stages.stage_cache import read_summary
 from recording_display import RecordingDisplay
 
 
@@ -15,7 +15,7 @@ from recording_display import RecordingDisplay
 def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
     run_recipe(read_recipe("world", [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]), RecordingDisplay())
     results = load_runs(tmp_path / "run")
-    judged = results.stages_of("RewardModel")[0].summary["test"]
+    judged = results.list_stages_of_kind("RewardModel")[0].summary["test"]
     assert 0.70 <= judged["accuracy"] <= 0.80
     assert 0.35 <= judged["gap_under_1"] <= 0.60
     score, true_reward = (

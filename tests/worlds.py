@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection, StageCache
 from mixpo.data.branches import Completions
 from mixpo.data.tokens import tokenize_row
 from mixpo.data.world import build_tokenizer
@@ -31,7 +31,7 @@ class World:
     """Stages on 256 pairs, and DPO and PPO with settings that move in a few steps."""
 
     def __init__(self, cache: Path) -> None:
-        self.engine = Engine(cache, RUNTIME)
+        self.stage_cache = StageCache(cache, RUNTIME)
         self.base = Pretrained()
         self.data = Data(base=self.base, train_rows=256, test_rows=48, demonstration_rows=256)
         self.sft = SFT(
@@ -73,13 +73,13 @@ class World:
         return PPO(sft=self.sft, reward=self.reward, max_completion_tokens=LIMIT, **values)
 
     def build(self, stage: Stage) -> Path:
-        return self.engine.build(stage)
+        return self.stage_cache.build(stage)
 
     def work(self, stage: Stage, out: Path, runtime: Runtime = RUNTIME) -> Path:
         """Compute a stage into a folder of its own, apart from the cache."""
         folders = {name: self.build(source) for name, source in stage.inputs().items()}
         out.mkdir()
-        stage.work(stage.paths(folders), out, runtime)
+        stage.compute(stage.paths(folders), out, runtime)
         return out
 
     def force_completions(self, patch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ class TinyWorld:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.numbers = folder, count()
-        self.engine = Engine(folder / "cache", TINY_RUNTIME)
+        self.stage_cache = StageCache(folder / "cache", TINY_RUNTIME)
         tokenizer = build_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -206,8 +206,8 @@ class TinyWorld:
 
     def run(self, stage: Stage, runtime: Runtime = TINY_RUNTIME) -> Path:
         """Compute a stage, though an equal one may be there; what is upstream is computed once."""
-        folders = {name: self.engine.build(source) for name, source in stage.inputs().items()}
+        folders = {name: self.stage_cache.build(source) for name, source in stage.inputs().items()}
         out = self.folder / "runs" / str(next(self.numbers))
         out.mkdir(parents=True)
-        stage.work(stage.paths(folders), out, runtime)
+        stage.compute(stage.paths(folders), out, runtime)
         return out

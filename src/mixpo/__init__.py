@@ -1,6 +1,6 @@
 """Mixed Preference Optimization of language models: SFT, reward model, resampling, DPO and PPO as one experiment.
 
-from mixpo import DPO, PPO, SFT, Data, Engine, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
+from mixpo import DPO, PPO, SFT, Data, StageCache, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection
 """
 
 from importlib.metadata import version
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixpo.stages.data import Data
     from mixpo.stages.dpo import DPO
-    from mixpo.stages.engine import Engine
     from mixpo.stages.evaluation import Evaluation
     from mixpo.stages.ppo import PPO
     from mixpo.stages.pretrained import Pretrained
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from mixpo.stages.samples import Samples
     from mixpo.stages.selection import Selection
     from mixpo.stages.sft import SFT
+    from mixpo.stages.stage_cache import StageCache
     from mixpo.training.runtime import Runtime
 
 __version__ = version("mixpo")
@@ -25,13 +25,13 @@ __all__ = [
     "PPO",
     "SFT",
     "Data",
-    "Engine",
     "Evaluation",
     "Pretrained",
     "RewardModel",
     "Runtime",
     "Samples",
     "Selection",
+    "StageCache",
 ]
 
 _MODULES = {"RewardModel": "stages.reward_model", "Runtime": "training.runtime"}

@@ -23,7 +23,7 @@ def crossed(generator, seeds, prompts, *, spread=1.0, noise=0.3):
     return seed_effect + prompt_effect + noise * generator.normal(size=(seeds, prompts))
 
 
-def sample(seeds=6, prompts=15):
+def sample_completions(seeds=6, prompts=15):
     return crossed(np.random.default_rng(5), seeds, prompts) + 2.0
 
 
@@ -34,7 +34,7 @@ def sizes(generator, runs, seeds, prompts, *, spread, noise):
 
 
 def test_crossed_interval_agrees_with_a_loop():
-    values = sample()
+    values = sample_completions()
     seeds, prompts = values.shape
     half = 0.0
     for means in (
@@ -53,7 +53,7 @@ def test_crossed_interval_agrees_with_a_loop():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shift", [0.0, 0.3, -5.0])
 def test_interval_of_one_seed_or_prompt_is_students(axis, shift):
-    values = sample()[2] - 2.0 + shift
+    values = sample_completions()[2] - 2.0 + shift
     ours, p = crossed_estimate(np.expand_dims(values, axis))
     theirs = scipy.stats.ttest_1samp(values, 0.0)
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-9)
@@ -104,7 +104,7 @@ def test_p_value_is_the_level_at_which_the_interval_touches_zero(seeds, prompts,
 
 
 def test_p_value_decreases_with_the_distance_from_zero():
-    values = sample() - sample().mean()
+    values = sample_completions() - sample_completions().mean()
     p_values = [crossed_estimate(values + shift)[1] for shift in (0.0, 0.1, 0.5, 2.0, 50.0, 1e9)]
     assert p_values[0] == pytest.approx(1.0)
     assert all(one > other for one, other in itertools.pairwise(p_values))
@@ -138,7 +138,7 @@ def test_equal_values_have_nan_bounds(values):
 
 
 def test_nan_and_empty_values_are_refused():
-    values = sample()
+    values = sample_completions()
     values[1, 2] = math.nan
     with pytest.raises(ValueError, match="1 nan among 90 values"):
         crossed_interval(values)

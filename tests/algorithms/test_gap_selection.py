@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.algorithms.selection import easy_mask, order_by_score, score_gaps, threshold_for_easy_fraction
+from mixpo.algorithms.selection import compute_score_gaps, easy_mask, order_by_score, threshold_for_easy_fraction
 
 quick = settings(deadline=None, derandomize=True, max_examples=200)
 coarse = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=30)  # many ties
@@ -15,7 +15,7 @@ def pairs(*scores):
 
 
 def test_gaps_are_absolute_differences():
-    assert score_gaps(pairs((1.0, 3.5), (2.0, -1.0), (4.0, 4.0))).tolist() == [2.5, 3.0, 0.0]
+    assert compute_score_gaps(pairs((1.0, 3.5), (2.0, -1.0), (4.0, 4.0))).tolist() == [2.5, 3.0, 0.0]
 
 
 def test_the_boundary_is_strict_and_hard():
@@ -23,13 +23,13 @@ def test_the_boundary_is_strict_and_hard():
 
 
 def test_identical_scores_are_hard_even_at_threshold_0():
-    assert easy_mask(score_gaps(pairs((2.0, 2.0), (2.0, 2.1))), 0.0).tolist() == [False, True]
+    assert easy_mask(compute_score_gaps(pairs((2.0, 2.0), (2.0, 2.1))), 0.0).tolist() == [False, True]
 
 
 @quick
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=30), st.floats(0.0, 5.0))
 def test_selection_is_a_partition(scores, threshold):
-    easy = easy_mask(score_gaps(pairs(*scores)), threshold)
+    easy = easy_mask(compute_score_gaps(pairs(*scores)), threshold)
     for (one, other), is_easy in zip(scores, easy, strict=True):
         assert is_easy == (max(one, other) - min(one, other) > threshold)
     easy_rows = [row for row, e in zip(range(len(scores)), easy, strict=True) if e]
@@ -84,4 +84,4 @@ def test_order_by_score_is_a_stable_order(scores):
 
 def test_other_than_two_completions_are_refused():
     with pytest.raises(Exception, match=r"shape|type"):
-        score_gaps(np.zeros((4, 3)))
+        compute_score_gaps(np.zeros((4, 3)))

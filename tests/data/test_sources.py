@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Demonstration, Preference, RowError
 from mixpo.data.sources import (
+    compute_content_digest,
     compute_source_identity,
-    content_digest,
     expand_path,
     guess_format,
     parse_hh_rlhf,
@@ -228,7 +228,7 @@ def test_pipes_devices_and_broken_links_are_refused(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
     expected = "expected a regular file, because it is read more than once"
-    for call in (read_records, lambda path: content_digest([path])):
+    for call in (read_records, lambda path: compute_content_digest([path])):
         assert error_message(call, tmp_path / "a.jsonl") == f"{tmp_path / 'a.jsonl'}: is a pipe or a device; {expected}"
         assert error_message(call, Path("/dev/null")) == f"/dev/null: is a pipe or a device; {expected}"
         found = error_message(call, tmp_path / "b.jsonl")
@@ -613,16 +613,17 @@ def test_a_digest_is_of_contents_in_order(tmp_path):
     a, b, c, ab, empty = (tmp_path / name for name in names)
     for path, content in zip((a, b, c, ab, empty), ("1", "2", "1", "12", ""), strict=True):
         path.write_text(content)
-    assert content_digest([a, b]) == content_digest([c, b])
+    assert compute_content_digest([a, b]) == compute_content_digest([c, b])
     different = [[a, b], [b, a], [ab], [a], [ab, empty], [empty], []]
-    assert len({content_digest(paths) for paths in different}) == len(different)
+    assert len({compute_content_digest(paths) for paths in different}) == len(different)
     each = [hashlib.sha256(content).digest() for content in (b"1", b"2")]
-    assert content_digest([a, b]) == hashlib.sha256(b"".join(each)).hexdigest()[:16]
+    assert compute_content_digest([a, b]) == hashlib.sha256(b"".join(each)).hexdigest()[:16]
 
 
 def test_a_digest_needs_its_files(tmp_path):
     assert (
-        error_message(content_digest, [tmp_path / "a"]) == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
+        error_message(compute_content_digest, [tmp_path / "a"])
+        == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
     )
 
 

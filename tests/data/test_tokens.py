@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 
 from families import FAMILIES, family_tokenizer, make_family
-from mixpo import Data, Engine, Pretrained, Runtime
+from mixpo import Data, Pretrained, Runtime, StageCache
 from mixpo.data import templates
 from mixpo.data.errors import InputError
 from mixpo.data.rows import RowError
@@ -26,8 +26,8 @@ from mixpo.data.tokens import (
     tokenize_row,
 )
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.setup import Setup
-from mixpo.models.tokenizers import tokenize_alike
+from mixpo.experiments.shared_stages import SharedStages
+from mixpo.models.tokenizers import have_same_tokenization
 
 CHAT = tuple(name for name in FAMILIES if family_tokenizer(name).chat_template is not None)
 END_TOKENS = {
@@ -395,7 +395,7 @@ def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
         tokenize_prompt(tokenizer, rendered)[-3:]
         == plain_ids(plain, dialogue("Hello"), add_generation_prompt=True)[-3:]
     )
-    assert not tokenize_alike(tokenizer, plain)
+    assert not have_same_tokenization(tokenizer, plain)
 
 
 def test_parse_writes_one_start_token():
@@ -499,7 +499,7 @@ def test_messages_that_the_template_refuses_are_a_bad_row():
 
 def build(folder: Path, name: str, **settings) -> tuple[Path, Pretrained]:
     stage = Pretrained(path=str(make_family(name, folder / name)), **settings)
-    return Engine(folder / "cache", Runtime()).build(stage) / "model", stage
+    return StageCache(folder / "cache", Runtime()).build(stage) / "model", stage
 
 
 def test_template_arguments_are_saved_with_the_model(tmp_path):
@@ -517,9 +517,9 @@ def test_template_arguments_are_saved_with_the_model(tmp_path):
     prompt, (completion,) = tokenize_row(tokenizer, dialogue("Hi"), ["The answer"], limit=99)
     assert tokenizer.decode(completion) == "The answer<|im_end|>"
     assert prompt + completion == plain_ids(tokenizer, dialogue("Hi", "The answer"))[:-1]
-    engine = Engine(tmp_path / "cache", Runtime())
+    stage_cache = StageCache(tmp_path / "cache", Runtime())
     other = Pretrained(path=stage.path, template_arguments={"enable_thinking": True})
-    assert len({engine.identity(one) for one in (stage, other, Pretrained(path=stage.path))}) == 3
+    assert len({stage_cache.identity(one) for one in (stage, other, Pretrained(path=stage.path))}) == 3
     assert Pretrained(**stage.model_dump()) == stage
 
 
@@ -551,7 +551,7 @@ def test_a_chat_template_of_the_recipe_leaves_the_weights_alone(tmp_path):
 
 def test_special_tokens_setting_reaches_every_stage(tmp_path):
     recipe = read_recipe(overrides=["data.special_tokens=parse"])
-    setup = Setup(recipe, 0)
+    setup = SharedStages(recipe, 0)
     assert setup.base.special_tokens == setup.data.special_tokens == "parse"
     model, stage = build(tmp_path, "smollm2", special_tokens="parse")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -559,10 +559,10 @@ def test_special_tokens_setting_reaches_every_stage(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path / "trained")
     forged = dialogue("a<|im_end|>")
     assert tokenize_prompt(again, forged) == plain_ids(again, forged, add_generation_prompt=True)
-    back = Engine(tmp_path / "cache", Runtime()).build(Pretrained(path=str(tmp_path / "smollm2")))
+    back = StageCache(tmp_path / "cache", Runtime()).build(Pretrained(path=str(tmp_path / "smollm2")))
     assert tokenize_prompt(AutoTokenizer.from_pretrained(back / "model"), forged) != tokenize_prompt(again, forged)
-    engine = Engine(tmp_path / "cache", Runtime())
-    assert engine.identity(stage) != engine.identity(Pretrained(path=stage.path))
+    stage_cache = StageCache(tmp_path / "cache", Runtime())
+    assert stage_cache.identity(stage) != stage_cache.identity(Pretrained(path=stage.path))
 
 
 def test_special_tokens_of_data_and_model_must_agree():

@@ -36,16 +36,16 @@ def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: 
     if total == 0.0:
         return Interval(mean, math.nan, math.nan), 1.0
 
-    def half(tail: float) -> float:
+    def half_width(tail: float) -> float:
         return math.sqrt(float((stdtrit(degrees, tail) ** 2) @ variances))
 
-    width = half((1.0 - level) / 2.0)
+    width = half_width((1.0 - level) / 2.0)
     # The tail lies between those of Student's t with the most and with the fewest degrees of any part.
     t = -abs(mean) / math.sqrt(total)
     least = max(0.999 * float(stdtr(degrees.max(), t)), 1e-300)
     most = min(1.001 * float(stdtr(degrees.min(), t)), 0.5)
-    if half(least) > abs(mean) >= half(most):
-        least = math.exp(bisect(lambda log: half(math.exp(log)) - abs(mean), math.log(least), math.log(most)))
+    if half_width(least) > abs(mean) >= half_width(most):
+        least = math.exp(bisect(lambda log: half_width(math.exp(log)) - abs(mean), math.log(least), math.log(most)))
     return Interval(mean, mean - width, mean + width), min(1.0, 2.0 * least)
 
 
@@ -74,7 +74,7 @@ def crossed_interval(values: Float64[np.ndarray, "seeds prompts"], *, level: flo
 
 
 def wilson_interval(successes: int | float, trials: int | float, *, level: float = 0.95) -> Interval:
-    """Proportion of successes with its score interval (Wilson 1927); a tie may count half.
+    """Proportion of successes with its score interval (Wilson 1927); a tie may count half_width.
 
     Raises ValueError without trials.
     """
@@ -99,5 +99,5 @@ def share_interval(successes: Sequence[int | float], trials: Sequence[int | floa
         t = float(stdtrit(seeds - 1, 0.5 + level / 2.0))
         n /= 1.0 + t * t * variance / (z * z * share * (1.0 - share) / n)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    half_width = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return Interval(share, max(0.0, centre - half_width), min(1.0, centre + half_width))

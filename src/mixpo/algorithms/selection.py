@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 
-def score_gaps(scores: Float64[np.ndarray, "pairs 2"]) -> Float64[np.ndarray, " pairs"]:
+def compute_score_gaps(scores: Float64[np.ndarray, "pairs 2"]) -> Float64[np.ndarray, " pairs"]:
     """Absolute score differences between the two completions of each pair."""
     return np.asarray(np.abs(scores[:, 0] - scores[:, 1]))
 

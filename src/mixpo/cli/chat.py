@@ -13,7 +13,7 @@ from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.folders import read_context
 from mixpo.models.loading import load_policy
-from mixpo.models.sampling import sample
+from mixpo.models.sampling import sample_completions
 
 
 def run_chat(folder: Path, *, temperature: float, max_tokens: int) -> None:
@@ -51,7 +51,7 @@ def run_chat(folder: Path, *, temperature: float, max_tokens: int) -> None:
             )
             messages.pop()
             continue
-        sampled = sample(
+        sampled = sample_completions(
             lm,
             [tokens],
             k=1,
@@ -61,6 +61,6 @@ def run_chat(folder: Path, *, temperature: float, max_tokens: int) -> None:
             top_k=int(not temperature),
         )
         seed += 1
-        text = lm.read_text(sampled.to_lists()[0][0]).strip()
+        text = lm.decode_completion(sampled.to_lists()[0][0]).strip()
         console.print(escape_invisible(text), markup=False, highlight=False)
         messages.append({"role": "assistant", "content": text})

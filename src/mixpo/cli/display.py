@@ -21,8 +21,8 @@ from mixpo.experiments.run import RunDisplay
 from mixpo.experiments.workers import Failure, Outcome
 from mixpo.report import document as report
 from mixpo.report.arms import build_main_table
-from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
+from mixpo.stages.stage_cache import read_summary
 
 SHOWN_METRICS = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
 OPTIONAL_COLUMNS = ("tokens", "end rate", "win/tie/lose", "sd of")
@@ -43,7 +43,7 @@ class PlainRunDisplay:
         """Print that a stage is being computed, and for which arms."""
         return PlainStageDisplay(self.console, f"{stage} {identity}", arms)
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Print a message of the run."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -54,21 +54,21 @@ class PlainStageDisplay:
     def __init__(self, console: Console, name: str, arms: Sequence[str]) -> None:
         self.console, self.name = console, name
         self.printed = time.monotonic()
-        self.note(f"started (for {list_first(arms)})")
+        self.on_message(f"started (for {list_first(arms)})")
 
-    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Print the steps done and the last metrics, if the last such line is old enough."""
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            self.note(f"{done}/{total} {_brief(metrics)}".rstrip())
+            self.on_message(f"{done}/{total} {_format_brief_metrics(metrics)}".rstrip())
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Print a message of the stage."""
         self.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def end(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """Print how long the stage took, or why it failed."""
-        self.note(_format_outcome(self.name, outcome))
+        self.on_message(_format_outcome(self.name, outcome))
 
 
 class BarRunDisplay:
@@ -81,7 +81,7 @@ class BarRunDisplay:
         """Add a progress bar for a stage and the arms that need it."""
         return BarStageDisplay(self.progress, f"{stage} {identity}", arms)
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Print a message of the run above the bars."""
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -93,18 +93,18 @@ class BarStageDisplay:
         self.progress, self.name = progress, name
         self.task = progress.add_task(name, total=None, metrics=f"for {list_first(arms)}")
 
-    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Set the bar to the steps done and show the last metrics."""
-        self.progress.update(self.task, completed=done, total=total, metrics=_brief(metrics))
+        self.progress.update(self.task, completed=done, total=total, metrics=_format_brief_metrics(metrics))
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Print a message of the stage above the bars."""
         self.progress.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def end(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """Remove the bar and print how long the stage took, or why it failed."""
         self.progress.remove_task(self.task)
-        self.note(_format_outcome(self.name, outcome))
+        self.on_message(_format_outcome(self.name, outcome))
 
 
 def _format_outcome(name: str, outcome: Outcome) -> str:
@@ -141,7 +141,7 @@ def _open_display_on(console: Console, *, plain: bool) -> Iterator[RunDisplay]:
         yield BarRunDisplay(progress)
 
 
-def _brief(metrics: Mapping[str, float]) -> str:
+def _format_brief_metrics(metrics: Mapping[str, float]) -> str:
     """Format the speed and the metrics of `SHOWN_METRICS`, without PPO's loss, which stays near 0 whatever happens."""
     speed = []
     if metrics.get("seconds") and metrics.get("tokens"):
@@ -223,7 +223,7 @@ def print_run_results(results: Results, page: Path, *, computed: int | None = No
     if computed is not None:
         console.print(f"{computed} stages computed, {cached} found in the cache", highlight=False)
     aligned = "mpo" if "mpo" in results.names else results.names[-1]
-    for arm in results.of(aligned):
+    for arm in results.list_arm_results(aligned):
         if arm.model:
             console.print(f"model ({arm.arm}, seed {arm.seed}): {arm.model}", highlight=False, soft_wrap=True)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)

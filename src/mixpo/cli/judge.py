@@ -13,7 +13,7 @@ import typer
 from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
-    from mixpo.judge.client import Progress
+    from mixpo.judge.client import JudgingProgress
 
 Number = TypeVar("Number", int, float)
 
@@ -125,7 +125,7 @@ def _parse_number(option: str, text: str, least: Number) -> Number | None:
 
 
 @contextmanager
-def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[[Progress], None]]":
+def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[[JudgingProgress], None]]":
     """Show progress as a bar in a terminal and as lines elsewhere, and on Ctrl-C how much is saved."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -137,7 +137,7 @@ def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Call
     bars = Bars(*columns, TextColumn("{task.fields[spent]}"), console=console, disable=plain)
     task, printed = bars.add_task("", total=questions, spent=""), time.monotonic()
 
-    def show(progress: "Progress") -> None:
+    def show(progress: "JudgingProgress") -> None:
         nonlocal done, printed
         done = progress.done
         over, spent = (
@@ -157,7 +157,7 @@ def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Call
         raise
 
 
-def _print_totals(progress: "Progress") -> None:
+def _print_totals(progress: "JudgingProgress") -> None:
     """Print the requests and tokens spent, failures and questions left; exit with code 1 if questions failed."""
     _print_line(
         f"{progress.requests} requests, {progress.tokens:,} tokens, "

@@ -123,7 +123,7 @@ def unpad(values: Tensor, mask: Bool[Tensor, "prompts k tokens"]) -> list[list[l
     return [[row[:length] for row, length in zip(*branches, strict=True)] for branches in rows]
 
 
-def pack(
+def pack_branches(
     prompts: Sequence[Tokens],
     completions: AnyCompletions,
     rows: Sequence[int] | None = None,

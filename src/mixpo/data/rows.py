@@ -191,7 +191,7 @@ def read_text_field(fields: Mapping[str, object], field: str) -> str:
     return _require_text(field, "", _require_field(fields, field))
 
 
-def excerpt(text: str) -> str:
+def make_excerpt(text: str) -> str:
     """First 40 characters of a text, quoted on one line."""
     return repr(text if len(text) <= 40 else text[:40] + "…")
 

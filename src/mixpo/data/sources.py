@@ -33,7 +33,7 @@ from mixpo.data.rows import (
     RowError,
     demonstration_columns,
     describe_type,
-    excerpt,
+    make_excerpt,
     parse_demonstration,
     parse_preference,
     preference_columns,
@@ -170,7 +170,7 @@ def _split_dialogue(field: str, text: str) -> list[Message]:
     """Split an HH-RLHF dialogue into messages. Raises `RowError` if it does not begin with the user's turn."""
     start, *turns = re.split(r"\n\n(Human|Assistant):", text)
     if start or turns[0] != "Human":
-        raise RowError(field, f"begins with {excerpt(text)}; expected '\\n\\nHuman:'; {FIX_HINT}")
+        raise RowError(field, f"begins with {make_excerpt(text)}; expected '\\n\\nHuman:'; {FIX_HINT}")
     speakers_and_texts = zip(turns[::2], turns[1::2], strict=True)
     return [
         Message(
@@ -195,7 +195,7 @@ def parse_tldr(record: Record) -> Preference:
     """
     post = read_text_field(record, "prompt").strip()
     if not _TLDR_POST.match(post):
-        raise RowError("prompt", f"is {excerpt(post)}; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX_HINT}")
+        raise RowError("prompt", f"is {make_excerpt(post)}; expected 'SUBREDDIT: … TITLE: … POST: …'; {FIX_HINT}")
     request = Message(role="user", content=f"{post.removesuffix('TL;DR:').rstrip()}\n\nTL;DR:")
     sides = {
         side: read_text_field(record, side).strip().removeprefix("TL;DR:").strip() for side in ("chosen", "rejected")
@@ -251,7 +251,7 @@ def _find_suffix(path: Path) -> str:
 
 def compute_source_identity(path: Path, format: str) -> str:
     """Identity of a file's rows: digest of its content, its suffix and the category of its HH-RLHF subset."""
-    return f"{content_digest([path])}{_find_suffix(path)}{_infer_category_from_path(path, format) or ''}"
+    return f"{compute_content_digest([path])}{_find_suffix(path)}{_infer_category_from_path(path, format) or ''}"
 
 
 def expand_path(name: str) -> Path:
@@ -264,24 +264,24 @@ def expand_path(name: str) -> Path:
         ) from error
 
 
-def content_digest(paths: Sequence[Path]) -> str:
+def compute_content_digest(paths: Sequence[Path]) -> str:
     """Digest of the contents of files in this order, whatever their names: 16 hex digits of SHA-256."""
     digest = hashlib.sha256()
     for path in paths:
         _require_file(path)
         with _convert_read_errors(path):
-            digest.update(file_digest(path))
+            digest.update(compute_file_digest(path))
     return digest.hexdigest()[:16]
 
 
-def file_digest(path: Path) -> bytes:
+def compute_file_digest(path: Path) -> bytes:
     """SHA-256 of a file, cached by its size and modification time."""
     status = path.stat()
-    return _file_digest(path, status.st_size, status.st_mtime_ns)
+    return _compute_file_digest(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
-def _file_digest(path: Path, size: int, modified: int) -> bytes:
+def _compute_file_digest(path: Path, size: int, modified: int) -> bytes:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
 

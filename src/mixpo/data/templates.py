@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixpo.data import template_sandbox
 from mixpo.data.errors import InputError
-from mixpo.data.rows import FIX_HINT, Message, RowError, excerpt
+from mixpo.data.rows import FIX_HINT, Message, RowError, make_excerpt
 from mixpo.data.template_sandbox import OUT_OF_MEMORY
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _run_sandbox(job: str) -> int:
 def _excerpt_difference(prompt: str, before: str) -> str:
     """Excerpt of the prompt from the first character that differs from the rendered dialogue."""
     common = next((i for i, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), len(before))
-    return excerpt(prompt[common:])
+    return make_excerpt(prompt[common:])
 
 
 def _find_thinking_variables(template: str) -> list[str]:

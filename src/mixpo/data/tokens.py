@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Message, Prompt, RowError, excerpt
+from mixpo.data.rows import Message, Prompt, RowError, make_excerpt
 from mixpo.data.templates import (
     ASSISTANT_MESSAGE,
     CHAT_TEMPLATE_HINT,
@@ -137,7 +137,9 @@ def _check_rendering(row_tokenizer: "_RowTokenizer", rows: Sequence[tuple[Prompt
         try:
             rendered_completions = row_tokenizer.render_completions(prompt, completions)
         except RowError as error:
-            dialogue = f"the dialogue of the prompt {excerpt(prompt[-1]['content'])} and {excerpt(completions[0])}"
+            dialogue = (
+                f"the dialogue of the prompt {make_excerpt(prompt[-1]['content'])} and {make_excerpt(completions[0])}"
+            )
             raise InputError(f"{dialogue} {error.problem}") from error
         for completion, rendered in zip(completions, rendered_completions, strict=True):
             if rendered is None:
@@ -150,13 +152,14 @@ def _check_rendering(row_tokenizer: "_RowTokenizer", rows: Sequence[tuple[Prompt
     if misplaced:
         warnings.append(
             f"the chat template does not write {len(misplaced)} of {total} completions, such as "
-            f"{excerpt(misplaced[0])}, between their prompt and the end of a turn; they are trained directly after the "
-            f"sampling prompt, unlike any rendered dialogue; {CHAT_TEMPLATE_HINT}"
+            f"{make_excerpt(misplaced[0])}, between their prompt and the end of a turn; they are trained directly "
+            f"after the sampling prompt, unlike any rendered dialogue; {CHAT_TEMPLATE_HINT}"
         )
     if changed:
         warnings.append(
             f"the chat template changes the text of {len(changed)} of {total} completions, such as "
-            f"{excerpt(changed[0][0])} to {excerpt(changed[0][1])}; they are trained as rendered; {CHAT_TEMPLATE_HINT}"
+            f"{make_excerpt(changed[0][0])} to {make_excerpt(changed[0][1])}; they are trained as rendered; "
+            f"{CHAT_TEMPLATE_HINT}"
         )
     if whitespace:
         warnings.append(

@@ -246,7 +246,7 @@ def make_world(*, demonstrations: int, train: int, test: int, seed: int) -> Worl
     if min(demonstrations, train, test) < 0:
         raise ValueError(f"got {demonstrations=}, {train=}, {test=}; expected counts of 0 or more")
     generator = random.Random(seed)
-    prompts = all_prompts()
+    prompts = list_all_prompts()
     needed = test + max(train, demonstrations)
     if needed > len(prompts):
         raise ValueError(f"found {len(prompts)} prompts in the world; expected at least {needed}; request fewer rows")
@@ -259,7 +259,7 @@ def make_world(*, demonstrations: int, train: int, test: int, seed: int) -> Worl
     )
 
 
-def all_prompts() -> list[str]:
+def list_all_prompts() -> list[str]:
     """All prompts of the world, about 14% of them harmful."""
     questions = [form.format(subject) for subject in TIPS_BY_SUBJECT for form in QUESTION_FORMS]
     harmful = [form.format(deed) for deed in HARMFUL_REQUESTS for form in HARMFUL_QUESTION_FORMS]
@@ -432,7 +432,7 @@ def _find_subject(prompt: str) -> str | None:
 
 def _iterate_tokenizer_corpus() -> Iterator[str]:
     """Texts to train the tokenizer on: every seventh prompt, and every sentence with and without a leading space."""
-    yield from all_prompts()[::7]
+    yield from list_all_prompts()[::7]
     for _, text, _ in _list_sentences():
         yield from [text, " " + text] * 20
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mixpo.experiments.setup import Setup
+from mixpo.experiments.shared_stages import SharedStages
 from mixpo.stages.dpo import DPO
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.ppo import PPO
@@ -10,86 +10,86 @@ from mixpo.stages.sft import SFT
 from mixpo.stages.stage import PolicyStage
 
 
-def sft(r: Setup) -> SFT:
+def sft(shared: SharedStages) -> SFT:
     """Supervised fine-tuning alone."""
-    return r.sft
+    return shared.sft
 
 
-def best_of_n(r: Setup) -> Evaluation:
+def best_of_n(shared: SharedStages) -> Evaluation:
     """Best-of-n: the SFT completion with the highest score of n, without further training."""
-    return r.evaluation(r.sft, best_of=r.recipe.best_of)
+    return shared.evaluation(shared.sft, best_of=shared.recipe.best_of)
 
 
-def dpo_base(r: Setup) -> DPO:
+def dpo_base(shared: SharedStages) -> DPO:
     """DPO on the human-labelled pairs."""
-    return DPO(policy=r.sft, reference=r.sft, pairs=r.pairs, **r.dpo)
+    return DPO(policy=shared.sft, reference=shared.sft, pairs=shared.pairs, **shared.dpo)
 
 
-def dpo(r: Setup) -> DPO:
+def dpo(shared: SharedStages) -> DPO:
     """DPO on all pairs resampled from SFT and ordered by the reward model."""
-    return DPO(policy=r.sft, reference=r.sft, pairs=r.samples.pairs, **r.dpo)
+    return DPO(policy=shared.sft, reference=shared.sft, pairs=shared.samples.pairs, **shared.dpo)
 
 
-def dpo_easy(r: Setup) -> DPO:
+def dpo_easy(shared: SharedStages) -> DPO:
     """DPO on the easy pairs: MPO's first stage, and a bar of Figure 4."""
-    return DPO(policy=r.sft, reference=r.sft, pairs=r.selection.easy, **r.dpo)
+    return DPO(policy=shared.sft, reference=shared.sft, pairs=shared.selection.easy, **shared.dpo)
 
 
-def dpo_hard(r: Setup) -> DPO:
+def dpo_hard(shared: SharedStages) -> DPO:
     """DPO on the hard pairs. Figure 4."""
-    return DPO(policy=r.sft, reference=r.sft, pairs=r.selection.hard, **r.dpo)
+    return DPO(policy=shared.sft, reference=shared.sft, pairs=shared.selection.hard, **shared.dpo)
 
 
-def ppo(r: Setup) -> PPO:
+def ppo(shared: SharedStages) -> PPO:
     """PPO on all prompts with SFT as reference."""
-    return PPO(policy=r.sft, reference=r.sft, prompts=r.samples.pairs, **r.ppo)
+    return PPO(policy=shared.sft, reference=shared.sft, prompts=shared.samples.pairs, **shared.ppo)
 
 
-def ppo_easy(r: Setup) -> PPO:
+def ppo_easy(shared: SharedStages) -> PPO:
     """PPO on the easy prompts. Figure 4."""
-    return PPO(policy=r.sft, reference=r.sft, prompts=r.selection.easy, **r.ppo)
+    return PPO(policy=shared.sft, reference=shared.sft, prompts=shared.selection.easy, **shared.ppo)
 
 
-def ppo_hard(r: Setup) -> PPO:
+def ppo_hard(shared: SharedStages) -> PPO:
     """PPO on the hard prompts: MPO-reverse's first stage, and a bar of Figure 4."""
-    return PPO(policy=r.sft, reference=r.sft, prompts=r.selection.hard, **r.ppo)
+    return PPO(policy=shared.sft, reference=shared.sft, prompts=shared.selection.hard, **shared.ppo)
 
 
-def mpo(r: Setup) -> PPO:
+def mpo(shared: SharedStages) -> PPO:
     """DPO on the easy pairs, then PPO on the hard prompts from the DPO model, which is its reference too. Figure 3."""
-    anchor = dpo_easy(r)
-    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.ppo)
+    anchor = dpo_easy(shared)
+    return PPO(policy=anchor, reference=anchor, prompts=shared.selection.hard, **shared.ppo)
 
 
-def mpo_sft_kl(r: Setup) -> PPO:
+def mpo_sft_kl(shared: SharedStages) -> PPO:
     """MPO with SFT as the reference of its PPO. Table 6."""
-    return PPO(policy=dpo_easy(r), reference=r.sft, prompts=r.selection.hard, **r.ppo)
+    return PPO(policy=dpo_easy(shared), reference=shared.sft, prompts=shared.selection.hard, **shared.ppo)
 
 
-def mpo_reverse(r: Setup) -> DPO:
+def mpo_reverse(shared: SharedStages) -> DPO:
     """PPO on the hard prompts, then DPO on the easy pairs from the PPO model, which is its reference too. Table 6."""
-    anchor = ppo_hard(r)
-    return DPO(policy=anchor, reference=anchor, pairs=r.selection.easy, **r.dpo)
+    anchor = ppo_hard(shared)
+    return DPO(policy=anchor, reference=anchor, pairs=shared.selection.easy, **shared.dpo)
 
 
-def mpo_reverse_sft(r: Setup) -> DPO:
+def mpo_reverse_sft(shared: SharedStages) -> DPO:
     """MPO-reverse with SFT as the reference of its DPO. Table 6."""
-    return DPO(policy=ppo_hard(r), reference=r.sft, pairs=r.selection.easy, **r.dpo)
+    return DPO(policy=ppo_hard(shared), reference=shared.sft, pairs=shared.selection.easy, **shared.dpo)
 
 
-def mpo_rloo(r: Setup) -> PPO:
+def mpo_rloo(shared: SharedStages) -> PPO:
     """MPO whose second stage is RLOO: advantages from completions of one prompt instead of a value model."""
-    anchor = dpo_easy(r)
-    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped_ppo("rloo"))
+    anchor = dpo_easy(shared)
+    return PPO(policy=anchor, reference=anchor, prompts=shared.selection.hard, **shared.grouped_ppo("rloo"))
 
 
-def mpo_grpo(r: Setup) -> PPO:
+def mpo_grpo(shared: SharedStages) -> PPO:
     """MPO whose second stage is GRPO: advantages from completions of one prompt instead of a value model."""
-    anchor = dpo_easy(r)
-    return PPO(policy=anchor, reference=anchor, prompts=r.selection.hard, **r.grouped_ppo("grpo"))
+    anchor = dpo_easy(shared)
+    return PPO(policy=anchor, reference=anchor, prompts=shared.selection.hard, **shared.grouped_ppo("grpo"))
 
 
-ARMS: dict[str, Callable[[Setup], PolicyStage | Evaluation]] = {
+ARMS: dict[str, Callable[[SharedStages], PolicyStage | Evaluation]] = {
     arm.__name__.replace("_", "-"): arm
     for arm in (
         sft,

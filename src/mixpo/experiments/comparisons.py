@@ -43,7 +43,7 @@ def choose_compared_seed(results: Results, arms: tuple[str, str], seed: int | No
         raise MissingError(f"--arms: found {arms[0]} twice; expected two different arms")
     for arm in arms:
         _require_finished_arm(results, arm)
-    common = results.common_seeds(*arms)
+    common = results.list_common_seeds(*arms)
     if not common or (seed is not None and seed not in common):
         raise MissingError(
             f"--seed: found {'no seed' if seed is None else seed}; expected one at which both {arms[0]} and {arms[1]} "
@@ -68,7 +68,7 @@ def pair_completions(
     Raises `MissingError` as `choose_compared_seed` does, and on more prompts than there are.
     """
     at = choose_compared_seed(results, arms, seed)
-    first, second = (results.done(arm) for arm in arms)
+    first, second = (results.finished_by_seed(arm) for arm in arms)
     categories = _read_categories(first[at])
     rows = [
         Comparison(number, a["prompt"], categories.get(prompt_key(a["prompt"])), (a["completion"], b["completion"]))
@@ -90,7 +90,7 @@ def _require_finished_arm(results: Results, arm: str) -> None:
     if arm not in results.names:
         raise MissingError(f"--arms: found {arm!r}; expected two arms of the run{suggest_nearest(arm, results.names)}")
     if arm not in results.finished:
-        reason = results.of(arm)[0].reason or "no reason recorded"
+        reason = results.list_arm_results(arm)[0].reason or "no reason recorded"
         raise MissingError(f"--arms: found {arm}, which failed: {reason}; expected arms that finished; run it again")
 
 

@@ -10,7 +10,7 @@ import pydantic
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS, dpo, dpo_easy, dpo_hard
 from mixpo.experiments.recipe import Recipe, explain_validation_error, suggest_nearest
-from mixpo.experiments.setup import Setup
+from mixpo.experiments.shared_stages import SharedStages
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.ppo import PPO
@@ -35,7 +35,7 @@ class ArmRun:
     @property
     def name(self) -> str:
         """Name of the arm in tables."""
-        return name_arm(self.arm, self.changes)
+        return format_arm_name(self.arm, self.changes)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GradientsRun:
     stage: Gradients
 
 
-def name_arm(arm: str, changes: Mapping[str, Any]) -> str:
+def format_arm_name(arm: str, changes: Mapping[str, Any]) -> str:
     """Format the name of an arm: `mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
     return " ".join([arm, *(f"{key}={value}" for key, value in changes.items())])
 
@@ -74,38 +74,38 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
 
 
 def _expand_arms_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
-    traced_setup = Setup(recipe, seed, snapshots=recipe.trace.snapshots)
-    setups: dict[str, Setup] = {}
+    traced_setup = SharedStages(recipe, seed, snapshots=recipe.trace.snapshots)
+    setups: dict[str, SharedStages] = {}
 
-    def get_setup(changes: Mapping[str, Any]) -> Setup:
+    def get_shared_stages(changes: Mapping[str, Any]) -> SharedStages:
         key = str(changes)
         if key not in setups:
-            setups[key] = Setup(recipe.with_changes(changes), seed)
+            setups[key] = SharedStages(recipe.with_changes(changes), seed)
         return setups[key]
 
     runs = [
         _build_traced_run(arm, traced_setup)
         if arm in recipe.trace.arms
-        else ArmRun(arm, seed, _build_evaluation(arm, get_setup({})))
+        else ArmRun(arm, seed, _build_evaluation(arm, get_shared_stages({})))
         for arm in recipe.arms
     ]
     for sweep in recipe.sweep:
         for point in sweep.list_points():
             for arm in sweep.arms or recipe.arms:
-                changes = _drop_changes_without_effect(arm, point, get_setup)
-                run = ArmRun(arm, seed, _build_evaluation(arm, get_setup(changes)), changes)
+                changes = _drop_changes_without_effect(arm, point, get_shared_stages)
+                run = ArmRun(arm, seed, _build_evaluation(arm, get_shared_stages(changes)), changes)
                 if run.name not in {other.name for other in runs}:
                     runs.append(run)
     return runs
 
 
-def _build_evaluation(arm: str, setup: Setup) -> Evaluation:
+def _build_evaluation(arm: str, setup: SharedStages) -> Evaluation:
     """Build the evaluation of an arm."""
     result = ARMS[arm](setup)
     return result if isinstance(result, Evaluation) else setup.evaluation(result)
 
 
-def _build_traced_run(arm: str, setup: Setup) -> ArmRun:
+def _build_traced_run(arm: str, setup: SharedStages) -> ArmRun:
     """Build an arm with evaluations of its PPO's initial policy and snapshots."""
     ppo = ARMS[arm](setup)
     if not isinstance(ppo, PPO):
@@ -116,14 +116,14 @@ def _build_traced_run(arm: str, setup: Setup) -> ArmRun:
 
 
 def _drop_changes_without_effect(
-    arm: str, point: Mapping[str, Any], get_setup: Callable[[Mapping[str, Any]], Setup]
+    arm: str, point: Mapping[str, Any], get_shared_stages: Callable[[Mapping[str, Any]], SharedStages]
 ) -> dict[str, Any]:
     """Return the changes at a point of a sweep without those that leave the stages of an arm as they are."""
     changes = dict(point)
     for key in point:
         fewer = {other: value for other, value in changes.items() if other != key}
         with suppress(InputError):  # without this key the others may be invalid together
-            if _build_evaluation(arm, get_setup(fewer)) == _build_evaluation(arm, get_setup(changes)):
+            if _build_evaluation(arm, get_shared_stages(fewer)) == _build_evaluation(arm, get_shared_stages(changes)):
                 changes = fewer
     return changes
 
@@ -135,7 +135,7 @@ def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
     """
     if not recipe.gradients.pairs:
         return []
-    setups = [Setup(recipe, seed) for seed in recipe.seeds]
+    setups = [SharedStages(recipe, seed) for seed in recipe.seeds]
     return [
         GradientsRun(arm, part.of, setup.seed, setup.gradients(GRADIENT_ARMS[arm](setup), part))
         for setup in setups

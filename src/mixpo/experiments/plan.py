@@ -10,9 +10,9 @@ from mixpo.experiments.expressions import expand_arms, expand_gradients
 from mixpo.experiments.recipe import Recipe
 from mixpo.models.folders import read_context
 from mixpo.stages.data import Data
-from mixpo.stages.engine import Engine, read_settings, sort_topologically
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
+from mixpo.stages.stage_cache import StageCache, read_settings, sort_topologically
 from mixpo.training import checkpoint
 
 
@@ -37,7 +37,7 @@ def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
 
     Raises `InputError` on errors that are known before a stage is computed.
     """
-    engine = Engine(recipe.cache.resolve(), recipe.runtime)
+    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
     roots: list[tuple[str, dict[str, Stage]]] = [
         (
@@ -56,7 +56,10 @@ def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             check_context_length(stage, folder, needed)
     return [
-        (name, [line for field, stage in stages.items() for line in _list_tree(stage, field, 0, engine, seen)])
+        (
+            name,
+            [line for field, stage in stages.items() for line in _list_stage_tree(stage, field, 0, stage_cache, seen)],
+        )
         for name, stages in roots
     ]
 
@@ -77,24 +80,26 @@ def check_context_length(base: Pretrained, folder: Path, stages: Iterable[Stage]
             )
 
 
-def _list_tree(stage: Stage, field: str, depth: int, engine: Engine, seen: set[Stage]) -> list[PlannedStage]:
+def _list_stage_tree(
+    stage: Stage, field: str, depth: int, stage_cache: StageCache, seen: set[Stage]
+) -> list[PlannedStage]:
     """List a stage and its inputs, without the inputs of a stage that was seen before."""
-    done, repeated = engine.is_done(stage), stage in seen
+    done, repeated = stage_cache.is_done(stage), stage in seen
     seen.add(stage)
-    reason = "" if done else _explain_computation(stage, engine)
-    lines = [PlannedStage(type(stage).__name__, field, engine.identity(stage), depth, done, reason, repeated)]
+    reason = "" if done else _explain_why_computed(stage, stage_cache)
+    lines = [PlannedStage(type(stage).__name__, field, stage_cache.identity(stage), depth, done, reason, repeated)]
     if not repeated:
         for name, source in stage.inputs().items():
-            lines += _list_tree(source, name, depth + 1, engine, seen)
+            lines += _list_stage_tree(source, name, depth + 1, stage_cache, seen)
     return lines
 
 
-def _explain_computation(stage: Stage, engine: Engine) -> str:
+def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
     """Explain why a stage would be computed: missing inputs, a failure, a checkpoint, or changed settings."""
-    missing = [name for name, source in stage.inputs().items() if not engine.is_done(source)]
+    missing = [name for name, source in stage.inputs().items() if not stage_cache.is_done(source)]
     if missing:
         return f"needs {', '.join(missing)}"
-    folder = engine.folder(stage)
+    folder = stage_cache.folder(stage)
     if (folder / "failure.txt").exists():
         return "failed in the last run"
     if (folder / checkpoint.FILE).exists():

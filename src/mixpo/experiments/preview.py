@@ -31,12 +31,12 @@ from mixpo.stages.data import (
     describe_row_facts,
     explain_summary_errors,
     fill_in_world_rows,
-    hub_parts,
     read_sources,
+    split_hub_name,
     split_rows,
 )
-from mixpo.stages.engine import read_summary
 from mixpo.stages.pretrained import Pretrained, read_tokenizer
+from mixpo.stages.stage_cache import read_summary
 
 MAX_TOKENIZED_ROWS = 1000
 """Largest number of rows, drawn at random, whose completions are counted in tokens."""
@@ -114,7 +114,7 @@ def read_recipe_or_source(source: str, overrides: Sequence[str] = (), model: str
 def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
     """Read the first row of a file or of a data set of the Hugging Face Hub."""
     if source.startswith("hub:"):
-        dataset, data_dir = hub_parts(source)
+        dataset, data_dir = split_hub_name(source)
         revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
         records = read_hub_records(
             dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None

@@ -20,7 +20,7 @@ from mixpo.data.rows import describe_type
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings, format_found_and_expected
-from mixpo.stages.data import DataSettings, hub_parts
+from mixpo.stages.data import DataSettings, split_hub_name
 from mixpo.stages.dpo import DPOSettings
 from mixpo.stages.evaluation import EvaluationSettings
 from mixpo.stages.gradients import GradientsSettings
@@ -163,7 +163,7 @@ class Recipe(Settings):
     def _check_data_set_names(cls, data: DataSettings) -> DataSettings:
         for key in ("train", "test", "demonstrations", "second"):
             for name in getattr(data, key):
-                if name.startswith("hub:") and not _is_hub_id(hub_parts(name)[0]):
+                if name.startswith("hub:") and not _is_hub_id(split_hub_name(name)[0]):
                     raise InputError(f"data.{key}: found {name!r}; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
         return data
 

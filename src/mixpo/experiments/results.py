@@ -12,8 +12,8 @@ from jaxtyping import Float64
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.run import FORMAT, ArmResult, GradientsResult
-from mixpo.stages.engine import read_summary
 from mixpo.stages.rows import read_table
+from mixpo.stages.stage_cache import read_summary
 
 MEASURES = {"score": "reward", "true_reward": "true r*", "second_score": "second reward"}
 """Measures of a completion: column of an evaluation, and name in the report."""
@@ -86,69 +86,79 @@ class Results:
     @cached_property
     def finished(self) -> list[str]:
         """Names of the arms that finished at one seed or more."""
-        return [name for name in self.names if self.done(name)]
+        return [name for name in self.names if self.finished_by_seed(name)]
 
     @cached_property
     def plain(self) -> list[str]:
         """Names of the finished arms at the recipes' own settings, without the points of sweeps."""
-        return [name for name in self.finished if not next(iter(self.done(name).values())).changes]
+        return [name for name in self.finished if not next(iter(self.finished_by_seed(name).values())).changes]
 
     @cached_property
     def seeds(self) -> list[int]:
         """Seeds of all arms."""
         return list(dict.fromkeys(arm.seed for arm in self.arms))
 
-    def of(self, name: str) -> list[ArmResult]:
+    def list_arm_results(self, name: str) -> list[ArmResult]:
         """List the results of an arm, one a seed."""
         return [arm for arm in self.arms if arm.name == name]
 
-    def done(self, name: str) -> dict[int, ArmResult]:
+    def finished_by_seed(self, name: str) -> dict[int, ArmResult]:
         """Return the results of an arm by seed, at the seeds at which it finished."""
-        return {arm.seed: arm for arm in self.of(name) if arm.status == "done"}
+        return {arm.seed: arm for arm in self.list_arm_results(name) if arm.status == "done"}
 
-    def has(self, names: Sequence[str], key: str) -> bool:
+    def have_column(self, names: Sequence[str], key: str) -> bool:
         """Return True if every evaluation of these finished arms has a column."""
-        return all(key in read_columns(arm.evaluation) for name in names for arm in self.done(name).values())
+        return all(
+            key in read_columns(arm.evaluation) for name in names for arm in self.finished_by_seed(name).values()
+        )
 
     def values(self, name: str, key: str, seeds: Sequence[int] | None = None) -> Float64[np.ndarray, "seeds prompts"]:
         """Return a column of an arm's evaluations at all seeds at which it finished, or at `seeds`."""
-        done = self.done(name)
+        done = self.finished_by_seed(name)
         return np.stack([read_columns(done[seed].evaluation)[key] for seed in (done if seeds is None else seeds)])
 
-    def common_seeds(self, *names: str) -> list[int]:
+    def list_common_seeds(self, *names: str) -> list[int]:
         """List the seeds at which all these arms finished."""
-        return [seed for seed in self.seeds if all(seed in self.done(name) for name in names)]
+        return [seed for seed in self.seeds if all(seed in self.finished_by_seed(name) for name in names)]
 
-    def ran(self, *names: str) -> list[int]:
+    def list_run_seeds(self, *names: str) -> list[int]:
         """List the seeds at which all these arms were run, finished or failed."""
-        return [seed for seed in self.seeds if all(any(arm.seed == seed for arm in self.of(name)) for name in names)]
+        return [
+            seed
+            for seed in self.seeds
+            if all(any(arm.seed == seed for arm in self.list_arm_results(name)) for name in names)
+        ]
 
-    def comparable(self, key: str, *names: str) -> list[int]:
+    def list_comparable_seeds(self, key: str, *names: str) -> list[int]:
         """List the seeds at which a column of these arms is comparable: all finished, scored by the same model.
 
         Every seed has its own reward model, and so may a run, or a point of a sweep.
         """
-        seeds = self.common_seeds(*names)
+        seeds = self.list_common_seeds(*names)
         judge = {"score": "reward", "second_score": "second"}.get(key)
         if judge is None:
             return seeds
-        return [seed for seed in seeds if len({self.done(name)[seed].reward_models.get(judge) for name in names}) == 1]
+        return [
+            seed
+            for seed in seeds
+            if len({self.finished_by_seed(name)[seed].reward_models.get(judge) for name in names}) == 1
+        ]
 
-    def run_of(self, name: str) -> Run:
+    def find_run(self, name: str) -> Run:
         """Return the run of an arm."""
         return next(run for run in self.runs if any(arm.name == name for arm in run.arms))
 
-    def named(self, run: Run, arm: str) -> str:
+    def qualify_name(self, run: Run, arm: str) -> str:
         """Return the name of an arm of a run among all results."""
         return arm if len(self.runs) == 1 else f"{run.name}: {arm}"
 
-    def first(self, arm: str) -> str | None:
+    def find_first_name(self, arm: str) -> str | None:
         """Return the name of an arm in the first run in which it finished; None if it finished in none."""
-        return next((name for run in self.runs if (name := self.named(run, arm)) in self.plain), None)
+        return next((name for run in self.runs if (name := self.qualify_name(run, arm)) in self.plain), None)
 
-    def measures(self, names: Sequence[str]) -> dict[str, str]:
+    def list_shared_measures(self, names: Sequence[str]) -> dict[str, str]:
         """Return the measures that all these arms have: column and name."""
-        return {key: label for key, label in MEASURES.items() if self.has(names, key)}
+        return {key: label for key, label in MEASURES.items() if self.have_column(names, key)}
 
     @cached_property
     def stages(self) -> list[StageFolder]:
@@ -168,7 +178,7 @@ class Results:
                     _append_if_absent(stages[key].seeds, arm.seed)
         return list(stages.values())
 
-    def stages_of(self, kind: str) -> list[StageFolder]:
+    def list_stages_of_kind(self, kind: str) -> list[StageFolder]:
         """List the complete stages of a kind."""
         return [stage for stage in self.stages if stage.kind == kind]
 

@@ -21,17 +21,17 @@ from mixpo.experiments.expressions import (
     expand_arms,
     expand_gradients,
     explain_stage_errors,
-    name_arm,
+    format_arm_name,
 )
 from mixpo.experiments.plan import check_context_length
 from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe
-from mixpo.experiments.setup import Setup
+from mixpo.experiments.shared_stages import SharedStages
 from mixpo.experiments.workers import Failure, StageDisplay, open_executor
 from mixpo.stages.data import Data, describe_row_facts
-from mixpo.stages.engine import Engine, read_summary, sort_topologically
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage, model_folder
+from mixpo.stages.stage_cache import StageCache, read_summary, sort_topologically
 from mixpo.training.record import write_json
 
 FORMAT = 3
@@ -44,7 +44,7 @@ class RunDisplay(Protocol):
     def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
         """Show that a stage is being computed, and return the display of its progress."""
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Show a message about the run."""
 
 
@@ -73,7 +73,7 @@ class ArmResult:
     @property
     def name(self) -> str:
         """Name of the arm in tables."""
-        return name_arm(self.arm, self.changes)
+        return format_arm_name(self.arm, self.changes)
 
 
 @dataclass
@@ -108,13 +108,13 @@ def run_recipe(recipe: Recipe, display: RunDisplay) -> RunResult:
     for link in (folder / "models" / _format_link_name(run) for run in runs):
         if link.exists() and not link.is_symlink():
             raise InputError(f"{link}: found a file that no run wrote; expected a link to a model; move it elsewhere")
-    engine = Engine(recipe.cache.resolve(), recipe.runtime)
-    computed, failures = _compute_stages(recipe, arms_by_stage, engine, display)
+    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
+    computed, failures = _compute_stages(recipe, arms_by_stage, stage_cache, display)
     for link in (folder / "models").glob("*"):
         if link.is_symlink():  # of an earlier recipe
             link.unlink()
-    arms = [_build_arm_result(run, engine, failures, folder / "models") for run in runs]
-    gradients = [_build_gradients_result(run, engine, failures) for run in gradients_runs]
+    arms = [_build_arm_result(run, stage_cache, failures, folder / "models") for run in runs]
+    gradients = [_build_gradients_result(run, stage_cache, failures) for run in gradients_runs]
     result = RunResult(recipe.name, arms, gradients, computed, len(arms_by_stage) - computed - len(failures))
     write_json(
         folder / "results.json",
@@ -126,12 +126,12 @@ def run_recipe(recipe: Recipe, display: RunDisplay) -> RunResult:
 
 
 def _compute_stages(
-    recipe: Recipe, arms_by_stage: Mapping[Stage, Sequence[str]], engine: Engine, display: RunDisplay
+    recipe: Recipe, arms_by_stage: Mapping[Stage, Sequence[str]], stage_cache: StageCache, display: RunDisplay
 ) -> tuple[int, dict[Stage, Failure]]:
     """Compute every stage that is not cached, after its inputs; return their number and the failures."""
     stages = _sort_input_stages_first(arms_by_stage)
     for stage in stages:
-        engine.is_done(stage)  # raises on a damaged folder before the first stage is computed
+        stage_cache.is_done(stage)  # raises on a damaged folder before the first stage is computed
     index = {stage: n for n, stage in enumerate(stages)}
     order = TopologicalSorter({n: [index[source] for source in stage.inputs().values()] for stage, n in index.items()})
     order.prepare()
@@ -140,15 +140,15 @@ def _compute_stages(
 
     def finish_stage(stage: Stage, *, cached: bool = False) -> None:
         if isinstance(stage, Data) and stage not in failures:
-            folder = engine.folder(stage)
+            folder = stage_cache.folder(stage)
             facts = describe_row_facts(read_summary(folder)) if cached else []  # a computed stage has shown its own
-            for line in [*facts, *describe_training_data(recipe, folder, model_folder(engine.folder(stage.base)))]:
-                display.note(line)
+            for line in [*facts, *describe_training_data(recipe, folder, model_folder(stage_cache.folder(stage.base)))]:
+                display.on_message(line)
         if isinstance(stage, Pretrained) and stage not in failures:
-            check_context_length(stage, model_folder(engine.folder(stage)), arms_by_stage)
+            check_context_length(stage, model_folder(stage_cache.folder(stage)), arms_by_stage)
         order.done(index[stage])
 
-    with open_executor(engine) as executor:
+    with open_executor(stage_cache) as executor:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()])
             if ready and executor.has_capacity:
@@ -156,10 +156,10 @@ def _compute_stages(
                 failed_inputs = [source for source in stage.inputs().values() if source in failures]
                 if failed_inputs:
                     failures[stage] = failures[failed_inputs[0]]
-                if failed_inputs or engine.is_done(stage):
+                if failed_inputs or stage_cache.is_done(stage):
                     finish_stage(stage, cached=not failed_inputs)
                 else:
-                    kind, identity = type(stage).__name__, engine.identity(stage)
+                    kind, identity = type(stage).__name__, stage_cache.identity(stage)
                     executor.start(stage, display.start_stage(kind, identity, arms_by_stage[stage]))
             else:
                 stage, stage_display, outcome = executor.wait_for_outcome()
@@ -169,20 +169,20 @@ def _compute_stages(
                     raise InputError(outcome.reason)
                 else:
                     failures[stage] = outcome
-                stage_display.end(outcome)
+                stage_display.on_end(outcome)
                 finish_stage(stage)
     return computed, failures
 
 
-def run_stage(recipe: Recipe, choose: Callable[[Setup], Stage], display: RunDisplay) -> Path | Failure:
+def run_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], display: RunDisplay) -> Path | Failure:
     """Compute one stage of a recipe's first seed and its inputs; return its folder, or why it failed."""
     prepare_run_folder(recipe)
     with explain_stage_errors():
-        stage = choose(Setup(recipe, recipe.seeds[0]))
-    engine = Engine(recipe.cache.resolve(), recipe.runtime)
+        stage = choose(SharedStages(recipe, recipe.seeds[0]))
+    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     names = {source: [type(stage).__name__] for source in sort_topologically(stage)}
-    _, failures = _compute_stages(recipe, names, engine, display)
-    return failures.get(stage, engine.folder(stage))
+    _, failures = _compute_stages(recipe, names, stage_cache, display)
+    return failures.get(stage, stage_cache.folder(stage))
 
 
 def _list_arms_by_stage(runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:
@@ -203,9 +203,11 @@ def _sort_input_stages_first(stages: Iterable[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 
-def _build_arm_result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Failure], models: Path) -> ArmResult:
+def _build_arm_result(
+    run: ArmRun, stage_cache: StageCache, failures: Mapping[Stage, Failure], models: Path
+) -> ArmResult:
     keys = {
-        stage: f"{type(stage).__name__}-{engine.identity(stage)}"
+        stage: f"{type(stage).__name__}-{stage_cache.identity(stage)}"
         for stage in sort_topologically(run.evaluation)
         if stage not in failures
     }
@@ -218,7 +220,7 @@ def _build_arm_result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Fail
         run.seed,
         "done",
         changes=run.changes,
-        stages={key: str(engine.folder(stage)) for stage, key in keys.items()},
+        stages={key: str(stage_cache.folder(stage)) for stage, key in keys.items()},
         needs=list(dict.fromkeys(keys[stage] for root in own for stage in sort_topologically(root) if stage in keys)),
         reward_models={
             name: keys[inputs[name]] for name in ("reward", "second", "chooser") if inputs.get(name) in keys
@@ -231,20 +233,22 @@ def _build_arm_result(run: ArmRun, engine: Engine, failures: Mapping[Stage, Fail
     model = None
     if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
         link = models / _format_link_name(run)
-        link.symlink_to(model_folder(engine.folder(run.evaluation.policy)), target_is_directory=True)
+        link.symlink_to(model_folder(stage_cache.folder(run.evaluation.policy)), target_is_directory=True)
         model = str(link)
     return replace(
         result,
         reason=f"along its training: {trace_failures[0]}" if trace_failures else None,
         model=model,
-        evaluation=str(engine.folder(run.evaluation)),
-        trace=[str(engine.folder(stage)) for stage in run.trace] if not trace_failures else [],
+        evaluation=str(stage_cache.folder(run.evaluation)),
+        trace=[str(stage_cache.folder(stage)) for stage in run.trace] if not trace_failures else [],
     )
 
 
-def _build_gradients_result(run: GradientsRun, engine: Engine, failures: Mapping[Stage, Failure]) -> GradientsResult:
+def _build_gradients_result(
+    run: GradientsRun, stage_cache: StageCache, failures: Mapping[Stage, Failure]
+) -> GradientsResult:
     failure = failures.get(run.stage)
-    folder = None if failure else str(engine.folder(run.stage))
+    folder = None if failure else str(stage_cache.folder(run.stage))
     return GradientsResult(run.arm, run.part, run.seed, folder, failure.reason if failure else None)
 
 

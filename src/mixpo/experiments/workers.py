@@ -13,9 +13,9 @@ from threading import Thread
 from typing import Any, Protocol
 
 from mixpo.data.errors import InputError
-from mixpo.stages.engine import Engine, read_summary
 from mixpo.stages.stage import Stage
-from mixpo.training.record import Watcher, watcher
+from mixpo.stages.stage_cache import StageCache, read_summary
+from mixpo.training.record import ProgressListener, progress_listener
 from mixpo.training.runtime import count_cores
 from mixpo.training.step import Diverged
 
@@ -32,10 +32,10 @@ Outcome = float | Failure
 """Seconds that a stage took, or its failure."""
 
 
-class StageDisplay(Watcher, Protocol):
+class StageDisplay(ProgressListener, Protocol):
     """Display of the progress of one stage."""
 
-    def end(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         """Show the outcome of the stage."""
 
 
@@ -54,37 +54,37 @@ class StageExecutor(Protocol):
 
 
 @contextmanager
-def open_executor(engine: Engine) -> Iterator[StageExecutor]:
-    """Open an executor with as many processes as the engine's runtime says, and close it at the end."""
-    if engine.runtime.workers == 1:
-        yield InProcessExecutor(engine)
+def open_executor(stage_cache: StageCache) -> Iterator[StageExecutor]:
+    """Open an executor with as many processes as the stage_cache's runtime says, and close it at the end."""
+    if stage_cache.runtime.workers == 1:
+        yield InProcessExecutor(stage_cache)
         return
-    pool = ProcessPool(engine)
+    pool = ProcessPool(stage_cache)
     try:
         yield pool
     finally:
         pool.close()
 
 
-def _compute_safely(engine: Engine, stage: Stage) -> Outcome:
+def _compute_or_fail(stage_cache: StageCache, stage: Stage) -> Outcome:
     """Compute a stage and return its seconds or its failure, whose traceback is written to the stage's folder."""
     try:
-        return float(read_summary(engine.compute(stage))["cost"]["seconds"])
+        return float(read_summary(stage_cache.compute(stage))["cost"]["seconds"])
     except InputError as error:
         return Failure(str(error), bad_input=True)
     except Exception as error:  # whatever it is, the other stages' results stand
-        trace = engine.folder(stage) / "failure.txt"
+        trace = stage_cache.folder(stage) / "failure.txt"
         trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
         text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
-        return Failure(f"{type(stage).__name__} {engine.identity(stage)}: {text} (details in {trace})")
+        return Failure(f"{type(stage).__name__} {stage_cache.identity(stage)}: {text} (details in {trace})")
 
 
 class InProcessExecutor:
     """Executor that computes one stage after another in the run's own process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, stage_cache: StageCache) -> None:
+        self.stage_cache = stage_cache
         self.last: tuple[Stage, StageDisplay, Outcome] | None = None
 
     @property
@@ -94,8 +94,8 @@ class InProcessExecutor:
 
     def start(self, stage: Stage, display: StageDisplay) -> None:
         """Compute the stage."""
-        watcher.set(display)
-        self.last = stage, display, _compute_safely(self.engine, stage)
+        progress_listener.set(display)
+        self.last = stage, display, _compute_or_fail(self.stage_cache, stage)
 
     def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
         """Return the stage that was computed and its outcome."""
@@ -112,11 +112,11 @@ class ProcessPool:
     hand, since ProcessPoolExecutor reports no progress and its workers outlive a killed parent.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        runtime = engine.runtime
+    def __init__(self, stage_cache: StageCache) -> None:
+        runtime = stage_cache.runtime
         self.count = runtime.workers
         threads = runtime.threads or max(1, count_cores() // self.count)
-        self.engine = Engine(engine.cache, runtime.model_copy(update={"threads": threads}))
+        self.stage_cache = StageCache(stage_cache.cache, runtime.model_copy(update={"threads": threads}))
         self.processes: dict[Connection, SpawnProcess] = {}
         self.busy: dict[Connection, tuple[Stage, StageDisplay]] = {}
 
@@ -154,7 +154,7 @@ class ProcessPool:
         """Start a process and return the pipe to it."""
         context = get_context("spawn")
         pipe, far = context.Pipe()
-        process = context.Process(target=_serve_stages, args=(self.engine, far), daemon=True)
+        process = context.Process(target=_serve_stages, args=(self.stage_cache, far), daemon=True)
         process.start()
         far.close()
         self.processes[pipe] = process
@@ -172,15 +172,15 @@ class ProcessPool:
             ) from error
 
 
-def _serve_stages(engine: Engine, pipe: Connection) -> None:
+def _serve_stages(stage_cache: StageCache, pipe: Connection) -> None:
     """Compute the stages that come through a pipe, in a process that ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_exit_with_parent, daemon=True).start()
-    pipe_watcher = PipeWatcher(pipe)
-    watcher.set(pipe_watcher)
+    pipe_listener = PipeListener(pipe)
+    progress_listener.set(pipe_listener)
     with suppress(EOFError):
         while True:
-            pipe_watcher.send("end", _compute_safely(engine, pipe.recv()))
+            pipe_listener.send("end", _compute_or_fail(stage_cache, pipe.recv()))
 
 
 def _exit_with_parent() -> None:
@@ -192,18 +192,18 @@ def _exit_with_parent() -> None:
 
 
 @dataclass(frozen=True)
-class PipeWatcher:
-    """Watcher that sends the progress of a stage through a pipe."""
+class PipeListener:
+    """ProgressListener that sends the progress of a stage through a pipe."""
 
     pipe: Connection
 
-    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Send progress through the pipe."""
-        self.send("step", done, total, dict(metrics))
+        self.send("on_step", done, total, dict(metrics))
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Send a line through the pipe."""
-        self.send("note", text)
+        self.send("on_message", text)
 
     def send(self, method: str, *arguments: Any) -> None:
         """Send a method's name and its arguments."""

@@ -48,7 +48,7 @@ class RequestLimits:
 
 
 @dataclass
-class Progress:
+class JudgingProgress:
     """Counts of questions, requests, tokens and failures so far."""
 
     questions: int
@@ -95,10 +95,10 @@ def ask_questions(
     key: str,
     limits: RequestLimits,
     append_row: RowWriter,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[JudgingProgress], None],
     *,
     replied_judges: Collection[Judge] = (),
-) -> Progress:
+) -> JudgingProgress:
     """Ask all questions at their endpoint, append each result when it arrives, and report progress on every request.
 
     `replied_judges`: judges that replied in an earlier call.
@@ -115,7 +115,7 @@ class _JudgeClient:
         key: str,
         limits: RequestLimits,
         append_row: RowWriter,
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[JudgingProgress], None],
         replied_judges: Collection[Judge],
     ) -> None:
         self.questions, self.key, self.limits, self.append_row, self.on_progress = (
@@ -126,12 +126,12 @@ class _JudgeClient:
             on_progress,
         )
         self.redact = make_key_redactor(key)
-        self.progress = Progress(len(questions))
+        self.progress = JudgingProgress(len(questions))
         self.states = {
             judge: _JudgeState(judge in replied_judges) for judge in {question.judge for question in questions}
         }
 
-    async def ask_all(self) -> Progress:
+    async def ask_all(self) -> JudgingProgress:
         """Ask all questions with `concurrency` workers."""
         endpoint = self.questions[0].judge.endpoint
         authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}

@@ -105,7 +105,7 @@ def load_judge_results(results: Results) -> list[JudgeResult]:
     for run in results.runs:
         log = read_verdicts(run.folder / FILE)
         for assignment in log.assignments.values():
-            arms = results.named(run, assignment.arms[0]), results.named(run, assignment.arms[1])
+            arms = results.qualify_name(run, assignment.arms[0]), results.qualify_name(run, assignment.arms[1])
             try:
                 rows = pair_completions(results, arms, seed=assignment.seed)
             except MissingError:
@@ -115,7 +115,7 @@ def load_judge_results(results: Results) -> list[JudgeResult]:
 
 
 @dataclass(frozen=True)
-class Tally:
+class VerdictShares:
     """Shares of verdicts with 95% intervals."""
 
     prompts: int
@@ -136,7 +136,7 @@ class Tally:
     """Length-controlled win rate, a tie being half a win; None where it is undefined."""
 
 
-def tally_verdicts(verdicts: Sequence[Verdict]) -> Tally | None:
+def compute_verdict_shares(verdicts: Sequence[Verdict]) -> VerdictShares | None:
     """Count verdicts and compute shares with 95% intervals over prompts; None without a verdict.
 
     Identical completions are ties without a question. They count in the proportion in which other pairs have a verdict:
@@ -156,7 +156,7 @@ def tally_verdicts(verdicts: Sequence[Verdict]) -> Tally | None:
     wins, ties, defeats = (int((outcomes == value).sum()) for value in (1, 0, -1))
     flips = [one.flip for one in decided if one.flip]
     win, tie, lose = (wilson_interval(count, len(counted)) for count in (wins, ties, defeats))
-    return Tally(
+    return VerdictShares(
         len(counted),
         win,
         tie,

@@ -5,36 +5,36 @@ import json
 from pathlib import Path
 
 from mixpo.data.errors import InputError
-from mixpo.data.sources import file_digest
+from mixpo.data.sources import compute_file_digest
 
 
-def model_files(folder: Path) -> list[Path]:
+def list_model_files(folder: Path) -> list[Path]:
     """Files of a model folder that can change the model's outputs, sorted by name."""
     kinds = (".safetensors", ".bin", ".model", ".json", ".txt", ".jinja")
     return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in kinds)
 
 
-def model_digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of a folder's `model_files`, first 16 hex digits."""
+def compute_model_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of a folder's `list_model_files`, first 16 hex digits."""
     digest = hashlib.sha256()
-    for file in model_files(folder):
+    for file in list_model_files(folder):
         digest.update(file.name.encode())
-        digest.update(file_digest(file))
+        digest.update(compute_file_digest(file))
     return digest.hexdigest()[:16]
 
 
 def refuse_changed_model(folder: Path) -> None:
     """Raise `InputError` if a model's digest differs from that in the `summary.json` of the stage that wrote it.
 
-    Every file is hashed once a process (`file_digest`), about 10 seconds for 14 GB. Sizes and headers would not show
-    replaced weights, and file times change when a cache is copied.
+    Every file is hashed once a process (`compute_file_digest`), about 10 seconds for 14 GB. Sizes and headers would not
+    show replaced weights, and file times change when a cache is copied.
     """
     try:
         summary = json.loads((folder.parent / "summary.json").read_text(encoding="utf8"))
         expected, _ = summary["model"], summary["cost"]["seconds"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return  # not a finished stage's
-    if folder.name == "model" and expected != (digest := model_digest(folder)):
+    if folder.name == "model" and expected != (digest := compute_model_digest(folder)):
         raise InputError(
             f"{folder}: found files with digest {digest}; expected {expected}, as in the summary.json of the stage "
             f"that wrote them: they were damaged or replaced; delete {folder.parent} to compute the stage again"

@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    def read_text(self, completion: Sequence[int]) -> str:
+    def decode_completion(self, completion: Sequence[int]) -> str:
         """Decode a completion without its end token and other special tokens."""
         ended = [*completion[:-1], self.end_token] if self.has_ended(completion) else completion
         return decode_completion(self.tokenizer, ended)

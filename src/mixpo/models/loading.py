@@ -41,7 +41,7 @@ def load_reward_model(folder: Path, *, device: torch.device, precision: Precisio
     return _make_language_model(load_weights(checked), checked, device, precision)
 
 
-def new_reward_model(
+def initialize_reward_model(
     policy: Path, *, seed: int, device: torch.device, precision: Precision = "float32"
 ) -> LanguageModel:
     """Make a reward model of a policy's weights and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import SampledCompletions, sample
+from mixpo.models.sampling import SampledCompletions, sample_completions
 
 
 class Sampler(Protocol):
@@ -56,10 +56,10 @@ class LocalSampler:
         top_k: int = 0,
         occurrences: Sequence[int] | None = None,
     ) -> SampledCompletions:
-        """Sample with `mixpo.models.sampling.sample`. Raises RuntimeError before `load_policy`."""
+        """Sample with `mixpo.models.sampling.sample_completions`. Raises RuntimeError before `load_policy`."""
         if self.policy is None:
             raise RuntimeError("no policy to sample from: call load_policy first")
-        return sample(
+        return sample_completions(
             self.policy,
             prompts,
             k=k,

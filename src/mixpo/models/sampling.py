@@ -196,7 +196,7 @@ def count_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 @torch.no_grad()
-def sample(
+def sample_completions(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,

@@ -18,7 +18,7 @@ from transformers import (
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import merge_adapters
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import (
     LanguageModel,
 )
@@ -51,7 +51,7 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_end_tokens(folder / "generation_config.json", lm)
-    return model_digest(folder)
+    return compute_model_digest(folder)
 
 
 def _write_end_tokens(file: Path, lm: LanguageModel) -> None:

@@ -11,7 +11,7 @@ from mixpo.data.branches import (
     BranchBatch,
     Completions,
     Tokens,
-    pack,
+    pack_branches,
     row_lengths,
     split_into_microbatches,
 )
@@ -19,7 +19,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, Output
-from mixpo.models.tokenizers import tokenize_alike
+from mixpo.models.tokenizers import have_same_tokenization
 
 
 def iterate_batches(
@@ -27,11 +27,11 @@ def iterate_batches(
 ) -> Iterator[tuple[list[int], BranchBatch]]:
     """Yield branch batches of at most `token_budget` tokens on the model's device, each with its prompts' indices."""
     for rows in split_into_microbatches(row_lengths(prompts, completions), token_budget):
-        yield rows, pack(prompts, completions, rows, share_prompt=lm.shares_prompts).to(lm.device)
+        yield rows, pack_branches(prompts, completions, rows, share_prompt=lm.shares_prompts).to(lm.device)
 
 
 @torch.no_grad()
-def compute_output(
+def compute_in_batches(
     lm: LanguageModel,
     prompts: Sequence[Tokens],
     completions: AnyCompletions,
@@ -59,7 +59,7 @@ def compute_token_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
     """Log-prob of every completion token in nats, 0 after a completion's end."""
-    return compute_output(lm, prompts, completions, "logprobs", token_budget=token_budget)
+    return compute_in_batches(lm, prompts, completions, "logprobs", token_budget=token_budget)
 
 
 def compute_sequence_logprobs(
@@ -73,7 +73,7 @@ def compute_scores(
     reward: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
     """Reward model's score of every completion. Raises `InputError` if one is not finite."""
-    scores = compute_output(reward, prompts, completions, "scores", token_budget=token_budget)
+    scores = compute_in_batches(reward, prompts, completions, "scores", token_budget=token_budget)
     if broken := (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
         start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
@@ -108,13 +108,13 @@ def retokenize(
 
     A completion has an end token in the result if it has one in the policy's tokens.
     """
-    if tokenize_alike(reward.tokenizer, policy.tokenizer):
+    if have_same_tokenization(reward.tokenizer, policy.tokenizer):
         return prompts, completions
 
     retokenized: list[tuple[Tokens, list[Tokens]]] = []
     lists = completions.to_lists() if isinstance(completions, Completions) else completions
     for row, branches in zip(rows, lists, strict=True):
-        texts = [policy.read_text(completion) for completion in branches]
+        texts = [policy.decode_completion(completion) for completion in branches]
         prompt, tokens = tokenize_row(reward.tokenizer, row, texts, limit=1 << 30)
         ended = map(policy.has_ended, branches)
         retokenized.append(

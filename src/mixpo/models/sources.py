@@ -23,7 +23,7 @@ from mixpo.models.folders import (
 )
 
 
-def new_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def initialize_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Make the embedded world's base model, a 1.2M-parameter Llama with random weights, and its tokenizer."""
     tokenizer = copy.deepcopy(build_tokenizer())
     config = LlamaConfig(

@@ -10,7 +10,7 @@ from transformers import (
 from mixpo.data.tokens import find_end_token, parses_special_tokens
 
 
-def tokenize_alike(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+def have_same_tokenization(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
     """Return True if two tokenizers turn every prompt and completion into the same tokens; pad tokens may differ."""
     if first is second:
         return True

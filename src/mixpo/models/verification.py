@@ -9,13 +9,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mixpo.data.branches import pack
+from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import (
     LanguageModel,
 )
 from mixpo.models.reward_heads import find_score_head
-from mixpo.models.sampling import sample
+from mixpo.models.sampling import sample_completions
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
     Sets `lm.shares_prompts` to False if completions that share a row compute something else than in their own rows.
     """
     prompts, completions = [tokens[:5], tokens[:3]], [[tokens[5:8], tokens[8:12]], [tokens[4:9], tokens[9:11]]]
-    shared = pack(prompts, completions).to(lm.device)
-    separate = pack(prompts, completions, share_prompt=False).to(lm.device)
+    shared = pack_branches(prompts, completions).to(lm.device)
+    separate = pack_branches(prompts, completions, share_prompt=False).to(lm.device)
     states, logits = expected
     hidden = lm(separate, "states")
     if not _are_close(hidden[separate.last_index][0, 1], states[-1]):
@@ -50,8 +50,8 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
             f"{folder}: found a {type(lm.model).__name__} whose logits are not a linear map of its last hidden state "
             "(scaled or capped logits, perhaps); expected a plain output head; this architecture is not supported yet"
         )
-    sampled = sample(lm, prompts, k=2, max_tokens=4, seed=0)
-    batch = pack(prompts, sampled, share_prompt=lm.shares_prompts).to(lm.device)
+    sampled = sample_completions(lm, prompts, k=2, max_tokens=4, seed=0)
+    batch = pack_branches(prompts, sampled, share_prompt=lm.shares_prompts).to(lm.device)
     if not _are_close(lm(batch, "logprobs").cpu(), sampled.logprobs):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__}, which draws completions from another distribution than it "

@@ -17,12 +17,12 @@ from mixpo.report.comparison import (
     describe_sample,
     estimate_mean,
     find_significant_sign,
+    format_arm_label,
     format_difference,
     format_interval,
     format_number,
     format_p_value,
     join_names,
-    label_arm,
     list_measures,
     note_missing_seeds,
     start_sentence,
@@ -66,7 +66,7 @@ Differences = Mapping[str, Mapping[tuple[str, str], Difference]]
 """Differences by measure and pair of arms."""
 
 
-def build_section(results: Results) -> Section:
+def build_arms_section(results: Results) -> Section:
     """The section with the main table and the differences."""
     if not results.finished:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
@@ -74,7 +74,7 @@ def build_section(results: Results) -> Section:
     pairs = _list_pairs(results)
     differences = {
         key: index_by_pair(compute_differences(results, pairs, key))
-        for key in results.measures(_list_arms_with_differences(results))
+        for key in results.list_shared_measures(_list_arms_with_differences(results))
     }
     if pairs:
         groups.append(Group("Differences", table=_build_differences_table(results, pairs, differences)))
@@ -89,10 +89,10 @@ def choose_compared_arms(results: Results) -> tuple[str, str] | None:
     Of several runs mpo of the second and of the first; else mpo and ppo, else the last and the first that finished.
     """
     names = results.plain
-    runs = [name for run in results.runs if (name := results.named(run, "mpo")) in names]
+    runs = [name for run in results.runs if (name := results.qualify_name(run, "mpo")) in names]
     if len(runs) > 1:
         return runs[1], runs[0]
-    mpo, ppo = results.first("mpo"), results.first("ppo")
+    mpo, ppo = results.find_first_name("mpo"), results.find_first_name("ppo")
     if mpo is not None and ppo is not None:
         return mpo, ppo
     return (names[-1], names[0]) if len(names) > 1 else None
@@ -103,7 +103,7 @@ def _plot_means(results: Results) -> Figure:
         measure.title: {name: estimate_mean(results, name, measure.key) for name in measure.names}
         for measure in list_measures(results)
     }
-    return figures.plot_forest(panels, name="every-arm", reference=results.first("ppo"))
+    return figures.plot_forest(panels, name="every-arm", reference=results.find_first_name("ppo"))
 
 
 def build_main_table(results: Results, *, paper: bool = True) -> Table:
@@ -111,14 +111,14 @@ def build_main_table(results: Results, *, paper: bool = True) -> Table:
     failures = [
         f"{name} failed at seed {arm.seed}: {arm.reason}"
         for name in results.names
-        for arm in results.of(name)
+        for arm in results.list_arm_results(name)
         if arm.status == "failed"
     ]
     if not results.finished:
         return Table(["arm", "reward"], [[name, "failed"] for name in results.names], failures)
     measures = list_measures(results)
     several = len(results.seeds) > 1
-    rival = results.first("ppo") or results.finished[0]
+    rival = results.find_first_name("ppo") or results.finished[0]
     headings = ["arm"]
     for measure in measures:
         headings += [measure.title, f"sd of {measure.title}"] if several else [measure.title]
@@ -127,7 +127,7 @@ def build_main_table(results: Results, *, paper: bool = True) -> Table:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
     rows = []
     for name in results.names:
-        if not results.done(name):
+        if not results.finished_by_seed(name):
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
         cells = []
@@ -142,13 +142,13 @@ def build_main_table(results: Results, *, paper: bool = True) -> Table:
         cells.append("" if name == rival else _format_win_tie_lose(results, name, rival))
         if paper:
             cells += PAPER_REWARDS.get(find_paper_arm(results, name), ("", ""))
-        rows.append([label_arm(results, name), *cells])
+        rows.append([format_arm_label(results, name), *cells])
     return Table(headings, rows, [*failures, *_write_notes(results, measures)])
 
 
 def find_paper_arm(results: Results, name: str) -> str:
     """The name of an arm in the paper: its own, except for MPO with more easy pairs than the recipe's."""
-    first = next(iter(results.done(name).values()))
+    first = next(iter(results.finished_by_seed(name).values()))
     plain = first.arm.rpartition(": ")[2]  # after the name of its run
     if not first.changes:
         return plain
@@ -158,7 +158,7 @@ def find_paper_arm(results: Results, name: str) -> str:
 
 
 def _has_more_easy_pairs(results: Results, arm: ArmResult) -> bool:
-    recipe = results.run_of(arm.name).recipe["selection"]
+    recipe = results.find_run(arm.name).recipe["selection"]
     if list(arm.changes) == ["selection.threshold"] and recipe["threshold"] is not None:
         return bool(arm.changes["selection.threshold"] < recipe["threshold"])
     if list(arm.changes) == ["selection.easy_fraction"] and recipe["easy_fraction"] is not None:
@@ -178,7 +178,7 @@ def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
         reward += " True r*: the reward that the labels were drawn from."
     if "second_score" in keys:
         reward += " Second reward: a reward model trained on other pairs, which no arm optimised."
-    bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.first("best-of-n") else ""
+    bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.find_first_name("best-of-n") else ""
     notes = [
         reward,
         f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance.",
@@ -200,7 +200,7 @@ def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
 
 def _format_win_tie_lose(results: Results, name: str, rival: str) -> str:
     """Shares of test prompts, over all seeds that both finished, on which the score is higher, equal, lower."""
-    seeds = results.comparable("score", name, rival)
+    seeds = results.list_comparable_seeds("score", name, rival)
     if not seeds:
         return ""
     one, other = (results.values(arm, "score", seeds).ravel() for arm in (name, rival))
@@ -217,7 +217,7 @@ def _list_arms_with_differences(results: Results) -> list[str]:
 
 def _list_rivals(results: Results) -> list[str]:
     """The arms that all others are compared with: ppo and mpo, or the first arm where neither finished."""
-    return [rival for arm in ("ppo", "mpo") if (rival := results.first(arm)) is not None] or results.plain[:1]
+    return [rival for arm in ("ppo", "mpo") if (rival := results.find_first_name(arm)) is not None] or results.plain[:1]
 
 
 def _list_pairs(results: Results) -> list[tuple[str, str]]:
@@ -228,7 +228,7 @@ def _list_pairs(results: Results) -> list[tuple[str, str]]:
 def _build_differences_table(results: Results, pairs: Sequence[tuple[str, str]], differences: Differences) -> Table:
     rows = []
     for one, other in pairs:
-        seeds = len(results.common_seeds(one, other))
+        seeds = len(results.list_common_seeds(one, other))
         row = [f"{one} − {other}{note_missing_seeds(results, seeds, one, other)}"]
         for by_pair in differences.values():
             difference = by_pair.get((one, other))
@@ -255,7 +255,7 @@ def _build_order_table(results: Results) -> Table | None:
     claims: list[tuple[str, str]] = []
     sources: list[str] = []
     for run in results.runs:
-        names = [name for name in results.finished if results.run_of(name) is run]
+        names = [name for name in results.finished if results.find_run(name) is run]
         by_paper_arm = {find_paper_arm(results, name): name for name in reversed(names)}
         for one, other, source in PAPER_ORDER:
             if {one, other} <= by_paper_arm.keys():
@@ -263,7 +263,7 @@ def _build_order_table(results: Results) -> Table | None:
                 sources.append(source)
     if not claims:
         return None
-    table = build_claims_table(results, claims, results.measures(results.finished))
+    table = build_claims_table(results, claims, results.list_shared_measures(results.finished))
     headings = [table.headings[0], "in", *table.headings[1:]]
     rows = [[row[0], source, *row[1:]] for row, source in zip(table.rows, sources, strict=True)]
     return Table(headings, rows, [*table.notes, "The paper's own values are in the first table."])
@@ -293,14 +293,14 @@ def check_claim(results: Results, claim: tuple[str, str], difference: Difference
         sign = find_significant_sign(difference.interval, difference.p)
         verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[sign]
         return f"{verdict} at this seed" if sign and difference.seeds == 1 else verdict
-    failed = [name for name in claim if not results.done(name)]
+    failed = [name for name in claim if not results.finished_by_seed(name)]
     return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
 
 def _write_opening(results: Results, differences: Differences) -> str:
     """The arm with the highest reward and its significance, then the two compared arms with their numbers."""
-    names = [results.named(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
-    failed = [name for name in names if name in results.names and not results.done(name)]
+    names = [results.qualify_name(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
+    failed = [name for name in names if name in results.names and not results.finished_by_seed(name)]
     sentences = [*_describe_best_arm(results, differences), *_compare_two_arms(results, differences)]
     if failed:
         sentences.insert(1, f"{' and '.join(failed)} failed at every seed.")
@@ -313,16 +313,16 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
     if pair is None:
         name = results.finished[0]
         reward = format_interval(estimate_mean(results, name, "score"))
-        sample = describe_sample(results, list(results.done(name)))
+        sample = describe_sample(results, list(results.finished_by_seed(name)))
         only = "Only one arm finished" if len(results.finished) == 1 else "No two arms of the recipe finished"
         return [f"{only}: {name} has a mean reward of {reward} (95% interval {sample})."]
     one, other = pair
-    seeds = results.common_seeds(one, other)
+    seeds = results.list_common_seeds(one, other)
     if not seeds:
         return [f"{one} and {other} finished at no common seed, so they cannot be compared prompt by prompt."]
     texts = []
-    for key, name in results.measures(pair).items():
-        if results.comparable(key, one, other) != seeds:
+    for key, name in results.list_shared_measures(pair).items():
+        if results.list_comparable_seeds(key, one, other) != seeds:
             texts.append(f"{name} is not compared, because different models gave it")
             continue
         difference = differences.get(key, {}).get(pair) or compute_differences(results, [pair], key)[0]
@@ -335,7 +335,11 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
 
 def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
     """A sentence on the arm with the highest reward of three or more on one scale; none otherwise."""
-    complete = [name for name in results.plain if results.ran(name) == list(results.done(name)) == results.seeds]
+    complete = [
+        name
+        for name in results.plain
+        if results.list_run_seeds(name) == list(results.finished_by_seed(name)) == results.seeds
+    ]
     scales = [measure.names for measure in list_measures(results) if measure.key == "score"]
     if len(complete) < 3 or not any(set(complete) <= set(names) for names in scales):
         return []

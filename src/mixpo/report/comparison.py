@@ -42,10 +42,10 @@ def list_measures(results: Results) -> list[Measure]:
     measures = []
     for key, title in MEASURES.items():
         groups: list[list[str]] = []
-        for name in (name for name in results.finished if results.has([name], key)):
+        for name in (name for name in results.finished if results.have_column([name], key)):
             group = next((group for group in groups if _share_scale(results, key, group[0], name)), None)
             groups.append([name]) if group is None else group.append(name)
-        runs = [results.run_of(group[0]).name for group in groups]
+        runs = [results.find_run(group[0]).name for group in groups]
         owners = runs if len(set(runs)) == len(runs) else [group[0] for group in groups]
         titles = [title] if len(groups) == 1 else [f"{title} (model of {owner})" for owner in owners]
         measures += [Measure(key, *each) for each in zip(titles, groups, strict=True)]
@@ -54,10 +54,10 @@ def list_measures(results: Results) -> list[Measure]:
 
 def _share_scale(results: Results, key: str, one: str, other: str) -> bool:
     """True if one model scored both arms wherever both finished; without a common seed, whether they are of one run."""
-    seeds = results.common_seeds(one, other)
+    seeds = results.list_common_seeds(one, other)
     if not seeds:
-        return results.run_of(one) is results.run_of(other)
-    return results.comparable(key, one, other) == seeds
+        return results.find_run(one) is results.find_run(other)
+    return results.list_comparable_seeds(key, one, other) == seeds
 
 
 def estimate_mean(results: Results, name: str, key: str) -> Interval:
@@ -72,7 +72,7 @@ def compute_differences(results: Results, pairs: Sequence[tuple[str, str]], key:
     """Paired differences of a column, in the order of `pairs`, without those that have no comparable seed."""
     paired = []
     for one, other in pairs:
-        if seeds := results.comparable(key, one, other):
+        if seeds := results.list_comparable_seeds(key, one, other):
             paired.append((one, other, results.values(one, key, seeds) - results.values(other, key, seeds)))
     return estimate_differences(paired)
 
@@ -97,22 +97,22 @@ def format_interval(interval: Interval, spec: str = ".2f") -> str:
 
 def format_mean(results: Results, name: str, key: str) -> str:
     """An arm's mean with its interval and the number of its seeds where some failed; `failed` where all did."""
-    if not results.done(name):
+    if not results.finished_by_seed(name):
         return "failed"
     return format_interval(estimate_mean(results, name, key)) + note_missing_seeds(
-        results, len(results.done(name)), name
+        results, len(results.finished_by_seed(name)), name
     )
 
 
 def note_missing_seeds(results: Results, seeds: int, *names: str) -> str:
     """` (2 of 3 seeds)` where the arms ran at more seeds than this; empty otherwise."""
-    ran = len(results.ran(*names))
+    ran = len(results.list_run_seeds(*names))
     return f" ({seeds} of {format_count(ran, 'seed')})" if seeds < ran else ""
 
 
-def label_arm(results: Results, name: str) -> str:
+def format_arm_label(results: Results, name: str) -> str:
     """An arm's name, with the number of seeds at which it failed."""
-    ran, done = results.of(name), results.done(name)
+    ran, done = results.list_arm_results(name), results.finished_by_seed(name)
     return name if len(done) == len(ran) else f"{name} (failed at {len(ran) - len(done)} of {len(ran)} seeds)"
 
 
@@ -180,7 +180,7 @@ def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float,
     if arm not in results.names:
         return []
     section, _, last = key.partition(".")
-    points = {arm: results.run_of(arm).recipe[section].get(last)}
+    points = {arm: results.find_run(arm).recipe[section].get(last)}
     for result in results.arms:
         if result.arm == arm and list(result.changes) == [key]:
             points[result.name] = result.changes[key]
@@ -189,5 +189,5 @@ def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float,
 
 def list_swept_arms(results: Results, key: str) -> list[str]:
     """The arms of the recipe that have points in the sweep of one setting alone."""
-    plain = [name for name in results.names if not results.of(name)[0].changes]
+    plain = [name for name in results.names if not results.list_arm_results(name)[0].changes]
     return [arm for arm in plain if len(list_sweep_points(results, arm, key)) > 1]

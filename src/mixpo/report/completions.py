@@ -4,7 +4,7 @@ from mixpo.data.rows import as_messages
 from mixpo.experiments.results import Results, read_completions
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import format_count
-from mixpo.report.document import ArmCompletion, PromptCompletions, Turn
+from mixpo.report.document import ArmCompletion, PromptCompletions, PromptMessage
 
 MAX_PROMPTS = 256
 """Prompts in the report."""
@@ -18,7 +18,7 @@ def list_completions(results: Results) -> list[PromptCompletions]:
         return []
     prompts = []
     for i, row in enumerate(next(iter(rows.values()))[:MAX_PROMPTS]):
-        *earlier, last = [Turn(**message) for message in as_messages(row["prompt"])]
+        *earlier, last = [PromptMessage(**message) for message in as_messages(row["prompt"])]
         completions = [
             ArmCompletion(arm, own["completion"], own["score"], own.get("true_reward"), own.get("second_score"))
             for arm, own in ((arm, arm_rows[i]) for arm, arm_rows in rows.items())
@@ -29,7 +29,7 @@ def list_completions(results: Results) -> list[PromptCompletions]:
 
 def _choose_seed(results: Results) -> int:
     """The first seed at which most arms finished."""
-    return max(results.seeds, key=lambda seed: sum(seed in results.done(name) for name in results.finished))
+    return max(results.seeds, key=lambda seed: sum(seed in results.finished_by_seed(name) for name in results.finished))
 
 
 def write_opening(results: Results, prompts: list[PromptCompletions]) -> str:
@@ -41,7 +41,7 @@ def write_opening(results: Results, prompts: list[PromptCompletions]) -> str:
     text = f"Completions of {arms} for the first {format_count(len(prompts), 'test prompt')}, at seed {seed}"
     scores = [{completion.arm: completion.score for completion in prompt.completions} for prompt in prompts]
     pair = choose_compared_arms(results)
-    if pair is None or seed not in results.comparable("score", *pair):
+    if pair is None or seed not in results.list_comparable_seeds("score", *pair):
         return f"{text}."
     one, other = pair
     higher = sum(score[one] > score[other] for score in scores)

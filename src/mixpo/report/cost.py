@@ -10,7 +10,7 @@ from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results, Run, StageFolder, list_first, read_evaluation
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
-from mixpo.report.comparison import estimate_mean, format_interval, label_arm, list_measures, note_missing_seeds
+from mixpo.report.comparison import estimate_mean, format_arm_label, format_interval, list_measures, note_missing_seeds
 from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.traces import load_traces
 
@@ -21,7 +21,7 @@ GRID_POINTS = 65
 COST_HEADINGS = ("seconds", "tokens sampled", "tokens trained", "FLOPs", "peak memory (MiB)")
 
 
-def build_section(results: Results) -> Section | None:
+def build_cost_section(results: Results) -> Section | None:
     """The section with cost by arm, reward by cost, completions that MPO and PPO need, and cost by stage."""
     stages = {stage.key: stage for stage in results.stages}
     if not stages:
@@ -57,10 +57,10 @@ def _note_workers(results: Results) -> str:
 
 def _describe_best_of_n(results: Results) -> str:
     """A sentence on the tokens that best-of-n samples per prompt."""
-    best = results.first("best-of-n")
+    best = results.find_first_name("best-of-n")
     if best is None:
         return ""
-    summary = read_evaluation(next(iter(results.done(best).values())))
+    summary = read_evaluation(next(iter(results.finished_by_seed(best).values())))
     each = summary["cost"]["tokens_sampled"] / summary["prompts"]
     return f"best-of-n has its cost at every use: {each:,.0f} sampled tokens per prompt. "
 
@@ -75,7 +75,7 @@ def list_needed_stages(arm: ArmResult) -> list[str]:
 def _sum_costs(results: Results, name: str, stages: Mapping[str, StageFolder]) -> dict[int, dict[str, float]]:
     """An arm's costs by seed: sums over its stages, and their peak memory."""
     costs = {}
-    for seed, arm in results.done(name).items():
+    for seed, arm in results.finished_by_seed(name).items():
         parts = [stages[key].summary["cost"] for key in list_needed_stages(arm) if key in stages]
         total = {key: sum(float(cost[key]) for cost in parts) for key in SUMMED_COSTS}
         costs[seed] = {**total, MEMORY: max((float(cost[MEMORY]) for cost in parts), default=0.0)}
@@ -91,13 +91,13 @@ def _build_arm_table(results: Results, costs: Mapping[str, Mapping[str, float]])
         if name not in costs:
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
-        base = results.named(results.run_of(name), "sft")
-        seeds = results.comparable("score", name, base)
+        base = results.qualify_name(results.find_run(name), "sft")
+        seeds = results.list_comparable_seeds("score", name, base)
         ratio = ""
         if seeds and name != base and not name.endswith("best-of-n"):
             gain = crossed_interval(results.values(name, "score", seeds) - results.values(base, "score", seeds))
             ratio = _divide_by_cost(gain, (costs[name]["flops"] - costs[base]["flops"]) / unit)
-        rows.append([label_arm(results, name), *_format_costs(costs[name]), ratio])
+        rows.append([format_arm_label(results, name), *_format_costs(costs[name]), ratio])
     note = "The gain over SFT divided by the additional cost over SFT; intervals are of the gain."
     return Table(headings, rows, [note])
 
@@ -111,7 +111,7 @@ def _plot_all(results: Results, costs: Mapping[str, Mapping[str, float]]) -> lis
     for name in (name for name in results.plain if not name.endswith("best-of-n")):  # its cost is at every use
         flops = costs[name]["flops"] / 1e12
         reward = estimate_mean(results, name, "score")
-        points[name] = figures.Point(label_arm(results, name), figures.exact_interval(flops), reward)
+        points[name] = figures.Point(format_arm_label(results, name), figures.exact_interval(flops), reward)
     x = "model FLOPs (1e12), all stages of the arm"
     return [
         figures.plot_plane(own, name=f"reward-by-flops{f'-{i}' if i else ''}", x=x, y=measure.title)
@@ -123,7 +123,7 @@ def _plot_all(results: Results, costs: Mapping[str, Mapping[str, float]]) -> lis
 def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | None:
     """Completions that MPO's PPO samples until it reaches PPO's final reward (claim of the paper's v2)."""
     traces = {trace.arm: trace for trace in load_traces(results)}
-    one, other = results.named(run, "mpo"), results.named(run, "ppo")
+    one, other = results.qualify_name(run, "mpo"), results.qualify_name(run, "ppo")
     if not {one, other} <= traces.keys():
         return None
     seeds = [seed for seed in traces[one].seeds if seed in traces[other].seeds]
@@ -134,8 +134,10 @@ def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | N
         "score", ppo.num_points - 1
     )
     reached = estimate_crossing(mpo.completions_sampled, ahead)
-    completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.stages_of("Samples")}
-    pairs = np.mean([sum(completions_by_stage.get(key, 0) for key in results.done(one)[seed].needs) for seed in seeds])
+    completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.list_stages_of_kind("Samples")}
+    pairs = np.mean(
+        [sum(completions_by_stage.get(key, 0) for key in results.finished_by_seed(one)[seed].needs) for seed in seeds]
+    )
     text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions"
     text += note_missing_seeds(results, len(seeds), one, other)
     if np.isfinite(reached.mean):
@@ -218,7 +220,7 @@ def _write_opening(
     total = sum(stage.summary["cost"]["seconds"] for stage in results.stages)
     text = f"The {len(results.stages)} stages of all arms and seeds took {format_duration(total)}"
     for run in results.runs:
-        mpo, ppo = results.named(run, "mpo"), results.named(run, "ppo")
+        mpo, ppo = results.qualify_name(run, "mpo"), results.qualify_name(run, "ppo")
         if {mpo, ppo} <= costs.keys():
             ratio = _format_flops_ratio(by_seed[mpo], by_seed[ppo])
             text += (

@@ -15,11 +15,11 @@ from mixpo.report.comparison import (
     describe_difference,
     describe_sample,
     estimate_mean,
+    format_arm_label,
     format_difference,
     format_interval,
     format_mean,
     format_p_value,
-    label_arm,
     list_measures,
     list_sweep_points,
     list_swept_arms,
@@ -33,11 +33,11 @@ ROOT_SCALE_RATIO = 3.0
 """Largest over median KL from which the axis has a square root scale (the distance of Gao et al. 2022)."""
 
 
-def build_section(results: Results) -> Section | None:
+def build_distance_section(results: Results) -> Section | None:
     """The section with reward against KL, and the differences between arms at the same KL."""
     if not results.finished:
         return None
-    measures = results.measures(results.finished)
+    measures = results.list_shared_measures(results.finished)
     groups = []
     if planes := [figure for measure in list_measures(results) if (figure := _plot_plane(results, measure))]:
         groups.append(Group("Reward against KL from SFT", planes))
@@ -57,7 +57,7 @@ def build_section(results: Results) -> Section | None:
 def _plot_plane(results: Results, measure: Measure) -> Figure | None:
     points = [
         figures.Point(
-            label_arm(results, name),
+            format_arm_label(results, name),
             estimate_mean(results, name, "kl_from_sft"),
             estimate_mean(results, name, measure.key),
         )
@@ -90,7 +90,7 @@ def _plot_kl_coef_path(results: Results, key: str, label: str) -> Figure | None:
         arm: [
             figures.Point(f"{value:g}", estimate_mean(results, name, "kl_from_sft"), estimate_mean(results, name, key))
             for value, name in list_sweep_points(results, arm, "ppo.kl_coef")
-            if results.done(name)
+            if results.finished_by_seed(name)
         ]
         for arm in list_swept_arms(results, "ppo.kl_coef")
     }
@@ -121,15 +121,15 @@ def compare_at_equal_kl(results: Results) -> list[EqualKL]:
     The interval is of the difference to first order in all means of KL and reward, so it includes the uncertainty of
     the KL. An arm without a seed at which it and all points of the sweep finished is left out.
     """
-    measures = results.measures(results.finished)
+    measures = results.list_shared_measures(results.finished)
     comparisons = []
     for arm in results.plain:
-        run = results.run_of(arm)
-        rival, curve = results.named(run, "ppo"), _list_ppo_sweep(results, run)
+        run = results.find_run(arm)
+        rival, curve = results.qualify_name(run, "ppo"), _list_ppo_sweep(results, run)
         names = [name for _, name in curve]
-        if arm in (rival, results.named(run, "sft")):
+        if arm in (rival, results.qualify_name(run, "sft")):
             continue
-        if len(curve) > 1 and results.comparable("score", arm, *names):
+        if len(curve) > 1 and results.list_comparable_seeds("score", arm, *names):
             comparisons.append(_compare_one_at_equal_kl(results, arm, rival, curve, measures))
     for key in measures:
         reached = [comparison.differences for comparison in comparisons if key in comparison.differences]
@@ -141,8 +141,8 @@ def compare_at_equal_kl(results: Results) -> list[EqualKL]:
 def _list_ppo_sweep(results: Results, run: Run) -> list[tuple[float, str]]:
     return [
         point
-        for point in list_sweep_points(results, results.named(run, "ppo"), "ppo.kl_coef")
-        if results.done(point[1])
+        for point in list_sweep_points(results, results.qualify_name(run, "ppo"), "ppo.kl_coef")
+        if results.finished_by_seed(point[1])
     ]
 
 
@@ -150,7 +150,7 @@ def _compare_one_at_equal_kl(
     results: Results, arm: str, rival: str, curve: list[tuple[float, str]], measures: dict[str, str]
 ) -> EqualKL:
     names = [name for _, name in curve]
-    seeds = results.comparable("score", arm, *names)
+    seeds = results.list_comparable_seeds("score", arm, *names)
     kls = np.stack([results.values(name, "kl_from_sft", seeds) for name in [*names, arm]])
     means = kls.mean(axis=(1, 2))
     order = np.argsort(means[:-1])
@@ -217,16 +217,18 @@ def _build_equal_kl_table(equal: list[EqualKL]) -> Table:
 
 def _build_budget_table(results: Results) -> Table | None:
     budgets = {one.name: one for one in results.arms if list(one.changes) == ["ppo.kl_budget"]}
-    finished = [name for name in budgets if results.done(name)]
+    finished = [name for name in budgets if results.finished_by_seed(name)]
     if not finished:
         return None
     rivals = {
         name: other
         for name, one in budgets.items()
         for other, rival in budgets.items()
-        if rival.arm == results.named(results.run_of(name), "ppo") and rival.changes == one.changes and other != name
+        if rival.arm == results.qualify_name(results.find_run(name), "ppo")
+        and rival.changes == one.changes
+        and other != name
     }
-    measures = results.measures(finished)
+    measures = results.list_shared_measures(finished)
     differences = {
         key: {
             each.one: format_difference(results, each)
@@ -249,10 +251,10 @@ def _build_budget_table(results: Results) -> Table | None:
 
 
 def _write_opening(results: Results, equal: list[EqualKL]) -> str:
-    mpo = results.first("mpo")
+    mpo = results.find_first_name("mpo")
     one = next((one for one in equal if one.arm == mpo), equal[0] if equal else None)
     if one is None:
-        base = {results.named(run, "sft") for run in results.runs}
+        base = {results.qualify_name(run, "sft") for run in results.runs}
         kls = {n: float(results.values(n, "kl_from_sft").mean()) for n in results.plain if n not in base}
         if not kls:
             return "No arm of the recipe other than SFT finished, so there are no KLs to compare."
@@ -260,7 +262,7 @@ def _write_opening(results: Results, equal: list[EqualKL]) -> str:
         text = f"{far} ends {kls[far]:.2f} nats from SFT"
         if near != far:
             text = f"between {kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT"
-        points = [list_sweep_points(results, results.named(run, "ppo"), "ppo.kl_coef") for run in results.runs]
+        points = [list_sweep_points(results, results.qualify_name(run, "ppo"), "ppo.kl_coef") for run in results.runs]
         why = (
             "PPO's sweep of kl_coef has too few finished points to compare them at the same KL"
             if any(len(each) > 1 for each in points)
@@ -278,7 +280,9 @@ def _write_opening(results: Results, equal: list[EqualKL]) -> str:
         describe_difference(MEASURES[key], one.arm, one.rival, interval, p)
         for key, (interval, p) in one.differences.items()
     )
-    seeds = results.common_seeds(one.arm, *(name for _, name in _list_ppo_sweep(results, results.run_of(one.arm))))
+    seeds = results.list_common_seeds(
+        one.arm, *(name for _, name in _list_ppo_sweep(results, results.find_run(one.arm)))
+    )
     return (
         f"At equal KL, {texts}. {one.arm} ends {one.kl:.2f} nats from SFT, which PPO reaches at a kl_coef of about "
         f"{one.coef:.2g}; intervals are {describe_sample(results, seeds)}"

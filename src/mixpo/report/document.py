@@ -50,7 +50,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Turn:
+class PromptMessage:
     """One message of a prompt."""
 
     role: str
@@ -73,7 +73,7 @@ class PromptCompletions:
     """A test prompt and every arm's completion of it."""
 
     number: int
-    earlier_turns: Sequence[Turn]
+    earlier_turns: Sequence[PromptMessage]
     last_message: str
     completions: Sequence[ArmCompletion]
 

@@ -8,7 +8,13 @@ from mixpo.algorithms.intervals import Interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.comparisons import list_categories
 from mixpo.experiments.results import Results, list_first
-from mixpo.judge.outcomes import JudgeResult, Tally, compute_agreement, load_judge_results, tally_verdicts
+from mixpo.judge.outcomes import (
+    JudgeResult,
+    VerdictShares,
+    compute_agreement,
+    compute_verdict_shares,
+    load_judge_results,
+)
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import (
@@ -31,17 +37,17 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Row:
+class VerdictRow:
     """A row of a judge's table: its verdicts on two arms, on all prompts or on those of one category."""
 
     judged: JudgeResult
     category: str | None
-    tally: Tally
+    tally: VerdictShares
     p: float
     """The p of no difference, corrected for all rows of all judges."""
 
 
-def build_section(results: Results) -> Section | None:
+def build_judges_section(results: Results) -> Section | None:
     """The section with a table for every judge, and their agreement; None without judges."""
     judged = load_judge_results(results)
     if not judged:
@@ -50,18 +56,18 @@ def build_section(results: Results) -> Section | None:
     return Section("judges", "LLM judges", _write_opening(results, judged, rows), build_groups(judged, rows))
 
 
-def collect_rows(judged: Sequence[JudgeResult]) -> list[Row]:
+def collect_rows(judged: Sequence[JudgeResult]) -> list[VerdictRow]:
     """The rows of all judges that have a verdict."""
     tallies = []
     for one in judged:
         for category in (None, *list_categories([each.pair for each in one.verdicts])):
-            if (counts := tally_verdicts(one.filter_by_category(category))) is not None:
+            if (counts := compute_verdict_shares(one.filter_by_category(category))) is not None:
                 tallies.append((one, category, counts))
     corrected = correct_by_holm([counts.p for *_, counts in tallies])
-    return [Row(*each, p) for each, p in zip(tallies, corrected, strict=True)]
+    return [VerdictRow(*each, p) for each, p in zip(tallies, corrected, strict=True)]
 
 
-def build_groups(judged: Sequence[JudgeResult], rows: Sequence[Row]) -> list[Group]:
+def build_groups(judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> list[Group]:
     """A table for every judge, and the agreement of several."""
     names = label_judges(judged)
     seeds = len({one.seed for one in judged}) > 1
@@ -91,14 +97,14 @@ def label_judges(judged: Sequence[JudgeResult]) -> dict[Judge, str]:
 
 
 def _build_judge_group(
-    judge: Judge, name: str, judged: Sequence[JudgeResult], rows: Sequence[Row], seeds: bool
+    judge: Judge, name: str, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow], seeds: bool
 ) -> Group:
     headings = ["arms", "prompts", "win", "tie", "lose", "win − lose", "p"]
     headings += ["flips", "flips to the first", "longer wins", "win at equal length"]
     lines = []
     for row in rows:
         if row.judged.judge == judge:
-            counts, arms = row.tally, _pair(row.judged, seeds)
+            counts, arms = row.tally, _name_compared_arms(row.judged, seeds)
             shares = [counts.win, counts.tie, counts.lose, counts.difference]
             lines.append(
                 [
@@ -131,7 +137,7 @@ def _format_optional_interval(interval: Interval | None) -> str:
     return "" if interval is None else format_interval(interval)
 
 
-def _pair(one: JudgeResult, seeds: bool) -> str:
+def _name_compared_arms(one: JudgeResult, seeds: bool) -> str:
     return f"{one.arms[0]} vs {one.arms[1]}" + (f", seed {one.seed}" if seeds else "")
 
 
@@ -149,7 +155,7 @@ def _describe_excluded(one: JudgeResult, seeds: bool) -> str:
         if one.stale
         else "",
     ]
-    return f"{_pair(one, seeds)}: {'; '.join(filter(None, reasons))}." if any(reasons) else ""
+    return f"{_name_compared_arms(one, seeds)}: {'; '.join(filter(None, reasons))}." if any(reasons) else ""
 
 
 def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
@@ -158,7 +164,7 @@ def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str]
         both = [one for one in judged if (one.arms, one.seed) == pair]
         if len(both) < 2:
             continue
-        agreed, arms = compute_agreement(both), _pair(both[0], seeds)
+        agreed, arms = compute_agreement(both), _name_compared_arms(both[0], seeds)
         for one, other, count, kappa in agreed.kappas:
             rows.append(
                 [f"{names[one]} and {names[other]}", arms, str(count), _format_if_finite(kappa, format_number(kappa))]
@@ -172,7 +178,7 @@ def _format_if_finite(value: float, text: str) -> str:
     return NOT_ESTIMABLE if math.isnan(value) else text
 
 
-def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequence[Row]) -> str:
+def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> str:
     """The verdicts of at most three judges on the two compared arms."""
     whole = [row for row in rows if row.category is None]
     stale = sum(one.stale for one in judged)

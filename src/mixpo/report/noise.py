@@ -25,21 +25,21 @@ Levels = dict[str, dict[float, str]]
 """The name of the point, by arm and share of flipped labels."""
 
 
-def build_section(results: Results) -> Section | None:
+def build_noise_section(results: Results) -> Section | None:
     """The section with means by share of flipped labels, and their changes."""
     levels: Levels = {arm: dict(list_sweep_points(results, arm, KEY)) for arm in list_swept_arms(results, KEY)}
-    finished = [name for points in levels.values() for name in points.values() if results.done(name)]
+    finished = [name for points in levels.values() for name in points.values() if results.finished_by_seed(name)]
     if not finished:
         return None
     shares = sorted({share for points in levels.values() for share in points})
-    measures = results.measures(finished)
+    measures = results.list_shared_measures(finished)
     plots = [
         figures.plot_paths(
             {
                 arm: [
                     figures.Point("", figures.exact_interval(share), estimate_mean(results, name, key))
                     for share, name in points.items()
-                    if results.done(name)
+                    if results.finished_by_seed(name)
                 ]
                 for arm, points in levels.items()
             },
@@ -77,7 +77,7 @@ def estimate_change(
     if not {shares[0], shares[-1]} <= points.keys():
         return None
     first, last = points[shares[0]], points[shares[-1]]
-    seeds = results.comparable(key, first, last)
+    seeds = results.list_comparable_seeds(key, first, last)
     if not seeds:
         return None
     return crossed_interval(results.values(last, key, seeds) - results.values(first, key, seeds)), len(seeds)
@@ -101,11 +101,13 @@ def _write_opening(results: Results, levels: Levels, shares: list[float], measur
     if missing := [arm for arm in levels if arm not in changes]:
         parts.append(f"not measured at both shares: {', '.join(missing)}")
     paired = []
-    for mpo, rival in ((results.named(run, "mpo"), results.named(run, arm)) for run in results.runs for arm in RIVALS):
+    for mpo, rival in (
+        (results.qualify_name(run, "mpo"), results.qualify_name(run, arm)) for run in results.runs for arm in RIVALS
+    ):
         if mpo not in changes or rival not in changes:
             continue
         ends = [levels[arm][share] for arm in (mpo, rival) for share in (shares[-1], shares[0])]
-        if seeds := results.comparable(key, *ends):
+        if seeds := results.list_comparable_seeds(key, *ends):
             a, b, c, d = (results.values(name, key, seeds) for name in ends)
             paired.append((mpo, rival, (a - b) - (c - d)))
     for difference in estimate_differences(paired):

@@ -19,19 +19,21 @@ from mixpo.report.document import Group, Section, Table
 from mixpo.report.traces import Trace, load_traces
 
 
-def build_section(results: Results) -> Section | None:
+def build_overoptimisation_section(results: Results) -> Section | None:
     """The section with gains over SFT in both rewards, of every arm and along training."""
-    yardstick = next((key for key in ("true_reward", "second_score") if results.has(results.finished, key)), None)
+    yardstick = next(
+        (key for key in ("true_reward", "second_score") if results.have_column(results.finished, key)), None
+    )
     if yardstick is None:
         return None
     label = MEASURES[yardstick]
-    bases = {name: results.named(results.run_of(name), "sft") for name in results.plain}
+    bases = {name: results.qualify_name(results.find_run(name), "sft") for name in results.plain}
     points = [
         figures.Point(
             name, _estimate_gain(results, name, base, "score"), _estimate_gain(results, name, base, yardstick)
         )
         for name, base in bases.items()
-        if results.comparable("score", name, base)
+        if results.list_comparable_seeds("score", name, base)
     ]
     traces = load_traces(results)
     groups = []
@@ -83,12 +85,12 @@ def _list_divergences(results: Results, yardstick: str) -> tuple[int, int, list[
     cases = [
         (name, base, seed)
         for name in results.finished
-        if name != (base := results.named(results.run_of(name), "sft"))
-        for seed in results.comparable("score", name, base)
+        if name != (base := results.qualify_name(results.find_run(name), "sft"))
+        for seed in results.list_comparable_seeds("score", name, base)
     ]
     gains = [
         estimate_differences(
-            [(name, base, _difference(results, name, base, key, [seed])) for name, base, seed in cases]
+            [(name, base, _estimate_difference(results, name, base, key, [seed])) for name, base, seed in cases]
         )
         for key in ("score", yardstick)
     ]
@@ -110,18 +112,24 @@ def _is_divergence(reward: Difference, real: Difference) -> bool:
     return find_significant_sign(reward.interval, reward.p) > 0 > find_significant_sign(real.interval, real.p)
 
 
-def _difference(
+def _estimate_difference(
     results: Results, name: str, base: str, key: str, seeds: list[int]
 ) -> Float64[np.ndarray, "seeds prompts"]:
     return np.asarray(results.values(name, key, seeds) - results.values(base, key, seeds))
 
 
 def _estimate_gain(results: Results, name: str, base: str, key: str) -> Interval:
-    return crossed_interval(_difference(results, name, base, key, results.comparable("score", name, base)))
+    return crossed_interval(
+        _estimate_difference(results, name, base, key, results.list_comparable_seeds("score", name, base))
+    )
 
 
 def _note_missing_seeds(results: Results, name: str, base: str) -> str:
-    return note_missing_seeds(results, len(results.comparable("score", name, base)), name, base) if name != base else ""
+    return (
+        note_missing_seeds(results, len(results.list_comparable_seeds("score", name, base)), name, base)
+        if name != base
+        else ""
+    )
 
 
 def _build_trace_table(results: Results, traces: list[Trace], yardstick: str) -> Table:

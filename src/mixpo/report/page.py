@@ -31,18 +31,18 @@ from mixpo.report.document import Document, Section
 
 Format = Literal["html", "md", "csv", "json"]
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
-    arms.build_section,
-    reward_model.build_section,
-    selection.build_section,
-    distance.build_section,
-    overoptimisation.build_section,
-    judges.build_section,
-    people.build_section,
-    cost.build_section,
-    subsets.build_section,
-    noise.build_section,
-    theorem.build_section,
-    training.build_section,
+    arms.build_arms_section,
+    reward_model.build_reward_model_section,
+    selection.build_selection_section,
+    distance.build_distance_section,
+    overoptimisation.build_overoptimisation_section,
+    judges.build_judges_section,
+    people.build_people_section,
+    cost.build_cost_section,
+    subsets.build_subsets_section,
+    noise.build_noise_section,
+    theorem.build_theorem_section,
+    training.build_training_section,
 )
 
 
@@ -53,11 +53,11 @@ def build_document(results: Results) -> Document:
         ("arms", ", ".join(results.names)),
         ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds))),
     ]
-    facts += [("data", _describe_data(stage.summary)) for stage in results.stages_of("Data")]
+    facts += [("data", _describe_data(stage.summary)) for stage in results.list_stages_of_kind("Data")]
     facts += dict.fromkeys(
         (f"{stage.kind} rows", text)
         for kind in ("SFT", "RewardModel", "DPO")
-        for stage in results.stages_of(kind)
+        for stage in results.list_stages_of_kind(kind)
         if (text := _describe_excluded(stage.summary))
     )
     facts += [("models", f"{run.folder / 'models'}/ARM-SEED") for run in results.runs]
@@ -133,13 +133,13 @@ def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
     ]
     rows: list[list[Any]] = []
     for name in results.names:
-        done = results.done(name)
-        for arm in results.of(name):
+        done = results.finished_by_seed(name)
+        for arm in results.list_arm_results(name):
             if arm.seed not in done:
                 rows.append([name, arm.seed, "failed", None, *[None] * (3 * len(keys))])
                 continue
             means = [
-                float(results.values(name, key, [arm.seed]).mean()) if results.has([name], key) else None
+                float(results.values(name, key, [arm.seed]).mean()) if results.have_column([name], key) else None
                 for key in keys
             ]
             prompts = results.values(name, "score", [arm.seed]).size
@@ -147,7 +147,7 @@ def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
         if done:
             cells: list[float | None] = []
             for key in keys:
-                if results.has([name], key):
+                if results.have_column([name], key):
                     interval = estimate_mean(results, name, key)
                     bounds = interval.low, interval.high
                     cells += [interval.mean, *(None if math.isnan(bound) else bound for bound in bounds)]
@@ -155,8 +155,8 @@ def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
                     cells += [None, None, None]
             status = (
                 "done"
-                if len(done) == len(results.of(name))
-                else f"done at {len(done)} of {len(results.of(name))} seeds"
+                if len(done) == len(results.list_arm_results(name))
+                else f"done at {len(done)} of {len(results.list_arm_results(name))} seeds"
             )
             rows.append([name, "all", status, results.values(name, "score").shape[1], *cells])
     return columns, rows

@@ -14,7 +14,7 @@ from mixpo.study.plan import are_completions_unchanged
 ALL = "all prompts"
 
 
-def build_section(results: Results) -> Section | None:
+def build_people_section(results: Results) -> Section | None:
     """The section with the closed studies of the runs; None where no run has one.
 
     A study whose completions have changed since is excluded.
@@ -24,7 +24,7 @@ def build_section(results: Results) -> Section | None:
         if (found := load_findings(run.folder)) is None:
             continue
         name = f"{run.name}: " if len(results.runs) > 1 else ""
-        arms = results.named(run, found.arms[0]), results.named(run, found.arms[1])
+        arms = results.qualify_name(run, found.arms[0]), results.qualify_name(run, found.arms[1])
         drawn = {"seed": found.seed, "prompts": found.prompts, "draw": found.draw}
         if are_completions_unchanged(results, arms, **drawn, content=found.content):
             sentences.append(name + describe_study(found))

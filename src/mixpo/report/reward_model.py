@@ -17,9 +17,9 @@ from mixpo.stages.rows import read_table
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def build_section(results: Results) -> Section | None:
+def build_reward_model_section(results: Results) -> Section | None:
     """The section with every reward model, and figures of those of the first run's recipe over all seeds."""
-    stages = results.stages_of("RewardModel")
+    stages = results.list_stages_of_kind("RewardModel")
     if not stages:
         return None
     rows = []
@@ -97,7 +97,7 @@ def format_accuracy(judged: Mapping[str, Any]) -> str:
     return f"{judged['accuracy']:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures.Share]:
+def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures.BinShare]:
     """Accuracy by gap, over several seeds together."""
     pooled = []
     for bins in zip(*by_gap, strict=True):
@@ -105,7 +105,7 @@ def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[
         right = [one["count"] * one["interval"]["mean"] if one["interval"] else 0.0 for one in bins]
         low, high = bins[0]["low"], bins[0]["high"]
         label = f"≥{low:g}" if high is None else f"{low:g}–{high:g}"
-        pooled.append(figures.Share(label, sum(counts), share_interval(right, counts) if any(counts) else None))
+        pooled.append(figures.BinShare(label, sum(counts), share_interval(right, counts) if any(counts) else None))
     return pooled
 
 

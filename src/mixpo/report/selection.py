@@ -15,9 +15,9 @@ EXAMPLES = 3
 """Example pairs with the largest, and with the smallest gaps."""
 
 
-def build_section(results: Results) -> Section | None:
+def build_selection_section(results: Results) -> Section | None:
     """The section with every selection of the runs, and a figure of those of the first run's recipe over all seeds."""
-    stages = results.stages_of("Selection")
+    stages = results.list_stages_of_kind("Selection")
     if not stages:
         return None
     parts = {
@@ -68,7 +68,7 @@ def build_section(results: Results) -> Section | None:
 def _find_samples(results: Results, selection: StageFolder) -> StageFolder:
     """The samples that a selection splits, found through an arm that needs both."""
     keys = next(arm.stages for arm in results.arms if selection.key in arm.stages)
-    return next(stage for stage in results.stages_of("Samples") if stage.key in keys)
+    return next(stage for stage in results.list_stages_of_kind("Samples") if stage.key in keys)
 
 
 def _count_labels(rows: list[dict[str, Any]]) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.arms import PAPER_ORDER, build_claims_table
-from mixpo.report.comparison import estimate_mean, join_names, label_arm
+from mixpo.report.comparison import estimate_mean, format_arm_label, join_names
 from mixpo.report.document import Group, Section
 
 METHODS = {"DPO": ("dpo-easy", "dpo-hard", "dpo"), "PPO": ("ppo-easy", "ppo-hard", "ppo")}
@@ -11,7 +11,7 @@ SUBSETS = ("easy", "hard", "all")
 CLAIMS = tuple((one, other) for one, other, where in PAPER_ORDER if where == "Figure 4")
 
 
-def build_section(results: Results) -> Section | None:
+def build_subsets_section(results: Results) -> Section | None:
     """The section with Figure 4 in every measure, for the methods that ran on two subsets or more."""
     methods: dict[str, list[tuple[str, str]]] = {}
     claims: list[tuple[str, str]] = []
@@ -20,18 +20,18 @@ def build_section(results: Results) -> Section | None:
             arms_by_subset = [
                 (subset, name)
                 for subset, arm in zip(SUBSETS, arms, strict=True)
-                if (name := results.named(run, arm)) in results.names
+                if (name := results.qualify_name(run, arm)) in results.names
             ]
             if len(arms_by_subset) > 1:
-                methods[results.named(run, method)] = arms_by_subset
+                methods[results.qualify_name(run, method)] = arms_by_subset
                 names = {name for _, name in arms_by_subset}
                 for one, other in CLAIMS:
-                    claim = results.named(run, one), results.named(run, other)
+                    claim = results.qualify_name(run, one), results.qualify_name(run, other)
                     claims += [claim] if names.issuperset(claim) else []
-    finished = [name for own in methods.values() for _, name in own if results.done(name)]
+    finished = [name for own in methods.values() for _, name in own if results.finished_by_seed(name)]
     if not finished or not claims:
         return None
-    measures = results.measures(finished)
+    measures = results.list_shared_measures(finished)
     plots = [
         figures.plot_grouped_intervals(
             {
@@ -61,10 +61,10 @@ def build_section(results: Results) -> Section | None:
         f"{' (at one seed)' if len(results.seeds) == 1 else ''}."
     )
     failures = [
-        f"{label_arm(results, name)}."
+        f"{format_arm_label(results, name)}."
         for own in methods.values()
         for _, name in own
-        if label_arm(results, name) != name
+        if format_arm_label(results, name) != name
     ]
     note = "A smaller set means fewer steps: every arm makes the same number of passes over its own set."
     return Section(

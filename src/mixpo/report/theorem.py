@@ -33,17 +33,17 @@ class GradientMeasurement:
     @cached_property
     def columns(self) -> dict[str, Values]:
         """The columns of `gradients.parquet`, all seeds one after the other."""
-        rows = [row for seed in self.folders for row in self._rows[seed]]
+        rows = [row for seed in self.folders for row in self._rows_by_seed[seed]]
         return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
 
     @cached_property
-    def _rows(self) -> dict[int, list[dict[str, float]]]:
+    def _rows_by_seed(self) -> dict[int, list[dict[str, float]]]:
         return {seed: read_table(folder / "gradients.parquet") for seed, folder in self.folders.items()}
 
     def by_seed(self, values: Values) -> dict[int, Values]:
         """The values of a column, split by seed."""
-        ends = np.cumsum([len(rows) for rows in self._rows.values()])
-        return dict(zip(self._rows, np.split(values, ends[:-1]), strict=True))
+        ends = np.cumsum([len(rows) for rows in self._rows_by_seed.values()])
+        return dict(zip(self._rows_by_seed, np.split(values, ends[:-1]), strict=True))
 
     @property
     def log_ratio(self) -> Values:
@@ -75,12 +75,12 @@ class GradientMeasurement:
             return np.asarray(np.log(one - both) - np.log(other - both) - self.log_ratio)
 
     @property
-    def moves_both(self) -> Values:
+    def moves_both_as_intended(self) -> Values:
         """1 where a small step raises the chosen log-prob and lowers the rejected one."""
         return np.asarray(np.isfinite(self.log_step_ratio), np.float64)
 
 
-def build_section(results: Results) -> Section | None:
+def build_theorem_section(results: Results) -> Section | None:
     """The section with the ratios of Corollary 1, and the cancellation of gradients on easy and hard pairs."""
     measured = load_measurements(results)
     failures = [f"{what}: {why}" for what, why in list_failures(results)]
@@ -101,7 +101,7 @@ def build_section(results: Results) -> Section | None:
                 f"{np.abs(one.log_gradient_ratio - one.log_ratio).max():.0e}",
                 format_interval(average_over_pairs(list(one.by_seed(one.cosine).values()))),
                 format_interval(average_over_pairs(list(one.by_seed(one.remaining_norm).values()))),
-                _format_share(list(one.by_seed(one.moves_both).values())),
+                _format_share(list(one.by_seed(one.moves_both_as_intended).values())),
                 f"{np.exp(np.median(log_prob_ratio)):.2f}" if len(log_prob_ratio) else "",
             ]
         )
@@ -176,7 +176,7 @@ def build_section(results: Results) -> Section | None:
 def list_failures(results: Results) -> list[tuple[str, str]]:
     """The gradients that could not be measured, and the reasons."""
     return [
-        (f"gradients of {results.named(run, one.arm)} on {one.part} pairs (seed {one.seed})", one.reason)
+        (f"gradients of {results.qualify_name(run, one.arm)} on {one.part} pairs (seed {one.seed})", one.reason)
         for run in results.runs
         for one in run.gradients
         if one.reason
@@ -189,7 +189,7 @@ def load_measurements(results: Results) -> list[GradientMeasurement]:
     for run in results.runs:
         for one in run.gradients:
             if one.folder:
-                folders.setdefault((results.named(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
+                folders.setdefault((results.qualify_name(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
     return [GradientMeasurement(arm, part, places) for (arm, part), places in folders.items()]
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 
 from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results, read_columns, read_stage_metrics
-from mixpo.stages.engine import read_summary
+from mixpo.stages.stage_cache import read_summary
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_traces(results: Results) -> list[Trace]:
     """The traces of all arms that were evaluated along their training."""
     traces = []
     for name in results.plain:
-        arms = [arm for arm in results.done(name).values() if arm.trace and arm.evaluation]
+        arms = [arm for arm in results.finished_by_seed(name).values() if arm.trace and arm.evaluation]
         if arms:
             ppo = [
                 Path(next(place for key, place in reversed(arm.stages.items()) if key.startswith("PPO-")))

@@ -28,7 +28,7 @@ PLOTS: dict[str, dict[str, str]] = {
 """Plotted metrics by kind of stage: key in metrics.jsonl and title."""
 
 
-def build_section(results: Results) -> Section | None:
+def build_training_section(results: Results) -> Section | None:
     """The section with a figure for every metric that varies, and a line of one colour for every stage."""
     plain = [stage for stage in results.stages if stage.kind in PLOTS and stage.plain]
     seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
@@ -105,7 +105,7 @@ def _build_table(results: Results, kind: str) -> Table:
         "PPO": ("prompts", "steps", "score", "kl", "kl_from_sft", "entropy", "end_rate"),
     }
     summaries: dict[str, list[dict[str, float]]] = {}
-    for stage in results.stages_of(kind):
+    for stage in results.list_stages_of_kind(kind):
         summaries.setdefault(stage.arms[0], []).append(stage.summary)
     rows = []
     for arm, by_seed in summaries.items():

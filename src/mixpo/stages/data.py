@@ -42,7 +42,7 @@ from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
 from mixpo.stages.stage import DataStage, Part, PolicyStage, model_folder, write_summary
-from mixpo.training.record import Cost, append_jsonl, watcher
+from mixpo.training.record import Cost, append_jsonl, progress_listener
 from mixpo.training.runtime import Runtime
 
 
@@ -193,7 +193,7 @@ def _read_preferences(settings: DataSettings, name: str, split: str, check: Prom
     assert settings.format != "world"
     if not name.startswith("hub:"):
         return read_preferences(expand_path(name), settings.format, check)
-    dataset, data_dir = hub_parts(name)
+    dataset, data_dir = split_hub_name(name)
     return read_hub_preferences(
         dataset, settings.format, check, split=split, data_dir=data_dir, revision=settings.revision
     )
@@ -203,11 +203,11 @@ def _read_demonstrations(settings: DataSettings, name: str, check: PromptCheck) 
     """Read demonstrations from a file or a hub data set."""
     if not name.startswith("hub:"):
         return read_demonstrations(expand_path(name), check)
-    dataset, data_dir = hub_parts(name)
+    dataset, data_dir = split_hub_name(name)
     return read_hub_demonstrations(dataset, check, split="train", data_dir=data_dir, revision=settings.revision)
 
 
-def hub_parts(name: str) -> tuple[str, str | None]:
+def split_hub_name(name: str) -> tuple[str, str | None]:
     """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set's name and its folder, if any."""
     owner, *rest = name.removeprefix("hub:").split("/", 2)
     if not owner:
@@ -229,7 +229,7 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
     if settings.demonstrations:
         _refuse_empty("demonstrations", demonstrations, rows)
     if not test:
-        train, test = _hold_out(train, settings.test_share, settings.data_seed)
+        train, test = _split_off_rows(train, settings.test_share, settings.data_seed)
     before = len(train) + len(demonstrations)
     if settings.shared_prompts == "drop":
         train, demonstrations = _remove_prompts(train, test), _remove_prompts(demonstrations, test)
@@ -246,7 +246,7 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
                 f"data.second_rows: found {settings.second_rows} of {len(train)} train rows, which leaves none to "
                 "train on; expected fewer, or files of their own in data.second"
             )
-        train, second = _hold_out(train, settings.second_rows / len(train), settings.data_seed + 1)
+        train, second = _split_off_rows(train, settings.second_rows / len(train), settings.data_seed + 1)
     train = draw_subset(train, settings.train_rows, settings.data_seed)
     test = draw_subset(test, settings.test_rows, settings.data_seed)
     demonstrations = demonstrations or [Demonstration(row.prompt, row.chosen) for row in train]
@@ -273,7 +273,7 @@ def _refuse_empty(part: str, part_rows: Sequence[Preference] | Sequence[Demonstr
         )
 
 
-def _hold_out(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
+def _split_off_rows(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
     """Split rows by their prompts into two lists, the second with about `share` of them."""
     remedy = "add rows, or name held-out rows in data.test (for a second reward model in data.second)"
     keys = [prompt_key(row.prompt) for row in rows]
@@ -422,11 +422,11 @@ class Data(DataStage, DataSettings):
         """The human pairs of the second reward model."""
         return Part(stage=self, of="second")
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Read, validate and split the rows, and write a file for each part."""
         cost = Cost()
         tokenizer = load_tokenizer(model_folder(inputs["base"]))
-        rows, note = read_sources(self, tokenizer), watcher.get().note
+        rows, note = read_sources(self, tokenizer), progress_listener.get().on_message
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
         if rows.bad:
             (out / "bad_rows.jsonl").unlink(missing_ok=True)

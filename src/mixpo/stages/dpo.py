@@ -11,15 +11,15 @@ from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import Sampler
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_sequence_logprobs
-from mixpo.stages.rows import Pairs, name_sampler, read_pairs
+from mixpo.stages.rows import Pairs, format_sampler_name, read_pairs
 from mixpo.stages.stage import Part, PolicyStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, find_policy_alarms, mean_of_last_steps
+from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.record import Cost, append_jsonl, trim_jsonl
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
@@ -56,7 +56,7 @@ class DPO(PolicyStage, DPOSettings):
     reference: PolicyStage
     pairs: Part
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Train, and write `model/` and `samples.jsonl`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
@@ -105,7 +105,7 @@ class DPO(PolicyStage, DPOSettings):
 
         digest = save_model(lm, model_folder(out))
         rows = training.metrics.rows()
-        figures = {name: mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
+        figures = {name: compute_mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
         remedies = {
             "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
@@ -135,14 +135,14 @@ def _compute_reference_logprobs(
     compared with a forward pass. Raises RuntimeError if they differ.
     """
     policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
-    digest = model_digest(reference_folder)
-    same = digest == model_digest(policy_folder)
+    digest = compute_model_digest(reference_folder)
+    same = digest == compute_model_digest(policy_folder)
     reference = lm if same else freeze(load_policy(reference_folder, device=lm.device, precision=stage.precision))
-    stored = pairs.logprobs if pairs.sampler == name_sampler(digest, stage.precision) else None
+    stored = pairs.logprobs if pairs.sampler == format_sampler_name(digest, stage.precision) else None
     selected = draw_subset(range(len(pairs.prompts)), None if stored is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
     budget = runtime.microbatch_tokens
-    computed = resumable.score(
+    computed = resumable.score_completions(
         "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
     )
     if stored is None:
@@ -167,7 +167,7 @@ def _sample_probes(
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
     cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
-    texts = [lm.read_text(completion) for (completion,) in sampled.to_lists()]
+    texts = [lm.decode_completion(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
         out / "samples.jsonl",
         [

@@ -17,7 +17,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.tokens import tokenize_prompt
 from mixpo.data.world import true_reward
 from mixpo.models.adapters import freeze
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
 from mixpo.stages.rows import read_table, select_unique_prompts, write_table
@@ -62,21 +62,21 @@ class Evaluation(Stage, EvaluationSettings):
     chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample and score completions, compute their KL, and write `completions.parquet`."""
         device, cost = runtime.start().device, Cost()
         policy_folder, sft_folder = model_folder(inputs["policy"]), model_folder(inputs["sft"])
         lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
         unique_prompts = select_unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
         prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in unique_prompts]
-        from_sft = model_digest(policy_folder) == model_digest(sft_folder)
+        from_sft = compute_model_digest(policy_folder) == compute_model_digest(sft_folder)
         if self.best_of > 1 and not from_sft:
             raise InputError(
                 f"best_of: found {self.best_of} with another policy than SFT; expected SFT, of whose best of n alone "
                 "the KL is known; evaluate the policy with best_of=1"
             )
         resumable, budget = ResumableWork(out, cost), runtime.microbatch_tokens
-        completions, sampled_logprobs = resumable.sample(
+        completions, sampled_logprobs = resumable.sample_completions(
             runtime.make_sampler(),
             lm,
             prompts,
@@ -89,7 +89,7 @@ class Evaluation(Stage, EvaluationSettings):
         def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
             reward = freeze(load_reward_model(model_folder(reward_folder), device=device, precision=self.precision))
             reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
-            return resumable.score(name, compute_scores, reward, *reward_inputs, token_budget=budget)
+            return resumable.score_completions(name, compute_scores, reward, *reward_inputs, token_budget=budget)
 
         chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
         chooser_scores = compute_reward_scores("chooser", chooser)
@@ -103,12 +103,12 @@ class Evaluation(Stage, EvaluationSettings):
         else:
             logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
             sft = freeze(load_policy(sft_folder, device=device, precision=self.precision))
-            sft_logprobs = resumable.score(
+            sft_logprobs = resumable.score_completions(
                 "sft", compute_sequence_logprobs, sft, prompts, completions, token_budget=budget
             )
             kl = logprobs - sft_logprobs[:, 0]
 
-        texts = [lm.read_text(branches[0]) for branches in completions]
+        texts = [lm.decode_completion(branches[0]) for branches in completions]
         columns: dict[str, list[float]] = {
             "score": scores.double().tolist(),
             "kl_from_sft": kl.double().tolist(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixpo.algorithms.preference import dpo_gradients
-from mixpo.data.branches import pack
+from mixpo.data.branches import pack_branches
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.models.adapters import freeze
 from mixpo.models.language_model import LanguageModel
@@ -47,7 +47,7 @@ class Gradients(Stage):
     """Number of pairs with different completions, the same ones at every seed."""
     max_completion_tokens: int
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Compute the gradients of each pair and write `gradients.parquet`."""
         device, cost = runtime.start().device, Cost()
         lm = load_policy(model_folder(inputs["policy"]), device=device)
@@ -56,7 +56,7 @@ class Gradients(Stage):
         selected = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
         resumable, budget = ResumableWork(out, cost), runtime.microbatch_tokens
-        reference_logprobs = resumable.score(
+        reference_logprobs = resumable.score_completions(
             "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
         )
 
@@ -79,7 +79,7 @@ class Gradients(Stage):
 
         single = [[row] for row in range(len(prompts))]
         advance = report_progress(len(prompts))
-        rows = resumable.compute("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
+        rows = resumable.compute_rows("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
         write_table(out / "gradients.parquet", rows)
         write_summary(out, cost, pairs=len(rows))
         resumable.remove()
@@ -93,7 +93,7 @@ def _compute_gradients(
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     logprobs, gradients = [], []
     for completion in branches:
-        logprob = lm(pack([prompt], [[completion]]).to(lm.device), "logprobs").sum()
+        logprob = lm(pack_branches([prompt], [[completion]]).to(lm.device), "logprobs").sum()
         logprobs.append(float(logprob.detach()))
         parts = torch.autograd.grad(logprob, parameters)
         gradients.append(torch.cat([part.flatten() for part in parts]))

@@ -35,7 +35,7 @@ class LabelNoise(Stage, LabelNoiseSettings):
         """The pairs, some of them flipped."""
         return Part(stage=self, of="train")
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Flip labels and write `train.parquet`."""
         cost, rows = Cost(), read_preference_rows(inputs["pairs"])
         order = list(range(len(rows)))

@@ -1,7 +1,7 @@
 """PPO on any prompts, from any policy, with a KL penalty to any reference. Equation 3 of the paper.
 
-An iteration is `PPOTraining.roll_out` (sample, score, shape rewards, compute advantages) and then `PPOTraining.learn`
-(update policy and value). Every tensor of per-token numbers is [prompts, k, tokens].
+An iteration is `PPOTraining.roll_out` (sample, score, shape rewards, compute advantages) and then
+`PPOTraining.train_on` (update policy and value). Every tensor of per-token numbers is [prompts, k, tokens].
 """
 
 import time
@@ -26,17 +26,17 @@ from mixpo.algorithms.ppo import (
     shaped_rewards,
     value_loss,
 )
-from mixpo.data.branches import BranchBatch, pack, row_lengths, split_into_microbatches
+from mixpo.data.branches import BranchBatch, pack_branches, row_lengths, split_into_microbatches
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.adapters import add_lora
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.saving import save_model
-from mixpo.models.scoring import compute_output, compute_scores, compute_token_logprobs, retokenize
-from mixpo.stages.ppo_kl import check_kl, compute_kl_metrics
+from mixpo.models.scoring import compute_in_batches, compute_scores, compute_token_logprobs, retokenize
+from mixpo.stages.ppo_kl import check_kl_limits, compute_kl_metrics
 from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
 from mixpo.stages.ppo_settings import (
     PPOSettings,
@@ -48,7 +48,7 @@ from mixpo.stages.ppo_settings import (
 from mixpo.stages.rows import read_table, select_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
-from mixpo.training.health import emit_alarms, find_policy_alarms, mean_of_last_steps
+from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.parallel import ProcessGroup
 from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
 from mixpo.training.runtime import Runtime
@@ -69,14 +69,14 @@ class PPO(PolicyStage, PPOSettings):
     snapshots: int = pydantic.Field(0, ge=0)
     """Number of policies saved during training, at equal distances."""
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Train, and write `model/` and `completions.jsonl`, which has one completion of each iteration."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
         policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
         policy = load_policy(policy_folder, device=processes.device, precision=self.precision)
         frozen = load_frozen_models(self, inputs, policy)
-        starts_at_reference = model_digest(policy_folder) == model_digest(reference_folder)
+        starts_at_reference = compute_model_digest(policy_folder) == compute_model_digest(reference_folder)
         if self.lora:
             add_lora(policy, self.lora)
         models = make_actor_critic(self, inputs, policy, frozen.reward)
@@ -89,7 +89,7 @@ class PPO(PolicyStage, PPOSettings):
         checkpoint = Checkpoint(out, parts, every_minutes=runtime.checkpoint_minutes, processes=processes)
         first_step, extra = checkpoint.resume()
         if extra:
-            cost.resume(extra["cost"])
+            cost.restore(extra["cost"])
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
         trim_jsonl(out / "completions.jsonl", first_step)
         log = Metrics(out, resumed_at=first_step, processes=processes)
@@ -100,9 +100,9 @@ class PPO(PolicyStage, PPOSettings):
             rows = training.select_prompts(step)
             try:
                 rollout, metrics = training.roll_out(step, rows)
-                check_kl(self, metrics, step=step, starts_at_reference=starts_at_reference)
+                check_kl_limits(self, metrics, step=step, starts_at_reference=starts_at_reference)
                 weights.copy_to(last_good_weights)
-                metrics |= training.learn(step, rollout)
+                metrics |= training.train_on(step, rollout)
             except Diverged as error:
                 stopped = out / "stopped"
                 weights.load_state_dict(last_good_weights)
@@ -112,9 +112,9 @@ class PPO(PolicyStage, PPOSettings):
                     f"{suggest_against_divergence(self, training.updates_before, step)}; the last policy before that "
                     f"is in {stopped}"
                 ) from error
-            training.control_kl(metrics)
+            training.adapt_kl_penalty(metrics)
             metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
-            text = policy.read_text(rollout.completions.to_lists()[0][0])
+            text = policy.decode_completion(rollout.completions.to_lists()[0][0])
             append_jsonl(out / "completions.jsonl", [{"step": step, "prompt": prompts[rows[0]], "completion": text}])
             log.add(step, total, metrics)
             if step + 1 in snapshot_steps:
@@ -133,7 +133,7 @@ class PPO(PolicyStage, PPOSettings):
             steps=total,
             snapshots=snapshot_steps,
             alarms=emit_alarms(find_policy_alarms(metrics_rows, suggest_against_alarms(self))),
-            **{name: mean_of_last_steps(metrics_rows, name) for name in names},
+            **{name: compute_mean_of_last_steps(metrics_rows, name) for name in names},
         )
         checkpoint.remove()
 
@@ -150,7 +150,7 @@ class Rollout:
 
 
 class PPOTraining:
-    """Models, prompts, schedule and cost of PPO, and the two halves of its iteration: `roll_out` and `learn`."""
+    """Models, prompts, schedule and cost of PPO, and the two halves of its iteration: `roll_out` and `train_on`."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class PPOTraining:
         # Advantages
         values = returns = None
         if models.value is not None:
-            values = compute_output(models.value, prompts, completions, "values", token_budget=budget)
+            values = compute_in_batches(models.value, prompts, completions, "values", token_budget=budget)
             self.cost.count_scored(models.value.model, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
@@ -257,7 +257,7 @@ class PPOTraining:
             metrics["value_explained_variance"] = float(explained_variance(values, returns, mask))
         return Rollout(prompts, completions, advantages, values, returns), metrics
 
-    def learn(self, step: int, rollout: Rollout) -> dict[str, float]:
+    def train_on(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Update policy and value on a rollout; returns the mean metrics of the updates."""
         started = time.perf_counter()
         settings, models = self.settings, self.models
@@ -282,7 +282,7 @@ class PPOTraining:
         means = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in sorted(names)}
         return {**means, "updating_seconds": time.perf_counter() - started}
 
-    def control_kl(self, metrics: Mapping[str, float]) -> None:
+    def adapt_kl_penalty(self, metrics: Mapping[str, float]) -> None:
         """Adapt the KL coefficient of the next iteration, as kl_target or kl_budget demand."""
         settings, models = self.settings, self.models
         if settings.kl_target is not None:
@@ -325,7 +325,7 @@ class PPOTraining:
                 summed = summed_value if value_only else summed + summed_value
             return summed, metrics
 
-        return self._update(
+        return self._take_optimizer_step(
             policy, self.models.policy_optimizer, rollout, rows, compute_loss, number, settings.learning_rate
         )
 
@@ -340,7 +340,9 @@ class PPOTraining:
             self.cost.count_trained(value.model, batch.token_count)
             return self._sum_value_loss(value(batch, "values"), rollout, selected, batch.mask), {}
 
-        return self._update(value, optimizer, rollout, rows, compute_loss, number, self.settings.value_learning_rate)
+        return self._take_optimizer_step(
+            value, optimizer, rollout, rows, compute_loss, number, self.settings.value_learning_rate
+        )
 
     def _sum_value_loss(
         self, values: Tensor, rollout: Rollout, selected: list[int], mask: Bool[Tensor, "prompts k tokens"]
@@ -351,7 +353,7 @@ class PPOTraining:
         old_values, returns = (_select_rows(x, selected, mask) for x in (rollout.values, rollout.returns))
         return (value_loss(values, old_values, returns, clip=self.settings.value_clip) * mask).sum()
 
-    def _update(
+    def _take_optimizer_step(
         self,
         lm: LanguageModel,
         optimizer: torch.optim.Optimizer,
@@ -380,7 +382,7 @@ class PPOTraining:
         lengths = row_lengths(rollout.prompts, rollout.completions)
         for part in split_into_microbatches([lengths[row] for row in rows], self.microbatch_tokens):
             selected = [rows[index] for index in part]
-            batch = pack(rollout.prompts, rollout.completions, selected, share_prompt=lm.shares_prompts)
+            batch = pack_branches(rollout.prompts, rollout.completions, selected, share_prompt=lm.shares_prompts)
             yield batch.to(lm.device), selected
 
 

@@ -33,7 +33,9 @@ def compute_kl_metrics(
     }
 
 
-def check_kl(settings: PPOSettings, metrics: Mapping[str, float], *, step: int, starts_at_reference: bool) -> None:
+def check_kl_limits(
+    settings: PPOSettings, metrics: Mapping[str, float], *, step: int, starts_at_reference: bool
+) -> None:
     """Raise if the KL exceeds `max_kl`, or if it is not 0 at step 0 although the policy starts as its reference."""
     if step == 0 and starts_at_reference and metrics["kl_abs_per_token"] > STEP_0_KL[settings.precision]:
         raise RuntimeError(

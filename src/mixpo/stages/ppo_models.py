@@ -10,10 +10,10 @@ from torch import nn
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import add_lora, freeze
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.models.loading import load_policy, load_reward_model, new_reward_model
-from mixpo.models.tokenizers import tokenize_alike
+from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
+from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.stage import model_folder
 from mixpo.training.checkpoint import Stateful, TrainableWeights
@@ -76,10 +76,10 @@ def load_frozen_models(settings: PPOSettings, inputs: Mapping[str, Path], policy
     options = LoadOptions(device=policy.device, precision=settings.precision)
     reference_folder, sft_folder = model_folder(inputs["reference"]), model_folder(inputs["sft"])
     reference = sft = freeze(load_policy(reference_folder, **options))
-    if model_digest(reference_folder) != model_digest(sft_folder):
+    if compute_model_digest(reference_folder) != compute_model_digest(sft_folder):
         sft = freeze(load_policy(sft_folder, **options))
     for name, model in (("reference", reference), ("sft", sft)):
-        if not tokenize_alike(model.tokenizer, policy.tokenizer):
+        if not have_same_tokenization(model.tokenizer, policy.tokenizer):
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
     return FrozenModels(reference, sft, freeze(load_reward_model(model_folder(inputs["reward"]), **options)))
 
@@ -95,9 +95,9 @@ def make_actor_critic(
             value = policy
             policy.value_head = _make_value_head(policy)
         elif settings.value_init == "policy":
-            value = new_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **options)
+            value = initialize_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **options)
         else:
-            if not tokenize_alike(reward.tokenizer, policy.tokenizer):
+            if not have_same_tokenization(reward.tokenizer, policy.tokenizer):
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"

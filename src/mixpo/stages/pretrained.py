@@ -11,16 +11,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.sources import content_digest, expand_path
+from mixpo.data.sources import compute_content_digest, expand_path
 from mixpo.data.templates import write_arguments_into_template
 from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
-from mixpo.models.digests import model_digest, model_files
+from mixpo.models.digests import compute_model_digest, list_model_files
 from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
-from mixpo.models.loading import load_policy, new_reward_model
-from mixpo.models.sources import new_world_model, read_gguf, read_gguf_tokenizer, read_hub_model, resolve_package_file
+from mixpo.models.loading import initialize_reward_model, load_policy
+from mixpo.models.sources import (
+    initialize_world_model,
+    read_gguf,
+    read_gguf_tokenizer,
+    read_hub_model,
+    resolve_package_file,
+)
 from mixpo.settings import Settings
 from mixpo.stages.stage import PolicyStage, model_folder, write_summary
-from mixpo.training.record import Cost, watcher
+from mixpo.training.record import Cost, progress_listener
 from mixpo.training.runtime import Runtime
 
 
@@ -71,13 +77,13 @@ class Pretrained(PolicyStage, PretrainedSettings):
         if path == "world":
             return values
         if path.startswith("package:"):
-            return {**values, "content": content_digest([resolve_package_file(path)])}
+            return {**values, "content": compute_content_digest([resolve_package_file(path)])}
         local = expand_path(path)
         if path.endswith(".gguf"):
-            return {**values, "content": content_digest([local])}
+            return {**values, "content": compute_content_digest([local])}
         if local.is_dir():
             with explain_loading_errors(local):
-                digest = model_digest(local)
+                digest = compute_model_digest(local)
             _check_folder(
                 local,
                 digest,
@@ -99,22 +105,22 @@ class Pretrained(PolicyStage, PretrainedSettings):
         local = expand_path(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write `model/`, and verify that policy and reward models can be loaded from it."""
         device, cost, model = runtime.start().device, Cost(), model_folder(out)
         local = expand_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:
             model.mkdir(exist_ok=True)
-            for file in model_files(local):
+            for file in list_model_files(local):
                 shutil.copy2(file, model)
         else:
             network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
             tokenizer.save_pretrained(model)
         self._write_template(model)
         load_policy(model, device=device)
-        new_reward_model(model, seed=0, device=device)
-        write_summary(out, cost, model=model_digest(model))
+        initialize_reward_model(model, seed=0, device=device)
+        write_summary(out, cost, model=compute_model_digest(model))
 
     def _write_template(self, model: Path) -> None:
         """Write the chat template and the special-tokens setting into the model's folder, if they differ from it."""
@@ -128,7 +134,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
     def _load(self, local: Path) -> tuple[Any, Any]:
         """Load the model and its tokenizer; None for the model if a folder's files can be copied unchanged."""
         if self.path == "world":
-            return new_world_model(self.init_seed)
+            return initialize_world_model(self.init_seed)
         if self.path.startswith("package:"):
             return read_gguf(resolve_package_file(self.path))
         if self.path.endswith(".gguf"):
@@ -139,7 +145,9 @@ class Pretrained(PolicyStage, PretrainedSettings):
             return load_weights(_read_folder(local, self.chat_template, self.template_arguments)), load_tokenizer(local)
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
-            watcher.get().note(f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it")
+            progress_listener.get().on_message(
+                f"{self.path} is read as it is today; model.revision=COMMIT keeps to one state of it"
+            )
         return network, load_tokenizer(self.path, self.revision)
 
 
@@ -147,7 +155,7 @@ def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -
     """Read the tokenizer that the stages will use, with the template settings applied; no weights are read."""
     path = settings.path
     if path == "world":
-        tokenizer = new_world_model(settings.init_seed)[1]
+        tokenizer = initialize_world_model(settings.init_seed)[1]
     elif path.startswith("package:") or path.endswith(".gguf"):
         file = resolve_package_file(path) if path.startswith("package:") else expand_path(path)
         tokenizer = read_gguf_tokenizer(file)

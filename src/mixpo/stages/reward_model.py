@@ -16,12 +16,12 @@ from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import split_by_prompt
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
-from mixpo.models.loading import load_reward_model, new_reward_model
+from mixpo.models.loading import initialize_reward_model, load_reward_model
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, find_reward_model_alarms, mean_of_last_steps
+from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_reward_model_alarms
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums
@@ -60,12 +60,14 @@ class RewardModel(RewardStage, RewardModelSettings):
     data: DataStage
     """Data with the test pairs that are scored at the end."""
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Train, and write `model/` and the scores of validation and test pairs."""
         processes, cost = runtime.start(), Cost()
         device = processes.device
         torch.manual_seed(self.seed)
-        lm = new_reward_model(model_folder(inputs["policy"]), seed=self.seed, device=device, precision=self.precision)
+        lm = initialize_reward_model(
+            model_folder(inputs["policy"]), seed=self.seed, device=device, precision=self.precision
+        )
         if self.lora:
             add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
@@ -128,7 +130,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             accuracies[name] = _summarize_scores(scores)
         accuracies["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = accuracies["test"]["accuracy"], accuracies["test"]["accuracy_interval"]
-        train_accuracy = mean_of_last_steps(training.metrics.rows(), "accuracy")
+        train_accuracy = compute_mean_of_last_steps(training.metrics.rows(), "accuracy")
         write_summary(
             out,
             cost,

@@ -13,7 +13,7 @@ from mixpo.data.rows import Prompt, prompt_key
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import tokenize_prompt, tokenize_row
 from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.training.record import watcher
+from mixpo.training.record import progress_listener
 
 SAMPLER = b"mixpo.sampler"
 """Key of the Parquet metadata that names the model that sampled the completions."""
@@ -26,7 +26,7 @@ class Pairs:
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     sampler: str | None
-    """`name_sampler` of the model that sampled the completions; None for human pairs."""
+    """`format_sampler_name` of the model that sampled the completions; None for human pairs."""
     logprobs: list[list[float]] | None
     """Sequence log-probs of both from sampling; None for human pairs."""
     prompt_texts: list[Prompt]
@@ -50,20 +50,20 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | None = None) -> None:
-    """Write rows to a Parquet file, with their `name_sampler` if they were sampled."""
+    """Write rows to a Parquet file, with their `format_sampler_name` if they were sampled."""
     table = pa.Table.from_pylist(list(rows))
     if sampler is not None:
         table = table.replace_schema_metadata({SAMPLER: sampler})
     pq.write_table(table, path)
 
 
-def name_sampler(digest: str, precision: Precision) -> str:
+def format_sampler_name(digest: str, precision: Precision) -> str:
     """Name the model and precision that completions and their log-probs are sampled with."""
     return f"{digest} {precision}"
 
 
-def read_sampler(path: Path) -> str | None:
-    """Read the `name_sampler` of a file's completions; None for human pairs."""
+def read_sampler_name(path: Path) -> str | None:
+    """Read the `format_sampler_name` of a file's completions; None for human pairs."""
     metadata = pq.read_schema(path).metadata or {}
     return metadata[SAMPLER].decode() if SAMPLER in metadata else None
 
@@ -95,11 +95,13 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
         )
     report_truncation(path.stem, truncated, 2 * len(rows), max_completion_tokens)
     if identical := len(rows) - len(different):
-        watcher.get().note(f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same")
+        progress_listener.get().on_message(
+            f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same"
+        )
     return Pairs(
         [tokens[row][0] for row in different],
         [tokens[row][1] for row in different],
-        read_sampler(path),
+        read_sampler_name(path),
         [logprobs[row] for row in different] if logprobs else None,
         [rows[row]["prompt"] for row in different],
         truncated,
@@ -108,9 +110,9 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
 
 
 def report_truncation(name: str, truncated: int, total: int, limit: int) -> None:
-    """Report the number of cut completions to the watcher, if there are any."""
+    """Report the number of cut completions to the listener, if there are any."""
     if truncated:
-        watcher.get().note(
+        progress_listener.get().on_message(
             f"{name}: {truncated} of {total} completions ({truncated / total:.0%}) are cut to max_completion_tokens "
             f"{limit} and have no end token"
         )

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from mixpo.algorithms.selection import order_by_score, score_gaps
+from mixpo.algorithms.selection import compute_score_gaps, order_by_score
 from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.adapters import freeze
-from mixpo.models.digests import model_digest
+from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import compute_scores, retokenize
-from mixpo.stages.rows import name_sampler, read_table, select_unique_prompts, write_table
+from mixpo.stages.rows import format_sampler_name, read_table, select_unique_prompts, write_table
 from mixpo.stages.stage import (
     Part,
     PolicyStage,
@@ -58,7 +58,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
         """All scored pairs."""
         return Part(stage=self, of="pairs")
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Sample and score completions, and write `pairs.parquet`."""
         device, cost = runtime.start().device, Cost()
         lm = freeze(load_policy(model_folder(inputs["policy"]), device=device, precision=self.precision))
@@ -66,7 +66,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
         unique_prompts = select_unique_prompts(read_table(inputs["rows"]), self.prompts)
         prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in unique_prompts]
         resumable = ResumableWork(out, cost)
-        completions, logprobs = resumable.sample(
+        completions, logprobs = resumable.sample_completions(
             runtime.make_sampler(),
             lm,
             prompts,
@@ -80,14 +80,18 @@ class Samples(ScoredPairsStage, SamplesSettings):
         )
         reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
         budget = runtime.microbatch_tokens
-        scores = resumable.score("scores", compute_scores, reward, *reward_inputs, token_budget=budget).double().numpy()
+        scores = (
+            resumable.score_completions("scores", compute_scores, reward, *reward_inputs, token_budget=budget)
+            .double()
+            .numpy()
+        )
         identical = np.array([first == second for first, second in completions])
-        gaps = np.where(identical, 0.0, score_gaps(scores))
+        gaps = np.where(identical, 0.0, compute_score_gaps(scores))
         rows = [
             {
                 "prompt": prompt,
                 "gap": gap,
-                "completions": [lm.read_text(tokens[branch]) for branch in order],
+                "completions": [lm.decode_completion(tokens[branch]) for branch in order],
                 "tokens": [tokens[branch] for branch in order],
                 "logprobs": [token_logprobs[branch] for branch in order],
                 "scores": [pair_scores[branch] for branch in order],
@@ -102,7 +106,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
                 strict=True,
             )
         ]
-        sampler = name_sampler(model_digest(model_folder(inputs["policy"])), self.precision)
+        sampler = format_sampler_name(compute_model_digest(model_folder(inputs["policy"])), self.precision)
         write_table(out / "pairs.parquet", rows, sampler=sampler)
         write_summary(
             out,

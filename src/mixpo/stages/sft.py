@@ -15,7 +15,7 @@ from mixpo.models.loading import load_policy
 from mixpo.models.saving import save_model
 from mixpo.stages.rows import report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
-from mixpo.training.health import emit_alarms, find_loss_alarms, mean_of_last_steps
+from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_loss_alarms
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums, suggest_remedies
@@ -39,7 +39,7 @@ class SFT(PolicyStage, SFTSettings):
     base: PolicyStage
     data: DataStage
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Train, and write `model/`."""
         processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
@@ -80,7 +80,7 @@ class SFT(PolicyStage, SFTSettings):
             rows=len(rows),
             steps=total,
             alarms=emit_alarms(find_loss_alarms(metrics, remedies)),
-            loss=mean_of_last_steps(metrics, "loss"),
+            loss=compute_mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )
         training.checkpoint.remove()

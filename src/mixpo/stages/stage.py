@@ -19,8 +19,8 @@ SUMMARY = "summary.json"
 class Stage(IdentifiedModel):
     """A node of an experiment's graph; equal stages are computed once.
 
-    Its identity is its settings, the identities of its input stages and the content of the data it reads. `work` reads
-    the folders of the input stages and writes its own. A folder with `summary.json`, written last, is complete.
+    Its identity is its settings, the identities of its input stages and the content of the data it reads. `compute`
+    reads the folders of the input stages and writes its own. A folder with `summary.json`, written last, is complete.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -45,7 +45,7 @@ class Stage(IdentifiedModel):
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
-    def work(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Compute the stage from `inputs` (as returned by `paths`) and write the folder `out`."""
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mixpo.training.record import watcher
+from mixpo.training.record import progress_listener
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -10,7 +10,7 @@ LEARNT_ACCURACY = 0.6
 """Accuracy on pairs from which a reward model counts as better than chance."""
 
 
-def mean_of_last_steps(rows: Rows, name: str) -> float | None:
+def compute_mean_of_last_steps(rows: Rows, name: str) -> float | None:
     """Mean of a metric over the last tenth of the steps that have it; None if no step has it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
@@ -23,12 +23,12 @@ def find_policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
     `remedies` are the stage's settings to change, by the name of the metric.
     """
     alarms = []
-    end_rate = mean_of_last_steps(rows, "end_rate")
+    end_rate = compute_mean_of_last_steps(rows, "end_rate")
     if end_rate is None:
-        end_rate = mean_of_last_steps(rows, "sampled_end_rate")
+        end_rate = compute_mean_of_last_steps(rows, "sampled_end_rate")
     if end_rate is not None and end_rate < 0.5:
         alarms.append(f"only {end_rate:.0%} of the completions end by themselves: try {remedies['end_rate']}")
-    distinct = mean_of_last_steps(rows, "distinct")
+    distinct = compute_mean_of_last_steps(rows, "distinct")
     if distinct is not None and distinct < 0.5:
         alarms.append(
             f"only {distinct:.0%} of the completions differ: the policy collapsed; try {remedies['distinct']}"
@@ -37,10 +37,10 @@ def find_policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
         ("entropy", 0.2, "the policy hardly varies"),
         ("score_std", 0.1, "all completions score alike"),
     ):
-        first, last = _first_value(rows, name), mean_of_last_steps(rows, name)
+        first, last = _first_value(rows, name), compute_mean_of_last_steps(rows, name)
         if first and last is not None and last < share * first:
             alarms.append(f"{name} fell from {first:.3g} to {last:.3g}: {text}; try {remedies[name]}")
-    first, last = _first_value(rows, "completion_tokens"), mean_of_last_steps(rows, "completion_tokens")
+    first, last = _first_value(rows, "completion_tokens"), compute_mean_of_last_steps(rows, "completion_tokens")
     if first and last is not None and last > 2 * first:
         alarms.append(
             f"completions grew from {first:.0f} to {last:.0f} tokens: the reward may be for length; try "
@@ -54,7 +54,7 @@ def find_loss_alarms(rows: Rows, remedies: Sequence[str]) -> list[str]:
 
     Losses that are not finite stop the stage and need no alarm.
     """
-    first, last = _first_value(rows, "loss"), mean_of_last_steps(rows, "loss")
+    first, last = _first_value(rows, "loss"), compute_mean_of_last_steps(rows, "loss")
     if first is None or last is None or last <= first + 1:
         return []
     return [f"the loss rose from {first:.3g} to {last:.3g}: training diverged; try {' or '.join(remedies)}"]
@@ -80,9 +80,9 @@ def find_reward_model_alarms(accuracy: float, low: float, *, train_accuracy: flo
 
 
 def emit_alarms(alarms: Sequence[str]) -> list[str]:
-    """Send alarms to the watcher, and return them for the stage's summary."""
+    """Send alarms to the listener, and return them for the stage's summary."""
     for alarm in alarms:
-        watcher.get().note(f"alarm: {alarm}")
+        progress_listener.get().on_message(f"alarm: {alarm}")
     return list(alarms)
 
 

@@ -21,7 +21,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """True for the process that writes the stage's files and reports to the watcher."""
+        """True for the process that writes the stage's files and reports to the listener."""
         return self.rank == 0
 
     def share(self, rows: Sequence[int]) -> Sequence[int]:

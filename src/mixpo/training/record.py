@@ -1,4 +1,4 @@
-"""Records of a running stage: metrics of each step, cost, and messages to a watcher."""
+"""Records of a running stage: metrics of each step, cost, and messages to a listener."""
 
 import json
 import math
@@ -16,37 +16,37 @@ from mixpo.training import memory
 from mixpo.training.parallel import ProcessGroup
 
 
-class Watcher(Protocol):
+class ProgressListener(Protocol):
     """A receiver of a stage's progress, such as the command line's progress bars."""
 
-    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of the last of `done` finished steps out of `total`."""
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Receive a message of one line."""
 
 
-class NullWatcher:
-    """A watcher that ignores everything."""
+class NullListener:
+    """A listener that ignores everything."""
 
-    def step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Ignore progress."""
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Ignore a message."""
 
 
-watcher: ContextVar[Watcher] = ContextVar("watcher", default=NullWatcher())  # noqa: B039
+progress_listener: ContextVar[ProgressListener] = ContextVar("progress_listener", default=NullListener())  # noqa: B039
 
 
 def report_progress(total: int) -> Callable[[int], None]:
-    """Return a function that adds to a count of finished items and reports it to the watcher, out of `total`."""
+    """Return a function that adds to a count of finished items and reports it to the listener, out of `total`."""
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        watcher.get().step(done, total, {})
+        progress_listener.get().on_step(done, total, {})
 
     return advance
 
@@ -81,12 +81,12 @@ class Metrics:
         trim_jsonl(self.path, resumed_at)
 
     def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step (counted from 0) and report them to the watcher."""
+        """Append the metrics of a step (counted from 0) and report them to the listener."""
         if not self.processes.is_main:
             return
         with self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **_replace_non_finite(metrics)}) + "\n")
-        watcher.get().step(step + 1, total, metrics)
+        progress_listener.get().on_step(step + 1, total, metrics)
 
     def rows(self) -> list[dict[str, float]]:
         """Read all lines."""
@@ -104,7 +104,7 @@ class Cost:
         self.flops = 0.0
         self._start = time.perf_counter()
 
-    def resume(self, spent: Mapping[str, float]) -> None:
+    def restore(self, spent: Mapping[str, float]) -> None:
         """Set the counts to those of a checkpoint; seconds since the start of this process are added to its seconds."""
         for name, value in spent.items():
             setattr(self, name, value)

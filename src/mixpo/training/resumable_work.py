@@ -44,9 +44,9 @@ class ResumableWork:
             self.seconds[line["name"]] += line.get("seconds", 0.0)  # of an earlier version
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
         if self.lines:
-            cost.resume(self.lines[-1]["cost"])
+            cost.restore(self.lines[-1]["cost"])
 
-    def compute(
+    def compute_rows(
         self,
         name: str,
         portions: Iterable[Sequence[int]],
@@ -54,7 +54,7 @@ class ResumableWork:
         *,
         advance: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Compute the results of all rows, in the order of rows; `work` computes those that are not saved yet.
+        """Compute the results of all rows, in the order of rows; `compute` computes those that are not saved yet.
 
         `name` identifies the computation within the stage. Results must be JSON values. `advance` is called with the
         number of rows of each finished portion.
@@ -79,7 +79,7 @@ class ResumableWork:
                 advance(len(portion))
         return [results[row] for row in sorted(results)]
 
-    def sample(
+    def sample_completions(
         self,
         sampler: Sampler,
         lm: LanguageModel,
@@ -103,10 +103,10 @@ class ResumableWork:
         occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
         portions = split_into_microbatches(lengths, max(1, portion_tokens // k), padded=True)
-        results = self.compute("sampled", portions, sample_rows, advance=report_progress(len(prompts)))
+        results = self.compute_rows("sampled", portions, sample_rows, advance=report_progress(len(prompts)))
         return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
-    def score(
+    def score_completions(
         self,
         name: str,
         compute: Callable[..., Float[Tensor, "prompts k"]],
@@ -126,7 +126,7 @@ class ResumableWork:
             return numbers.tolist()
 
         portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
-        return torch.tensor(self.compute(name, portions, score_rows))
+        return torch.tensor(self.compute_rows(name, portions, score_rows))
 
     def remove(self) -> None:
         """Delete the saved results of a complete stage."""

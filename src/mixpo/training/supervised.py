@@ -8,7 +8,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from mixpo.data.branches import BranchBatch, Tokens, pack, row_lengths, split_into_microbatches
+from mixpo.data.branches import BranchBatch, Tokens, pack_branches, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
 from mixpo.training.parallel import ProcessGroup
@@ -74,7 +74,7 @@ class SupervisedTraining:
         parts: dict[str, Stateful] = {"model": TrainableWeights(lm), "optimizer": self.optimizer}
         self.checkpoint = Checkpoint(out, parts, every_minutes=runtime.checkpoint_minutes, processes=processes)
         self.first_step, spent = self.checkpoint.resume()
-        cost.resume(spent)
+        cost.restore(spent)
         self.metrics = Metrics(out, resumed_at=self.first_step, processes=processes)
 
     def iterate_steps(
@@ -116,6 +116,6 @@ class SupervisedTraining:
         share = self.processes.share(rows)
         for part in split_into_microbatches([self.lengths[row] for row in share], self.microbatch_tokens):
             selected = [share[index] for index in part]
-            batch = pack(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
+            batch = pack_branches(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
             self.cost.count_trained(self.lm.model, batch.token_count)
             yield batch.to(self.lm.device), selected

@@ -2,7 +2,7 @@
 
 from mixpo.report.figures.bins import plot_calibration, plot_histogram, plot_shares
 from mixpo.report.figures.curves import MAX_POINTS, make_colour_key, plot_curves
-from mixpo.report.figures.data import Bin, Point, Share, exact_interval
+from mixpo.report.figures.data import Bin, BinShare, Point, exact_interval
 from mixpo.report.figures.intervals import plot_forest, plot_grouped_intervals
 from mixpo.report.figures.paths import plot_paths, plot_scatter
 from mixpo.report.figures.plane import plot_plane
@@ -10,8 +10,8 @@ from mixpo.report.figures.plane import plot_plane
 __all__ = [
     "MAX_POINTS",
     "Bin",
+    "BinShare",
     "Point",
-    "Share",
     "exact_interval",
     "make_colour_key",
     "plot_calibration",

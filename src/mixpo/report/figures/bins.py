@@ -12,8 +12,8 @@ from mixpo.report.document import Figure
 from mixpo.report.figures.axes import annotate_point, draw_error_bars, draw_thin_line, make_axes
 from mixpo.report.figures.data import (
     Bin,
+    BinShare,
     Point,
-    Share,
     finite_or_none,
     interval_cells,
     interval_columns,
@@ -26,13 +26,13 @@ HISTOGRAM_BINS = 40
 
 
 def plot_shares(
-    bins: Sequence[Share],
+    bins: Sequence[BinShare],
     *,
     name: str,
     title: str,
     x: str,
     y: str,
-    each: Mapping[str, Sequence[Share]] = MappingProxyType({}),
+    each: Mapping[str, Sequence[BinShare]] = MappingProxyType({}),
 ) -> Figure:
     """Plot the share of each bin with its interval, and its count below; thin lines show the parts in `each`."""
     with rc_context(STYLE):

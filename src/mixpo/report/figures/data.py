@@ -16,7 +16,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Share:
+class BinShare:
     """A bin of pairs: its label, its count, and the share ordered as labelled (None if the bin is empty)."""
 
     label: str

@@ -31,7 +31,7 @@ def plot_paths(
             look = {"color": get_colour(i), "marker": get_marker(i), "markersize": 4, "linestyle": "-"}
             if path in dashed:
                 look |= {"linestyle": "--", "markerfacecolor": "none"}
-            moved = [replace(point, x=_shift(point.x, offset)) for point in points]
+            moved = [replace(point, x=_shift_interval(point.x, offset)) for point in points]
             artists.append(draw_error_bars(axes, moved, linewidth=1.3, elinewidth=0.7, capsize=1.5, **look))
             for point in moved:
                 annotate_point(axes, point, get_colour(i), left=i % 2 == 1, below=path in dashed)
@@ -94,5 +94,5 @@ def _compute_offsets(paths: Sequence[Sequence[Point]]) -> list[float]:
     return [step * (i - (len(paths) - 1) / 2) for i in range(len(paths))]
 
 
-def _shift(interval: Interval, by: float) -> Interval:
+def _shift_interval(interval: Interval, by: float) -> Interval:
     return Interval(interval.mean + by, interval.low + by, interval.high + by)

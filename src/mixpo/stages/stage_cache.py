@@ -1,4 +1,4 @@
-"""The engine: finds the folder of a stage in the cache, and computes stages that are missing.
+"""The stage_cache: finds the folder of a stage in the cache, and computes stages that are missing.
 
 A folder is named by the stage's identity, in a cache that all runs share. A killed stage is computed again in the same
 folder, from its checkpoint; a failed one is computed again. Caches may be from other people: only JSON, Parquet and
@@ -29,7 +29,7 @@ SETTINGS = "settings.json"
 
 
 @dataclass
-class Engine:
+class StageCache:
     """A cache of stages' folders, and the runtime with which missing ones are computed."""
 
     cache: Path
@@ -87,7 +87,7 @@ class Engine:
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
                 memory.reset_peak()
-                stage.work(stage.paths(folders), out, self.runtime)
+                stage.compute(stage.paths(folders), out, self.runtime)
         return out
 
     def build(self, stage: Stage) -> Path:

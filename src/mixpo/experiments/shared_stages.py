@@ -22,7 +22,7 @@ from mixpo.stages.stage import Part, PolicyStage, Snapshot
 
 
 @dataclass(frozen=True)
-class Setup:
+class SharedStages:
     """The shared stages of a recipe at one seed; every property is one stage, the same object for every arm."""
 
     recipe: Recipe
