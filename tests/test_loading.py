@@ -19,12 +19,12 @@ from mixpo import Pretrained, Runtime, StageCache
 from mixpo.cli import main as cli
 from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
+from mixpo.data.tokens import compute_tokenization_digest
 from mixpo.models import loading
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.folders import ModelFolder, read_end_tokens, read_policy_folder
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
-from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages import pretrained
 from mixpo.stages.stage import model_folder
 
@@ -528,7 +528,7 @@ def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
     (came / TOKENIZER).write_text(json.dumps(content))
     one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
     assert "<unk>" not in (one.pad_token, other.pad_token)
-    assert have_same_tokenization(one, other) == have_same_tokenization(other, one) == (not flags)
+    assert (compute_tokenization_digest(one) == compute_tokenization_digest(other)) == (not flags)
 
 
 def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(folder: Path) -> None:
@@ -648,7 +648,7 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     assert model.config.num_labels == 1
     policy = load_policy(came, device=CPU)
     again = load_reward_model(tmp_path / "saved", device=CPU)
-    assert have_same_tokenization(again.tokenizer, policy.tokenizer)
+    assert again.tokenization_digest == policy.tokenization_digest
     assert (
         again.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"]
         == (policy.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"])

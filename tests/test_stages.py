@@ -19,10 +19,8 @@ from mixpo import SFT, Data, Evaluation, Pretrained, RewardModel, Selection, Sta
 from mixpo.algorithms.preference import dpo_loss
 from mixpo.data.branches import Completions, pack_branches
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Preference
-from mixpo.data.sources import write_rows
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.data.tokens import decode_completion, tokenize_prompt
+from mixpo.data.tokens import compute_tokenization_digest, decode_completion, tokenize_prompt
 from mixpo.data.world import build_tokenizer
 from mixpo.models import scoring
 from mixpo.models.adapters import LoraSettings
@@ -32,7 +30,6 @@ from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions, sample_completions
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
-from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import evaluation as evaluation_module
 from mixpo.stages import ppo as ppo_module
@@ -41,7 +38,7 @@ from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo_models import make_actor_critic
 from mixpo.stages.ppo_settings import PPOSettings
-from mixpo.stages.rows import read_pairs, read_table, select_unique_prompts, write_table
+from mixpo.stages.rows import add_tokens, read_pairs, read_table, read_tokens, read_unique_prompts, write_table
 from mixpo.stages.stage import Snapshot, Stage, model_folder
 from mixpo.stages.stage_cache import read_settings, read_summary, sort_topologically
 from mixpo.training.checkpoint import TrainableWeights
@@ -558,7 +555,9 @@ def test_label_noise_flips_a_share_and_more_of_it_flips_the_same_and_others(worl
         flipped[share] = {n for n, (row, old) in enumerate(zip(rows, clean, strict=True)) if row != old}
         assert read_summary(folder)["flipped"] == len(flipped[share]) == round(share * len(clean))
         for n in flipped[share]:
-            assert rows[n] == {**clean[n], "chosen": clean[n]["rejected"], "rejected": clean[n]["chosen"]}
+            old = clean[n]
+            sides = {"chosen": old["rejected"], "rejected": old["chosen"], "tokens": old["tokens"][::-1]}
+            assert rows[n] == {**old, **sides}
     assert flipped[0.1] < flipped[0.3]
     other = read_table(world.build(LabelNoise(pairs=world.data.train_pairs, share=0.1, seed=1)) / "train.parquet")
     assert {n for n, (row, old) in enumerate(zip(other, clean, strict=True)) if row != old} != flipped[0.1]
@@ -793,7 +792,7 @@ def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
     cut = policy.tokenizer.encode("Castle soon")
     assert retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
     reward.tokenizer = build_tokenizer(512)
-    assert not have_same_tokenization(reward.tokenizer, policy.tokenizer)
+    assert reward.tokenization_digest != policy.tokenization_digest
     again_prompts, again = retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]])
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
@@ -864,8 +863,8 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
     tokenizer = build_tokenizer()
     long = "a b c d e f"
     pairs = [("x", "y"), (f"{long} g", f"{long} h"), (f"{long} g", "y"), ("a b c", "a b c d")]
-    rows = [Preference(f"Question {n}?", *sides) for n, sides in enumerate(pairs)]
-    write_rows(tmp_path / "train.parquet", rows)
+    rows = [{"prompt": f"Question {n}?", "chosen": one, "rejected": other} for n, (one, other) in enumerate(pairs)]
+    write_table(tmp_path / "train.parquet", rows)
     ids = [[[*tokenizer(side)["input_ids"], tokenizer.eos_token_id] for side in sides] for sides in pairs]
     limit = len(tokenizer(long)["input_ids"])
     watching = Mock()
@@ -880,7 +879,7 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
         f"train: 3 of 8 completions (38%) are cut to max_completion_tokens {limit} and have no end token",
         "train: 1 of 4 pairs left out: both completions are the same",
     ]
-    write_rows(tmp_path / "cut.parquet", rows[1:2])
+    write_table(tmp_path / "cut.parquet", rows[1:2])
     with pytest.raises(InputError, match="found 1 pairs, cut to max_completion_tokens 2, each of two identical"):
         read_pairs(tmp_path / "cut.parquet", language_model(tokenizer), max_completion_tokens=2)
 
@@ -888,11 +887,19 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
 def test_sampled_pairs_of_the_same_tokens_are_left_out_with_their_logprobs(tmp_path: Path) -> None:
     tokens = [[[5, 6], [5, 7]], [[8], [8]], [[9], [5]]]
     rows = [
-        {"prompt": f"Question {n}?", "tokens": sides, "logprobs": [[-float(n)] * len(side) for side in sides]}
+        {
+            "prompt": f"Question {n}?",
+            "prompt_tokens": [n],
+            "tokens": sides,
+            "logprobs": [[-float(n)] * len(side) for side in sides],
+        }
         for n, sides in enumerate(tokens)
     ]
-    write_table(tmp_path / "pairs.parquet", rows, sampler="me")
-    read = read_pairs(tmp_path / "pairs.parquet", language_model(build_tokenizer()), max_completion_tokens=1)
+    lm = language_model(build_tokenizer())
+    write_table(tmp_path / "pairs.parquet", rows, sampler="me", tokenizer=lm.tokenization_digest)
+    with pytest.raises(InputError, match=r"pairs.parquet: found completions that were sampled with another tokenizer"):
+        read_pairs(tmp_path / "pairs.parquet", language_model(build_tokenizer(512)), max_completion_tokens=1)
+    read = read_pairs(tmp_path / "pairs.parquet", lm, max_completion_tokens=1)
     assert read.completions == [tokens[0], tokens[2]]
     assert read.logprobs == [[0.0, 0.0], [-2.0, -2.0]]
     assert (read.identical, read.truncated, read.sampler) == (1, 0, "me")
@@ -917,17 +924,34 @@ def test_cut_pairs_teach_the_reward_model_and_dpo_nothing_and_stand_in_their_sum
     assert (summary["pairs"], summary["truncated"], summary["identical"]) == (8, 8, 4)
 
 
-def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all() -> None:
+def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all(tmp_path: Path) -> None:
+    tokenizer, file = build_tokenizer(), tmp_path / "rows.parquet"
     rows = [{"prompt": [{"role": "user", "content": f"{n // 2}?"}]} for n in range(400)]
-    everything = select_unique_prompts(rows)
-    assert [int(prompt[0]["content"][:-1]) for prompt in everything] == list(range(200))
-    numbers = [int(prompt[0]["content"][:-1]) for prompt in select_unique_prompts(rows, 40)]
-    assert len(numbers) == 40
-    assert numbers == sorted(numbers)
-    assert 10 < sum(number >= 100 for number in numbers) < 30  # half of them, within three standard deviations
-    assert [
-        prompt for prompt in select_unique_prompts(rows, 80) if prompt in select_unique_prompts(rows, 40)
-    ] == select_unique_prompts(rows, 40)
+    write_table(file, add_tokens(rows, tokenizer), tokenizer=compute_tokenization_digest(tokenizer))
+
+    def numbers(count: int | None = None) -> list[int]:
+        prompts, tokens = read_unique_prompts(file, tokenizer, count)
+        assert tokens == [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+        return [int(prompt[0]["content"][:-1]) for prompt in prompts]
+
+    assert numbers() == list(range(200))
+    assert len(numbers(40)) == 40
+    assert numbers(40) == sorted(numbers(40))
+    assert 10 < sum(number >= 100 for number in numbers(40)) < 30  # half of them, within three standard deviations
+    assert [number for number in numbers(80) if number in numbers(40)] == numbers(40)
+
+
+@pytest.mark.parametrize("size", [1024, 512], ids=["its own tokenizer", "another"])
+def test_rows_are_tokenized_once_and_again_for_another_tokenizer(tmp_path: Path, size: int) -> None:
+    own, reader, file = build_tokenizer(), build_tokenizer(size), tmp_path / "rows.parquet"
+    rows = [{"prompt": "Any advice on chess?", "chosen": "Castle soon.", "rejected": "Play."}]
+    written = add_tokens(rows, own)
+    written[0]["prompt_tokens"] = [7]  # a mark by which the file's tokens are known
+    write_table(file, written, tokenizer=compute_tokenization_digest(own))
+    expected = written[0]["prompt_tokens"] if size == 1024 else tokenize_prompt(reader, rows[0]["prompt"])
+    assert read_tokens(file, reader)[0]["prompt_tokens"] == read_unique_prompts(file, reader)[1][0] == expected
+    texts = [reader.decode(tokens) for tokens in read_tokens(file, reader)[0]["tokens"]]
+    assert texts == ["Castle soon.<|end|>", "Play.<|end|>"]
 
 
 def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tmp_path: Path) -> None:
@@ -1000,7 +1024,9 @@ def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path)
     token = progress_listener.set(watching)
     folder = world.build(Data(base=world.base, format="preference", train=path))
     progress_listener.reset(token)
-    watching.on_message.assert_any_call("preferences read as preference: prompt, chosen, rejected, system; ignored: score")
+    watching.on_message.assert_any_call(
+        "preferences read as preference: prompt, chosen, rejected, system; ignored: score"
+    )
     used = ["prompt", "chosen", "rejected", "system"]
     assert read_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
     assert read_table(folder / "train.parquet")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}

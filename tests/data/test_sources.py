@@ -22,15 +22,12 @@ from mixpo.data.sources import (
     guess_format,
     parse_hh_rlhf,
     parse_tldr,
-    read_demonstration_rows,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
     read_hub_records,
-    read_preference_rows,
     read_preferences,
     read_records,
-    write_rows,
 )
 
 FIX = "drop the row or fix the source"
@@ -624,55 +621,4 @@ def test_a_digest_needs_its_files(tmp_path):
     assert (
         error_message(compute_content_digest, [tmp_path / "a"])
         == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
-    )
-
-
-# Rows between stages
-
-message = st.fixed_dictionaries({"role": st.text(), "content": st.text()})
-
-
-@pytest.mark.parametrize("prompts", [st.text(), st.lists(message, max_size=3)], ids=["text", "messages"])
-def test_rows_are_read_as_they_were_written(tmp_path_factory, prompts):
-    folder = tmp_path_factory.mktemp("rows")
-
-    @given(
-        st.lists(st.builds(Preference, prompts, st.text(), st.text(), st.none() | st.text()), min_size=1, max_size=4)
-    )
-    def check_preferences(rows):
-        write_rows(folder / "p.parquet", rows)
-        assert read_preference_rows(folder / "p.parquet") == rows
-
-    @given(st.lists(st.builds(Demonstration, prompts, st.text()), min_size=1, max_size=4))
-    def check_demonstrations(rows):
-        write_rows(folder / "d.parquet", rows)
-        assert read_demonstration_rows(folder / "d.parquet") == rows
-
-    check_preferences()
-    check_demonstrations()
-
-
-def test_one_kind_of_prompt_in_a_file(tmp_path):
-    path = tmp_path / "a.parquet"
-    rows = [Demonstration("a", "b"), Demonstration([user("a")], "b"), Demonstration("c", "d")]
-    assert error_message(write_rows, path, rows) == (
-        f"{path}: 2 prompts are text and 1 are lists of messages; expected one kind per file; "
-        "write every prompt as messages"
-    )
-    assert not path.exists()
-
-
-def test_no_rows_are_not_written(tmp_path):
-    path = tmp_path / "a.parquet"
-    assert error_message(write_rows, path, []) == f"{path}: no rows to write; expected at least one"
-
-
-def test_rows_of_the_other_kind_are_refused(tmp_path):
-    path = tmp_path / "a.parquet"
-    write_rows(path, [Demonstration("a", "b")])
-    assert error_message(read_preference_rows, path) == (
-        f"{path}: has columns ['prompt', 'completion']; expected ['prompt', 'chosen', 'rejected', 'category']"
-    )
-    assert error_message(read_preference_rows, tmp_path / "b.parquet").endswith(
-        "no such file; did you mean 'a.parquet'?"
     )

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain, groupby
@@ -475,42 +475,3 @@ def _format_hub_name(name: str, split: str, data_dir: str | None) -> str:
 
 def _first_error_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# Parquet files between stages
-
-
-def write_rows(path: Path, rows: Sequence[Demonstration] | Sequence[Preference]) -> None:
-    """Write rows to Parquet. Raises `InputError` if some prompts are text and others messages, or without rows."""
-    if not rows:
-        raise InputError(f"{path}: no rows to write; expected at least one")
-    as_text = [isinstance(row.prompt, str) for row in rows]
-    if len(set(as_text)) > 1:
-        raise InputError(
-            f"{path}: {sum(as_text)} prompts are text and {len(rows) - sum(as_text)} are lists of messages; "
-            "expected one kind per file; write every prompt as messages"
-        )
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    prompt = pa.string() if as_text[0] else pa.list_(message)
-    schema = pa.schema([(field.name, prompt if field.name == "prompt" else pa.string()) for field in fields(rows[0])])
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), path)
-
-
-def read_preference_rows(path: Path) -> list[Preference]:
-    """Read the preference pairs of a Parquet file written by `write_rows`."""
-    return _read_rows(path, Preference)
-
-
-def read_demonstration_rows(path: Path) -> list[Demonstration]:
-    """Read the demonstrations of a Parquet file written by `write_rows`."""
-    return _read_rows(path, Demonstration)
-
-
-def _read_rows(path: Path, row_class: type[Row]) -> list[Row]:
-    """Read rows of one class from Parquet. Raises `InputError` if the columns are others."""
-    _require_file(path)
-    expected = [field.name for field in fields(row_class)]
-    with _convert_read_errors(path), pq.ParquetFile(path) as file:
-        if file.schema_arrow.names != expected:
-            raise InputError(f"{path}: has columns {file.schema_arrow.names}; expected {expected}")
-        return [row_class(**row) for row in file.read().to_pylist()]

@@ -8,9 +8,11 @@
   chat template writes control tokens, and prompts if `data.special_tokens` is `parse`.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mixpo.data.errors import InputError
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
+NEW_PAD_TOKEN = "<|reward_padding|>"
+"""Pad token that is added to a reward model's tokenizer without another special token."""
 SPECIAL_TOKENS_KEY = "mixpo_special_tokens"
 """Key of tokenizer_config.json; its value `parse` makes control tokens in the text of prompts count as such."""
 TEXT_MARK, PLACEHOLDER = "\ufdd0", "\ufdd1"
@@ -47,7 +51,7 @@ def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def tokenize_row(
-    tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int
+    tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int | None = None
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of a prompt (see `tokenize_prompt`) and of each completion with its end token.
 
@@ -62,6 +66,11 @@ def decode_completion(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     Text that the chat template writes before or after an assistant's message is removed.
     """
     return _get_row_tokenizer(tokenizer).decode(list(tokens))
+
+
+def compute_tokenization_digest(tokenizer: Tokenizer) -> str:
+    """Digest of everything that determines the tokens of prompts and completions; `NEW_PAD_TOKEN` does not."""
+    return _get_row_tokenizer(tokenizer).digest
 
 
 def find_end_token(tokenizer: Tokenizer) -> int:
@@ -269,7 +278,18 @@ class _RowTokenizer:
                 "tokenized without it"
             )
 
-    def encode_row(self, prompt: Prompt, completions: Sequence[str], limit: int) -> tuple[list[int], list[list[int]]]:
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the template, the end token and the tokenizer's rules without padding and truncation."""
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] != NEW_PAD_TOKEN]
+        rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+        content = json.dumps([self.tokenizer.chat_template, self.parses_control_tokens, self.end_token, rules])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def encode_row(
+        self, prompt: Prompt, completions: Sequence[str], limit: int | None
+    ) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt and of each completion with its end token, truncated to `limit` tokens."""
         start: list[int] = []
         if isinstance(prompt, str):

@@ -15,7 +15,6 @@ from mixpo.data.sources import (
     guess_format,
     is_data_file,
     read_hub_records,
-    read_preference_rows,
     read_records,
 )
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
@@ -36,6 +35,7 @@ from mixpo.stages.data import (
     split_rows,
 )
 from mixpo.stages.pretrained import Pretrained, read_tokenizer
+from mixpo.stages.rows import read_table
 from mixpo.stages.stage_cache import read_summary
 
 MAX_TOKENIZED_ROWS = 1000
@@ -282,7 +282,8 @@ def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedToke
 def describe_training_data(recipe: Recipe, data: Path, model: Path) -> list[str]:
     """Describe the data of a run in four lines: numbers of rows, and the first pair in the model's tokens."""
     tokenizer = load_tokenizer(model)
-    example = make_examples(recipe, read_preference_rows(data / "train.parquet"), [], tokenizer)[0]
+    row = read_table(data / "train.parquet", ["prompt", "chosen", "rejected"])[0]
+    example = make_examples(recipe, [Preference(**row)], [], tokenizer)[0]
     figures = read_summary(data)
     with explain_summary_errors():
         counts = (

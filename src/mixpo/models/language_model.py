@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from mixpo.data.branches import BranchBatch, PromptBatch, TokenBatch
-from mixpo.data.tokens import decode_completion
+from mixpo.data.tokens import compute_tokenization_digest, decode_completion
 from mixpo.models.attention import ATTENTION_NAME, use_branch_attention, use_decoding_attention
 
 Precision = Literal["float32", "bfloat16"]
@@ -82,6 +82,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.parameters()).device
+
+    @property
+    def tokenization_digest(self) -> str:
+        """Digest by which two models are known to turn text into the same tokens."""
+        return compute_tokenization_digest(self.tokenizer)
 
     def decode_completion(self, completion: Sequence[int]) -> str:
         """Decode a completion without its end token and other special tokens."""

@@ -22,9 +22,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from mixpo.data.errors import InputError
-
-NEW_PAD_TOKEN = "<|reward_padding|>"
-"""Pad token that is added to a tokenizer without another special token."""
+from mixpo.data.tokens import NEW_PAD_TOKEN
 
 
 def find_classifier_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:

@@ -19,7 +19,6 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, Output
-from mixpo.models.tokenizers import have_same_tokenization
 
 
 def iterate_batches(
@@ -108,14 +107,14 @@ def retokenize(
 
     A completion has an end token in the result if it has one in the policy's tokens.
     """
-    if have_same_tokenization(reward.tokenizer, policy.tokenizer):
+    if reward.tokenization_digest == policy.tokenization_digest:
         return prompts, completions
 
     retokenized: list[tuple[Tokens, list[Tokens]]] = []
     lists = completions.to_lists() if isinstance(completions, Completions) else completions
     for row, branches in zip(rows, lists, strict=True):
         texts = [policy.decode_completion(completion) for completion in branches]
-        prompt, tokens = tokenize_row(reward.tokenizer, row, texts, limit=1 << 30)
+        prompt, tokens = tokenize_row(reward.tokenizer, row, texts)
         ended = map(policy.has_ended, branches)
         retokenized.append(
             (prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])

@@ -33,14 +33,14 @@ from mixpo.data.sources import (
     read_hub_demonstrations,
     read_hub_preferences,
     read_preferences,
-    write_rows,
 )
 from mixpo.data.splits import draw_subset, split_by_prompt
 from mixpo.data.text import escape_invisible
-from mixpo.data.tokens import check_rows, check_tokenizer, tokenize_prompt
+from mixpo.data.tokens import check_rows, check_tokenizer, compute_tokenization_digest, tokenize_prompt
 from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
+from mixpo.stages.rows import add_tokens, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, model_folder, write_summary
 from mixpo.training.record import Cost, append_jsonl, progress_listener
 from mixpo.training.runtime import Runtime
@@ -439,7 +439,8 @@ class Data(DataStage, DataSettings):
             count = getattr(self, f"{name.removesuffix('s')}_rows")
             if count is not None and len(part) < count:
                 note(f"data.{name}: {len(part)} rows, where {count} were asked for: there are no more")
-            write_rows(out / f"{name}.parquet", part)
+            rows_with_tokens = add_tokens([asdict(row) for row in part], tokenizer)
+            write_table(out / f"{name}.parquet", rows_with_tokens, tokenizer=compute_tokenization_digest(tokenizer))
         for name in (*self.train, *self.test, *self.demonstrations, *self.second):
             if name.startswith("hub:") and self.revision is None:
                 note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")

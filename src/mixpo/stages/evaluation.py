@@ -14,13 +14,12 @@ from torch import Tensor
 from mixpo.algorithms.intervals import crossed_interval, wilson_interval
 from mixpo.algorithms.kl import kl_of_best_of
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import tokenize_prompt
 from mixpo.data.world import true_reward
 from mixpo.models.adapters import freeze
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
-from mixpo.stages.rows import read_table, select_unique_prompts, write_table
+from mixpo.stages.rows import read_unique_prompts, write_table
 from mixpo.stages.stage import (
     DataStage,
     PolicyStage,
@@ -67,8 +66,7 @@ class Evaluation(Stage, EvaluationSettings):
         device, cost = runtime.start().device, Cost()
         policy_folder, sft_folder = model_folder(inputs["policy"]), model_folder(inputs["sft"])
         lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
-        unique_prompts = select_unique_prompts(read_table(inputs["data"] / "test.parquet"), self.prompts)
-        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in unique_prompts]
+        unique_prompts, prompts = read_unique_prompts(inputs["data"] / "test.parquet", lm.tokenizer, self.prompts)
         from_sft = compute_model_digest(policy_folder) == compute_model_digest(sft_folder)
         if self.best_of > 1 and not from_sft:
             raise InputError(

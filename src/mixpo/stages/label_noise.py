@@ -2,13 +2,12 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pydantic
 
-from mixpo.data.sources import read_preference_rows, write_rows
 from mixpo.settings import Settings
+from mixpo.stages.rows import read_metadata, read_table, write_table
 from mixpo.stages.stage import Part, Stage, write_summary
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
@@ -37,15 +36,12 @@ class LabelNoise(Stage, LabelNoiseSettings):
 
     def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Flip labels and write `train.parquet`."""
-        cost, rows = Cost(), read_preference_rows(inputs["pairs"])
+        cost, rows = Cost(), read_table(inputs["pairs"])
         order = list(range(len(rows)))
         random.Random(self.seed).shuffle(order)
         flipped = set(order[: round(self.share * len(rows))])
-        write_rows(
-            out / "train.parquet",
-            [
-                replace(row, chosen=row.rejected, rejected=row.chosen) if index in flipped else row
-                for index, row in enumerate(rows)
-            ],
-        )
+        for index in flipped:
+            row = rows[index]
+            row.update(chosen=row["rejected"], rejected=row["chosen"], tokens=row["tokens"][::-1])
+        write_table(out / "train.parquet", rows, **read_metadata(inputs["pairs"]))
         write_summary(out, cost, pairs=len(rows), flipped=len(flipped))

@@ -28,7 +28,6 @@ from mixpo.algorithms.ppo import (
 )
 from mixpo.data.branches import BranchBatch, pack_branches, row_lengths, split_into_microbatches
 from mixpo.data.rows import Prompt
-from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.adapters import add_lora
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
@@ -45,7 +44,7 @@ from mixpo.stages.ppo_settings import (
     suggest_against_alarms,
     suggest_against_divergence,
 )
-from mixpo.stages.rows import read_table, select_unique_prompts
+from mixpo.stages.rows import read_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
@@ -80,8 +79,8 @@ class PPO(PolicyStage, PPOSettings):
         if self.lora:
             add_lora(policy, self.lora)
         models = make_actor_critic(self, inputs, policy, frozen.reward)
-        prompts = select_unique_prompts(read_table(inputs["prompts"]))
-        training = PPOTraining(self, models, frozen, prompts, runtime, processes, cost)
+        prompts, prompt_tokens = read_unique_prompts(inputs["prompts"], policy.tokenizer)
+        training = PPOTraining(self, models, frozen, prompts, prompt_tokens, runtime, processes, cost)
         total = training.total_steps
         snapshot_steps = choose_snapshot_steps(self.snapshots, total)
 
@@ -158,13 +157,13 @@ class PPOTraining:
         models: ActorCritic,
         frozen: FrozenModels,
         prompts: Sequence[Prompt],
+        prompt_tokens: Sequence[list[int]],
         runtime: Runtime,
         processes: ProcessGroup,
         cost: Cost,
     ) -> None:
         self.settings, self.models, self.frozen = settings, models, frozen
-        self.prompts = prompts
-        self.prompt_tokens = [tokenize_prompt(models.policy.tokenizer, prompt) for prompt in prompts]
+        self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.sampler, self.processes, self.cost = runtime.make_sampler(), processes, cost
         self.microbatch_tokens = runtime.microbatch_tokens
         self.steps_per_epoch = -(-len(prompts) // settings.batch_size)

@@ -13,7 +13,6 @@ from mixpo.models.adapters import add_lora, freeze
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
-from mixpo.models.tokenizers import have_same_tokenization
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.stage import model_folder
 from mixpo.training.checkpoint import Stateful, TrainableWeights
@@ -79,7 +78,7 @@ def load_frozen_models(settings: PPOSettings, inputs: Mapping[str, Path], policy
     if compute_model_digest(reference_folder) != compute_model_digest(sft_folder):
         sft = freeze(load_policy(sft_folder, **options))
     for name, model in (("reference", reference), ("sft", sft)):
-        if not have_same_tokenization(model.tokenizer, policy.tokenizer):
+        if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
     return FrozenModels(reference, sft, freeze(load_reward_model(model_folder(inputs["reward"]), **options)))
 
@@ -97,7 +96,7 @@ def make_actor_critic(
         elif settings.value_init == "policy":
             value = initialize_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **options)
         else:
-            if not have_same_tokenization(reward.tokenizer, policy.tokenizer):
+            if reward.tokenization_digest != policy.tokenization_digest:
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"

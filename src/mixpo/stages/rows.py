@@ -1,22 +1,20 @@
 """Reading and writing of stages' rows: Parquet tables, tokenized pairs and unique prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt, prompt_key
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.data.tokens import tokenize_prompt, tokenize_row
+from mixpo.data.tokens import compute_tokenization_digest, tokenize_row
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.training.record import progress_listener
-
-SAMPLER = b"mixpo.sampler"
-"""Key of the Parquet metadata that names the model that sampled the completions."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class Pairs:
     """Rows without a difference in tokens, which are left out."""
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Read all rows of a Parquet file that a stage wrote. Raises `InputError` if it is damaged."""
+def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Read all rows of a Parquet file that a stage wrote, or some columns. Raises `InputError` if it is damaged."""
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(
             f"{path}: found no readable rows ({str(error).splitlines()[0]}); expected those that the stage wrote; "
@@ -49,12 +47,17 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]], *, sampler: str | None = None) -> None:
-    """Write rows to a Parquet file, with their `format_sampler_name` if they were sampled."""
-    table = pa.Table.from_pylist(list(rows))
-    if sampler is not None:
-        table = table.replace_schema_metadata({SAMPLER: sampler})
-    pq.write_table(table, path)
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], **metadata: str | None) -> None:
+    """Write rows to a Parquet file, with metadata such as the `sampler` of their completions."""
+    entries = {f"mixpo.{name}": value for name, value in metadata.items() if value is not None}
+    pq.write_table(pa.Table.from_pylist(list(rows)).replace_schema_metadata(entries), path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a file that `write_table` wrote."""
+    metadata = pq.read_schema(path).metadata or {}
+    entries = {name.decode(): value.decode() for name, value in metadata.items()}
+    return {name[6:]: value for name, value in entries.items() if name.startswith("mixpo.")}
 
 
 def format_sampler_name(digest: str, precision: Precision) -> str:
@@ -62,31 +65,53 @@ def format_sampler_name(digest: str, precision: Precision) -> str:
     return f"{digest} {precision}"
 
 
-def read_sampler_name(path: Path) -> str | None:
-    """Read the `format_sampler_name` of a file's completions; None for human pairs."""
-    metadata = pq.read_schema(path).metadata or {}
-    return metadata[SAMPLER].decode() if SAMPLER in metadata else None
+def add_tokens(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Add `prompt_tokens` and the `tokens` of every completion (chosen before rejected) to rows of text."""
+    names = [name for name in ("completion", "chosen", "rejected") if rows and name in rows[0]]
+    tokens = (tokenize_row(tokenizer, row["prompt"], [row[name] for name in names]) for row in rows)
+    return [
+        {**row, "prompt_tokens": prompt, "tokens": completions}
+        for row, (prompt, completions) in zip(rows, tokens, strict=True)
+    ]
+
+
+def read_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Read rows with their tokens (see `add_tokens`), or tokenize them if the file has another tokenizer's.
+
+    Raises `InputError` if another tokenizer's completions were sampled, since their text is not what was sampled.
+    """
+    rows, metadata = read_table(path), read_metadata(path)
+    if metadata.get("tokenizer") == compute_tokenization_digest(tokenizer):
+        return rows
+    if "sampler" in metadata:
+        raise InputError(
+            f"{path}: found completions that were sampled with another tokenizer than the model's; expected the same; "
+            "sample them from a policy of the same family"
+        )
+    return add_tokens(rows, tokenizer)
+
+
+def read_unique_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int | None = None
+) -> tuple[list[Prompt], list[list[int]]]:
+    """Read the unique prompts of a file in order, or `count` of them, the same at every seed, with their tokens."""
+    rows = read_table(path, ["prompt", "prompt_tokens"])
+    unique = draw_subset(list({prompt_key(row["prompt"]): row for row in rows}.values()), count, COMPARISON_SEED)
+    if read_metadata(path).get("tokenizer") != compute_tokenization_digest(tokenizer):
+        unique = add_tokens(unique, tokenizer)
+    return [row["prompt"] for row in unique], [row["prompt_tokens"] for row in unique]
 
 
 def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> Pairs:
-    """Read and tokenize preference rows (`prompt`, `chosen`, `rejected`) or scored pairs (`completions`, ...).
+    """Read preference rows in tokens (`read_tokens`), cut to a length, or sampled pairs, which are not cut.
 
-    Sampled completions keep their tokens; the model must have the sampler's tokenizer, as every model trained from it
-    has. Raises `InputError` if the completions of all pairs are identical.
+    Raises `InputError` if the completions of all pairs are identical.
     """
-    rows = read_table(path)
-    if rows and "tokens" in rows[0]:
-        tokens = [(tokenize_prompt(lm.tokenizer, row["prompt"]), row["tokens"]) for row in rows]
-        logprobs = [[sum(branch) for branch in row["logprobs"]] for row in rows]
-        truncated = 0
-    else:
-        tokens = [
-            tokenize_row(lm.tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=max_completion_tokens)
-            for row in rows
-        ]
-        logprobs = []
-        truncated = sum(not lm.has_ended(side) for _, sides in tokens for side in sides)
-    different = [row for row, (_, (chosen, rejected)) in enumerate(tokens) if chosen != rejected]
+    rows, sampler = read_tokens(path, lm.tokenizer), read_metadata(path).get("sampler")
+    limit = None if sampler else max_completion_tokens
+    completions = [[side[:limit] for side in row["tokens"]] for row in rows]
+    truncated = 0 if sampler else sum(not lm.has_ended(side) for sides in completions for side in sides)
+    different = [row for row, (chosen, rejected) in enumerate(completions) if chosen != rejected]
     if rows and not different:
         cut = f"cut to max_completion_tokens {max_completion_tokens}, " if truncated else ""
         raise InputError(
@@ -99,10 +124,10 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
             f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same"
         )
     return Pairs(
-        [tokens[row][0] for row in different],
-        [tokens[row][1] for row in different],
-        read_sampler_name(path),
-        [logprobs[row] for row in different] if logprobs else None,
+        [rows[row]["prompt_tokens"] for row in different],
+        [completions[row] for row in different],
+        sampler,
+        [[sum(branch) for branch in rows[row]["logprobs"]] for row in different] if sampler else None,
         [rows[row]["prompt"] for row in different],
         truncated,
         identical,
@@ -116,9 +141,3 @@ def report_truncation(name: str, truncated: int, total: int, limit: int) -> None
             f"{name}: {truncated} of {total} completions ({truncated / total:.0%}) are cut to max_completion_tokens "
             f"{limit} and have no end token"
         )
-
-
-def select_unique_prompts(rows: Sequence[dict[str, Any]], count: int | None = None) -> list[Prompt]:
-    """Select the unique prompts of rows in order, or `count` of them, the same ones at every seed."""
-    different = {prompt_key(row["prompt"]): row["prompt"] for row in rows}
-    return draw_subset(list(different.values()), count, COMPARISON_SEED)

@@ -7,13 +7,12 @@ import numpy as np
 import pydantic
 
 from mixpo.algorithms.selection import compute_score_gaps, order_by_score
-from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.adapters import freeze
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import compute_scores, retokenize
-from mixpo.stages.rows import format_sampler_name, read_table, select_unique_prompts, write_table
+from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
 from mixpo.stages.stage import (
     Part,
     PolicyStage,
@@ -63,8 +62,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
         device, cost = runtime.start().device, Cost()
         lm = freeze(load_policy(model_folder(inputs["policy"]), device=device, precision=self.precision))
         reward = freeze(load_reward_model(model_folder(inputs["reward"]), device=device, precision=self.precision))
-        unique_prompts = select_unique_prompts(read_table(inputs["rows"]), self.prompts)
-        prompts = [tokenize_prompt(lm.tokenizer, prompt) for prompt in unique_prompts]
+        unique_prompts, prompts = read_unique_prompts(inputs["rows"], lm.tokenizer, self.prompts)
         resumable = ResumableWork(out, cost)
         completions, logprobs = resumable.sample_completions(
             runtime.make_sampler(),
@@ -90,14 +88,16 @@ class Samples(ScoredPairsStage, SamplesSettings):
         rows = [
             {
                 "prompt": prompt,
+                "prompt_tokens": prompt_tokens,
                 "gap": gap,
                 "completions": [lm.decode_completion(tokens[branch]) for branch in order],
                 "tokens": [tokens[branch] for branch in order],
                 "logprobs": [token_logprobs[branch] for branch in order],
                 "scores": [pair_scores[branch] for branch in order],
             }
-            for prompt, tokens, token_logprobs, pair_scores, gap, order in zip(
+            for prompt, prompt_tokens, tokens, token_logprobs, pair_scores, gap, order in zip(
                 unique_prompts,
+                prompts,
                 completions,
                 logprobs,
                 scores.tolist(),
@@ -107,7 +107,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
             )
         ]
         sampler = format_sampler_name(compute_model_digest(model_folder(inputs["policy"])), self.precision)
-        write_table(out / "pairs.parquet", rows, sampler=sampler)
+        write_table(out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
         write_summary(
             out,
             cost,

@@ -9,7 +9,7 @@ import pydantic
 from mixpo.algorithms.selection import easy_mask, threshold_for_easy_fraction
 from mixpo.data.errors import InputError
 from mixpo.settings import Settings
-from mixpo.stages.rows import read_sampler_name, read_table, write_table
+from mixpo.stages.rows import read_metadata, read_table, write_table
 from mixpo.stages.stage import Part, ScoredPairsStage, Stage, write_summary
 from mixpo.training.record import Cost
 from mixpo.training.runtime import Runtime
@@ -73,7 +73,8 @@ class Selection(Stage, SelectionSettings):
                 f"selection.threshold: {threshold:g} leaves no {empty} pair; the gaps run from {gaps.min():.3g} to "
                 f"{gaps.max():.3g} with median {np.median(gaps):.3g}; choose a threshold between, or easy_fraction"
             )
-        sampler = read_sampler_name(source)
         for name, mask in (("easy", easy), ("hard", ~easy)):
-            write_table(out / f"{name}.parquet", [rows[index] for index in np.flatnonzero(mask)], sampler=sampler)
+            write_table(
+                out / f"{name}.parquet", [rows[index] for index in np.flatnonzero(mask)], **read_metadata(source)
+            )
         write_summary(out, cost, threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))

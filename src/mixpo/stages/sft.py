@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from mixpo.data.branches import BranchBatch
-from mixpo.data.sources import read_demonstration_rows
-from mixpo.data.tokens import tokenize_row
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.loading import load_policy
 from mixpo.models.saving import save_model
-from mixpo.stages.rows import report_truncation
+from mixpo.stages.rows import read_tokens, report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_loss_alarms
 from mixpo.training.record import Cost
@@ -46,11 +44,9 @@ class SFT(PolicyStage, SFTSettings):
         lm = load_policy(model_folder(inputs["base"]), device=processes.device, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
-        rows = read_demonstration_rows(inputs["data"] / "demonstrations.parquet")
-        tokens = [
-            tokenize_row(lm.tokenizer, row.prompt, [row.completion], limit=self.max_completion_tokens) for row in rows
-        ]
-        prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
+        rows = read_tokens(inputs["data"] / "demonstrations.parquet", lm.tokenizer)
+        prompts = [row["prompt_tokens"] for row in rows]
+        completions = [[row["tokens"][0][: self.max_completion_tokens]] for row in rows]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
         report_truncation("demonstrations", truncated, len(rows), self.max_completion_tokens)
         training = SupervisedTraining(

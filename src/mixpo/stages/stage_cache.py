@@ -22,7 +22,7 @@ from mixpo.training import memory
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
-VERSION = "6"
+VERSION = "7"
 """Increase when stages compute something else from the same settings; folders of other versions are not used."""
 
 SETTINGS = "settings.json"
