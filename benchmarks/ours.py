@@ -19,6 +19,7 @@ from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.sft import SFT
 from mixpo.stages.stage import Part
+from mixpo.training.job import Job
 from mixpo.training.runtime import Runtime
 
 
@@ -55,7 +56,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
     stage = stages[spec["kind"]]()
     with tempfile.TemporaryDirectory() as out:
-        stage.compute({name: folders[name] for name in stage.inputs()}, Path(out), Runtime())
+        stage.compute({name: folders[name] for name in stage.inputs()}, Job(Path(out), Runtime()))
         steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
         summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
     reference_seconds = summary.get("reference_seconds", 0.0)

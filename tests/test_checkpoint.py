@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mixpo.data.errors import InputError
-from mixpo.training.checkpoint import FILE, Checkpoint, TrainableWeights
-from mixpo.training.parallel import ProcessGroup
+from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.job import CHECKPOINT, Job
+from mixpo.training.runtime import Runtime
 
-ONE = {"processes": ProcessGroup(torch.device("cpu"))}
+RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=0)
 
 
 class State:
@@ -41,10 +42,10 @@ def test_every_kind_of_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "tensor": "a key like ours",
         "items": {"items": 1, "json": [[]]},
     }
-    Checkpoint(tmp_path, {"part": State(state)}, every_minutes=1, **ONE).write(5, {"errors": [0.1], "tensor": 1})
+    Checkpoint(Job(tmp_path, RUNTIME), {"part": State(state)}).write(5, {"errors": [0.1], "tensor": 1})
     torch.rand(3)
     back = State({})
-    assert Checkpoint(tmp_path, {"part": back}, every_minutes=1, **ONE).resume() == (
+    assert Checkpoint(Job(tmp_path, RUNTIME), {"part": back}).resume() == (
         5,
         {"errors": [0.1], "tensor": 1},
     )
@@ -63,6 +64,7 @@ def test_every_kind_of_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     """AdamW with dropout: weights, moments and the random state."""
+    job = Job(tmp_path, RUNTIME)
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer, Checkpoint]:
         torch.manual_seed(0)
@@ -71,7 +73,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         return (
             model,
             optimizer,
-            Checkpoint(tmp_path, {"m": TrainableWeights(model), "o": optimizer}, every_minutes=0, **ONE),
+            Checkpoint(job, {"m": TrainableWeights(model), "o": optimizer}),
         )
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -88,14 +90,14 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert checkpoint.resume() == (3, {})
     steps(again, other, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    checkpoint.remove()
+    job.finish()
     assert checkpoint.resume() == (0, {})
 
 
 def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path, {"part": State({"x": torch.ones(2)})}, every_minutes=1, **ONE)
+    checkpoint = Checkpoint(Job(tmp_path, RUNTIME), {"part": State({"x": torch.ones(2)})})
     checkpoint.write(1, {})
-    good = load_file(tmp_path / FILE)
+    good = load_file(tmp_path / CHECKPOINT)
     content = json.loads(bytes(good["json"].tolist()))
 
     def with_json(text: str) -> dict[str, torch.Tensor]:
@@ -103,7 +105,7 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> Non
 
     damaged: list[bytes | dict[str, torch.Tensor]] = [
         b"",
-        (tmp_path / FILE).read_bytes()[:-9],
+        (tmp_path / CHECKPOINT).read_bytes()[:-9],
         {"weight": torch.ones(1)},
         with_json("[" * 50_000),
         with_json("[1, 2]"),
@@ -116,9 +118,9 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> Non
     damaged.append((tmp_path / "checkpoint.pt").read_bytes())
     for one in damaged:
         if isinstance(one, bytes):
-            (tmp_path / FILE).write_bytes(one)
+            (tmp_path / CHECKPOINT).write_bytes(one)
         else:
-            save_file(one, tmp_path / FILE)
+            save_file(one, tmp_path / CHECKPOINT)
         with pytest.raises(InputError, match=r"checkpoint\.safetensors: found no checkpoint of this stage \(") as error:
             checkpoint.resume()
         assert "\n" not in str(error.value)

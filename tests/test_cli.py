@@ -14,8 +14,8 @@ from mixpo.experiments.expressions import expand_arms
 from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import read_recipe
 from mixpo.stages.pretrained import Pretrained
-from mixpo.stages.stage import SUMMARY
 from mixpo.stages.stage_cache import SETTINGS, StageCache
+from mixpo.training.job import SUMMARY
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 

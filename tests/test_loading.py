@@ -26,7 +26,7 @@ from mixpo.models.folders import ModelFolder, read_end_tokens, read_policy_folde
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages import pretrained
-from mixpo.stages.stage import model_folder
+from mixpo.training.job import model_folder
 
 CPU = torch.device("cpu")
 Damage = Callable[[Path], None]

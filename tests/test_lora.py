@@ -16,9 +16,10 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import initialize_reward_model, load_policy
 from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
-from mixpo.stages.stage import Stage, model_folder
+from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
 from mixpo.training.checkpoint import Checkpoint
+from mixpo.training.job import CHECKPOINT, Job, model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.runtime import Runtime
 from models import ARCHITECTURES
@@ -167,7 +168,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     stage = stage_of(tiny, kind, precision)
     folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
     monkeypatch.setattr(Checkpoint, "remove", lambda self: None)
-    stage.compute(stage.paths(folders), tmp_path, Runtime(threads=1, checkpoint_minutes=0))
+    stage.compute(stage.paths(folders), Job(tmp_path, Runtime(threads=1, checkpoint_minutes=0)))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:
         trained = {name for name, p in lm.model.named_parameters() if p.requires_grad}
@@ -180,7 +181,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
             elif ".lora_B" in name or name == "score.weight":
                 assert not torch.equal(after[name], weight), f"{name} learns"
             assert after[name].dtype == torch.float32 or (precision == "bfloat16" and name not in trained)
-    tensors = load_file(tmp_path / checkpoint.FILE)
+    tensors = load_file(tmp_path / CHECKPOINT)
     parts = checkpoint._insert_tensors(json.loads(tensors.pop("json").numpy().tobytes()), tensors)["parts"]
     saved_names = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
     assert saved_names == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}

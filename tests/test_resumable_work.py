@@ -11,6 +11,7 @@ from mixpo.models.samplers import LocalSampler
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_summary
+from mixpo.training.job import Job
 from mixpo.training.record import Cost, Metrics
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
@@ -26,7 +27,7 @@ def squares(rows: list[int]) -> list[int]:
 
 def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
     done: list[int] = []
-    results = ResumableWork(tmp_path, Cost()).compute("squares", ROWS, squares, advance=done.append)
+    results = ResumableWork(Job(tmp_path, SMALL_RUNTIME)).compute_rows("squares", ROWS, squares, advance=done.append)
     assert results == [0, 1, 4, 9, 16]
     assert done == [2, 1, 2]
 
@@ -34,10 +35,10 @@ def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ["", '{"name": "squares", "rows": [1], "resu', '{"name": "squares", "rows": [1]}'])
 def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) -> None:
     """The last line may be torn anywhere; the next run may cut the rows into other portions."""
-    first = ResumableWork(tmp_path, cost := Cost())
-    cost.tokens_sampled = 7.0
-    first.compute("squares", [[0, 3], [2]], squares)
-    first.compute("cubes", [[1]], lambda rows: [row**3 for row in rows])
+    first = ResumableWork(job := Job(tmp_path, SMALL_RUNTIME))
+    job.cost.tokens_sampled = 7.0
+    first.compute_rows("squares", [[0, 3], [2]], squares)
+    first.compute_rows("cubes", [[1]], lambda rows: [row**3 for row in rows])
     with (tmp_path / "portions.jsonl").open("a") as file:
         file.write(torn)
     computed: list[int] = []
@@ -46,13 +47,13 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
         computed.extend(rows)
         return squares(rows)
 
-    again = ResumableWork(tmp_path, cost := Cost())
-    assert cost.tokens_sampled == 7.0
-    assert again.compute("squares", [[4, 0], [3, 2, 1]], work) == [0, 1, 4, 9, 16]
+    again = ResumableWork(job := Job(tmp_path, SMALL_RUNTIME))
+    assert job.cost.tokens_sampled == 7.0
+    assert again.compute_rows("squares", [[4, 0], [3, 2, 1]], work) == [0, 1, 4, 9, 16]
     assert computed == [4, 1]
-    assert again.compute("cubes", [[1]], work) == [1]
+    assert again.compute_rows("cubes", [[1]], work) == [1]
     assert len((tmp_path / "portions.jsonl").read_text().splitlines()) == 5
-    again.remove()
+    job.finish()
     assert not (tmp_path / "portions.jsonl").exists()
 
 
@@ -63,11 +64,8 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
     for budget in (1, 10_000):
         folder = tmp_path / str(budget)
         folder.mkdir()
-        resumable = ResumableWork(folder, Cost())
-        sampler = LocalSampler(cache_tokens=budget)
-        completions, _ = resumable.sample_completions(
-            sampler, lm, prompts, k=1, max_tokens=8, portion_tokens=budget, seed=0
-        )
+        resumable = ResumableWork(Job(folder, Runtime(threads=1, sampling_tokens=budget)))
+        completions, _ = resumable.sample_completions(lm, prompts, k=1, max_tokens=8, seed=0)
         completions_by_budget.append([tuple(branches[0]) for branches in completions])
     assert completions_by_budget[0] == completions_by_budget[1]
     assert len(set(completions_by_budget[0])) == len(prompts)
@@ -87,13 +85,13 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "add", die)
         with pytest.raises(KeyboardInterrupt):
-            stage.compute(stage.paths(folders), tmp_path, SMALL_RUNTIME)
+            stage.compute(stage.paths(folders), Job(tmp_path, SMALL_RUNTIME))
     lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
     assert all(line["seconds"] > 0 for line in lines)
     saved = lines[: len(lines) - (killed != "while it trains")]
     text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in saved)
     (tmp_path / "portions.jsonl").write_text(text)
-    stage.compute(stage.paths(folders), tmp_path, SMALL_RUNTIME)
+    stage.compute(stage.paths(folders), Job(tmp_path, SMALL_RUNTIME))
     seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
     assert (seconds == 0.0) == (killed == "while it trains")
     assert seconds >= 0.0
@@ -132,7 +130,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.compute(stage.paths(folders), whole, SMALL_RUNTIME)
+    stage.compute(stage.paths(folders), Job(whole, SMALL_RUNTIME))
     unbroken = list(sampled_prompts)
     counts, calls = Cost.counts, []
 
@@ -144,12 +142,12 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 
     monkeypatch.setattr(Cost, "counts", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.compute(stage.paths(folders), killed, SMALL_RUNTIME)
+        stage.compute(stage.paths(folders), Job(killed, SMALL_RUNTIME))
     monkeypatch.setattr(Cost, "counts", counts)
     assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
     saved = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
     sampled_prompts.clear()
-    stage.compute(stage.paths(folders), killed, SMALL_RUNTIME)
+    stage.compute(stage.paths(folders), Job(killed, SMALL_RUNTIME))
     assert sampled_prompts == unbroken[sum(line["name"] == "sampled" for line in saved) :], (
         "only what is missing is drawn"
     )

@@ -22,8 +22,9 @@ from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
 from mixpo.stages.ppo_settings import PPOSettings, count_updates
 from mixpo.stages.rows import read_pairs, read_table
-from mixpo.stages.stage import Stage, model_folder
+from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_summary
+from mixpo.training.job import model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
 from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch

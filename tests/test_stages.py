@@ -39,9 +39,10 @@ from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo_models import make_actor_critic
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import add_tokens, read_pairs, read_table, read_tokens, read_unique_prompts, write_table
-from mixpo.stages.stage import Snapshot, Stage, model_folder
+from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import read_settings, read_summary, sort_topologically
 from mixpo.training.checkpoint import TrainableWeights
+from mixpo.training.job import Job, model_folder
 from mixpo.training.record import Metrics, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -735,7 +736,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.compute(stage.paths(folders), whole, runtime)
+    stage.compute(stage.paths(folders), Job(whole, runtime))
     original = Metrics.add
     apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
     monkeypatch.setattr("mixpo.models.language_model.LanguageModel.read_text", lambda *_: apart)
@@ -747,9 +748,9 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
 
     monkeypatch.setattr(Metrics, "add", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.compute(stage.paths(folders), killed, runtime)
+        stage.compute(stage.paths(folders), Job(killed, runtime))
     monkeypatch.setattr(Metrics, "add", original)
-    stage.compute(stage.paths(folders), killed, runtime)
+    stage.compute(stage.paths(folders), Job(killed, runtime))
     one, other = weights(whole), weights(killed)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [row["loss"] for row in rows_of(whole)] == [row["loss"] for row in rows_of(killed)]

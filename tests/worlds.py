@@ -21,7 +21,8 @@ from mixpo.models.scoring import compute_token_logprobs
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage import Stage, model_folder
+from mixpo.stages.stage import Stage
+from mixpo.training.job import Job, model_folder
 
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
 LIMIT = 40
@@ -79,7 +80,7 @@ class World:
         """Compute a stage into a folder of its own, apart from the cache."""
         folders = {name: self.build(source) for name, source in stage.inputs().items()}
         out.mkdir()
-        stage.compute(stage.paths(folders), out, runtime)
+        stage.compute(stage.paths(folders), Job(out, runtime))
         return out
 
     def force_completions(self, patch: pytest.MonkeyPatch) -> None:
@@ -209,5 +210,5 @@ class TinyWorld:
         folders = {name: self.stage_cache.build(source) for name, source in stage.inputs().items()}
         out = self.folder / "runs" / str(next(self.numbers))
         out.mkdir(parents=True)
-        stage.compute(stage.paths(folders), out, runtime)
+        stage.compute(stage.paths(folders), Job(out, runtime))
         return out

@@ -13,7 +13,7 @@ from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_settings, sort_topologically
-from mixpo.training import checkpoint
+from mixpo.training.job import CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
     folder = stage_cache.folder(stage)
     if (folder / "failure.txt").exists():
         return "failed in the last run"
-    if (folder / checkpoint.FILE).exists():
+    if (folder / CHECKPOINT).exists():
         return "interrupted; resumes from its checkpoint"
     own = _select_own_settings(stage.model_dump(mode="json"), stage)
     differences = []

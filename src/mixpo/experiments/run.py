@@ -30,8 +30,9 @@ from mixpo.experiments.shared_stages import SharedStages
 from mixpo.experiments.workers import Failure, StageDisplay, open_executor
 from mixpo.stages.data import Data, describe_row_facts
 from mixpo.stages.pretrained import Pretrained
-from mixpo.stages.stage import Stage, model_folder
+from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_summary, sort_topologically
+from mixpo.training.job import model_folder
 from mixpo.training.record import write_json
 
 FORMAT = 3

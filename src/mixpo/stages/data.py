@@ -41,9 +41,9 @@ from mixpo.data.world import WORLD_VERSION, make_world
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
 from mixpo.stages.rows import add_tokens, write_table
-from mixpo.stages.stage import DataStage, Part, PolicyStage, model_folder, write_summary
-from mixpo.training.record import Cost, append_jsonl, progress_listener
-from mixpo.training.runtime import Runtime
+from mixpo.stages.stage import DataStage, Part, PolicyStage
+from mixpo.training.job import Job, model_folder
+from mixpo.training.record import append_jsonl, progress_listener
 
 
 class DataSettings(Settings):
@@ -422,15 +422,14 @@ class Data(DataStage, DataSettings):
         """The human pairs of the second reward model."""
         return Part(stage=self, of="second")
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Read, validate and split the rows, and write a file for each part."""
-        cost = Cost()
         tokenizer = load_tokenizer(model_folder(inputs["base"]))
         rows, note = read_sources(self, tokenizer), progress_listener.get().on_message
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
         if rows.bad:
-            (out / "bad_rows.jsonl").unlink(missing_ok=True)
-            append_jsonl(out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
+            (job.out / "bad_rows.jsonl").unlink(missing_ok=True)
+            append_jsonl(job.out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
                 raise_for_bad_rows(rows.bad, rows.total)
         split = split_rows(self, rows)
@@ -440,13 +439,13 @@ class Data(DataStage, DataSettings):
             if count is not None and len(part) < count:
                 note(f"data.{name}: {len(part)} rows, where {count} were asked for: there are no more")
             rows_with_tokens = add_tokens([asdict(row) for row in part], tokenizer)
-            write_table(out / f"{name}.parquet", rows_with_tokens, tokenizer=compute_tokenization_digest(tokenizer))
+            write_table(job.out / f"{name}.parquet", rows_with_tokens, tokenizer=compute_tokenization_digest(tokenizer))
         for name in (*self.train, *self.test, *self.demonstrations, *self.second):
             if name.startswith("hub:") and self.revision is None:
                 note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
         if rows.bad:
-            note(f"{len(rows.bad)} of {rows.total} rows dropped, listed in {out / 'bad_rows.jsonl'}")
+            note(f"{len(rows.bad)} of {rows.total} rows dropped, listed in {job.out / 'bad_rows.jsonl'}")
         figures = count_row_facts(self, rows, split, tokenizer)
         for line in describe_row_facts(figures):
             note(line)
-        write_summary(out, cost, **figures)
+        job.finish(**figures)

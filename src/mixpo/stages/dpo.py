@@ -13,16 +13,13 @@ from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy
-from mixpo.models.samplers import Sampler
-from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.stages.rows import Pairs, format_sampler_name, read_pairs
-from mixpo.stages.stage import Part, PolicyStage, SeededSettings, model_folder, write_summary
+from mixpo.stages.stage import Part, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
-from mixpo.training.record import Cost, append_jsonl, trim_jsonl
+from mixpo.training.job import Job, model_folder
+from mixpo.training.record import append_jsonl, trim_jsonl
 from mixpo.training.resumable_work import ResumableWork
-from mixpo.training.runtime import Runtime
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -34,7 +31,7 @@ LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest difference between a log-prob from sampling and one from a forward pass, in nats a token."""
 
 
-class DPOSettings(SeededSettings, SupervisedSettings):
+class DPOSettings(SupervisedSettings):
     """Settings of direct preference optimization."""
 
     beta: float = pydantic.Field(0.1, gt=0)
@@ -56,29 +53,17 @@ class DPO(PolicyStage, DPOSettings):
     reference: PolicyStage
     pairs: Part
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Train, and write `model/` and `samples.jsonl`."""
-        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_folder(inputs["policy"]), device=processes.device, precision=self.precision)
+        lm = job.load_policy(inputs["policy"], self.precision)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        resumable = ResumableWork(out, cost)
-        reference_logprobs = _compute_reference_logprobs(self, inputs, lm, pairs, resumable, runtime)
+        resumable = ResumableWork(job)
+        reference_logprobs = _compute_reference_logprobs(self, inputs, lm, pairs, job, resumable)
         if self.lora:
             add_lora(lm, self.lora)
-        training = SupervisedTraining(
-            lm,
-            pairs.prompts,
-            pairs.completions,
-            settings=self,
-            seed=self.seed,
-            out=out,
-            cost=cost,
-            runtime=runtime,
-            processes=processes,
-        )
-        trim_jsonl(out / "samples.jsonl", training.first_step)
-        sampler = runtime.make_sampler()
+        training = SupervisedTraining(job, self, lm, pairs.prompts, pairs.completions)
+        trim_jsonl(job.out / "samples.jsonl", training.first_step)
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
@@ -101,18 +86,16 @@ class DPO(PolicyStage, DPOSettings):
 
         for step, metrics in training.iterate_steps(compute_loss, count=len):
             if step + 1 in probe_steps:
-                metrics |= _sample_probes(self, lm, sampler, pairs, out, step, cost)
+                metrics |= _sample_probes(self, lm, pairs, job, step)
 
-        digest = save_model(lm, model_folder(out))
+        digest = job.save_model(lm)
         rows = training.metrics.rows()
         figures = {name: compute_mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
         remedies = {
             "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
         }
-        write_summary(
-            out,
-            cost,
+        job.finish(
             model=digest,
             pairs=len(pairs.prompts),
             truncated=pairs.truncated,
@@ -122,35 +105,29 @@ class DPO(PolicyStage, DPOSettings):
             reference_seconds=resumable.seconds["reference"],
             **figures,
         )
-        training.checkpoint.remove()
-        resumable.remove()
 
 
 def _compute_reference_logprobs(
-    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, resumable: ResumableWork, runtime: Runtime
+    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, job: Job, resumable: ResumableWork
 ) -> Tensor:
     """Compute sequence log-probs of all pairs under the reference, [pairs, 2].
 
     If the reference itself sampled the pairs, the log-probs from sampling are returned, after a few of them were
     compared with a forward pass. Raises RuntimeError if they differ.
     """
-    policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
-    digest = compute_model_digest(reference_folder)
-    same = digest == compute_model_digest(policy_folder)
-    reference = lm if same else freeze(load_policy(reference_folder, device=lm.device, precision=stage.precision))
+    digest = compute_model_digest(model_folder(inputs["reference"]))
+    same = digest == compute_model_digest(model_folder(inputs["policy"]))
+    reference = lm if same else freeze(job.load_policy(inputs["reference"], stage.precision))
     stored = pairs.logprobs if pairs.sampler == format_sampler_name(digest, stage.precision) else None
     selected = draw_subset(range(len(pairs.prompts)), None if stored is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
-    budget = runtime.microbatch_tokens
-    computed = resumable.score_completions(
-        "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
-    )
+    computed = resumable.score_completions("reference", compute_sequence_logprobs, reference, prompts, completions)
     if stored is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
     difference = ((torch.tensor(stored)[selected] - computed).abs() / lengths).max()
     if float(difference) > LOGPROB_TOLERANCE[stage.precision]:
-        resumable.remove()  # the samples may differ at the next attempt
+        resumable.path.unlink()  # the samples may differ at the next attempt
         raise RuntimeError(
             f"log-probs from sampling differ from a forward pass of the reference by {float(difference):.3g} nats a "
             f"token; expected at most {LOGPROB_TOLERANCE[stage.precision]}; delete the samples' folder to sample again"
@@ -158,18 +135,17 @@ def _compute_reference_logprobs(
     return torch.tensor(stored)
 
 
-def _sample_probes(
-    stage: DPO, lm: LanguageModel, sampler: Sampler, pairs: Pairs, out: Path, step: int, cost: Cost
-) -> dict[str, float]:
+def _sample_probes(stage: DPO, lm: LanguageModel, pairs: Pairs, job: Job, step: int) -> dict[str, float]:
     """Sample completions of a few training prompts, and return their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
+    sampler = job.runtime.make_sampler()
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
-    cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    job.cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.decode_completion(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
-        out / "samples.jsonl",
+        job.out / "samples.jsonl",
         [
             {"step": step, "prompt": pairs.prompt_texts[row], "completion": text}
             for row, text in zip(rows, texts, strict=True)

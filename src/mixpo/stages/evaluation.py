@@ -17,22 +17,18 @@ from mixpo.data.errors import InputError
 from mixpo.data.world import true_reward
 from mixpo.models.adapters import freeze
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
 from mixpo.stages.rows import read_unique_prompts, write_table
 from mixpo.stages.stage import (
     DataStage,
     PolicyStage,
     RewardStage,
-    SeededSettings,
     Snapshot,
     Stage,
-    model_folder,
-    write_summary,
 )
-from mixpo.training.record import Cost
+from mixpo.training.job import Job, model_folder
 from mixpo.training.resumable_work import ResumableWork
-from mixpo.training.runtime import Runtime
+from mixpo.training.step import SeededSettings
 
 
 class EvaluationSettings(SeededSettings):
@@ -61,33 +57,26 @@ class Evaluation(Stage, EvaluationSettings):
     chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Sample and score completions, compute their KL, and write `completions.parquet`."""
-        device, cost = runtime.start().device, Cost()
-        policy_folder, sft_folder = model_folder(inputs["policy"]), model_folder(inputs["sft"])
-        lm = freeze(load_policy(policy_folder, device=device, precision=self.precision))
+        lm = freeze(job.load_policy(inputs["policy"], self.precision))
         unique_prompts, prompts = read_unique_prompts(inputs["data"] / "test.parquet", lm.tokenizer, self.prompts)
-        from_sft = compute_model_digest(policy_folder) == compute_model_digest(sft_folder)
+        policy, sft_model = (compute_model_digest(model_folder(inputs[name])) for name in ("policy", "sft"))
+        from_sft = policy == sft_model
         if self.best_of > 1 and not from_sft:
             raise InputError(
                 f"best_of: found {self.best_of} with another policy than SFT; expected SFT, of whose best of n alone "
                 "the KL is known; evaluate the policy with best_of=1"
             )
-        resumable, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        resumable = ResumableWork(job)
         completions, sampled_logprobs = resumable.sample_completions(
-            runtime.make_sampler(),
-            lm,
-            prompts,
-            k=self.best_of,
-            max_tokens=self.max_completion_tokens,
-            seed=self.seed,
-            portion_tokens=runtime.sampling_tokens,
+            lm, prompts, k=self.best_of, max_tokens=self.max_completion_tokens, seed=self.seed
         )
 
         def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
-            reward = freeze(load_reward_model(model_folder(reward_folder), device=device, precision=self.precision))
+            reward = freeze(job.load_reward_model(reward_folder, self.precision))
             reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
-            return resumable.score_completions(name, compute_scores, reward, *reward_inputs, token_budget=budget)
+            return resumable.score_completions(name, compute_scores, reward, *reward_inputs)
 
         chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
         chooser_scores = compute_reward_scores("chooser", chooser)
@@ -100,10 +89,8 @@ class Evaluation(Stage, EvaluationSettings):
             kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
         else:
             logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
-            sft = freeze(load_policy(sft_folder, device=device, precision=self.precision))
-            sft_logprobs = resumable.score_completions(
-                "sft", compute_sequence_logprobs, sft, prompts, completions, token_budget=budget
-            )
+            sft = freeze(job.load_policy(inputs["sft"], self.precision))
+            sft_logprobs = resumable.score_completions("sft", compute_sequence_logprobs, sft, prompts, completions)
             kl = logprobs - sft_logprobs[:, 0]
 
         texts = [lm.decode_completion(branches[0]) for branches in completions]
@@ -120,7 +107,7 @@ class Evaluation(Stage, EvaluationSettings):
                 true_reward(_read_question(prompt), text) for prompt, text in zip(unique_prompts, texts, strict=True)
             ]
         write_table(
-            out / "completions.parquet",
+            job.out / "completions.parquet",
             [
                 {"prompt": prompt, "completion": text, **{name: column[row] for name, column in columns.items()}}
                 for row, (prompt, text) in enumerate(zip(unique_prompts, texts, strict=True))
@@ -132,8 +119,7 @@ class Evaluation(Stage, EvaluationSettings):
             share = name == "ended"
             interval = wilson_interval(values.sum(), values.size) if share else crossed_interval(values[None])
             figures[name] = asdict(interval)
-        write_summary(out, cost, prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
-        resumable.remove()
+        job.finish(prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
 
 
 def _is_world(data: Path) -> bool:

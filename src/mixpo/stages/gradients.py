@@ -12,14 +12,13 @@ from mixpo.data.branches import pack_branches
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.models.adapters import freeze
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy
 from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import Part, PolicyStage, Stage, model_folder, write_summary
-from mixpo.training.record import Cost, report_progress
+from mixpo.stages.stage import Part, PolicyStage, Stage
+from mixpo.training.job import Job
+from mixpo.training.record import report_progress
 from mixpo.training.resumable_work import ResumableWork
-from mixpo.training.runtime import Runtime
 
 
 class GradientsSettings(Settings):
@@ -47,24 +46,22 @@ class Gradients(Stage):
     """Number of pairs with different completions, the same ones at every seed."""
     max_completion_tokens: int
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Compute the gradients of each pair and write `gradients.parquet`."""
-        device, cost = runtime.start().device, Cost()
-        lm = load_policy(model_folder(inputs["policy"]), device=device)
-        reference = freeze(load_policy(model_folder(inputs["reference"]), device=device))
+        lm, reference = job.load_policy(inputs["policy"]), freeze(job.load_policy(inputs["reference"]))
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         selected = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
-        resumable, budget = ResumableWork(out, cost), runtime.microbatch_tokens
+        resumable = ResumableWork(job)
         reference_logprobs = resumable.score_completions(
-            "reference", compute_sequence_logprobs, reference, prompts, completions, token_budget=budget
+            "reference", compute_sequence_logprobs, reference, prompts, completions
         )
 
         def measure(row: int) -> dict[str, float]:
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _compute_gradients(
                 lm, prompts[row], completions[row]
             )
-            cost.count_trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            job.cost.count_trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
             log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
             return {
@@ -80,9 +77,8 @@ class Gradients(Stage):
         single = [[row] for row in range(len(prompts))]
         advance = report_progress(len(prompts))
         rows = resumable.compute_rows("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
-        write_table(out / "gradients.parquet", rows)
-        write_summary(out, cost, pairs=len(rows))
-        resumable.remove()
+        write_table(job.out / "gradients.parquet", rows)
+        job.finish(pairs=len(rows))
 
 
 def _compute_gradients(

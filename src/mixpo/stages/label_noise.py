@@ -8,9 +8,8 @@ import pydantic
 
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_metadata, read_table, write_table
-from mixpo.stages.stage import Part, Stage, write_summary
-from mixpo.training.record import Cost
-from mixpo.training.runtime import Runtime
+from mixpo.stages.stage import Part, Stage
+from mixpo.training.job import Job
 
 
 class LabelNoiseSettings(Settings):
@@ -34,14 +33,14 @@ class LabelNoise(Stage, LabelNoiseSettings):
         """The pairs, some of them flipped."""
         return Part(stage=self, of="train")
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Flip labels and write `train.parquet`."""
-        cost, rows = Cost(), read_table(inputs["pairs"])
+        rows = read_table(inputs["pairs"])
         order = list(range(len(rows)))
         random.Random(self.seed).shuffle(order)
         flipped = set(order[: round(self.share * len(rows))])
         for index in flipped:
             row = rows[index]
             row.update(chosen=row["rejected"], rejected=row["chosen"], tokens=row["tokens"][::-1])
-        write_table(out / "train.parquet", rows, **read_metadata(inputs["pairs"]))
-        write_summary(out, cost, pairs=len(rows), flipped=len(flipped))
+        write_table(job.out / "train.parquet", rows, **read_metadata(inputs["pairs"]))
+        job.finish(pairs=len(rows), flipped=len(flipped))

@@ -31,7 +31,6 @@ from mixpo.data.rows import Prompt
 from mixpo.models.adapters import add_lora
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_in_batches, compute_scores, compute_token_logprobs, retokenize
@@ -45,12 +44,11 @@ from mixpo.stages.ppo_settings import (
     suggest_against_divergence,
 )
 from mixpo.stages.rows import read_unique_prompts
-from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot, model_folder, write_summary
+from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
-from mixpo.training.parallel import ProcessGroup
-from mixpo.training.record import Cost, Metrics, append_jsonl, trim_jsonl
-from mixpo.training.runtime import Runtime
+from mixpo.training.job import Job, model_folder
+from mixpo.training.record import Metrics, append_jsonl, trim_jsonl
 from mixpo.training.step import Diverged, Sums, compute_learning_rate, take_optimizer_step
 
 Loss = Callable[[tuple[BranchBatch, list[int]]], tuple[Tensor, Sums]]
@@ -68,30 +66,27 @@ class PPO(PolicyStage, PPOSettings):
     snapshots: int = pydantic.Field(0, ge=0)
     """Number of policies saved during training, at equal distances."""
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Train, and write `model/` and `completions.jsonl`, which has one completion of each iteration."""
-        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        policy_folder, reference_folder = model_folder(inputs["policy"]), model_folder(inputs["reference"])
-        policy = load_policy(policy_folder, device=processes.device, precision=self.precision)
-        frozen = load_frozen_models(self, inputs, policy)
-        starts_at_reference = compute_model_digest(policy_folder) == compute_model_digest(reference_folder)
+        policy = job.load_policy(inputs["policy"], self.precision)
+        frozen = load_frozen_models(self, inputs, policy, job)
+        digests = [compute_model_digest(model_folder(inputs[name])) for name in ("policy", "reference")]
         if self.lora:
             add_lora(policy, self.lora)
-        models = make_actor_critic(self, inputs, policy, frozen.reward)
+        models = make_actor_critic(self, inputs, policy, frozen.reward, job)
         prompts, prompt_tokens = read_unique_prompts(inputs["prompts"], policy.tokenizer)
-        training = PPOTraining(self, models, frozen, prompts, prompt_tokens, runtime, processes, cost)
+        training = PPOTraining(job, self, models, frozen, prompts, prompt_tokens)
         total = training.total_steps
         snapshot_steps = choose_snapshot_steps(self.snapshots, total)
 
-        parts = models.stateful_parts()
-        checkpoint = Checkpoint(out, parts, every_minutes=runtime.checkpoint_minutes, processes=processes)
+        checkpoint = Checkpoint(job, models.stateful_parts())
         first_step, extra = checkpoint.resume()
         if extra:
-            cost.restore(extra["cost"])
+            job.cost.restore(extra["cost"])
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
-        trim_jsonl(out / "completions.jsonl", first_step)
-        log = Metrics(out, resumed_at=first_step, processes=processes)
+        trim_jsonl(job.out / "completions.jsonl", first_step)
+        log = Metrics(job.out, resumed_at=first_step, processes=job.processes)
         weights = TrainableWeights(policy)
         last_good_weights = weights.copy()
 
@@ -99,11 +94,11 @@ class PPO(PolicyStage, PPOSettings):
             rows = training.select_prompts(step)
             try:
                 rollout, metrics = training.roll_out(step, rows)
-                check_kl_limits(self, metrics, step=step, starts_at_reference=starts_at_reference)
+                check_kl_limits(self, metrics, step=step, starts_at_reference=digests[0] == digests[1])
                 weights.copy_to(last_good_weights)
                 metrics |= training.train_on(step, rollout)
             except Diverged as error:
-                stopped = out / "stopped"
+                stopped = job.out / "stopped"
                 weights.load_state_dict(last_good_weights)
                 save_model(policy, stopped)
                 raise Diverged(
@@ -114,19 +109,18 @@ class PPO(PolicyStage, PPOSettings):
             training.adapt_kl_penalty(metrics)
             metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             text = policy.decode_completion(rollout.completions.to_lists()[0][0])
-            append_jsonl(out / "completions.jsonl", [{"step": step, "prompt": prompts[rows[0]], "completion": text}])
+            row = {"step": step, "prompt": prompts[rows[0]], "completion": text}
+            append_jsonl(job.out / "completions.jsonl", [row])
             log.add(step, total, metrics)
             if step + 1 in snapshot_steps:
                 snapshot = Snapshot(stage=self, number=snapshot_steps.index(step + 1) + 1)
-                save_model(policy, model_folder(snapshot.path_in(out)))
+                save_model(policy, model_folder(snapshot.path_in(job.out)))
             kl_state = [models.kl_coef, models.kl_multiplier, models.kl_error_sum]
-            checkpoint.maybe_write(step + 1, {"cost": cost.counts(), "kl": kl_state})
+            checkpoint.maybe_write(step + 1, {"cost": job.cost.counts(), "kl": kl_state})
 
-        digest, metrics_rows = save_model(policy, model_folder(out)), log.rows()
+        digest, metrics_rows = job.save_model(policy), log.rows()
         names = ("score", "reward", "kl", "kl_from_sft", "entropy", "end_rate", "completion_tokens")
-        write_summary(
-            out,
-            cost,
+        job.finish(
             model=digest,
             prompts=len(prompts),
             steps=total,
@@ -134,7 +128,6 @@ class PPO(PolicyStage, PPOSettings):
             alarms=emit_alarms(find_policy_alarms(metrics_rows, suggest_against_alarms(self))),
             **{name: compute_mean_of_last_steps(metrics_rows, name) for name in names},
         )
-        checkpoint.remove()
 
 
 @dataclass(frozen=True)
@@ -153,19 +146,16 @@ class PPOTraining:
 
     def __init__(
         self,
+        job: Job,
         settings: PPOSettings,
         models: ActorCritic,
         frozen: FrozenModels,
         prompts: Sequence[Prompt],
         prompt_tokens: Sequence[list[int]],
-        runtime: Runtime,
-        processes: ProcessGroup,
-        cost: Cost,
     ) -> None:
-        self.settings, self.models, self.frozen = settings, models, frozen
+        self.job, self.settings, self.models, self.frozen = job, settings, models, frozen
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
-        self.sampler, self.processes, self.cost = runtime.make_sampler(), processes, cost
-        self.microbatch_tokens = runtime.microbatch_tokens
+        self.sampler, self.cost = job.runtime.make_sampler(), job.cost
         self.steps_per_epoch = -(-len(prompts) // settings.batch_size)
         self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.updates_before = count_updates(settings, len(prompts), self.total_steps)
@@ -182,7 +172,7 @@ class PPOTraining:
     def roll_out(self, step: int, rows: Sequence[int]) -> tuple[Rollout, dict[str, float]]:
         """Sample completions, score them, shape rewards and compute advantages; returns the rollout and metrics."""
         started = time.perf_counter()
-        settings, models, frozen, budget = self.settings, self.models, self.frozen, self.microbatch_tokens
+        settings, models, frozen, budget = self.settings, self.models, self.frozen, self.job.runtime.microbatch_tokens
         policy, prompts = models.policy, [self.prompt_tokens[row] for row in rows]
 
         # Sample
@@ -366,12 +356,12 @@ class PPOTraining:
         lm.train()
         return take_optimizer_step(
             optimizer,
-            self._iterate_microbatches(lm, rollout, self.processes.share(rows)),
+            self._iterate_microbatches(lm, rollout, self.job.processes.share(rows)),
             loss,
             count=int(rollout.completions.mask[list(rows)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
             rate=compute_learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
-            processes=self.processes,
+            processes=self.job.processes,
         )
 
     def _iterate_microbatches(
@@ -379,7 +369,7 @@ class PPOTraining:
     ) -> Iterator[tuple[BranchBatch, list[int]]]:
         """Yield the microbatches of some rows, each with its row indices."""
         lengths = row_lengths(rollout.prompts, rollout.completions)
-        for part in split_into_microbatches([lengths[row] for row in rows], self.microbatch_tokens):
+        for part in split_into_microbatches([lengths[row] for row in rows], self.job.runtime.microbatch_tokens):
             selected = [rows[index] for index in part]
             batch = pack_branches(rollout.prompts, rollout.completions, selected, share_prompt=lm.shares_prompts)
             yield batch.to(lm.device), selected

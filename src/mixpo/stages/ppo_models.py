@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import nn
@@ -11,19 +10,11 @@ from torch import nn
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import add_lora, freeze
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
+from mixpo.models.language_model import LanguageModel
 from mixpo.stages.ppo_settings import PPOSettings
-from mixpo.stages.stage import model_folder
 from mixpo.training.checkpoint import Stateful, TrainableWeights
+from mixpo.training.job import Job, model_folder
 from mixpo.training.step import make_optimizer
-
-
-class LoadOptions(TypedDict):
-    """Device and precision of a model."""
-
-    device: torch.device
-    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -67,41 +58,40 @@ class ActorCritic:
         return parts
 
 
-def load_frozen_models(settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel) -> FrozenModels:
+def load_frozen_models(
+    settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel, job: Job
+) -> FrozenModels:
     """Load reference, SFT and reward model; one model if SFT is the reference.
 
     Raises `InputError` if the tokenizer of reference or SFT differs from the policy's.
     """
-    options = LoadOptions(device=policy.device, precision=settings.precision)
-    reference_folder, sft_folder = model_folder(inputs["reference"]), model_folder(inputs["sft"])
-    reference = sft = freeze(load_policy(reference_folder, **options))
-    if compute_model_digest(reference_folder) != compute_model_digest(sft_folder):
-        sft = freeze(load_policy(sft_folder, **options))
+    reference = sft = freeze(job.load_policy(inputs["reference"], settings.precision))
+    if compute_model_digest(model_folder(inputs["reference"])) != compute_model_digest(model_folder(inputs["sft"])):
+        sft = freeze(job.load_policy(inputs["sft"], settings.precision))
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    return FrozenModels(reference, sft, freeze(load_reward_model(model_folder(inputs["reward"]), **options)))
+    return FrozenModels(reference, sft, freeze(job.load_reward_model(inputs["reward"], settings.precision)))
 
 
 def make_actor_critic(
-    settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel
+    settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel, job: Job
 ) -> ActorCritic:
     """Make the optimizers and, for `gae`, the value model as `value_init` says."""
     value: LanguageModel | None = None
-    options = LoadOptions(device=policy.device, precision=settings.precision)
     if settings.advantage == "gae":
         if settings.value_init == "shared":
             value = policy
             policy.value_head = _make_value_head(policy)
         elif settings.value_init == "policy":
-            value = initialize_reward_model(model_folder(inputs["policy"]), seed=settings.seed, **options)
+            value = job.initialize_reward_model(inputs["policy"], seed=settings.seed, precision=settings.precision)
         else:
             if reward.tokenization_digest != policy.tokenization_digest:
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"
                 )
-            value = load_reward_model(model_folder(inputs["reward"]), **options)
+            value = job.load_reward_model(inputs["reward"], settings.precision)
     value_optimizer = None
     if value is not None and value is not policy:
         if settings.lora:

@@ -8,7 +8,6 @@ import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import LoraSettings
-from mixpo.stages.stage import SeededSettings
 from mixpo.training.step import OptimizerSettings, suggest_remedies
 
 DEEPSPEED_CHAT: dict[str, Any] = {
@@ -43,7 +42,7 @@ GAE_SETTINGS = (
 """Settings without effect if the advantage is not `gae`."""
 
 
-class PPOSettings(SeededSettings, OptimizerSettings):
+class PPOSettings(OptimizerSettings):
     """Settings of proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019)."""
 
     preset: Literal["mixpo", "deepspeed-chat"] = "mixpo"
@@ -138,7 +137,7 @@ def choose_snapshot_steps(count: int, total: int) -> list[int]:
 
 def suggest_against_divergence(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
     """Suggest changes of settings after a divergence; `updates` are the optimizer steps before each iteration."""
-    tips = suggest_remedies(updates[step], total=updates[-1], settings=stage, precision=stage.precision)
+    tips = suggest_remedies(updates[step], total=updates[-1], settings=stage)
     if step > 0:
         tips.append(suggest_tighter_anchor(stage))
     if stage.advantage == "gae" and step >= stage.value_warmup_steps:

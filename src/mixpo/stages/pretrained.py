@@ -16,7 +16,6 @@ from mixpo.data.templates import write_arguments_into_template
 from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
 from mixpo.models.digests import compute_model_digest, list_model_files
 from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
-from mixpo.models.loading import initialize_reward_model, load_policy
 from mixpo.models.sources import (
     initialize_world_model,
     read_gguf,
@@ -25,9 +24,9 @@ from mixpo.models.sources import (
     resolve_package_file,
 )
 from mixpo.settings import Settings
-from mixpo.stages.stage import PolicyStage, model_folder, write_summary
-from mixpo.training.record import Cost, progress_listener
-from mixpo.training.runtime import Runtime
+from mixpo.stages.stage import PolicyStage
+from mixpo.training.job import Job, model_folder
+from mixpo.training.record import progress_listener
 
 
 class PretrainedSettings(Settings):
@@ -105,9 +104,9 @@ class Pretrained(PolicyStage, PretrainedSettings):
         local = expand_path(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Write `model/`, and verify that policy and reward models can be loaded from it."""
-        device, cost, model = runtime.start().device, Cost(), model_folder(out)
+        model = model_folder(job.out)
         local = expand_path(self.path)
         network, tokenizer = self._load(local)
         if network is None:
@@ -118,9 +117,9 @@ class Pretrained(PolicyStage, PretrainedSettings):
             network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
             tokenizer.save_pretrained(model)
         self._write_template(model)
-        load_policy(model, device=device)
-        initialize_reward_model(model, seed=0, device=device)
-        write_summary(out, cost, model=compute_model_digest(model))
+        job.load_policy(job.out)
+        job.initialize_reward_model(job.out, seed=0)
+        job.finish(model=compute_model_digest(model))
 
     def _write_template(self, model: Path) -> None:
         """Write the chat template and the special-tokens setting into the model's folder, if they differ from it."""

@@ -16,14 +16,11 @@ from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_
 from mixpo.data.branches import BranchBatch, row_lengths
 from mixpo.data.splits import split_by_prompt
 from mixpo.models.adapters import LoraSettings, add_lora, freeze
-from mixpo.models.loading import initialize_reward_model, load_reward_model
-from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
-from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, SeededSettings, model_folder, write_summary
+from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_reward_model_alarms
-from mixpo.training.record import Cost
-from mixpo.training.runtime import Runtime
+from mixpo.training.job import Job
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -31,7 +28,7 @@ GAP_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Left edges of the bins of the paper's Figure 2; the last bin is open."""
 
 
-class RewardModelSettings(SeededSettings, SupervisedSettings):
+class RewardModelSettings(SupervisedSettings):
     """Settings of reward-model training."""
 
     learning_rate: float = pydantic.Field(5e-6, gt=0)
@@ -60,14 +57,10 @@ class RewardModel(RewardStage, RewardModelSettings):
     data: DataStage
     """Data with the test pairs that are scored at the end."""
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Train, and write `model/` and the scores of validation and test pairs."""
-        processes, cost = runtime.start(), Cost()
-        device = processes.device
         torch.manual_seed(self.seed)
-        lm = initialize_reward_model(
-            model_folder(inputs["policy"]), seed=self.seed, device=device, precision=self.precision
-        )
+        lm = job.initialize_reward_model(inputs["policy"], seed=self.seed, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
         pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
@@ -81,20 +74,10 @@ class RewardModel(RewardStage, RewardModelSettings):
             "data.second_rows)",
         )
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
-        training = SupervisedTraining(
-            lm,
-            prompts,
-            completions,
-            settings=self,
-            seed=self.seed,
-            out=out,
-            cost=cost,
-            runtime=runtime,
-            processes=processes,
-        )
+        training, budget = SupervisedTraining(job, self, lm, prompts, completions), job.runtime.microbatch_tokens
         if self.head == "fitted" and training.first_step == 0:
-            states = compute_last_states(lm, prompts, completions, token_budget=runtime.microbatch_tokens)
-            cost.count_scored(lm.model, sum(row_lengths(prompts, completions)))
+            states = compute_last_states(lm, prompts, completions, token_budget=budget)
+            job.cost.count_scored(lm.model, sum(row_lengths(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
@@ -113,27 +96,24 @@ class RewardModel(RewardStage, RewardModelSettings):
         for _ in training.iterate_steps(compute_loss, count=len):
             pass
 
-        digest = save_model(lm, model_folder(out))
-        saved = freeze(load_reward_model(model_folder(out), device=device, precision=self.precision))
+        digest = job.save_model(lm)
+        saved = freeze(job.load_reward_model(job.out, self.precision))
         accuracies: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
-            budget = runtime.microbatch_tokens
             scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
-            cost.count_scored(saved.model, sum(row_lengths(prompts, completions)))
+            job.cost.count_scored(saved.model, sum(row_lengths(prompts, completions)))
             write_table(
-                out / f"{name}_scores.parquet",
+                job.out / f"{name}_scores.parquet",
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
             )
             accuracies[name] = _summarize_scores(scores)
         accuracies["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = accuracies["test"]["accuracy"], accuracies["test"]["accuracy_interval"]
         train_accuracy = compute_mean_of_last_steps(training.metrics.rows(), "accuracy")
-        write_summary(
-            out,
-            cost,
+        job.finish(
             model=digest,
             pairs=len(train),
             truncated=pairs.truncated,
@@ -142,7 +122,6 @@ class RewardModel(RewardStage, RewardModelSettings):
             alarms=emit_alarms(find_reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)),
             **accuracies,
         )
-        training.checkpoint.remove()
 
 
 def _summarize_scores(scores: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:

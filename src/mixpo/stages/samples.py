@@ -10,21 +10,12 @@ from mixpo.algorithms.selection import compute_score_gaps, order_by_score
 from mixpo.models.adapters import freeze
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.scoring import compute_scores, retokenize
 from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
-from mixpo.stages.stage import (
-    Part,
-    PolicyStage,
-    RewardStage,
-    ScoredPairsStage,
-    SeededSettings,
-    model_folder,
-    write_summary,
-)
-from mixpo.training.record import Cost
+from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage
+from mixpo.training.job import Job, model_folder
 from mixpo.training.resumable_work import ResumableWork
-from mixpo.training.runtime import Runtime
+from mixpo.training.step import SeededSettings
 
 
 class SamplesSettings(SeededSettings):
@@ -57,15 +48,13 @@ class Samples(ScoredPairsStage, SamplesSettings):
         """All scored pairs."""
         return Part(stage=self, of="pairs")
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Sample and score completions, and write `pairs.parquet`."""
-        device, cost = runtime.start().device, Cost()
-        lm = freeze(load_policy(model_folder(inputs["policy"]), device=device, precision=self.precision))
-        reward = freeze(load_reward_model(model_folder(inputs["reward"]), device=device, precision=self.precision))
+        lm = freeze(job.load_policy(inputs["policy"], self.precision))
+        reward = freeze(job.load_reward_model(inputs["reward"], self.precision))
         unique_prompts, prompts = read_unique_prompts(inputs["rows"], lm.tokenizer, self.prompts)
-        resumable = ResumableWork(out, cost)
+        resumable = ResumableWork(job)
         completions, logprobs = resumable.sample_completions(
-            runtime.make_sampler(),
             lm,
             prompts,
             k=2,
@@ -74,15 +63,9 @@ class Samples(ScoredPairsStage, SamplesSettings):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
-            portion_tokens=runtime.sampling_tokens,
         )
         reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
-        budget = runtime.microbatch_tokens
-        scores = (
-            resumable.score_completions("scores", compute_scores, reward, *reward_inputs, token_budget=budget)
-            .double()
-            .numpy()
-        )
+        scores = resumable.score_completions("scores", compute_scores, reward, *reward_inputs).double().numpy()
         identical = np.array([first == second for first, second in completions])
         gaps = np.where(identical, 0.0, compute_score_gaps(scores))
         rows = [
@@ -107,10 +90,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
             )
         ]
         sampler = format_sampler_name(compute_model_digest(model_folder(inputs["policy"])), self.precision)
-        write_table(out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
-        write_summary(
-            out,
-            cost,
+        write_table(job.out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
+        job.finish(
             pairs=len(rows),
             identical=int(identical.sum()),
             gap_mean=float(gaps.mean()),
@@ -119,7 +100,6 @@ class Samples(ScoredPairsStage, SamplesSettings):
             score_std=float(scores.std()),
             end_rate=_compute_end_rate(lm, completions),
         )
-        resumable.remove()
 
 
 def _compute_end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:

@@ -10,9 +10,8 @@ from mixpo.algorithms.selection import easy_mask, threshold_for_easy_fraction
 from mixpo.data.errors import InputError
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_metadata, read_table, write_table
-from mixpo.stages.stage import Part, ScoredPairsStage, Stage, write_summary
-from mixpo.training.record import Cost
-from mixpo.training.runtime import Runtime
+from mixpo.stages.stage import Part, ScoredPairsStage, Stage
+from mixpo.training.job import Job
 
 
 class SelectionSettings(Settings):
@@ -50,9 +49,8 @@ class Selection(Stage, SelectionSettings):
         """All other pairs, those of identical completions included."""
         return Part(stage=self, of="hard")
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Split the scored pairs and write both files."""
-        cost = Cost()
         source = inputs["samples"] / "pairs.parquet"
         rows = read_table(source)
         gaps = np.array([row["gap"] for row in rows], dtype=np.float64)
@@ -75,6 +73,6 @@ class Selection(Stage, SelectionSettings):
             )
         for name, mask in (("easy", easy), ("hard", ~easy)):
             write_table(
-                out / f"{name}.parquet", [rows[index] for index in np.flatnonzero(mask)], **read_metadata(source)
+                job.out / f"{name}.parquet", [rows[index] for index in np.flatnonzero(mask)], **read_metadata(source)
             )
-        write_summary(out, cost, threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))
+        job.finish(threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))

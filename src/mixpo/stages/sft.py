@@ -9,18 +9,15 @@ from torch import Tensor
 
 from mixpo.data.branches import BranchBatch
 from mixpo.models.adapters import LoraSettings, add_lora
-from mixpo.models.loading import load_policy
-from mixpo.models.saving import save_model
 from mixpo.stages.rows import read_tokens, report_truncation
-from mixpo.stages.stage import DataStage, PolicyStage, SeededSettings, model_folder, write_summary
+from mixpo.stages.stage import DataStage, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_loss_alarms
-from mixpo.training.record import Cost
-from mixpo.training.runtime import Runtime
+from mixpo.training.job import Job
 from mixpo.training.step import Sums, suggest_remedies
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
-class SFTSettings(SeededSettings, SupervisedSettings):
+class SFTSettings(SupervisedSettings):
     """Settings of supervised fine-tuning."""
 
     learning_rate: float = pydantic.Field(5e-5, gt=0)
@@ -37,11 +34,10 @@ class SFT(PolicyStage, SFTSettings):
     base: PolicyStage
     data: DataStage
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
         """Train, and write `model/`."""
-        processes, cost = runtime.start(), Cost()
         torch.manual_seed(self.seed)
-        lm = load_policy(model_folder(inputs["base"]), device=processes.device, precision=self.precision)
+        lm = job.load_policy(inputs["base"], self.precision)
         if self.lora:
             add_lora(lm, self.lora)
         rows = read_tokens(inputs["data"] / "demonstrations.parquet", lm.tokenizer)
@@ -49,17 +45,7 @@ class SFT(PolicyStage, SFTSettings):
         completions = [[row["tokens"][0][: self.max_completion_tokens]] for row in rows]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
         report_truncation("demonstrations", truncated, len(rows), self.max_completion_tokens)
-        training = SupervisedTraining(
-            lm,
-            prompts,
-            completions,
-            settings=self,
-            seed=self.seed,
-            out=out,
-            cost=cost,
-            runtime=runtime,
-            processes=processes,
-        )
+        training = SupervisedTraining(job, self, lm, prompts, completions)
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             return -lm(batch, "logprobs").sum(), {}
@@ -67,11 +53,9 @@ class SFT(PolicyStage, SFTSettings):
         for _ in training.iterate_steps(compute_loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
             pass
 
-        digest, metrics, total = save_model(lm, model_folder(out)), training.metrics.rows(), training.total_steps
-        remedies = suggest_remedies(total - 1, total=total, settings=self, precision=self.precision)
-        write_summary(
-            out,
-            cost,
+        digest, metrics, total = job.save_model(lm), training.metrics.rows(), training.total_steps
+        remedies = suggest_remedies(total - 1, total=total, settings=self)
+        job.finish(
             model=digest,
             rows=len(rows),
             steps=total,
@@ -79,4 +63,3 @@ class SFT(PolicyStage, SFTSettings):
             loss=compute_mean_of_last_steps(metrics, "loss"),
             truncated=truncated,
         )
-        training.checkpoint.remove()

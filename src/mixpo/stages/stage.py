@@ -2,18 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pydantic
 
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
 from mixpo.stages.identity import IdentifiedModel
-from mixpo.training.record import Cost, write_json
-from mixpo.training.runtime import Runtime
-
-SUMMARY = "summary.json"
+from mixpo.training.job import Job
 
 
 class Stage(IdentifiedModel):
@@ -45,8 +41,8 @@ class Stage(IdentifiedModel):
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
-    def compute(self, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        """Compute the stage from `inputs` (as returned by `paths`) and write the folder `out`."""
+    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
+        """Compute the stage from `inputs` (as returned by `paths`), write the job's folder and finish the job."""
         raise NotImplementedError
 
 
@@ -93,21 +89,3 @@ class Snapshot(Settings):
     def path_in(self, folder: Path) -> Path:
         """Path of the snapshot in the stage's folder; it has `model/`."""
         return folder / "snapshots" / str(self.number)
-
-
-class SeededSettings(Settings):
-    """Seed and precision of stages that compute with a model."""
-
-    seed: int = pydantic.Field(0, ge=0)
-    precision: Precision = "float32"
-    """`bfloat16` runs matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
-
-
-def write_summary(out: Path, cost: Cost, **figures: Any) -> None:
-    """Write `summary.json`: final figures and cost."""
-    write_json(out / SUMMARY, {**figures, "cost": cost.summary()})
-
-
-def model_folder(folder: Path) -> Path:
-    """Path of the model folder in a stage's folder."""
-    return folder / "model"

@@ -17,8 +17,9 @@ from typing import Any
 
 from mixpo.data.errors import InputError
 from mixpo.stages.identity import identity_settings, name_folder
-from mixpo.stages.stage import SUMMARY, Stage
+from mixpo.stages.stage import Stage
 from mixpo.training import memory
+from mixpo.training.job import SUMMARY, Job
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
@@ -87,7 +88,7 @@ class StageCache:
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
                 memory.reset_peak()
-                stage.compute(stage.paths(folders), out, self.runtime)
+                stage.compute(stage.paths(folders), Job(out, self.runtime))
         return out
 
     def build(self, stage: Stage) -> Path:

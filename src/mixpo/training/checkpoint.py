@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
-from mixpo.training.parallel import ProcessGroup
+from mixpo.training.job import CHECKPOINT, Job
 
-FILE = "checkpoint.safetensors"
 FORMAT = 2
 _JSON = "json"
 """Name of the tensor whose bytes are the JSON of all values that are not tensors."""
@@ -61,13 +59,11 @@ class TrainableWeights:
 class Checkpoint:
     """The checkpoint file of a stage: states of its parts, random state, next step and extra values of the stage."""
 
-    def __init__(
-        self, folder: Path, parts: Mapping[str, Stateful], *, every_minutes: float, processes: ProcessGroup
-    ) -> None:
-        self.path = folder / FILE
+    def __init__(self, job: Job, parts: Mapping[str, Stateful]) -> None:
+        self.path = job.out / CHECKPOINT
         self.parts = dict(parts)
-        self.processes = processes
-        self.every = 60 * every_minutes
+        self.processes = job.processes
+        self.every = 60 * job.runtime.checkpoint_minutes
         self.written = time.monotonic()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
@@ -115,10 +111,6 @@ class Checkpoint:
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
         self.written = time.monotonic()
-
-    def remove(self) -> None:
-        """Delete the checkpoint of a complete stage."""
-        self.path.unlink(missing_ok=True)
 
 
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:

@@ -4,7 +4,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from mixpo.data.branches import (
     unpad,
 )
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.samplers import Sampler
 from mixpo.models.sampling import count_occurrences
-from mixpo.training.record import Cost, read_jsonl, report_progress, write_text
+from mixpo.training.job import PORTIONS, Job
+from mixpo.training.record import read_jsonl, report_progress, write_text
 
 MICROBATCHES = 16
 """Microbatches of a portion of scores or log-probs."""
@@ -34,9 +33,8 @@ class ResumableWork:
     The size of portions may change between two runs of a stage (it follows the runtime), the result of a row may not.
     """
 
-    def __init__(self, folder: Path, cost: Cost) -> None:
-        self.path = folder / "portions.jsonl"
-        self.cost = cost
+    def __init__(self, job: Job) -> None:
+        self.path, self.cost, self.runtime = job.out / PORTIONS, job.cost, job.runtime
         self.lines = read_jsonl(self.path)
         self.seconds = defaultdict[str, float](float)
         """Seconds of each computation by its name, those of earlier runs included."""
@@ -44,7 +42,7 @@ class ResumableWork:
             self.seconds[line["name"]] += line.get("seconds", 0.0)  # of an earlier version
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
         if self.lines:
-            cost.restore(self.lines[-1]["cost"])
+            self.cost.restore(self.lines[-1]["cost"])
 
     def compute_rows(
         self,
@@ -54,7 +52,7 @@ class ResumableWork:
         *,
         advance: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Compute the results of all rows, in the order of rows; `compute` computes those that are not saved yet.
+        """Compute the results of all rows, in the order of rows; `work` computes those that are not saved yet.
 
         `name` identifies the computation within the stage. Results must be JSON values. `advance` is called with the
         number of rows of each finished portion.
@@ -81,16 +79,14 @@ class ResumableWork:
 
     def sample_completions(
         self,
-        sampler: Sampler,
         lm: LanguageModel,
         prompts: Sequence[Tokens],
         *,
         k: int,
         max_tokens: int,
-        portion_tokens: int,
         **sampling: Any,
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Sample k completions of every prompt in portions of `portion_tokens`; returns their tokens and log-probs."""
+        """Sample k completions of every prompt, in portions; returns their tokens and log-probs."""
 
         def sample_rows(rows: list[int]) -> list[Any]:
             portion = [prompts[row] for row in rows]
@@ -99,10 +95,11 @@ class ResumableWork:
             self.cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
             return list(zip(sampled.to_lists(), unpad(sampled.logprobs, sampled.mask), strict=True))
 
+        sampler = self.runtime.make_sampler()
         sampler.load_policy(lm)
         occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
-        portions = split_into_microbatches(lengths, max(1, portion_tokens // k), padded=True)
+        portions = split_into_microbatches(lengths, max(1, self.runtime.sampling_tokens // k), padded=True)
         results = self.compute_rows("sampled", portions, sample_rows, advance=report_progress(len(prompts)))
         return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
@@ -113,11 +110,9 @@ class ResumableWork:
         lm: LanguageModel,
         prompts: Sequence[Tokens],
         completions: AnyCompletions,
-        *,
-        token_budget: int,
     ) -> Float[Tensor, "prompts k"]:
         """Compute a number for each completion with `compute_scores` or `compute_sequence_logprobs`."""
-        lengths = row_lengths(prompts, completions)
+        lengths, token_budget = row_lengths(prompts, completions), self.runtime.microbatch_tokens
 
         def score_rows(rows: list[int]) -> list[Any]:
             part = [prompts[row] for row in rows], select_completions(completions, rows)
@@ -127,7 +122,3 @@ class ResumableWork:
 
         portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
         return torch.tensor(self.compute_rows(name, portions, score_rows))
-
-    def remove(self) -> None:
-        """Delete the saved results of a complete stage."""
-        self.path.unlink(missing_ok=True)

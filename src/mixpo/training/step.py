@@ -21,7 +21,15 @@ class Diverged(RuntimeError):
     """Training diverged; the message says at which step and what to try."""
 
 
-class OptimizerSettings(Settings):
+class SeededSettings(Settings):
+    """Seed and precision of stages that compute with a model."""
+
+    seed: int = pydantic.Field(0, ge=0)
+    precision: Precision = "float32"
+    """`bfloat16` runs matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
+
+
+class OptimizerSettings(SeededSettings):
     """Settings of AdamW, its learning-rate schedule and gradient clipping."""
 
     learning_rate: float = pydantic.Field(gt=0)
@@ -39,7 +47,7 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this norm; the norm before it is logged."""
 
 
-def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings, precision: Precision) -> list[str]:
+def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings) -> list[str]:
     """Suggest changes of settings against a divergence at an optimizer step, only those that can have an effect."""
     warmup = min(settings.warmup_steps, total // 2)
     remedies = [f"a lower learning_rate (now {settings.learning_rate:g})"]
@@ -47,7 +55,7 @@ def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings, prec
         remedies = ["another model or other rows, since nothing was trained before"]
     elif step < max(2 * warmup, total // 10) and warmup < total // 2:
         remedies.append(f"more warmup_steps (now {settings.warmup_steps})")
-    return remedies if precision == "float32" else [*remedies, "precision: float32"]
+    return remedies if settings.precision == "float32" else [*remedies, "precision: float32"]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pydantic
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch, Tokens, pack_branches, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
-from mixpo.training.parallel import ProcessGroup
-from mixpo.training.record import Cost, Metrics
-from mixpo.training.runtime import Runtime
+from mixpo.training.job import Job
+from mixpo.training.record import Metrics
 from mixpo.training.step import (
     Diverged,
     OptimizerSettings,
@@ -38,44 +36,37 @@ def count_steps(rows: int, settings: SupervisedSettings) -> int:
     return settings.epochs * -(-rows // settings.batch_size)
 
 
-def select_batch(step: int, rows: int, settings: SupervisedSettings, seed: int) -> list[int]:
+def select_batch(step: int, rows: int, settings: SupervisedSettings) -> list[int]:
     """Select the rows of a step; each epoch has its own order, a function of the seed and the epoch alone."""
     per_epoch = -(-rows // settings.batch_size)
     epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)).tolist()
     return order[place * settings.batch_size : (place + 1) * settings.batch_size]
 
 
 class SupervisedTraining:
     """Supervised training of a model on prompts and completions, with optimizer, checkpoint, metrics and cost.
 
-    Resumes from the checkpoint in `out` if there is one. Adapters must be added to the model before.
+    Resumes from the checkpoint in the job's folder if there is one. Adapters must be added to the model before.
     """
 
     def __init__(
         self,
+        job: Job,
+        settings: SupervisedSettings,
         lm: LanguageModel,
         prompts: Sequence[Tokens],
         completions: Sequence[Sequence[Tokens]],
-        *,
-        settings: SupervisedSettings,
-        seed: int,
-        out: Path,
-        cost: Cost,
-        runtime: Runtime,
-        processes: ProcessGroup,
     ) -> None:
-        self.lm, self.prompts, self.completions = lm, prompts, completions
-        self.settings, self.seed, self.cost, self.processes = settings, seed, cost, processes
-        self.microbatch_tokens = runtime.microbatch_tokens
+        self.job, self.settings, self.lm, self.prompts, self.completions = job, settings, lm, prompts, completions
         self.lengths = row_lengths(prompts, completions)
         self.total_steps = count_steps(len(prompts), settings)
         self.optimizer = make_optimizer(lm.parameters(), settings)
         parts: dict[str, Stateful] = {"model": TrainableWeights(lm), "optimizer": self.optimizer}
-        self.checkpoint = Checkpoint(out, parts, every_minutes=runtime.checkpoint_minutes, processes=processes)
+        self.checkpoint = Checkpoint(job, parts)
         self.first_step, spent = self.checkpoint.resume()
-        cost.restore(spent)
-        self.metrics = Metrics(out, resumed_at=self.first_step, processes=processes)
+        job.cost.restore(spent)
+        self.metrics = Metrics(job.out, resumed_at=self.first_step, processes=job.processes)
 
     def iterate_steps(
         self, loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]], *, count: Callable[[list[int]], int]
@@ -87,7 +78,7 @@ class SupervisedTraining:
         """
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
-            rows = select_batch(step, len(self.prompts), self.settings, self.seed)
+            rows = select_batch(step, len(self.prompts), self.settings)
             self.lm.train()
             try:
                 metrics = take_optimizer_step(
@@ -97,25 +88,23 @@ class SupervisedTraining:
                     count=count(rows),
                     max_grad_norm=self.settings.max_grad_norm,
                     rate=compute_learning_rate(step, total=self.total_steps, settings=self.settings),
-                    processes=self.processes,
+                    processes=self.job.processes,
                 )
             except Diverged as error:
-                tips = suggest_remedies(
-                    step, total=self.total_steps, settings=self.settings, precision=self.lm.precision
-                )
+                tips = suggest_remedies(step, total=self.total_steps, settings=self.settings)
                 message = f"step {step + 1} of {self.total_steps}: {error}; try {' or '.join(tips)}"
                 raise Diverged(message) from error
             metrics["tokens"] = sum(self.lengths[row] for row in rows)
             metrics["seconds"] = time.perf_counter() - started
             yield step, metrics
             self.metrics.add(step, self.total_steps, metrics)
-            self.checkpoint.maybe_write(step + 1, self.cost.counts())
+            self.checkpoint.maybe_write(step + 1, self.job.cost.counts())
 
     def _iterate_microbatches(self, rows: list[int]) -> Iterator[tuple[BranchBatch, list[int]]]:
         """Yield this process's microbatches of a batch, each with its row indices, and count their cost."""
-        share = self.processes.share(rows)
-        for part in split_into_microbatches([self.lengths[row] for row in share], self.microbatch_tokens):
+        share = self.job.processes.share(rows)
+        for part in split_into_microbatches([self.lengths[row] for row in share], self.job.runtime.microbatch_tokens):
             selected = [share[index] for index in part]
             batch = pack_branches(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
-            self.cost.count_trained(self.lm.model, batch.token_count)
+            self.job.cost.count_trained(self.lm.model, batch.token_count)
             yield batch.to(self.lm.device), selected
