@@ -128,8 +128,8 @@ def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dic
     ],
 )
 def test_a_divergence_is_met_by_what_can_act(step: int, warmup: int, precision: str, expected: list[str]) -> None:
-    settings = OptimizerSettings(learning_rate=1e-3, warmup_steps=warmup)
-    assert suggest_remedies(step, total=100, settings=settings, precision=precision) == expected
+    settings = OptimizerSettings(learning_rate=1e-3, warmup_steps=warmup, precision=precision)
+    assert suggest_remedies(step, total=100, settings=settings) == expected
 
 
 def test_mean_of_last_is_over_the_last_tenth() -> None:

@@ -18,7 +18,6 @@ from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
 from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
-from mixpo.training.checkpoint import Checkpoint
 from mixpo.training.job import CHECKPOINT, Job, model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.runtime import Runtime
@@ -167,7 +166,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
 ) -> None:
     stage = stage_of(tiny, kind, precision)
     folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
-    monkeypatch.setattr(Checkpoint, "remove", lambda self: None)
+    monkeypatch.setattr(Job, "finish", lambda self, **figures: None)
     stage.compute(stage.paths(folders), Job(tmp_path, Runtime(threads=1, checkpoint_minutes=0)))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:

@@ -24,7 +24,7 @@ from mixpo.stages.ppo_settings import PPOSettings, count_updates
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_summary
-from mixpo.training.job import model_folder
+from mixpo.training.job import Job, model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
 from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch
@@ -336,7 +336,7 @@ def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> Non
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
     settings = SupervisedSettings(learning_rate=1.0, batch_size=4, epochs=3)
-    steps = [select_batch(step, 10, settings, 0) for step in range(count_steps(10, settings))]
+    steps = [select_batch(step, 10, settings) for step in range(count_steps(10, settings))]
     assert [len(rows) for rows in steps] == 3 * [4, 4, 2]
     epochs = [[row for rows in steps[first : first + 3] for row in rows] for first in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == 3 * [[*range(10)]]
@@ -376,5 +376,5 @@ def test_a_revision_is_the_commit_that_is_asked_for(
             return original(tiny.folder / "base" if name == "some/model" else name, **others)
 
         monkeypatch.setattr(auto, "from_pretrained", loading)
-    Pretrained(path="some/model", revision="abc").compute({}, tmp_path, TINY_RUNTIME)
+    Pretrained(path="some/model", revision="abc").compute({}, Job(tmp_path, TINY_RUNTIME))
     assert loads.count(("some/model", "abc", False)) == 2, "and with no code of its own"

@@ -171,7 +171,7 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
 
     monkeypatch.setattr(samples_module, "compute_scores", compute_scores)
     monkeypatch.setattr(LocalSampler, "draw", draw_subset)
-    world.samples.compute(world.samples.paths(folders), tmp_path, RUNTIME)
+    world.samples.compute(world.samples.paths(folders), Job(tmp_path, RUNTIME))
     rows = read_table(tmp_path / "pairs.parquet")
     identical_rows = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
     assert (len(identical_rows), len(rows)) == (22, 64)
@@ -317,12 +317,12 @@ def test_deepspeed_chat_preset_and_keys_beside_it() -> None:
 
 
 @pytest.mark.parametrize("value_init", ["reward", "policy", "shared"])
-def test_value_model_starts_where_it_says(world: World, value_init: str) -> None:
+def test_value_model_starts_where_it_says(world: World, tmp_path: Path, value_init: str) -> None:
     stage = world.ppo(value_init=value_init)
     folders = {name: world.build(source) for name, source in stage.inputs().items()}
     policy = load_policy(model_folder(folders["policy"]), device=CPU)
     reward = load_reward_model(model_folder(folders["reward"]), device=CPU)
-    learner = make_actor_critic(stage, folders, policy, reward)
+    learner = make_actor_critic(stage, folders, policy, reward, Job(tmp_path, RUNTIME))
     assert learner.value is not None
     assert learner.shares_model == (value_init == "shared")
     if value_init == "reward":
@@ -739,7 +739,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     stage.compute(stage.paths(folders), Job(whole, runtime))
     original = Metrics.add
     apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
-    monkeypatch.setattr("mixpo.models.language_model.LanguageModel.read_text", lambda *_: apart)
+    monkeypatch.setattr("mixpo.models.language_model.LanguageModel.decode_completion", lambda *_: apart)
 
     def die(self: Metrics, step: int, total: int, metrics: Any) -> None:
         original(self, step, total, metrics)
@@ -1059,7 +1059,7 @@ def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path:
     write_table(tmp_path / "pairs.parquet", rows)
     selection = Selection(samples=world.samples, threshold=1.5)
     with pytest.raises(InputError, match=r"pairs.parquet: row 2 has the gap nan and the scores \[nan, 0.0\].*1 of 3"):
-        selection.compute({"samples": tmp_path}, tmp_path, RUNTIME)
+        selection.compute({"samples": tmp_path}, Job(tmp_path, RUNTIME))
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
