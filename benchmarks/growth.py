@@ -12,7 +12,7 @@ from benchmarks.worker import median_seconds, run_worker
 from mixpo.data.branches import pack_branches, row_lengths, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample_completions
-from mixpo.training.parallel import ProcessGroup
+from mixpo.training.parallel import StageProcesses
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
 
@@ -66,7 +66,7 @@ AXES: dict[str, list[Point]] = {
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure the median seconds of an update on all completions' log-probs, or of sampling them, and its FLOPs."""
     point = Point(**spec["point"])
-    device = Runtime().start().device
+    device = Runtime().start_processes().device
     torch.manual_seed(0)
     model = LlamaForCausalLM(point.config()).to(device)
     lm = LanguageModel(model, None, end_token=-1, shares_prompts=True, precision=point.precision)  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def _make_update(
 ) -> Callable[[], object]:
     """Make a function that takes one optimizer step on the log-probs of all completions."""
     lengths, budget = row_lengths(prompts, completions), Runtime().microbatch_tokens
-    processes = ProcessGroup(lm.device)
+    processes = StageProcesses(lm.device)
 
     def loss(rows: list[int]) -> Any:
         batch = pack_branches([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)

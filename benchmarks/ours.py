@@ -71,7 +71,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     """Measure the seconds of sampling and of its prefill, and count the tokens."""
-    device = Runtime().start().device
+    device = Runtime().start_processes().device
     model = inputs / "models" / spec["model"] / "model"
     lm = load_policy(model, device=device, precision=spec["precision"])
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))

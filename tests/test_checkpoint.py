@@ -84,7 +84,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
     model, optimizer, checkpoint = made()
     steps(model, optimizer, 3)
-    checkpoint.maybe_write(3, {})
+    checkpoint.write_if_due(3, {})
     steps(model, optimizer, 3)
     again, other, checkpoint = made()
     assert checkpoint.resume() == (3, {})

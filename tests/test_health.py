@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_against_divergence
+from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_ppo_remedies
 from mixpo.training.health import (
     compute_mean_of_last_steps,
     find_loss_alarms,
@@ -111,7 +111,7 @@ def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor:
     ],
 )
 def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dict[str, float], expected: str) -> None:
-    assert suggest_against_divergence(PPOSettings(**settings), list(range(11)), step) == expected
+    assert suggest_ppo_remedies(PPOSettings(**settings), list(range(11)), step) == expected
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     stage = stage_of(tiny, kind, precision)
     folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
     monkeypatch.setattr(Job, "finish", lambda self, **figures: None)
-    stage.compute(stage.paths(folders), Job(tmp_path, Runtime(threads=1, checkpoint_minutes=0)))
+    stage.compute(stage.locate_inputs(folders), Job(tmp_path, Runtime(threads=1, checkpoint_minutes=0)))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:
         trained = {name for name, p in lm.model.named_parameters() if p.requires_grad}

@@ -12,7 +12,7 @@ from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_summary
 from mixpo.training.job import Job
-from mixpo.training.record import Cost, Metrics
+from mixpo.training.record import Cost, MetricsLog
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 from models import tiny as tiny_model
@@ -83,15 +83,15 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "add", die)
+        patch.setattr(MetricsLog, "add", die)
         with pytest.raises(KeyboardInterrupt):
-            stage.compute(stage.paths(folders), Job(tmp_path, SMALL_RUNTIME))
+            stage.compute(stage.locate_inputs(folders), Job(tmp_path, SMALL_RUNTIME))
     lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
     assert all(line["seconds"] > 0 for line in lines)
     saved = lines[: len(lines) - (killed != "while it trains")]
     text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in saved)
     (tmp_path / "portions.jsonl").write_text(text)
-    stage.compute(stage.paths(folders), Job(tmp_path, SMALL_RUNTIME))
+    stage.compute(stage.locate_inputs(folders), Job(tmp_path, SMALL_RUNTIME))
     seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
     assert (seconds == 0.0) == (killed == "while it trains")
     assert seconds >= 0.0
@@ -130,7 +130,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.compute(stage.paths(folders), Job(whole, SMALL_RUNTIME))
+    stage.compute(stage.locate_inputs(folders), Job(whole, SMALL_RUNTIME))
     unbroken = list(sampled_prompts)
     counts, calls = Cost.counts, []
 
@@ -142,12 +142,12 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 
     monkeypatch.setattr(Cost, "counts", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.compute(stage.paths(folders), Job(killed, SMALL_RUNTIME))
+        stage.compute(stage.locate_inputs(folders), Job(killed, SMALL_RUNTIME))
     monkeypatch.setattr(Cost, "counts", counts)
     assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
     saved = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
     sampled_prompts.clear()
-    stage.compute(stage.paths(folders), Job(killed, SMALL_RUNTIME))
+    stage.compute(stage.locate_inputs(folders), Job(killed, SMALL_RUNTIME))
     assert sampled_prompts == unbroken[sum(line["name"] == "sampled" for line in saved) :], (
         "only what is missing is drawn"
     )

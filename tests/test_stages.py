@@ -43,7 +43,7 @@ from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import read_settings, read_summary, sort_topologically
 from mixpo.training.checkpoint import TrainableWeights
 from mixpo.training.job import Job, model_folder
-from mixpo.training.record import Metrics, progress_listener, read_metrics
+from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
 from models import Row, sample_of_rows
@@ -171,7 +171,7 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
 
     monkeypatch.setattr(samples_module, "compute_scores", compute_scores)
     monkeypatch.setattr(LocalSampler, "draw", draw_subset)
-    world.samples.compute(world.samples.paths(folders), Job(tmp_path, RUNTIME))
+    world.samples.compute(world.samples.locate_inputs(folders), Job(tmp_path, RUNTIME))
     rows = read_table(tmp_path / "pairs.parquet")
     identical_rows = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
     assert (len(identical_rows), len(rows)) == (22, 64)
@@ -351,10 +351,10 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
 def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
     model = torch.nn.Linear(3, 2)
     weights = TrainableWeights(model)
-    saved_weights = weights.copy()
+    saved_weights = weights.copy_to_cpu()
     with torch.no_grad():
         model.weight.add_(1.0)
-    weights.copy_to(saved_weights)
+    weights.update_copy(saved_weights)
     copied = model.weight.detach().clone()
     assert torch.equal(saved_weights["weight"], copied)
     with torch.no_grad():
@@ -736,21 +736,21 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    stage.compute(stage.paths(folders), Job(whole, runtime))
-    original = Metrics.add
+    stage.compute(stage.locate_inputs(folders), Job(whole, runtime))
+    original = MetricsLog.add
     apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
     monkeypatch.setattr("mixpo.models.language_model.LanguageModel.decode_completion", lambda *_: apart)
 
-    def die(self: Metrics, step: int, total: int, metrics: Any) -> None:
+    def die(self: MetricsLog, step: int, total: int, metrics: Any) -> None:
         original(self, step, total, metrics)
         if step == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Metrics, "add", die)
+    monkeypatch.setattr(MetricsLog, "add", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.compute(stage.paths(folders), Job(killed, runtime))
-    monkeypatch.setattr(Metrics, "add", original)
-    stage.compute(stage.paths(folders), Job(killed, runtime))
+        stage.compute(stage.locate_inputs(folders), Job(killed, runtime))
+    monkeypatch.setattr(MetricsLog, "add", original)
+    stage.compute(stage.locate_inputs(folders), Job(killed, runtime))
     one, other = weights(whole), weights(killed)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [row["loss"] for row in rows_of(whole)] == [row["loss"] for row in rows_of(killed)]

@@ -80,7 +80,7 @@ class World:
         """Compute a stage into a folder of its own, apart from the cache."""
         folders = {name: self.build(source) for name, source in stage.inputs().items()}
         out.mkdir()
-        stage.compute(stage.paths(folders), Job(out, runtime))
+        stage.compute(stage.locate_inputs(folders), Job(out, runtime))
         return out
 
     def force_completions(self, patch: pytest.MonkeyPatch) -> None:
@@ -210,5 +210,5 @@ class TinyWorld:
         folders = {name: self.stage_cache.build(source) for name, source in stage.inputs().items()}
         out = self.folder / "runs" / str(next(self.numbers))
         out.mkdir(parents=True)
-        stage.compute(stage.paths(folders), Job(out, runtime))
+        stage.compute(stage.locate_inputs(folders), Job(out, runtime))
         return out

@@ -26,13 +26,13 @@ from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
     SourceRows,
     SplitRows,
-    count_row_facts,
-    describe_row_facts,
+    compute_data_statistics,
+    describe_data_statistics,
     explain_summary_errors,
     fill_in_world_rows,
+    prepare_splits,
     read_sources,
     split_hub_name,
-    split_rows,
 )
 from mixpo.stages.pretrained import Pretrained, read_tokenizer
 from mixpo.stages.rows import read_table
@@ -133,20 +133,25 @@ def make_preview(recipe: Recipe) -> DataPreview:
     settings = fill_in_world_rows(recipe.data)
     tokenizer = read_tokenizer(recipe.model, settings.special_tokens)
     rows = read_sources(settings, tokenizer)
-    if rows.total == len(rows.bad):
-        raise_for_bad_rows(rows.bad, rows.total)
+    if rows.total_count == len(rows.bad):
+        raise_for_bad_rows(rows.bad, rows.total_count)
     warnings, pairs = _list_model_problems(recipe), rows.preferences
     split = SplitRows(pairs["train"], pairs["test"], pairs["second"], rows.demonstrations)
     if split.train or split.test:
         try:
-            split = split_rows(settings, rows)
+            split = prepare_splits(settings, rows)
         except InputError as error:
             warnings.append(str(error))
-    figures = count_row_facts(settings, rows, split, tokenizer)
+    figures = compute_data_statistics(settings, rows, split, tokenizer)
     examples = make_examples(recipe, split.train, split.demonstrations, tokenizer)
     counts = _format_row_counts(rows, figures) | _count_truncated(recipe, split, tokenizer)
     return DataPreview(
-        examples, _describe_special_tokens(examples, tokenizer), counts, describe_row_facts(figures), warnings, rows.bad
+        examples,
+        _describe_special_tokens(examples, tokenizer),
+        counts,
+        describe_data_statistics(figures),
+        warnings,
+        rows.bad,
     )
 
 
@@ -242,7 +247,7 @@ def _list_model_problems(recipe: Recipe) -> list[str]:
 def _format_row_counts(rows: SourceRows, figures: dict[str, Any]) -> dict[str, str]:
     """Format the numbers of rows by kind."""
     return {
-        "rows": f"{rows.total:,} read: {figures['train_rows']:,} to train, {figures['test_rows']:,} to test, "
+        "rows": f"{rows.total_count:,} read: {figures['train_rows']:,} to train, {figures['test_rows']:,} to test, "
         f"{figures['demonstration_rows']:,} demonstrations",
         "bad": f"{figures['bad_rows']:,}, of which {figures['equal_sides']:,} with identical completions",
         "duplicate": _format_counts_by_part(figures["duplicate_rows"]),

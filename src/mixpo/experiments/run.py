@@ -28,7 +28,7 @@ from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe
 from mixpo.experiments.shared_stages import SharedStages
 from mixpo.experiments.workers import Failure, StageDisplay, open_executor
-from mixpo.stages.data import Data, describe_row_facts
+from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_summary, sort_topologically
@@ -142,7 +142,9 @@ def _compute_stages(
     def finish_stage(stage: Stage, *, cached: bool = False) -> None:
         if isinstance(stage, Data) and stage not in failures:
             folder = stage_cache.folder(stage)
-            facts = describe_row_facts(read_summary(folder)) if cached else []  # a computed stage has shown its own
+            facts = (
+                describe_data_statistics(read_summary(folder)) if cached else []
+            )  # a computed stage has shown its own
             for line in [*facts, *describe_training_data(recipe, folder, model_folder(stage_cache.folder(stage.base)))]:
                 display.on_message(line)
         if isinstance(stage, Pretrained) and stage not in failures:

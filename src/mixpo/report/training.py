@@ -61,11 +61,11 @@ def build_training_section(results: Results) -> Section | None:
     )
 
 
-Metrics = dict[str, list[dict[str, float]]]
+MetricsLog = dict[str, list[dict[str, float]]]
 """The rows of metrics.jsonl by arm."""
 
 
-def _list_series(metrics: Metrics, key: str) -> dict[str, list[tuple[float, float]]]:
+def _list_series(metrics: MetricsLog, key: str) -> dict[str, list[tuple[float, float]]]:
     """Steps and values of a metric, by the arms that have it."""
     series = {
         arm: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
@@ -78,7 +78,7 @@ def _is_constant(points: list[tuple[float, float]]) -> bool:
     return len({value for _, value in points}) == 1
 
 
-def _plot_metric(metrics: Metrics, kind: str, key: str, title: str) -> Figure | None:
+def _plot_metric(metrics: MetricsLog, kind: str, key: str, title: str) -> Figure | None:
     """The curves of a metric; None where it never changes."""
     series = _list_series(metrics, key)
     name = f"{kind.lower()}-{key.replace('_', '-')}"
@@ -87,7 +87,7 @@ def _plot_metric(metrics: Metrics, kind: str, key: str, title: str) -> Figure | 
     return figures.plot_curves(series, name=name, title=title, shared=list(metrics))
 
 
-def _note_constants(metrics: Metrics, kind: str) -> list[str]:
+def _note_constants(metrics: MetricsLog, kind: str) -> list[str]:
     """A note on the metrics that never change."""
     texts = []
     for key, title in PLOTS[kind].items():

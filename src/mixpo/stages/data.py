@@ -98,7 +98,7 @@ PARTS = ("train", "test", "second")
 
 @dataclass
 class SourceRows:
-    """Rows of all sources, before the split."""
+    """Preferences and demonstrations of all sources, with their bad rows and columns, before the split."""
 
     preferences: dict[str, list[Preference]] = field(default_factory=lambda: {part: [] for part in PARTS})
     demonstrations: list[Demonstration] = field(default_factory=list)
@@ -107,12 +107,12 @@ class SourceRows:
     """Columns `used` and `ignored`, by kind of row."""
 
     @property
-    def total(self) -> int:
+    def total_count(self) -> int:
         """Number of rows, bad ones included."""
         return sum(map(len, self.preferences.values())) + len(self.demonstrations) + len(self.bad)
 
-    def record(self, kind: str, reading: ParsedRows[Row]) -> list[Row]:
-        """Record a source's bad rows and columns, and return its good rows."""
+    def add_source(self, kind: str, reading: ParsedRows[Row]) -> list[Row]:
+        """Add a source's bad rows and columns, and return its good rows."""
         self.bad += reading.bad_rows
         columns = self.columns.setdefault(kind, {"used": [], "ignored": []})
         for name, names in (("used", reading.used_columns), ("ignored", reading.ignored_columns)):
@@ -122,7 +122,7 @@ class SourceRows:
 
 @dataclass
 class SplitRows:
-    """Rows of each part, as the other stages read them."""
+    """Rows of each part: train and test pairs, pairs of a second reward model, and demonstrations."""
 
     train: list[Preference]
     test: list[Preference]
@@ -152,14 +152,16 @@ def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> 
             seed=settings.data_seed,
         )
         for part, pairs in (("train", world.train), ("test", world.test)):
-            rows.preferences[part] = [Preference(_as_user_message(prompt), *sides) for prompt, *sides in pairs]
-        rows.demonstrations = [Demonstration(_as_user_message(prompt), text) for prompt, text in world.demonstrations]
+            rows.preferences[part] = [Preference(_convert_to_user_message(prompt), *sides) for prompt, *sides in pairs]
+        rows.demonstrations = [
+            Demonstration(_convert_to_user_message(prompt), text) for prompt, text in world.demonstrations
+        ]
     check = _make_prompt_check(settings, tokenizer)
     for part, split in (("train", "train"), ("test", "test"), ("second", "train")):
         for name in getattr(settings, part) if part != "second" or settings.second_rows else ():
-            rows.preferences[part] += rows.record("preferences", _read_preferences(settings, name, split, check))
+            rows.preferences[part] += rows.add_source("preferences", _read_preferences(settings, name, split, check))
     for name in settings.demonstrations:
-        rows.demonstrations += rows.record("demonstrations", _read_demonstrations(settings, name, check))
+        rows.demonstrations += rows.add_source("demonstrations", _read_demonstrations(settings, name, check))
     return rows
 
 
@@ -215,12 +217,16 @@ def split_hub_name(name: str) -> tuple[str, str | None]:
     return "/".join([owner, *rest[:1]]), "".join(rest[1:]) or None
 
 
-def _as_user_message(prompt: str) -> Prompt:
+def _convert_to_user_message(prompt: str) -> Prompt:
     return [{"role": "user", "content": prompt}]
 
 
-def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
-    """Split rows into train, test, second and demonstrations. Raises `InputError` if a part has no rows."""
+def prepare_splits(settings: DataSettings, rows: SourceRows) -> SplitRows:
+    """Complete the parts of the rows: hold out missing ones, drop shared prompts, draw subsets.
+
+    Demonstrations are made of the train pairs' chosen completions if there are none. Raises `InputError` if a part that
+    is asked for has no rows.
+    """
     train, test, second = (rows.preferences[part] for part in PARTS)
     demonstrations = rows.demonstrations
     _refuse_empty("train", train, rows)
@@ -232,7 +238,7 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
         train, test = _split_off_rows(train, settings.test_share, settings.data_seed)
     before = len(train) + len(demonstrations)
     if settings.shared_prompts == "drop":
-        train, demonstrations = _remove_prompts(train, test), _remove_prompts(demonstrations, test)
+        train, demonstrations = _remove_shared_prompts(train, test), _remove_shared_prompts(demonstrations, test)
         if not train or (rows.demonstrations and not demonstrations):
             raise InputError(
                 f"data.shared_prompts: drop leaves no rows of data.{'demonstrations' if train else 'train'}: all their "
@@ -253,7 +259,7 @@ def split_rows(settings: DataSettings, rows: SourceRows) -> SplitRows:
     demonstrations = draw_subset(demonstrations, settings.demonstration_rows, settings.data_seed)
     if settings.second_rows:
         _refuse_empty("second", second, rows)
-        independent = _remove_prompts(_remove_prompts(second, train), test)
+        independent = _remove_shared_prompts(_remove_shared_prompts(second, train), test)
         if not independent:
             raise InputError(
                 f"data.second: all {len(second)} rows have prompts of train or test rows; expected others, on which "
@@ -269,7 +275,7 @@ def _refuse_empty(part: str, part_rows: Sequence[Preference] | Sequence[Demonstr
         why = f"all of its rows are among the {len(rows.bad)} bad ones" if rows.bad else "its files hold none"
         first = f"; the first is {rows.bad[0]}" if rows.bad else ""
         raise InputError(
-            f"data.{part}: nothing is left of {rows.total} rows: {why}; expected at least one usable row{first}"
+            f"data.{part}: nothing is left of {rows.total_count} rows: {why}; expected at least one usable row{first}"
         )
 
 
@@ -281,13 +287,13 @@ def _split_off_rows(rows: Sequence[Preference], share: float, seed: int) -> tupl
     return [rows[index] for index in first], [rows[index] for index in second]
 
 
-def _remove_prompts(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
+def _remove_shared_prompts(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
     """Return the rows whose prompts are not among those of the other rows."""
     prompts = {prompt_key(row.prompt) for row in other}
     return [row for row in rows if prompt_key(row.prompt) not in prompts]
 
 
-def count_row_facts(
+def compute_data_statistics(
     settings: DataSettings, rows: SourceRows, split: SplitRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Count rows, duplicates, contradictions and shared prompts, with the tokenizer's checks, for `summary.json`."""
@@ -318,7 +324,7 @@ def count_row_facts(
 
 @contextmanager
 def explain_summary_errors() -> Iterator[None]:
-    """Raise `InputError` in place of errors of reading a summary without the counts of `count_row_facts`."""
+    """Raise `InputError` in place of errors of reading a summary without the counts of `compute_data_statistics`."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -329,8 +335,8 @@ def explain_summary_errors() -> Iterator[None]:
 
 
 @explain_summary_errors()
-def describe_row_facts(figures: Mapping[str, Any]) -> list[str]:
-    """Describe the counts of `count_row_facts`, one line for each thing that a user should know."""
+def describe_data_statistics(figures: Mapping[str, Any]) -> list[str]:
+    """Describe the counts of `compute_data_statistics`, one line for each thing that a user should know."""
     lines = [
         f"{kind} read as {'demonstration' if kind == 'demonstrations' else figures['format']}: "
         f"{escape_invisible(', '.join(columns['used']))}; "
@@ -431,8 +437,8 @@ class Data(DataStage, DataSettings):
             (job.out / "bad_rows.jsonl").unlink(missing_ok=True)
             append_jsonl(job.out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
-                raise_for_bad_rows(rows.bad, rows.total)
-        split = split_rows(self, rows)
+                raise_for_bad_rows(rows.bad, rows.total_count)
+        split = prepare_splits(self, rows)
         for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
             part: list[Any] = getattr(split, name)
             count = getattr(self, f"{name.removesuffix('s')}_rows")
@@ -444,8 +450,8 @@ class Data(DataStage, DataSettings):
             if name.startswith("hub:") and self.revision is None:
                 note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
         if rows.bad:
-            note(f"{len(rows.bad)} of {rows.total} rows dropped, listed in {job.out / 'bad_rows.jsonl'}")
-        figures = count_row_facts(self, rows, split, tokenizer)
-        for line in describe_row_facts(figures):
+            note(f"{len(rows.bad)} of {rows.total_count} rows dropped, listed in {job.out / 'bad_rows.jsonl'}")
+        figures = compute_data_statistics(self, rows, split, tokenizer)
+        for line in describe_data_statistics(figures):
             note(line)
         job.finish(**figures)

@@ -18,7 +18,7 @@ from mixpo.stages.rows import Pairs, format_sampler_name, read_pairs
 from mixpo.stages.stage import Part, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import Job, model_folder
-from mixpo.training.record import append_jsonl, trim_jsonl
+from mixpo.training.record import append_jsonl, delete_lines_from_step
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
@@ -63,7 +63,7 @@ class DPO(PolicyStage, DPOSettings):
         if self.lora:
             add_lora(lm, self.lora)
         training = SupervisedTraining(job, self, lm, pairs.prompts, pairs.completions)
-        trim_jsonl(job.out / "samples.jsonl", training.first_step)
+        delete_lines_from_step(job.out / "samples.jsonl", training.first_step)
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
@@ -84,9 +84,9 @@ class DPO(PolicyStage, DPOSettings):
                 }
             return losses.sum(), metrics
 
-        for step, metrics in training.iterate_steps(compute_loss, count=len):
+        for step, metrics in training.train_steps(compute_loss, compute_divisor=len):
             if step + 1 in probe_steps:
-                metrics |= _sample_probes(self, lm, pairs, job, step)
+                metrics |= _sample_training_prompts(self, lm, pairs, job, step)
 
         digest = job.save_model(lm)
         rows = training.metrics.rows()
@@ -135,7 +135,7 @@ def _compute_reference_logprobs(
     return torch.tensor(stored)
 
 
-def _sample_probes(stage: DPO, lm: LanguageModel, pairs: Pairs, job: Job, step: int) -> dict[str, float]:
+def _sample_training_prompts(stage: DPO, lm: LanguageModel, pairs: Pairs, job: Job, step: int) -> dict[str, float]:
     """Sample completions of a few training prompts, and return their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]

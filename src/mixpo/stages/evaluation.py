@@ -102,9 +102,9 @@ class Evaluation(Stage, EvaluationSettings):
         }
         if second is not None:
             columns["second_score"] = second.double().tolist()
-        if _is_world(inputs["data"]):
+        if _is_world_data(inputs["data"]):
             columns["true_reward"] = [
-                true_reward(_read_question(prompt), text) for prompt, text in zip(unique_prompts, texts, strict=True)
+                true_reward(_get_last_message(prompt), text) for prompt, text in zip(unique_prompts, texts, strict=True)
             ]
         write_table(
             job.out / "completions.parquet",
@@ -122,12 +122,12 @@ class Evaluation(Stage, EvaluationSettings):
         job.finish(prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
 
 
-def _is_world(data: Path) -> bool:
+def _is_world_data(data: Path) -> bool:
     """Return True if the rows of a data stage are the embedded world's."""
     return bool(json.loads((data / "summary.json").read_text(encoding="utf8"))["format"] == "world")
 
 
-def _read_question(prompt: object) -> str:
+def _get_last_message(prompt: object) -> str:
     """Text of the last message of a prompt."""
     assert isinstance(prompt, list)
     return str(prompt[-1]["content"])

@@ -17,7 +17,7 @@ from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, PolicyStage, Stage
 from mixpo.training.job import Job
-from mixpo.training.record import report_progress
+from mixpo.training.record import make_progress_reporter
 from mixpo.training.resumable_work import ResumableWork
 
 
@@ -57,7 +57,7 @@ class Gradients(Stage):
             "reference", compute_sequence_logprobs, reference, prompts, completions
         )
 
-        def measure(row: int) -> dict[str, float]:
+        def measure_gradients(row: int) -> dict[str, float]:
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _compute_gradients(
                 lm, prompts[row], completions[row]
             )
@@ -75,8 +75,10 @@ class Gradients(Stage):
             }
 
         single = [[row] for row in range(len(prompts))]
-        advance = report_progress(len(prompts))
-        rows = resumable.compute_rows("pairs", single, lambda rows: [measure(row) for row in rows], advance=advance)
+        advance = make_progress_reporter(len(prompts))
+        rows = resumable.compute_rows(
+            "pairs", single, lambda rows: [measure_gradients(row) for row in rows], advance=advance
+        )
         write_table(job.out / "gradients.parquet", rows)
         job.finish(pairs=len(rows))
 

@@ -15,15 +15,16 @@ class IdentifiedModel(exca.helpers.DiscriminatedModel):
         return []
 
     def _exclude_from_cls_uid(self) -> list[str]:
+        """Return `fields_outside_identity`; exca calls it by this name."""
         return self.fields_outside_identity()
 
 
-def name_folder(stage: IdentifiedModel) -> str:
+def make_folder_name(stage: IdentifiedModel) -> str:
     """Make the folder name of a stage; its last eight hex digits are a digest of the identity."""
     return str(ConfDict.from_model(stage, uid=True, exclude_defaults=True).to_uid())
 
 
-def identity_settings(stage: IdentifiedModel) -> dict[str, Any]:
+def list_identity_settings(stage: IdentifiedModel) -> dict[str, Any]:
     """Return the settings of a stage's identity as JSON values, defaults and upstream stages included."""
     content: dict[str, Any] = json.loads(json.dumps(ConfDict.from_model(stage, uid=True, exclude_defaults=False)))
     return content

@@ -13,7 +13,7 @@ from mixpo.training.job import Job
 
 
 class LabelNoiseSettings(Settings):
-    """Settings of label noise."""
+    """Share of the train pairs whose labels are flipped, and the seed that chooses them."""
 
     share: float = pydantic.Field(0.0, ge=0, le=1)
     """Share of the train pairs that are flipped; test pairs and demonstrations do not change."""

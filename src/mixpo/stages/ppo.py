@@ -41,14 +41,14 @@ from mixpo.stages.ppo_settings import (
     choose_snapshot_steps,
     count_updates,
     suggest_against_alarms,
-    suggest_against_divergence,
+    suggest_ppo_remedies,
 )
 from mixpo.stages.rows import read_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import Job, model_folder
-from mixpo.training.record import Metrics, append_jsonl, trim_jsonl
+from mixpo.training.record import MetricsLog, append_jsonl, delete_lines_from_step
 from mixpo.training.step import Diverged, Sums, compute_learning_rate, take_optimizer_step
 
 Loss = Callable[[tuple[BranchBatch, list[int]]], tuple[Tensor, Sums]]
@@ -85,17 +85,17 @@ class PPO(PolicyStage, PPOSettings):
         if extra:
             job.cost.restore(extra["cost"])
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
-        trim_jsonl(job.out / "completions.jsonl", first_step)
-        log = Metrics(job.out, resumed_at=first_step, processes=job.processes)
+        delete_lines_from_step(job.out / "completions.jsonl", first_step)
+        log = MetricsLog(job.out, resumed_at=first_step, processes=job.processes)
         weights = TrainableWeights(policy)
-        last_good_weights = weights.copy()
+        last_good_weights = weights.copy_to_cpu()
 
         for step in range(first_step, total):
-            rows = training.select_prompts(step)
+            rows = training.select_prompt_rows(step)
             try:
                 rollout, metrics = training.roll_out(step, rows)
                 check_kl_limits(self, metrics, step=step, starts_at_reference=digests[0] == digests[1])
-                weights.copy_to(last_good_weights)
+                weights.update_copy(last_good_weights)
                 metrics |= training.train_on(step, rollout)
             except Diverged as error:
                 stopped = job.out / "stopped"
@@ -103,7 +103,7 @@ class PPO(PolicyStage, PPOSettings):
                 save_model(policy, stopped)
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}; try "
-                    f"{suggest_against_divergence(self, training.updates_before, step)}; the last policy before that "
+                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the last policy before that "
                     f"is in {stopped}"
                 ) from error
             training.adapt_kl_penalty(metrics)
@@ -116,7 +116,7 @@ class PPO(PolicyStage, PPOSettings):
                 snapshot = Snapshot(stage=self, number=snapshot_steps.index(step + 1) + 1)
                 save_model(policy, model_folder(snapshot.path_in(job.out)))
             kl_state = [models.kl_coef, models.kl_multiplier, models.kl_error_sum]
-            checkpoint.maybe_write(step + 1, {"cost": job.cost.counts(), "kl": kl_state})
+            checkpoint.write_if_due(step + 1, {"cost": job.cost.counts(), "kl": kl_state})
 
         digest, metrics_rows = job.save_model(policy), log.rows()
         names = ("score", "reward", "kl", "kl_from_sft", "entropy", "end_rate", "completion_tokens")
@@ -160,7 +160,7 @@ class PPOTraining:
         self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.updates_before = count_updates(settings, len(prompts), self.total_steps)
 
-    def select_prompts(self, step: int) -> list[int]:
+    def select_prompt_rows(self, step: int) -> list[int]:
         """Select the prompts of an iteration; each epoch has its own order, a function of the seed and the epoch."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
@@ -356,9 +356,9 @@ class PPOTraining:
         lm.train()
         return take_optimizer_step(
             optimizer,
-            self._iterate_microbatches(lm, rollout, self.job.processes.share(rows)),
+            self._iterate_microbatches(lm, rollout, self.job.processes.select_own_rows(rows)),
             loss,
-            count=int(rollout.completions.mask[list(rows)].sum()),
+            divisor=int(rollout.completions.mask[list(rows)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
             rate=compute_learning_rate(number, total=self.updates_before[-1], settings=self.settings, peak=peak),
             processes=self.job.processes,

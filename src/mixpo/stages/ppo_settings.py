@@ -135,7 +135,7 @@ def choose_snapshot_steps(count: int, total: int) -> list[int]:
     return [round(total * number / (count + 1)) for number in range(1, count + 1)]
 
 
-def suggest_against_divergence(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
+def suggest_ppo_remedies(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
     """Suggest changes of settings after a divergence; `updates` are the optimizer steps before each iteration."""
     tips = suggest_remedies(updates[step], total=updates[-1], settings=stage)
     if step > 0:

@@ -108,7 +108,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         """Write `model/`, and verify that policy and reward models can be loaded from it."""
         model = model_folder(job.out)
         local = expand_path(self.path)
-        network, tokenizer = self._load(local)
+        network, tokenizer = self._load_source(local)
         if network is None:
             model.mkdir(exist_ok=True)
             for file in list_model_files(local):
@@ -130,7 +130,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
             tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = self.special_tokens
             tokenizer.save_pretrained(model)
 
-    def _load(self, local: Path) -> tuple[Any, Any]:
+    def _load_source(self, local: Path) -> tuple[Any, Any]:
         """Load the model and its tokenizer; None for the model if a folder's files can be copied unchanged."""
         if self.path == "world":
             return initialize_world_model(self.init_seed)

@@ -93,7 +93,7 @@ class RewardModel(RewardStage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for _ in training.iterate_steps(compute_loss, count=len):
+        for _ in training.train_steps(compute_loss, compute_divisor=len):
             pass
 
         digest = job.save_model(lm)

@@ -50,7 +50,10 @@ class SFT(PolicyStage, SFTSettings):
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             return -lm(batch, "logprobs").sum(), {}
 
-        for _ in training.iterate_steps(compute_loss, count=lambda rows: sum(len(completions[row][0]) for row in rows)):
+        def count_tokens(rows: list[int]) -> int:
+            return sum(len(completions[row][0]) for row in rows)
+
+        for _ in training.train_steps(compute_loss, compute_divisor=count_tokens):
             pass
 
         digest, metrics, total = job.save_model(lm), training.metrics.rows(), training.total_steps

@@ -27,7 +27,7 @@ class Stage(IdentifiedModel):
         """Return the input stages by the names of their fields."""
         return {name: part if isinstance(part, Stage) else part.stage for name, part in self._iterate_inputs()}
 
-    def paths(self, folders: Mapping[str, Path]) -> dict[str, Path]:
+    def locate_inputs(self, folders: Mapping[str, Path]) -> dict[str, Path]:
         """Return the path of each input: its stage's folder, or the path of a part or snapshot in it."""
         return {
             name: folders[name] if isinstance(part, Stage) else part.path_in(folders[name])
@@ -35,14 +35,14 @@ class Stage(IdentifiedModel):
         }
 
     def _iterate_inputs(self) -> Iterator[tuple[str, "Stage | Part | Snapshot"]]:
-        """Yield the fields that are stages, or parts or snapshots of stages."""
+        """Yield (name, value) of each field that is a stage, or a part or snapshot of a stage."""
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
     def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Compute the stage from `inputs` (as returned by `paths`), write the job's folder and finish the job."""
+        """Compute the stage from `inputs` (see `locate_inputs`), write the job's folder, and finish the job."""
         raise NotImplementedError
 
 
@@ -69,7 +69,8 @@ class Part(Settings):
     of: str
 
     @pydantic.model_validator(mode="after")
-    def _check_name(self) -> "Part":
+    def _check_part_exists(self) -> "Part":
+        """Raise `InputError` if the stage has no part `of`."""
         if self.of not in self.stage.parts:
             expected = " or ".join(self.stage.parts) or "a stage that has parts"
             raise InputError(f"{type(self.stage).__name__}: found no part {self.of!r}; expected {expected}")

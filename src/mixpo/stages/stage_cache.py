@@ -6,7 +6,6 @@ safetensors are read, never a pickle.
 """
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mixpo.data.errors import InputError
-from mixpo.stages.identity import identity_settings, name_folder
+from mixpo.stages.identity import list_identity_settings, make_folder_name
 from mixpo.stages.stage import Stage
 from mixpo.training import memory
 from mixpo.training.job import SUMMARY, Job
@@ -46,7 +47,7 @@ class StageCache:
         """Path of the stage's folder, computed or not."""
         if stage not in self._folders:
             kind = self.cache / type(stage).__name__.lower() / f"version-{VERSION}"
-            self._folders[stage] = kind / name_folder(stage)
+            self._folders[stage] = kind / make_folder_name(stage)
         return self._folders[stage]
 
     def identity(self, stage: Stage) -> str:
@@ -66,7 +67,7 @@ class StageCache:
             return done
         # folder names leave out defaults, and fields outside the identity, such as paths
         differences = (
-            list(_describe_differences(identity_settings(stage), settings)) if settings else ["no settings.json"]
+            list(_describe_differences(list_identity_settings(stage), settings)) if settings else ["no settings.json"]
         )
         if differences and (settings or done):
             raise InputError(
@@ -81,14 +82,18 @@ class StageCache:
         A lock keeps two runs from computing a stage at the same time: the second waits and uses the first's result.
         """
         out = self.folder(stage)
-        with _lock_stage(self.cache / "locks" / self.identity(stage)):
+        lock = self.cache / "locks" / self.identity(stage)
+        with _explain_write_errors(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held = FileLock(lock).acquire()
+        with held:
             if not self.is_done(stage):
                 with _explain_write_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
                 memory.reset_peak()
-                stage.compute(stage.paths(folders), Job(out, self.runtime))
+                stage.compute(stage.locate_inputs(folders), Job(out, self.runtime))
         return out
 
     def build(self, stage: Stage) -> Path:
@@ -97,17 +102,6 @@ class StageCache:
             if not self.is_done(needed):
                 self.compute(needed)
         return self.folder(stage)
-
-
-@contextmanager
-def _lock_stage(lock: Path) -> Iterator[None]:
-    """Hold a lock between processes, which the system releases when the process ends."""
-    with _explain_write_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -38,11 +38,11 @@ class TrainableWeights:
         """Return the weights by name, without a copy."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def copy(self) -> dict[str, Tensor]:
+    def copy_to_cpu(self) -> dict[str, Tensor]:
         """Copy the weights to the CPU, by name."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
 
-    def copy_to(self, state: dict[str, Tensor]) -> None:
+    def update_copy(self, state: dict[str, Tensor]) -> None:
         """Copy the weights into an earlier copy of them."""
         for name, parameter in self.parameters.items():
             state[name].copy_(parameter.detach())
@@ -90,7 +90,7 @@ class Checkpoint:
                 f"expected {sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
             ) from error
 
-    def maybe_write(self, step: int, extra: Mapping[str, Any]) -> None:
+    def write_if_due(self, step: int, extra: Mapping[str, Any]) -> None:
         """Write the state before step `step` if `every_minutes` have passed since the last checkpoint."""
         if self.processes.is_main and time.monotonic() - self.written >= self.every:
             self.write(step, extra)

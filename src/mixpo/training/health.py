@@ -37,10 +37,10 @@ def find_policy_alarms(rows: Rows, remedies: Mapping[str, str]) -> list[str]:
         ("entropy", 0.2, "the policy hardly varies"),
         ("score_std", 0.1, "all completions score alike"),
     ):
-        first, last = _first_value(rows, name), compute_mean_of_last_steps(rows, name)
+        first, last = _get_first_value(rows, name), compute_mean_of_last_steps(rows, name)
         if first and last is not None and last < share * first:
             alarms.append(f"{name} fell from {first:.3g} to {last:.3g}: {text}; try {remedies[name]}")
-    first, last = _first_value(rows, "completion_tokens"), compute_mean_of_last_steps(rows, "completion_tokens")
+    first, last = _get_first_value(rows, "completion_tokens"), compute_mean_of_last_steps(rows, "completion_tokens")
     if first and last is not None and last > 2 * first:
         alarms.append(
             f"completions grew from {first:.0f} to {last:.0f} tokens: the reward may be for length; try "
@@ -54,7 +54,7 @@ def find_loss_alarms(rows: Rows, remedies: Sequence[str]) -> list[str]:
 
     Losses that are not finite stop the stage and need no alarm.
     """
-    first, last = _first_value(rows, "loss"), compute_mean_of_last_steps(rows, "loss")
+    first, last = _get_first_value(rows, "loss"), compute_mean_of_last_steps(rows, "loss")
     if first is None or last is None or last <= first + 1:
         return []
     return [f"the loss rose from {first:.3g} to {last:.3g}: training diverged; try {' or '.join(remedies)}"]
@@ -86,6 +86,6 @@ def emit_alarms(alarms: Sequence[str]) -> list[str]:
     return list(alarms)
 
 
-def _first_value(rows: Rows, name: str) -> float | None:
+def _get_first_value(rows: Rows, name: str) -> float | None:
     """First value of a metric; None if no step has it."""
     return next((row[name] for row in rows if row.get(name) is not None), None)

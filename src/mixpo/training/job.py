@@ -23,7 +23,7 @@ class Job:
 
     def __init__(self, out: Path, runtime: Runtime) -> None:
         self.out, self.runtime = out, runtime
-        self.processes, self.cost = runtime.start(), Cost()
+        self.processes, self.cost = runtime.start_processes(), Cost()
 
     def load_policy(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
         """Load the policy of a stage's folder onto this process's device."""

@@ -11,8 +11,8 @@ import torch
 
 
 @dataclass(frozen=True)
-class ProcessGroup:
-    """Device, rank and number of the processes of a stage, as in torch.distributed."""
+class StageProcesses:
+    """The processes that share a stage's rows, seen from one of them; today always one, so `sum` changes nothing."""
 
     device: torch.device
     """Device of this process."""
@@ -24,7 +24,7 @@ class ProcessGroup:
         """True for the process that writes the stage's files and reports to the listener."""
         return self.rank == 0
 
-    def share(self, rows: Sequence[int]) -> Sequence[int]:
+    def select_own_rows(self, rows: Sequence[int]) -> Sequence[int]:
         """Select the rows that this process computes."""
         return rows[self.rank :: self.count]
 

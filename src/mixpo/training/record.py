@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import iterate_matrix_modules
 from mixpo.training import memory
-from mixpo.training.parallel import ProcessGroup
+from mixpo.training.parallel import StageProcesses
 
 
 class ProgressListener(Protocol):
@@ -39,7 +39,7 @@ class NullListener:
 progress_listener: ContextVar[ProgressListener] = ContextVar("progress_listener", default=NullListener())  # noqa: B039
 
 
-def report_progress(total: int) -> Callable[[int], None]:
+def make_progress_reporter(total: int) -> Callable[[int], None]:
     """Return a function that adds to a count of finished items and reports it to the listener, out of `total`."""
     done = 0
 
@@ -72,13 +72,13 @@ def _replace_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Metrics:
+class MetricsLog:
     """The file `metrics.jsonl`, one line a step; lines from step `resumed_at` on are deleted when it is opened."""
 
-    def __init__(self, folder: Path, *, resumed_at: int, processes: ProcessGroup) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int, processes: StageProcesses) -> None:
         self.path = folder / "metrics.jsonl"
         self.processes = processes
-        trim_jsonl(self.path, resumed_at)
+        delete_lines_from_step(self.path, resumed_at)
 
     def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step (counted from 0) and report them to the listener."""
@@ -129,7 +129,7 @@ class Cost:
         self.flops += 2.0 * sum(count_weights(model)) * tokens
 
     def counts(self) -> dict[str, float]:
-        """Return the counts so far, for a checkpoint."""
+        """Return seconds, tokens and FLOPs so far, which `restore` takes again."""
         return {
             "seconds": self.seconds + time.perf_counter() - self._start,
             "tokens_sampled": self.tokens_sampled,
@@ -186,7 +186,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return read_jsonl(folder / "metrics.jsonl")
 
 
-def trim_jsonl(path: Path, step: int) -> None:
+def delete_lines_from_step(path: Path, step: int) -> None:
     """Delete the lines of `step` and later steps, and an incomplete last line."""
     rows = read_jsonl(path)
     remaining = [line for line, row in zip(_read_complete_lines(path), rows, strict=True) if row["step"] < step]

@@ -21,7 +21,7 @@ from mixpo.data.branches import (
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import count_occurrences
 from mixpo.training.job import PORTIONS, Job
-from mixpo.training.record import read_jsonl, report_progress, write_text
+from mixpo.training.record import make_progress_reporter, read_jsonl, write_text
 
 MICROBATCHES = 16
 """Microbatches of a portion of scores or log-probs."""
@@ -100,7 +100,7 @@ class ResumableWork:
         occurrences = count_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
         portions = split_into_microbatches(lengths, max(1, self.runtime.sampling_tokens // k), padded=True)
-        results = self.compute_rows("sampled", portions, sample_rows, advance=report_progress(len(prompts)))
+        results = self.compute_rows("sampled", portions, sample_rows, advance=make_progress_reporter(len(prompts)))
         return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
     def score_completions(

@@ -9,7 +9,7 @@ import torch
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.settings import Settings
 from mixpo.training import memory
-from mixpo.training.parallel import ProcessGroup
+from mixpo.training.parallel import StageProcesses
 
 
 class Runtime(Settings):
@@ -45,12 +45,12 @@ class Runtime(Settings):
             return workers
         return 1 if torch.cuda.is_available() and others.data.get("device") != "cpu" else count_cores()
 
-    def start(self) -> ProcessGroup:
+    def start_processes(self) -> StageProcesses:
         """Set this process's threads, malloc and device; returns the processes of the stage."""
         torch.set_num_threads(self.threads or count_cores())
         memory.keep_freed_memory()
         cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
-        return ProcessGroup(torch.device("cuda" if cuda else "cpu"))
+        return StageProcesses(torch.device("cuda" if cuda else "cpu"))
 
     def make_sampler(self) -> Sampler:
         """Make the sampler of all stages."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixpo.models.language_model import Precision
 from mixpo.settings import Settings
-from mixpo.training.parallel import ProcessGroup
+from mixpo.training.parallel import StageProcesses
 
 Batch = TypeVar("Batch")
 Sums = Mapping[str, tuple[Tensor, Tensor]]
@@ -87,15 +87,15 @@ def take_optimizer_step(
     microbatches: Iterable[Batch],
     loss: Callable[[Batch], tuple[Tensor, Sums]],
     *,
-    count: int,
+    divisor: int,
     max_grad_norm: float,
     rate: float,
-    processes: ProcessGroup,
+    processes: StageProcesses,
 ) -> dict[str, float]:
     """Take one optimizer step at learning rate `rate` and return the metrics' means.
 
-    `loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `count`, the tokens or pairs
-    of the whole batch, so that microbatches and processes change nothing but rounding. Also returned: `loss`,
+    `loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `divisor`, the tokens or
+    pairs of the whole batch, so that microbatches and processes change nothing but rounding. Also returned: `loss`,
     `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`, before weights change, if the loss or the
     gradient is not finite.
     """
@@ -107,8 +107,8 @@ def take_optimizer_step(
         summed, metrics = loss(microbatch)
         if not bool(torch.isfinite(summed)):
             raise Diverged(f"the loss is {float(summed)}")
-        (summed * processes.count / count).backward()  # gradients are averaged over the processes
-        total += float(summed.detach()) / count
+        (summed * processes.count / divisor).backward()  # gradients are averaged over the processes
+        total += float(summed.detach()) / divisor
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
             counts[name] = counts.get(name, 0.0) + float(number)

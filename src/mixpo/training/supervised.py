@@ -11,7 +11,7 @@ from mixpo.data.branches import BranchBatch, Tokens, pack_branches, row_lengths,
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
 from mixpo.training.job import Job
-from mixpo.training.record import Metrics
+from mixpo.training.record import MetricsLog
 from mixpo.training.step import (
     Diverged,
     OptimizerSettings,
@@ -66,15 +66,19 @@ class SupervisedTraining:
         self.checkpoint = Checkpoint(job, parts)
         self.first_step, spent = self.checkpoint.resume()
         job.cost.restore(spent)
-        self.metrics = Metrics(job.out, resumed_at=self.first_step, processes=job.processes)
+        self.metrics = MetricsLog(job.out, resumed_at=self.first_step, processes=job.processes)
 
-    def iterate_steps(
-        self, loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]], *, count: Callable[[list[int]], int]
+    def train_steps(
+        self,
+        compute_loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]],
+        *,
+        compute_divisor: Callable[[list[int]], int],
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Train, and yield (step, metrics) after every optimizer step; the caller may add metrics to the log.
+        """Train all remaining steps; yield (step, metrics) after each, before the metrics are logged.
 
-        `loss` takes a branch batch and its row indices, and returns the summed loss and the metrics' sums; `count`
-        returns the divisor of a batch's loss, such as its number of tokens. Raises `Diverged`.
+        `compute_loss` takes a branch batch and its row indices, and returns the summed loss and the metrics' sums;
+        `compute_divisor` returns what the summed loss of a batch's rows is divided by, such as its number of tokens.
+        Raises `Diverged`.
         """
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
@@ -84,8 +88,8 @@ class SupervisedTraining:
                 metrics = take_optimizer_step(
                     self.optimizer,
                     self._iterate_microbatches(rows),
-                    lambda microbatch: loss(*microbatch),
-                    count=count(rows),
+                    lambda microbatch: compute_loss(*microbatch),
+                    divisor=compute_divisor(rows),
                     max_grad_norm=self.settings.max_grad_norm,
                     rate=compute_learning_rate(step, total=self.total_steps, settings=self.settings),
                     processes=self.job.processes,
@@ -98,11 +102,11 @@ class SupervisedTraining:
             metrics["seconds"] = time.perf_counter() - started
             yield step, metrics
             self.metrics.add(step, self.total_steps, metrics)
-            self.checkpoint.maybe_write(step + 1, self.job.cost.counts())
+            self.checkpoint.write_if_due(step + 1, self.job.cost.counts())
 
     def _iterate_microbatches(self, rows: list[int]) -> Iterator[tuple[BranchBatch, list[int]]]:
         """Yield this process's microbatches of a batch, each with its row indices, and count their cost."""
-        share = self.job.processes.share(rows)
+        share = self.job.processes.select_own_rows(rows)
         for part in split_into_microbatches([self.lengths[row] for row in share], self.job.runtime.microbatch_tokens):
             selected = [share[index] for index in part]
             batch = pack_branches(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
