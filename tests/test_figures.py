@@ -12,7 +12,7 @@ import pytest
 from mixpo.algorithms.intervals import Interval
 from mixpo.report import figures
 from mixpo.report.document import Figure
-from mixpo.report.figures import Point, Share, plane
+from mixpo.report.figures import BinShare, Point, plane
 from mixpo.report.figures.style import COLOURS, get_colour, get_marker
 
 HOSTILE = "</svg><script>alert(1)</script>--> ]]> \"'&\n$x_1$ 漢 #010203"
@@ -39,12 +39,12 @@ def every() -> dict[str, Callable[[], Figure]]:
             {HOSTILE: {HOSTILE: SHARE, "b": BARE.y}, "r*": {"c": SHARE}}, name="a", title=HOSTILE, reference="b"
         ),
         "shares": lambda: figures.plot_shares(
-            [Share(HOSTILE, 3, SHARE), Share("2", 0, None)],
+            [BinShare(HOSTILE, 3, SHARE), BinShare("2", 0, None)],
             name="a",
             title=HOSTILE,
             x="x",
             y="y",
-            each={HOSTILE: [Share("1", 2, SHARE), Share("2", 0, None)]},
+            each={HOSTILE: [BinShare("1", 2, SHARE), BinShare("2", 0, None)]},
         ),
         "calibration": lambda: figures.plot_calibration(
             [(0.6, SHARE, 9), (0.9, BARE.y, 0)], name="a", title=HOSTILE, each={HOSTILE: [(0.6, SHARE, 9)]}
@@ -100,7 +100,7 @@ def test_rows_are_the_numbers_given() -> None:
         ("a", 1.0, None, None, None, None, None),
         ("c", None, None, None, 0.75, 0.5, 0.9),
     ]
-    bins, own = [Share("1", 3, SHARE), Share("2", 0, None)], {"seed 0": [Share("1", 2, SHARE)]}
+    bins, own = [BinShare("1", 3, SHARE), BinShare("2", 0, None)], {"seed 0": [BinShare("1", 2, SHARE)]}
     shares = figures.plot_shares(bins, name="a", title="t", x="gap", y="right", each=own)
     assert shares.columns[-1] == "of"
     assert shares.rows == [

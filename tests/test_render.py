@@ -12,7 +12,16 @@ from urllib.parse import unquote
 import pytest
 from markupsafe import Markup
 
-from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table, Turn
+from mixpo.report.document import (
+    ArmCompletion,
+    Document,
+    Figure,
+    Group,
+    PromptCompletions,
+    PromptMessage,
+    Section,
+    Table,
+)
 from mixpo.report.render import format_csv, make_csv_url, render_html, render_markdown, split_interval_columns
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror=hit=1>]]> \"'&{{ 1 }}|\n=1+1,`x` *b* @me"
@@ -32,7 +41,9 @@ def score(number: int, place: int) -> float:
 
 
 def asked(number: int) -> PromptCompletions:
-    earlier = [Turn("user", f"earlier {HOSTILE}"), Turn("assistant", "a reply")] if number == 1 else []
+    earlier = (
+        [PromptMessage("user", f"earlier {HOSTILE}"), PromptMessage("assistant", "a reply")] if number == 1 else []
+    )
     completions = [
         ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place), 0.5 - number, -0.25)
         for place, arm in enumerate(ARMS)
