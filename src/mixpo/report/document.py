@@ -1,6 +1,6 @@
 """The report as data: sections with figures and tables, independent of HTML, Markdown and JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
@@ -13,6 +13,11 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+
+    @classmethod
+    def from_dicts(cls, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> "Table":
+        """A table of one row or more, each with its cells by heading, in the order of the first."""
+        return cls(list(rows[0]), [list(row.values()) for row in rows], notes)
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,8 @@ class ArmCompletion:
 
     arm: str
     text: str
-    score: float
-    true_reward: float | None = None
-    second_score: float | None = None
+    scores: Mapping[str, float]
+    """By name."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxtyping import Float64
 
 from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results, read_columns, read_stage_metrics
+from mixpo.report import figures
 from mixpo.stages.stage_cache import read_summary
 
 
@@ -41,20 +42,20 @@ class Trace:
         """The mean of a column at a point."""
         return crossed_interval(self.values(key, point))
 
+    def list_points(self, key: str) -> list[figures.Point]:
+        """KL from SFT and the mean of a column at every point."""
+        points = range(self.num_points)
+        return [figures.Point("", self.estimate_mean("kl_from_sft", n), self.estimate_mean(key, n)) for n in points]
+
     @cached_property
     def completions_sampled(self) -> Float64[np.ndarray, " points"]:
         """The number of completions sampled by PPO up to each point, averaged over seeds."""
-        counts: Float64[np.ndarray, "seeds points"] = np.array(
-            [_count_completions(folder) for folder in self.ppo], np.float64
-        )
-        return np.asarray(counts.mean(axis=0))
-
-
-def _count_completions(ppo: Path) -> list[float]:
-    """The number of completions that a PPO stage sampled up to its start, its snapshots and its end."""
-    counts = [row["completions"] for row in read_stage_metrics(ppo)]
-    steps = [0, *read_summary(ppo)["snapshots"], len(counts)]
-    return [float(sum(counts[:step])) for step in steps]
+        by_seed = []
+        for ppo in self.ppo:
+            counts = [row["completions"] for row in read_stage_metrics(ppo)]
+            steps = [0, *read_summary(ppo)["snapshots"], len(counts)]
+            by_seed.append([float(sum(counts[:step])) for step in steps])
+        return np.asarray(np.mean(by_seed, axis=0))
 
 
 def load_traces(results: Results) -> list[Trace]:
@@ -63,10 +64,7 @@ def load_traces(results: Results) -> list[Trace]:
     for name in results.plain:
         arms = [arm for arm in results.finished_by_seed(name).values() if arm.trace and arm.evaluation]
         if arms:
-            ppo = [
-                Path(next(place for key, place in reversed(arm.stages.items()) if key.startswith("PPO-")))
-                for arm in arms
-            ]
+            stages = [{key.partition("-")[0]: Path(place) for key, place in arm.stages.items()} for arm in arms]
             evaluations = [[*arm.trace, str(arm.evaluation)] for arm in arms]
-            traces.append(Trace(name, [arm.seed for arm in arms], evaluations, ppo))
+            traces.append(Trace(name, [arm.seed for arm in arms], evaluations, [kinds["PPO"] for kinds in stages]))
     return traces
