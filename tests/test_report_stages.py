@@ -1,7 +1,6 @@
 """What the report says of reward models, selections, label noise, gradients and training, on hand-made stages."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,46 +55,26 @@ def test_calibration_by_hand(tmp_path: Path) -> None:
     ]
 
 
-def test_all_of_six_pairs_is_no_certainty(tmp_path: Path) -> None:
-    """The sentence has the bounds of the table below it, at one seed and at two that judge the same pairs."""
-    low, _ = proportion_confint(6, 6, method="wilson")
-    for seeds in ((0,), (0, 1)):
-        made = load(tmp_path / f"{seeds}", plain(ARMS, seeds=seeds), margins=dict.fromkeys(seeds, [0.5] * 6))
-        section = reward_model.build_reward_model_section(made)
-        assert section.opening.startswith(
-            f"The reward model agrees with 100% of the labels of 6 test pairs (95% CI [{low:.0%}, 100%]"
-        )
-        assert "significantly above chance" in section.opening  # 61%
-
-
 @pytest.mark.parametrize(
-    ("right", "said"),
+    ("right", "pairs", "said"),
     [
-        (30, "significantly above chance"),
-        (10, "significantly below chance"),
-        (21, "not significantly different from chance"),
+        ([6], 6, "significantly above chance"),  # 61% at least
+        ([6, 6], 6, "significantly above chance"),  # two seeds that judge the same pairs are no more certain
+        ([30], 40, "significantly above chance"),
+        ([10], 40, "significantly below chance"),
+        ([21], 40, "not significantly different from chance"),
+        ([40, 20], 40, "not significantly different from chance"),
     ],
 )
-def test_accuracy_is_held_against_chance(tmp_path: Path, right: int, said: str) -> None:
-    margins = {0: [0.5] * right + [-1.5] * (40 - right)}
-    section = reward_model.build_reward_model_section(load(tmp_path, plain(ARMS), margins=margins))
-    found = re.match(
-        r"The reward model agrees with (\d+)% of the labels of 40 test pairs \(95% CI \[(\d+)%, (\d+)%\] over pairs at "
-        rf"one seed\), {said}; (\d+)% of the pairs have a gap under 1\.",
-        section.opening,
-    )
-    low, high = (100 * bound for bound in proportion_confint(right, 40, method="wilson"))
-    assert [int(text) for text in found.groups()] == pytest.approx(
-        [100 * right / 40, low, high, 100 * right / 40], abs=2.5
-    )
-
-
-def test_accuracy_over_seeds(tmp_path: Path) -> None:
-    margins = {0: [1.0] * 40, 1: [1.0] * 20 + [-1.0] * 20}
-    section = reward_model.build_reward_model_section(load(tmp_path, plain(ARMS, seeds=(0, 1)), margins=margins))
-    assert section.opening.startswith("The reward model agrees with 75% of the labels")
-    assert "over pairs and 2 seeds), not significantly different from chance" in section.opening
-    assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 1", "seed 1"]
+def test_accuracy_is_held_against_chance(tmp_path: Path, right: list[int], pairs: int, said: str) -> None:
+    margins = {seed: [0.5] * count + [-1.5] * (pairs - count) for seed, count in enumerate(right)}
+    results = load(tmp_path, plain(ARMS, seeds=list(margins)), margins=margins)
+    opening = reward_model.build_reward_model_section(results).opening
+    share, sample = sum(right) / len(right) / pairs, "and 2 seeds" if len(right) > 1 else "at one seed"
+    assert opening.startswith(f"The reward model agrees with {share:.0%} of the labels of {pairs} test pairs (95% CI [")
+    assert f"] over pairs {sample}), {said}; {share:.0%} of the pairs have a gap under 1." in opening
+    low, high = proportion_confint(right[0], pairs, method="wilson")
+    assert (f"[{low:.0%}, {high:.0%}]" in opening) == (right.count(right[0]) == len(right))
 
 
 def test_the_second_reward_model_bears_its_name_and_is_not_the_first(tmp_path: Path) -> None:
@@ -422,6 +401,7 @@ def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
     margins = {0: [0.1, -0.1, 0.1, 0.1], 1: [0.1, -0.1, -0.1, 0.1]}
     results = load(tmp_path, plain(ARMS, seeds=(0, 1)), margins=margins)
     section = reward_model.build_reward_model_section(results)
+    assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 1", "seed 1"]
     pooled, *each = figure_rows(section, "calibration")
     assert (pooled[1], pooled[2], pooled[-1]) == (8, 5 / 8, "")
     growth = 1 + scipy.stats.t.ppf(0.975, 1) ** 2 * (0.125**2) / (1.959964**2 * (5 / 8 * 3 / 8) / 4)

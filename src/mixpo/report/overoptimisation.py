@@ -4,7 +4,6 @@ from mixpo.algorithms.intervals import crossed_interval
 from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
-    Difference,
     describe_sample,
     estimate_differences,
     find_sibling,
@@ -117,18 +116,13 @@ def _write_opening(results: Results, traces: list[Trace], yardstick: str, counts
     ]
     for trace, reward, real, late_reward, late in zip(traces, *changes, strict=True):
         values = [format_interval(each.interval) for each in (reward, real, late_reward, late)]
+        trend = ": both still rise significantly" if late_reward.sign == late.sign == 1 else ""
+        if late_reward.sign > 0 > late.sign:
+            trend = f": the reward rises significantly while {label} falls"
         missing = note_missing_seeds(results, len(trace.seeds), trace.arm)
         text += (
             f". During PPO of {trace.arm}{missing} the reward changes by {values[0]} "
-            f"and {label} by {values[1]}; from the last snapshot to the end by {values[2]} and {values[3]}"
-            f"{_describe_late_change(late_reward, late, label)}"
+            f"and {label} by {values[1]}; from the last snapshot to the end by {values[2]} and {values[3]}{trend}"
         )
     longest = max(len(trace.seeds) for trace in traces)
     return f"{text} (95% intervals {describe_sample(results, longest)})."
-
-
-def _describe_late_change(reward: Difference, real: Difference, label: str) -> str:
-    """The significant directions of both rewards after the last snapshot, if they have any."""
-    if reward.sign > 0 > real.sign:
-        return f": the reward rises significantly while {label} falls"
-    return ": both still rise significantly" if reward.sign == real.sign == 1 else ""

@@ -79,7 +79,7 @@ def build_reward_model_section(results: Results) -> Section | None:
         Group(table=Table.from_dicts(rows), notes=alarms),
         Group("Accuracy by gap, and calibration", plots, notes=notes),
     ]
-    return Section("reward-model", "Reward model", _write_opening(results, stages, shown), groups)
+    return Section("reward-model", "Reward model", _write_opening(results, stages, list(tested.values())), groups)
 
 
 def load_margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:
@@ -112,8 +112,7 @@ def pool_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[f
     return pooled
 
 
-def _write_opening(results: Results, stages: list[StageFolder], shown: list[StageFolder]) -> str:
-    test = [load_margins(stage, "test") for stage in shown]
+def _write_opening(results: Results, stages: list[StageFolder], test: Sequence[Float64[np.ndarray, " pairs"]]) -> str:
     under = float(np.mean([np.abs(one) < 1 for one in test]))
     interval = share_interval([float((one > 0).sum()) for one in test], [one.size for one in test])
     sample = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"

@@ -26,11 +26,14 @@ def build_selection_section(results: Results) -> Section | None:
     parts = {
         stage.key: {part: read_table(stage.folder / f"{part}.parquet") for part in ("easy", "hard")} for stage in stages
     }
-    samples = {stage.key: _find_samples(results, stage) for stage in stages}
+    samples = {}
+    for stage in stages:  # through an arm that needs both
+        keys = next(arm.stages for arm in results.arms if stage.key in arm.stages)
+        samples[stage.key] = next(one.summary for one in results.list_stages_of_kind("Samples") if one.key in keys)
     known = all(stage.run.is_world for stage in stages)
     rows = []
     for stage in stages:
-        summary, sampled = stage.summary, samples[stage.key].summary
+        summary, sampled = stage.summary, samples[stage.key]
         gap, sd = sampled["gap_median"], sampled["score_std"]
         row = {
             "selection": stage.label,
@@ -65,15 +68,9 @@ def build_selection_section(results: Results) -> Section | None:
         Group(f"Gaps ({which})", [histogram]),
         Group(f"Pairs with the largest and the smallest gaps ({first.label})", table=examples),
     ]
-    gaps = [samples[stage.key].summary["gap_median"] for stage in shown]
+    gaps = [samples[stage.key]["gap_median"] for stage in shown]
     opening = _write_opening(shown, gaps, [parts[stage.key] for stage in shown] if known else None)
     return Section("selection", "Selection", opening, groups)
-
-
-def _find_samples(results: Results, selection: StageFolder) -> StageFolder:
-    """The samples that a selection splits, found through an arm that needs both."""
-    keys = next(arm.stages for arm in results.arms if selection.key in arm.stages)
-    return next(stage for stage in results.list_stages_of_kind("Samples") if stage.key in keys)
 
 
 def _count_labels(rows: list[dict[str, Any]]) -> tuple[int, int, int]:

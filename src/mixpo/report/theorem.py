@@ -125,10 +125,13 @@ def build_theorem_section(results: Results) -> Section | None:
         steps[label] = list(zip(one.log_ratio[moved].tolist(), one.log_step_ratio[moved].tolist(), strict=True))
         point = figures.Point(one.part, figures.exact_interval(0.0), cosine)
         cosines.setdefault(one.arm, []).append(point)
+    moved_x, moved_y = np.array([point for points in steps.values() for point in points]).reshape(-1, 2).T
+    varied = len(moved_x) > 2 and moved_x.std() and moved_y.std()
+    correlation = float(np.corrcoef(moved_x, moved_y)[0, 1]) if varied else None
     step = "Too few pairs have a step that raises chosen and lowers rejected for a correlation with x_l / x_w."
-    if (correlation := _correlate_step(measured)) is not None:
+    if correlation is not None:
         step = (
-            f"A step in the weights changes x by x times the change in log-prob. Over {sum(map(len, steps.values()))} "
+            f"A step in the weights changes x by x times the change in log-prob. Over {len(moved_x)} "
             "pairs whose step raises chosen and lowers rejected, log(increase of x_w / decrease of x_l) has a "
             f"correlation of {format_number(correlation)} with log(x_l / x_w)."
         )
@@ -151,7 +154,7 @@ def build_theorem_section(results: Results) -> Section | None:
         plots.append(figures.plot_scatter(steps, name="corollary-1-step", x=x, y=y))
     plots.append(figures.plot_grouped_intervals(cosines, name="remark-1", y="cosine of the two gradients"))
     group = Group(figures=plots, table=Table.from_dicts(rows, notes))
-    return Section("theorem", TITLE, _write_opening(measured), [group])
+    return Section("theorem", TITLE, _write_opening(measured, correlation), [group])
 
 
 def list_failures(results: Results) -> list[tuple[str, str]]:
@@ -174,14 +177,7 @@ def load_measurements(results: Results) -> list[GradientMeasurement]:
     return [GradientMeasurement(arm, part, places) for (arm, part), places in folders.items()]
 
 
-def _correlate_step(measured: list[GradientMeasurement]) -> float | None:
-    """Correlation of log(increase of x_w / decrease of x_l) in a step with log(x_l / x_w)."""
-    x = np.concatenate([one.log_ratio[one.moves_both_as_intended] for one in measured])
-    y = np.concatenate([one.log_step_ratio[one.moves_both_as_intended] for one in measured])
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() and y.std() else None
-
-
-def _write_opening(measured: list[GradientMeasurement]) -> str:
+def _write_opening(measured: list[GradientMeasurement], correlation: float | None) -> str:
     error = max(float(np.abs(one.log_gradient_ratio - one.log_ratio).max()) for one in measured)
     ratios = np.concatenate([one.log_ratio for one in measured])
     text = (
@@ -189,7 +185,7 @@ def _write_opening(measured: list[GradientMeasurement]) -> str:
         f"{np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, the measured gradient ratio differs by at most "
         f"{error:.0e} in its logarithm"
     )
-    if (correlation := _correlate_step(measured)) is not None:
+    if correlation is not None:
         text += (
             "; in a small step of the weights, however, log(increase of x_w / decrease of x_l) has a correlation of "
             f"{format_number(correlation)} with log(x_l / x_w)"

@@ -59,7 +59,7 @@ def _draw_plane(
     render_svg(canvas, "", "")  # places all parts; other renderers measure text differently
     finite = [i for i, point in enumerate(points) if math.isfinite(point.x.mean) and math.isfinite(point.y.mean)]
     labels = place_labels(  # the page's font is unknown, so sizes are upper bounds for short wide names
-        [_to_canvas(axes, points[i].x.mean, points[i].y.mean) for i in finite],
+        [axes.transData.transform((points[i].x.mean, points[i].y.mean)).tolist() for i in finite],
         [(LABEL_SIZE * (0.4 + 0.6 * len(texts[i])), LABEL_SIZE * 1.15) for i in finite],
         frame=Box(*axes.bbox.extents),
         lines=[line for i in finite for line in _error_bar_boxes(axes, points[i])],
@@ -70,17 +70,11 @@ def _draw_plane(
     return canvas, all(label is not None for label in labels)
 
 
-def _to_canvas(axes: Any, x: float, y: float) -> tuple[float, float]:
-    """The position of data coordinates on the canvas, in points of 1/72 inch."""
-    across, up = axes.transData.transform((x, y))
-    return float(across), float(up)
-
-
 def _error_bar_boxes(axes: Any, point: Point) -> list[Box]:
-    """The boxes that a point's error bars cover."""
+    """The boxes that a point's error bars cover on the canvas, in points of 1/72 inch."""
     x, y = point.x, point.y
     bars = [((x.low, y.mean), (x.high, y.mean)), ((x.mean, y.low), (x.mean, y.high))]
-    finite = [[_to_canvas(axes, *end) for end in ends] for ends in bars if np.isfinite(ends).all()]
+    finite = [axes.transData.transform(ends).tolist() for ends in bars if np.isfinite(ends).all()]
     return [Box(left - 0.5, bottom - 0.5, right + 0.5, top + 0.5) for (left, bottom), (right, top) in finite]
 
 
