@@ -86,11 +86,7 @@ def shifted(by: Sequence[float], base: Sequence[float] = SFT_SCORES) -> list[flo
     return [score + difference for score, difference in zip(base, by, strict=True)]
 
 
-CLEAR = {
-    "sft": SFT_SCORES,
-    "ppo": shifted([1.0] * 6),
-    "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8]),
-}
+CLEAR = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8])}
 """Scores of which every difference is significant."""
 
 

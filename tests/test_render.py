@@ -12,16 +12,8 @@ from urllib.parse import unquote
 import pytest
 from markupsafe import Markup
 
-from mixpo.report.document import (
-    ArmCompletion,
-    Document,
-    Figure,
-    Group,
-    PromptCompletions,
-    PromptMessage,
-    Section,
-    Table,
-)
+from mixpo.data.rows import Message
+from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table
 from mixpo.report.render import format_csv, make_csv_url, render_html, render_markdown, split_interval_columns
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror=hit=1>]]> \"'&{{ 1 }}|\n=1+1,`x` *b* @me"
@@ -42,7 +34,7 @@ def score(number: int, place: int) -> dict[str, float]:
 
 
 def asked(number: int) -> PromptCompletions:
-    earlier = [PromptMessage("user", f"earlier {HOSTILE}"), PromptMessage("assistant", "a reply")]
+    earlier = [Message(role="user", content=f"earlier {HOSTILE}"), Message(role="assistant", content="a reply")]
     completions = [
         ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place))
         for place, arm in enumerate(ARMS)

@@ -215,6 +215,7 @@ def over_training(
     ("rises", "falls", "told"),
     [
         ([1.0], [-1.0], True),
+        ([1.0], [0.0], False),
         ([1.0, 1.01], [-1.0, -1.01], True),
         ([1.0, 1.5], [-1.0, -1.5], False),  # half its mean apart: two seeds do not tell it
         ([1.0, 1.5, 1.0, 1.5], [-1.0, -1.5, -1.0, -1.5], True),  # four do
@@ -339,6 +340,7 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     assert found["dpo"][1] == "failed"
     assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+10 FLOPs"]
     assert ppo[6:] == ["1.00 [1.00, 1.00]"]  # at seed 1 alone: 2 - 1 over SFT for 1e10 FLOPs more
+    assert found["mpo"][6].startswith("1.18 [")  # 2 for 1.7e10
     assert found["sft"][6:] == [""]
 
 
@@ -364,14 +366,10 @@ def test_time_text(seconds: float, said: str) -> None:
     assert cost.format_duration(seconds) == said
 
 
-def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Path) -> None:
-    def axis(far: float) -> str:
-        kls = {"sft": 0.0, "dpo": 1.0, "ppo": 1.2, "mpo": far}
-        arms = [Arm(name, {0: scores(SFT_SCORES, kl=kl)}) for name, kl in kls.items()]
-        section = distance.build_distance_section(load(tmp_path / f"{far}", arms))
-        figure = section.groups[0].figures[0]
-        assert figure.columns[1] == "KL from SFT (nats per completion)"  # the numbers are no roots
-        return re.findall(r">(KL [^<]*)<", figure.svg)[0]
-
-    assert axis(12.0) == "KL from SFT (nats per completion), root scale"
-    assert axis(1.5) == "KL from SFT (nats per completion)"
+@pytest.mark.parametrize(("far", "scale"), [(12.0, ", root scale"), (1.5, "")])
+def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Path, far: float, scale: str) -> None:
+    kls = {"sft": 0.0, "dpo": 1.0, "ppo": 1.2, "mpo": far}
+    arms = [Arm(name, {0: scores(SFT_SCORES, kl=kl)}) for name, kl in kls.items()]
+    figure = distance.build_distance_section(load(tmp_path, arms)).groups[0].figures[0]
+    assert figure.columns[1] == "KL from SFT (nats per completion)"  # the numbers are no roots
+    assert re.findall(r">(KL [^<]*)<", figure.svg)[0] == f"KL from SFT (nats per completion){scale}"

@@ -191,10 +191,8 @@ def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
     assert [text.split()[0] for text in found["mpo"][1:]] == ["3.00", "2.90", "2.80", "−0.20"]
     assert found["dpo-base"][4] == "−0.75"  # the same on every prompt
     assert section.opening.startswith("From 0% to 30% flipped labels, the changes in reward are: mpo −0.20 [−0.")
-    assert (
-        "dpo-base −0.75; mpo has a significantly higher change in reward than dpo-base (+0.55, 95% CI ["
-        in section.opening
-    )
+    said = "dpo-base −0.75; mpo has a significantly higher change in reward than dpo-base (+0.55, 95% CI ["
+    assert said in section.opening
     assert section.opening.count("significantly higher") == 1
     drawn = [(row[0], row[2], round(row[5], 6)) for row in figure_rows(section, "noise-score")]
     assert drawn[:3] == [("mpo", 0.0, 3.0), ("mpo", 0.1, 2.9), ("mpo", 0.3, 2.8)]
@@ -363,8 +361,7 @@ def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Pa
     assert section.opening == (
         "The stages of all seeds and sweeps raised no alarm; the curves are of 1 DPO stage and 2 PPO stages of seed 0."
     )
-    names = [figure.name for group in section.groups for figure in group.figures]
-    assert names == ["dpo-loss", "ppo-score"]
+    assert [one.name for group in section.groups for one in group.figures] == ["dpo-loss", "ppo-score"]
     assert figure_rows(section, "dpo-loss") == [("mpo", float(step), 0.7 - 0.001 * step) for step in range(4)]
     assert section.groups[1].notes == [
         "Not plotted, because constant: accuracy on its pairs 0.6; log-prob of chosen −9."

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from mixpo.report import figures
 from mixpo.report.comparison import (
     Difference,
     Measure,
+    Pair,
     compute_differences,
     describe_difference,
     describe_sample,
@@ -25,7 +27,6 @@ from mixpo.report.comparison import (
     join_names,
     list_measures,
     note_missing_seeds,
-    start_sentence,
 )
 from mixpo.report.document import Group, Section, Table
 
@@ -62,7 +63,7 @@ PAPER_ORDER: tuple[tuple[str, str, str], ...] = (
 """What the paper finds: the first arm's reward above the second's."""
 
 
-Differences = Mapping[str, Mapping[tuple[str, str], Difference]]
+Differences = Mapping[str, Mapping[Pair, Difference]]
 """Differences by measure and pair of arms."""
 
 
@@ -86,7 +87,7 @@ def build_arms_section(results: Results) -> Section:
     return Section("results", "Results", _write_opening(results, differences), groups)
 
 
-def choose_compared_arms(results: Results) -> tuple[str, str] | None:
+def choose_compared_arms(results: Results) -> Pair | None:
     """The two arms that first sentences compare.
 
     Of several runs mpo of the second and of the first; else mpo and ppo, else the last and the first that finished.
@@ -206,14 +207,14 @@ def _list_arms_with_differences(results: Results) -> list[str]:
     ]
 
 
-def _list_pairs(results: Results) -> list[tuple[str, str]]:
+def _list_pairs(results: Results) -> list[Pair]:
     """Every arm against ppo and against mpo, or against the first arm where neither finished."""
     found = [rival for arm in ("ppo", "mpo") if (rival := results.find_first_name(arm)) is not None]
     rivals, names = found or results.plain[:1], _list_arms_with_differences(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 
-def _build_differences_table(results: Results, pairs: Sequence[tuple[str, str]], differences: Differences) -> Table:
+def _build_differences_table(results: Results, pairs: Sequence[Pair], differences: Differences) -> Table:
     rows = []
     for one, other in pairs:
         seeds = len(results.list_common_seeds(one, other))
@@ -225,7 +226,7 @@ def _build_differences_table(results: Results, pairs: Sequence[tuple[str, str]],
 
 
 def _build_order_table(results: Results) -> Table | None:
-    claims: list[tuple[str, str]] = []
+    claims: list[Pair] = []
     sources: list[str] = []
     for run in results.runs:
         names = [name for name in results.finished if results.find_run(name) is run]
@@ -242,7 +243,7 @@ def _build_order_table(results: Results) -> Table | None:
     return Table(headings, rows, [*table.notes, "The paper's own values are in the first table."])
 
 
-def build_claims_table(results: Results, claims: Sequence[tuple[str, str]], measures: Mapping[str, str]) -> Table:
+def build_claims_table(results: Results, claims: Sequence[Pair], measures: Mapping[str, str]) -> Table:
     """A row for every claim that the first arm is above the second: our difference, and whether it agrees."""
     differences = {key: compute_differences(results, claims, key) for key in measures}
     rows = []
@@ -259,7 +260,7 @@ def build_claims_table(results: Results, claims: Sequence[tuple[str, str]], meas
     return Table(headings, rows, notes)
 
 
-def check_claim(results: Results, claim: tuple[str, str], difference: Difference | None) -> str:
+def check_claim(results: Results, claim: Pair, difference: Difference | None) -> str:
     """`confirmed`, `reversed` or `not significant`, or the reason why a claimed order could not be checked."""
     if difference is not None:
         verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[difference.sign]
@@ -303,7 +304,8 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
     )
     if any(pair in by_pair for by_pair in differences.values()):
         sample += "; p is corrected for all differences below (Holm)"
-    return [start_sentence("; ".join(texts)), f"{sample}."]
+    sentence = re.sub("^no ", "No ", "; ".join(texts))
+    return [f"{sentence}.", f"{sample}."]
 
 
 def _describe_best_arm(results: Results, differences: Differences) -> list[str]:

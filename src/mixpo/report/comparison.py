@@ -12,6 +12,8 @@ from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import MEASURES, SHARES, Results
 from mixpo.report import figures
 
+Pair = tuple[str, str]
+"""The names of two arms."""
 LEVEL = 0.05
 NOT_ESTIMABLE = "not estimable"
 """In a cell whose value too few or too uniform data leave open."""
@@ -91,9 +93,7 @@ def subtract_values(
     return np.asarray(results.values(one, key, seeds) - results.values(other, key, seeds))
 
 
-def compute_differences(
-    results: Results, pairs: Sequence[tuple[str, str]], key: str
-) -> dict[tuple[str, str], Difference]:
+def compute_differences(results: Results, pairs: Sequence[Pair], key: str) -> dict[Pair, Difference]:
     """Paired differences of a column by pair of arms, without the pairs that have no comparable seed."""
     paired = []
     for one, other in pairs:
@@ -170,11 +170,6 @@ def format_count(count: int, noun: str) -> str:
 def join_names(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def start_sentence(text: str) -> str:
-    """A sentence with a capital first letter and a full stop, unless it begins with the name of an arm."""
-    return f"N{text[1:]}." if text.startswith("no ") else f"{text}."
 
 
 def find_significant_sign(interval: Interval, p: float) -> int:

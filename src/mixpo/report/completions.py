@@ -4,7 +4,7 @@ from mixpo.data.rows import as_messages
 from mixpo.experiments.results import Results, read_completions
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import format_count
-from mixpo.report.document import ArmCompletion, PromptCompletions, PromptMessage
+from mixpo.report.document import ArmCompletion, PromptCompletions
 
 MAX_PROMPTS = 256
 """Prompts in the report."""
@@ -18,12 +18,12 @@ def list_completions(results: Results) -> list[PromptCompletions]:
     by_arm = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     prompts = []
     for number, rows in enumerate(list(zip(*by_arm.values(), strict=True))[:MAX_PROMPTS], 1):
-        *earlier, last = [PromptMessage(**message) for message in as_messages(rows[0]["prompt"])]
+        *earlier, last = as_messages(rows[0]["prompt"])
         completions = [
             ArmCompletion(arm, row["completion"], {name: row[key] for key, name in SCORES.items() if key in row})
             for arm, row in zip(by_arm, rows, strict=True)
         ]
-        prompts.append(PromptCompletions(number, earlier, last.content, completions))
+        prompts.append(PromptCompletions(number, earlier, last["content"], completions))
     return prompts
 
 

@@ -138,21 +138,16 @@ def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | N
     pairs = np.mean(
         [sum(completions_by_stage.get(key, 0) for key in results.finished_by_seed(one)[seed].needs) for seed in seeds]
     )
-    text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions"
-    text += note_missing_seeds(results, len(seeds), one, other)
+    missing = note_missing_seeds(results, len(seeds), one, other)
+    text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions{missing}; {one}'s PPO "
     if np.isfinite(reached.mean):
         bounds = f" [{reached.low:,.0f}, {reached.high:,.0f}]" if np.isfinite(reached.high) else ""
-        text += (
-            f"; {one}'s PPO reaches the final reward of {other} after {reached.mean:,.0f}{bounds}, or "
-            f"{reached.mean + pairs:,.0f} with the {pairs:,.0f} sampled for its pairs"
-        )
-        if not bounds:
-            text += " (by the means; it is nowhere significantly above that reward)"
+        text += f"reaches the final reward of {other} after {reached.mean:,.0f}{bounds}, or "
+        text += f"{reached.mean + pairs:,.0f} with the {pairs:,.0f} sampled for its pairs"
+        text += "" if bounds else " (by the means; it is nowhere significantly above that reward)"
     else:
-        text += (
-            f"; {one}'s PPO does not reach the final reward of {other} within its "
-            f"{mpo.completions_sampled[-1]:,.0f} completions and the {pairs:,.0f} sampled for its pairs"
-        )
+        text += f"does not reach the final reward of {other} within its {mpo.completions_sampled[-1]:,.0f} completions "
+        text += f"and the {pairs:,.0f} sampled for its pairs"
     paths = {
         trace.arm: [
             figures.Point("", figures.exact_interval(x), trace.estimate_mean("score", point))

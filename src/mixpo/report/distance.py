@@ -132,8 +132,8 @@ def compare_at_equal_kl(results: Results) -> list[EqualKL]:
         coef = float(back(np.interp(means[-1], means[order], to(coefs), left=np.nan, right=np.nan)))
         reach = (float(means[order[0]]), float(means[order[-1]]))
         comparisons.append(EqualKL(arm, rival, len(seeds), float(means[-1]), coef, reach, {}))
-        margins = (kls[-1] - kls[order[0]], kls[order[-1]] - kls[-1])
-        if np.isfinite(coef) and not any(map(_may_be_negative, margins)):
+        margins = [crossed_interval(kls[a] - kls[b]).low for a, b in ((-1, order[0]), (order[-1], -1))]
+        if np.isfinite(coef) and not any(low <= 0 for low in margins):  # nan where all are alike: exact
             for key in results.list_shared_measures(results.finished):
                 values = np.stack([results.values(name, key, seeds) for name in names])
                 paired.setdefault(key, []).append((arm, rival, _linearize_difference(kls, values)))
@@ -142,11 +142,6 @@ def compare_at_equal_kl(results: Results) -> list[EqualKL]:
         for difference in estimate_differences(values_by_arm):
             by_arm[difference.one].differences[key] = difference
     return comparisons
-
-
-def _may_be_negative(difference: Float64[np.ndarray, "seeds prompts"]) -> bool:
-    """True if the interval of a difference in KL reaches zero; a constant difference is exact."""
-    return crossed_interval(difference).low <= 0
 
 
 def _linearize_difference(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from mixpo.data.rows import Message
+
 
 @dataclass(frozen=True)
 class Table:
@@ -55,14 +57,6 @@ class Section:
 
 
 @dataclass(frozen=True)
-class PromptMessage:
-    """One message of a prompt."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
 class ArmCompletion:
     """An arm's completion of a prompt, with its scores."""
 
@@ -77,7 +71,7 @@ class PromptCompletions:
     """A test prompt and every arm's completion of it."""
 
     number: int
-    earlier_turns: Sequence[PromptMessage]
+    earlier_turns: Sequence[Message]
     last_message: str
     completions: Sequence[ArmCompletion]
 

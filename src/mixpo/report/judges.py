@@ -106,7 +106,7 @@ def _build_judge_group(
     for row in rows:
         if row.judged.judge == judge:
             counts, arms = row.tally, _name_compared_arms(row.judged, seeds)
-            biases = [counts.flips, counts.first, counts.longer]
+            biases = (counts.flips, counts.first, counts.longer)
             lines.append(
                 [
                     arms if row.category is None else f"{arms}: {row.category}",

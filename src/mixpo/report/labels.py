@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 DISTANCES = (5, 8, 12, 17, 23, 30, 38, 47, 57)
 """Candidate distances from a point to its label, the nearest first."""
 DIRECTIONS = 24
@@ -93,8 +95,5 @@ def _cover_leader(label: Label) -> list[Box]:
     """The line to a label as a row of small boxes."""
     if label.leader is None:
         return []
-    (x, y), (to_x, to_y) = label.leader
-    count = math.ceil(math.dist(*label.leader) / 2)
-    shares = [(step + 1) / (count + 1) for step in range(count)]
-    middles = [(x + share * (to_x - x), y + share * (to_y - y)) for share in shares]
+    middles = np.linspace(*label.leader, math.ceil(math.dist(*label.leader) / 2) + 2)[1:-1].tolist()
     return [Box(x - 0.5, y - 0.5, x + 0.5, y + 0.5) for x, y in middles]

@@ -18,12 +18,10 @@ from mixpo.report.traces import Trace, load_traces
 
 def build_overoptimisation_section(results: Results) -> Section | None:
     """The section with gains over SFT in both rewards, of every arm and along training."""
-    yardstick = next(
-        (key for key in ("true_reward", "second_score") if results.have_column(results.finished, key)), None
-    )
-    if yardstick is None:
+    yardsticks = [key for key in ("true_reward", "second_score") if results.have_column(results.finished, key)]
+    if not yardsticks:
         return None
-    label = MEASURES[yardstick]
+    yardstick, label = yardsticks[0], MEASURES[yardsticks[0]]
     bases = {name: find_sibling(results, name, "sft") for name in results.plain}
     points, missing = [], []
     for name, base in bases.items():

@@ -134,13 +134,11 @@ def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
         if done:
             status = "done" if len(done) == len(ran) else f"done at {len(done)} of {len(ran)} seeds"
             prompts = results.values(name, "score").shape[1]
-            rows.append([name, "all", status, prompts, *_list_means(results, name, keys)])
+            rows.append([name, "all", status, prompts, *_list_means(results, name, keys, None)])
     return columns, rows
 
 
-def _list_means(
-    results: Results, name: str, keys: Sequence[str], seeds: Sequence[int] | None = None
-) -> list[float | None]:
+def _list_means(results: Results, name: str, keys: Sequence[str], seeds: list[int] | None) -> list[float | None]:
     """Mean, low and high of columns, None where there is none; without bounds at some seeds alone."""
     cells: list[float | None] = []
     for key in keys:

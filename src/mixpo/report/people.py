@@ -42,14 +42,14 @@ def describe_study(found: Findings) -> str:
     if not found.active_annotators:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = found.shares[None], found.agreement[None]
-    people = "one person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
+    people = "One person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
     p = _correct_p_values(found)[None]
     difference = describe_difference("win rate", one, other, shares.difference, p)
     kappa = f"Fleiss' κ {format_estimate(agreement.kappa)}"
     if not math.isnan(agreement.kappa.mean):
         kappa += f" over {format_count(agreement.common, 'prompt')}"
     return (
-        f"{people[0].upper()}{people[1:]} judged blindly and preferred {one} on {shares.win.mean:.0%} of "
+        f"{people} judged blindly and preferred {one} on {shares.win.mean:.0%} of "
         f"{format_count(shares.prompts, 'prompt')} and {other} on {shares.lose.mean:.0%}, with "
         f"{shares.tie.mean:.0%} ties: {difference}. {kappa}."
     )

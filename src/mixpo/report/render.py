@@ -169,7 +169,7 @@ def _render_markdown_table(table: Table) -> str:
 def _render_markdown_completions(prompt: PromptCompletions, arms: Sequence[str]) -> list[str]:
     parts = [f"### Prompt {prompt.number}"]
     for turn in prompt.earlier_turns:
-        parts += [f"{_escape_markdown(turn.role)}:", _make_code_block(turn.content)]
+        parts += [f"{_escape_markdown(turn['role'])}:", _make_code_block(turn["content"])]
     parts.append(_make_code_block(prompt.last_message))
     for completion in prompt.completions:
         if completion.arm in arms:

@@ -12,8 +12,6 @@ from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
 
-Parts = dict[str, list[dict[str, Any]]]
-"""The rows of the easy and of the hard pairs."""
 EXAMPLES = 3
 """Example pairs with the largest, and with the smallest gaps."""
 
@@ -110,7 +108,7 @@ def _build_examples_table(rows: list[dict[str, Any]], *, known: bool) -> Table:
     return Table(["gap", "prompt", "chosen", "its score", "rejected", "its score"], body)
 
 
-def _write_opening(selections: list[StageFolder], gaps: list[float], parts: list[Parts] | None) -> str:
+def _write_opening(selections: list[StageFolder], gaps: list[float], parts: list[dict[str, Any]] | None) -> str:
     """The sizes, thresholds and correct labels (where `parts` are known) of the selections, as ranges over seeds."""
     summaries = [stage.summary for stage in selections]
     where = f"({selections[0].label})" if len(selections) == 1 else f"at each of {len(selections)} seeds"

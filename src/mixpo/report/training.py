@@ -57,12 +57,8 @@ def build_training_section(results: Results) -> Section | None:
     return Section("training", "Training", opening, [Group(notes=[*alarms, *notes]), *groups])
 
 
-Metrics = dict[str, list[dict[str, float]]]
-"""The rows of metrics.jsonl by arm."""
-
-
-def _plot_metrics(metrics: Metrics, kind: str) -> tuple[list[Figure], list[str]]:
-    """The curves of every metric that varies, and a note on those that never change."""
+def _plot_metrics(metrics: dict[str, list[dict[str, float]]], kind: str) -> tuple[list[Figure], list[str]]:
+    """The curves of every metric that varies, and a note on those that never change, from rows by arm."""
     curves, constants = [], []
     for key, title in PLOTS[kind].items():
         series = {

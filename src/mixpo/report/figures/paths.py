@@ -1,7 +1,7 @@
 """Points joined in their order, and groups of many points."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 from matplotlib import rc_context
@@ -32,7 +32,7 @@ def plot_paths(
         look = {"color": get_colour(i), "marker": get_marker(i), "markersize": 4, "linestyle": "-"}
         if path in dashed:
             look |= {"linestyle": "--", "markerfacecolor": "none"}
-        moved = [replace(point, x=_shift_interval(point.x, offset)) for point in points]
+        moved = [replace(point, x=Interval(*(value + offset for value in astuple(point.x)))) for point in points]
         artists.append(draw_error_bars(axes, moved, linewidth=1.3, elinewidth=0.7, capsize=1.5, **look))
         for point in moved:
             annotate_point(axes, point, get_colour(i), left=i % 2 == 1, below=path in dashed)
@@ -76,7 +76,3 @@ def _compute_offsets(paths: Sequence[Sequence[Point]]) -> list[float]:
         return [0.0] * len(paths)
     step = min(0.015 * (x[-1] - x[0]), 0.4 * float(np.diff(x).min()) / len(paths))
     return [step * (i - (len(paths) - 1) / 2) for i in range(len(paths))]
-
-
-def _shift_interval(interval: Interval, by: float) -> Interval:
-    return Interval(interval.mean + by, interval.low + by, interval.high + by)
