@@ -162,6 +162,9 @@ def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
     assert [row["status"] for row in read if row["arm"] == "dpo-base"] == ["failed"]
     parts = {part["id"]: part for part in content["sections"]}
     assert parts["results"]["groups"][0]["table"]["rows"] == [list(row) for row in table.values()]
+    groups = [group for part in content["sections"] for group in part["groups"]]
+    assert {tuple(group) for group in groups} == {("title", "figures", "table", "notes")}
+    assert {tuple(figure) for group in groups for figure in group["figures"]} == {("name", "columns", "rows")}
     assert content["failed"] == [{"what": "dpo-base (seed 0)", "why": RAN_AWAY}]
     assert content["recipes"]["tiny"]["note"] == "</pre><script>"
     markdown = render_report(whole, "md")
