@@ -28,6 +28,8 @@ JUDGED = {
         {"low": 2.0, "high": None, **BIN},
     ],
 }
+STEPS = 4
+"""Of DPO and of PPO, which samples 10 completions at each."""
 MARGINS = [0.3, 0.5, -0.5, 2.5, 3.0, 2.2, 0.9, 2.1, -2.0]
 COSTS = {
     # seconds, tokens sampled, tokens trained, FLOPs
@@ -84,6 +86,10 @@ def shifted(by: Sequence[float], base: Sequence[float] = SFT_SCORES) -> list[flo
     return [score + difference for score, difference in zip(base, by, strict=True)]
 
 
+CLEAR = {"sft": SFT_SCORES, "ppo": shifted([1.0] * 6), "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8])}
+"""Scores of which every difference is significant."""
+
+
 def plain(values: Mapping[str, Sequence[float]], seeds: Sequence[int] = (0,)) -> list[Arm]:
     """Arms of the recipe with these scores, `seed` higher at every seed."""
     return [
@@ -112,8 +118,6 @@ class Writer:
     """Easy and hard ones."""
     alarms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By stage."""
-    steps: int = 4
-    """Of DPO and of PPO, which samples 10 completions at each."""
 
     def run(self, arms: Sequence[Arm], gradients: Sequence[dict[str, Any]] = ()) -> Path:
         """Write the run; its folder."""
@@ -215,12 +219,12 @@ class Writer:
             return {"threshold": 2.0, "pairs": len(easy + hard), "easy": len(easy), "hard": len(hard)}
         if kind == "DPO":
             row = {"accuracy": 0.6, "chosen_logprob": -9.0, "rejected_logprob": None}
-            metrics(place, [{**row, "loss": 0.7 - 0.001 * step} for step in range(self.steps)])
-            return {"pairs": 2, "steps": self.steps, "loss": 0.5, "accuracy": 0.9, "margin": None}
+            metrics(place, [{**row, "loss": 0.7 - 0.001 * step} for step in range(STEPS)])
+            return {"pairs": 2, "steps": STEPS, "loss": 0.5, "accuracy": 0.9, "margin": None}
         if kind == "PPO":
             row = {"kl": 1.0, "entropy": 2.0, "completions": 10.0}
-            metrics(place, [{**row, "score": 0.4 + 0.001 * step} for step in range(self.steps)])
-            return {"prompts": 3, "steps": self.steps, "score": 0.4, "kl": 1.0, "snapshots": [2]}
+            metrics(place, [{**row, "score": 0.4 + 0.001 * step} for step in range(STEPS)])
+            return {"prompts": 3, "steps": STEPS, "score": 0.4, "kl": 1.0, "snapshots": [2]}
         return {}
 
     def prompt(self, number: int) -> Any:
@@ -243,15 +247,19 @@ class Writer:
         write_table(Path(made[key]) / "completions.parquet", rows)
         return made
 
-    def gradients(
-        self, arm: str, part: str, seed: int, rows: Sequence[dict[str, float]] | None, reason: str | None = None
-    ) -> dict[str, Any]:
-        """A measurement of gradients, as results.json has it; failed where there are no rows."""
-        if rows is None:
-            return {"arm": arm, "part": part, "seed": seed, "folder": None, "reason": reason}
+    def gradients(self, arm: str, part: str, seed: int, found: Sequence[dict[str, float]] | str) -> dict[str, Any]:
+        """A measurement of gradients, as results.json has it: with its rows, or the reason why there are none."""
+        measurement = {"arm": arm, "part": part, "seed": seed, "folder": None, "reason": None}
+        if isinstance(found, str):
+            return {**measurement, "reason": found}
         (place,) = self.stage(f"Gradients-{arm}{part}{seed}").values()
-        write_table(Path(place) / "gradients.parquet", rows)
-        return {"arm": arm, "part": part, "seed": seed, "folder": place, "reason": None}
+        write_table(Path(place) / "gradients.parquet", found)
+        return {**measurement, "folder": place}
+
+
+def load(folder: Path, arms: Sequence[Arm], gradients: Sequence[dict[str, Any]] = (), **settings: Any) -> Results:
+    """The results of a run in a folder, written with these settings of `Writer`."""
+    return Writer(folder / "run", **settings).load(arms, gradients)
 
 
 def metrics(place: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -279,7 +287,6 @@ def pairs_of(gaps: Sequence[float]) -> list[dict[str, Any]]:
 
 def rows(table: Table | None) -> dict[str, Sequence[str]]:
     """A table's rows by their first cell."""
-    assert table is not None
     assert all(len(row) == len(table.headings) for row in table.rows)
     found = {row[0]: row for row in table.rows}
     assert len(found) == len(table.rows)
@@ -288,13 +295,9 @@ def rows(table: Table | None) -> dict[str, Sequence[str]]:
 
 def table(section: Section | None, title: str = "") -> Table:
     """The table of a section's group."""
-    assert section is not None
-    found = next(group.table for group in section.groups if group.title == title and group.table is not None)
-    assert found is not None
-    return found
+    return next(group.table for group in section.groups if group.title == title and group.table is not None)
 
 
 def figure_rows(section: Section | None, name: str) -> list[Sequence[Any]]:
     """What a section's figure was drawn from."""
-    assert section is not None
     return next(list(figure.rows) for group in section.groups for figure in group.figures if figure.name == name)

@@ -12,7 +12,8 @@ from urllib.parse import unquote
 import pytest
 from markupsafe import Markup
 
-from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table, Turn
+from mixpo.data.rows import Message
+from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table
 from mixpo.report.render import format_csv, make_csv_url, render_html, render_markdown, split_interval_columns
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror=hit=1>]]> \"'&{{ 1 }}|\n=1+1,`x` *b* @me"
@@ -26,18 +27,19 @@ def figure(name: str, rows: int) -> Figure:
     return Figure(name, SVG, ("arm", "score", "low", FORMULA), [*numbers, (FORMULA, -1.0, 1e-9, 7)])
 
 
-def score(number: int, place: int) -> float:
+def score(number: int, place: int) -> dict[str, float]:
     """Prompt 2 has the largest gain of mpo (3) over ppo (2), prompt 4 the largest loss; sft scores most in prompt 5."""
-    return {(2, 3): 9.0, (4, 2): 8.0, (5, 0): 7.0, (1, 0): -7.0}.get((number, place), place / 10)
+    score = {(2, 3): 9.0, (4, 2): 8.0, (5, 0): 7.0, (1, 0): -7.0}.get((number, place), place / 10)
+    return {"score": score, "r*": 0.5 - number, "second score": -0.25}
 
 
 def asked(number: int) -> PromptCompletions:
-    earlier = [Turn("user", f"earlier {HOSTILE}"), Turn("assistant", "a reply")] if number == 1 else []
+    earlier = [Message(role="user", content=f"earlier {HOSTILE}"), Message(role="assistant", content="a reply")]
     completions = [
-        ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place), 0.5 - number, -0.25)
+        ArmCompletion(arm, f"{HOSTILE} answer {number} of arm {place}", score(number, place))
         for place, arm in enumerate(ARMS)
     ]
-    return PromptCompletions(number, earlier, f"Question {number} {HOSTILE}", completions)
+    return PromptCompletions(number, earlier if number == 1 else [], f"Question {number} {HOSTILE}", completions)
 
 
 def document(prompts: int = 30) -> Document:
@@ -199,7 +201,7 @@ def test_page_is_whole_without_its_script(page: Page) -> None:
     ("arms", "pair"), [(("a",), None), (("a", "b"), None), (("a", "b"), ("b", "gone")), ((), ("a", "b"))]
 )
 def test_documents_with_little_in_them(arms: tuple[str, ...], pair: tuple[str, str] | None) -> None:
-    completions = [ArmCompletion(arm, "x", 1.0) for arm in arms]
+    completions = [ArmCompletion(arm, "x", {"score": 1.0}) for arm in arms]
     prompts = [PromptCompletions(1, [], "?", completions)] if arms else []
     small = Document("small", [], [], "None.", prompts, pair, [])
     found = Page(render_html(small, mixpo="1", date="now"))

@@ -7,26 +7,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from markupsafe import escape
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.results import Results, load_runs
 from mixpo.report.arms import build_main_table
 from mixpo.report.page import build_document, render_report, tabulate_means, write_page
 from mixpo.report.render import render_html, render_markdown
-from report_runs import HOSTILE, SFT_SCORES, Arm, Writer, plain, rows, scores, shifted
+from report_runs import CLEAR, SFT_SCORES, Arm, Writer, load, plain, rows, scores, shifted
 
-CLEAR = {
-    "sft": SFT_SCORES,
-    "ppo": shifted([1.0] * 6),
-    "mpo": shifted([2.0, 2.2, 1.9, 2.1, 2.0, 1.8]),
-}
 RAN_AWAY = "PPO 1a2b3c4d: the KL ran away: <nan> & more"
 FAILED = Arm("dpo-base", failed={0: RAN_AWAY})
 VECTORS = {"chosen_chosen": 2.0, "rejected_rejected": 1.0, "chosen_rejected": 0.5}
@@ -65,12 +58,6 @@ def page(whole: Results) -> str:
     return path.read_text(encoding="utf8")
 
 
-def section(page: str, name: str) -> str:
-    found = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
 def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
     names = re.findall(r'<section id="([^"]*)">', page)
     assert names == [
@@ -82,28 +69,8 @@ def test_page_has_every_section_in_order(whole: Results, page: str) -> None:
     assert "1,280 train pairs, 8 test pairs, 7 demonstrations; 1 bad rows were excluded" in page
 
 
-def test_page_needs_no_network(page: str) -> None:
-    loads = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', page.replace(str(escape(HOSTILE)), ""))
-    assert loads
-    assert all(address.startswith(("#", "data:text/csv")) for address in loads), loads
-    assert "@import" not in page
-    assert not re.search(r"url\((?!#)", page)
-
-
-def test_completions_prompts_reasons_and_recipe_are_text(whole: Results, page: str) -> None:
-    assert "<script>alert" not in page
-    assert "<img" not in page
-    assert "&lt;script&gt;alert" in page
-    assert page.count("<script>") == 1  # the page's own
-    assert "question 0 &amp; &lt;b&gt;more" in page
-    assert "earlier turn" in page
-    assert unescape(section(page, "completions")).count(HOSTILE) == len(whole.finished)
-    assert RAN_AWAY in unescape(section(page, "failed"))
-
-
 def test_page_is_the_same_twice(whole: Results, page: str) -> None:
-    again = load_runs(whole.runs[0].folder)
-    assert render_report(again, "html") == page
+    assert render_report(load_runs(whole.runs[0].folder), "html") == page
 
 
 def test_whatever_failed_is_told_with_its_reason(tmp_path: Path) -> None:
@@ -111,7 +78,7 @@ def test_whatever_failed_is_told_with_its_reason(tmp_path: Path) -> None:
     arms[2] = Arm("mpo", {0: arms[2].done[0]}, failed={1: RAN_AWAY})
     arms[1].reason = "along its training: Evaluation 77: disk full"
     writer = Writer(tmp_path / "run")
-    lost = writer.gradients("dpo-easy", "hard", 1, None, "Gradients 88: out of memory")
+    lost = writer.gradients("dpo-easy", "hard", 1, "Gradients 88: out of memory")
     results = writer.load([*arms, FAILED], [lost])
     assert list(build_document(results).failures) == [
         ("dpo-base (seed 0)", RAN_AWAY),
@@ -163,7 +130,7 @@ LITTLE |= {f"{case}, scored twice": [with_second(arm) for arm in LITTLE[case]] f
 @pytest.mark.parametrize("case", LITTLE)
 def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
     arms = LITTLE[case]
-    made = build_document(Writer(tmp_path / "run", second="twice" in case).load(arms))
+    made = build_document(load(tmp_path, arms, second="twice" in case))
     assert made.sections[0].id == "results"
     assert ("selection" in [part.id for part in made.sections]) == any(arm.name == "mpo" for arm in arms)
     assert len(made.failures) == sum(len(arm.failed) for arm in arms)
@@ -171,7 +138,6 @@ def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
         assert not re.search(r"\bnan\b", part.opening)
         for group in part.groups:
             for row in group.table.rows if group.table else ():
-                assert group.table is not None
                 assert len(row) == len(group.table.headings), part.id
                 assert not any(re.search(r"\bnan\b", cell) for cell in row), row
     assert render_html(made, mixpo="9.9.9", date="today").endswith("</html>")
@@ -196,17 +162,21 @@ def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
     assert [row["status"] for row in read if row["arm"] == "dpo-base"] == ["failed"]
     parts = {part["id"]: part for part in content["sections"]}
     assert parts["results"]["groups"][0]["table"]["rows"] == [list(row) for row in table.values()]
+    groups = [group for part in content["sections"] for group in part["groups"]]
+    assert {tuple(group) for group in groups} == {("title", "figures", "table", "notes")}
+    assert {tuple(figure) for group in groups for figure in group["figures"]} == {("name", "columns", "rows")}
     assert content["failed"] == [{"what": "dpo-base (seed 0)", "why": RAN_AWAY}]
     assert content["recipes"]["tiny"]["note"] == "</pre><script>"
     markdown = render_report(whole, "md")
     assert re.search(rf"\| mpo \| {re.escape(table['mpo'][1])} \|", markdown)
+    assert "mpo · score 2.00 · r\\* 2.50:" in markdown
     assert all(f"## {part['title']}\n" in markdown for part in content["sections"])
     assert "the KL ran away: <nan> & more" in markdown  # within a fence
 
 
 def test_numbers_of_a_failed_seed_are_empty(tmp_path: Path) -> None:
     done = {seed: scores(SFT_SCORES) for seed in (0, 2)}
-    names, found = tabulate_means(Writer(tmp_path / "run").load([Arm("sft", done, failed={1: "lost"})]))
+    names, found = tabulate_means(load(tmp_path, [Arm("sft", done, failed={1: "lost"})]))
     read = [dict(zip(names, row, strict=True)) for row in found]
     assert [row["seed"] for row in read] == [0, 2, 1, "all"]
     assert [row["status"] for row in read] == ["done", "done", "failed", "done at 2 of 3 seeds"]
@@ -222,17 +192,13 @@ def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
         load_runs(tmp_path)
 
 
-def test_load_refuses_a_run_whose_stages_were_deleted(tmp_path: Path) -> None:
-    folder = Writer(tmp_path / "run").run(plain(CLEAR))
-    (tmp_path / "cache" / "PPO-0all" / "summary.json").unlink()
-    with pytest.raises(InputError, match=r"PPO-0all: found no finished stage there"):
-        load_runs(folder)
-
-
-def test_load_refuses_a_run_twice(tmp_path: Path) -> None:
+def test_load_refuses_a_run_twice_and_one_whose_stages_were_deleted(tmp_path: Path) -> None:
     folder = Writer(tmp_path / "run").run(plain(CLEAR))
     with pytest.raises(InputError, match="found this run twice"):
         load_runs(folder, tmp_path / "x" / ".." / "run")
+    (tmp_path / "cache" / "PPO-0all" / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"PPO-0all: found no finished stage there"):
+        load_runs(folder)
 
 
 ASKED = [[{"role": "user", "content": f"question {number}"}] for number in range(6)]
@@ -256,21 +222,21 @@ def test_load_refuses_other_test_prompts(tmp_path: Path, asked: list[Any], diffe
 def test_load_refuses_other_test_prompts_within_a_run(tmp_path: Path) -> None:
     arms = [*plain(CLEAR), Arm("mpo", {0: scores(SFT_SCORES[:5])}, changes={"evaluation.prompts": 5})]
     with pytest.raises(InputError, match=r"mpo evaluation\.prompts=5 at seed 0: found 5 test prompts"):
-        Writer(tmp_path / "run").load(arms)
+        load(tmp_path, arms)
 
 
 def test_completions_are_of_the_seed_at_which_most_arms_finished(tmp_path: Path) -> None:
     arms = plain(CLEAR, seeds=(1,))
     arms[0] = Arm("sft", {seed: scores(SFT_SCORES) for seed in (0, 1)})
     arms[2] = Arm("mpo", {1: arms[2].done[1]}, failed={0: "lost"})
-    made = build_document(Writer(tmp_path / "run").load(arms))
+    made = build_document(load(tmp_path, arms))
     assert made.completions_opening == (
         "Completions of 3 arms for the first 6 test prompts, at seed 1. mpo scores higher than ppo on 6 of them and "
         "lower on 0."
     )
     assert [len(asked.completions) for asked in made.prompts] == [3] * 6
     assert made.prompts[1].last_message == "question 1 & <b>more</b>"
-    assert [turn.content for turn in made.prompts[1].earlier_turns] == ["earlier turn", "a reply"]
+    assert [turn["content"] for turn in made.prompts[1].earlier_turns] == ["earlier turn", "a reply"]
     assert {shown.arm: shown.text for shown in made.prompts[1].completions}["mpo"] == "answer 1 of mpo"
     assert made.pair == ("mpo", "ppo")
 
@@ -284,12 +250,8 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     made = build_document(results)
     assert made.title == "a, b"
     assert made.pair == ("b: mpo", "a: mpo")
-    assert (
-        made.sections[0].opening.count(
-            "b: mpo has a significantly higher reward than a: mpo (+1.00, 95% CI [0.85, 1.15], p <0.001)"
-        )
-        == 1
-    )
+    said = "b: mpo has a significantly higher reward than a: mpo (+1.00, 95% CI [0.85, 1.15], p <0.001)"
+    assert made.sections[0].opening.count(said) == 1
     assert "at one seed" in made.sections[0].opening
     assert ("b: dpo-base (seed 0)", RAN_AWAY) in made.failures
     assert [name for name, _ in made.recipes] == ["a", "b"]
@@ -308,13 +270,12 @@ def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None
     two = Writer(tmp_path / "two", name="b", world=True, cache="others", reward="other").run(arms)
     results = load_runs(one, two)
     opening = build_document(results).sections[0].opening
-    assert (
-        "reward is not compared, because different models gave it; b: mpo minus a: mpo in true r* is +0.00" in opening
-    )
+    said = "reward is not compared, because different models gave it; b: mpo minus a: mpo in true r* is +0.00"
+    assert said in opening
     assert "highest" not in opening
     table = build_main_table(results)
-    assert rows(table)["b: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == ""
-    assert rows(table)["a: mpo"][table.headings.index("win/tie/lose vs a: ppo")] == "100%/0%/0%"
+    against_ppo = table.headings.index("win/tie/lose vs a: ppo")
+    assert [rows(table)[name][against_ppo] for name in ("a: mpo", "b: mpo")] == ["100%/0%/0%", ""]
     assert list(table.headings[1:3]) == ["reward (model of a)", "reward (model of b)"]
     assert rows(table)["a: mpo"][2] == rows(table)["b: mpo"][1] == ""
     assert any("whose scales differ" in note for note in table.notes)
@@ -325,13 +286,10 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
     folder = Writer(tmp_path / "run").run(plain(CLEAR))
     (place,) = (tmp_path / "cache").glob("Evaluation-0mpo/completions.parquet")
     whole = place.read_bytes()
-    for broken in (whole[: len(whole) // 2], b""):
-        place.write_bytes(broken)
+    for broken in (whole[: len(whole) // 2], b"", None):
+        place.unlink() if broken is None else place.write_bytes(broken)
         with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
             build_document(load_runs(folder))
-    place.unlink()
-    with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: found no readable rows"):
-        build_document(load_runs(folder))
     Writer(tmp_path / "run").run(plain({**CLEAR, "mpo": [0.0, math.nan, 0.0, 0.0, 0.0, 0.0]}))
     with pytest.raises(InputError, match=r"Evaluation-0mpo/completions.parquet: row 2: found score nan"):
         build_document(load_runs(folder))

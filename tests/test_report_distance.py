@@ -13,7 +13,7 @@ from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation
 from mixpo.report.document import Section
 from mixpo.report.traces import load_traces
-from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, plain, rows, scores, table
+from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, load, plain, rows, scores, table
 
 NOISE = [0.3, -0.3, 0.5, -0.5, 0.1, -0.1, 0.7, -0.7]
 TILT = [1, 1, -1, -1, 1, -1, -1, 1]
@@ -45,13 +45,12 @@ def test_equal_kl_by_hand(tmp_path: Path) -> None:
     """At 2.5 nats PPO's lines are at reward 1.8 and true reward 1.0, half way in the log of kl_coef."""
     mpo = Arm("mpo", {0: around(2.0, kl=2.5, true_reward=0.9)})
     near = Arm("dpo", {0: around(0.4, kl=1.25, true_reward=1.15)})
-    section = distance.build_distance_section(Writer(tmp_path / "run").load([*ppo_curve(), mpo, near]))
+    section = distance.build_distance_section(load(tmp_path, [*ppo_curve(), mpo, near]))
     found = rows(table(section, "At equal KL, by PPO's sweep"))
     assert found["mpo − ppo"][1:6] == ["1", "2.50", "1.00 to 3.00", f"{(0.1 * 0.05) ** 0.5:.3g}", "0.20 [0.20, 0.20]"]
     assert found["mpo − ppo"][7] == "−0.10 [−0.10, −0.10]"
     assert found["dpo − ppo"][4:6] == [f"{0.2**0.75 * 0.1**0.25:.3g}", "−0.75 [−0.75, −0.75]"]
     assert found["dpo − ppo"][7] == "0.10 [0.10, 0.10]"
-    assert section is not None
     assert section.opening == (
         "At equal KL, mpo has a significantly higher reward than ppo (+0.20, 95% CI [0.20, 0.20], p <0.001); mpo has a "
         "significantly lower true r* than ppo (−0.10, 95% CI [−0.10, −0.10], p <0.001). mpo ends 2.50 nats from SFT, "
@@ -63,9 +62,9 @@ def test_equal_kl_by_hand(tmp_path: Path) -> None:
 def test_equal_kl_carries_the_uncertainty_of_the_distance(tmp_path: Path) -> None:
     """Where only MPO's KL varies, its interval is that of PPO's reward along its line of slope 0.4."""
     kls = [2.5 + noise for noise in NOISE]
-    results = Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kls)})])
+    results = load(tmp_path, [*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kls)})])
     (found,) = distance.compare_at_equal_kl(results)
-    interval, _ = found.differences["score"]
+    interval = found.differences["score"].interval
     drawn = np.random.default_rng(1).choice(kls, size=(20_000, len(kls))).mean(axis=1)
     low, high = np.quantile(2.0 - (1.6 + 0.4 * (drawn - 2.0)), [0.025, 0.975])
     assert interval.mean == pytest.approx(0.2)
@@ -90,13 +89,10 @@ def test_degrees_of_freedom_at_equal_kl_are_of_all_that_varies() -> None:
 
 @pytest.mark.parametrize("kl", [0.5, 4.0, [3.05 + noise for noise in NOISE], [2.9 + noise for noise in NOISE]])
 def test_nothing_is_said_where_ppos_sweep_does_not_reach(tmp_path: Path, kl: float | list[float]) -> None:
-    section = distance.build_distance_section(
-        Writer(tmp_path / "run").load([*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kl)})])
-    )
+    section = distance.build_distance_section(load(tmp_path, [*ppo_curve(), Arm("mpo", {0: around(2.0, kl=kl)})]))
     (row,) = table(section, "At equal KL, by PPO's sweep").rows
     assert row[3] == "1.00 to 3.00"
     assert len(row) == 5  # no measure has a difference
-    assert section is not None
     assert "reaches only 1.00 to 3.00" in section.opening
     assert "significant" not in section.opening
 
@@ -105,10 +101,9 @@ def test_equal_kl_is_of_the_seeds_that_the_whole_sweep_finished(tmp_path: Path) 
     sweep = ppo_curve(seeds=(0, 1))
     sweep[2] = Arm("ppo", {1: sweep[2].done[1]}, failed={0: "lost"}, changes=sweep[2].changes)
     mpo = Arm("mpo", {0: around(50.0, kl=2.5), 1: around(3.0, kl=2.5)})
-    section = distance.build_distance_section(Writer(tmp_path / "run").load([*sweep, mpo]))
+    section = distance.build_distance_section(load(tmp_path, [*sweep, mpo]))
     (row,) = table(section, "At equal KL, by PPO's sweep").rows
     assert (row[1], row[5]) == ("1", "0.20 [0.20, 0.20]")
-    assert section is not None
     assert "intervals are over 8 prompts at one seed; other seeds may differ (1 of 2 seeds)." in section.opening
 
 
@@ -124,18 +119,13 @@ def test_equal_kl_within_each_of_two_runs(tmp_path: Path) -> None:
 
 def test_a_sweep_to_no_penalty_has_a_kl_coef(tmp_path: Path) -> None:
     sweep = [Arm("ppo", {0: around(2.0, kl=3.0)}, changes={"ppo.kl_coef": 0.0}), Arm("ppo", {0: around(1.0, kl=1.0)})]
-    (found,) = distance.compare_at_equal_kl(
-        Writer(tmp_path / "run").load([*sweep, Arm("mpo", {0: around(2.0, kl=2.0)})])
-    )
+    (found,) = distance.compare_at_equal_kl(load(tmp_path, [*sweep, Arm("mpo", {0: around(2.0, kl=2.0)})]))
     assert found.coef == pytest.approx(0.05)
 
 
 def test_without_a_sweep_only_distances_are_told(tmp_path: Path) -> None:
     done = [Arm("sft", {0: around(0.0, kl=0.0)}), Arm("ppo", {0: around(1.0, kl=1.5)})]
-    section = distance.build_distance_section(
-        Writer(tmp_path / "run").load([*done, Arm("mpo", {0: around(2.0, kl=2.5)})])
-    )
-    assert section is not None
+    section = distance.build_distance_section(load(tmp_path, [*done, Arm("mpo", {0: around(2.0, kl=2.5)})]))
     assert "between 1.50 (ppo) and 2.50 (mpo) nats from SFT" in section.opening
     assert figure_rows(section, "kl-score")[2][:2] == ("mpo", 2.5)
     assert "significant" not in section.opening
@@ -148,9 +138,7 @@ def test_the_same_budget(tmp_path: Path) -> None:
     ]
     lost = Arm("mpo-sft-kl", failed={0: "lost"}, changes={"ppo.kl_budget": 2.0})
     alone = Arm("mpo", {0: around(9.0)}, changes={"ppo.kl_budget": 3.0})
-    section = distance.build_distance_section(
-        Writer(tmp_path / "run").load([*plain({"sft": [0.0] * 8}), *budgets, lost, alone])
-    )
+    section = distance.build_distance_section(load(tmp_path, [*plain({"sft": [0.0] * 8}), *budgets, lost, alone]))
     found = rows(table(section, "At the same KL budget, by ppo.kl_budget"))
     assert found["mpo ppo.kl_budget=2.0"][1:3] == ["2", "1.90"]
     assert found["mpo ppo.kl_budget=2.0"][4].startswith("0.50 [0.50, 0.50] (p ")
@@ -167,14 +155,13 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     points = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6)]
     *way, end = path(*points)
     section = overoptimisation.build_overoptimisation_section(
-        Writer(tmp_path / "run").load([Arm("sft", {0: way[0]}), Arm("ppo", {0: end}, trace={0: way})])
+        load(tmp_path, [Arm("sft", {0: way[0]}), Arm("ppo", {0: end}, trace={0: way})])
     )
     assert [row[:3] for row in table(section, "Along training").rows] == [
         ["ppo", "start", "0"],
         ["ppo", "snapshot 1", "20"],  # after 2 of 4 iterations of 10 completions
         ["ppo", "end", "40"],
     ]
-    assert section is not None
     assert section.opening == (
         "0 of the 1 arms and seeds with a higher mean reward than SFT have a lower true r* than SFT. During PPO of ppo "
         "the reward changes by 1.50 [1.50, 1.50] and true r* by 0.60 [0.60, 0.60]; from the last snapshot to the end "
@@ -189,27 +176,13 @@ def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     assert np.allclose(drawn, [(kl, r) for r, kl, _ in points] + [(kl, true) for _, kl, true in points])
 
 
-@pytest.mark.parametrize(("reward", "true", "said"), [(1.6, 1.2, ": both still rise significantly"), (1.0, 0.5, "")])
-def test_nothing_is_called_hacked_that_does_not_rise_and_fall(
-    tmp_path: Path, reward: float, true: float, said: str
-) -> None:
-    *way, end = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (reward, 3.0, true))
-    made = overoptimisation.build_overoptimisation_section(
-        Writer(tmp_path / "run").load([Arm("ppo", {0: end}, trace={0: way})])
-    )
-    assert made is not None
-    assert f"{said} (95% intervals" in made.opening
-    assert "significantly while" not in made.opening
-
-
 def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -> None:
     done = [
         Arm("sft", {seed: around(0.0, true_reward=0.0) for seed in (0, 1)}),
         Arm("ppo", {0: around(1.0, true_reward=1.0), 1: around(2.0, kl=6.0, true_reward=-0.5)}),
         Arm("mpo", {0: around(-1.0, true_reward=-1.0), 1: around(0.5, true_reward=0.5)}),
     ]
-    section = overoptimisation.build_overoptimisation_section(Writer(tmp_path / "run").load(done))
-    assert section is not None
+    section = overoptimisation.build_overoptimisation_section(load(tmp_path, done))
     (fallen,) = table(section, "More reward, less true r*").rows
     gains = ["2.00 [2.00, 2.00]", "<0.001", "−0.50 [−0.50, −0.50]", "<0.001"]
     assert list(fallen) == ["ppo", "1", *gains, "6.00", "50%"]
@@ -222,8 +195,7 @@ def test_seeds_that_rise_in_reward_and_fall_in_truth_are_named(tmp_path: Path) -
 def test_a_fall_within_the_noise_is_counted_but_not_told(tmp_path: Path) -> None:
     noisy = around(1.0, true_reward=0.0) | {"true_reward": [-0.1 + 2 * noise for noise in NOISE]}
     done = [Arm("sft", {0: around(0.0, true_reward=0.0)}), Arm("ppo", {0: noisy})]
-    section = overoptimisation.build_overoptimisation_section(Writer(tmp_path / "run").load(done))
-    assert section is not None
+    section = overoptimisation.build_overoptimisation_section(load(tmp_path, done))
     assert section.opening.startswith("1 of the 1 arms and seeds")
     assert section.opening.endswith(", 0 of them significantly in both.")
 
@@ -243,6 +215,7 @@ def over_training(
     ("rises", "falls", "told"),
     [
         ([1.0], [-1.0], True),
+        ([1.0], [0.0], False),
         ([1.0, 1.01], [-1.0, -1.01], True),
         ([1.0, 1.5], [-1.0, -1.5], False),  # half its mean apart: two seeds do not tell it
         ([1.0, 1.5, 1.0, 1.5], [-1.0, -1.5, -1.0, -1.5], True),  # four do
@@ -254,26 +227,16 @@ def test_hacking_is_told_by_what_the_seeds_hold(
     tmp_path: Path, rises: list[float], falls: list[float], told: bool
 ) -> None:
     way, ends = over_training(rises, falls)
-    section = overoptimisation.build_overoptimisation_section(
-        Writer(tmp_path / "run").load([Arm("ppo", ends, trace=way)])
-    )
-    assert section is not None
+    section = overoptimisation.build_overoptimisation_section(load(tmp_path, [Arm("ppo", ends, trace=way)]))
     assert ("the reward rises significantly while true r* falls" in section.opening) == told
     way, ends = over_training(rises, [-fall for fall in falls])
-    both = overoptimisation.build_overoptimisation_section(
-        Writer(tmp_path / "both", cache="both").load([Arm("ppo", ends, trace=way)])
-    )
-    assert both is not None
+    both = overoptimisation.build_overoptimisation_section(load(tmp_path / "both", [Arm("ppo", ends, trace=way)]))
     assert ("both still rise significantly" in both.opening) == told
 
 
 def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
-    assert (
-        overoptimisation.build_overoptimisation_section(
-            Writer(tmp_path / "run").load(plain({"sft": SFT_SCORES, "ppo": SFT_SCORES}))
-        )
-        is None
-    )
+    results = load(tmp_path, plain({"sft": SFT_SCORES, "ppo": SFT_SCORES}))
+    assert overoptimisation.build_overoptimisation_section(results) is None
 
 
 def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
@@ -281,60 +244,41 @@ def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
     for name, base in (("a", 0.0), ("b", 5.0)):
         arms = [Arm("sft", {0: around(base, true_reward=0.0)}), Arm("ppo", {0: around(7.0, true_reward=0.5)})]
         folders.append(Writer(tmp_path / name, name=name, cache=f"{name}-cache").run(arms))
-    found = {
-        row[0]: row[1]
-        for row in figure_rows(overoptimisation.build_overoptimisation_section(load_runs(*folders)), "gains")
-    }
-    assert found == pytest.approx({"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0})
+    drawn = figure_rows(overoptimisation.build_overoptimisation_section(load_runs(*folders)), "gains")
+    assert {row[0]: row[1] for row in drawn} == pytest.approx(
+        {"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0}
+    )
 
 
 def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:
     *way, end = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6))
     arm = Arm("ppo", {0: end, 1: around(100.0, true_reward=1.0)}, trace={0: way}, reason="along its training: lost")
-    results = Writer(tmp_path / "run").load([arm])
+    results = load(tmp_path, [arm])
     (found,) = load_traces(results)
     assert (found.seeds, found.num_points, found.completions_sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
     assert found.estimate_mean("score", 2).mean == pytest.approx(1.5)
     section = overoptimisation.build_overoptimisation_section(results)
-    assert section is not None
     assert "During PPO of ppo (1 of 2 seeds)" in section.opening
 
 
-def samples(folder: Path, mpo: Sequence[float], ppo: float, *, noise: Sequence[float] = NOISE) -> str:
-    """What is said of samples of a run in which MPO's PPO passes these rewards and PPO ends at that one."""
+@pytest.mark.parametrize(
+    ("mpo", "sign", "said"),
+    [
+        ([0.5, 1.0, 2.0], 1, "reaches it after 30 [30, 30], or 38 with"),
+        ([1.6, 1.0, 2.0], 1, "reaches it after 0 [0, 0], or 8 with"),
+        ([0.5, 1.0, 1.4], 1, "does not reach it within its 40 completions and"),
+        ([0.5, 1.0, 1.6], -1, "reaches it after 37, or 45 with"),  # by the means: 20 + 20 * 0.5 / 0.6
+    ],
+)
+def test_samples_needed_by_hand(tmp_path: Path, mpo: list[float], sign: int, said: str) -> None:
+    """MPO is at these rewards after 0, 20, 40 completions, PPO ends at 1.5. MPO's pairs are 4 of two completions."""
     *way, end = path(*((reward, 1.0, 0.0) for reward in mpo))
-    arms = [
-        Arm("mpo", {0: end}, trace={0: way}),
-        Arm("ppo", {0: scores([ppo + other for other in noise], true_reward=NOISE)}, trace={0: way}),
-    ]
-    section = cost.build_cost_section(Writer(folder / "run").load(arms))
-    assert section is not None
-    return section.opening
-
-
-def test_samples_needed_by_hand(tmp_path: Path) -> None:
-    """MPO is at 0.5, 1, 2 after 0, 20, 40 completions: at 1.5 after 30. Its pairs are 4 of two completions."""
-    said = samples(tmp_path, [0.5, 1.0, 2.0], 1.5)
-    assert said.endswith(
-        "ppo samples 40 completions; mpo's PPO reaches the final reward of ppo after 30 [30, 30], or 38 with the 8 "
-        "sampled for its pairs."
-    )
-
-
-def test_samples_needed_where_the_start_is_above_and_where_none_is(tmp_path: Path) -> None:
-    assert "after 0 [0, 0], or 8 with the 8 sampled for its pairs" in samples(tmp_path / "a", [1.6, 1.0, 2.0], 1.5)
-    never = samples(tmp_path / "b", [0.5, 1.0, 1.4], 1.5)
-    assert "does not reach the final reward of ppo within its 40 completions and the 8 sampled for its pairs" in never
-    assert "[" not in never
-
-
-def test_samples_needed_that_are_not_told_have_no_bounds(tmp_path: Path) -> None:
-    """By the means after 20 + 20 * 0.5 / 0.6 = 36.7, but MPO's end is not told to be above PPO's."""
-    said = samples(tmp_path, [0.5, 1.0, 1.6], 1.5, noise=[-noise for noise in NOISE])
-    assert said.endswith(
-        "after 37, or 45 with the 8 sampled for its pairs (by the means; it is nowhere significantly above that "
-        "reward)."
-    )
+    ppo = scores([1.5 + sign * noise for noise in NOISE], true_reward=NOISE)
+    arms = [Arm("mpo", {0: end}, trace={0: way}), Arm("ppo", {0: ppo}, trace={0: way})]
+    opening = cost.build_cost_section(load(tmp_path, arms)).opening
+    unclear = " (by the means; it is nowhere significantly above that reward)" if sign < 0 else ""
+    said = said.replace(" it ", " the final reward of ppo ")
+    assert opening.endswith(f". ppo samples 40 completions; mpo's PPO {said} the 8 sampled for its pairs{unclear}.")
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -354,8 +298,7 @@ def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
         Arm("mpo", {0: end, 1: end}, trace={0: way, 1: way}),
         Arm("ppo", {1: around(1.5, true_reward=0.0)}, failed={0: "lost"}, trace={1: way}),
     ]
-    section = cost.build_cost_section(Writer(tmp_path / "run").load(arms))
-    assert section is not None
+    section = cost.build_cost_section(load(tmp_path, arms))
     assert "ppo samples 40 completions (1 of 2 seeds); mpo's PPO reaches" in section.opening
     assert "or 38 with the 8 sampled for its pairs" in section.opening
 
@@ -374,8 +317,7 @@ def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
 )
 def test_what_an_arm_needs(tmp_path: Path, arm: str, needed: str) -> None:
     """Neither its evaluation and what only that reads, nor sampled pairs of which it takes the prompts."""
-    writer = Writer(tmp_path / "run", second=True)
-    written = ArmResult(**writer.arm(Arm(arm, {0: around(1.0)}), 0))
+    written = ArmResult(**Writer(tmp_path / "run", second=True).arm(Arm(arm, {0: around(1.0)}), 0))
     assert [key.partition("-")[0] for key in cost.list_needed_stages(written)] == needed.split()
     assert not any("second" in key for key in cost.list_needed_stages(written))
 
@@ -383,8 +325,7 @@ def test_what_an_arm_needs(tmp_path: Path, arm: str, needed: str) -> None:
 def costs(folder: Path) -> tuple[Section, dict[str, Sequence[str]]]:
     arms = [Arm(name, {0: around(n), 1: around(n + 1)}) for n, name in enumerate(("sft", "ppo", "mpo"))]
     arms[1] = Arm("ppo", {1: around(2.0)}, failed={0: "lost"})
-    section = cost.build_cost_section(Writer(folder / "run").load([*arms, Arm("dpo", failed={0: "lost", 1: "lost"})]))
-    assert section is not None
+    section = cost.build_cost_section(load(folder, [*arms, Arm("dpo", failed={0: "lost", 1: "lost"})]))
     return section, rows(table(section, "By arm"))
 
 
@@ -397,24 +338,18 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     assert "mpo, with all its stages, needs 1.64 times the FLOPs of ppo" in section.opening
     assert "samples 6,540 tokens instead of 6,000" in section.opening
     assert found["dpo"][1] == "failed"
+    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+10 FLOPs"]
+    assert ppo[6:] == ["1.00 [1.00, 1.00]"]  # at seed 1 alone: 2 - 1 over SFT for 1e10 FLOPs more
+    assert found["mpo"][6].startswith("1.18 [")  # 2 for 1.7e10
+    assert found["sft"][6:] == [""]
 
 
 def test_a_ratio_of_costs_is_of_common_seeds_with_its_range() -> None:
     mpo = {0: {"flops": 3.0}, 1: {"flops": 5.0}}
-    assert (
-        cost._format_flops_ratio(mpo, {0: {"flops": 2.0}, 1: {"flops": 5.0}})
-        == "1.14 (1.00 to 1.50 over the seeds) times"
-    )
+    ratio = cost._format_flops_ratio(mpo, {0: {"flops": 2.0}, 1: {"flops": 5.0}})
+    assert ratio == "1.14 (1.00 to 1.50 over the seeds) times"
     assert cost._format_flops_ratio(mpo, {0: {"flops": 2.0}}) == "1.50 times"
     assert cost._format_flops_ratio(mpo, {2: {"flops": 2.0}}) == "(at no common seed)"
-
-
-def test_gain_by_cost_is_of_common_seeds(tmp_path: Path) -> None:
-    """ppo at seed 1 gains 2 - 1 over SFT for 1e10 FLOPs and 120 s more."""
-    section, found = costs(tmp_path)
-    assert table(section, "By arm").headings[6:] == ["gain in reward over SFT per 1e+10 FLOPs"]
-    assert found["ppo (failed at 1 of 2 seeds)"][6:] == ["1.00 [1.00, 1.00]"]
-    assert found["sft"][6:] == [""]
 
 
 def test_costs_by_stage_and_all_time(tmp_path: Path) -> None:
@@ -431,15 +366,10 @@ def test_time_text(seconds: float, said: str) -> None:
     assert cost.format_duration(seconds) == said
 
 
-def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Path) -> None:
-    def axis(far: float) -> str:
-        kls = {"sft": 0.0, "dpo": 1.0, "ppo": 1.2, "mpo": far}
-        arms = [Arm(name, {0: scores(SFT_SCORES, kl=kl)}) for name, kl in kls.items()]
-        section = distance.build_distance_section(Writer(tmp_path / f"{far}", cache=f"cache-{far}").load(arms))
-        assert section is not None
-        figure = section.groups[0].figures[0]
-        assert figure.columns[1] == "KL from SFT (nats per completion)"  # the numbers are no roots
-        return re.findall(r">(KL [^<]*)<", figure.svg)[0]
-
-    assert axis(12.0) == "KL from SFT (nats per completion), root scale"
-    assert axis(1.5) == "KL from SFT (nats per completion)"
+@pytest.mark.parametrize(("far", "scale"), [(12.0, ", root scale"), (1.5, "")])
+def test_the_plane_shows_roots_where_one_arm_is_far_from_the_others(tmp_path: Path, far: float, scale: str) -> None:
+    kls = {"sft": 0.0, "dpo": 1.0, "ppo": 1.2, "mpo": far}
+    arms = [Arm(name, {0: scores(SFT_SCORES, kl=kl)}) for name, kl in kls.items()]
+    figure = distance.build_distance_section(load(tmp_path, arms)).groups[0].figures[0]
+    assert figure.columns[1] == "KL from SFT (nats per completion)"  # the numbers are no roots
+    assert re.findall(r">(KL [^<]*)<", figure.svg)[0] == f"KL from SFT (nats per completion){scale}"

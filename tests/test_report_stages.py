@@ -1,7 +1,6 @@
 """What the report says of reward models, selections, label noise, gradients and training, on hand-made stages."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,14 @@ from statsmodels.stats.proportion import proportion_confint
 from mixpo.data.world import true_reward
 from mixpo.experiments.results import load_runs
 from mixpo.report import noise, reward_model, selection, theorem, training
+from mixpo.report.document import Section
 from report_runs import (
     MARGINS,
     SFT_SCORES,
     Arm,
     Writer,
     figure_rows,
+    load,
     pairs_of,
     plain,
     rows,
@@ -31,7 +32,7 @@ ARMS = {"sft": SFT_SCORES, "mpo": SFT_SCORES}
 
 
 def test_calibration_by_hand(tmp_path: Path) -> None:
-    section = reward_model.build_reward_model_section(Writer(tmp_path / "run").load(plain(ARMS)))
+    section = reward_model.build_reward_model_section(load(tmp_path, plain(ARMS)))
     bins: dict[int, list[tuple[float, float]]] = {}
     for margin in MARGINS:
         confidence = 1 / (1 + math.exp(-abs(margin)))
@@ -54,71 +55,42 @@ def test_calibration_by_hand(tmp_path: Path) -> None:
     ]
 
 
-def test_all_of_six_pairs_is_no_certainty(tmp_path: Path) -> None:
-    """The sentence has the bounds of the table below it, at one seed and at two that judge the same pairs."""
-    low, _ = proportion_confint(6, 6, method="wilson")
-    for seeds in ((0,), (0, 1)):
-        writer = Writer(tmp_path / f"{seeds}", cache=f"cache{len(seeds)}", margins=dict.fromkeys(seeds, [0.5] * 6))
-        section = reward_model.build_reward_model_section(writer.load(plain(ARMS, seeds=seeds)))
-        assert section is not None
-        assert section.opening.startswith(
-            f"The reward model agrees with 100% of the labels of 6 test pairs (95% CI [{low:.0%}, 100%]"
-        )
-        assert "significantly above chance" in section.opening  # 61%
-
-
 @pytest.mark.parametrize(
-    ("right", "said"),
+    ("right", "pairs", "said"),
     [
-        (30, "significantly above chance"),
-        (10, "significantly below chance"),
-        (21, "not significantly different from chance"),
+        ([6], 6, "significantly above chance"),  # 61% at least
+        ([6, 6], 6, "significantly above chance"),  # two seeds that judge the same pairs are no more certain
+        ([30], 40, "significantly above chance"),
+        ([10], 40, "significantly below chance"),
+        ([21], 40, "not significantly different from chance"),
+        ([40, 20], 40, "not significantly different from chance"),
     ],
 )
-def test_accuracy_is_held_against_chance(tmp_path: Path, right: int, said: str) -> None:
-    margins = {0: [0.5] * right + [-1.5] * (40 - right)}
-    section = reward_model.build_reward_model_section(Writer(tmp_path / "run", margins=margins).load(plain(ARMS)))
-    assert section is not None
-    found = re.match(
-        r"The reward model agrees with (\d+)% of the labels of 40 test pairs \(95% CI \[(\d+)%, (\d+)%\] over pairs at "
-        rf"one seed\), {said}; (\d+)% of the pairs have a gap under 1\.",
-        section.opening,
-    )
-    assert found is not None
-    low, high = (100 * bound for bound in proportion_confint(right, 40, method="wilson"))
-    assert [int(text) for text in found.groups()] == pytest.approx(
-        [100 * right / 40, low, high, 100 * right / 40], abs=2.5
-    )
-
-
-def test_accuracy_over_seeds(tmp_path: Path) -> None:
-    margins = {0: [1.0] * 40, 1: [1.0] * 20 + [-1.0] * 20}
-    section = reward_model.build_reward_model_section(
-        Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1)))
-    )
-    assert section is not None
-    assert section.opening.startswith("The reward model agrees with 75% of the labels")
-    assert "over pairs and 2 seeds), not significantly different from chance" in section.opening
-    assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 1", "seed 1"]
+def test_accuracy_is_held_against_chance(tmp_path: Path, right: list[int], pairs: int, said: str) -> None:
+    margins = {seed: [0.5] * count + [-1.5] * (pairs - count) for seed, count in enumerate(right)}
+    results = load(tmp_path, plain(ARMS, seeds=list(margins)), margins=margins)
+    opening = reward_model.build_reward_model_section(results).opening
+    share, sample = sum(right) / len(right) / pairs, "and 2 seeds" if len(right) > 1 else "at one seed"
+    assert opening.startswith(f"The reward model agrees with {share:.0%} of the labels of {pairs} test pairs (95% CI [")
+    assert f"] over pairs {sample}), {said}; {share:.0%} of the pairs have a gap under 1." in opening
+    low, high = proportion_confint(right[0], pairs, method="wilson")
+    assert (f"[{low:.0%}, {high:.0%}]" in opening) == (right.count(right[0]) == len(right))
 
 
 def test_the_second_reward_model_bears_its_name_and_is_not_the_first(tmp_path: Path) -> None:
     arms = [Arm("sft", {0: scores(SFT_SCORES, second_score=SFT_SCORES)})]
     margins = {0: [-1.0] * 40}  # the second has MARGINS
-    section = reward_model.build_reward_model_section(Writer(tmp_path / "run", second=True, margins=margins).load(arms))
+    section = reward_model.build_reward_model_section(load(tmp_path, arms, second=True, margins=margins))
     assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 0, second", "seed 0, second"]
-    assert section is not None
     assert "of the labels of 40 test pairs" in section.opening
 
 
 def test_alarms_are_told(tmp_path: Path) -> None:
     alarms = {"RewardModel-0": ["noise"], "PPO-0mpo": ["ran"], "DPO-0easy": ["fell", "grew"]}
-    results = Writer(tmp_path / "run", alarms=alarms).load(plain(ARMS))
+    results = load(tmp_path, plain(ARMS), alarms=alarms)
     section = reward_model.build_reward_model_section(results)
-    assert section is not None
     assert section.groups[0].notes == ["Alarm, seed 0: noise."]
     trained = training.build_training_section(results)
-    assert trained is not None
     assert "of all seeds and sweeps raised 3 alarms;" in trained.opening
     assert trained.groups[0].notes[:3] == [
         "Alarm, DPO of mpo (seed 0): fell.",
@@ -138,9 +110,7 @@ def shares(pairs: Sequence[dict[str, object]]) -> tuple[int, int, int]:
 
 def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
     easy, hard = pairs_of([2.5] * 30), pairs_of([0.0] * 5 + [0.1 + n / 20 for n in range(35)])
-    section = selection.build_selection_section(
-        Writer(tmp_path / "run", world=True, pairs=(easy, hard)).load(plain(ARMS))
-    )
+    section = selection.build_selection_section(load(tmp_path, plain(ARMS), world=True, pairs=(easy, hard)))
     made = table(section)
     row = dict(zip(made.headings, made.rows[0], strict=True))
     assert [row[name] for name in ("selection", "pairs", "easy", "hard")] == ["seed 0", "70", "30", "40"]
@@ -151,7 +121,6 @@ def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
         low, high = proportion_confint(right, right + wrong, method="wilson")
         said = f"{right / (right + wrong):.0%} [{low:.0%}, {high:.0%}] ({tied} tied)"
         assert row[f"correct {part} labels"] == said
-        assert section is not None
         assert f"{right / (right + wrong):.0%} of the {part} labels" in section.opening
     assert shares(hard)[2] >= 5
     assert "30 (43%) have a gap above 2 and are easy; the median gap is 0.75" in section.opening
@@ -161,15 +130,13 @@ def test_right_and_wrong_labels_by_the_true_reward(tmp_path: Path) -> None:
 
 def test_labels_that_are_all_tied_have_no_share(tmp_path: Path) -> None:
     pairs = pairs_of([2.5]), pairs_of([0.0] * 3)
-    section = selection.build_selection_section(Writer(tmp_path / "run", world=True, pairs=pairs).load(plain(ARMS)))
+    section = selection.build_selection_section(load(tmp_path, plain(ARMS), world=True, pairs=pairs))
     assert table(section).rows[0][-1] == "none (3 tied)"
-    assert section is not None
     assert "no hard labels" in section.opening
 
 
 def test_elsewhere_no_label_is_called_right(tmp_path: Path) -> None:
-    section = selection.build_selection_section(Writer(tmp_path / "run").load(plain(ARMS)))
-    assert section is not None
+    section = selection.build_selection_section(load(tmp_path, plain(ARMS)))
     assert "confirms" not in section.opening
     assert "correct" not in " ".join(table(section).headings)
 
@@ -177,7 +144,7 @@ def test_elsewhere_no_label_is_called_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "shown"), [(2, [1, 2]), (5, [5, 4, 1, 2, 3]), (9, [9, 8, 7, 1, 2, 3])])
 def test_pairs_from_both_ends_each_once(tmp_path: Path, count: int, shown: list[int]) -> None:
     pairs = [], pairs_of([0.0, *(n / 10 for n in range(1, count + 1))])
-    results = Writer(tmp_path / "run", pairs=pairs).load(plain(ARMS))
+    results = load(tmp_path, plain(ARMS), pairs=pairs)
     found = [
         float(row[0])
         for row in table(
@@ -217,18 +184,15 @@ def noisy(seeds: Sequence[int] = (0,)) -> list[Arm]:
 
 
 def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
-    section = noise.build_noise_section(Writer(tmp_path / "run").load(noisy()))
+    section = noise.build_noise_section(load(tmp_path, noisy()))
     made = table(section, "reward")
     found = rows(made)
     assert made.headings[1:] == ["0% flipped", "10% flipped", "30% flipped", "change from 0% to 30%"]
     assert [text.split()[0] for text in found["mpo"][1:]] == ["3.00", "2.90", "2.80", "−0.20"]
     assert found["dpo-base"][4] == "−0.75"  # the same on every prompt
-    assert section is not None
     assert section.opening.startswith("From 0% to 30% flipped labels, the changes in reward are: mpo −0.20 [−0.")
-    assert (
-        "dpo-base −0.75; mpo has a significantly higher change in reward than dpo-base (+0.55, 95% CI ["
-        in section.opening
-    )
+    said = "dpo-base −0.75; mpo has a significantly higher change in reward than dpo-base (+0.55, 95% CI ["
+    assert said in section.opening
     assert section.opening.count("significantly higher") == 1
     drawn = [(row[0], row[2], round(row[5], 6)) for row in figure_rows(section, "noise-score")]
     assert drawn[:3] == [("mpo", 0.0, 3.0), ("mpo", 0.1, 2.9), ("mpo", 0.3, 2.8)]
@@ -240,32 +204,22 @@ def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None
     arms[2] = Arm("mpo", {0: arms[2].done[0]}, failed={1: "lost"}, changes=arms[2].changes)
     arms[4] = Arm("dpo-base", failed=lost, changes=arms[4].changes)
     arms += [Arm("dpo", {0: scores(SFT_SCORES)}), Arm("dpo", failed=lost, changes={"label_noise.share": 0.3})]
-    section = noise.build_noise_section(Writer(tmp_path / "run").load(arms))
+    arms += plain({"ppo": SFT_SCORES})
+    arms.append(Arm("ppo", {0: scores([0.0] * 6)}, changes={"label_noise.share": 0.1}))
+    section = noise.build_noise_section(load(tmp_path, arms))
     found = rows(table(section, "reward"))
+    assert found["ppo"][2].startswith("0.00")
+    assert found["ppo"][3:] == ["", ""]
     assert found["mpo"][3].startswith("2.80 [")
     assert found["mpo"][3].endswith("] (1 of 2 seeds)")
     assert found["mpo"][4].startswith("−0.20 [")  # of seed 0, not -5.2 against the mean of both
     assert found["mpo"][4].endswith("] (1 of 2 seeds)")
     assert found["dpo-base"][2] == "failed"
     assert found["dpo"][3:] == ["failed", ""]
-    assert section is not None
     assert "mpo −0.20 [" in section.opening
-    assert "not measured at both shares: dpo" in section.opening
-    assert "p <0.001) (1 of 2 seeds)" in section.opening
-
-
-def test_arms_without_the_last_share_are_not_said_to_have_it(tmp_path: Path) -> None:
-    short = [
-        Arm("ppo", {0: scores(SFT_SCORES)}),
-        Arm("ppo", {0: scores([0.0] * 6)}, changes={"label_noise.share": 0.1}),
-    ]
-    section = noise.build_noise_section(Writer(tmp_path / "run").load([*noisy(), *short]))
-    found = rows(table(section, "reward"))
-    assert found["ppo"][2].startswith("0.00")
-    assert found["ppo"][3:] == ["", ""]
-    assert section is not None
-    assert "not measured at both shares: ppo" in section.opening
+    assert "not measured at both shares: dpo, ppo" in section.opening
     assert "than ppo" not in section.opening
+    assert "p <0.001) (1 of 2 seeds)" in section.opening
 
 
 def gradients(one: tuple[float, float], other: tuple[float, float], *, x: tuple[float, float]) -> dict[str, float]:
@@ -290,13 +244,17 @@ TOGETHER = gradients((2.0, 0.0), (1.0, 0.0), x=(1.0, 1.5))
 """g_w = 2 g_l: a step along g_w - g_l raises the rejected log-prob too."""
 
 
+def measured(folder: Path, *parts: tuple[str, str, int, list[dict[str, float]] | str]) -> Section:
+    """The section of measurements: arm, part, seed, and rows of gradients or the reason why there are none."""
+    writer = Writer(folder / "run")
+    seeds = sorted({0, *(seed for _, _, seed, _ in parts)})
+    return theorem.build_theorem_section(
+        writer.load(plain(ARMS, seeds=seeds), [writer.gradients(*one) for one in parts])
+    )
+
+
 def test_gradients_by_hand(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "run")
-    measured = [
-        writer.gradients("dpo-easy", "easy", 0, [APART, APART]),
-        writer.gradients("dpo-easy", "hard", 0, [TOGETHER, TOGETHER]),
-    ]
-    section = theorem.build_theorem_section(writer.load(plain(ARMS), measured))
+    section = measured(tmp_path, ("dpo-easy", "easy", 0, [APART] * 2), ("dpo-easy", "hard", 0, [TOGETHER] * 2))
     made = table(section)
     easy, hard = (dict(zip(made.headings, row, strict=True)) for row in made.rows)
     assert (easy["measured on"], easy["seeds"], easy["pairs"]) == ("easy", "1", "2")
@@ -311,7 +269,6 @@ def test_gradients_by_hand(tmp_path: Path) -> None:
     assert hard["a step raises chosen and lowers rejected"].startswith("0% [")
     assert easy["median rise / fall of log-probs"] == "4.00"
     assert hard["median rise / fall of log-probs"] == ""
-    assert section is not None
     assert "is 0.00 on easy and 1.00 on hard pairs, a difference of 1.00" in section.opening
     assert section.opening.endswith("without an interval.")
     assert "x_l / x_w from 0.25 to 1.5" in section.opening
@@ -330,13 +287,9 @@ def test_a_step_against_a_small_step_of_the_weights() -> None:
 
 
 def test_a_wrong_corollary_would_be_seen(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "run")
     wrong = {**APART, "by_chosen": 2 * APART["by_chosen"]}
-    section = theorem.build_theorem_section(
-        writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, [APART, wrong])])
-    )
+    section = measured(tmp_path, ("dpo", "easy", 0, [APART, wrong]))
     assert table(section).rows[0][5] == f"{math.log(2):.0e}"
-    assert section is not None
     assert "differs by at most 7e-01 in its logarithm" in section.opening
     assert "Remark" not in section.opening  # no hard pairs were measured
 
@@ -347,16 +300,15 @@ def cosine(value: float) -> dict[str, float]:
 
 def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
     """The three models are measured on the same pairs: many rows are no more evidence than the seeds they are of."""
-    writer, apart = Writer(tmp_path / "run"), [0.1, 0.3, 0.05]
-    measured = [
-        writer.gradients(arm, part, seed, [cosine(0.2 if part == "easy" else 0.2 + by)] * 30)
+    apart = [0.1, 0.3, 0.05]
+    parts = [
+        (arm, part, seed, [cosine(0.2 if part == "easy" else 0.2 + by)] * 30)
         for arm in ("dpo", "dpo-easy", "dpo-hard")
         for seed, by in enumerate(apart)
         for part in ("easy", "hard")
     ]
-    section = theorem.build_theorem_section(writer.load(plain(ARMS, seeds=(0, 1, 2)), measured))
+    section = measured(tmp_path, *parts)
     expected = scipy.stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
-    assert section is not None
     said = f"{np.mean(apart):.2f} [{expected.low:.2f}, {expected.high:.2f}] (95% interval over 3 seeds)"
     said = said.replace("-", "\u2212")
     assert section.opening.endswith(f"a difference of {said}, not significant.")
@@ -374,15 +326,12 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
 )
 def test_one_seed_is_told_apart_by_its_pairs(tmp_path: Path, hard: list[float], said: str) -> None:
     """Each part's variance with Student's quantile of its own pairs."""
-    writer, easy = Writer(tmp_path / "run"), [0.1, 0.2, 0.15]
-    measured = [
-        writer.gradients("dpo", part, 0, [cosine(one) for one in values])
-        for part, values in (("easy", easy), ("hard", hard))
-    ]
-    section = theorem.build_theorem_section(writer.load(plain(ARMS), measured))
+    easy = [0.1, 0.2, 0.15]
+    section = measured(
+        tmp_path, *(("dpo", part, 0, list(map(cosine, values))) for part, values in (("easy", easy), ("hard", hard)))
+    )
     half = sum((scipy.stats.t.ppf(0.975, len(part) - 1) * scipy.stats.sem(part)) ** 2 for part in (easy, hard)) ** 0.5
     mean = np.mean(hard) - np.mean(easy)
-    assert section is not None
     text = f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}] (95% interval over pairs at one seed), {said}."
     assert section.opening.endswith("a difference of " + text.replace("-", "\u2212", text.split("(")[0].count("-")))
 
@@ -392,36 +341,27 @@ def collect_rows(section: object, arm: str, part: str) -> list[str]:
 
 
 def test_models_measured_on_one_part_only_do_not_move_the_difference(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "run")
-    measured = [writer.gradients("dpo", part, 0, [cosine(0.5)] * 3) for part in ("easy", "hard")]
-    measured += [writer.gradients("dpo-hard", "easy", 0, [cosine(0.0)] * 3)]
-    lost = writer.gradients("dpo-hard", "hard", 0, None, "out of memory")
-    section = theorem.build_theorem_section(writer.load(plain(ARMS), [*measured, lost]))
-    assert section is not None
+    both = [("dpo", part, 0, [cosine(0.5)] * 3) for part in ("easy", "hard")]
+    one = ("dpo-hard", "easy", 0, [cosine(0.0)] * 3), ("dpo-hard", "hard", 0, "out of memory")
+    section = measured(tmp_path, *both, *one)
     assert "is 0.50 on easy and 0.50 on hard" in section.opening
     assert "gradients of dpo-hard on hard pairs (seed 0): out of memory" in table(section).notes
 
 
 def test_gradients_that_all_failed_are_told(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "run")
-    results = writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, None, "out of memory")])
-    section = theorem.build_theorem_section(results)
-    assert section is not None
+    section = measured(tmp_path, ("dpo", "easy", 0, "out of memory"))
     assert section.opening == "No gradients could be measured."
     assert section.groups[0].notes == ["gradients of dpo on easy pairs (seed 0): out of memory"]
-    assert theorem.build_theorem_section(Writer(tmp_path / "none").load(plain(ARMS))) is None
+    assert measured(tmp_path / "none") is None
 
 
 def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Path) -> None:
     values = {**ARMS, "dpo-easy": SFT_SCORES, "ppo": SFT_SCORES}
-    results = Writer(tmp_path / "run").load(plain(values, seeds=(0, 1)))
-    section = training.build_training_section(results)
-    assert section is not None
+    section = training.build_training_section(load(tmp_path, plain(values, seeds=(0, 1))))
     assert section.opening == (
         "The stages of all seeds and sweeps raised no alarm; the curves are of 1 DPO stage and 2 PPO stages of seed 0."
     )
-    names = [figure.name for group in section.groups for figure in group.figures]
-    assert names == ["dpo-loss", "ppo-score"]
+    assert [one.name for group in section.groups for one in group.figures] == ["dpo-loss", "ppo-score"]
     assert figure_rows(section, "dpo-loss") == [("mpo", float(step), 0.7 - 0.001 * step) for step in range(4)]
     assert section.groups[1].notes == [
         "Not plotted, because constant: accuracy on its pairs 0.6; log-prob of chosen −9."
@@ -431,37 +371,24 @@ def test_each_stage_is_plotted_once_and_missing_values_are_left_out(tmp_path: Pa
 
 def test_curves_are_of_the_first_seed_that_has_any(tmp_path: Path) -> None:
     arms = [Arm("sft", {0: scores(SFT_SCORES), 1: scores(SFT_SCORES)}), Arm("ppo", {1: scores(SFT_SCORES)})]
-    writer = Writer(tmp_path / "run")
-    results = writer.load(arms)
-    section = training.build_training_section(results)
-    assert section is not None
+    section = training.build_training_section(load(tmp_path, arms))
     assert "of seed 1." in section.opening
-    assert training.build_training_section(Writer(tmp_path / "sft", cache="c").load(plain({"sft": SFT_SCORES}))) is None
+    assert training.build_training_section(load(tmp_path / "sft", plain({"sft": SFT_SCORES}))) is None
 
 
 def test_points_of_a_sweep_stand_in_the_table_but_are_not_drawn(tmp_path: Path) -> None:
     point = Arm("mpo", {0: scores(SFT_SCORES)}, changes={"ppo.kl_coef": 0.5})
-    writer = Writer(tmp_path / "run", alarms={"PPO-0mpo0.5": ["ran"]})
-    section = training.build_training_section(writer.load([*plain(ARMS), point]))
+    section = training.build_training_section(load(tmp_path, [*plain(ARMS), point], alarms={"PPO-0mpo0.5": ["ran"]}))
     assert {row[0] for row in figure_rows(section, "ppo-score")} == {"mpo"}
     assert list(rows(table(section, "PPO"))) == ["mpo", "mpo ppo.kl_coef=0.5"]
-    assert section is not None
     assert section.groups[0].notes[0] == "Alarm, PPO of mpo ppo.kl_coef=0.5 (seed 0, ppo.kl_coef=0.5): ran."
-
-
-def test_long_curves_are_averaged_in_groups(tmp_path: Path) -> None:
-    section = training.build_training_section(Writer(tmp_path / "run", steps=450).load(plain(ARMS)))
-    assert len(figure_rows(section, "ppo-score")) <= 200
 
 
 def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path: Path) -> None:
     """Orthogonal gradients of one length move both log-probs alike, so x_w rises by x_w / x_l of the fall of x_l."""
-    writer = Writer(tmp_path / "run")
     pairs = [gradients((1.0, 0.0), (0.0, 1.0), x=(w, 1.0)) for w in (0.5, 2.0, 8.0)]
-    section = theorem.build_theorem_section(writer.load(plain(ARMS), [writer.gradients("dpo", "easy", 0, pairs)]))
-    assert section is not None
-    (picture,) = [one for group in section.groups for one in group.figures if one.name == "corollary-1-step"]
-    assert [(row[1], row[2]) for row in picture.rows] == [
+    section = measured(tmp_path, ("dpo", "easy", 0, pairs))
+    assert [(row[1], row[2]) for row in figure_rows(section, "corollary-1-step")] == [
         (pytest.approx(-math.log(w)), pytest.approx(math.log(w))) for w in (0.5, 2.0, 8.0)
     ]
     assert any("Over 3 pairs" in note and "correlation of −1.00" in note for note in table(section).notes)
@@ -469,8 +396,9 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
 
 def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
     margins = {0: [0.1, -0.1, 0.1, 0.1], 1: [0.1, -0.1, -0.1, 0.1]}
-    results = Writer(tmp_path / "run", margins=margins).load(plain(ARMS, seeds=(0, 1)))
+    results = load(tmp_path, plain(ARMS, seeds=(0, 1)), margins=margins)
     section = reward_model.build_reward_model_section(results)
+    assert [row[0] for row in table(section).rows] == ["seed 0", "seed 0", "seed 1", "seed 1"]
     pooled, *each = figure_rows(section, "calibration")
     assert (pooled[1], pooled[2], pooled[-1]) == (8, 5 / 8, "")
     growth = 1 + scipy.stats.t.ppf(0.975, 1) ** 2 * (0.125**2) / (1.959964**2 * (5 / 8 * 3 / 8) / 4)
@@ -480,7 +408,6 @@ def test_pictures_of_the_reward_model_pool_the_seeds(tmp_path: Path) -> None:
     rows = figure_rows(section, "accuracy-by-gap-test")
     assert [row[:3] for row in rows[:3]] == [("0–1", 8, 0.75), ("1–2", 0, None), ("≥2", 8, 0.75)]
     assert [row[-1] for row in rows] == ["", "", "", *["seed 0"] * 3, *["seed 1"] * 3]
-    assert section is not None
     assert section.groups[1].notes[0].startswith("Bold: 2 seeds together; thin: each seed.")
 
 
@@ -491,7 +418,6 @@ def test_selections_of_seeds_are_told_as_ranges_and_drawn_together(tmp_path: Pat
     file = tmp_path / "cache" / "Selection-1" / "summary.json"
     file.write_text(file.read_text().replace('"easy": 30', '"easy": 21').replace('"threshold": 2.0', '"threshold": 1'))
     section = selection.build_selection_section(load_runs(tmp_path / "run"))
-    assert section is not None
     assert section.opening.startswith(
         "Of 70 pairs sampled from SFT at each of 2 seeds, 21 to 30 (30% to 43%) have a gap above 1 to 2 and are easy; "
         "the median gap is 0.75. The true r* confirms"

@@ -1,6 +1,8 @@
 """The main results: every arm's means, the paired differences, and the paper's order compared with ours."""
 
 import math
+import operator
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,22 +14,21 @@ from mixpo.report import figures
 from mixpo.report.comparison import (
     Difference,
     Measure,
+    Pair,
     compute_differences,
     describe_difference,
     describe_sample,
     estimate_mean,
-    find_significant_sign,
     format_arm_label,
     format_difference,
     format_interval,
     format_number,
-    format_p_value,
+    format_with_p,
     join_names,
     list_measures,
     note_missing_seeds,
-    start_sentence,
 )
-from mixpo.report.document import Figure, Group, Section, Table
+from mixpo.report.document import Group, Section, Table
 
 PAPER_REWARDS: dict[str, tuple[str, str]] = {
     "sft": ("0.938", "1.108"),
@@ -62,7 +63,7 @@ PAPER_ORDER: tuple[tuple[str, str, str], ...] = (
 """What the paper finds: the first arm's reward above the second's."""
 
 
-Differences = Mapping[str, Mapping[tuple[str, str], Difference]]
+Differences = Mapping[str, Mapping[Pair, Difference]]
 """Differences by measure and pair of arms."""
 
 
@@ -70,12 +71,15 @@ def build_arms_section(results: Results) -> Section:
     """The section with the main table and the differences."""
     if not results.finished:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
-    groups = [Group("Every arm", [_plot_means(results)], build_main_table(results))]
-    pairs = _list_pairs(results)
-    differences = {
-        key: index_by_pair(compute_differences(results, pairs, key))
-        for key in results.list_shared_measures(_list_arms_with_differences(results))
+    panels = {
+        measure.title: {name: estimate_mean(results, name, measure.key) for name in measure.names}
+        for measure in list_measures(results)
     }
+    forest = figures.plot_forest(panels, name="every-arm", reference=results.find_first_name("ppo"))
+    groups = [Group("Every arm", [forest], build_main_table(results))]
+    pairs = _list_pairs(results)
+    measures = results.list_shared_measures(_list_arms_with_differences(results))
+    differences = {key: compute_differences(results, pairs, key) for key in measures}
     if pairs:
         groups.append(Group("Differences", table=_build_differences_table(results, pairs, differences)))
     if (table := _build_order_table(results)) is not None:
@@ -83,7 +87,7 @@ def build_arms_section(results: Results) -> Section:
     return Section("results", "Results", _write_opening(results, differences), groups)
 
 
-def choose_compared_arms(results: Results) -> tuple[str, str] | None:
+def choose_compared_arms(results: Results) -> Pair | None:
     """The two arms that first sentences compare.
 
     Of several runs mpo of the second and of the first; else mpo and ppo, else the last and the first that finished.
@@ -96,14 +100,6 @@ def choose_compared_arms(results: Results) -> tuple[str, str] | None:
     if mpo is not None and ppo is not None:
         return mpo, ppo
     return (names[-1], names[0]) if len(names) > 1 else None
-
-
-def _plot_means(results: Results) -> Figure:
-    panels = {
-        measure.title: {name: estimate_mean(results, name, measure.key) for name in measure.names}
-        for measure in list_measures(results)
-    }
-    return figures.plot_forest(panels, name="every-arm", reference=results.find_first_name("ppo"))
 
 
 def build_main_table(results: Results, *, paper: bool = True) -> Table:
@@ -159,21 +155,17 @@ def find_paper_arm(results: Results, name: str) -> str:
 
 def _has_more_easy_pairs(results: Results, arm: ArmResult) -> bool:
     recipe = results.find_run(arm.name).recipe["selection"]
-    if list(arm.changes) == ["selection.threshold"] and recipe["threshold"] is not None:
-        return bool(arm.changes["selection.threshold"] < recipe["threshold"])
-    if list(arm.changes) == ["selection.easy_fraction"] and recipe["easy_fraction"] is not None:
-        return bool(arm.changes["selection.easy_fraction"] > recipe["easy_fraction"])
+    for key, is_weaker in (("threshold", operator.lt), ("easy_fraction", operator.gt)):
+        if list(arm.changes) == [f"selection.{key}"] and recipe[key] is not None:
+            return bool(is_weaker(arm.changes[f"selection.{key}"], recipe[key]))
     return False
 
 
 def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
     keys = {measure.key for measure in measures}
+    noisy = any("label_noise" in name for name in results.names)
     reward = "Reward: mean score of the run's own reward model, which labelled DPO's pairs and trained PPO"
-    reward += (
-        ", except at points with label noise, which trained with another."
-        if any("label_noise" in name for name in results.names)
-        else "."
-    )
+    reward += ", except at points with label noise, which trained with another." if noisy else "."
     if "true_reward" in keys:
         reward += " True r*: the reward that the labels were drawn from."
     if "second_score" in keys:
@@ -215,44 +207,26 @@ def _list_arms_with_differences(results: Results) -> list[str]:
     ]
 
 
-def _list_rivals(results: Results) -> list[str]:
-    """The arms that all others are compared with: ppo and mpo, or the first arm where neither finished."""
-    return [rival for arm in ("ppo", "mpo") if (rival := results.find_first_name(arm)) is not None] or results.plain[:1]
-
-
-def _list_pairs(results: Results) -> list[tuple[str, str]]:
-    rivals, names = _list_rivals(results), _list_arms_with_differences(results)
+def _list_pairs(results: Results) -> list[Pair]:
+    """Every arm against ppo and against mpo, or against the first arm where neither finished."""
+    found = [rival for arm in ("ppo", "mpo") if (rival := results.find_first_name(arm)) is not None]
+    rivals, names = found or results.plain[:1], _list_arms_with_differences(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 
-def _build_differences_table(results: Results, pairs: Sequence[tuple[str, str]], differences: Differences) -> Table:
+def _build_differences_table(results: Results, pairs: Sequence[Pair], differences: Differences) -> Table:
     rows = []
     for one, other in pairs:
         seeds = len(results.list_common_seeds(one, other))
-        row = [f"{one} − {other}{note_missing_seeds(results, seeds, one, other)}"]
-        for by_pair in differences.values():
-            difference = by_pair.get((one, other))
-            row += (
-                ["", ""]
-                if difference is None
-                else [
-                    format_interval(difference.interval),
-                    format_p_value(difference.p),
-                ]
-            )
-        rows.append(row)
+        cells = [cell for by_pair in differences.values() for cell in format_with_p(by_pair.get((one, other)))]
+        rows.append([f"{one} − {other}{note_missing_seeds(results, seeds, one, other)}", *cells])
     headings = ["arms", *(text for key in differences for text in (MEASURES[key], "p"))]
     note = "Paired by prompt and seed. p: two-sided, of no difference, corrected for the rows of its column (Holm)."
     return Table(headings, rows, [note])
 
 
-def index_by_pair(differences: Sequence[Difference]) -> dict[tuple[str, str], Difference]:
-    """Differences by their two arms."""
-    return {(difference.one, difference.other): difference for difference in differences}
-
-
 def _build_order_table(results: Results) -> Table | None:
-    claims: list[tuple[str, str]] = []
+    claims: list[Pair] = []
     sources: list[str] = []
     for run in results.runs:
         names = [name for name in results.finished if results.find_run(name) is run]
@@ -269,16 +243,15 @@ def _build_order_table(results: Results) -> Table | None:
     return Table(headings, rows, [*table.notes, "The paper's own values are in the first table."])
 
 
-def build_claims_table(results: Results, claims: Sequence[tuple[str, str]], measures: Mapping[str, str]) -> Table:
+def build_claims_table(results: Results, claims: Sequence[Pair], measures: Mapping[str, str]) -> Table:
     """A row for every claim that the first arm is above the second: our difference, and whether it agrees."""
-    differences = {key: index_by_pair(compute_differences(results, claims, key)) for key in measures}
+    differences = {key: compute_differences(results, claims, key) for key in measures}
     rows = []
     for claim in claims:
         row = [" > ".join(claim)]
         for key in measures:
             difference = differences[key].get(claim)
-            row.append("" if difference is None else format_difference(results, difference))
-            row.append(check_claim(results, claim, difference))
+            row += [format_difference(results, difference), check_claim(results, claim, difference)]
         rows.append(row)
     headings = ["the paper finds", *(text for label in measures.values() for text in (f"our {label}", "here"))]
     notes = [f"p corrected for the claims of the column, {len(claims)} at most (Holm)."]
@@ -287,12 +260,11 @@ def build_claims_table(results: Results, claims: Sequence[tuple[str, str]], meas
     return Table(headings, rows, notes)
 
 
-def check_claim(results: Results, claim: tuple[str, str], difference: Difference | None) -> str:
+def check_claim(results: Results, claim: Pair, difference: Difference | None) -> str:
     """`confirmed`, `reversed` or `not significant`, or the reason why a claimed order could not be checked."""
     if difference is not None:
-        sign = find_significant_sign(difference.interval, difference.p)
-        verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[sign]
-        return f"{verdict} at this seed" if sign and difference.seeds == 1 else verdict
+        verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[difference.sign]
+        return f"{verdict} at this seed" if difference.sign and difference.seeds == 1 else verdict
     failed = [name for name in claim if not results.finished_by_seed(name)]
     return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
@@ -313,7 +285,7 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
     if pair is None:
         name = results.finished[0]
         reward = format_interval(estimate_mean(results, name, "score"))
-        sample = describe_sample(results, list(results.finished_by_seed(name)))
+        sample = describe_sample(results, len(results.finished_by_seed(name)))
         only = "Only one arm finished" if len(results.finished) == 1 else "No two arms of the recipe finished"
         return [f"{only}: {name} has a mean reward of {reward} (95% interval {sample})."]
     one, other = pair
@@ -325,12 +297,15 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
         if results.list_comparable_seeds(key, one, other) != seeds:
             texts.append(f"{name} is not compared, because different models gave it")
             continue
-        difference = differences.get(key, {}).get(pair) or compute_differences(results, [pair], key)[0]
+        difference = differences.get(key, {}).get(pair) or compute_differences(results, [pair], key)[pair]
         texts.append(describe_difference(name, one, other, difference.interval, difference.p))
-    sample = f"Intervals are {describe_sample(results, seeds)}{note_missing_seeds(results, len(seeds), one, other)}"
+    sample = (
+        f"Intervals are {describe_sample(results, len(seeds))}{note_missing_seeds(results, len(seeds), one, other)}"
+    )
     if any(pair in by_pair for by_pair in differences.values()):
         sample += "; p is corrected for all differences below (Holm)"
-    return [start_sentence("; ".join(texts)), f"{sample}."]
+    sentence = re.sub("^no ", "No ", "; ".join(texts))
+    return [f"{sentence}.", f"{sample}."]
 
 
 def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
@@ -345,25 +320,20 @@ def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
         return []
     means = {name: float(results.values(name, "score").mean()) for name in complete}
     best = max(means, key=means.__getitem__)
-    group = (
-        f"the {len(complete)} arms" if complete == results.plain else f"the {len(complete)} arms without failed seeds"
-    )
+    group = f"the {len(complete)} arms{'' if complete == results.plain else ' without failed seeds'}"
     above: list[str] = []
     equal: list[str] = []
-    for difference in differences.get("score", {}).values():
-        sign = find_significant_sign(difference.interval, difference.p)
-        other = difference.other if difference.one == best else difference.one
-        if best not in (difference.one, difference.other) or other not in complete:
+    for pair, difference in differences.get("score", {}).items():
+        other = pair[1] if pair[0] == best else pair[0]
+        if best not in pair or other not in complete:
             continue
-        if sign == (1 if difference.one == best else -1):
+        if difference.sign == (1 if pair[0] == best else -1):
             above.append(other)
-        elif sign == 0 and not math.isnan(difference.interval.low):
+        elif difference.sign == 0 and not math.isnan(difference.interval.low):
             equal.append(other)
     texts = [f"significantly above {join_names(above)}"] if above else []
-    texts += [f"with no significant difference from {_join_first(equal)}"] if equal else []
+    if equal:
+        named = join_names(equal) if len(equal) <= 3 else list_first(equal)
+        texts.append(f"with no significant difference from {named}")
     highest = f"{best} has the highest mean reward of {group} ({format_number(means[best])})"
     return [f"{', '.join([highest, *texts])}."]
-
-
-def _join_first(names: Sequence[str]) -> str:
-    return join_names(names) if len(names) <= 3 else list_first(names)

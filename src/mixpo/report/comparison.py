@@ -10,7 +10,10 @@ from jaxtyping import Float64
 from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import MEASURES, SHARES, Results
+from mixpo.report import figures
 
+Pair = tuple[str, str]
+"""The names of two arms."""
 LEVEL = 0.05
 NOT_ESTIMABLE = "not estimable"
 """In a cell whose value too few or too uniform data leave open."""
@@ -26,6 +29,11 @@ class Difference:
     interval: Interval
     p: float
     """Of no difference, corrected for the number of differences in the same call (Holm 1979)."""
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the difference is significant, else 0."""
+        return find_significant_sign(self.interval, self.p)
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,30 @@ def estimate_mean(results: Results, name: str, key: str) -> Interval:
     return crossed_interval(values)
 
 
-def compute_differences(results: Results, pairs: Sequence[tuple[str, str]], key: str) -> list[Difference]:
-    """Paired differences of a column, in the order of `pairs`, without those that have no comparable seed."""
+def find_sibling(results: Results, name: str, arm: str) -> str:
+    """The name of another arm in the run of an arm."""
+    return results.qualify_name(results.find_run(name), arm)
+
+
+def estimate_point(results: Results, name: str, key: str, label: str) -> figures.Point:
+    """An arm's KL from SFT and its mean of a column, under a label."""
+    return figures.Point(label, estimate_mean(results, name, "kl_from_sft"), estimate_mean(results, name, key))
+
+
+def subtract_values(
+    results: Results, one: str, other: str, key: str, seeds: Sequence[int]
+) -> Float64[np.ndarray, "seeds prompts"]:
+    """One arm's column minus another's, prompt by prompt."""
+    return np.asarray(results.values(one, key, seeds) - results.values(other, key, seeds))
+
+
+def compute_differences(results: Results, pairs: Sequence[Pair], key: str) -> dict[Pair, Difference]:
+    """Paired differences of a column by pair of arms, without the pairs that have no comparable seed."""
     paired = []
     for one, other in pairs:
         if seeds := results.list_comparable_seeds(key, one, other):
-            paired.append((one, other, results.values(one, key, seeds) - results.values(other, key, seeds)))
-    return estimate_differences(paired)
+            paired.append((one, other, subtract_values(results, one, other, key, seeds)))
+    return {(each.one, each.other): each for each in estimate_differences(paired)}
 
 
 def estimate_differences(paired: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
@@ -97,11 +122,9 @@ def format_interval(interval: Interval, spec: str = ".2f") -> str:
 
 def format_mean(results: Results, name: str, key: str) -> str:
     """An arm's mean with its interval and the number of its seeds where some failed; `failed` where all did."""
-    if not results.finished_by_seed(name):
+    if not (seeds := len(results.finished_by_seed(name))):
         return "failed"
-    return format_interval(estimate_mean(results, name, key)) + note_missing_seeds(
-        results, len(results.finished_by_seed(name)), name
-    )
+    return format_interval(estimate_mean(results, name, key)) + note_missing_seeds(results, seeds, name)
 
 
 def note_missing_seeds(results: Results, seeds: int, *names: str) -> str:
@@ -116,13 +139,25 @@ def format_arm_label(results: Results, name: str) -> str:
     return name if len(done) == len(ran) else f"{name} (failed at {len(ran) - len(done)} of {len(ran)} seeds)"
 
 
+def format_estimate(interval: Interval | None) -> str:
+    """An interval, or `not estimable` where there is none or its estimate is nan."""
+    return NOT_ESTIMABLE if interval is None or math.isnan(interval.mean) else format_interval(interval)
+
+
 def format_p_value(p: float) -> str:
     """`0.034`; what is smaller than a thousandth as a bound."""
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def format_difference(results: Results, difference: Difference) -> str:
-    """`0.12 [0.05, 0.19] (p 0.002)`, with the number of its seeds where some failed."""
+def format_with_p(difference: Difference | None) -> list[str]:
+    """Two cells, of a difference and of its p; empty where there is no difference."""
+    return ["", ""] if difference is None else [format_interval(difference.interval), format_p_value(difference.p)]
+
+
+def format_difference(results: Results, difference: Difference | None) -> str:
+    """`0.12 [0.05, 0.19] (p 0.002)`, with the number of its seeds where some failed; empty for None."""
+    if difference is None:
+        return ""
     text = f"{format_interval(difference.interval)} (p {format_p_value(difference.p)})"
     return text + note_missing_seeds(results, difference.seeds, difference.one, difference.other)
 
@@ -135,11 +170,6 @@ def format_count(count: int, noun: str) -> str:
 def join_names(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def start_sentence(text: str) -> str:
-    """A sentence with a capital first letter and a full stop, unless it begins with the name of an arm."""
-    return f"N{text[1:]}." if text.startswith("no ") else f"{text}."
 
 
 def find_significant_sign(interval: Interval, p: float) -> int:
@@ -167,12 +197,10 @@ def describe_difference(measure: str, one: str, other: str, interval: Interval, 
     return f"no significant difference between {one} and {other} in {measure} {evidence}"
 
 
-def describe_sample(results: Results, seeds: Sequence[int]) -> str:
+def describe_sample(results: Results, seeds: int) -> str:
     """The sample of an interval: `over 256 prompts and 5 seeds`."""
-    count = next(iter(results.values(name, "score").shape[1] for name in results.finished))
-    if len(seeds) == 1:
-        return f"over {format_count(count, 'prompt')} at one seed; other seeds may differ"
-    return f"over {format_count(count, 'prompt')} and {len(seeds)} seeds"
+    prompts = format_count(results.values(results.finished[0], "score").shape[1], "prompt")
+    return f"over {prompts} at one seed; other seeds may differ" if seeds == 1 else f"over {prompts} and {seeds} seeds"
 
 
 def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
@@ -185,6 +213,11 @@ def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float,
         if result.arm == arm and list(result.changes) == [key]:
             points[result.name] = result.changes[key]
     return sorted((float(value), name) for name, value in points.items() if value is not None)
+
+
+def list_finished_points(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
+    """The points of an arm's sweep (see `list_sweep_points`) that finished at one seed or more."""
+    return [point for point in list_sweep_points(results, arm, key) if results.finished_by_seed(point[1])]
 
 
 def list_swept_arms(results: Results, key: str) -> list[str]:

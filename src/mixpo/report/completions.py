@@ -4,26 +4,26 @@ from mixpo.data.rows import as_messages
 from mixpo.experiments.results import Results, read_completions
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import format_count
-from mixpo.report.document import ArmCompletion, PromptCompletions, PromptMessage
+from mixpo.report.document import ArmCompletion, PromptCompletions
 
 MAX_PROMPTS = 256
 """Prompts in the report."""
+SCORES = {"score": "score", "true_reward": "r*", "second_score": "second score"}
+"""Columns of an evaluation, and their names beside a completion."""
 
 
 def list_completions(results: Results) -> list[PromptCompletions]:
     """The first test prompts with the completions of the arms that finished the seed at which most arms did."""
     seed = _choose_seed(results)
-    rows = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
-    if not rows:
-        return []
+    by_arm = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     prompts = []
-    for i, row in enumerate(next(iter(rows.values()))[:MAX_PROMPTS]):
-        *earlier, last = [PromptMessage(**message) for message in as_messages(row["prompt"])]
+    for number, rows in enumerate(list(zip(*by_arm.values(), strict=True))[:MAX_PROMPTS], 1):
+        *earlier, last = as_messages(rows[0]["prompt"])
         completions = [
-            ArmCompletion(arm, own["completion"], own["score"], own.get("true_reward"), own.get("second_score"))
-            for arm, own in ((arm, arm_rows[i]) for arm, arm_rows in rows.items())
+            ArmCompletion(arm, row["completion"], {name: row[key] for key, name in SCORES.items() if key in row})
+            for arm, row in zip(by_arm, rows, strict=True)
         ]
-        prompts.append(PromptCompletions(i + 1, earlier, last.content, completions))
+        prompts.append(PromptCompletions(number, earlier, last["content"], completions))
     return prompts
 
 
@@ -39,7 +39,7 @@ def write_opening(results: Results, prompts: list[PromptCompletions]) -> str:
     seed = _choose_seed(results)
     arms = format_count(len(prompts[0].completions), "arm")
     text = f"Completions of {arms} for the first {format_count(len(prompts), 'test prompt')}, at seed {seed}"
-    scores = [{completion.arm: completion.score for completion in prompt.completions} for prompt in prompts]
+    scores = [{completion.arm: completion.scores["score"] for completion in prompt.completions} for prompt in prompts]
     pair = choose_compared_arms(results)
     if pair is None or seed not in results.list_comparable_seeds("score", *pair):
         return f"{text}."

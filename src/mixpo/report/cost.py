@@ -10,7 +10,15 @@ from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import Results, Run, StageFolder, list_first, read_evaluation
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
-from mixpo.report.comparison import estimate_mean, format_arm_label, format_interval, list_measures, note_missing_seeds
+from mixpo.report.comparison import (
+    estimate_mean,
+    find_sibling,
+    format_arm_label,
+    format_interval,
+    list_measures,
+    note_missing_seeds,
+    subtract_values,
+)
 from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.traces import load_traces
 
@@ -31,28 +39,25 @@ def build_cost_section(results: Results) -> Section | None:
         name: {key: float(np.mean([cost[key] for cost in seeds.values()])) for key in (*SUMMED_COSTS, MEMORY)}
         for name, seeds in by_seed.items()
     }
-    groups = [Group("By arm", _plot_all(results, costs), _build_arm_table(results, costs))]
     needed = [part for run in results.runs if (part := _compare_samples_needed(results, run)) is not None]
-    groups += [group for _, group in needed]
-    groups.append(Group("By stage", table=_build_stage_table(results)))
-    groups.append(
-        Group(
-            notes=[
-                "An arm's cost is the sum over the stages that it needs, averaged over its finished seeds. Shared "
-                "stages count for every arm; evaluations, reward models that only evaluations use, and sampled pairs "
-                f"of which only the prompts are used (ppo) do not count. {_describe_best_of_n(results)}FLOPs: 2 per "
-                "weight and token forward, 6 forward and backward. Seconds and memory depend on the machine and its "
-                f"load{_note_workers(results)}."
-            ]
-        )
+    parallel = any(run.recipe.get("runtime", {}).get("workers", 1) > 1 for run in results.runs)
+    note = (
+        "An arm's cost is the sum over the stages that it needs, averaged over its finished seeds. Shared stages count "
+        "for every arm; evaluations, reward models that only evaluations use, and sampled pairs of which only the "
+        f"prompts are used (ppo) do not count. {_describe_best_of_n(results)}FLOPs: 2 per weight and token forward, 6 "
+        "forward and backward. Seconds and memory depend on the machine and its "
+        f"load{', here other stages of the run (runtime.workers)' if parallel else ''}."
     )
+    first = [stage for stage in results.stages if results.seeds[0] in stage.seeds]
+    rows = [[stage.key, list_first(stage.arms), *_format_costs(stage.summary["cost"])] for stage in first]
+    which = [f"Seed {results.seeds[0]} only."] if len(results.seeds) > 1 else []
+    groups = [
+        Group("By arm", _plot_all(results, costs), _build_arm_table(results, costs)),
+        *(group for _, group in needed),
+        Group("By stage", table=Table(["stage", "arms", *COST_HEADINGS], rows, which)),
+        Group(notes=[note]),
+    ]
     return Section("cost", "Cost", _write_opening(results, by_seed, costs, [text for text, _ in needed]), groups)
-
-
-def _note_workers(results: Results) -> str:
-    """The other load of the machine where stages are computed in parallel."""
-    several = any(run.recipe.get("runtime", {}).get("workers", 1) > 1 for run in results.runs)
-    return ", here other stages of the run (runtime.workers)" if several else ""
 
 
 def _describe_best_of_n(results: Results) -> str:
@@ -91,19 +96,16 @@ def _build_arm_table(results: Results, costs: Mapping[str, Mapping[str, float]])
         if name not in costs:
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
-        base = results.qualify_name(results.find_run(name), "sft")
+        base = find_sibling(results, name, "sft")
         seeds = results.list_comparable_seeds("score", name, base)
         ratio = ""
         if seeds and name != base and not name.endswith("best-of-n"):
-            gain = crossed_interval(results.values(name, "score", seeds) - results.values(base, "score", seeds))
-            ratio = _divide_by_cost(gain, (costs[name]["flops"] - costs[base]["flops"]) / unit)
+            more = (costs[name]["flops"] - costs[base]["flops"]) / unit
+            gain = subtract_values(results, name, base, "score", seeds)
+            ratio = format_interval(crossed_interval(gain / more)) if more > 0 else ""
         rows.append([format_arm_label(results, name), *_format_costs(costs[name]), ratio])
     note = "The gain over SFT divided by the additional cost over SFT; intervals are of the gain."
     return Table(headings, rows, [note])
-
-
-def _divide_by_cost(gain: Interval, cost: float) -> str:
-    return format_interval(Interval(gain.mean / cost, gain.low / cost, gain.high / cost)) if cost > 0 else ""
 
 
 def _plot_all(results: Results, costs: Mapping[str, Mapping[str, float]]) -> list[Figure]:
@@ -130,29 +132,22 @@ def _compare_samples_needed(results: Results, run: Run) -> tuple[str, Group] | N
     if not seeds:
         return None
     mpo, ppo = traces[one].select_seeds(seeds), traces[other].select_seeds(seeds)
-    ahead = np.stack([mpo.values("score", point) for point in range(mpo.num_points)]) - ppo.values(
-        "score", ppo.num_points - 1
-    )
+    ahead = np.stack([mpo.values("score", point) - ppo.values("score", -1) for point in range(mpo.num_points)])
     reached = estimate_crossing(mpo.completions_sampled, ahead)
     completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.list_stages_of_kind("Samples")}
     pairs = np.mean(
         [sum(completions_by_stage.get(key, 0) for key in results.finished_by_seed(one)[seed].needs) for seed in seeds]
     )
-    text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions"
-    text += note_missing_seeds(results, len(seeds), one, other)
+    missing = note_missing_seeds(results, len(seeds), one, other)
+    text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions{missing}; {one}'s PPO "
     if np.isfinite(reached.mean):
         bounds = f" [{reached.low:,.0f}, {reached.high:,.0f}]" if np.isfinite(reached.high) else ""
-        text += (
-            f"; {one}'s PPO reaches the final reward of {other} after {reached.mean:,.0f}{bounds}, or "
-            f"{reached.mean + pairs:,.0f} with the {pairs:,.0f} sampled for its pairs"
-        )
-        if not bounds:
-            text += " (by the means; it is nowhere significantly above that reward)"
+        text += f"reaches the final reward of {other} after {reached.mean:,.0f}{bounds}, or "
+        text += f"{reached.mean + pairs:,.0f} with the {pairs:,.0f} sampled for its pairs"
+        text += "" if bounds else " (by the means; it is nowhere significantly above that reward)"
     else:
-        text += (
-            f"; {one}'s PPO does not reach the final reward of {other} within its "
-            f"{mpo.completions_sampled[-1]:,.0f} completions and the {pairs:,.0f} sampled for its pairs"
-        )
+        text += f"does not reach the final reward of {other} within its {mpo.completions_sampled[-1]:,.0f} completions "
+        text += f"and the {pairs:,.0f} sampled for its pairs"
     paths = {
         trace.arm: [
             figures.Point("", figures.exact_interval(x), trace.estimate_mean("score", point))
@@ -181,29 +176,17 @@ def estimate_crossing(
     right = np.clip(np.searchsorted(x, grid), 1, len(x) - 1)
     weight = ((grid - x[right - 1]) / (x[right] - x[right - 1]))[:, None, None]
     intervals = [crossed_interval(values) for values in (1 - weight) * ahead[right - 1] + weight * ahead[right]]
-    low, high = (
-        find_first_crossing(grid, np.array([getattr(interval, end) for interval in intervals]))
-        for end in ("high", "low")
-    )
+    low = find_first_crossing(grid, np.array([interval.high for interval in intervals]))
+    high = find_first_crossing(grid, np.array([interval.low for interval in intervals]))
     return Interval(find_first_crossing(x, ahead.mean(axis=(1, 2))), low, high)
 
 
 def find_first_crossing(x: Float64[np.ndarray, " points"], y: Float64[np.ndarray, " points"]) -> float:
     """The x at which the line through the points first reaches 0; nan if it never does."""
-    if y[0] >= 0:
-        return float(x[0])
-    for i in range(1, len(y)):
-        if y[i] >= 0:
-            share = y[i - 1] / (y[i - 1] - y[i])
-            return float(x[i - 1] + share * (x[i] - x[i - 1]))
-    return math.nan
-
-
-def _build_stage_table(results: Results) -> Table:
-    first = [stage for stage in results.stages if results.seeds[0] in stage.seeds]
-    rows = [[stage.key, list_first(stage.arms), *_format_costs(stage.summary["cost"])] for stage in first]
-    notes = [f"Seed {results.seeds[0]} only."] if len(results.seeds) > 1 else []
-    return Table(["stage", "arms", *COST_HEADINGS], rows, notes)
+    if not (y >= 0).any():
+        return math.nan
+    i = int(np.argmax(y >= 0))
+    return float(np.interp(0.0, y[i - 1 : i + 1], x[i - 1 : i + 1]) if i else x[0])
 
 
 def _format_costs(cost: Mapping[str, float]) -> list[str]:

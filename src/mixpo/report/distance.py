@@ -1,25 +1,28 @@
 """Reward against KL from SFT, along training and along kl_coef, and arms compared at equal KL."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval
-from mixpo.algorithms.multiple_testing import correct_by_holm
-from mixpo.experiments.results import MEASURES, Results, Run
+from mixpo.algorithms.intervals import crossed_interval
+from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
-    Measure,
+    Difference,
     compute_differences,
     describe_difference,
     describe_sample,
-    estimate_mean,
+    estimate_differences,
+    estimate_point,
+    find_sibling,
     format_arm_label,
     format_difference,
-    format_interval,
     format_mean,
-    format_p_value,
+    format_with_p,
+    list_finished_points,
     list_measures,
     list_sweep_points,
     list_swept_arms,
@@ -29,6 +32,7 @@ from mixpo.report.document import Figure, Group, Section, Table
 from mixpo.report.traces import load_traces
 
 KL_AXIS = "KL from SFT (nats per completion)"
+KL_COEF = "ppo.kl_coef"
 ROOT_SCALE_RATIO = 3.0
 """Largest over median KL from which the axis has a square root scale (the distance of Gao et al. 2022)."""
 
@@ -39,13 +43,24 @@ def build_distance_section(results: Results) -> Section | None:
         return None
     measures = results.list_shared_measures(results.finished)
     groups = []
-    if planes := [figure for measure in list_measures(results) if (figure := _plot_plane(results, measure))]:
+    if planes := _plot_planes(results):
         groups.append(Group("Reward against KL from SFT", planes))
-    if trails := [figure for key, label in measures.items() if (figure := _plot_training_path(results, key, label))]:
+    if traces := load_traces(results):
+        trails = {key: {trace.arm: trace.list_points(key) for trace in traces} for key in measures}
         note = "From the start of PPO (SFT for ppo, the DPO model for mpo) to its end."
-        groups.append(Group("Along training", trails, notes=[note]))
-    if curves := [figure for key, label in measures.items() if (figure := _plot_kl_coef_path(results, key, label))]:
-        groups.append(Group("Along kl_coef", curves, notes=["The number beside each point is its kl_coef."]))
+        groups.append(Group("Along training", _plot_by_measure(trails, "training"), notes=[note]))
+    swept = {arm: list_finished_points(results, arm, KL_COEF) for arm in list_swept_arms(results, KL_COEF)}
+    if any(swept.values()):
+        curves = {
+            key: {
+                arm: [estimate_point(results, name, key, f"{value:g}") for value, name in points]
+                for arm, points in swept.items()
+                if points
+            }
+            for key in measures
+        }
+        note = "The number beside each point is its kl_coef."
+        groups.append(Group("Along kl_coef", _plot_by_measure(curves, "kl-coef"), notes=[note]))
     equal = compare_at_equal_kl(results)
     if equal:
         groups.append(Group("At equal KL, by PPO's sweep", table=_build_equal_kl_table(equal)))
@@ -54,48 +69,27 @@ def build_distance_section(results: Results) -> Section | None:
     return Section("distance", "Distance", _write_opening(results, equal), groups)
 
 
-def _plot_plane(results: Results, measure: Measure) -> Figure | None:
-    points = [
-        figures.Point(
-            format_arm_label(results, name),
-            estimate_mean(results, name, "kl_from_sft"),
-            estimate_mean(results, name, measure.key),
-        )
-        for name in measure.names
-        if name in results.plain
+def _plot_planes(results: Results) -> list[Figure]:
+    """The arms of the recipes in a plane for every measure."""
+    planes, scales = [], Counter[str]()
+    for measure in list_measures(results):
+        key, arms = measure.key, [name for name in measure.names if name in results.plain]
+        name = f"kl-{key.replace('_', '-')}{f'-{scales[key]}' if scales[key] else ''}"
+        scales[key] += 1
+        if arms:
+            points = [estimate_point(results, arm, key, format_arm_label(results, arm)) for arm in arms]
+            kls = [abs(point.x.mean) for point in points]
+            root = max(kls) > ROOT_SCALE_RATIO * float(np.median(kls))
+            planes.append(figures.plot_plane(points, name=name, x=KL_AXIS, y=measure.title, root=root))
+    return planes
+
+
+def _plot_by_measure(paths: Mapping[str, Mapping[str, Sequence[figures.Point]]], of: str) -> list[Figure]:
+    """The paths of arms, a figure for every measure."""
+    return [
+        figures.plot_paths(by_arm, name=f"kl-{key.replace('_', '-')}-{of}", x=KL_AXIS, y=MEASURES[key])
+        for key, by_arm in paths.items()
     ]
-    if not points:
-        return None
-    kls = [abs(point.x.mean) for point in points]
-    root = max(kls) > ROOT_SCALE_RATIO * float(np.median(kls))
-    scales = [other.names for other in list_measures(results) if other.key == measure.key]
-    suffix = f"-{scales.index(measure.names)}" if measure.names != scales[0] else ""
-    name = f"kl-{measure.key.replace('_', '-')}{suffix}"
-    return figures.plot_plane(points, name=name, x=KL_AXIS, y=measure.title, root=root)
-
-
-def _plot_training_path(results: Results, key: str, label: str) -> Figure | None:
-    paths = {
-        trace.arm: [
-            figures.Point("", trace.estimate_mean("kl_from_sft", n), trace.estimate_mean(key, n))
-            for n in range(trace.num_points)
-        ]
-        for trace in load_traces(results)
-    }
-    return figures.plot_paths(paths, name=f"kl-{key.replace('_', '-')}-training", x=KL_AXIS, y=label) if paths else None
-
-
-def _plot_kl_coef_path(results: Results, key: str, label: str) -> Figure | None:
-    paths = {
-        arm: [
-            figures.Point(f"{value:g}", estimate_mean(results, name, "kl_from_sft"), estimate_mean(results, name, key))
-            for value, name in list_sweep_points(results, arm, "ppo.kl_coef")
-            if results.finished_by_seed(name)
-        ]
-        for arm in list_swept_arms(results, "ppo.kl_coef")
-    }
-    paths = {arm: points for arm, points in paths.items() if points}
-    return figures.plot_paths(paths, name=f"kl-{key.replace('_', '-')}-kl-coef", x=KL_AXIS, y=label) if paths else None
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,8 @@ class EqualKL:
     """The rival's interpolated kl_coef; nan if its sweep does not reach the arm's KL."""
     reach: tuple[float, float]
     """The lowest and the highest KL of the rival's sweep."""
-    differences: dict[str, tuple[Interval, float]]
-    """By measure: the difference and its p, corrected for the number of arms; empty where it is not reached."""
+    differences: dict[str, Difference]
+    """By measure, p corrected for the number of arms; empty where the KL is not reached."""
 
 
 def compare_at_equal_kl(results: Results) -> list[EqualKL]:
@@ -121,54 +115,33 @@ def compare_at_equal_kl(results: Results) -> list[EqualKL]:
     The interval is of the difference to first order in all means of KL and reward, so it includes the uncertainty of
     the KL. An arm without a seed at which it and all points of the sweep finished is left out.
     """
-    measures = results.list_shared_measures(results.finished)
     comparisons = []
+    paired: dict[str, list[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]] = {}
     for arm in results.plain:
-        run = results.find_run(arm)
-        rival, curve = results.qualify_name(run, "ppo"), _list_ppo_sweep(results, run)
-        names = [name for _, name in curve]
-        if arm in (rival, results.qualify_name(run, "sft")):
+        rival = find_sibling(results, arm, "ppo")
+        curve = list_finished_points(results, rival, KL_COEF)
+        names = [*(name for _, name in curve), arm]
+        seeds = results.list_comparable_seeds("score", *names)
+        if arm in (rival, find_sibling(results, arm, "sft")) or len(curve) < 2 or not seeds:
             continue
-        if len(curve) > 1 and results.list_comparable_seeds("score", arm, *names):
-            comparisons.append(_compare_one_at_equal_kl(results, arm, rival, curve, measures))
-    for key in measures:
-        reached = [comparison.differences for comparison in comparisons if key in comparison.differences]
-        for differences, p in zip(reached, correct_by_holm([each[key][1] for each in reached]), strict=True):
-            differences[key] = (differences[key][0], p)
+        kls = np.stack([results.values(name, "kl_from_sft", seeds) for name in names])
+        means = kls.mean(axis=(1, 2))
+        order = np.argsort(means[:-1])
+        coefs = np.array([value for value, _ in curve])[order]
+        to, back = (np.log, np.exp) if coefs.min() > 0 else (np.positive, np.positive)
+        coef = float(back(np.interp(means[-1], means[order], to(coefs), left=np.nan, right=np.nan)))
+        reach = (float(means[order[0]]), float(means[order[-1]]))
+        comparisons.append(EqualKL(arm, rival, len(seeds), float(means[-1]), coef, reach, {}))
+        margins = [crossed_interval(kls[a] - kls[b]).low for a, b in ((-1, order[0]), (order[-1], -1))]
+        if np.isfinite(coef) and not any(low <= 0 for low in margins):  # nan where all are alike: exact
+            for key in results.list_shared_measures(results.finished):
+                values = np.stack([results.values(name, key, seeds) for name in names])
+                paired.setdefault(key, []).append((arm, rival, _linearize_difference(kls, values)))
+    by_arm = {comparison.arm: comparison for comparison in comparisons}
+    for key, values_by_arm in paired.items():
+        for difference in estimate_differences(values_by_arm):
+            by_arm[difference.one].differences[key] = difference
     return comparisons
-
-
-def _list_ppo_sweep(results: Results, run: Run) -> list[tuple[float, str]]:
-    return [
-        point
-        for point in list_sweep_points(results, results.qualify_name(run, "ppo"), "ppo.kl_coef")
-        if results.finished_by_seed(point[1])
-    ]
-
-
-def _compare_one_at_equal_kl(
-    results: Results, arm: str, rival: str, curve: list[tuple[float, str]], measures: dict[str, str]
-) -> EqualKL:
-    names = [name for _, name in curve]
-    seeds = results.list_comparable_seeds("score", arm, *names)
-    kls = np.stack([results.values(name, "kl_from_sft", seeds) for name in [*names, arm]])
-    means = kls.mean(axis=(1, 2))
-    order = np.argsort(means[:-1])
-    coefs = np.array([value for value, _ in curve])[order]
-    to, back = (np.log, np.exp) if coefs.min() > 0 else (np.positive, np.positive)
-    coef = float(back(np.interp(means[-1], means[order], to(coefs), left=np.nan, right=np.nan)))
-    differences: dict[str, tuple[Interval, float]] = {}
-    if np.isfinite(coef) and not any(_may_be_negative(kls[a] - kls[b]) for a, b in ((-1, order[0]), (order[-1], -1))):
-        for key in measures:
-            values = np.stack([results.values(name, key, seeds) for name in [*names, arm]])
-            differences[key] = crossed_estimate(_linearize_difference(kls, values))
-    reach = (float(means[order[0]]), float(means[order[-1]]))
-    return EqualKL(arm, rival, len(seeds), float(means[-1]), coef, reach, differences)
-
-
-def _may_be_negative(difference: Float64[np.ndarray, "seeds prompts"]) -> bool:
-    """True if the interval of a difference in KL reaches zero; a constant difference is exact."""
-    return crossed_interval(difference).low <= 0
 
 
 def _linearize_difference(
@@ -189,15 +162,7 @@ def _build_equal_kl_table(equal: list[EqualKL]) -> Table:
     keys = [key for key in MEASURES if any(key in one.differences for one in equal)]
     rows = []
     for one in equal:
-        cells = [
-            text
-            for key in keys
-            for text in (
-                (format_interval(one.differences[key][0]), format_p_value(one.differences[key][1]))
-                if key in one.differences
-                else ("", "")
-            )
-        ]
+        cells = [text for key in keys for text in format_with_p(one.differences.get(key))]
         where = f"{one.coef:.3g}" if np.isfinite(one.coef) else "not reached"
         reach = f"{one.reach[0]:.2f} to {one.reach[1]:.2f}"
         rows.append([f"{one.arm} − {one.rival}", str(one.seeds), f"{one.kl:.2f}", reach, where, *cells])
@@ -220,27 +185,19 @@ def _build_budget_table(results: Results) -> Table | None:
     finished = [name for name in budgets if results.finished_by_seed(name)]
     if not finished:
         return None
-    rivals = {
-        name: other
+    pairs = [
+        (name, other)
         for name, one in budgets.items()
         for other, rival in budgets.items()
-        if rival.arm == results.qualify_name(results.find_run(name), "ppo")
-        and rival.changes == one.changes
-        and other != name
-    }
+        if rival.arm == find_sibling(results, name, "ppo") and rival.changes == one.changes and other != name
+    ]
     measures = results.list_shared_measures(finished)
-    differences = {
-        key: {
-            each.one: format_difference(results, each)
-            for each in compute_differences(results, list(rivals.items()), key)
-        }
-        for key in measures
-    }
+    differences = [compute_differences(results, pairs, key) for key in measures]
+    against = {pair[0]: [format_difference(results, by_pair.get(pair)) for by_pair in differences] for pair in pairs}
     rows = []
     for name, one in budgets.items():
         means = [format_mean(results, name, key) for key in ("kl_from_sft", *measures)]
-        against = [differences[key].get(name, "") for key in measures]
-        rows.append([name, f"{one.changes['ppo.kl_budget']:g}", *means, *against])
+        rows.append([name, f"{one.changes['ppo.kl_budget']:g}", *means, *against.get(name, [""] * len(measures))])
     headings = ["arm", "budget", "KL reached", *measures.values()]
     headings += [f"{title} minus ppo" for title in measures.values()]
     note = (
@@ -259,32 +216,29 @@ def _write_opening(results: Results, equal: list[EqualKL]) -> str:
         if not kls:
             return "No arm of the recipe other than SFT finished, so there are no KLs to compare."
         near, far = min(kls, key=kls.__getitem__), max(kls, key=kls.__getitem__)
-        text = f"{far} ends {kls[far]:.2f} nats from SFT"
-        if near != far:
-            text = f"between {kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT"
-        points = [list_sweep_points(results, results.qualify_name(run, "ppo"), "ppo.kl_coef") for run in results.runs]
+        if near == far:
+            return f"{far} ends {kls[far]:.2f} nats from SFT."
+        points = [list_sweep_points(results, results.qualify_name(run, "ppo"), KL_COEF) for run in results.runs]
         why = (
             "PPO's sweep of kl_coef has too few finished points to compare them at the same KL"
             if any(len(each) > 1 for each in points)
             else "a sweep of ppo.kl_coef would compare them at the same KL"
         )
-        if near == far:
-            return f"{text}."
-        return f"The arms ended at different KL, so their rewards are not directly comparable: {text}; {why}."
+        return (
+            "The arms ended at different KL, so their rewards are not directly comparable: between "
+            f"{kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT; {why}."
+        )
     if not one.differences:
         return (
             f"{one.arm} and {one.rival} are not compared at equal KL: {one.arm} ends {one.kl:.2f} nats from SFT, "
             f"and PPO's sweep of kl_coef reaches only {one.reach[0]:.2f} to {one.reach[1]:.2f}."
         )
     texts = "; ".join(
-        describe_difference(MEASURES[key], one.arm, one.rival, interval, p)
-        for key, (interval, p) in one.differences.items()
-    )
-    seeds = results.list_common_seeds(
-        one.arm, *(name for _, name in _list_ppo_sweep(results, results.find_run(one.arm)))
+        describe_difference(MEASURES[key], one.arm, one.rival, difference.interval, difference.p)
+        for key, difference in one.differences.items()
     )
     return (
         f"At equal KL, {texts}. {one.arm} ends {one.kl:.2f} nats from SFT, which PPO reaches at a kl_coef of about "
-        f"{one.coef:.2g}; intervals are {describe_sample(results, seeds)}"
+        f"{one.coef:.2g}; intervals are {describe_sample(results, one.seeds)}"
         f"{note_missing_seeds(results, one.seeds, one.arm, one.rival)}."
     )

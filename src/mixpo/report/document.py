@@ -1,9 +1,11 @@
 """The report as data: sections with figures and tables, independent of HTML, Markdown and JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
+
+from mixpo.data.rows import Message
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,11 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+
+    @classmethod
+    def from_dicts(cls, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> "Table":
+        """A table of one row or more, each with its cells by heading, in the order of the first."""
+        return cls(list(rows[0]), [list(row.values()) for row in rows], notes)
 
 
 @dataclass(frozen=True)
@@ -50,22 +57,13 @@ class Section:
 
 
 @dataclass(frozen=True)
-class PromptMessage:
-    """One message of a prompt."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
 class ArmCompletion:
     """An arm's completion of a prompt, with its scores."""
 
     arm: str
     text: str
-    score: float
-    true_reward: float | None = None
-    second_score: float | None = None
+    scores: Mapping[str, float]
+    """By name."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class PromptCompletions:
     """A test prompt and every arm's completion of it."""
 
     number: int
-    earlier_turns: Sequence[PromptMessage]
+    earlier_turns: Sequence[Message]
     last_message: str
     completions: Sequence[ArmCompletion]
 

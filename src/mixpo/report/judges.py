@@ -18,14 +18,16 @@ from mixpo.judge.outcomes import (
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import (
-    NOT_ESTIMABLE,
     describe_difference,
     format_count,
+    format_estimate,
     format_interval,
-    format_number,
     format_p_value,
 )
 from mixpo.report.document import Group, Section, Table
+from mixpo.study.findings import PreferenceShares
+
+SHARE_HEADINGS = ("win", "tie", "lose", "win − lose", "p")
 
 NOTES = (
     "win, lose: shares of prompts on which the judge prefers the first arm, or the second, in both orders; the rest "
@@ -99,42 +101,36 @@ def label_judges(judged: Sequence[JudgeResult]) -> dict[Judge, str]:
 def _build_judge_group(
     judge: Judge, name: str, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow], seeds: bool
 ) -> Group:
-    headings = ["arms", "prompts", "win", "tie", "lose", "win − lose", "p"]
-    headings += ["flips", "flips to the first", "longer wins", "win at equal length"]
+    headings = ["arms", "prompts", *SHARE_HEADINGS, "flips", "flips to the first", "longer wins", "win at equal length"]
     lines = []
     for row in rows:
         if row.judged.judge == judge:
             counts, arms = row.tally, _name_compared_arms(row.judged, seeds)
-            shares = [counts.win, counts.tie, counts.lose, counts.difference]
+            biases = (counts.flips, counts.first, counts.longer)
             lines.append(
                 [
                     arms if row.category is None else f"{arms}: {row.category}",
-                    str(counts.prompts),
-                    *map(format_interval, shares),
-                    format_p_value(row.p),
-                    *map(_format_optional_interval, (counts.flips, counts.first, counts.longer)),
-                    format_interval(counts.equal_length) if counts.equal_length is not None else NOT_ESTIMABLE,
+                    *format_shares(counts, row.p),
+                    *("" if bias is None else format_interval(bias) for bias in biases),
+                    format_estimate(counts.equal_length),
                 ]
             )
+    temperature, limit = "the model's default temperature", "no limit on the length of replies"
+    if judge.temperature is not None:
+        temperature = f"temperature {judge.temperature:g}"
+    if judge.reply_tokens is not None:
+        limit = f"at most {judge.reply_tokens} tokens per reply"
     notes = [
-        f"Endpoint {judge.endpoint}, {_describe_settings(judge)}, template {judge.template}.",
+        f"Endpoint {judge.endpoint}, {temperature}, {limit}, template {judge.template}.",
         *(note for one in judged if one.judge == judge and (note := _describe_excluded(one, seeds))),
     ]
     return Group(name, table=Table(headings, lines) if lines else None, notes=notes)
 
 
-def _describe_settings(judge: Judge) -> str:
-    temperature = (
-        "the model's default temperature" if judge.temperature is None else f"temperature {judge.temperature:g}"
-    )
-    limit = "no limit on the length of replies"
-    if judge.reply_tokens is not None:
-        limit = f"at most {judge.reply_tokens} tokens per reply"
-    return f"{temperature}, {limit}"
-
-
-def _format_optional_interval(interval: Interval | None) -> str:
-    return "" if interval is None else format_interval(interval)
+def format_shares(shares: VerdictShares | PreferenceShares, p: float) -> list[str]:
+    """Cells of a number of prompts, of the shares won, tied and lost, of their difference, and of its p."""
+    intervals = (shares.win, shares.tie, shares.lose, shares.difference)
+    return [str(shares.prompts), *map(format_interval, intervals), format_p_value(p)]
 
 
 def _name_compared_arms(one: JudgeResult, seeds: bool) -> str:
@@ -147,15 +143,14 @@ def _describe_excluded(one: JudgeResult, seeds: bool) -> str:
     unparsed = sum(each.unparsed for each in one.verdicts)
     open_ = sum(each.outcome is None for each in one.verdicts) - unparsed
     part = ", counted in proportion to the other prompts with a verdict" if unparsed or open_ else ""
-    reasons = [
-        f"the same text on {format_count(same, 'prompt')}, counted as a tie without a request" + part if same else "",
-        f"no verdict on {format_count(unparsed, 'prompt')}, because a reply could not be parsed" if unparsed else "",
-        f"no reply yet on {format_count(open_, 'prompt')}" if open_ else "",
-        f"{format_count(one.stale, 'prompt')} excluded, because the completions changed after judging"
-        if one.stale
-        else "",
-    ]
-    return f"{_name_compared_arms(one, seeds)}: {'; '.join(filter(None, reasons))}." if any(reasons) else ""
+    reasons = {
+        f"the same text on {format_count(same, 'prompt')}, counted as a tie without a request{part}": same,
+        f"no verdict on {format_count(unparsed, 'prompt')}, because a reply could not be parsed": unparsed,
+        f"no reply yet on {format_count(open_, 'prompt')}": open_,
+        f"{format_count(one.stale, 'prompt')} excluded, because the completions changed after judging": one.stale,
+    }
+    texts = [text for text, count in reasons.items() if count]
+    return f"{_name_compared_arms(one, seeds)}: {'; '.join(texts)}." if texts else ""
 
 
 def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
@@ -166,16 +161,10 @@ def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str]
             continue
         agreed, arms = compute_agreement(both), _name_compared_arms(both[0], seeds)
         for one, other, count, kappa in agreed.kappas:
-            rows.append(
-                [f"{names[one]} and {names[other]}", arms, str(count), _format_if_finite(kappa, format_number(kappa))]
-            )
-        alpha = _format_if_finite(agreed.alpha.mean, format_interval(agreed.alpha))
-        rows.append([f"all {len(both)}", arms, str(agreed.pairs), alpha])
+            estimate = format_estimate(Interval(kappa, math.nan, math.nan))
+            rows.append([f"{names[one]} and {names[other]}", arms, str(count), estimate])
+        rows.append([f"all {len(both)}", arms, str(agreed.pairs), format_estimate(agreed.alpha)])
     return rows
-
-
-def _format_if_finite(value: float, text: str) -> str:
-    return NOT_ESTIMABLE if math.isnan(value) else text
 
 
 def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> str:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 DISTANCES = (5, 8, 12, 17, 23, 30, 38, 47, 57)
 """Candidate distances from a point to its label, the nearest first."""
 DIRECTIONS = 24
@@ -24,18 +26,13 @@ class Box(NamedTuple):
 
     def overlaps(self, other: "Box") -> bool:
         """True if the two share more than an edge."""
-        return (
-            self.left < other.right and other.left < self.right and self.bottom < other.top and other.bottom < self.top
-        )
+        across = self.left < other.right and other.left < self.right
+        return across and self.bottom < other.top and other.bottom < self.top
 
     def contains(self, other: "Box") -> bool:
         """True if the other lies inside."""
-        return (
-            self.left <= other.left
-            and other.right <= self.right
-            and self.bottom <= other.bottom
-            and other.top <= self.top
-        )
+        across = self.left <= other.left and other.right <= self.right
+        return across and self.bottom <= other.bottom and other.top <= self.top
 
 
 class Label(NamedTuple):
@@ -63,7 +60,8 @@ def place_labels(
     marks = [Box(x - HALF_MARK, y - HALF_MARK, x + HALF_MARK, y + HALF_MARK) for x, y in points]
     crossed = list(lines)
     labels: list[Label | None] = [None] * len(points)
-    for i in sorted(range(len(points)), key=lambda index: -_compute_crowding(points, index)):
+    crowding = [sum(math.exp(-math.dist(point, other) / 20) for other in points) for point in points]
+    for i in sorted(range(len(points)), key=crowding.__getitem__, reverse=True):
         taken = [*marks, *(label.box for label in labels if label is not None)]
         others = [box for box in taken if box is not marks[i]]
         best = math.inf
@@ -77,11 +75,6 @@ def place_labels(
         if (chosen := labels[i]) is not None:
             crossed += _cover_leader(chosen)
     return labels
-
-
-def _compute_crowding(points: Sequence[tuple[float, float]], index: int) -> float:
-    """The number of points near a point, weighted by exp(-distance / 20)."""
-    return sum(math.exp(-math.dist(points[index], other) / 20) for other in points)
 
 
 def _list_candidates(point: tuple[float, float], size: tuple[float, float]) -> Iterator[tuple[float, Label]]:
@@ -102,8 +95,5 @@ def _cover_leader(label: Label) -> list[Box]:
     """The line to a label as a row of small boxes."""
     if label.leader is None:
         return []
-    (x, y), (to_x, to_y) = label.leader
-    count = math.ceil(math.dist(*label.leader) / 2)
-    shares = [(step + 1) / (count + 1) for step in range(count)]
-    middles = [(x + share * (to_x - x), y + share * (to_y - y)) for share in shares]
+    middles = np.linspace(*label.leader, math.ceil(math.dist(*label.leader) / 2) + 2)[1:-1].tolist()
     return [Box(x - 0.5, y - 0.5, x + 0.5, y + 0.5) for x, y in middles]

@@ -1,6 +1,8 @@
 """The change of every arm's reward with the share of flipped human labels."""
 
-from mixpo.algorithms.intervals import Interval, crossed_interval
+import itertools
+
+from mixpo.algorithms.intervals import crossed_interval
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -14,6 +16,7 @@ from mixpo.report.comparison import (
     list_sweep_points,
     list_swept_arms,
     note_missing_seeds,
+    subtract_values,
 )
 from mixpo.report.document import Group, Section, Table
 
@@ -33,62 +36,39 @@ def build_noise_section(results: Results) -> Section | None:
         return None
     shares = sorted({share for points in levels.values() for share in points})
     measures = results.list_shared_measures(finished)
-    plots = [
-        figures.plot_paths(
-            {
-                arm: [
-                    figures.Point("", figures.exact_interval(share), estimate_mean(results, name, key))
-                    for share, name in points.items()
-                    if results.finished_by_seed(name)
-                ]
-                for arm, points in levels.items()
-            },
-            name=f"noise-{key.replace('_', '-')}",
-            x="share of labels flipped",
-            y=title,
-        )
-        for key, title in measures.items()
-    ]
-    tables = []
+    headings = ["arm", *(f"{share:.0%} flipped" for share in shares)]
+    headings.append(f"change from {shares[0]:.0%} to {shares[-1]:.0%}")
+    plots, tables = [], []
     for key, title in measures.items():
-        rows = []
+        paths, rows = {}, []
         for arm, points in levels.items():
+            paths[arm] = [
+                figures.Point("", figures.exact_interval(share), estimate_mean(results, name, key))
+                for share, name in points.items()
+                if results.finished_by_seed(name)
+            ]
             means = [format_mean(results, points[share], key) if share in points else "" for share in shares]
             rows.append([arm, *means, _format_change(results, points, shares, key)])
-        headings = ["arm", *(f"{share:.0%} flipped" for share in shares)]
-        headings.append(f"change from {shares[0]:.0%} to {shares[-1]:.0%}")
+        name = f"noise-{key.replace('_', '-')}"
+        plots.append(figures.plot_paths(paths, name=name, x="share of labels flipped", y=title))
         tables.append(Group(title, table=Table(headings, rows)))
     notes = [
         "Flipped are the labels of the human train pairs, which train the reward model and DPO-base. SFT and the test "
         "pairs are unchanged, and the reward model of the unflipped labels scores every arm."
     ]
-    return Section(
-        "noise",
-        "Label noise",
-        _write_opening(results, levels, shares, measures),
-        [Group(figures=plots, notes=notes), *tables],
-    )
-
-
-def estimate_change(
-    results: Results, points: dict[float, str], shares: list[float], key: str
-) -> tuple[Interval, int] | None:
-    """The change of an arm's column from the first share to the last, paired by prompt and seed, and the seeds."""
-    if not {shares[0], shares[-1]} <= points.keys():
-        return None
-    first, last = points[shares[0]], points[shares[-1]]
-    seeds = results.list_comparable_seeds(key, first, last)
-    if not seeds:
-        return None
-    return crossed_interval(results.values(last, key, seeds) - results.values(first, key, seeds)), len(seeds)
+    opening = _write_opening(results, levels, shares, measures)
+    return Section("noise", "Label noise", opening, [Group(figures=plots, notes=notes), *tables])
 
 
 def _format_change(results: Results, points: dict[float, str], shares: list[float], key: str) -> str:
-    estimate = estimate_change(results, points, shares, key)
-    if estimate is None:
+    """The change of an arm's column from the first share to the last, paired by prompt and seed; empty without both."""
+    if not {shares[0], shares[-1]} <= points.keys():
         return ""
-    interval, seeds = estimate
-    return format_interval(interval) + note_missing_seeds(results, seeds, points[shares[0]], points[shares[-1]])
+    first, last = points[shares[0]], points[shares[-1]]
+    if not (seeds := results.list_comparable_seeds(key, first, last)):
+        return ""
+    interval = crossed_interval(subtract_values(results, last, first, key, seeds))
+    return format_interval(interval) + note_missing_seeds(results, len(seeds), first, last)
 
 
 def _write_opening(results: Results, levels: Levels, shares: list[float], measures: dict[str, str]) -> str:
@@ -101,18 +81,15 @@ def _write_opening(results: Results, levels: Levels, shares: list[float], measur
     if missing := [arm for arm in levels if arm not in changes]:
         parts.append(f"not measured at both shares: {', '.join(missing)}")
     paired = []
-    for mpo, rival in (
-        (results.qualify_name(run, "mpo"), results.qualify_name(run, arm)) for run in results.runs for arm in RIVALS
-    ):
-        if mpo not in changes or rival not in changes:
-            continue
-        ends = [levels[arm][share] for arm in (mpo, rival) for share in (shares[-1], shares[0])]
-        if seeds := results.list_comparable_seeds(key, *ends):
-            a, b, c, d = (results.values(name, key, seeds) for name in ends)
-            paired.append((mpo, rival, (a - b) - (c - d)))
-    for difference in estimate_differences(paired):
-        one, other = difference.one, difference.other
-        text = describe_difference(f"change in {measures[key]}", one, other, difference.interval, difference.p)
-        parts.append(text + note_missing_seeds(results, difference.seeds, one, other))
+    for run, arm in itertools.product(results.runs, RIVALS):
+        mpo, rival = results.qualify_name(run, "mpo"), results.qualify_name(run, arm)
+        if {mpo, rival} <= changes.keys():
+            ends = [(levels[one][shares[-1]], levels[one][shares[0]]) for one in (mpo, rival)]
+            if seeds := results.list_comparable_seeds(key, *ends[0], *ends[1]):
+                change, other = (subtract_values(results, *names, key, seeds) for names in ends)
+                paired.append((mpo, rival, change - other))
+    for found in estimate_differences(paired):
+        text = describe_difference(f"change in {measures[key]}", found.one, found.other, found.interval, found.p)
+        parts.append(text + note_missing_seeds(results, found.seeds, found.one, found.other))
     corrected = f"; p corrected for {format_count(len(paired), 'comparison')}" if paired else ""
-    return f"{'; '.join(parts)} (95% intervals {describe_sample(results, results.seeds)}{corrected})."
+    return f"{'; '.join(parts)} (95% intervals {describe_sample(results, len(results.seeds))}{corrected})."

@@ -1,8 +1,8 @@
 """The report of finished runs: all sections together, written as HTML, Markdown, CSV or JSON."""
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from mixpo.report import (
 )
 from mixpo.report.comparison import estimate_mean
 from mixpo.report.document import Document, Section
+from mixpo.report.figures.data import interval_cells
 
 Format = Literal["html", "md", "csv", "json"]
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
@@ -49,10 +50,8 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
 def build_document(results: Results) -> Document:
     """The report as data."""
     prompts = completions.list_completions(results)
-    facts = [
-        ("arms", ", ".join(results.names)),
-        ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds))),
-    ]
+    seeds = ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds)))
+    facts = [("arms", ", ".join(results.names)), seeds]
     facts += [("data", _describe_data(stage.summary)) for stage in results.list_stages_of_kind("Data")]
     facts += dict.fromkeys(
         (f"{stage.kind} rows", text)
@@ -61,13 +60,11 @@ def build_document(results: Results) -> Document:
         if (text := _describe_excluded(stage.summary))
     )
     facts += [("models", f"{run.folder / 'models'}/ARM-SEED") for run in results.runs]
-    failed = [
+    reasons = [
         (f"{arm.name} (seed {arm.seed})", arm.reason or "unknown reason")
+        for status in ("failed", "done")
         for arm in results.arms
-        if arm.status == "failed"
-    ]
-    partly = [
-        (f"{arm.name} (seed {arm.seed})", arm.reason) for arm in results.arms if arm.status == "done" and arm.reason
+        if arm.status == status and (arm.reason or status == "failed")
     ]
     return Document(
         title=results.title,
@@ -76,7 +73,7 @@ def build_document(results: Results) -> Document:
         completions_opening=completions.write_opening(results, prompts),
         prompts=prompts,
         pair=arms.choose_compared_arms(results),
-        failures=[*failed, *partly, *theorem.list_failures(results)],
+        failures=[*reasons, *theorem.list_failures(results)],
         recipes=[(run.name, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in results.runs],
     )
 
@@ -124,82 +121,49 @@ def write_page(results: Results, folder: Path) -> Path:
 def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
     """The means as columns of numbers: a row for every arm and seed, and one for every arm over all seeds."""
     keys = [*MEASURES, "kl_from_sft", "tokens", "ended"]
-    columns = [
-        "arm",
-        "seed",
-        "status",
-        "prompts",
-        *(text for key in keys for text in (key, f"{key}_low", f"{key}_high")),
-    ]
+    columns = ["arm", "seed", "status", "prompts", *(f"{key}{end}" for key in keys for end in ("", "_low", "_high"))]
     rows: list[list[Any]] = []
     for name in results.names:
-        done = results.finished_by_seed(name)
-        for arm in results.list_arm_results(name):
-            if arm.seed not in done:
+        done, ran = results.finished_by_seed(name), results.list_arm_results(name)
+        for arm in ran:
+            if arm.seed in done:
+                prompts = results.values(name, "score", [arm.seed]).size
+                rows.append([name, arm.seed, "done", prompts, *_list_means(results, name, keys, [arm.seed])])
+            else:
                 rows.append([name, arm.seed, "failed", None, *[None] * (3 * len(keys))])
-                continue
-            means = [
-                float(results.values(name, key, [arm.seed]).mean()) if results.have_column([name], key) else None
-                for key in keys
-            ]
-            prompts = results.values(name, "score", [arm.seed]).size
-            rows.append([name, arm.seed, "done", prompts, *(cell for mean in means for cell in (mean, None, None))])
         if done:
-            cells: list[float | None] = []
-            for key in keys:
-                if results.have_column([name], key):
-                    interval = estimate_mean(results, name, key)
-                    bounds = interval.low, interval.high
-                    cells += [interval.mean, *(None if math.isnan(bound) else bound for bound in bounds)]
-                else:
-                    cells += [None, None, None]
-            status = (
-                "done"
-                if len(done) == len(results.list_arm_results(name))
-                else f"done at {len(done)} of {len(results.list_arm_results(name))} seeds"
-            )
-            rows.append([name, "all", status, results.values(name, "score").shape[1], *cells])
+            status = "done" if len(done) == len(ran) else f"done at {len(done)} of {len(ran)} seeds"
+            prompts = results.values(name, "score").shape[1]
+            rows.append([name, "all", status, prompts, *_list_means(results, name, keys, None)])
     return columns, rows
+
+
+def _list_means(results: Results, name: str, keys: Sequence[str], seeds: list[int] | None) -> list[float | None]:
+    """Mean, low and high of columns, None where there is none; without bounds at some seeds alone."""
+    cells: list[float | None] = []
+    for key in keys:
+        if not results.have_column([name], key):
+            cells += [None, None, None]
+        elif seeds is None:
+            cells += interval_cells(estimate_mean(results, name, key))
+        else:
+            cells += [float(results.values(name, key, seeds).mean()), None, None]
+    return cells
 
 
 def render_json(results: Results) -> str:
     """The report as JSON, without SVG and completions."""
     document = build_document(results)
     columns, rows = tabulate_means(results)
+
+    def leave_out_html(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in fields if name not in ("svg", "key")}
+
     content = {
         "title": document.title,
         "facts": dict(document.facts),
         "arms": [dict(zip(columns, row, strict=True)) for row in rows],
-        "sections": [
-            {
-                "id": section.id,
-                "title": section.title,
-                "opening": section.opening,
-                "groups": [
-                    {
-                        "title": group.title,
-                        "figures": [
-                            {
-                                "name": figure.name,
-                                "columns": list(figure.columns),
-                                "rows": [list(row) for row in figure.rows],
-                            }
-                            for figure in group.figures
-                        ],
-                        "table": None
-                        if group.table is None
-                        else {
-                            "headings": list(group.table.headings),
-                            "rows": [list(row) for row in group.table.rows],
-                            "notes": list(group.table.notes),
-                        },
-                        "notes": list(group.notes),
-                    }
-                    for group in section.groups
-                ],
-            }
-            for section in document.sections
-        ],
+        "sections": [asdict(section, dict_factory=leave_out_html) for section in document.sections],
         "failed": [{"what": what, "why": why} for what, why in document.failures],
         "recipes": {run.name: run.recipe for run in results.runs},
     }

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 
-from mixpo.algorithms.intervals import Interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import Results
-from mixpo.report.comparison import NOT_ESTIMABLE, describe_difference, format_count, format_interval, format_p_value
+from mixpo.report.comparison import NOT_ESTIMABLE, describe_difference, format_count, format_estimate, format_interval
 from mixpo.report.document import Group, Section, Table
+from mixpo.report.judges import SHARE_HEADINGS, format_shares
 from mixpo.study.findings import Findings, load_findings
 from mixpo.study.plan import are_completions_unchanged
 
@@ -42,14 +42,14 @@ def describe_study(found: Findings) -> str:
     if not found.active_annotators:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = found.shares[None], found.agreement[None]
-    people = "one person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
+    people = "One person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
     p = _correct_p_values(found)[None]
     difference = describe_difference("win rate", one, other, shares.difference, p)
-    kappa = f"Fleiss' κ {_format_if_estimable(agreement.kappa)}"
+    kappa = f"Fleiss' κ {format_estimate(agreement.kappa)}"
     if not math.isnan(agreement.kappa.mean):
         kappa += f" over {format_count(agreement.common, 'prompt')}"
     return (
-        f"{people[0].upper()}{people[1:]} judged blindly and preferred {one} on {shares.win.mean:.0%} of "
+        f"{people} judged blindly and preferred {one} on {shares.win.mean:.0%} of "
         f"{format_count(shares.prompts, 'prompt')} and {other} on {shares.lose.mean:.0%}, with "
         f"{shares.tie.mean:.0%} ties: {difference}. {kappa}."
     )
@@ -71,15 +71,7 @@ def _correct_p_values(found: Findings) -> dict[str | None, float]:
 
 def _build_shares_table(found: Findings) -> Table:
     corrected = _correct_p_values(found)
-    rows = [
-        [
-            name or ALL,
-            str(each.prompts),
-            *map(format_interval, (each.win, each.tie, each.lose, each.difference)),
-            format_p_value(corrected[name]),
-        ]
-        for name, each in found.shares.items()
-    ]
+    rows = [[name or ALL, *format_shares(each, corrected[name])] for name, each in found.shares.items()]
     notes = [
         f"Win: {found.arms[0]} was preferred to {found.arms[1]}, at seed {found.seed}; a prompt counts as the mean "
         "over its annotators. Intervals: 95% over prompts, Wilson's for shares, Agresti and Min's (2005) for win − "
@@ -91,17 +83,17 @@ def _build_shares_table(found: Findings) -> Table:
         notes.append(
             f"{format_count(found.same, 'prompt')} with the same completion of both arms, a tie without judgements."
         )
-    return Table(["prompts", "number", "win", "tie", "lose", "win − lose", "p"], rows, notes)
+    return Table(["prompts", "number", *SHARE_HEADINGS], rows, notes)
 
 
 def _build_agreement_table(found: Findings) -> Table:
     rows = [
         [
             name or ALL,
-            _format_if_estimable(each.kappa),
+            format_estimate(each.kappa),
             str(each.common),
-            _format_if_estimable(each.alpha),
-            _format_if_estimable(each.pairs),
+            format_estimate(each.alpha),
+            format_estimate(each.pairs),
             str(each.several),
         ]
         for name, each in found.agreement.items()
@@ -127,16 +119,9 @@ def _build_annotators_table(found: Findings) -> Table:
         ]
         for one in found.annotators
     ]
-    return Table(
-        ["annotator", "judged", "skipped", "median time", "idle", "left side"],
-        rows,
-        [
-            "Idle: judgements of more than ten minutes, counted as ten. Left side: share of preferences for the left "
-            "completion, without ties; both arms stand there equally often, so 0.50 shows no position bias (95% "
-            "intervals, Wilson)."
-        ],
+    note = (
+        "Idle: judgements of more than ten minutes, counted as ten. Left side: share of preferences for the left "
+        "completion, without ties; both arms stand there equally often, so 0.50 shows no position bias (95% intervals, "
+        "Wilson)."
     )
-
-
-def _format_if_estimable(interval: Interval) -> str:
-    return NOT_ESTIMABLE if math.isnan(interval.mean) else format_interval(interval)
+    return Table(["annotator", "judged", "skipped", "median time", "idle", "left side"], rows, [note])

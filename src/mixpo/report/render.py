@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from mixpo.report.comparison import format_number
-from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table
+from mixpo.report.document import Document, Group, PromptCompletions, Table
 
 VISIBLE_ARMS = 6
 """Arms whose completions are visible at first."""
@@ -37,28 +37,20 @@ def render_html(document: Document, *, mixpo: str, date: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"slug": _make_slug, "text_columns": _find_text_columns, "scores": _list_scores}
+    environment.filters |= {"slug": _make_slug, "text_columns": _find_text_columns}
     environment.filters |= {"split": split_interval_columns, "number": format_number}
     environment.filters |= {"whole": _keep_intervals_together, "foldable": _allow_breaks}
     arms = _list_arms(document.prompts)
     one, other = _choose_pair(document)
-    shown = list(dict.fromkeys([*filter(None, (one, other)), *arms]))[:VISIBLE_ARMS]
+    completions = [completion for prompt in document.prompts for completion in prompt.completions]
     return environment.get_template("page.html.j2").render(
         document=document,
         facts=[*document.facts, ("mixpo", mixpo), ("date", date)],
-        contents=_list_contents(document),
         arms=arms,
-        measures=list(
-            dict.fromkeys(
-                name
-                for prompt in document.prompts
-                for completion in prompt.completions
-                for name, _ in _list_scores(completion)
-            )
-        ),
+        measures=list(dict.fromkeys(name for completion in completions for name in completion.scores)),
         one=one,
         other=other,
-        shown=shown,
+        shown=list(dict.fromkeys([*filter(None, (one, other)), *arms]))[:VISIBLE_ARMS],
         visible=VISIBLE_PROMPTS,
         make_csv_url=make_csv_url,
     )
@@ -69,19 +61,17 @@ def render_markdown(document: Document) -> str:
     facts = [f"- {_escape_markdown(name)}: {_escape_markdown(value)}" for name, value in document.facts]
     parts = [f"# {_escape_markdown(document.title)}", "\n".join(facts)]
     for section in document.sections:
-        parts += _render_markdown_section(section)
+        parts += [f"## {_escape_markdown(section.title)}", _escape_markdown(section.opening)]
+        for group in section.groups:
+            parts += _render_markdown_group(group)
     parts += ["## Completions", _escape_markdown(document.completions_opening)]
     pair = [arm for arm in _choose_pair(document) if arm is not None]
     for prompt in document.prompts[:MARKDOWN_PROMPTS]:
         parts += _render_markdown_completions(prompt, pair)
-    if document.failures:
-        parts.append("## Failed")
-        for what, why in document.failures:
-            parts += [f"{_escape_markdown(what)}:", _make_code_block(why)]
-    if document.recipes:
-        parts.append("## Reproduce")
-        for name, recipe in document.recipes:
-            parts += [f"{_escape_markdown(name)}:", _make_code_block(recipe, "yaml")]
+    for title, blocks, language in (("Failed", document.failures, "text"), ("Reproduce", document.recipes, "yaml")):
+        parts += [f"## {title}"] if blocks else []
+        for name, text in blocks:
+            parts += [f"{_escape_markdown(name)}:", _make_code_block(text, language)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -140,16 +130,6 @@ def _choose_pair(document: Document) -> tuple[str | None, str | None]:
     return one, other
 
 
-def _list_contents(document: Document) -> list[tuple[str, str]]:
-    entries = [(section.id, section.title) for section in document.sections]
-    entries.append(("completions", "Completions"))
-    if document.failures:
-        entries.append(("failed", "Failed"))
-    if document.recipes:
-        entries.append(("reproduce", "Reproduce"))
-    return entries
-
-
 def _make_slug(text: str) -> str:
     """A text as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "table"
@@ -164,29 +144,20 @@ def _find_text_columns(table: Table) -> list[bool]:
     ]
 
 
-def _render_markdown_section(section: Section) -> list[str]:
-    parts = [f"## {_escape_markdown(section.title)}", _escape_markdown(section.opening)]
-    for group in section.groups:
-        parts += _render_markdown_group(group)
-    return parts
-
-
 def _render_markdown_group(group: Group) -> list[str]:
     parts = [f"### {_escape_markdown(group.title)}"] if group.title else []
     for figure in group.figures:
-        parts += _render_markdown_figure(figure)
+        name = _escape_markdown(figure.name)
+        if len(figure.rows) > MARKDOWN_ROWS:
+            parts.append(f"(figure {name}, {len(figure.rows)} points: in the HTML report)")
+        else:
+            rows = [[_format_cell(cell) for cell in row] for row in figure.rows]
+            parts += [f"Figure {name}:", _render_markdown_table(Table(figure.columns, rows))]
     notes = list(group.notes)
     if group.table is not None:
         parts.append(_render_markdown_table(group.table))
         notes = [*group.table.notes, *notes]
     return [*parts, *map(_escape_markdown, notes)]
-
-
-def _render_markdown_figure(figure: Figure) -> list[str]:
-    if len(figure.rows) > MARKDOWN_ROWS:
-        return [f"(figure {_escape_markdown(figure.name)}, {len(figure.rows)} points: in the HTML report)"]
-    rows = [[_format_cell(cell) for cell in row] for row in figure.rows]
-    return [f"Figure {_escape_markdown(figure.name)}:", _render_markdown_table(Table(figure.columns, rows))]
 
 
 def _render_markdown_table(table: Table) -> str:
@@ -198,24 +169,14 @@ def _render_markdown_table(table: Table) -> str:
 def _render_markdown_completions(prompt: PromptCompletions, arms: Sequence[str]) -> list[str]:
     parts = [f"### Prompt {prompt.number}"]
     for turn in prompt.earlier_turns:
-        parts += [f"{_escape_markdown(turn.role)}:", _make_code_block(turn.content)]
+        parts += [f"{_escape_markdown(turn['role'])}:", _make_code_block(turn["content"])]
     parts.append(_make_code_block(prompt.last_message))
     for completion in prompt.completions:
         if completion.arm in arms:
-            scores = [f"{_escape_markdown(name)} {format_number(value)}" for name, value in _list_scores(completion)]
+            scores = [f"{_escape_markdown(name)} {format_number(value)}" for name, value in completion.scores.items()]
             line = " · ".join([_escape_markdown(completion.arm), *scores])
             parts += [f"{line}:", _make_code_block(completion.text)]
     return parts
-
-
-def _list_scores(completion: ArmCompletion) -> list[tuple[str, float]]:
-    """Names and values of a completion's scores."""
-    named = [
-        ("score", completion.score),
-        ("r*", completion.true_reward),
-        ("second score", completion.second_score),
-    ]
-    return [(name, value) for name, value in named if value is not None]
 
 
 def _format_cell(cell: Cell) -> str:

@@ -10,7 +10,7 @@ from mixpo.algorithms.calibration import bin_calibration, calibration_error
 from mixpo.algorithms.intervals import Interval, share_interval
 from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
-from mixpo.report.comparison import format_number
+from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
 
@@ -26,48 +26,45 @@ def build_reward_model_section(results: Results) -> Section | None:
     for stage in stages:
         for part in ("validation", "test"):
             judged = stage.summary[part]
-            spread = f"{format_number(judged['score_mean'])} ± {judged['score_std']:.2f}"
             error = calibration_error(bin_calibration(load_margins(stage, part), CONFIDENCE_EDGES))
-            under = f"{judged['gap_under_1']:.0%}"
             rows.append(
-                [stage.label, part, f"{judged['pairs']:,}", format_accuracy(judged), under, f"{error:.3f}", spread]
+                {
+                    "reward model": stage.label,
+                    "pairs of": part,
+                    "count": f"{judged['pairs']:,}",
+                    "accuracy": format_interval(Interval(judged["accuracy"], *judged["accuracy_interval"]), ".0%"),
+                    "gap under 1": f"{judged['gap_under_1']:.0%}",
+                    "calibration error": f"{error:.3f}",
+                    "score (mean ± sd)": f"{format_number(judged['score_mean'])} ± {judged['score_std']:.2f}",
+                }
             )
-    headings = [
-        "reward model",
-        "pairs of",
-        "count",
-        "accuracy",
-        "gap under 1",
-        "calibration error",
-        "score (mean ± sd)",
-    ]
     shown = stages_by_seed(stages)
-    single = len(shown) == 1
-    plots = [
-        figures.plot_shares(
-            pool_accuracy_by_gap([stage.summary[part]["by_gap"] for stage in shown]),
-            name=f"accuracy-by-gap-{part}",
-            title=f"{part} pairs",
-            x="gap between the two scores",
-            y="ordered as labelled",
-            each={}
-            if single
-            else {stage.label: pool_accuracy_by_gap([stage.summary[part]["by_gap"]]) for stage in shown},
+    each = shown if len(shown) > 1 else []
+    plots = []
+    for part in ("validation", "test"):
+        by_gap = {stage.label: stage.summary[part]["by_gap"] for stage in shown}
+        plots.append(
+            figures.plot_shares(
+                pool_accuracy_by_gap(list(by_gap.values())),
+                {stage.label: pool_accuracy_by_gap([by_gap[stage.label]]) for stage in each},
+                name=f"accuracy-by-gap-{part}",
+                title=f"{part} pairs",
+                x="gap between the two scores",
+                y="ordered as labelled",
+            )
         )
-        for part in ("validation", "test")
-    ]
     tested = {stage.label: load_margins(stage, "test") for stage in shown}
     plots.append(
         figures.plot_calibration(
             pool_calibration(list(tested.values())),
+            {stage.label: pool_calibration([tested[stage.label]]) for stage in each},
             name="calibration",
             title="calibration on test pairs",
-            each={} if single else {label: pool_calibration([values]) for label, values in tested.items()},
         )
     )
     intervals = (
         f"{shown[0].label.capitalize()}, with Wilson 95% intervals"
-        if single
+        if not each
         else f"Bold: {len(shown)} seeds together; thin: each seed. Wilson 95% intervals for one seed's mean count in a "
         "bin, since all seeds have the same test pairs, widened by the variance between seeds"
     )
@@ -79,22 +76,16 @@ def build_reward_model_section(results: Results) -> Section | None:
     ]
     alarms = [f"Alarm, {stage.label}: {alarm}." for stage in stages for alarm in stage.summary.get("alarms", ())]
     groups = [
-        Group(table=Table(headings, rows), notes=alarms),
+        Group(table=Table.from_dicts(rows), notes=alarms),
         Group("Accuracy by gap, and calibration", plots, notes=notes),
     ]
-    return Section("reward-model", "Reward model", _write_opening(results, stages, shown), groups)
+    return Section("reward-model", "Reward model", _write_opening(results, stages, list(tested.values())), groups)
 
 
 def load_margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:
     """Score of chosen minus score of rejected, for the `validation` or the `test` pairs of a reward model."""
     rows = read_table(stage.folder / f"{part}_scores.parquet")
     return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=np.float64)
-
-
-def format_accuracy(judged: Mapping[str, Any]) -> str:
-    """`73% [70%, 76%]`."""
-    low, high = judged["accuracy_interval"]
-    return f"{judged['accuracy']:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures.BinShare]:
@@ -121,20 +112,15 @@ def pool_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[f
     return pooled
 
 
-def _write_opening(results: Results, stages: list[StageFolder], shown: list[StageFolder]) -> str:
-    test = [load_margins(stage, "test") for stage in shown]
+def _write_opening(results: Results, stages: list[StageFolder], test: Sequence[Float64[np.ndarray, " pairs"]]) -> str:
     under = float(np.mean([np.abs(one) < 1 for one in test]))
     interval = share_interval([float((one > 0).sum()) for one in test], [one.size for one in test])
     sample = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"
     model = f"The reward model{f' of {stages[0].run.name}' if len(results.runs) > 1 else ''}"
-    bounds = f"95% CI [{interval.low:.0%}, {interval.high:.0%}] {sample}"
+    verdict = "not significantly different from chance"
+    if interval.low > 0.5 or interval.high < 0.5:
+        verdict = f"significantly {'above' if interval.low > 0.5 else 'below'} chance"
     return (
-        f"{model} agrees with {interval.mean:.0%} of the labels of {test[0].size:,} test pairs ({bounds}), "
-        f"{_compare_with_chance(interval)}; {under:.0%} of the pairs have a gap under 1."
+        f"{model} agrees with {interval.mean:.0%} of the labels of {test[0].size:,} test pairs (95% CI "
+        f"[{interval.low:.0%}, {interval.high:.0%}] {sample}), {verdict}; {under:.0%} of the pairs have a gap under 1."
     )
-
-
-def _compare_with_chance(interval: Interval) -> str:
-    if interval.low > 0.5:
-        return "significantly above chance"
-    return "significantly below chance" if interval.high < 0.5 else "not significantly different from chance"

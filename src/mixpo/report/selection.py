@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixpo.algorithms.intervals import wilson_interval
+from mixpo.data.rows import as_messages
 from mixpo.data.world import true_reward
 from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
-from mixpo.report.comparison import format_number
+from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Group, Section, Table
 from mixpo.stages.rows import read_table
 
@@ -23,18 +24,26 @@ def build_selection_section(results: Results) -> Section | None:
     parts = {
         stage.key: {part: read_table(stage.folder / f"{part}.parquet") for part in ("easy", "hard")} for stage in stages
     }
-    samples = {stage.key: _find_samples(results, stage) for stage in stages}
-    headings = ["selection", "pairs", "easy", "hard", "identical", "threshold", "median gap", "median gap / score sd"]
+    samples = {}
+    for stage in stages:  # through an arm that needs both
+        keys = next(arm.stages for arm in results.arms if stage.key in arm.stages)
+        samples[stage.key] = next(one.summary for one in results.list_stages_of_kind("Samples") if one.key in keys)
     known = all(stage.run.is_world for stage in stages)
-    if known:
-        headings += ["correct easy labels", "correct hard labels"]
     rows = []
     for stage in stages:
-        summary, sampled = stage.summary, samples[stage.key].summary
-        row = [stage.label, *(f"{summary[key]:,}" for key in ("pairs", "easy", "hard")), f"{sampled['identical']:,}"]
-        row += [f"{summary['threshold']:.3g}", f"{sampled['gap_median']:.3g}"]
-        row.append(f"{sampled['gap_median'] / sampled['score_std']:.2f}" if sampled["score_std"] else "")
-        rows.append(row + ([_format_right_share(parts[stage.key][part]) for part in ("easy", "hard")] if known else []))
+        summary, sampled = stage.summary, samples[stage.key]
+        gap, sd = sampled["gap_median"], sampled["score_std"]
+        row = {
+            "selection": stage.label,
+            **{key: f"{summary[key]:,}" for key in ("pairs", "easy", "hard")},
+            "identical": f"{sampled['identical']:,}",
+            "threshold": f"{summary['threshold']:.3g}",
+            "median gap": f"{gap:.3g}",
+            "median gap / score sd": f"{gap / sd:.2f}" if sd else "",
+        }
+        if known:
+            row |= {f"correct {part} labels": _format_right_share(pairs) for part, pairs in parts[stage.key].items()}
+        rows.append(row)
     shown = stages_by_seed(stages)
     histogram = figures.plot_histogram(
         {part: [float(row["gap"]) for stage in shown for row in parts[stage.key][part]] for part in ("hard", "easy")},
@@ -51,24 +60,15 @@ def build_selection_section(results: Results) -> Section | None:
             "Correct: the chosen completion has the higher true r*. Pairs with a tie in r* are counted separately. "
             "Brackets: Wilson 95% intervals."
         )
+    examples = _build_examples_table(rows_of_first, known=known)
     groups = [
-        Group(table=Table(headings, rows, notes)),
+        Group(table=Table.from_dicts(rows, notes)),
         Group(f"Gaps ({which})", [histogram]),
-        Group(
-            f"Pairs with the largest and the smallest gaps ({first.label})",
-            table=_build_examples_table(rows_of_first, known=known),
-        ),
+        Group(f"Pairs with the largest and the smallest gaps ({first.label})", table=examples),
     ]
-    opening = _write_opening(
-        shown, [samples[stage.key] for stage in shown], [parts[stage.key] for stage in shown], known
-    )
+    gaps = [samples[stage.key]["gap_median"] for stage in shown]
+    opening = _write_opening(shown, gaps, [parts[stage.key] for stage in shown] if known else None)
     return Section("selection", "Selection", opening, groups)
-
-
-def _find_samples(results: Results, selection: StageFolder) -> StageFolder:
-    """The samples that a selection splits, found through an arm that needs both."""
-    keys = next(arm.stages for arm in results.arms if selection.key in arm.stages)
-    return next(stage for stage in results.list_stages_of_kind("Samples") if stage.key in keys)
 
 
 def _count_labels(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
@@ -80,22 +80,19 @@ def _count_labels(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
     return right, wrong, len(rows) - right - wrong
 
 
-def _true_rewards(row: dict[str, Any]) -> tuple[float, float]:
-    chosen, rejected = (true_reward(_get_last_message(row), text) for text in row["completions"])
-    return chosen, rejected
+def _true_rewards(row: dict[str, Any]) -> list[float]:
+    return [true_reward(_get_last_message(row), text) for text in row["completions"]]
 
 
 def _get_last_message(row: dict[str, Any]) -> str:
-    prompt = row["prompt"]
-    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    return str(as_messages(row["prompt"])[-1]["content"])
 
 
 def _format_right_share(rows: list[dict[str, Any]]) -> str:
     right, wrong, tied = _count_labels(rows)
     if not right + wrong:
         return f"none ({tied} tied)"
-    share = wilson_interval(right, right + wrong)
-    return f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] ({tied} tied)"
+    return f"{format_interval(wilson_interval(right, right + wrong), '.0%')} ({tied} tied)"
 
 
 def _build_examples_table(rows: list[dict[str, Any]], *, known: bool) -> Table:
@@ -104,21 +101,15 @@ def _build_examples_table(rows: list[dict[str, Any]], *, known: bool) -> Table:
     largest = different[EXAMPLES:][-EXAMPLES:]
     body = []
     for row in [*reversed(largest), *different[:EXAMPLES]]:
-        scores = [format_number(score, "+.2f") for score in row["scores"]]
-        if known:
-            scores = [
-                f"{score} (r* {format_number(true, '+.1f')})"
-                for score, true in zip(scores, _true_rewards(row), strict=True)
-            ]
+        true = [f" (r* {format_number(value, '+.1f')})" for value in _true_rewards(row)] if known else ["", ""]
+        scores = [format_number(score, "+.2f") + text for score, text in zip(row["scores"], true, strict=True)]
         texts = [text for pair in zip(row["completions"], scores, strict=True) for text in pair]
         body.append([f"{row['gap']:.2f}", _get_last_message(row), *texts])
     return Table(["gap", "prompt", "chosen", "its score", "rejected", "its score"], body)
 
 
-def _write_opening(
-    selections: list[StageFolder], samples: list[StageFolder], parts: list[dict[str, list[dict[str, Any]]]], known: bool
-) -> str:
-    """The sizes, thresholds and correct labels of the selections, as ranges over their seeds."""
+def _write_opening(selections: list[StageFolder], gaps: list[float], parts: list[dict[str, Any]] | None) -> str:
+    """The sizes, thresholds and correct labels (where `parts` are known) of the selections, as ranges over seeds."""
     summaries = [stage.summary for stage in selections]
     where = f"({selections[0].label})" if len(selections) == 1 else f"at each of {len(selections)} seeds"
     easy = [summary["easy"] / summary["pairs"] for summary in summaries]
@@ -126,22 +117,16 @@ def _write_opening(
         f"Of {_format_range([summary['pairs'] for summary in summaries], ',')} pairs sampled from SFT {where}, "
         f"{_format_range([summary['easy'] for summary in summaries], ',')} ({_format_range(easy, '.0%')}) have a gap "
         f"above {_format_range([summary['threshold'] for summary in summaries], '.3g')} and are easy; the median gap "
-        f"is {_format_range([stage.summary['gap_median'] for stage in samples], '.2f')}"
+        f"is {_format_range(gaps, '.2f')}"
     )
-    if not known:
+    if parts is None:
         return f"{text}."
-    correct = {part: [share for rows in parts for share in _correct_share(rows[part])] for part in ("easy", "hard")}
-    texts = [
-        f"{_format_range(shares, '.0%')} of the {part} labels" if shares else f"no {part} labels"
-        for part, shares in correct.items()
-    ]
+    texts = []
+    for part in ("easy", "hard"):
+        counts = [_count_labels(rows[part]) for rows in parts]
+        shares = [right / (right + wrong) for right, wrong, _ in counts if right + wrong]
+        texts.append(f"{_format_range(shares, '.0%')} of the {part} labels" if shares else f"no {part} labels")
     return f"{text}. The true r* confirms {texts[0]} and {texts[1]}, without ties."
-
-
-def _correct_share(rows: list[dict[str, Any]]) -> list[float]:
-    """The share of labels that the true reward confirms; empty if it ties all."""
-    right, wrong, _ = _count_labels(rows)
-    return [right / (right + wrong)] if right + wrong else []
 
 
 def _format_range(values: Sequence[float], form: str) -> str:

@@ -3,7 +3,7 @@
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.arms import PAPER_ORDER, build_claims_table
-from mixpo.report.comparison import estimate_mean, format_arm_label, join_names
+from mixpo.report.comparison import estimate_point, format_arm_label, join_names
 from mixpo.report.document import Group, Section
 
 METHODS = {"DPO": ("dpo-easy", "dpo-hard", "dpo"), "PPO": ("ppo-easy", "ppo-hard", "ppo")}
@@ -24,31 +24,21 @@ def build_subsets_section(results: Results) -> Section | None:
             ]
             if len(arms_by_subset) > 1:
                 methods[results.qualify_name(run, method)] = arms_by_subset
-                names = {name for _, name in arms_by_subset}
                 for one, other in CLAIMS:
                     claim = results.qualify_name(run, one), results.qualify_name(run, other)
-                    claims += [claim] if names.issuperset(claim) else []
-    finished = [name for own in methods.values() for _, name in own if results.finished_by_seed(name)]
+                    claims += [claim] if {name for _, name in arms_by_subset}.issuperset(claim) else []
+    names = [name for own in methods.values() for _, name in own]
+    finished = [name for name in names if results.finished_by_seed(name)]
     if not finished or not claims:
         return None
     measures = results.list_shared_measures(finished)
-    plots = [
-        figures.plot_grouped_intervals(
-            {
-                method: [
-                    figures.Point(
-                        subset, estimate_mean(results, name, "kl_from_sft"), estimate_mean(results, name, key)
-                    )
-                    for subset, name in own
-                    if name in finished
-                ]
-                for method, own in methods.items()
-            },
-            name=f"subsets-{key.replace('_', '-')}",
-            y=title,
-        )
-        for key, title in measures.items()
-    ]
+    plots = []
+    for key, title in measures.items():
+        by_method = {
+            method: [estimate_point(results, name, key, subset) for subset, name in own if name in finished]
+            for method, own in methods.items()
+        }
+        plots.append(figures.plot_grouped_intervals(by_method, name=f"subsets-{key.replace('_', '-')}", y=title))
     table = build_claims_table(results, claims, measures)
     verdicts = [row[2] for row in table.rows]
     words = ("confirmed", "reversed", "not significant")
@@ -60,16 +50,7 @@ def build_subsets_section(results: Results) -> Section | None:
         f"{join_names([f'{count} are {word}' for word, count in counts.items()])}"
         f"{' (at one seed)' if len(results.seeds) == 1 else ''}."
     )
-    failures = [
-        f"{format_arm_label(results, name)}."
-        for own in methods.values()
-        for _, name in own
-        if format_arm_label(results, name) != name
-    ]
+    failures = [f"{label}." for name in names if (label := format_arm_label(results, name)) != name]
     note = "A smaller set means fewer steps: every arm makes the same number of passes over its own set."
-    return Section(
-        "subsets",
-        "Easy, hard and all",
-        opening,
-        [Group(figures=plots, notes=failures), Group(table=table, notes=[note])],
-    )
+    groups = [Group(figures=plots, notes=failures), Group(table=table, notes=[note])]
+    return Section("subsets", "Easy, hard and all", opening, groups)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval, student_estimate
 from mixpo.experiments.results import Results
@@ -40,10 +40,23 @@ class GradientMeasurement:
     def _rows_by_seed(self) -> dict[int, list[dict[str, float]]]:
         return {seed: read_table(folder / "gradients.parquet") for seed, folder in self.folders.items()}
 
+    @property
+    def _products(self) -> tuple[Values, Values, Values]:
+        """Inner products of the two gradients: chosen with itself, rejected with itself, chosen with rejected."""
+        columns = self.columns
+        return columns["chosen_chosen"], columns["rejected_rejected"], columns["chosen_rejected"]
+
     def by_seed(self, values: Values) -> dict[int, Values]:
         """The values of a column, split by seed."""
         ends = np.cumsum([len(rows) for rows in self._rows_by_seed.values()])
         return dict(zip(self._rows_by_seed, np.split(values, ends[:-1]), strict=True))
+
+    def average(self, values: Values) -> Interval:
+        """The mean over seeds of means over pairs, with Student's interval over the pairs of one seed or over seeds."""
+        by_seed = list(self.by_seed(values).values())
+        if len(by_seed) == 1:
+            return crossed_interval(by_seed[0][None])
+        return crossed_interval(np.array([[part.mean()] for part in by_seed]))
 
     @property
     def log_ratio(self) -> Values:
@@ -58,26 +71,26 @@ class GradientMeasurement:
     @property
     def cosine(self) -> Values:
         """Cosine between the gradients of the two completions' log-probs, over all weights."""
-        norms = np.sqrt(self.columns["chosen_chosen"] * self.columns["rejected_rejected"])
-        return np.asarray(self.columns["chosen_rejected"] / norms)
+        one, other, both = self._products
+        return np.asarray(both / np.sqrt(one * other))
 
     @property
     def remaining_norm(self) -> Values:
         """|g_w - g_l| / (|g_w| + |g_l|): norm of DPO's gradient relative to its two parts, 0 if they cancel."""
-        one, other, both = (self.columns[n] for n in ("chosen_chosen", "rejected_rejected", "chosen_rejected"))
+        one, other, both = self._products
         return np.asarray(np.sqrt(np.maximum(one + other - 2 * both, 0.0)) / (np.sqrt(one) + np.sqrt(other)))
 
     @property
     def log_step_ratio(self) -> Values:
         """log of the increase of x_w over the decrease of x_l in a small step; nan where one has the opposite sign."""
-        one, other, both = (self.columns[n] for n in ("chosen_chosen", "rejected_rejected", "chosen_rejected"))
+        one, other, both = self._products
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.log(one - both) - np.log(other - both) - self.log_ratio)
 
     @property
-    def moves_both_as_intended(self) -> Values:
-        """1 where a small step raises the chosen log-prob and lowers the rejected one."""
-        return np.asarray(np.isfinite(self.log_step_ratio), np.float64)
+    def moves_both_as_intended(self) -> Bool[np.ndarray, " pairs"]:
+        """True where a small step raises the chosen log-prob and lowers the rejected one."""
+        return np.asarray(np.isfinite(self.log_step_ratio))
 
 
 def build_theorem_section(results: Results) -> Section | None:
@@ -87,90 +100,61 @@ def build_theorem_section(results: Results) -> Section | None:
     if not measured:
         group = Group(notes=failures)
         return Section("theorem", TITLE, "No gradients could be measured.", [group]) if failures else None
-    rows = []
+    rows, ratios, steps = [], {}, {}
+    cosines: dict[str, list[figures.Point]] = {}
     for one in measured:
-        moved = np.isfinite(one.log_step_ratio)
-        log_prob_ratio = one.log_step_ratio[moved] + one.log_ratio[moved]
+        label, moved, cosine = f"{one.arm} on {one.part}", one.moves_both_as_intended, one.average(one.cosine)
+        by_seed = list(one.by_seed(moved).values())
+        share = share_interval([float(part.sum()) for part in by_seed], [len(part) for part in by_seed])
+        log_prob_ratio = (one.log_step_ratio + one.log_ratio)[moved]
         rows.append(
-            [
-                one.arm,
-                one.part,
-                f"{len(one.folders)}",
-                f"{len(one.log_ratio)}",
-                f"{np.exp(np.median(one.log_ratio)):.2g}",
-                f"{np.abs(one.log_gradient_ratio - one.log_ratio).max():.0e}",
-                format_interval(average_over_pairs(list(one.by_seed(one.cosine).values()))),
-                format_interval(average_over_pairs(list(one.by_seed(one.remaining_norm).values()))),
-                _format_share(list(one.by_seed(one.moves_both_as_intended).values())),
-                f"{np.exp(np.median(log_prob_ratio)):.2f}" if len(log_prob_ratio) else "",
-            ]
+            {
+                "DPO trained on": one.arm,
+                "measured on": one.part,
+                "seeds": f"{len(one.folders)}",
+                "pairs": f"{len(one.log_ratio)}",
+                "median x_l / x_w": f"{np.exp(np.median(one.log_ratio)):.2g}",
+                "largest error of Corollary 1 (log)": f"{np.abs(one.log_gradient_ratio - one.log_ratio).max():.0e}",
+                "cosine of the two gradients": format_interval(cosine),
+                "relative norm of DPO's gradient": format_interval(one.average(one.remaining_norm)),
+                "a step raises chosen and lowers rejected": format_interval(share, ".0%"),
+                "median rise / fall of log-probs": f"{np.exp(np.median(log_prob_ratio)):.2f}" if moved.any() else "",
+            }
         )
-    headings = [
-        "DPO trained on",
-        "measured on",
-        "seeds",
-        "pairs",
-        "median x_l / x_w",
-        "largest error of Corollary 1 (log)",
-        "cosine of the two gradients",
-        "relative norm of DPO's gradient",
-        "a step raises chosen and lowers rejected",
-        "median rise / fall of log-probs",
-    ]
+        ratios[label] = list(zip(one.log_ratio.tolist(), one.log_gradient_ratio.tolist(), strict=True))
+        steps[label] = list(zip(one.log_ratio[moved].tolist(), one.log_step_ratio[moved].tolist(), strict=True))
+        point = figures.Point(one.part, figures.exact_interval(0.0), cosine)
+        cosines.setdefault(one.arm, []).append(point)
+    moved_x, moved_y = np.array([point for points in steps.values() for point in points]).reshape(-1, 2).T
+    varied = len(moved_x) > 2 and moved_x.std() and moved_y.std()
+    correlation = float(np.corrcoef(moved_x, moved_y)[0, 1]) if varied else None
+    step = "Too few pairs have a step that raises chosen and lowers rejected for a correlation with x_l / x_w."
+    if correlation is not None:
+        step = (
+            f"A step in the weights changes x by x times the change in log-prob. Over {len(moved_x)} "
+            "pairs whose step raises chosen and lowers rejected, log(increase of x_w / decrease of x_l) has a "
+            f"correlation of {format_number(correlation)} with log(x_l / x_w)."
+        )
     notes = [
         "x = pi / pi_ref. Corollary 1: |dL/dx_w| / |dL/dx_l| = x_l / x_w; the error is the largest difference between "
         "the two logarithms, with gradients by automatic differentiation of the training loss. The corollary is about "
         "the loss as a function of x_w and x_l. The effect of a step on the two completions also depends on the angle "
         "between their gradients over the weights, which the other columns measure for a small step, to first order.",
-        _describe_step(measured),
+        step,
         "Remark 1: DPO learns poorly from hard pairs because the two gradients cancel: a large cosine and a small "
         "relative norm.",
         "Intervals: Student's, over the pairs of one seed or the means of several seeds; Wilson's for the share, "
         "widened by the variance between seeds.",
         *failures,
     ]
-    ratios = figures.plot_scatter(
-        {
-            f"{one.arm} on {one.part}": list(zip(one.log_ratio.tolist(), one.log_gradient_ratio.tolist(), strict=True))
-            for one in measured
-        },
-        name="corollary-1",
-        x="log(x_l / x_w)",
-        y="log of the measured gradient ratio",
-    )
-    steps = figures.plot_scatter(
-        {
-            f"{one.arm} on {one.part}": [
-                (x, y)
-                for x, y in zip(one.log_ratio.tolist(), one.log_step_ratio.tolist(), strict=True)
-                if math.isfinite(y)
-            ]
-            for one in measured
-        },
-        name="corollary-1-step",
-        x="log(x_l / x_w)",
-        y="log(increase of x_w / decrease of x_l) in a step",
-    )
-    cosines = figures.plot_grouped_intervals(
-        {
-            arm: [
-                figures.Point(
-                    one.part, figures.exact_interval(0.0), average_over_pairs(list(one.by_seed(one.cosine).values()))
-                )
-                for one in measured
-                if one.arm == arm
-            ]
-            for arm in dict.fromkeys(one.arm for one in measured)
-        },
-        name="remark-1",
-        y="cosine of the two gradients",
-    )
-    return Section(
-        "theorem",
-        TITLE,
-        _write_opening(measured),
-        [Group(figures=[ratios, *([steps] if steps.rows else []), cosines], table=Table(headings, rows, notes))],
-    )
+    x, y = "log(x_l / x_w)", "log of the measured gradient ratio"
+    plots = [figures.plot_scatter(ratios, name="corollary-1", x=x, y=y)]
+    if any(steps.values()):
+        y = "log(increase of x_w / decrease of x_l) in a step"
+        plots.append(figures.plot_scatter(steps, name="corollary-1-step", x=x, y=y))
+    plots.append(figures.plot_grouped_intervals(cosines, name="remark-1", y="cosine of the two gradients"))
+    group = Group(figures=plots, table=Table.from_dicts(rows, notes))
+    return Section("theorem", TITLE, _write_opening(measured, correlation), [group])
 
 
 def list_failures(results: Results) -> list[tuple[str, str]]:
@@ -193,41 +177,7 @@ def load_measurements(results: Results) -> list[GradientMeasurement]:
     return [GradientMeasurement(arm, part, places) for (arm, part), places in folders.items()]
 
 
-def average_over_pairs(by_seed: Sequence[Values]) -> Interval:
-    """The mean over seeds of means over pairs, with Student's interval over the pairs of one seed or over seeds."""
-    if len(by_seed) == 1:
-        return crossed_interval(by_seed[0][None])
-    return crossed_interval(np.array([[values.mean()] for values in by_seed]))
-
-
-def _format_share(by_seed: Sequence[Values]) -> str:
-    share = share_interval([float(values.sum()) for values in by_seed], [len(values) for values in by_seed])
-    return f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]"
-
-
-def _correlate_step(measured: list[GradientMeasurement]) -> tuple[float, int] | None:
-    """Correlation of log(increase of x_w / decrease of x_l) in a step with log(x_l / x_w), and its number of pairs."""
-    x, y = (np.concatenate([getattr(one, name) for one in measured]) for name in ("log_ratio", "log_step_ratio"))
-    moved = np.isfinite(y)
-    if moved.sum() < 3 or not x[moved].std() or not y[moved].std():
-        return None
-    return float(np.corrcoef(x[moved], y[moved])[0, 1]), int(moved.sum())
-
-
-def _describe_step(measured: list[GradientMeasurement]) -> str:
-    """A sentence on the correlation of a step's effect with Corollary 1."""
-    estimate = _correlate_step(measured)
-    if estimate is None:
-        return "Too few pairs have a step that raises chosen and lowers rejected for a correlation with x_l / x_w."
-    correlation, pairs = estimate
-    return (
-        f"A step in the weights changes x by x times the change in log-prob. Over {pairs} pairs whose step raises "
-        "chosen and lowers rejected, log(increase of x_w / decrease of x_l) has a correlation of "
-        f"{format_number(correlation)} with log(x_l / x_w)."
-    )
-
-
-def _write_opening(measured: list[GradientMeasurement]) -> str:
+def _write_opening(measured: list[GradientMeasurement], correlation: float | None) -> str:
     error = max(float(np.abs(one.log_gradient_ratio - one.log_ratio).max()) for one in measured)
     ratios = np.concatenate([one.log_ratio for one in measured])
     text = (
@@ -235,10 +185,10 @@ def _write_opening(measured: list[GradientMeasurement]) -> str:
         f"{np.exp(ratios.min()):.2g} to {np.exp(ratios.max()):.2g}, the measured gradient ratio differs by at most "
         f"{error:.0e} in its logarithm"
     )
-    if (estimate := _correlate_step(measured)) is not None:
+    if correlation is not None:
         text += (
             "; in a small step of the weights, however, log(increase of x_w / decrease of x_l) has a correlation of "
-            f"{format_number(estimate[0])} with log(x_l / x_w)"
+            f"{format_number(correlation)} with log(x_l / x_w)"
         )
     easy, hard = average_cosines(measured)
     if not easy:
@@ -260,18 +210,15 @@ def average_cosines(measured: Sequence[GradientMeasurement]) -> tuple[list[Value
 
     The models are measured on the same pairs, so each pair counts once.
     """
-    found = {(one.arm, one.part): one.by_seed(one.cosine) for one in measured}
+    cosines = {(one.arm, one.part): one.by_seed(one.cosine) for one in measured}
     arms, seeds = dict.fromkeys(one.arm for one in measured), sorted({seed for one in measured for seed in one.folders})
     easy, hard = list[Values](), list[Values]()
     for seed in seeds:
-        own = [
-            (found[arm, "easy"][seed], found[arm, "hard"][seed])
-            for arm in arms
-            if all(seed in found.get((arm, part), {}) for part in ("easy", "hard"))
-        ]
-        if own:
-            easy.append(np.mean([one for one, _ in own], axis=0))
-            hard.append(np.mean([other for _, other in own], axis=0))
+        parts = [[cosines.get((arm, part), {}).get(seed) for part in ("easy", "hard")] for arm in arms]
+        complete = [(one, other) for one, other in parts if one is not None and other is not None]
+        if complete:
+            easy.append(np.mean([one for one, _ in complete], axis=0))
+            hard.append(np.mean([other for _, other in complete], axis=0))
     return easy, hard
 
 

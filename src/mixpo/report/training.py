@@ -36,12 +36,12 @@ def build_training_section(results: Results) -> Section | None:
     if seed is None:
         return None
     groups = []
-    for kind, plots in PLOTS.items():
+    for kind in PLOTS:
         metrics = {stage.arms[0]: read_stage_metrics(stage.folder) for stage in stages if stage.kind == kind}
         if metrics:
-            curves = [figure for key, title in plots.items() if (figure := _plot_metric(metrics, kind, key, title))]
+            curves, constants = _plot_metrics(metrics, kind)
             colours = figures.make_colour_key(list(metrics)) if len(metrics) > 1 and curves else None
-            groups.append(Group(kind, curves, _build_table(results, kind), _note_constants(metrics, kind), colours))
+            groups.append(Group(kind, curves, _build_table(results, kind), constants, colours))
     notes = [
         "DPO's loss depends only on the difference between chosen and rejected, so both log-probs may fall. A stage "
         "that several arms share is named after the first. "
@@ -53,49 +53,26 @@ def build_training_section(results: Results) -> Section | None:
         if stage.kind in PLOTS
         for alarm in stage.summary.get("alarms", ())
     ]
-    return Section(
-        "training",
-        "Training",
-        _write_opening(results, stages, seed, len(alarms)),
-        [Group(notes=[*alarms, *notes]), *groups],
-    )
+    opening = _write_opening(results, stages, seed, len(alarms))
+    return Section("training", "Training", opening, [Group(notes=[*alarms, *notes]), *groups])
 
 
-MetricsLog = dict[str, list[dict[str, float]]]
-"""The rows of metrics.jsonl by arm."""
-
-
-def _list_series(metrics: MetricsLog, key: str) -> dict[str, list[tuple[float, float]]]:
-    """Steps and values of a metric, by the arms that have it."""
-    series = {
-        arm: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
-        for arm, rows in metrics.items()
-    }
-    return {arm: points for arm, points in series.items() if points}
-
-
-def _is_constant(points: list[tuple[float, float]]) -> bool:
-    return len({value for _, value in points}) == 1
-
-
-def _plot_metric(metrics: MetricsLog, kind: str, key: str, title: str) -> Figure | None:
-    """The curves of a metric; None where it never changes."""
-    series = _list_series(metrics, key)
-    name = f"{kind.lower()}-{key.replace('_', '-')}"
-    if all(map(_is_constant, series.values())):
-        return None
-    return figures.plot_curves(series, name=name, title=title, shared=list(metrics))
-
-
-def _note_constants(metrics: MetricsLog, kind: str) -> list[str]:
-    """A note on the metrics that never change."""
-    texts = []
+def _plot_metrics(metrics: dict[str, list[dict[str, float]]], kind: str) -> tuple[list[Figure], list[str]]:
+    """The curves of every metric that varies, and a note on those that never change, from rows by arm."""
+    curves, constants = [], []
     for key, title in PLOTS[kind].items():
-        series = _list_series(metrics, key)
-        if series and all(map(_is_constant, series.values())):
+        series = {
+            arm: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+            for arm, rows in metrics.items()
+        }
+        series = {arm: points for arm, points in series.items() if points}
+        if any(len({value for _, value in points}) > 1 for points in series.values()):
+            name = f"{kind.lower()}-{key.replace('_', '-')}"
+            curves.append(figures.plot_curves(series, name=name, title=title, shared=list(metrics)))
+        elif series:
             values = dict.fromkeys(format_number(points[0][1], ".4g") for points in series.values())
-            texts.append(f"{title} {', '.join(values)}")
-    return [f"Not plotted, because constant: {'; '.join(texts)}."] if texts else []
+            constants.append(f"{title} {', '.join(values)}")
+    return curves, [f"Not plotted, because constant: {'; '.join(constants)}."] if constants else []
 
 
 def _build_table(results: Results, kind: str) -> Table:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float64
@@ -20,37 +19,30 @@ from mixpo.report.figures.data import (
     point_without_x_bounds,
 )
 from mixpo.report.figures.style import INK, STYLE, get_colour
-from mixpo.report.figures.svg import describe_figure, render_svg
+from mixpo.report.figures.svg import render_svg
 
 HISTOGRAM_BINS = 40
 
 
+@rc_context(STYLE)
 def plot_shares(
-    bins: Sequence[BinShare],
-    *,
-    name: str,
-    title: str,
-    x: str,
-    y: str,
-    each: Mapping[str, Sequence[BinShare]] = MappingProxyType({}),
+    bins: Sequence[BinShare], each: Mapping[str, Sequence[BinShare]], *, name: str, title: str, x: str, y: str
 ) -> Figure:
     """Plot the share of each bin with its interval, and its count below; thin lines show the parts in `each`."""
-    with rc_context(STYLE):
-        canvas, axes = make_axes(4.2, 2.9)
-        for part in each.values():
-            draw_thin_line(axes, [(i, item.share.mean) for i, item in enumerate(part) if item.share is not None])
-        filled = [(i, item.share) for i, item in enumerate(bins) if item.share is not None]
-        points = [point_without_x_bounds(i, share) for i, share in filled]
-        line = {"linestyle": "-" if each else ""}
-        draw_error_bars(axes, points, color=get_colour(0), marker="o", capsize=3, **line)
-        axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
-        axes.set_xticks(range(len(bins)), [f"{item.label}\nn={item.count}" for item in bins])
-        axes.set_xlim(-0.5, max(0, len(bins) - 1) + 0.5)
-        axes.set_ylim(0.0, 1.05)
-        axes.grid(axis="x", visible=False)
-        axes.set(title=title, xlabel=x, ylabel=y)
-        values = "; ".join(f"{bins[i].label}: {share.mean:.2f} of {bins[i].count}" for i, share in filled)
-        svg = render_svg(canvas, name, describe_figure(title, f"{y} by {x}", values))
+    canvas, axes = make_axes(4.2, 2.9)
+    for part in each.values():
+        draw_thin_line(axes, [(i, item.share.mean) for i, item in enumerate(part) if item.share is not None])
+    filled = [(i, item.share) for i, item in enumerate(bins) if item.share is not None]
+    points = [point_without_x_bounds(i, share) for i, share in filled]
+    draw_error_bars(axes, points, color=get_colour(0), marker="o", capsize=3, linestyle="-" if each else "")
+    axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+    axes.set_xticks(range(len(bins)), [f"{item.label}\nn={item.count}" for item in bins])
+    axes.set_xlim(-0.5, max(0, len(bins) - 1) + 0.5)
+    axes.set_ylim(0.0, 1.05)
+    axes.grid(axis="x", visible=False)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    values = "; ".join(f"{bins[i].label}: {share.mean:.2f} of {bins[i].count}" for i, share in filled)
+    svg = render_svg(canvas, name, f"{title}: {y} by {x}. {values}")
     rows = [
         (item.label, item.count, *interval_cells(item.share), part)
         for part, items in {"": bins, **each}.items()
@@ -59,31 +51,29 @@ def plot_shares(
     return Figure(name, svg, (x, "count", *interval_columns(y), "of"), rows)
 
 
-def plot_calibration(
-    bins: Sequence[Bin], *, name: str, title: str, each: Mapping[str, Sequence[Bin]] = MappingProxyType({})
-) -> Figure:
+@rc_context(STYLE)
+def plot_calibration(bins: Sequence[Bin], each: Mapping[str, Sequence[Bin]], *, name: str, title: str) -> Figure:
     """Plot the observed share against the predicted confidence, with larger marks for larger bins.
 
     The dotted diagonal is perfect calibration; thin lines show the parts in `each`.
     """
     x, y = "predicted confidence", "observed share"
-    with rc_context(STYLE):
-        canvas, axes = make_axes(4.2, 2.9)
-        for part in each.values():
-            draw_thin_line(axes, [(predicted, share.mean) for predicted, share, _ in part])
-        largest = max((count for _, _, count in bins), default=1)
-        for predicted, share, count in bins:
-            size = 3 + 6 * math.sqrt(count / max(1, largest))
-            point = point_without_x_bounds(predicted, share)
-            draw_error_bars(axes, [point], color=get_colour(0), marker="o", capsize=2, elinewidth=1, markersize=size)
-            annotate_point(axes, Point(f"n={count}", point.x, share), INK, left=False, below=True)
-        low = 0.5 if bins and min(predicted for predicted, _, _ in bins) >= 0.5 else 0.0
-        lows = [share.low for _, share, _ in bins] + [share.mean for part in each.values() for _, share, _ in part]
-        bottom = min([low, *filter(math.isfinite, lows)])
-        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
-        axes.set(title=title, xlabel=x, ylabel=y, xlim=(low - 0.01, 1.04), ylim=(bottom - 0.02, 1.04))
-        values = "; ".join(f"{predicted:.2f}: {share.mean:.2f} of {count}" for predicted, share, count in bins)
-        svg = render_svg(canvas, name, describe_figure(title, f"{y} by {x}", values))
+    canvas, axes = make_axes(4.2, 2.9)
+    for part in each.values():
+        draw_thin_line(axes, [(predicted, share.mean) for predicted, share, _ in part])
+    largest = max((count for _, _, count in bins), default=1)
+    for predicted, share, count in bins:
+        size = 3 + 6 * math.sqrt(count / max(1, largest))
+        point = point_without_x_bounds(predicted, share)
+        draw_error_bars(axes, [point], color=get_colour(0), marker="o", capsize=2, elinewidth=1, markersize=size)
+        annotate_point(axes, Point(f"n={count}", point.x, share), INK, left=False, below=True)
+    low = 0.5 if bins and min(predicted for predicted, _, _ in bins) >= 0.5 else 0.0
+    lows = [share.low for _, share, _ in bins] + [share.mean for part in each.values() for _, share, _ in part]
+    bottom = min([low, *filter(math.isfinite, lows)])
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
+    axes.set(title=title, xlabel=x, ylabel=y, xlim=(low - 0.01, 1.04), ylim=(bottom - 0.02, 1.04))
+    values = "; ".join(f"{predicted:.2f}: {share.mean:.2f} of {count}" for predicted, share, count in bins)
+    svg = render_svg(canvas, name, f"{title}: {y} by {x}. {values}")
     rows = [
         (finite_or_none(predicted), count, *interval_cells(share), part)
         for part, items in {"": bins, **each}.items()
@@ -92,6 +82,7 @@ def plot_calibration(
     return Figure(name, svg, (x, "count", *interval_columns(y), "of"), rows)
 
 
+@rc_context(STYLE)
 def plot_histogram(parts: Mapping[str, Sequence[float]], *, thresholds: Sequence[float], name: str, x: str) -> Figure:
     """Plot counts of values by bin, the parts stacked, and the thresholds between them.
 
@@ -108,20 +99,19 @@ def plot_histogram(parts: Mapping[str, Sequence[float]], *, thresholds: Sequence
     label = f"threshold {thresholds[0]:.3g}"
     if len(thresholds) > 1:
         label = f"thresholds {thresholds[0]:.3g} to {thresholds[-1]:.3g}"
-    with rc_context(STYLE):
-        canvas, axes = make_axes(4.8, 2.8)
-        total = np.zeros(len(edges) - 1)
-        for part, heights in counts.items():
-            axes.bar(edges[:-1], heights, np.diff(edges), total, align="edge", alpha=0.85, label=part)
-            total += heights
-        for i, threshold in enumerate(thresholds):
-            look = {"linewidth": 1.2 / len(thresholds) ** 0.5, "linestyle": "--"}
-            axes.axvline(threshold, color=INK, label="" if i else label, **look)
-        axes.grid(axis="x", visible=False)
-        axes.set(xlabel=x, ylabel="pairs")
-        canvas.legend(loc="outside lower center", ncols=3)
-        sums = ", ".join(f"{heights.sum()} {part}" for part, heights in counts.items())
-        svg = render_svg(canvas, name, f"Histogram of {int(total.sum())} values of {x}: {sums}; {label}")
+    canvas, axes = make_axes(4.8, 2.8)
+    total = np.zeros(len(edges) - 1)
+    for part, heights in counts.items():
+        axes.bar(edges[:-1], heights, np.diff(edges), total, align="edge", alpha=0.85, label=part)
+        total += heights
+    for i, threshold in enumerate(thresholds):
+        look = {"linewidth": 1.2 / len(thresholds) ** 0.5, "linestyle": "--"}
+        axes.axvline(threshold, color=INK, label="" if i else label, **look)
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel=x, ylabel="pairs")
+    canvas.legend(loc="outside lower center", ncols=3)
+    sums = ", ".join(f"{heights.sum()} {part}" for part, heights in counts.items())
+    svg = render_svg(canvas, name, f"Histogram of {int(total.sum())} values of {x}: {sums}; {label}")
     columns = [edges[:-1].tolist(), edges[1:].tolist(), *(heights.tolist() for heights in counts.values())]
     return Figure(name, svg, (f"{x}, from", f"{x}, to", *parts), list(zip(*columns, strict=True)))
 

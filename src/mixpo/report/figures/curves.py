@@ -7,7 +7,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 
 from mixpo.report.document import Figure
-from mixpo.report.figures.axes import add_legend, make_axes
+from mixpo.report.figures.axes import make_axes
 from mixpo.report.figures.data import finite_or_none
 from mixpo.report.figures.style import STYLE, get_colour, get_dashes, shorten_label
 from mixpo.report.figures.svg import render_svg
@@ -16,36 +16,24 @@ MAX_POINTS = 200
 """Points of a curve; more steps than that are averaged in groups."""
 
 
+@rc_context(STYLE)
 def plot_curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    name: str,
-    title: str,
-    x: str = "step",
-    shared: Sequence[str] = (),
+    series: Mapping[str, Sequence[tuple[float, float]]], *, name: str, title: str, shared: Sequence[str]
 ) -> Figure:
-    """Plot values by step. The legend stands below, or in the colour key of all names `shared` by several figures."""
+    """Plot values by step. `shared` are the names in the colour key of several figures."""
     averaged = {line: _average_groups(points) for line, points in series.items()}
-    indices = [list(shared or series).index(line) for line in series]
-    legend = list(series) if len(series) > 1 and not shared else []
-    with rc_context(STYLE):
-        canvas, axes = make_axes(2.9, 1.9, legend)
-        artists = []
-        for i, points in zip(indices, averaged.values(), strict=True):
-            steps, values = [step for step, _ in points], [value for _, value in points]
-            look = {"color": get_colour(i), "linestyle": (0, get_dashes(i) or None), "linewidth": 1.3}
-            artists += axes.plot(steps, values, marker="" if len(steps) > 1 else "o", **look)
-        axes.set_title(title, loc="left")
-        axes.set_xlabel(x, fontsize=8)
-        axes.locator_params(nbins=5)
-        if legend:
-            add_legend(canvas, artists, legend)
-        ends = "; ".join(
-            f"{line} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for line, points in series.items() if points
-        )
-        svg = render_svg(canvas, name, f"{title} by {x}: {ends}")
+    canvas, axes = make_axes(2.9, 1.9)
+    for line, points in averaged.items():
+        i = shared.index(line)
+        look = {"color": get_colour(i), "linestyle": (0, get_dashes(i) or None), "linewidth": 1.3}
+        axes.plot(*zip(*points, strict=True), marker="" if len(points) > 1 else "o", **look)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step", fontsize=8)
+    axes.locator_params(nbins=5)
+    ends = "; ".join(f"{line} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for line, points in series.items())
     rows = [(line, *map(finite_or_none, point)) for line, points in averaged.items() for point in points]
-    return Figure(name, svg, ("line", x, "value"), rows)
+    svg = render_svg(canvas, name, f"{title} by step: {ends}")
+    return Figure(name, svg, ("line", "step", "value"), rows)
 
 
 def make_colour_key(names: Sequence[str]) -> Markup:

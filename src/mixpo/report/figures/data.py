@@ -53,3 +53,8 @@ def interval_cells(interval: Interval | None) -> tuple[float | None, float | Non
 def interval_columns(label: str) -> tuple[str, str, str]:
     """Column names of mean, low and high."""
     return label, f"{label}, low", f"{label}, high"
+
+
+def point_cells(point: Point) -> tuple[str | float | None, ...]:
+    """A point's name and its intervals in x and y as table cells."""
+    return point.name, *interval_cells(point.x), *interval_cells(point.y)

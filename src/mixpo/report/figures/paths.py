@@ -1,7 +1,7 @@
 """Points joined in their order, and groups of many points."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 from matplotlib import rc_context
@@ -9,79 +9,63 @@ from matplotlib import rc_context
 from mixpo.algorithms.intervals import Interval
 from mixpo.report.document import Figure
 from mixpo.report.figures.axes import add_legend, annotate_point, draw_error_bars, make_axes
-from mixpo.report.figures.data import Point, finite_or_none, interval_cells, interval_columns
+from mixpo.report.figures.data import Point, finite_or_none, interval_columns, point_cells
 from mixpo.report.figures.style import INK, STYLE, get_colour, get_marker
-from mixpo.report.figures.svg import describe_figure, render_svg
+from mixpo.report.figures.svg import render_svg
 
 
+@rc_context(STYLE)
 def plot_paths(
-    paths: Mapping[str, Sequence[Point]], *, name: str, x: str, y: str, title: str = "", dashed: Collection[str] = ()
+    paths: Mapping[str, Sequence[Point]], *, name: str, x: str, y: str, dashed: Collection[str] = ()
 ) -> Figure:
     """Plot points joined in their order; paths whose names agree up to the last comma share a colour.
 
     Where all have the same exact x, each is drawn with a small offset in x.
     """
-    stems = list(dict.fromkeys(_remove_last_part(path) for path in paths))
-    with rc_context(STYLE):
-        canvas, axes = make_axes(4.2, 2.9, list(paths))
-        artists = []
-        offsets = _compute_offsets(list(paths.values()))
-        for (path, points), offset in zip(paths.items(), offsets, strict=True):
-            i = stems.index(_remove_last_part(path))
-            look = {"color": get_colour(i), "marker": get_marker(i), "markersize": 4, "linestyle": "-"}
-            if path in dashed:
-                look |= {"linestyle": "--", "markerfacecolor": "none"}
-            moved = [replace(point, x=_shift_interval(point.x, offset)) for point in points]
-            artists.append(draw_error_bars(axes, moved, linewidth=1.3, elinewidth=0.7, capsize=1.5, **look))
-            for point in moved:
-                annotate_point(axes, point, get_colour(i), left=i % 2 == 1, below=path in dashed)
-        if any(offsets):
-            axes.set_xticks(sorted({point.x.mean for points in paths.values() for point in points}))
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.margins(0.1)
-        add_legend(canvas, artists, list(paths))
-        ends = {path: (points[0], points[-1]) for path, points in paths.items() if points}
-        values = "; ".join(
-            f"{path} from {first.x.mean:.2f}, {first.y.mean:.2f} to {last.x.mean:.2f}, {last.y.mean:.2f}"
-            for path, (first, last) in ends.items()
-        )
-        svg = render_svg(canvas, name, describe_figure(title, f"{y} against {x}", values))
-    rows = [
-        (path, point.name, *interval_cells(point.x), *interval_cells(point.y))
-        for path, points in paths.items()
-        for point in points
-    ]
+    stems = {path: path.rpartition(", ")[0] or path for path in paths}
+    colours = list(dict.fromkeys(stems.values()))
+    canvas, axes = make_axes(4.2, 2.9, list(paths))
+    artists = []
+    offsets = _compute_offsets(list(paths.values()))
+    for (path, points), offset in zip(paths.items(), offsets, strict=True):
+        i = colours.index(stems[path])
+        look = {"color": get_colour(i), "marker": get_marker(i), "markersize": 4, "linestyle": "-"}
+        if path in dashed:
+            look |= {"linestyle": "--", "markerfacecolor": "none"}
+        moved = [replace(point, x=Interval(*(value + offset for value in astuple(point.x)))) for point in points]
+        artists.append(draw_error_bars(axes, moved, linewidth=1.3, elinewidth=0.7, capsize=1.5, **look))
+        for point in moved:
+            annotate_point(axes, point, get_colour(i), left=i % 2 == 1, below=path in dashed)
+    if any(offsets):
+        axes.set_xticks(sorted({point.x.mean for points in paths.values() for point in points}))
+    axes.set(xlabel=x, ylabel=y)
+    axes.margins(0.1)
+    add_legend(canvas, artists, list(paths))
+    ends = {path: (points[0], points[-1]) for path, points in paths.items() if points}
+    values = "; ".join(
+        f"{path} from {first.x.mean:.2f}, {first.y.mean:.2f} to {last.x.mean:.2f}, {last.y.mean:.2f}"
+        for path, (first, last) in ends.items()
+    )
+    svg = render_svg(canvas, name, f"{y} against {x}. {values}")
+    rows = [(path, *point_cells(point)) for path, points in paths.items() for point in points]
     return Figure(name, svg, ("path", "point", *interval_columns(x), *interval_columns(y)), rows)
 
 
+@rc_context(STYLE)
 def plot_scatter(groups: Mapping[str, Sequence[tuple[float, float]]], *, name: str, x: str, y: str) -> Figure:
     """Plot many points of a few groups, and the diagonal on which x equals y."""
-    with rc_context(STYLE):
-        canvas, axes = make_axes(3.8, 3.1, list(groups))
-        artists = [
-            axes.plot(
-                [point[0] for point in points],
-                [point[1] for point in points],
-                linestyle="",
-                color=get_colour(i),
-                marker=get_marker(i),
-                markersize=3,
-                alpha=0.7,
-            )[0]
-            for i, points in enumerate(groups.values())
-        ]
-        axes.axline((0, 0), slope=1, color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
-        axes.set(xlabel=x, ylabel=y)
-        add_legend(canvas, artists, list(groups))
-        values = "; ".join(f"{group}: {len(points)} points" for group, points in groups.items())
-        svg = render_svg(canvas, name, describe_figure("", f"{y} against {x}", values))
+    canvas, axes = make_axes(3.8, 3.1, list(groups))
+    artists = []
+    for i, points in enumerate(groups.values()):
+        look = {"linestyle": "", "color": get_colour(i), "marker": get_marker(i), "markersize": 3, "alpha": 0.7}
+        artists += axes.plot([point[0] for point in points], [point[1] for point in points], **look)
+    axes.axline((0, 0), slope=1, color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
+    axes.set(xlabel=x, ylabel=y)
+    add_legend(canvas, artists, list(groups))
+    values = "; ".join(f"{group}: {len(points)} points" for group, points in groups.items())
+    svg = render_svg(canvas, name, f"{y} against {x}. {values}")
     rows = [(group, *map(finite_or_none, point)) for group, points in groups.items() for point in points]
     return Figure(name, svg, ("group", x, y), rows)
-
-
-def _remove_last_part(path: str) -> str:
-    """`ppo` of `ppo, reward`."""
-    return path.rpartition(", ")[0] or path
 
 
 def _compute_offsets(paths: Sequence[Sequence[Point]]) -> list[float]:
@@ -92,7 +76,3 @@ def _compute_offsets(paths: Sequence[Sequence[Point]]) -> list[float]:
         return [0.0] * len(paths)
     step = min(0.015 * (x[-1] - x[0]), 0.4 * float(np.diff(x).min()) / len(paths))
     return [step * (i - (len(paths) - 1) / 2) for i in range(len(paths))]
-
-
-def _shift_interval(interval: Interval, by: float) -> Interval:
-    return Interval(interval.mean + by, interval.low + by, interval.high + by)

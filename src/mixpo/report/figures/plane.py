@@ -10,61 +10,57 @@ from matplotlib.lines import Line2D
 
 from mixpo.report.document import Figure
 from mixpo.report.figures.axes import add_legend, draw_error_bars, make_axes
-from mixpo.report.figures.data import Point, interval_cells, interval_columns
+from mixpo.report.figures.data import Point, interval_columns, point_cells
 from mixpo.report.figures.style import STYLE, get_colour, get_marker, shorten_label
-from mixpo.report.figures.svg import describe_figure, lay_out, render_svg
+from mixpo.report.figures.svg import render_svg
 from mixpo.report.labels import Box, Label, place_labels
 
 LABEL_SIZE = 8.5
 """Font size of the names beside points, in points of 1/72 inch."""
 
 
-def plot_plane(points: Sequence[Point], *, name: str, x: str, y: str, title: str = "", root: bool = False) -> Figure:
+@rc_context(STYLE)
+def plot_plane(points: Sequence[Point], *, name: str, x: str, y: str, root: bool = False) -> Figure:
     """Plot arms as points with their intervals in both directions, and their names beside them.
 
     Where not every name fits, numbers stand beside the points and a legend below. `root` gives x a square root scale.
     """
     names = [shorten_label(point.name) for point in points]
-    with rc_context(STYLE):
-        canvas, complete = _draw_plane(points, names, x=x, y=y, title=title, root=root)
-        if not complete:
-            legend = [f"{number} {label}" for number, label in enumerate(names, 1)]
-            numbers = [f"{number}" for number, _ in enumerate(names, 1)]
-            canvas, _ = _draw_plane(points, numbers, legend, x=x, y=y, title=title, root=root)
-        values = "; ".join(f"{point.name}: {point.x.mean:.2f}, {point.y.mean:.2f}" for point in points)
-        svg = render_svg(canvas, name, describe_figure(title, f"{y} against {x}", values))
-    rows = [(point.name, *interval_cells(point.x), *interval_cells(point.y)) for point in points]
-    return Figure(name, svg, ("name", *interval_columns(x), *interval_columns(y)), rows)
+    canvas, complete = _draw_plane(points, names, x=x, y=y, root=root)
+    if not complete:
+        numbers = [f"{number}" for number, _ in enumerate(names, 1)]
+        legend = [f"{number} {label}" for number, label in zip(numbers, names, strict=True)]
+        canvas, _ = _draw_plane(points, numbers, legend, x=x, y=y, root=root)
+    values = "; ".join(f"{point.name}: {point.x.mean:.2f}, {point.y.mean:.2f}" for point in points)
+    svg = render_svg(canvas, name, f"{y} against {x}. {values}")
+    return Figure(name, svg, ("name", *interval_columns(x), *interval_columns(y)), list(map(point_cells, points)))
 
 
 def _draw_plane(
-    points: Sequence[Point], texts: Sequence[str], legend: Sequence[str] = (), *, x: str, y: str, title: str, root: bool
+    points: Sequence[Point], texts: Sequence[str], legend: Sequence[str] = (), *, x: str, y: str, root: bool
 ) -> tuple[Any, bool]:
     """A canvas with the points and the texts that fit beside them, and whether all of them fit."""
     canvas, axes = make_axes(4.2, 3.4, legend)
-    artists = [
-        draw_error_bars(
-            axes, [point], color=get_colour(i), marker=get_marker(i), markersize=5.5, elinewidth=1, capsize=0
-        )
-        for i, point in enumerate(points)
-    ]
-    for artist in artists:
-        for bar in artist[2]:
+    artists = []
+    for i, point in enumerate(points):
+        look = {"color": get_colour(i), "marker": get_marker(i), "markersize": 5.5, "elinewidth": 1, "capsize": 0}
+        artists.append(draw_error_bars(axes, [point], **look))
+        for bar in artists[-1][2]:
             bar.set_alpha(0.5)
     if root:
-        axes.set_xscale("function", functions=(_signed_root, _signed_square))
-    axes.set(title=title, xlabel=f"{x}, root scale" if root else x, ylabel=y)
+        axes.set_xscale("function", functions=(_signed_root, lambda root: np.sign(root) * np.square(root)))
+    axes.set(xlabel=f"{x}, root scale" if root else x, ylabel=y)
     axes.margins(0.08)
     if root:
         ticks = _choose_root_ticks(*axes.get_xlim())
         axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
     if legend:
         add_legend(canvas, artists, legend)
-    lay_out(canvas)
+    render_svg(canvas, "", "")  # places all parts; other renderers measure text differently
     finite = [i for i, point in enumerate(points) if math.isfinite(point.x.mean) and math.isfinite(point.y.mean)]
-    labels = place_labels(
-        [_to_canvas(axes, points[i].x.mean, points[i].y.mean) for i in finite],
-        [_estimate_text_size(texts[i]) for i in finite],
+    labels = place_labels(  # the page's font is unknown, so sizes are upper bounds for short wide names
+        [axes.transData.transform((points[i].x.mean, points[i].y.mean)).tolist() for i in finite],
+        [(LABEL_SIZE * (0.4 + 0.6 * len(texts[i])), LABEL_SIZE * 1.15) for i in finite],
         frame=Box(*axes.bbox.extents),
         lines=[line for i in finite for line in _error_bar_boxes(axes, points[i])],
     )
@@ -74,22 +70,11 @@ def _draw_plane(
     return canvas, all(label is not None for label in labels)
 
 
-def _estimate_text_size(text: str) -> tuple[float, float]:
-    """Width and height of a text in points; the page's font is unknown, so an upper bound for short wide names."""
-    return LABEL_SIZE * (0.4 + 0.6 * len(text)), LABEL_SIZE * 1.15
-
-
-def _to_canvas(axes: Any, x: float, y: float) -> tuple[float, float]:
-    """The position of data coordinates on the canvas, in points of 1/72 inch."""
-    across, up = axes.transData.transform((x, y))
-    return float(across), float(up)
-
-
 def _error_bar_boxes(axes: Any, point: Point) -> list[Box]:
-    """The boxes that a point's error bars cover."""
+    """The boxes that a point's error bars cover on the canvas, in points of 1/72 inch."""
     x, y = point.x, point.y
     bars = [((x.low, y.mean), (x.high, y.mean)), ((x.mean, y.low), (x.mean, y.high))]
-    finite = [[_to_canvas(axes, *end) for end in ends] for ends in bars if np.isfinite(ends).all()]
+    finite = [axes.transData.transform(ends).tolist() for ends in bars if np.isfinite(ends).all()]
     return [Box(left - 0.5, bottom - 0.5, right + 0.5, top + 0.5) for (left, bottom), (right, top) in finite]
 
 
@@ -109,10 +94,6 @@ def _draw_label(axes: Any, text: str, label: Label, colour: str) -> None:
 
 def _signed_root(x: Any) -> Any:
     return np.sign(x) * np.sqrt(np.abs(x))
-
-
-def _signed_square(x: Any) -> Any:
-    return np.sign(x) * np.square(x)
 
 
 def _choose_root_ticks(low: float, high: float) -> list[float]:

@@ -3,8 +3,6 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -14,24 +12,14 @@ from matplotlib import rc_context
 from mixpo.report.figures.style import INK, STYLE
 
 
-@contextmanager
-def ignore_missing_glyphs() -> Iterator[None]:
-    """No warnings about glyphs that matplotlib's own font lacks: the page's fonts draw the text."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
-
-
-def lay_out(canvas: Any) -> None:
-    """Compute the positions of all parts as the SVG renderer will: other renderers measure text differently."""
-    with ignore_missing_glyphs():
-        canvas.savefig(io.BytesIO(), format="svg")
-
-
 def render_svg(canvas: Any, name: str, description: str) -> Markup:
-    """The figure as an `svg` element that scales with the page and takes its text colour."""
+    """The figure as an `svg` element that scales with the page and takes its text colour.
+
+    No warnings about glyphs that matplotlib's own font lacks: the page's fonts draw the text.
+    """
     file = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": name}), ignore_missing_glyphs():
+    with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     view = re.search(r'viewBox="([^"]*)"', text)
@@ -44,8 +32,3 @@ def render_svg(canvas: Any, name: str, description: str) -> Markup:
     label = escape(description.replace("-0.00", "0.00"), quote=True)
     head = f'<svg {namespaces} viewBox="{view[1]}" style="max-width: {width:.0f}px" role="img" aria-label="{label}">'
     return Markup(head + body.strip())
-
-
-def describe_figure(title: str, content: str, values: str) -> str:
-    """The description of a figure for those who do not see it."""
-    return f"{title}: {content}. {values}" if title else f"{content}. {values}"
