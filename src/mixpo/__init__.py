@@ -34,7 +34,11 @@ __all__ = [
     "StageCache",
 ]
 
-_MODULES = {"RewardModel": "stages.reward_model", "Runtime": "training.runtime"}
+_MODULES = {
+    "RewardModel": "stages.reward_model",
+    "Runtime": "training.runtime",
+    "StageCache": "stages.stage_cache",
+}
 
 
 def __getattr__(name: str) -> Any:
