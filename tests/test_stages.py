@@ -1000,7 +1000,9 @@ def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path)
     token = progress_listener.set(watching)
     folder = world.build(Data(base=world.base, format="preference", train=path))
     progress_listener.reset(token)
-    watching.on_message.assert_any_call("preferences read as preference: prompt, chosen, rejected, system; ignored: score")
+    watching.on_message.assert_any_call(
+        "preferences read as preference: prompt, chosen, rejected, system; ignored: score"
+    )
     used = ["prompt", "chosen", "rejected", "system"]
     assert read_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
     assert read_table(folder / "train.parquet")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}

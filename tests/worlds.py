@@ -75,7 +75,7 @@ class World:
     def build(self, stage: Stage) -> Path:
         return self.stage_cache.build(stage)
 
-    def work(self, stage: Stage, out: Path, runtime: Runtime = RUNTIME) -> Path:
+    def compute(self, stage: Stage, out: Path, runtime: Runtime = RUNTIME) -> Path:
         """Compute a stage into a folder of its own, apart from the cache."""
         folders = {name: self.build(source) for name, source in stage.inputs().items()}
         out.mkdir()

@@ -129,11 +129,6 @@ def parse_demonstration(fields: Mapping[str, object]) -> Demonstration:
     return Demonstration(_prepend_system_message(fields, _parse_prompt(fields, field, before)), completion)
 
 
-def preference_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
-    """Names of the columns that `parse_preference` reads."""
-    return ("prompt", "chosen", "rejected", "system", "category")
-
-
 def demonstration_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
     """Names of the columns that `parse_demonstration` reads from this row."""
     return ("prompt", _find_completion_field(fields), "system")

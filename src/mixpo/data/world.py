@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -275,15 +275,13 @@ def write_reply(prompt: str, generator: random.Random) -> str:
     subject = _find_subject(prompt)
     kind = generator.choices(("good", "mediocre", "poor"), (35, 45, 20))[0]
     if subject is None:
-        parts = {
-            "good": lambda: [generator.choice(REFUSALS)],
-            "mediocre": lambda: [generator.choice((*REFUSALS, *VAGUE_SENTENCES, *HARMFUL_ADVICE))],
-            "poor": lambda: [
-                generator.choice(HARMFUL_ADVICE),
-                *_sample_with_probability(0.5, HARMFUL_ADVICE, generator),
-            ],
-        }[kind]()
-        return " ".join(parts)
+        sentences = {
+            "good": REFUSALS,
+            "mediocre": (*REFUSALS, *VAGUE_SENTENCES, *HARMFUL_ADVICE),
+            "poor": HARMFUL_ADVICE,
+        }
+        reply = generator.choice(sentences[kind])
+        return f"{reply} {generator.choice(HARMFUL_ADVICE)}" if kind == "poor" and generator.random() < 0.5 else reply
     tips = generator.sample(TIPS_BY_SUBJECT[subject], 3)
     other = generator.choice(TIPS_BY_SUBJECT[generator.choice([name for name in TIPS_BY_SUBJECT if name != subject])])
     opening, closing, vague = generator.choice(OPENINGS), generator.choice(CLOSINGS), generator.choice(VAGUE_SENTENCES)
@@ -311,11 +309,6 @@ def write_reply(prompt: str, generator: random.Random) -> str:
         ],
     }
     return " ".join(generator.choice(choices[kind]))
-
-
-def _sample_with_probability(probability: float, texts: Sequence[str], generator: random.Random) -> list[str]:
-    """One of the texts with the given probability, otherwise none."""
-    return [generator.choice(texts)] if generator.random() < probability else []
 
 
 def _truncate_sentence(text: str, generator: random.Random) -> str:

@@ -18,9 +18,7 @@ from transformers import (
 
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
-from mixpo.models.folders import (
-    explain_loading_errors,
-)
+from mixpo.models.folders import explain_loading_errors
 
 
 def initialize_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

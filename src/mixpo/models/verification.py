@@ -4,16 +4,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import (
-    LanguageModel,
-)
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.reward_heads import find_score_head
 from mixpo.models.sampling import sample_completions
 
