@@ -1,6 +1,7 @@
 """Model folders that are not what they should be, and what is written of those that are."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -29,7 +30,7 @@ from mixpo.stages import pretrained
 from mixpo.stages.stage import model_folder
 
 CPU = torch.device("cpu")
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +50,25 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 def text(name: str, content: str | bytes) -> Damage:
     """The whole file is something else."""
-    return lambda folder: _write(folder / name, content)
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def removed(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
 
 
 def both(*damages: Damage) -> Damage:
     """One after the other."""
-
-    def damage(folder: Path) -> None:
-        for one in damages:
-            one(folder)
-
-    return damage
+    return lambda folder: [damage(folder) for damage in damages]
 
 
-def without(name: str) -> Damage:
-    """A tensor is missing."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[name]
-
-    return weights(change)
+def as_folder(name: str) -> Damage:
+    return both(removed(name), lambda folder: (folder / name).mkdir())
 
 
-def _write(file: Path, content: str | bytes) -> None:
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+def cut(name: str, share: float) -> Damage:
+    """A file ends too early."""
+    return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * share))
 
 
 def keys(name: str, **values: Any) -> Damage:
@@ -85,49 +81,36 @@ def keys(name: str, **values: Any) -> Damage:
     return damage
 
 
-def cut(name: str, share: float) -> Damage:
-    """A file ends too early."""
-
-    def damage(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: int(len(content) * share)])
-
-    return damage
+def template(content: Any) -> Damage:
+    """Another chat template."""
+    file = "chat_template.jinja"
+    return both(lambda folder: (folder / file).unlink(missing_ok=True), keys(TOKENS, chat_template=content))
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     """Other tensors."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / TENSORS)
         change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
     return damage
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
-EMBEDDING = "model.embed_tokens.weight"
-
-
-def rename_all(tensors: dict[str, torch.Tensor]) -> None:
-    for name in list(tensors):
-        tensors[f"net.{name}"] = tensors.pop(name)
-
-
-def retype(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.update({UP: tensors[UP].to(dtype)})
+def retyped(dtype: torch.dtype) -> Damage:
+    return weights(lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
 
 
 def shards(remove: bool = True, **index: Any) -> Damage:
     """Weights in two files and an index."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / TENSORS)
         names = sorted(tensors)
         for number, part in enumerate((names[:5], names[5:])):
             save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
-        (folder / "model.safetensors").unlink()
+        (folder / TENSORS).unlink()
         where = {name: f"model-{int(place >= 5)}.safetensors" for place, name in enumerate(names)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where, **index}))
         if remove:
@@ -140,21 +123,8 @@ def legacy(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     """Weights in pytorch_model.bin."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        torch.save(change(tensors), folder / "pytorch_model.bin")
-
-    return damage
-
-
-def removed(name: str) -> Damage:
-    return lambda folder: (folder / name).unlink()
-
-
-def as_folder(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).mkdir()
+        torch.save(change(load_file(folder / TENSORS)), folder / "pytorch_model.bin")
+        (folder / TENSORS).unlink()
 
     return damage
 
@@ -166,8 +136,11 @@ class HarmfulPickle:
         return print, ("unpickled",)
 
 
+UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENS, TENSORS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
+NO_POLICY = "expected a causal language model"
+TORN, FAILS = "found weights that cannot be read", "the chat template fails on a dialogue"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: list": (text(CONFIG, "[]"), r"config.json: found '\[\]'; expected a JSON object"),
     "config: null": (text(CONFIG, "null"), "config.json: found 'None'; expected a JSON object"),
@@ -182,15 +155,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: unknown type": (keys(CONFIG, model_type="llamma"), "llamma"),
     "config: type is a number": (keys(CONFIG, model_type=3), "cannot be read"),
     "config: another type": (keys(CONFIG, model_type="gpt2"), r"found \['LlamaForCausalLM'\] of model_type 'gpt2'"),
-    "config: classifier": (
-        keys(CONFIG, architectures=["LlamaForSequenceClassification"]),
-        "expected a causal language",
-    ),
-    "config: vision": (keys(CONFIG, architectures=["ViTModel"], model_type="vit"), "expected a causal language model"),
-    "config: t5": (
-        keys(CONFIG, architectures=["T5ForConditionalGeneration"], model_type="t5"),
-        "expected a causal language model",
-    ),
+    "config: classifier": (keys(CONFIG, architectures=["LlamaForSequenceClassification"]), NO_POLICY),
+    "config: vision": (keys(CONFIG, architectures=["ViTModel"], model_type="vit"), NO_POLICY),
+    "config: t5": (keys(CONFIG, architectures=["T5ForConditionalGeneration"], model_type="t5"), NO_POLICY),
     "config: no architecture": (keys(CONFIG, architectures=None), "names an architecture"),
     "config: architecture is a number": (keys(CONFIG, architectures=7), "found|cannot be read"),
     "config: huge vocabulary": (keys(CONFIG, vocab_size=10**12), "found vocab_size 1000000000000 in config.json"),
@@ -235,40 +202,37 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         keys(TOKENS, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["evil.T", None]}),
         "found a tokenizer",
     ),
-    "template: a number": (lambda f: _template(f, 7), "found a"),
-    "template: broken": (lambda f: _template(f, "{% if %}"), "the chat template fails on a dialogue"),
-    "template: raises": (
-        lambda f: _template(f, "{{ raise_exception('no') }}"),
-        "the chat template fails on a dialogue",
-    ),
-    "template: divides by nothing": (lambda f: _template(f, "{{ 1 // 0 }}"), "the chat template fails on a dialogue"),
-    "template: endless range": (
-        lambda f: _template(f, "{% for i in range(10**9) %}x{% endfor %}"),
-        "the chat template fails on a dialogue",
-    ),
+    "template: a number": (template(7), "found a"),
+    "template: broken": (template("{% if %}"), FAILS),
+    "template: raises": (template("{{ raise_exception('no') }}"), FAILS),
+    "template: divides by nothing": (template("{{ 1 // 0 }}"), FAILS),
+    "template: endless range": (template("{% for i in range(10**9) %}x{% endfor %}"), FAILS),
     "special tokens: list": (text("special_tokens_map.json", "[1]"), "special_tokens_map.json: found"),
     "added tokens: torn": (text("added_tokens.json", '{"a"'), "added_tokens.json: found something other than JSON"),
     "weights: gone": (removed(TENSORS), "found no weights"),
-    "weights: empty": (text(TENSORS, b""), "found weights that cannot be read"),
-    "weights: torn": (cut(TENSORS, 0.6), "found weights that cannot be read"),
-    "weights: torn header": (cut(TENSORS, 0.001), "found weights that cannot be read"),
-    "weights: noise": (text(TENSORS, b"\xff" * 999), "found weights that cannot be read"),
+    "weights: empty": (text(TENSORS, b""), TORN),
+    "weights: torn": (cut(TENSORS, 0.6), TORN),
+    "weights: torn header": (cut(TENSORS, 0.001), TORN),
+    "weights: noise": (text(TENSORS, b"\xff" * 999), TORN),
     "weights: a pointer": (
         text(TENSORS, "version https://git-lfs.github.com/spec/v1\n"),
         "weights that cannot be read",
     ),
     "weights: a folder": (as_folder(TENSORS), "found no weights"),
     "weights: no tensors": (weights(dict.clear), "found no tensors"),
-    "weights: one missing": (without(UP), f"found no tensor {UP}; expected exactly"),
+    "weights: one missing": (weights(lambda t: t.pop(UP)), f"found no tensor {UP}; expected exactly"),
     "weights: one more": (weights(lambda t: t.update(v_head=torch.zeros(3))), "the architecture has not, v_head;"),
     "weights: one renamed": (
         weights(lambda t: t.update(norm=t.pop("model.norm.weight"))),
         "found no tensor model.norm.weight; a tensor that the architecture has not, norm;",
     ),
-    "weights: all renamed": (weights(rename_all), "found no tensor lm_head.weight, model.embed_tokens.weight"),
+    "weights: all renamed": (
+        weights(lambda t: t.update({f"net.{name}": t.pop(name) for name in list(t)})),
+        "found no tensor lm_head.weight, model.embed_tokens.weight",
+    ),
     "weights: another shape": (weights(lambda t: t.update({UP: torch.zeros(48, 31)})), rf"shape: {UP} \[48, 31\]"),
-    "weights: integers": (weights(retype(torch.int8)), f"found tensor {UP} of type I8"),
-    "weights: float8": (weights(retype(torch.float8_e4m3fn)), f"found tensor {UP} of type F8_E4M3"),
+    "weights: integers": (retyped(torch.int8), f"found tensor {UP} of type I8"),
+    "weights: float8": (retyped(torch.float8_e4m3fn), f"found tensor {UP} of type F8_E4M3"),
     "weights: all integers": (
         weights(lambda t: t.update({name: tensor.int() for name, tensor in t.items()})),
         "of type I32; expected weights in float32",
@@ -278,10 +242,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         rf"another shape: .*{EMBEDDING}|found vocab_size",
     ),
     "embeddings: fewer than tokens": (
-        both(
-            weights(lambda t: t.update({EMBEDDING: t[EMBEDDING][:400].clone()})),
-            keys(CONFIG, vocab_size=400),
-        ),
+        both(weights(lambda t: t.update({EMBEDDING: t[EMBEDDING][:400].clone()})), keys(CONFIG, vocab_size=400)),
         r"found a tokenizer with token \d+ \(.*\) and embeddings of 400 rows",
     ),
     "shards: one gone": (shards(), "found no model-1.safetensors, which model.safetensors.index.json names"),
@@ -299,19 +260,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         both(shards(remove=False), cut("model-1.safetensors", 0.5)),
         "model-1.safetensors: found weights that cannot be read",
     ),
-    "bin: torn": (
-        both(legacy(lambda t: t), cut("pytorch_model.bin", 0.5)),
-        "found weights that cannot be read",
-    ),
+    "bin: torn": (both(legacy(lambda t: t), cut("pytorch_model.bin", 0.5)), TORN),
     "bin: one missing": (legacy(lambda t: {k: v for k, v in t.items() if k != UP}), f"found no tensor {UP}"),
-    "bin: code": (legacy(lambda t: {**t, "x": HarmfulPickle()}), "found weights that cannot be read"),
-    "bin: a list": (legacy(lambda t: [1, 2]), "found weights that cannot be read"),
+    "bin: code": (legacy(lambda t: {**t, "x": HarmfulPickle()}), TORN),
+    "bin: a list": (legacy(lambda t: [1, 2]), TORN),
 }
-
-
-def _template(folder: Path, template: Any) -> None:
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    keys(TOKENS, chat_template=template)(folder)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
