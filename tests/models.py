@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mixpo.data.branches import Completions, unpad
-from mixpo.models.attention import ATTENTION_NAME
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
 
@@ -56,13 +55,13 @@ def tiny(name: str) -> LanguageModel:
     return LanguageModel(model, None, END, shares_prompts=True)  # type: ignore[arg-type]
 
 
-def plain_logprobs(lm: LanguageModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def plain_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """One forward pass of one sequence through transformers' own attention, softmax over everything."""
-    lm.model.set_attn_implementation("eager")
-    logits = lm.model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    lm.model.set_attn_implementation(ATTENTION_NAME)
-    places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-    return torch.stack([logits[place].log_softmax(-1)[token] for place, token in zip(places, completion, strict=True)])
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    model.set_attn_implementation(attention)
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

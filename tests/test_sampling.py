@@ -304,7 +304,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(settings: dict[str
         for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
             assert not set(completion) & set(lm.unused_tokens)
             with torch.no_grad():
-                expected = plain_logprobs(lm, prompt, completion)
+                expected = plain_logprobs(lm.model, prompt, completion)
             torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
 
 
