@@ -263,7 +263,6 @@ def _parse_message(field: str, number: int, value: object) -> Message:
 
 
 def _require_field(fields: Mapping[str, object], field: str) -> object:
-    """Value of a field. Raises `RowError` if the row has no such field."""
     if field in fields:
         return fields[field]
     raise RowError(field, f"is missing; found {_join_names(fields)}; {_suggest_fix(fields, field)}")
@@ -293,7 +292,6 @@ def _require_text(field: str, where: str, value: object) -> str:
 
 
 def _describe_prompt_difference(rejected: list[Message], chosen: list[Message]) -> str:
-    """Describe the difference between the prompts of two dialogues."""
     first = next(i for i, (a, b) in enumerate(zip_longest(rejected, chosen), start=1) if a != b)
     return (
         f"has another prompt than 'chosen': they differ from message {first} "

@@ -74,8 +74,7 @@ def accept_any_prompt(prompt: Prompt) -> None:
 
 def read_preferences(path: Path, format: Format, check: PromptCheck = accept_any_prompt) -> ParsedRows[Preference]:
     """Read the preference pairs of a local file."""
-    parsed_rows = _parse_records(str(path), read_records(path), _PREFERENCE_PARSERS[format], check)
-    return _set_category(parsed_rows, _infer_category_from_path(path, format))
+    return _parse_records(str(path), read_records(path), _choose_parser(format, path.absolute().parent.name), check)
 
 
 def read_demonstrations(path: Path, check: PromptCheck = accept_any_prompt) -> ParsedRows[Demonstration]:
@@ -94,8 +93,9 @@ def read_hub_preferences(
 ) -> ParsedRows[Preference]:
     """Read the preference pairs of a Hub data set; `data_dir` selects a subset of `Anthropic/hh-rlhf`."""
     records = read_hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    parsed_rows = _parse_records(_format_hub_name(name, split, data_dir), records, _PREFERENCE_PARSERS[format], check)
-    return _set_category(parsed_rows, _infer_category(data_dir or "", format))
+    return _parse_records(
+        _format_hub_name(name, split, data_dir), records, _choose_parser(format, data_dir or ""), check
+    )
 
 
 def read_hub_demonstrations(
@@ -148,21 +148,17 @@ HH_RLHF_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled"
 """Folders of HH-RLHF, from which a row's category is inferred, since the rows have no such field."""
 
 
-def _infer_category_from_path(path: Path, format: str) -> str | None:
-    """Category of a local HH-RLHF file by its folder; None for other files."""
-    return _infer_category(path.absolute().parent.name, format)
-
-
 def _infer_category(folder: str, format: str) -> str | None:
     """Category of an HH-RLHF subset: `helpful` or `harmless`; None for other folders and formats."""
     return folder.partition("-")[0] if format == "hh-rlhf" and folder in HH_RLHF_SUBSETS else None
 
 
-def _set_category(parsed_rows: ParsedRows[Preference], category: str | None) -> ParsedRows[Preference]:
-    """Copy of the rows with a category; unchanged if it is None."""
+def _choose_parser(format: Format, folder: str) -> RowParser[Preference]:
+    """Parser of a format; it gives the rows of an HH-RLHF subset, found in `folder`, their category."""
+    parser, category = _PREFERENCE_PARSERS[format], _infer_category(folder, format)
     if category is None:
-        return parsed_rows
-    return parsed_rows._replace(rows=[replace(row, category=category) for row in parsed_rows.rows])
+        return parser
+    return parser._replace(parse=lambda record: replace(parser.parse(record), category=category))
 
 
 def _split_dialogue(field: str, text: str) -> list[Message]:
@@ -245,7 +241,8 @@ def _find_suffix(path: Path) -> str:
 
 def compute_source_identity(path: Path, format: str) -> str:
     """Identity of a file's rows: digest of its content, its suffix and the category of its HH-RLHF subset."""
-    return f"{compute_content_digest([path])}{_find_suffix(path)}{_infer_category_from_path(path, format) or ''}"
+    category = _infer_category(path.absolute().parent.name, format)
+    return f"{compute_content_digest([path])}{_find_suffix(path)}{category or ''}"
 
 
 def expand_path(name: str) -> Path:
@@ -311,7 +308,6 @@ def _describe_folder(folder: Path) -> str:
 
 @contextmanager
 def _convert_read_errors(path: Path) -> Iterator[None]:
-    """Convert exceptions from reading a broken file to `InputError`."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
@@ -364,7 +360,6 @@ def _parse_json_line(line: str) -> Record | RowError:
 
 
 def _require_object(value: object) -> Record | RowError:
-    """Return a value that is an object, or else an error."""
     if isinstance(value, dict | RowError):
         return value
     return RowError("", f"is {describe_type(value)}; expected an object; {FIX_HINT}")
@@ -383,7 +378,6 @@ def _build_object(pairs: list[tuple[str, object]]) -> Record | RowError:
 
 
 def _find_repeated_name(names: Sequence[str]) -> str:
-    """First name that occurs a second time."""
     return next(name for position, name in enumerate(names) if name in names[:position])
 
 

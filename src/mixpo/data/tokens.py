@@ -386,7 +386,6 @@ def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
 
 
 def _join_token_names(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """Concatenated names of tokens."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
 
 

@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -373,12 +372,10 @@ def true_reward_terms(prompt: str, completion: str) -> dict[str, float]:
 
 
 def _split_sentences(text: str) -> list[str]:
-    """Split a text into sentences at final punctuation."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
 def _extract_words(text: str) -> frozenset[str]:
-    """Set of lower-case words in a text."""
     return frozenset(re.findall(r"[a-z']+", text.lower()))
 
 
@@ -423,13 +420,6 @@ def _find_subject(prompt: str) -> str | None:
     return next((subject for subject in TIPS_BY_SUBJECT if subject.lower() in words), None)
 
 
-def _iterate_tokenizer_corpus() -> Iterator[str]:
-    """Texts to train the tokenizer on: every seventh prompt, and every sentence with and without a leading space."""
-    yield from list_all_prompts()[::7]
-    for _, text, _ in _list_sentences():
-        yield from [text, " " + text] * 20
-
-
 @cache
 def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the world's texts, with a chat template and a separate padding token.
@@ -449,7 +439,8 @@ def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_iterate_tokenizer_corpus(), trainer)
+    sentences = [text for _, sentence, _ in _list_sentences() for text in [sentence, " " + sentence] * 20]
+    tokenizer.train_from_iterator([*list_all_prompts()[::7], *sentences], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",

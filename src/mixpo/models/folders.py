@@ -299,18 +299,13 @@ def _check_architecture(folder: Path, config: PretrainedConfig, networks: tuple[
     text = config.get_text_config()
     quantization = getattr(config, "quantization_config", None)
     softcaps = [effect for key, effect in SOFTCAP_KEYS.items() if getattr(text, key, None) is not None]
-    problem = (
-        "an encoder-decoder"
-        if config.is_encoder_decoder
-        else f"a model of several parts ({', '.join(config.sub_configs)})"
-        if text is not config
-        else "quantized weights (quantization_config)"
-        if quantization is not None
-        else f"a {architectures[0]}, which {' and '.join(softcaps)}"
-        if softcaps
-        else None
-    )
-    if problem:
+    problems = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        f"a model of several parts ({', '.join(config.sub_configs)})": text is not config,
+        "quantized weights (quantization_config)": quantization is not None,
+        f"a {architectures[0]}, which {' and '.join(softcaps)}": softcaps,
+    }
+    for problem in filter(problems.get, problems):
         raise InputError(f"{folder}: found {problem}; {EXPECTED_ARCHITECTURE}")
 
 

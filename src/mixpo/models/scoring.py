@@ -32,12 +32,7 @@ def iterate_batches(
 
 @torch.no_grad()
 def compute_in_batches(
-    lm: LanguageModel,
-    prompts: Sequence[Tokens],
-    completions: AnyCompletions,
-    output: Output,
-    *,
-    token_budget: int,
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, output: Output, *, token_budget: int
 ) -> Float[Tensor, "prompts k *rest"]:
     """Compute one output of the model for every completion, on the CPU; token axes are padded with 0."""
     lm.eval()

@@ -70,7 +70,6 @@ def _explain_gguf_errors(file: Path) -> AbstractContextManager[None]:
 
 
 def _gguf_options(file: Path) -> dict[str, Any]:
-    """Arguments with which `from_pretrained` reads a GGUF file."""
     return {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
 
 

@@ -71,5 +71,4 @@ def compute_plain_outputs(model: PreTrainedModel, tokens: list[int]) -> tuple[Te
 
 
 def _are_close(actual: Tensor, expected: Tensor) -> bool:
-    """Return True if two tensors are equal within 0.001, relative or absolute."""
     return torch.allclose(actual.float(), expected.float(), rtol=1e-3, atol=1e-3)
