@@ -71,14 +71,20 @@ def cut(name: str, share: float) -> Damage:
     return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * share))
 
 
-def keys(name: str, **values: Any) -> Damage:
-    """Some keys of a JSON file are something else."""
+def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """The content of a JSON file is something else."""
 
     def damage(folder: Path) -> None:
         file = folder / name
-        file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **values}))
+        content = json.loads(file.read_text()) if file.exists() else {}
+        change(content)
+        file.write_text(json.dumps(content))
 
     return damage
+
+
+def keys(name: str, **values: Any) -> Damage:
+    return edited(name, lambda content: content.update(values))
 
 
 def template(content: Any) -> Damage:
@@ -448,9 +454,7 @@ def test_end_tokens_that_no_file_names_are_not_guessed(tmp_path: Path) -> None:
     model.generation_config.eos_token_id = 50256
     with pytest.raises(InputError, match="found eos_token_id 50256"):
         read_end_tokens(model, folder)
-    content = json.loads((folder / CONFIG).read_text())
-    del content["eos_token_id"]
-    (folder / CONFIG).write_text(json.dumps(content))
+    edited(CONFIG, lambda content: content.pop("eos_token_id"))(folder)
     assert read_end_tokens(model, folder) == frozenset()
     lm = load_policy(folder, device=CPU)
     assert lm.end_tokens == {lm.end_token}
@@ -474,11 +478,13 @@ def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
 ) -> None:
     """But for the pad token, which no text is meant to hold."""
     came = Path(shutil.copytree(untied, tmp_path / "came"))
-    content = json.loads((came / TOKENIZER).read_text())
-    (unknown,) = [token for token in content["added_tokens"] if token["content"] == "<unk>"]
-    assert not any(unknown[flag] for flag in flags)
-    unknown.update(flags)
-    (came / TOKENIZER).write_text(json.dumps(content))
+
+    def flag(content: dict[str, Any]) -> None:
+        (unknown,) = [token for token in content["added_tokens"] if token["content"] == "<unk>"]
+        assert not any(unknown[name] for name in flags)
+        unknown.update(flags)
+
+    edited(TOKENIZER, flag)(came)
     one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
     assert "<unk>" not in (one.pad_token, other.pad_token)
     assert have_same_tokenization(one, other) == have_same_tokenization(other, one) == (not flags)
@@ -561,18 +567,16 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     untied: Path, tmp_path: Path, pad: str, lora: bool, side: str
 ) -> None:
     came = Path(shutil.copytree(untied, tmp_path / "came"))
-    settings = json.loads((came / TOKENS).read_text())
-    for key, value in PADS[pad].items():
-        settings.pop(key, None)
-        settings |= {} if value is None else {key: value}
-    (came / TOKENS).write_text(json.dumps(settings))
+    removed_names = [name for name, token in PADS[pad].items() if token is None]
+    edited(TOKENS, lambda content: [content.pop(name, None) for name in removed_names])(came)
+    keys(TOKENS, **{name: token for name, token in PADS[pad].items() if token is not None})(came)
     (came / "special_tokens_map.json").unlink(missing_ok=True)
     if pad == "nothing but an end":
-        content = json.loads((came / TOKENIZER).read_text())
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] == "</s>"]
-        (came / TOKENIZER).write_text(json.dumps(content))
-    ids = {"pad_token_id": 2 if pad == "its end token" else None}
-    keys(CONFIG, **ids)(came)
+        (end,) = [
+            token for token in json.loads((came / TOKENIZER).read_text())["added_tokens"] if token["content"] == "</s>"
+        ]
+        keys(TOKENIZER, added_tokens=[end])(came)
+    keys(CONFIG, pad_token_id=2 if pad == "its end token" else None)(came)
 
     lm = initialize_reward_model(came, seed=0, device=CPU)
     if lora:

@@ -335,12 +335,6 @@ def test_what_the_library_says_of_a_broken_file_is_one_line(tmp_path, name, cont
             id="one turn, stripped",
         ),
         pytest.param(
-            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
-            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
-            Preference([user("a"), assistant("b"), user("c")], "d", "e"),
-            id="many turns",
-        ),
-        pytest.param(
             "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: Human: e\n\nf",
             "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: g",
             Preference([user("Human: a\nAssistant: b\n\n Human: c\n\nhuman: d")], "Human: e\n\nf", "g"),
@@ -395,22 +389,11 @@ A = "\n\nHuman: a\n\nAssistant: b"
             f"begins with '\\n\\nAssistant: b'; expected '\\n\\nHuman:'; {FIX}",
         ),
         (
-            {"chosen": A, "rejected": A + "\n\nHuman: c"},
-            "rejected",
-            f"has a last message from 'user'; expected 'assistant'; {FIX}",
-        ),
-        (
             {"chosen": A, "rejected": "\n\nHuman: a\n\nAssistant:"},
             "rejected",
             f"message 2 'content' is empty; {FIX}",
         ),
         ({"chosen": "\n\nHuman:\n\nAssistant: b", "rejected": A}, "chosen", f"message 1 'content' is empty; {FIX}"),
-        (
-            {"chosen": A, "rejected": "\n\nHuman: z\n\nAssistant: c"},
-            "rejected",
-            "has another prompt than 'chosen': they differ from message 1 ('rejected' has 1 messages, 'chosen' 1); "
-            f"expected equal prompts; {FIX}",
-        ),
         ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
     ],
 )
@@ -460,21 +443,6 @@ def test_bad_tldr_rows(change, field, problem):
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "expected"),
-    [
-        ("hh-rlhf", {"chosen": A, "rejected": A + "c"}, Preference([user("a")], "b", "bc")),
-        (
-            "tldr",
-            {"prompt": POST, "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
-            Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
-        ),
-    ],
-)
-def test_files_are_read_in_their_format(tmp_path, format, row, expected):
-    assert read_preferences(write(tmp_path / "a.jsonl", [row, row]), format)[:2] == ([expected] * 2, [])
-
-
-@pytest.mark.parametrize(
     ("format", "folder", "category"),
     [
         ("hh-rlhf", "harmless-base", "harmless"),
@@ -504,17 +472,33 @@ def test_suffix_and_category_are_part_of_a_files_identity(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "used"),
+    ("format", "row", "used", "expected"),
     [
-        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["prompt", "chosen", "rejected"]),
-        ("hh-rlhf", {"chosen": A, "rejected": A + "c", "prompt": "a"}, ["chosen", "rejected"]),
-        ("tldr", {"prompt": POST, "chosen": "a", "rejected": "b", "system": "c"}, ["prompt", "chosen", "rejected"]),
-        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"]),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            ["prompt", "chosen", "rejected"],
+            Preference("a", "b", "c"),
+        ),
+        (
+            "hh-rlhf",
+            {"chosen": A, "rejected": A + "c", "prompt": "a"},
+            ["chosen", "rejected"],
+            Preference([user("a")], "b", "bc"),
+        ),
+        (
+            "tldr",
+            {"prompt": POST, "chosen": "TL;DR: a", "rejected": "b", "system": "c"},
+            ["prompt", "chosen", "rejected"],
+            Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
+        ),
+        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"], Demonstration("a", "b")),
     ],
 )
-def test_readers_name_the_columns_they_read_and_those_they_do_not(tmp_path, format, row, used):
+def test_files_are_read_in_their_format_and_their_columns_named(tmp_path, format, row, used, expected):
     path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
     parsed = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
+    assert parsed[:2] == ([expected] * 2, [])
     assert parsed.used_columns == used
     assert set(parsed.ignored_columns) == {*row, "id", "score"} - set(used)
     assert guess_format(row) == format
