@@ -134,12 +134,9 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
         assert torch.equal(saved["score.weight"], trained["score.weight"])
 
 
-LORA = {"rank": 4}
-
-
 def stage_of(tiny: TinyWorld, kind: str, precision: str = "float32", **settings: Any) -> Stage:
     name, _, init = kind.partition("-")
-    common = {"lora": LORA, "precision": precision, **({"value_init": init} if init else {}), **settings}
+    common = {"lora": {"rank": 4}, "precision": precision, **({"value_init": init} if init else {}), **settings}
     stage: Stage = getattr(tiny, name)(**common)
     return stage
 
@@ -190,15 +187,12 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     saved_names = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
     assert saved_names == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
     start, end = (
-        load_file(model_folder(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path)
+        load_file(model_folder(folder) / "model.safetensors")
+        for folder in (folders["base" if kind == "sft" else "policy"], tmp_path)
     )
     moved = [name for name in start if not torch.equal(start[name], end[name])]
     assert moved
     assert all("proj" in name for name in moved), "embeddings and norms are as they were"
-
-
-def first_of(kind: str) -> str:
-    return "base" if kind == "sft" else "policy"
 
 
 @pytest.mark.parametrize(("kind", "least"), [("sft", 0.005), ("reward", 0.03), ("dpo", 0.03)])

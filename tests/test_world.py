@@ -214,12 +214,3 @@ def test_special_tokens() -> None:
     assert len(set(tokenizer.convert_tokens_to_ids(specials))) == 4
     dialogue = tokenizer("<|user|>Hi!<|assistant|>Hello.<|end|><|pad|>")["input_ids"]
     assert tokenizer.decode(dialogue, skip_special_tokens=True) == "Hi!Hello."
-
-
-def test_chat_template() -> None:
-    tokenizer = build_tokenizer()
-    question, answer = {"role": "user", "content": ROSES}, {"role": "assistant", "content": TIP}
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    assert prompt == f"<|user|>{ROSES}<|assistant|>"
-    dialogue = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    assert dialogue == f"{prompt}{TIP}<|end|>"

@@ -196,10 +196,6 @@ def test_invalid_demonstrations(fields, field, problem):
     assert row_error(parse_demonstration, fields) == (field, problem)
 
 
-def test_a_bad_row_without_a_field_names_the_row():
-    assert str(BadRow("hh.jsonl", 3, "", "is a list")) == "hh.jsonl:3: the row is a list"
-
-
 @pytest.mark.parametrize(("count", "tail"), [(1, []), (10, []), (11, ["... and 1 more"]), (23, ["... and 13 more"])])
 def test_error_lists_the_first_ten_bad_rows_and_counts_the_rest(count, tail):
     bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
