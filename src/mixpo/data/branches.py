@@ -158,7 +158,7 @@ def pack_branches(
     copies = prompt_starts.shape[1]
     index, is_token = compute_token_indices(prompt_starts.flatten(), prompt_lengths.repeat_interleave(copies))
     input_ids[index[is_token]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
-    position_ids[index[is_token]] = torch.arange(index.shape[1]).expand_as(index)[is_token]
+    position_ids[index[is_token]] = is_token.nonzero()[:, 1]
 
     offsets = torch.arange(longest)
     index = completion_starts[..., None] + offsets
@@ -215,11 +215,10 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
     width = int(lengths.sum() if share_row else lengths.max())
     starts = lengths.cumsum(0) - lengths if share_row else torch.arange(len(prompts)) * width
     token_index, is_token = compute_token_indices(starts, lengths)
-    offsets = torch.arange(token_index.shape[1])
     input_ids = torch.zeros(width if share_row else len(prompts) * width, dtype=torch.long)
     input_ids[token_index[is_token]] = torch.tensor([token for prompt in prompts for token in prompt])
-    position_ids = torch.zeros_like(input_ids) if share_row else offsets.repeat(len(prompts))
-    position_ids[token_index[is_token]] = offsets.expand_as(is_token)[is_token]
+    position_ids = torch.zeros_like(input_ids) if share_row else torch.arange(width).repeat(len(prompts))
+    position_ids[token_index[is_token]] = is_token.nonzero()[:, 1]
     packed_lengths = tuple(PackedLengths(len(prompt), ()) for prompt in prompts) if share_row else ()
     return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, token_index, packed_lengths)
 
