@@ -245,11 +245,8 @@ LLM_JP = (
 )
 
 _SP = ("<unk>", "<s>", "</s>")
-_GEMMA = ("<pad>", "<eos>", "<bos>", "<unk>")
 _SP_NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-_GEMMA_NAMES = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 _END = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-_QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 _LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _DEEPSEEK = {
     "bos_token": "<｜begin▁of▁sentence｜>",
@@ -258,10 +255,20 @@ _DEEPSEEK = {
 }
 _PHI3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 
+_QWEN2 = ModelFamily(
+    "qwen2",
+    lambda: byte_level(nfc=True),
+    {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    CHATML_WITH_SYSTEM,
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    named=("<|im_start|>", "<|im_end|>"),
+    generation_ends=("<|im_end|>", "<|endoftext|>"),
+    padding=27,
+)
 _FIRST_GEMMA = ModelFamily(
     "gemma",
-    lambda: sentencepiece(*_GEMMA, scheme="never"),
-    _GEMMA_NAMES,
+    lambda: sentencepiece("<pad>", "<eos>", "<bos>", "<unk>", scheme="never"),
+    {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
     GEMMA,
     special=("<start_of_turn>", "<end_of_turn>"),
     named=("<start_of_turn>", "<end_of_turn>"),
@@ -306,37 +313,23 @@ _FAMILIES = {
         plain=("<|im_end|>", "<|im_start|>"),
         start="<s>",
     ),
-    "qwen2": ModelFamily(
-        "qwen2",
-        lambda: byte_level(nfc=True),
-        _QWEN,
-        CHATML_WITH_SYSTEM,
-        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        named=("<|im_start|>", "<|im_end|>"),
-        generation_ends=("<|im_end|>", "<|endoftext|>"),
-        padding=27,
-    ),
-    "qwen3": ModelFamily(
-        "qwen3",
-        lambda: byte_level(nfc=True),
-        _QWEN,
-        QWEN3,
-        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "qwen2": _QWEN2,
+    "qwen3": replace(
+        _QWEN2,
+        model_type="qwen3",
+        template=QWEN3,
+        named=(),
         plain=("<tool_call>", "</tool_call>", "<think>", "</think>"),
-        generation_ends=("<|im_end|>", "<|endoftext|>"),
-        padding=27,
         config={"head_dim": 8},
     ),
     "gemma": _FIRST_GEMMA,
     "gemma2": replace(_FIRST_GEMMA, model_type="gemma2", config={"head_dim": 8, "sliding_window": 64}),
-    "gemma3": ModelFamily(
-        "gemma3_text",
-        lambda: sentencepiece(*_GEMMA, scheme="never"),
-        _GEMMA_NAMES,
-        GEMMA3,
+    "gemma3": replace(
+        _FIRST_GEMMA,
+        model_type="gemma3_text",
+        template=GEMMA3,
         special=("<start_of_turn>", "<end_of_turn>", "<start_of_image>"),
-        plain=("\n\n", "▁▁", "<table>"),
-        start="<bos>",
+        named=(),
         generation_ends=("<eos>", "<end_of_turn>"),
         padding=16,
         config={"head_dim": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},

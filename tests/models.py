@@ -2,82 +2,66 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mixpo.data.branches import Completions, unpad
-from mixpo.models.attention import ATTENTION_NAME
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
 
-ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "qwen3", "gemma3", "mistral", "opt", "phi3")
 VOCABULARY = 89
 END = 5
 WINDOW = 6
 """Of Mistral and Gemma 3: shorter than the rows of the tests."""
 
 
+_GROUPED = {"intermediate_size": 48, "num_key_value_heads": 2}
+_LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "gpt2": ("gpt2", {}),
+    "gpt-neox": ("gpt_neox", {"intermediate_size": 48}),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 8}),
+    "gemma3": ("gemma3_text", {**_GROUPED, "head_dim": 8, "sliding_window": WINDOW, **_LAYER_TYPES}),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": WINDOW}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "phi3": ("phi3", _GROUPED),
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
 def tiny(name: str) -> LanguageModel:
     """A two-layer model with weights large enough that every token matters."""
     torch.manual_seed(0)
-    ids = {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
-    size = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        **ids,
-    }
-    grouped = {**size, "intermediate_size": 48, "num_key_value_heads": 2}
-    makers = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**grouped)),
-        "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **ids)
-        ),
-        "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**size, intermediate_size=48)),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=8)),
-        "gemma3": lambda: Gemma3ForCausalLM(
-            Gemma3TextConfig(
-                **grouped, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
-            )
-        ),
-        "mistral": lambda: MistralForCausalLM(MistralConfig(**grouped, sliding_window=WINDOW)),
-        "opt": lambda: OPTForCausalLM(OPTConfig(**size, ffn_dim=48, word_embed_proj_dim=32)),
-        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**grouped)),
-    }
-    model = makers[name]().eval()
+    model_type, sizes = _CONFIGS[name]
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=END,
+        pad_token_id=0,
+        **sizes,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2)
     return LanguageModel(model, None, END, shares_prompts=True)  # type: ignore[arg-type]
 
 
-def plain_logprobs(lm: LanguageModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def plain_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """One forward pass of one sequence through transformers' own attention, softmax over everything."""
-    lm.model.set_attn_implementation("eager")
-    logits = lm.model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    lm.model.set_attn_implementation(ATTENTION_NAME)
-    places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-    return torch.stack([logits[place].log_softmax(-1)[token] for place, token in zip(places, completion, strict=True)])
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    model.set_attn_implementation(attention)
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

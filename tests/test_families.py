@@ -17,6 +17,7 @@ from mixpo.experiments.preview import make_preview, read_recipe_or_source
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.rows import read_table
+from models import plain_logprobs
 
 CPU = torch.device("cpu")
 REFUSED = {
@@ -59,9 +60,8 @@ def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Pat
     for row, prompt in enumerate(prompts):
         for k, completion in enumerate(completions[row]):
             with torch.no_grad():
-                logits = plain(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-            expected = [logits[len(prompt) - 1 + place, token] for place, token in enumerate(completion)]
-            torch.testing.assert_close(ours[row, k, : len(completion)], torch.stack(expected), rtol=1e-4, atol=1e-4)
+                expected = plain_logprobs(plain, prompt, completion)
+            torch.testing.assert_close(ours[row, k, : len(completion)], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -154,15 +154,13 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
         if isinstance(rows[0]["prompt"], str)
         else tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)["input_ids"]
     )
-    whole = torch.tensor([prompt + rows[0]["tokens"][0]])
     with torch.no_grad():
-        logprobs = policy(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    token_logprobs = logprobs.gather(1, whole[0, len(prompt) :, None])[:, 0]
+        token_logprobs = plain_logprobs(policy, prompt, rows[0]["tokens"][0])
     torch.testing.assert_close(token_logprobs, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
     if name not in WITHOUT_CLASSIFIER:
         classifier = AutoModelForSequenceClassification.from_pretrained(
             stage_cache.folder(reward) / "model", attn_implementation="eager"
         )
         with torch.no_grad():
-            score = float(classifier(input_ids=whole).logits)
+            score = float(classifier(input_ids=torch.tensor([prompt + rows[0]["tokens"][0]])).logits)
         assert score == pytest.approx(rows[0]["scores"][0], abs=1e-3)

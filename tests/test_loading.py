@@ -1,6 +1,7 @@
 """Model folders that are not what they should be, and what is written of those that are."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -29,7 +30,7 @@ from mixpo.stages import pretrained
 from mixpo.training.job import model_folder
 
 CPU = torch.device("cpu")
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
@@ -49,85 +50,73 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 def text(name: str, content: str | bytes) -> Damage:
     """The whole file is something else."""
-    return lambda folder: _write(folder / name, content)
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def removed(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
 
 
 def both(*damages: Damage) -> Damage:
     """One after the other."""
-
-    def damage(folder: Path) -> None:
-        for one in damages:
-            one(folder)
-
-    return damage
+    return lambda folder: [damage(folder) for damage in damages]
 
 
-def without(name: str) -> Damage:
-    """A tensor is missing."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[name]
-
-    return weights(change)
-
-
-def _write(file: Path, content: str | bytes) -> None:
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def keys(name: str, **values: Any) -> Damage:
-    """Some keys of a JSON file are something else."""
-
-    def damage(folder: Path) -> None:
-        file = folder / name
-        file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **values}))
-
-    return damage
+def as_folder(name: str) -> Damage:
+    return both(removed(name), lambda folder: (folder / name).mkdir())
 
 
 def cut(name: str, share: float) -> Damage:
     """A file ends too early."""
+    return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * share))
+
+
+def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """The content of a JSON file is something else."""
 
     def damage(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: int(len(content) * share)])
+        file = folder / name
+        content = json.loads(file.read_text()) if file.exists() else {}
+        change(content)
+        file.write_text(json.dumps(content))
 
     return damage
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
+def keys(name: str, **values: Any) -> Damage:
+    return edited(name, lambda content: content.update(values))
+
+
+def template(content: Any) -> Damage:
+    """Another chat template."""
+    file = "chat_template.jinja"
+    return both(lambda folder: (folder / file).unlink(missing_ok=True), keys(TOKENS, chat_template=content))
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     """Other tensors."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / TENSORS)
         change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
     return damage
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
-EMBEDDING = "model.embed_tokens.weight"
-
-
-def rename_all(tensors: dict[str, torch.Tensor]) -> None:
-    for name in list(tensors):
-        tensors[f"net.{name}"] = tensors.pop(name)
-
-
-def retype(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.update({UP: tensors[UP].to(dtype)})
+def retyped(dtype: torch.dtype) -> Damage:
+    return weights(lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
 
 
 def shards(remove: bool = True, **index: Any) -> Damage:
     """Weights in two files and an index."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / TENSORS)
         names = sorted(tensors)
         for number, part in enumerate((names[:5], names[5:])):
             save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
-        (folder / "model.safetensors").unlink()
+        (folder / TENSORS).unlink()
         where = {name: f"model-{int(place >= 5)}.safetensors" for place, name in enumerate(names)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where, **index}))
         if remove:
@@ -140,21 +129,8 @@ def legacy(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     """Weights in pytorch_model.bin."""
 
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        torch.save(change(tensors), folder / "pytorch_model.bin")
-
-    return damage
-
-
-def removed(name: str) -> Damage:
-    return lambda folder: (folder / name).unlink()
-
-
-def as_folder(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).mkdir()
+        torch.save(change(load_file(folder / TENSORS)), folder / "pytorch_model.bin")
+        (folder / TENSORS).unlink()
 
     return damage
 
@@ -166,8 +142,11 @@ class HarmfulPickle:
         return print, ("unpickled",)
 
 
+UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENS, TENSORS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
+NO_POLICY = "expected a causal language model"
+TORN, FAILS = "found weights that cannot be read", "the chat template fails on a dialogue"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: list": (text(CONFIG, "[]"), r"config.json: found '\[\]'; expected a JSON object"),
     "config: null": (text(CONFIG, "null"), "config.json: found 'None'; expected a JSON object"),
@@ -182,15 +161,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: unknown type": (keys(CONFIG, model_type="llamma"), "llamma"),
     "config: type is a number": (keys(CONFIG, model_type=3), "cannot be read"),
     "config: another type": (keys(CONFIG, model_type="gpt2"), r"found \['LlamaForCausalLM'\] of model_type 'gpt2'"),
-    "config: classifier": (
-        keys(CONFIG, architectures=["LlamaForSequenceClassification"]),
-        "expected a causal language",
-    ),
-    "config: vision": (keys(CONFIG, architectures=["ViTModel"], model_type="vit"), "expected a causal language model"),
-    "config: t5": (
-        keys(CONFIG, architectures=["T5ForConditionalGeneration"], model_type="t5"),
-        "expected a causal language model",
-    ),
+    "config: classifier": (keys(CONFIG, architectures=["LlamaForSequenceClassification"]), NO_POLICY),
+    "config: vision": (keys(CONFIG, architectures=["ViTModel"], model_type="vit"), NO_POLICY),
+    "config: t5": (keys(CONFIG, architectures=["T5ForConditionalGeneration"], model_type="t5"), NO_POLICY),
     "config: no architecture": (keys(CONFIG, architectures=None), "names an architecture"),
     "config: architecture is a number": (keys(CONFIG, architectures=7), "found|cannot be read"),
     "config: huge vocabulary": (keys(CONFIG, vocab_size=10**12), "found vocab_size 1000000000000 in config.json"),
@@ -235,40 +208,37 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         keys(TOKENS, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["evil.T", None]}),
         "found a tokenizer",
     ),
-    "template: a number": (lambda f: _template(f, 7), "found a"),
-    "template: broken": (lambda f: _template(f, "{% if %}"), "the chat template fails on a dialogue"),
-    "template: raises": (
-        lambda f: _template(f, "{{ raise_exception('no') }}"),
-        "the chat template fails on a dialogue",
-    ),
-    "template: divides by nothing": (lambda f: _template(f, "{{ 1 // 0 }}"), "the chat template fails on a dialogue"),
-    "template: endless range": (
-        lambda f: _template(f, "{% for i in range(10**9) %}x{% endfor %}"),
-        "the chat template fails on a dialogue",
-    ),
+    "template: a number": (template(7), "found a"),
+    "template: broken": (template("{% if %}"), FAILS),
+    "template: raises": (template("{{ raise_exception('no') }}"), FAILS),
+    "template: divides by nothing": (template("{{ 1 // 0 }}"), FAILS),
+    "template: endless range": (template("{% for i in range(10**9) %}x{% endfor %}"), FAILS),
     "special tokens: list": (text("special_tokens_map.json", "[1]"), "special_tokens_map.json: found"),
     "added tokens: torn": (text("added_tokens.json", '{"a"'), "added_tokens.json: found something other than JSON"),
     "weights: gone": (removed(TENSORS), "found no weights"),
-    "weights: empty": (text(TENSORS, b""), "found weights that cannot be read"),
-    "weights: torn": (cut(TENSORS, 0.6), "found weights that cannot be read"),
-    "weights: torn header": (cut(TENSORS, 0.001), "found weights that cannot be read"),
-    "weights: noise": (text(TENSORS, b"\xff" * 999), "found weights that cannot be read"),
+    "weights: empty": (text(TENSORS, b""), TORN),
+    "weights: torn": (cut(TENSORS, 0.6), TORN),
+    "weights: torn header": (cut(TENSORS, 0.001), TORN),
+    "weights: noise": (text(TENSORS, b"\xff" * 999), TORN),
     "weights: a pointer": (
         text(TENSORS, "version https://git-lfs.github.com/spec/v1\n"),
         "weights that cannot be read",
     ),
     "weights: a folder": (as_folder(TENSORS), "found no weights"),
     "weights: no tensors": (weights(dict.clear), "found no tensors"),
-    "weights: one missing": (without(UP), f"found no tensor {UP}; expected exactly"),
+    "weights: one missing": (weights(lambda t: t.pop(UP)), f"found no tensor {UP}; expected exactly"),
     "weights: one more": (weights(lambda t: t.update(v_head=torch.zeros(3))), "the architecture has not, v_head;"),
     "weights: one renamed": (
         weights(lambda t: t.update(norm=t.pop("model.norm.weight"))),
         "found no tensor model.norm.weight; a tensor that the architecture has not, norm;",
     ),
-    "weights: all renamed": (weights(rename_all), "found no tensor lm_head.weight, model.embed_tokens.weight"),
+    "weights: all renamed": (
+        weights(lambda t: t.update({f"net.{name}": t.pop(name) for name in list(t)})),
+        "found no tensor lm_head.weight, model.embed_tokens.weight",
+    ),
     "weights: another shape": (weights(lambda t: t.update({UP: torch.zeros(48, 31)})), rf"shape: {UP} \[48, 31\]"),
-    "weights: integers": (weights(retype(torch.int8)), f"found tensor {UP} of type I8"),
-    "weights: float8": (weights(retype(torch.float8_e4m3fn)), f"found tensor {UP} of type F8_E4M3"),
+    "weights: integers": (retyped(torch.int8), f"found tensor {UP} of type I8"),
+    "weights: float8": (retyped(torch.float8_e4m3fn), f"found tensor {UP} of type F8_E4M3"),
     "weights: all integers": (
         weights(lambda t: t.update({name: tensor.int() for name, tensor in t.items()})),
         "of type I32; expected weights in float32",
@@ -278,10 +248,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         rf"another shape: .*{EMBEDDING}|found vocab_size",
     ),
     "embeddings: fewer than tokens": (
-        both(
-            weights(lambda t: t.update({EMBEDDING: t[EMBEDDING][:400].clone()})),
-            keys(CONFIG, vocab_size=400),
-        ),
+        both(weights(lambda t: t.update({EMBEDDING: t[EMBEDDING][:400].clone()})), keys(CONFIG, vocab_size=400)),
         r"found a tokenizer with token \d+ \(.*\) and embeddings of 400 rows",
     ),
     "shards: one gone": (shards(), "found no model-1.safetensors, which model.safetensors.index.json names"),
@@ -299,19 +266,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         both(shards(remove=False), cut("model-1.safetensors", 0.5)),
         "model-1.safetensors: found weights that cannot be read",
     ),
-    "bin: torn": (
-        both(legacy(lambda t: t), cut("pytorch_model.bin", 0.5)),
-        "found weights that cannot be read",
-    ),
+    "bin: torn": (both(legacy(lambda t: t), cut("pytorch_model.bin", 0.5)), TORN),
     "bin: one missing": (legacy(lambda t: {k: v for k, v in t.items() if k != UP}), f"found no tensor {UP}"),
-    "bin: code": (legacy(lambda t: {**t, "x": HarmfulPickle()}), "found weights that cannot be read"),
-    "bin: a list": (legacy(lambda t: [1, 2]), "found weights that cannot be read"),
+    "bin: code": (legacy(lambda t: {**t, "x": HarmfulPickle()}), TORN),
+    "bin: a list": (legacy(lambda t: [1, 2]), TORN),
 }
-
-
-def _template(folder: Path, template: Any) -> None:
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    keys(TOKENS, chat_template=template)(folder)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -495,9 +454,7 @@ def test_end_tokens_that_no_file_names_are_not_guessed(tmp_path: Path) -> None:
     model.generation_config.eos_token_id = 50256
     with pytest.raises(InputError, match="found eos_token_id 50256"):
         read_end_tokens(model, folder)
-    content = json.loads((folder / CONFIG).read_text())
-    del content["eos_token_id"]
-    (folder / CONFIG).write_text(json.dumps(content))
+    edited(CONFIG, lambda content: content.pop("eos_token_id"))(folder)
     assert read_end_tokens(model, folder) == frozenset()
     lm = load_policy(folder, device=CPU)
     assert lm.end_tokens == {lm.end_token}
@@ -521,11 +478,13 @@ def test_tokenizers_whose_added_tokens_are_found_otherwise_are_not_the_same(
 ) -> None:
     """But for the pad token, which no text is meant to hold."""
     came = Path(shutil.copytree(untied, tmp_path / "came"))
-    content = json.loads((came / TOKENIZER).read_text())
-    (unknown,) = [token for token in content["added_tokens"] if token["content"] == "<unk>"]
-    assert not any(unknown[flag] for flag in flags)
-    unknown.update(flags)
-    (came / TOKENIZER).write_text(json.dumps(content))
+
+    def flag(content: dict[str, Any]) -> None:
+        (unknown,) = [token for token in content["added_tokens"] if token["content"] == "<unk>"]
+        assert not any(unknown[name] for name in flags)
+        unknown.update(flags)
+
+    edited(TOKENIZER, flag)(came)
     one, other = AutoTokenizer.from_pretrained(untied), AutoTokenizer.from_pretrained(came)
     assert "<unk>" not in (one.pad_token, other.pad_token)
     assert (compute_tokenization_digest(one) == compute_tokenization_digest(other)) == (not flags)
@@ -608,18 +567,16 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     untied: Path, tmp_path: Path, pad: str, lora: bool, side: str
 ) -> None:
     came = Path(shutil.copytree(untied, tmp_path / "came"))
-    settings = json.loads((came / TOKENS).read_text())
-    for key, value in PADS[pad].items():
-        settings.pop(key, None)
-        settings |= {} if value is None else {key: value}
-    (came / TOKENS).write_text(json.dumps(settings))
+    removed_names = [name for name, token in PADS[pad].items() if token is None]
+    edited(TOKENS, lambda content: [content.pop(name, None) for name in removed_names])(came)
+    keys(TOKENS, **{name: token for name, token in PADS[pad].items() if token is not None})(came)
     (came / "special_tokens_map.json").unlink(missing_ok=True)
     if pad == "nothing but an end":
-        content = json.loads((came / TOKENIZER).read_text())
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] == "</s>"]
-        (came / TOKENIZER).write_text(json.dumps(content))
-    ids = {"pad_token_id": 2 if pad == "its end token" else None}
-    keys(CONFIG, **ids)(came)
+        (end,) = [
+            token for token in json.loads((came / TOKENIZER).read_text())["added_tokens"] if token["content"] == "</s>"
+        ]
+        keys(TOKENIZER, added_tokens=[end])(came)
+    keys(CONFIG, pad_token_id=2 if pad == "its end token" else None)(came)
 
     lm = initialize_reward_model(came, seed=0, device=CPU)
     if lora:

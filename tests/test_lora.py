@@ -30,6 +30,15 @@ PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 COMPLETIONS = [[[30, 31, 32, 5], [40, 5]], [[0, 7, 5], [41, 42, 43]], [[50], [51, 52, 53, 5]]]
 
 
+def randomize_trained_weights(lm: LanguageModel) -> None:
+    """Else the adapters change nothing: one of their two factors starts at 0."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
     """Frozen, or adapted by adapters that change something."""
     lm = tiny_model(name)
@@ -37,12 +46,8 @@ def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
     if not adapted:
         return freeze(lm)
     add_lora(lm, LoraSettings(rank=2))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for key, parameter in lm.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-            assert parameter.requires_grad == ("lora_" in key)
+    randomize_trained_weights(lm)
+    assert all(parameter.requires_grad == ("lora_" in key) for key, parameter in lm.model.named_parameters())
     return lm
 
 
@@ -105,15 +110,15 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
         lm = load_policy(source, device=CPU, precision=precision)
     else:
         lm = initialize_reward_model(source, seed=0, device=CPU, precision=precision)
-    add_lora(lm, LoraSettings(rank=3, alpha=7.0))
-    generator = torch.Generator().manual_seed(0)
+    batch = pack_branches(PROMPTS, COMPLETIONS)
     with torch.no_grad():
-        for parameter in lm.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    batch, trained = pack_branches(PROMPTS, COMPLETIONS), dict(lm.model.named_parameters())
-    with torch.no_grad():
+        plain = lm(batch, "states")
+        add_lora(lm, LoraSettings(rank=3, alpha=7.0))
+        assert torch.equal(lm(batch, "states"), plain), "it starts as the model that it adapts"
+        randomize_trained_weights(lm)
+        trained = dict(lm.model.named_parameters())
         before = lm(batch, "states")
+        assert not torch.equal(before, plain)
         save_model(lm, tmp_path / "saved")
         assert torch.equal(lm(batch, "states"), before), "and it can be trained further"
     base, saved = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
@@ -129,12 +134,9 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
         assert torch.equal(saved["score.weight"], trained["score.weight"])
 
 
-LORA = {"rank": 4}
-
-
 def stage_of(tiny: TinyWorld, kind: str, precision: str = "float32", **settings: Any) -> Stage:
     name, _, init = kind.partition("-")
-    common = {"lora": LORA, "precision": precision, **({"value_init": init} if init else {}), **settings}
+    common = {"lora": {"rank": 4}, "precision": precision, **({"value_init": init} if init else {}), **settings}
     stage: Stage = getattr(tiny, name)(**common)
     return stage
 
@@ -185,15 +187,12 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     saved_names = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
     assert saved_names == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
     start, end = (
-        load_file(model_folder(folder) / "model.safetensors") for folder in (folders[first_of(kind)], tmp_path)
+        load_file(model_folder(folder) / "model.safetensors")
+        for folder in (folders["base" if kind == "sft" else "policy"], tmp_path)
     )
     moved = [name for name in start if not torch.equal(start[name], end[name])]
     assert moved
     assert all("proj" in name for name in moved), "embeddings and norms are as they were"
-
-
-def first_of(kind: str) -> str:
-    return "base" if kind == "sft" else "policy"
 
 
 @pytest.mark.parametrize(("kind", "least"), [("sft", 0.005), ("reward", 0.03), ("dpo", 0.03)])
@@ -211,9 +210,7 @@ def test_dropout_acts_while_learning_alone() -> None:
     torch.manual_seed(0)
     lm, batch = tiny_model("llama"), pack_branches(PROMPTS, COMPLETIONS)
     add_lora(lm, LoraSettings(rank=2, dropout=0.5))
-    for parameter in lm.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
+    randomize_trained_weights(lm)
     lm.train()
     assert not torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
     lm.model.eval()

@@ -296,7 +296,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
         with torch.no_grad():
             (chosen, rejected), (chosen_reference, rejected_reference) = (
-                [float(plain_logprobs(lm, prompt, completion).double().sum()) for completion in branches]
+                [float(plain_logprobs(lm.model, prompt, completion).double().sum()) for completion in branches]
                 for lm in models
             )
         margins.append(0.3 * ((chosen - chosen_reference) - (rejected - rejected_reference)))

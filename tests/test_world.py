@@ -118,6 +118,7 @@ def test_demonstrations_are_of_mixed_quality() -> None:
         ),
         (ROSES, f"{TIP} {TIP}", {"tips": TIP_REWARDS[0], "repetition": REWARD_WEIGHTS["repetition"]}),
         (ROSES, f"{TIP} {OTHER}", {"tips": TIP_REWARDS[0], "off_topic": REWARD_WEIGHTS["off_topic"]}),
+        (ROSES, TIP.removesuffix("."), {"tips": TIP_REWARDS[0], "unfinished": REWARD_WEIGHTS["unfinished"]}),
         (ROSES, "It depends on many things.", {"vague": REWARD_WEIGHTS["vague"]}),
         (ROSES, f"Figure it out yourself. {TIP}", {"rude": REWARD_WEIGHTS["rude"], "tips": TIP_REWARDS[0]}),
         (ROSES, "Figure it out yourself. Good luck!", {"rude": REWARD_WEIGHTS["rude"]}),
@@ -153,12 +154,6 @@ def test_part_of_a_tip_earns_part_of_its_reward() -> None:
     partial_tips = ["Cut the stems back.", "Cut the stems back in spring.", TIP]
     tip_terms = [true_reward_terms(ROSES, partial_tip)["tips"] for partial_tip in partial_tips]
     assert 0 < tip_terms[0] < tip_terms[1] < tip_terms[2] == TIP_REWARDS[0]
-
-
-def test_cut_off_reply_is_unfinished() -> None:
-    cut = true_reward_terms(ROSES, TIP.removesuffix("."))
-    assert cut["unfinished"] == REWARD_WEIGHTS["unfinished"]
-    assert cut["tips"] == TIP_REWARDS[0]
 
 
 def test_penalty_for_long_replies_counts_sentences_and_words() -> None:
@@ -219,12 +214,3 @@ def test_special_tokens() -> None:
     assert len(set(tokenizer.convert_tokens_to_ids(specials))) == 4
     dialogue = tokenizer("<|user|>Hi!<|assistant|>Hello.<|end|><|pad|>")["input_ids"]
     assert tokenizer.decode(dialogue, skip_special_tokens=True) == "Hi!Hello."
-
-
-def test_chat_template() -> None:
-    tokenizer = build_tokenizer()
-    question, answer = {"role": "user", "content": ROSES}, {"role": "assistant", "content": TIP}
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    assert prompt == f"<|user|>{ROSES}<|assistant|>"
-    dialogue = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    assert dialogue == f"{prompt}{TIP}<|end|>"

@@ -50,13 +50,6 @@ def test_krippendorff_alpha_of_the_published_example():
     assert krippendorff_alpha(counts) == pytest.approx(0.743, abs=5e-4)
 
 
-def test_cohen_kappa_of_a_two_by_two_table():
-    """20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: 0.70 observed, 0.50 by chance."""
-    one = np.repeat([0, 0, 1, 1], [20, 5, 10, 15])
-    other = np.repeat([0, 1, 0, 1], [20, 5, 10, 15])
-    assert cohen_kappa(one, other) == pytest.approx(0.4)
-
-
 @given(counted)
 def test_alpha_is_one_minus_disagreement_over_its_expectation(counts):
     units = [[c for c, n in enumerate(row) for _ in range(n)] for row in counts]

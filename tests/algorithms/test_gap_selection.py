@@ -14,27 +14,16 @@ def pairs(*scores):
     return np.array(scores, dtype=np.float64)
 
 
-def test_gaps_are_absolute_differences():
-    assert compute_score_gaps(pairs((1.0, 3.5), (2.0, -1.0), (4.0, 4.0))).tolist() == [2.5, 3.0, 0.0]
-
-
 def test_the_boundary_is_strict_and_hard():
     assert easy_mask(np.array([0.0, 1.0, 1.0 + 1e-12, 2.0]), 1.0).tolist() == [False, False, True, True]
 
 
-def test_identical_scores_are_hard_even_at_threshold_0():
-    assert easy_mask(compute_score_gaps(pairs((2.0, 2.0), (2.0, 2.1))), 0.0).tolist() == [False, True]
-
-
 @quick
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=30), st.floats(0.0, 5.0))
-def test_selection_is_a_partition(scores, threshold):
+def test_a_pair_is_easy_if_its_gap_exceeds_the_threshold(scores, threshold):
     easy = easy_mask(compute_score_gaps(pairs(*scores)), threshold)
     for (one, other), is_easy in zip(scores, easy, strict=True):
         assert is_easy == (max(one, other) - min(one, other) > threshold)
-    easy_rows = [row for row, e in zip(range(len(scores)), easy, strict=True) if e]
-    hard_rows = [row for row, e in zip(range(len(scores)), ~easy, strict=True) if e]
-    assert sorted(easy_rows + hard_rows) == list(range(len(scores)))
 
 
 @quick
@@ -59,11 +48,6 @@ def test_easy_fraction_is_exact_without_ties(gaps, easy_fraction):
         assert easy.sum() == len(gaps) - 1
 
 
-def test_ties_at_the_boundary_are_hard():
-    gaps = np.array([3.0, 2.0, 2.0, 1.0])
-    assert easy_mask(gaps, threshold_for_easy_fraction(gaps, 0.5)).tolist() == [True, False, False, False]
-
-
 @pytest.mark.parametrize("easy_fraction", [0.0, 1.0, -0.1, 60.0, float("nan")])
 def test_an_easy_fraction_that_leaves_nothing_is_refused(easy_fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -73,15 +57,3 @@ def test_an_easy_fraction_that_leaves_nothing_is_refused(easy_fraction):
 def test_order_by_score_puts_the_higher_first_and_keeps_ties():
     scores = pairs((1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (-1.0, -2.0), (0.0, -0.0))
     assert order_by_score(scores).tolist() == [[1, 0], [0, 1], [0, 1], [0, 1], [0, 1]]
-
-
-@quick
-@given(st.tuples(st.integers(-3, 3).map(float), st.integers(-3, 3).map(float)))
-def test_order_by_score_is_a_stable_order(scores):
-    expected = [1, 0] if scores[1] > scores[0] else [0, 1]
-    assert order_by_score(pairs(scores)).tolist() == [expected]
-
-
-def test_other_than_two_completions_are_refused():
-    with pytest.raises(Exception, match=r"shape|type"):
-        compute_score_gaps(np.zeros((4, 3)))

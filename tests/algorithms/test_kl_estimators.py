@@ -29,13 +29,6 @@ def test_k3_is_never_negative(policy, reference):
     assert kl_k3(tensor(policy), tensor(reference)) >= 0.0
 
 
-@quick
-@given(logprob)
-def test_k1_and_k3_are_0_for_equal_policies(policy):
-    assert kl_k1(tensor(policy), tensor(policy)) == 0.0
-    assert kl_k3(tensor(policy), tensor(policy)) == 0.0
-
-
 def test_k3_is_precise_for_nearly_equal_policies():
     """With e = log pi_ref - log pi small, e^e - 1 - e = e^2 / 2 + ...; exp(e) - 1 would lose it in rounding."""
     near = kl_k3(tensor(0.0), tensor(-1e-6))
@@ -73,12 +66,6 @@ def test_adapt_kl_coef(kl, expected):
 
 def test_adapt_kl_coef_moves_by_its_rate():
     assert adapt_kl_coef(0.2, 12.0, target=6.0, rate=0.5) == pytest.approx(0.2 * 1.1, rel=1e-12)
-
-
-@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
-def test_shapes_that_would_broadcast_are_refused(estimator):
-    with pytest.raises(Exception, match=r"shape|type"):
-        estimator(torch.zeros(2), torch.zeros(1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])

@@ -74,19 +74,6 @@ def test_values_outside_the_mask_change_nothing(garbage):
     assert (whiten(padded, padded_mask)[:, 5:] == 0.0).all()
 
 
-def test_equal_values_whiten_to_0():
-    x = torch.full((2, 3), 0.1)
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert (whiten(x, mask).abs() < 1e-3).all()
-
-
 def test_a_variance_below_the_floor_is_raised_to_it():
     x = torch.tensor([[-1e-5, 1e-5]], dtype=torch.float64)
     assert_close(whiten(x, torch.ones(1, 2, dtype=torch.bool)), [[-0.1, 0.1]])
-
-
-def test_shapes_that_would_broadcast_are_refused():
-    with pytest.raises(Exception, match=r"shape|type"):
-        masked_mean(torch.ones(2, 3), torch.ones(2, 1, dtype=torch.bool))
-    with pytest.raises(Exception, match=r"shape|type"):
-        whiten(torch.ones(2, 3), torch.ones(1, 3, dtype=torch.bool))

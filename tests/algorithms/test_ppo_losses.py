@@ -64,31 +64,11 @@ def test_shaped_rewards_are_the_formula_token_by_token(score_clip):
     assert_close(rewards, rewards_by_loop(logprobs, reference, LENGTHS, scores, 0.3, score_clip))
 
 
-def test_clipped_score_is_added_at_the_last_token():
-    zeros = torch.zeros(3, 5, dtype=torch.float64)
-    rewards = shaped_rewards(zeros, zeros, make_mask(LENGTHS), tensor([9.0, -9.0, 0.5]), kl_coef=0.1, score_clip=2.0)
-    assert_close(rewards, [[0, 0, 0, 0, 2], [-2, 0, 0, 0, 0], [0, 0, 0.5, 0, 0]])
-
-
 def test_penalties_are_subtracted_from_the_clipped_score():
     zeros = torch.zeros(2, 5, dtype=torch.float64)
     options = {"kl_coef": 0.1, "score_clip": 5.0, "penalties": tensor([0.0, 3.0])}
     rewards = shaped_rewards(zeros, zeros, make_mask([5, 2]), tensor([8.0, 8.0]), **options)
     assert_close(rewards, [[0, 0, 0, 0, 5], [0, 2, 0, 0, 0]])
-
-
-def test_kl_penalty_of_each_token_is_negative_where_the_policy_exceeds_the_reference():
-    zeros, ones = torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
-    rewards = shaped_rewards(ones, zeros, make_mask([3, 5]), tensor([0.0, 0.0]), kl_coef=0.1, score_clip=None)
-    assert_close(rewards, [[-0.1, -0.1, -0.1, 0, 0], [-0.1] * 5])
-
-
-def test_rewards_sum_to_the_score_minus_the_penalised_kl():
-    logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), make_mask(LENGTHS)
-    rewards = shaped_rewards(logprobs, reference, mask, scores, kl_coef=0.2, score_clip=None)
-    for row, length in enumerate(LENGTHS):
-        kl = sum(float(logprobs[row, t]) - float(reference[row, t]) for t in range(length))
-        assert_close(rewards[row].sum(), float(scores[row]) - 0.2 * kl)
 
 
 @pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
@@ -148,13 +128,6 @@ def test_gae_with_lambda_1_and_discount_1_is_return_to_go_minus_value():
     for row, length in enumerate(LENGTHS):
         for t in range(length):
             assert_close(ours[row, t], sum(rewards[row, t:length].tolist()) - float(values[row, t]))
-
-
-def test_gae_with_lambda_0_is_the_td_error():
-    rewards, values = random(1, 3), random(1, 3, seed=1)
-    ours = generalized_advantages(rewards, values, make_mask([3], 3), discount=0.9, gae_lambda=0.0)
-    (r,), (v,) = rewards.tolist(), values.tolist()
-    assert_close(ours, [[r[0] + 0.9 * v[1] - v[0], r[1] + 0.9 * v[2] - v[1], r[2] - v[2]]])
 
 
 @pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
@@ -225,14 +198,6 @@ def test_policy_loss_is_the_formula_token_by_token():
     assert_close(policy_loss(logprobs, old, advantages, clip=0.2), expected)
 
 
-def test_policy_loss_at_ratio_1_is_minus_the_advantage_and_so_is_its_gradient():
-    logprobs, advantages = random(3, 5).requires_grad_(), random(3, 5, seed=1)
-    loss = policy_loss(logprobs, logprobs.detach(), advantages, clip=0.2)
-    assert_close(loss.detach(), -advantages)
-    loss.sum().backward()
-    assert_close(logprobs.grad, -advantages)
-
-
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient"),
     [
@@ -250,13 +215,6 @@ def test_policy_clip_stops_the_gradient(ratio, advantage, loss, gradient):
     losses.sum().backward()
     assert_close(losses.detach(), [[loss]])
     assert_close(logprobs.grad, [[gradient]])
-
-
-def test_policy_loss_gradient_agrees_with_finite_differences():
-    old, advantages = random(3, 5, seed=1), random(3, 5, seed=2)
-    assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, old, advantages, clip=0.2), [random(3, 5).requires_grad_()]
-    )
 
 
 @quick
@@ -318,14 +276,6 @@ def test_value_clip_stops_the_gradient(value, target, loss, gradient):
     assert_close(values.grad, [[gradient]])
 
 
-def test_value_loss_gradient_agrees_with_finite_differences():
-    old, returns = random(3, 5, seed=1), random(3, 5, seed=2)
-    for clip in (None, 0.3):
-        assert torch.autograd.gradcheck(
-            lambda x, clip=clip: value_loss(x, old, returns, clip=clip), [random(3, 5).requires_grad_()]
-        )
-
-
 def test_explained_variance_over_the_mask():
     returns, mask = random(3, 5), make_mask(LENGTHS)
     values = returns + 0.5 * random(3, 5, seed=1)
@@ -341,21 +291,3 @@ def test_explained_variance_of_perfect_and_constant_values():
     assert_close(explained_variance(returns + 4.0, returns, mask), 1.0)
     assert_close(explained_variance(torch.full_like(returns, 3.0), returns, mask), 0.0)
     assert explained_variance(random(3, 5), torch.full_like(returns, 0.5), mask) == 0.0
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda full, narrow, mask: policy_loss(full, narrow, full, clip=0.2),
-        lambda full, narrow, mask: policy_loss(full, full, narrow, clip=0.2),
-        lambda full, narrow, mask: value_loss(full, full, narrow, clip=0.2),
-        lambda full, narrow, mask: generalized_advantages(full, narrow, mask, discount=1.0, gae_lambda=0.95),
-        lambda full, narrow, mask: shaped_rewards(full, narrow, mask, full[:, 0], kl_coef=0.1, score_clip=None),
-        lambda full, narrow, mask: shaped_rewards(full, full, mask, full[:1, 0], kl_coef=0.1, score_clip=None),
-        lambda full, narrow, mask: explained_variance(full, narrow, mask),
-        lambda full, narrow, mask: clip_fraction(full, full, full, mask[:, :1], clip=0.2),
-    ],
-)
-def test_shapes_that_would_broadcast_are_refused(call):
-    with pytest.raises(Exception, match=r"shape|type"):
-        call(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool))

@@ -1,11 +1,10 @@
 import pytest
 
-from mixpo.data.errors import InputError
+from messages import FIX, assistant, error_message, row_error, user
 from mixpo.data.rows import (
     BadRow,
     Demonstration,
     Preference,
-    RowError,
     count_repeats,
     demonstration_columns,
     parse_demonstration,
@@ -15,69 +14,36 @@ from mixpo.data.rows import (
     split_filled_columns,
 )
 
-FIX = "drop the row or fix the source"
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+def whole(*prompt, chosen="Because.", rejected="No."):
+    """Whole dialogues, of which the prompt is a part."""
+    return {"chosen": [*prompt, assistant(chosen)], "rejected": [*prompt, assistant(rejected)]}
+
+
+AS_MESSAGES = Preference([user("Why?")], "Because.", "No.")
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         pytest.param(GOOD, Preference("Why?", "Because.", "No."), id="text"),
+        pytest.param(GOOD | {"prompt": [user("Why?")]}, AS_MESSAGES, id="messages and text"),
+        pytest.param(whole() | {"prompt": [user("Why?")]}, AS_MESSAGES, id="conversational"),
+        pytest.param(whole(user("Why?")), AS_MESSAGES, id="implicit prompt"),
+        pytest.param(whole(user("Why?")) | {"prompt": None}, AS_MESSAGES, id="implicit prompt beside an empty column"),
         pytest.param(
-            GOOD | {"prompt": [user("Why?")]}, Preference([user("Why?")], "Because.", "No."), id="messages and text"
-        ),
-        pytest.param(
-            {"prompt": [user("Why?")], "chosen": [assistant("Because.")], "rejected": [assistant("No.")]},
-            Preference([user("Why?")], "Because.", "No."),
-            id="conversational",
-        ),
-        pytest.param(
-            {"chosen": [user("Why?"), assistant("Because.")], "rejected": [user("Why?"), assistant("No.")]},
-            Preference([user("Why?")], "Because.", "No."),
-            id="implicit prompt",
-        ),
-        pytest.param(
-            {
-                "prompt": None,
-                "chosen": [user("Why?"), assistant("Because.")],
-                "rejected": [user("Why?"), assistant("No.")],
-            },
-            Preference([user("Why?")], "Because.", "No."),
-            id="implicit prompt beside an empty column",
-        ),
-        pytest.param(
-            {
-                "prompt": "Why?",
-                "chosen": [user("Why?"), assistant("Because.")],
-                "rejected": [user("Why?"), assistant("No.")],
-                "score_chosen": 8.5,
-            },
-            Preference([user("Why?")], "Because.", "No."),
+            whole(user("Why?")) | {"prompt": "Why?", "score_chosen": 8.5},
+            AS_MESSAGES,
             id="prompt repeated by whole dialogues",
         ),
         pytest.param(
-            {
-                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
-                "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
-            },
+            whole(user("a"), assistant("b"), user("c"), chosen="d", rejected="e"),
             Preference([user("a"), assistant("b"), user("c")], "d", "e"),
             id="many turns",
         ),
-        pytest.param(
-            GOOD | {"prompt": [user("Why?") | {"name": None}]},
-            Preference([user("Why?")], "Because.", "No."),
-            id="other keys of a message",
-        ),
+        pytest.param(GOOD | {"prompt": [user("Why?") | {"name": None}]}, AS_MESSAGES, id="other keys of a message"),
         pytest.param(
             {"prompt": " Why?\n", "chosen": "\tBecause. ", "rejected": "No.\u2028"},
             Preference(" Why?\n", "\tBecause. ", "No.\u2028"),
@@ -162,11 +128,7 @@ def without(name):
             id="prompts differ",
         ),
         pytest.param(
-            {
-                "prompt": [user("z")],
-                "chosen": [user("a"), assistant("b")],
-                "rejected": [user("a"), assistant("c")],
-            },
+            whole(user("a")) | {"prompt": [user("z")]},
             f"'prompt' differs from the first messages of the dialogue in 'chosen'; expected the same messages; {FIX}",
             id="prompt and dialogues differ",
         ),
@@ -206,20 +168,13 @@ def without(name):
     ],
 )
 def test_invalid_preferences(fields, line):
-    with pytest.raises(RowError) as caught:
-        parse_preference(fields)
-    bad = BadRow("hh.jsonl", 7, caught.value.field, caught.value.problem)
-    assert str(bad) == f"hh.jsonl:7: {line}"
+    assert str(BadRow("hh.jsonl", 7, *row_error(parse_preference, fields))) == f"hh.jsonl:7: {line}"
 
 
 @pytest.mark.parametrize(
     ("fields", "field", "problem"),
     [
-        (
-            GOOD,
-            "completion",
-            f"is missing; found 'prompt', 'chosen', 'rejected'; {FIX}",
-        ),
+        (GOOD, "completion", f"is missing; found 'prompt', 'chosen', 'rejected'; {FIX}"),
         ({"prompt": "Why?", "completion": " "}, "completion", f"is empty; {FIX}"),
         (
             {"conversations": [{"from": "human", "value": "Why?"}]},
@@ -228,11 +183,7 @@ def test_invalid_preferences(fields, line):
             "'role' and 'content'",
         ),
         ({"messages": []}, "messages", f"is empty; {FIX}"),
-        (
-            {"messages": [user("Why?")]},
-            "messages",
-            f"has a last message from 'user'; expected 'assistant'; {FIX}",
-        ),
+        ({"messages": [user("Why?")]}, "messages", f"has a last message from 'user'; expected 'assistant'; {FIX}"),
         (
             {"messages": [assistant("Hello."), assistant("Anyone?")]},
             "messages",
@@ -242,26 +193,13 @@ def test_invalid_preferences(fields, line):
     ],
 )
 def test_invalid_demonstrations(fields, field, problem):
-    with pytest.raises(RowError) as caught:
-        parse_demonstration(fields)
-    assert (caught.value.field, caught.value.problem) == (field, problem)
-
-
-def test_a_bad_row_without_a_field_names_the_row():
-    assert str(BadRow("hh.jsonl", 3, "", "is a list")) == "hh.jsonl:3: the row is a list"
-
-
-def test_a_bad_row_prints_its_file_line_field_and_fix():
-    bad = BadRow("hh.jsonl", 1842, "rejected", f"is empty; {FIX}")
-    assert str(bad) == "hh.jsonl:1842: 'rejected' is empty; drop the row or fix the source"
+    assert row_error(parse_demonstration, fields) == (field, problem)
 
 
 @pytest.mark.parametrize(("count", "tail"), [(1, []), (10, []), (11, ["... and 1 more"]), (23, ["... and 13 more"])])
 def test_error_lists_the_first_ten_bad_rows_and_counts_the_rest(count, tail):
     bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
-    with pytest.raises(InputError) as caught:
-        raise_for_bad_rows(bad, total=40)
-    assert str(caught.value).splitlines() == [
+    assert error_message(raise_for_bad_rows, bad, total=40).splitlines() == [
         f"{count} of 40 rows cannot be used:",
         *(f"hh.jsonl:{row}: 'prompt' is empty" for row in range(1, min(count, 10) + 1)),
         *tail,
@@ -297,9 +235,8 @@ def test_a_system_column_becomes_the_first_message(fields, expected):
 
 
 def test_two_different_system_messages_are_a_bad_row():
-    with pytest.raises(RowError) as caught:
-        parse_preference({**GOOD, "prompt": [system("Be long."), user("Why?")], "system": "Be brief."})
-    assert (caught.value.field, caught.value.problem) == (
+    fields = {**GOOD, "prompt": [system("Be long."), user("Why?")], "system": "Be brief."}
+    assert row_error(parse_preference, fields) == (
         "system",
         f"differs from the dialogue's own system message; expected the same text, or only one of them; {FIX}",
     )
@@ -308,9 +245,7 @@ def test_two_different_system_messages_are_a_bad_row():
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
 def test_a_tool_call_without_content_is_a_bad_row(content):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}], **content}
-    with pytest.raises(RowError) as caught:
-        parse_demonstration({"messages": [user("Why?"), call]})
-    assert (caught.value.field, caught.value.problem) == (
+    assert row_error(parse_demonstration, {"messages": [user("Why?"), call]}) == (
         "messages",
         f"message 2 has 'tool_calls' and no 'content'; expected 'content': tool calls are not rendered; {FIX}",
     )

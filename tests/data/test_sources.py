@@ -1,8 +1,10 @@
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messages import FIX, assistant, error_message, row_error, user
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Demonstration, Preference, RowError
+from mixpo.data.rows import Demonstration, Preference
 from mixpo.data.sources import (
     compute_content_digest,
     compute_source_identity,
@@ -30,20 +33,11 @@ from mixpo.data.sources import (
     read_records,
 )
 
-FIX = "drop the row or fix the source"
 ROWS = [
     {"prompt": 'Say "hi",\nplease', "chosen": "hi\r\n", "rejected": "no\u2028\x85"},
     {"prompt": "Größe?", "chosen": "日本\t語", "rejected": "a,b;'"},
 ]
 PREFERENCES = [Preference(**row) for row in ROWS]
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def jsonl(rows):
@@ -57,10 +51,17 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
+def parquet(prompts):
+    """The bytes of a Parquet file with one column."""
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"prompt": prompts}), stream)
+    return stream.getvalue()
+
+
 def write(path: Path, rows):
     """Write rows to a file in the format of its suffix."""
     plain = path.with_name(path.name.removesuffix(".gz"))
-    match plain.suffix:
+    match plain.suffix.lower():
         case ".jsonl":
             plain.write_bytes(jsonl(rows))
         case ".json":
@@ -74,24 +75,11 @@ def write(path: Path, rows):
     return path
 
 
-def error_message(call, *arguments, **options):
-    """Return the message of the `InputError` that a call raises, parsed all it yields."""
-    with pytest.raises(InputError) as caught:
-        list(call(*arguments, **options))
-    return str(caught.value)
-
-
-FILE_NAMES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"]
-
-
-@pytest.mark.parametrize("name", FILE_NAMES)
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "A.JSONL", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"]
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert read_preferences(write(tmp_path / name, ROWS), "preference")[:2] == (PREFERENCES, [])
-
-
-def test_the_suffix_may_be_in_capitals(tmp_path):
-    (tmp_path / "A.JSONL").write_bytes(jsonl(ROWS))
-    assert read_preferences(tmp_path / "A.JSONL", "preference")[:2] == (PREFERENCES, [])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
@@ -197,28 +185,30 @@ def test_csv_cells_may_be_long(tmp_path):
     assert read_demonstrations(write(tmp_path / "a.csv", [row]))[:2] == ([Demonstration(**row)], [])
 
 
-def test_a_missing_file_suggests_its_neighbours(tmp_path):
-    (tmp_path / "helpful.jsonl").touch()
-    assert (
-        error_message(read_records, tmp_path / "helpfull.jsonl")
-        == f"{tmp_path / 'helpfull.jsonl'}: no such file; did you mean 'helpful.jsonl'?"
-    )
-    assert (
-        error_message(read_records, tmp_path / "tldr")
-        == f"{tmp_path / 'tldr'}: no such file; the folder holds 'helpful.jsonl'"
-    )
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    path = tmp_path / "no" / "a.jsonl"
-    assert error_message(read_records, path) == f"{path}: no such file, and no folder '{path.parent}'; check the path"
-
-
-def test_a_folder_is_refused(tmp_path):
-    assert error_message(read_records, tmp_path) == f"{tmp_path}: is a folder; expected a file; it holds nothing"
-    for number in range(12):
-        (tmp_path / f"{number:02}.jsonl").touch()
-    assert error_message(read_records, tmp_path).endswith("'08.jsonl', '09.jsonl' and 2 more")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("helpfull.jsonl", "no such file; did you mean 'helpful.txt'?"),
+        ("tldr", "no such file; the folder holds 'empty', 'full', 'helpful.txt'"),
+        ("no/a.jsonl", "no such file, and no folder '{folder}/no'; check the path"),
+        ("empty", "is a folder; expected a file; it holds nothing"),
+        (
+            "full",
+            f"is a folder; expected a file; it holds {str([f'{n:02}.jsonl' for n in range(10)])[1:-1]} and 2 more",
+        ),
+        (
+            "helpful.txt",
+            "unsupported suffix '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
+            "convert the file",
+        ),
+    ],
+)
+def test_a_path_that_is_no_data_file_is_refused(tmp_path, name, problem):
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    for file in ("helpful.txt", *(f"full/{number:02}.jsonl" for number in range(12))):
+        (tmp_path / file).touch()
+    assert error_message(read_records, tmp_path / name) == f"{tmp_path / name}: {problem.format(folder=tmp_path)}"
 
 
 def test_pipes_devices_and_broken_links_are_refused(tmp_path):
@@ -241,18 +231,10 @@ def test_an_unknown_user_in_a_path_is_refused():
     assert expand_path("~/a.jsonl") == Path.home() / "a.jsonl"
 
 
-def test_an_unsupported_suffix_lists_the_supported_ones(tmp_path):
-    path = tmp_path / "a.txt"
-    path.touch()
-    assert error_message(read_records, path) == (
-        f"{path}: unsupported suffix '.txt'; expected .jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet; "
-        "convert the file"
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("a.parquet", parquet(pa.array([], pa.string()))),
         ("a.jsonl", b""),
         ("a.jsonl", b"\n \n"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
@@ -268,13 +250,8 @@ def test_a_file_without_rows_is_refused(tmp_path, name, content):
     assert error_message(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
 
 
-def test_a_parquet_file_without_rows_is_refused(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
-    assert error_message(read_records, path) == f"{path}: has no rows; expected at least one; check the file"
-
-
 COMPLETE = gzip.compress(jsonl(ROWS * 50), mtime=0)
+NOT_UTF8 = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))
 
 
 @pytest.mark.parametrize(
@@ -326,27 +303,20 @@ def test_a_broken_file_is_refused(tmp_path, name, content, message):
     assert error_message(read_records, path) == f"{path}{message}"
 
 
-def test_damaged_gzip_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(COMPLETE[:20] + b"\xff" * 20 + COMPLETE[40:])
-    message = error_message(read_records, path)
-    assert message.startswith(f"{path}: cannot be read: ")
-    assert message.endswith("; check that the file is complete")
-
-
-def test_invalid_parquet_is_refused(tmp_path):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"prompt,completion")
-    message = error_message(read_records, path)
-    assert message.startswith(f"{path}: cannot be read: Parquet magic bytes not found")
-    assert "\n" not in message
-
-
-def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
-    path = tmp_path / "a.parquet"
-    offsets, data = pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")
-    pq.write_table(pa.table({"prompt": pa.StringArray.from_buffers(1, offsets, data)}), path)
-    assert "codec can't decode byte 0xff" in error_message(read_records, path)
+@pytest.mark.parametrize(
+    ("name", "content", "library_message"),
+    [
+        ("a.jsonl.gz", COMPLETE[:20] + b"\xff" * 20 + COMPLETE[40:], ""),
+        ("a.parquet", b"prompt,completion", "Parquet magic bytes not found"),
+        ("a.parquet", parquet(NOT_UTF8), "'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=["damaged gzip", "not Parquet", "Parquet not UTF-8"],
+)
+def test_what_the_library_says_of_a_broken_file_is_one_line(tmp_path, name, content, library_message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    start, end = re.escape(f"{path}: cannot be read: {library_message}"), "; check that the file is complete"
+    assert re.fullmatch(f"{start}.*{end}", error_message(read_records, path))
 
 
 # HH-RLHF
@@ -360,12 +330,6 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
             "\n\nHuman: Hi\n\nAssistant: Go away.",
             Preference([user("Hi")], "Hello.", "Go away."),
             id="one turn, stripped",
-        ),
-        pytest.param(
-            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
-            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
-            Preference([user("a"), assistant("b"), user("c")], "d", "e"),
-            id="many turns",
         ),
         pytest.param(
             "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: Human: e\n\nf",
@@ -422,29 +386,16 @@ A = "\n\nHuman: a\n\nAssistant: b"
             f"begins with '\\n\\nAssistant: b'; expected '\\n\\nHuman:'; {FIX}",
         ),
         (
-            {"chosen": A, "rejected": A + "\n\nHuman: c"},
-            "rejected",
-            f"has a last message from 'user'; expected 'assistant'; {FIX}",
-        ),
-        (
             {"chosen": A, "rejected": "\n\nHuman: a\n\nAssistant:"},
             "rejected",
             f"message 2 'content' is empty; {FIX}",
         ),
         ({"chosen": "\n\nHuman:\n\nAssistant: b", "rejected": A}, "chosen", f"message 1 'content' is empty; {FIX}"),
-        (
-            {"chosen": A, "rejected": "\n\nHuman: z\n\nAssistant: c"},
-            "rejected",
-            "has another prompt than 'chosen': they differ from message 1 ('rejected' has 1 messages, 'chosen' 1); "
-            f"expected equal prompts; {FIX}",
-        ),
         ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
     ],
 )
 def test_bad_hh_rlhf_rows(record, field, problem):
-    with pytest.raises(RowError) as caught:
-        parse_hh_rlhf(record)
-    assert (caught.value.field, caught.value.problem) == (field, problem)
+    assert row_error(parse_hh_rlhf, record) == (field, problem)
 
 
 turns = st.lists(st.text(st.characters(exclude_characters="\n", codec="utf-8"), min_size=1).map(str.strip), min_size=1)
@@ -484,24 +435,8 @@ def test_tldr_rows(ending, prefix):
     ],
 )
 def test_bad_tldr_rows(change, field, problem):
-    with pytest.raises(RowError) as caught:
-        parse_tldr({"prompt": POST, "chosen": "TL;DR: a", "rejected": "TL;DR: b"} | change)
-    assert (caught.value.field, caught.value.problem) == (field, problem)
-
-
-@pytest.mark.parametrize(
-    ("format", "row", "expected"),
-    [
-        ("hh-rlhf", {"chosen": A, "rejected": A + "c"}, Preference([user("a")], "b", "bc")),
-        (
-            "tldr",
-            {"prompt": POST, "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
-            Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
-        ),
-    ],
-)
-def test_files_are_read_in_their_format(tmp_path, format, row, expected):
-    assert read_preferences(write(tmp_path / "a.jsonl", [row, row]), format)[:2] == ([expected] * 2, [])
+    record = {"prompt": POST, "chosen": "TL;DR: a", "rejected": "TL;DR: b"}
+    assert row_error(parse_tldr, record | change) == (field, problem)
 
 
 @pytest.mark.parametrize(
@@ -534,17 +469,33 @@ def test_suffix_and_category_are_part_of_a_files_identity(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "used"),
+    ("format", "row", "used", "expected"),
     [
-        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["prompt", "chosen", "rejected"]),
-        ("hh-rlhf", {"chosen": A, "rejected": A + "c", "prompt": "a"}, ["chosen", "rejected"]),
-        ("tldr", {"prompt": POST, "chosen": "a", "rejected": "b", "system": "c"}, ["prompt", "chosen", "rejected"]),
-        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"]),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            ["prompt", "chosen", "rejected"],
+            Preference("a", "b", "c"),
+        ),
+        (
+            "hh-rlhf",
+            {"chosen": A, "rejected": A + "c", "prompt": "a"},
+            ["chosen", "rejected"],
+            Preference([user("a")], "b", "bc"),
+        ),
+        (
+            "tldr",
+            {"prompt": POST, "chosen": "TL;DR: a", "rejected": "b", "system": "c"},
+            ["prompt", "chosen", "rejected"],
+            Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
+        ),
+        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"], Demonstration("a", "b")),
     ],
 )
-def test_readers_name_the_columns_they_read_and_those_they_do_not(tmp_path, format, row, used):
+def test_files_are_read_in_their_format_and_their_columns_named(tmp_path, format, row, used, expected):
     path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
     parsed = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
+    assert parsed[:2] == ([expected] * 2, [])
     assert parsed.used_columns == used
     assert set(parsed.ignored_columns) == {*row, "id", "score"} - set(used)
     assert guess_format(row) == format

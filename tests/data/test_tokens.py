@@ -307,48 +307,42 @@ WITHOUT_THINKING = "{{ m.content if m.role == 'user' else m.content.split('</thi
 @pytest.mark.parametrize(
     ("template", "completions", "expected"),
     [
-        (TURNS.replace("FILTER", ""), [" a ", "<think>b</think>c", "<|im_end|>"], []),
+        (TURNS.replace("FILTER", ""), [" a ", "<think>b</think>c", "<|im_end|>"], None),
         (
             TURNS.replace("FILTER", "| trim"),
             [" a ", "b"],
-            ["the chat template changes the whitespace of 1 of 2 completions; they are trained as rendered"],
+            "the chat template changes the whitespace of 1 of 2 completions; they are trained as rendered",
         ),
         (
             TURNS.replace("FILTER", "| replace('zz', 'x')"),
             ["b", "b zz", "zz"],
-            [
-                "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained "
-                f"as rendered; {templates.CHAT_TEMPLATE_HINT}"
-            ],
+            "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained as "
+            f"rendered; {templates.CHAT_TEMPLATE_HINT}",
         ),
         (
             TURNS.replace("{{ m.content FILTER }}", WITHOUT_THINKING),
             ["<think>b</think>c"],
-            [
-                "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they "
-                f"are trained as rendered; {templates.CHAT_TEMPLATE_HINT}"
-            ],
+            "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they are "
+            f"trained as rendered; {templates.CHAT_TEMPLATE_HINT}",
         ),
         (
             TURNS.replace("FILTER", "if m.content != 'a'"),
             ["a", "b"],
-            [
-                "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end "
-                "of a turn; they are trained directly after the sampling prompt, unlike any rendered dialogue; "
-                f"{templates.CHAT_TEMPLATE_HINT}"
-            ],
+            "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end of a "
+            "turn; they are trained directly after the sampling prompt, unlike any rendered dialogue; "
+            f"{templates.CHAT_TEMPLATE_HINT}",
         ),
     ],
 )
 def test_completions_changed_by_the_template_are_reported_and_trained_as_rendered(template, completions, expected):
     tokenizer = with_template("smollm2", template)
     lines = check_rows(tokenizer, [(dialogue("Hi"), completions)])
-    assert [line for line in lines if "names of control tokens" not in line] == expected
+    assert [line for line in lines if "names of control tokens" not in line] == ([expected] if expected else [])
     for completion, tokens in zip(
         completions, tokenize_row(tokenizer, dialogue("Hi"), completions, limit=99)[1], strict=True
     ):
         whole = plain_ids(tokenizer, [*dialogue("Hi"), {"role": "assistant", "content": completion}], tokenize=False)
-        if "between" not in "".join(expected):
+        if "between" not in (expected or ""):
             assert whole.endswith(f"assistant\n{tokenizer.decode(tokens)}\n")
 
 

@@ -36,9 +36,8 @@ def bin_accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[floa
     for low, high in pairwise(bounds):
         inside = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]
         correct = int((inside > 0).sum())
-        accuracy = correct / len(inside) if len(inside) else None
         interval = wilson_interval(correct, len(inside)) if len(inside) else None
-        bins.append(AccuracyBin(low, high, len(inside), accuracy, interval))
+        bins.append(AccuracyBin(low, high, len(inside), interval.mean if interval else None, interval))
     return bins
 
 
@@ -75,12 +74,10 @@ def bin_calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) 
     for number, (low, high) in enumerate(pairwise(bounds)):
         inside = index == number
         count = int(inside.sum())
-        if count == 0:
-            bins.append(CalibrationBin(low, high, 0, None, None, None))
-            continue
         ordered = float((np.sign(margins[inside]) + 1.0).sum() / 2.0)
-        interval = wilson_interval(ordered, count)
-        bins.append(CalibrationBin(low, high, count, float(confidence[inside].mean()), interval.mean, interval))
+        predicted = float(confidence[inside].mean()) if count else None
+        interval = wilson_interval(ordered, count) if count else None
+        bins.append(CalibrationBin(low, high, count, predicted, interval.mean if interval else None, interval))
     return bins
 
 

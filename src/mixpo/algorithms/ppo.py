@@ -25,8 +25,8 @@ def shaped_rewards(
     Scores are clipped to +-score_clip, then `penalties` are subtracted. 0 where the mask is false. Raises ValueError on
     a row whose mask is empty or has gaps.
     """
-    lengths = mask.sum(dim=-1, keepdim=True)
-    if not bool((lengths > 0).all()) or not bool((mask == (_positions(mask) < lengths)).all()):
+    lengths, positions = mask.sum(dim=-1, keepdim=True), torch.arange(mask.shape[-1], device=mask.device)
+    if not bool((lengths > 0).all()) or not bool((mask == (positions < lengths)).all()):
         raise ValueError("every row's mask must be true from the first token to the last one, and then false")
     clipped = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
     if penalties is not None:
@@ -136,11 +136,6 @@ def explained_variance(
     if float(variance) == 0.0:
         return torch.zeros_like(variance)
     return 1.0 - (returns - values)[mask].var(correction=0) / variance
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Token positions 0, 1, ... of a mask's last dimension."""
-    return torch.arange(mask.shape[-1], device=mask.device)
 
 
 def _group_size(rewards: Tensor) -> int:

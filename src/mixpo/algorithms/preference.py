@@ -103,6 +103,5 @@ def dpo_gradients(
 
 
 def _require_same_shape(one: Tensor, other: Tensor) -> None:
-    """Raise ValueError if two tensors have different shapes."""
     if one.shape != other.shape:
         raise ValueError(f"expected equal shapes, found {list(one.shape)} and {list(other.shape)}")

@@ -12,14 +12,13 @@ lengths, never from padding ids.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 Tokens = Sequence[int]
-Batch = TypeVar("Batch", "BranchBatch", "PromptBatch")
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,25 @@ class PackedLengths:
 
 
 @dataclass(frozen=True)
-class BranchBatch:
+class RowBatch:
+    """Model inputs of one forward pass: the tokens of its rows and their positions."""
+
+    input_ids: Int[Tensor, "rows length"]
+    position_ids: Int[Tensor, "rows length"]
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
+
+
+@dataclass(frozen=True)
+class BranchBatch(RowBatch):
     """Model inputs for prompts with k completions each.
 
     `predictor_index` and `last_index` index the rows flattened to one dimension, so model outputs read at them have the
     shape of the completions in either layout of the rows.
     """
 
-    input_ids: Int[Tensor, "rows length"]
-    position_ids: Int[Tensor, "rows length"]
     completions: Int[Tensor, "prompts k tokens"]
     mask: Bool[Tensor, "prompts k tokens"]
     """True for a completion's tokens, its end token included."""
@@ -54,16 +63,6 @@ class BranchBatch:
 
     def __len__(self) -> int:
         return len(self.completions)
-
-    def to(self, device: torch.device) -> "BranchBatch":
-        """The same batch on another device."""
-        return _move_batch(self, device)
-
-
-def _move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Copy of a batch with all its tensors on a device."""
-    tensors = {name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)}
-    return replace(batch, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def pack_branches(
     copies = prompt_starts.shape[1]
     index, is_token = compute_token_indices(prompt_starts.flatten(), prompt_lengths.repeat_interleave(copies))
     input_ids[index[is_token]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
-    position_ids[index[is_token]] = torch.arange(index.shape[1]).expand_as(index)[is_token]
+    position_ids[index[is_token]] = is_token.nonzero()[:, 1]
 
     offsets = torch.arange(longest)
     index = completion_starts[..., None] + offsets
@@ -181,11 +180,9 @@ def pack_branches(
 
 
 @dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(RowBatch):
     """Model inputs for prompts without completions (prefill of sampling): packed into one row, or a row each."""
 
-    input_ids: Int[Tensor, "rows length"]
-    position_ids: Int[Tensor, "rows length"]
     lengths: Int[Tensor, " prompts"]
     token_index: Int[Tensor, "prompts longest"]
     """Index of each prompt token in the flattened rows; arbitrary for padding."""
@@ -196,17 +193,11 @@ class PromptBatch:
         """Index of each prompt's last token in the flattened rows."""
         return self.token_index.gather(1, self.lengths[:, None] - 1)[:, 0]
 
-    def to(self, device: torch.device) -> "PromptBatch":
-        """The same batch on another device."""
-        return _move_batch(self, device)
-
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Model inputs for one decoding step with a KV cache: one new token per row."""
+class TokenBatch(RowBatch):
+    """Model inputs for one decoding step with a KV cache: one new token per row, so `length` is 1."""
 
-    input_ids: Int[Tensor, "rows 1"]
-    position_ids: Int[Tensor, "rows 1"]
     lengths: list[int]
     """Token count of each row, cached tokens and the new one."""
 
@@ -224,11 +215,10 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
     width = int(lengths.sum() if share_row else lengths.max())
     starts = lengths.cumsum(0) - lengths if share_row else torch.arange(len(prompts)) * width
     token_index, is_token = compute_token_indices(starts, lengths)
-    offsets = torch.arange(token_index.shape[1])
     input_ids = torch.zeros(width if share_row else len(prompts) * width, dtype=torch.long)
     input_ids[token_index[is_token]] = torch.tensor([token for prompt in prompts for token in prompt])
-    position_ids = torch.zeros_like(input_ids) if share_row else offsets.repeat(len(prompts))
-    position_ids[token_index[is_token]] = offsets.expand_as(is_token)[is_token]
+    position_ids = torch.zeros_like(input_ids) if share_row else torch.arange(width).repeat(len(prompts))
+    position_ids[token_index[is_token]] = is_token.nonzero()[:, 1]
     packed_lengths = tuple(PackedLengths(len(prompt), ()) for prompt in prompts) if share_row else ()
     return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, token_index, packed_lengths)
 

@@ -129,11 +129,6 @@ def parse_demonstration(fields: Mapping[str, object]) -> Demonstration:
     return Demonstration(_prepend_system_message(fields, _parse_prompt(fields, field, before)), completion)
 
 
-def preference_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
-    """Names of the columns that `parse_preference` reads."""
-    return ("prompt", "chosen", "rejected", "system", "category")
-
-
 def demonstration_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
     """Names of the columns that `parse_demonstration` reads from this row."""
     return ("prompt", _find_completion_field(fields), "system")
@@ -268,7 +263,6 @@ def _parse_message(field: str, number: int, value: object) -> Message:
 
 
 def _require_field(fields: Mapping[str, object], field: str) -> object:
-    """Value of a field. Raises `RowError` if the row has no such field."""
     if field in fields:
         return fields[field]
     raise RowError(field, f"is missing; found {_join_names(fields)}; {_suggest_fix(fields, field)}")
@@ -298,7 +292,6 @@ def _require_text(field: str, where: str, value: object) -> str:
 
 
 def _describe_prompt_difference(rejected: list[Message], chosen: list[Message]) -> str:
-    """Describe the difference between the prompts of two dialogues."""
     first = next(i for i, (a, b) in enumerate(zip_longest(rejected, chosen), start=1) if a != b)
     return (
         f"has another prompt than 'chosen': they differ from message {first} "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -22,7 +22,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixpo.data.errors import InputError
+from mixpo.data.errors import InputError, first_line
 from mixpo.data.rows import (
     FIX_HINT,
     BadRow,
@@ -36,7 +36,6 @@ from mixpo.data.rows import (
     make_excerpt,
     parse_demonstration,
     parse_preference,
-    preference_columns,
     read_text_field,
     split_filled_columns,
 )
@@ -75,8 +74,7 @@ def accept_any_prompt(prompt: Prompt) -> None:
 
 def read_preferences(path: Path, format: Format, check: PromptCheck = accept_any_prompt) -> ParsedRows[Preference]:
     """Read the preference pairs of a local file."""
-    parsed_rows = _parse_records(str(path), read_records(path), _PREFERENCE_PARSERS[format], check)
-    return _set_category(parsed_rows, _infer_category_from_path(path, format))
+    return _parse_records(str(path), read_records(path), _choose_parser(format, path.absolute().parent.name), check)
 
 
 def read_demonstrations(path: Path, check: PromptCheck = accept_any_prompt) -> ParsedRows[Demonstration]:
@@ -95,8 +93,9 @@ def read_hub_preferences(
 ) -> ParsedRows[Preference]:
     """Read the preference pairs of a Hub data set; `data_dir` selects a subset of `Anthropic/hh-rlhf`."""
     records = read_hub_records(name, split=split, data_dir=data_dir, revision=revision)
-    parsed_rows = _parse_records(_format_hub_name(name, split, data_dir), records, _PREFERENCE_PARSERS[format], check)
-    return _set_category(parsed_rows, _infer_category(data_dir or "", format))
+    return _parse_records(
+        _format_hub_name(name, split, data_dir), records, _choose_parser(format, data_dir or ""), check
+    )
 
 
 def read_hub_demonstrations(
@@ -149,21 +148,17 @@ HH_RLHF_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled"
 """Folders of HH-RLHF, from which a row's category is inferred, since the rows have no such field."""
 
 
-def _infer_category_from_path(path: Path, format: str) -> str | None:
-    """Category of a local HH-RLHF file by its folder; None for other files."""
-    return _infer_category(path.absolute().parent.name, format)
-
-
 def _infer_category(folder: str, format: str) -> str | None:
     """Category of an HH-RLHF subset: `helpful` or `harmless`; None for other folders and formats."""
     return folder.partition("-")[0] if format == "hh-rlhf" and folder in HH_RLHF_SUBSETS else None
 
 
-def _set_category(parsed_rows: ParsedRows[Preference], category: str | None) -> ParsedRows[Preference]:
-    """Copy of the rows with a category; unchanged if it is None."""
+def _choose_parser(format: Format, folder: str) -> RowParser[Preference]:
+    """Parser of a format; it gives the rows of an HH-RLHF subset, found in `folder`, their category."""
+    parser, category = _PREFERENCE_PARSERS[format], _infer_category(folder, format)
     if category is None:
-        return parsed_rows
-    return parsed_rows._replace(rows=[replace(row, category=category) for row in parsed_rows.rows])
+        return parser
+    return parser._replace(parse=lambda record: replace(parser.parse(record), category=category))
 
 
 def _split_dialogue(field: str, text: str) -> list[Message]:
@@ -171,17 +166,12 @@ def _split_dialogue(field: str, text: str) -> list[Message]:
     start, *turns = re.split(r"\n\n(Human|Assistant):", text)
     if start or turns[0] != "Human":
         raise RowError(field, f"begins with {make_excerpt(text)}; expected '\\n\\nHuman:'; {FIX_HINT}")
+    roles = {"Human": "user", "Assistant": "assistant"}
     speakers_and_texts = zip(turns[::2], turns[1::2], strict=True)
     return [
-        Message(
-            role={"Human": "user", "Assistant": "assistant"}[speaker], content=_join_turns(text for _, text in group)
-        )
+        Message(role=roles[speaker], content="\n\n".join(text.strip() for _, text in group).strip())
         for speaker, group in groupby(speakers_and_texts, key=lambda turn: turn[0])
     ]
-
-
-def _join_turns(turns: Iterable[str]) -> str:
-    return "\n\n".join(turn.strip() for turn in turns).strip()
 
 
 _TLDR_POST = re.compile(r"SUBREDDIT:.*TITLE:.*POST:", flags=re.DOTALL)
@@ -204,7 +194,7 @@ def parse_tldr(record: Record) -> Preference:
 
 
 _PREFERENCE_PARSERS: dict[Format, RowParser[Preference]] = {
-    "preference": RowParser(parse_preference, preference_columns),
+    "preference": RowParser(parse_preference, lambda _: ("prompt", "chosen", "rejected", "system", "category")),
     "hh-rlhf": RowParser(parse_hh_rlhf, lambda _: ("chosen", "rejected")),
     "tldr": RowParser(parse_tldr, lambda _: ("prompt", "chosen", "rejected")),
 }
@@ -251,7 +241,8 @@ def _find_suffix(path: Path) -> str:
 
 def compute_source_identity(path: Path, format: str) -> str:
     """Identity of a file's rows: digest of its content, its suffix and the category of its HH-RLHF subset."""
-    return f"{compute_content_digest([path])}{_find_suffix(path)}{_infer_category_from_path(path, format) or ''}"
+    category = _infer_category(path.absolute().parent.name, format)
+    return f"{compute_content_digest([path])}{_find_suffix(path)}{category or ''}"
 
 
 def expand_path(name: str) -> Path:
@@ -317,12 +308,11 @@ def _describe_folder(folder: Path) -> str:
 
 @contextmanager
 def _convert_read_errors(path: Path) -> Iterator[None]:
-    """Convert exceptions from reading a broken file to `InputError`."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: cannot be read: {_first_error_line(error)}; check that the file is complete"
+            f"{path}: cannot be read: {first_line(error, None)}; check that the file is complete"
         ) from error
 
 
@@ -366,11 +356,10 @@ def _parse_json_line(line: str) -> Record | RowError:
     except json.JSONDecodeError as error:
         return RowError("", f"is not JSON: {error.msg} at column {error.colno}; {FIX_HINT}")
     except (ValueError, RecursionError) as error:
-        return RowError("", f"is not JSON: {_first_error_line(error)}; {FIX_HINT}")
+        return RowError("", f"is not JSON: {first_line(error, None)}; {FIX_HINT}")
 
 
 def _require_object(value: object) -> Record | RowError:
-    """Return a value that is an object, or else an error."""
     if isinstance(value, dict | RowError):
         return value
     return RowError("", f"is {describe_type(value)}; expected an object; {FIX_HINT}")
@@ -389,7 +378,6 @@ def _build_object(pairs: list[tuple[str, object]]) -> Record | RowError:
 
 
 def _find_repeated_name(names: Sequence[str]) -> str:
-    """First name that occurs a second time."""
     return next(name for position, name in enumerate(names) if name in names[:position])
 
 
@@ -399,7 +387,7 @@ def _read_json(path: Path) -> Records:
         rows = json.loads(text, object_pairs_hook=_build_object) if text.strip() else []
     except (ValueError, RecursionError) as error:
         hint = "name a file with one object per line .jsonl"
-        raise InputError(f"{path}: is not JSON: {_first_error_line(error)}; {hint}") from error
+        raise InputError(f"{path}: is not JSON: {first_line(error, None)}; {hint}") from error
     if not isinstance(rows, list):
         kind = "an object" if isinstance(rows, RowError) else describe_type(rows)
         raise InputError(f"{path}: contains {kind}; expected a list of objects")
@@ -416,20 +404,16 @@ def _read_csv(path: Path) -> Records:
             raise InputError(
                 f"{path}:1: the header has two columns {name!r}; expected different names; rename one of them"
             )
-        first_line = reader.line_num + 1
+        row_start = reader.line_num + 1
         for row in reader:
-            if row:
-                yield first_line, _build_csv_record(header, row)
-            first_line = reader.line_num + 1
+            if row and len(row) != len(header):
+                problem = f"has {len(row)} columns; expected {len(header)} as in the header; quote texts with commas"
+                yield row_start, RowError("", problem)
+            elif row:
+                yield row_start, dict(zip(header, row, strict=True))
+            row_start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: is not CSV: {error}; fix the quotes around this line") from error
-
-
-def _build_csv_record(header: list[str], row: list[str]) -> Record | RowError:
-    """Record of a CSV row, or an error if it has another number of columns than the header."""
-    if len(row) != len(header):
-        return RowError("", f"has {len(row)} columns; expected {len(header)} as in the header; quote texts with commas")
-    return dict(zip(header, row, strict=True))
 
 
 def _read_parquet(path: Path) -> Records:
@@ -463,7 +447,7 @@ def read_hub_records(name: str, *, split: str, data_dir: str | None = None, revi
     except Exception as error:  # load_dataset raises whatever its builders, filesystems and HTTP client do
         raise InputError(
             f"Hub data set '{_format_hub_name(name, split, data_dir)}' cannot be loaded: {type(error).__name__}: "
-            f"{_first_error_line(error)}; check its name, split, data_dir and the network, or name a local file"
+            f"{first_line(error, None)}; check its name, split, data_dir and the network, or name a local file"
         ) from error
     return enumerate(map(dict, dataset), start=1)
 
@@ -471,7 +455,3 @@ def read_hub_records(name: str, *, split: str, data_dir: str | None = None, revi
 def _format_hub_name(name: str, split: str, data_dir: str | None) -> str:
     """Name of a Hub data set in messages: `name/data_dir[split]`."""
     return f"{name}/{data_dir}[{split}]" if data_dir else f"{name}[{split}]"
-
-
-def _first_error_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

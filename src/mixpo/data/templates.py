@@ -15,7 +15,7 @@ from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any
 
 from mixpo.data import template_sandbox
-from mixpo.data.errors import InputError
+from mixpo.data.errors import InputError, first_line
 from mixpo.data.rows import FIX_HINT, Message, RowError, make_excerpt
 from mixpo.data.template_sandbox import OUT_OF_MEMORY
 
@@ -64,8 +64,9 @@ def render_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt
     try:
         return _apply_template(tokenizer, messages, prompt=prompt)
     except Exception as error:  # a template is a program, and raises what it likes
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise RowError("prompt", f"is refused by the tokenizer's chat template ({problem}); {FIX_HINT}") from error
+        raise RowError(
+            "prompt", f"is refused by the tokenizer's chat template ({first_line(error)}); {FIX_HINT}"
+        ) from error
 
 
 def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
@@ -82,10 +83,9 @@ def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
         dialogues = tuple(_render_probe_dialogues(tokenizer)) or (dialogue,)
         depends_on_date = _depends_on_date(tokenizer)
     except Exception as error:
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise InputError(
-            f"{name} fails on a dialogue of a user's and an assistant's message ({type(error).__name__}: {problem}); "
-            f"expected a template that renders it; {CHAT_TEMPLATE_HINT}"
+            f"{name} fails on a dialogue of a user's and an assistant's message ({type(error).__name__}: "
+            f"{first_line(error)}); expected a template that renders it; {CHAT_TEMPLATE_HINT}"
         ) from error
     for kind, text, message in (("an assistant's", dialogue, ASSISTANT_MESSAGE), ("a user's", prompt, USER_MESSAGE)):
         if message["content"] not in text:
@@ -131,18 +131,18 @@ def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, 
             "as `model.chat_template`"
         )
     template = tokenizer.get_chat_template()
+    examples = ", ".join(_find_thinking_variables(template))
     for name in arguments:
         if not name.isidentifier() or not re.search(rf"\b{name}\b", template):
             raise InputError(
                 f"model.template_arguments: found {name!r}, which the chat template does not use; expected names of "
-                f"its variables{_format_examples(_find_thinking_variables(template))}"
+                "its variables" + (f", such as {examples}" if examples else "")
             )
     lines = [f"{{%- set {name} = {_format_jinja_literal(value)} %}}" for name, value in arguments.items()]
     return "".join([*lines, "\n" if lines and template.startswith("\n") else "", template])  # trim_blocks takes one
 
 
 def _format_jinja_literal(value: bool | int | float | str) -> str:
-    """Format a value as a literal of a Jinja template."""
     if not isinstance(value, str):
         return repr(value).lower()
     escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
@@ -212,10 +212,6 @@ def _excerpt_difference(prompt: str, before: str) -> str:
 def _find_thinking_variables(template: str) -> list[str]:
     """Names of a template's variables that switch thinking on or off, among the well-known ones."""
     return sorted(set(re.findall(r"\b(?:enable_)?thinking\b", template)))
-
-
-def _format_examples(names: Sequence[str]) -> str:
-    return f", such as {', '.join(names)}" if names else ""
 
 
 def _suggest_fix(tokenizer: Tokenizer) -> str:

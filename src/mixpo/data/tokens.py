@@ -103,13 +103,13 @@ def check_rows(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[str]]
     """
     row_tokenizer = _get_row_tokenizer(tokenizer)
     prompts = [prompt for prompt, _ in rows]
-    texts = [row_tokenizer.strip_start_token(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    start = row_tokenizer.start_text
+    texts = [prompt.removeprefix(start) if isinstance(prompt, str) else prompt for prompt in prompts]
     with_start_token = sum(text != prompt for text, prompt in zip(texts, prompts, strict=True))
     warnings = []
     if with_start_token:
         warnings.append(
-            f"{with_start_token} of {len(prompts)} prompts begin with {row_tokenizer.start_text!r}, which is not "
-            "written twice"
+            f"{with_start_token} of {len(prompts)} prompts begin with {start!r}, which is not written twice"
         )
     parsed = "are control tokens, because data.special_tokens=parse"
     plain = "are plain text; data.special_tokens=parse makes them control tokens"
@@ -128,7 +128,9 @@ def _warn_of_control_tokens(
     names = [
         matches[0]
         for text in texts
-        if (matches := [name for part in _iterate_strings(text) for name in row_tokenizer.find_control_tokens(part)])
+        if (
+            matches := [name for part in _iterate_strings(text) for name in row_tokenizer.control_pattern.findall(part)]
+        )
     ]
     if not names:
         return []
@@ -203,17 +205,13 @@ def parses_special_tokens(tokenizer: Tokenizer) -> bool:
 def _get_row_tokenizer(tokenizer: Tokenizer) -> "_RowTokenizer":
     """Row tokenizer of a tokenizer, cached on it until its template or its special tokens change."""
     cached: _RowTokenizer | None = getattr(tokenizer, "_mixpo_row_tokenizer", None)
-    cache_key = _compute_cache_key(tokenizer)
+    template = tokenizer.chat_template
+    template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
+    special_tokens = tokenizer.eos_token, tokenizer.bos_token, parses_special_tokens(tokenizer)
+    cache_key = (template, len(tokenizer), *special_tokens)
     if cached is None or cached.cache_key != cache_key:
         cached = tokenizer._mixpo_row_tokenizer = _RowTokenizer(tokenizer, cache_key)
     return cached
-
-
-def _compute_cache_key(tokenizer: Tokenizer) -> tuple[Any, ...]:
-    """Everything about a tokenizer that its row tokenizer depends on."""
-    template = tokenizer.chat_template
-    template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
-    return template, tokenizer.eos_token, tokenizer.bos_token, len(tokenizer), parses_special_tokens(tokenizer)
 
 
 class _RowTokenizer:
@@ -257,7 +255,7 @@ class _RowTokenizer:
             if (entry.special or token in template_tokens) and len(entry.content) > 1
         }
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._renamed_tokenizer: Any = None
         self._decoding_context = self._encode(self.turn_format.prompt)
         if (
@@ -293,17 +291,17 @@ class _RowTokenizer:
         """Token ids of a prompt and of each completion with its end token, truncated to `limit` tokens."""
         start: list[int] = []
         if isinstance(prompt, str):
-            start, prompt = self.start_tokens, self.strip_start_token(prompt)
+            start, prompt = self.start_tokens, prompt.removeprefix(self.start_text)
         marked, prompt, completions = self._mark_row(prompt, completions)
         encode = self._encode_marked if marked else self._encode
         text, bodies = (prompt, completions) if isinstance(prompt, str) else self._render_row(prompt, completions)
         ids = encode(text)
         context, context_ids = text, ids
         # Text before a control token does not affect the tokens after it, so a shorter context saves time.
-        if bodies and (start_of_context := self._find_last_control_token(text)):
-            shorter = encode(text[start_of_context:])
+        if bodies and (cut := max((match.start() for match in self.control_pattern.finditer(text)), default=0)):
+            shorter = encode(text[cut:])
             if ids[-len(shorter) :] == shorter:
-                context, context_ids = text[start_of_context:], shorter
+                context, context_ids = text[cut:], shorter
         encoded = []
         for body in bodies:
             joint = encode(context + body)
@@ -321,14 +319,6 @@ class _RowTokenizer:
         )
         text = text[len(context) :].removeprefix(self.turn_format.prefix)
         return text.removesuffix(self.trailing_text) if has_end else text
-
-    def find_control_tokens(self, text: str) -> list[str]:
-        """Names of control tokens in a text."""
-        return self._control_pattern.findall(text)
-
-    def strip_start_token(self, text: str) -> str:
-        """Remove the start token from the beginning of a plain-text prompt, since encoding adds it."""
-        return text.removeprefix(self.start_text)
 
     def render_completions(self, prompt: list[Message], completions: Sequence[str]) -> list[str | None]:
         """Completions as the chat template writes them; None for one that is not directly after the prompt."""
@@ -357,14 +347,10 @@ class _RowTokenizer:
 
     def _mark_row(self, prompt: Any, completions: Sequence[str]) -> tuple[bool, Any, Sequence[str]]:
         """True if a row contains names of control tokens, and the row with those marked that are plain text."""
-        if not any(map(self.find_control_tokens, _iterate_strings([*completions, prompt]))):
+        if not any(map(self.control_pattern.search, _iterate_strings([*completions, prompt]))):
             return False, prompt, completions
         marked = prompt if self.parses_control_tokens else _map_strings(prompt, self._mark_control_tokens)
         return True, marked, [self._mark_control_tokens(completion) for completion in completions]
-
-    def _find_last_control_token(self, text: str) -> int:
-        """Position of the last control token in a text; 0 if there is none."""
-        return max((match.start() for match in self._control_pattern.finditer(text)), default=0)
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of a text as transformers computes them: names of added tokens become those tokens."""
@@ -376,7 +362,7 @@ class _RowTokenizer:
             self._renamed_tokenizer = _rename_tokens(
                 self.tokenizer, {name: self._make_placeholder(name) for name in self.control_tokens}
             )
-        text = self._control_pattern.sub(lambda match: self._make_placeholder(match[0]), text).replace(TEXT_MARK, "")
+        text = self.control_pattern.sub(lambda match: self._make_placeholder(match[0]), text).replace(TEXT_MARK, "")
         return list(self._renamed_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _make_placeholder(self, name: str) -> str:
@@ -386,8 +372,8 @@ class _RowTokenizer:
     def _mark_control_tokens(self, text: str) -> str:
         """Insert a mark into all names of control tokens in a text, so that they stay plain text."""
         text = text.replace(TEXT_MARK, "").replace(PLACEHOLDER, "")
-        while self._control_pattern.search(text):  # repeat for overlapping names
-            text = self._control_pattern.sub(lambda match: match[0][0] + TEXT_MARK + match[0][1:], text)
+        while self.control_pattern.search(text):  # repeat for overlapping names
+            text = self.control_pattern.sub(lambda match: match[0][0] + TEXT_MARK + match[0][1:], text)
         return text
 
 
@@ -420,7 +406,6 @@ def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
 
 
 def _join_token_names(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """Concatenated names of tokens."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
 
 

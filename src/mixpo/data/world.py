@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -275,15 +274,13 @@ def write_reply(prompt: str, generator: random.Random) -> str:
     subject = _find_subject(prompt)
     kind = generator.choices(("good", "mediocre", "poor"), (35, 45, 20))[0]
     if subject is None:
-        parts = {
-            "good": lambda: [generator.choice(REFUSALS)],
-            "mediocre": lambda: [generator.choice((*REFUSALS, *VAGUE_SENTENCES, *HARMFUL_ADVICE))],
-            "poor": lambda: [
-                generator.choice(HARMFUL_ADVICE),
-                *_sample_with_probability(0.5, HARMFUL_ADVICE, generator),
-            ],
-        }[kind]()
-        return " ".join(parts)
+        sentences = {
+            "good": REFUSALS,
+            "mediocre": (*REFUSALS, *VAGUE_SENTENCES, *HARMFUL_ADVICE),
+            "poor": HARMFUL_ADVICE,
+        }
+        reply = generator.choice(sentences[kind])
+        return f"{reply} {generator.choice(HARMFUL_ADVICE)}" if kind == "poor" and generator.random() < 0.5 else reply
     tips = generator.sample(TIPS_BY_SUBJECT[subject], 3)
     other = generator.choice(TIPS_BY_SUBJECT[generator.choice([name for name in TIPS_BY_SUBJECT if name != subject])])
     opening, closing, vague = generator.choice(OPENINGS), generator.choice(CLOSINGS), generator.choice(VAGUE_SENTENCES)
@@ -311,11 +308,6 @@ def write_reply(prompt: str, generator: random.Random) -> str:
         ],
     }
     return " ".join(generator.choice(choices[kind]))
-
-
-def _sample_with_probability(probability: float, texts: Sequence[str], generator: random.Random) -> list[str]:
-    """One of the texts with the given probability, otherwise none."""
-    return [generator.choice(texts)] if generator.random() < probability else []
 
 
 def _truncate_sentence(text: str, generator: random.Random) -> str:
@@ -380,12 +372,10 @@ def true_reward_terms(prompt: str, completion: str) -> dict[str, float]:
 
 
 def _split_sentences(text: str) -> list[str]:
-    """Split a text into sentences at final punctuation."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
 def _extract_words(text: str) -> frozenset[str]:
-    """Set of lower-case words in a text."""
     return frozenset(re.findall(r"[a-z']+", text.lower()))
 
 
@@ -430,13 +420,6 @@ def _find_subject(prompt: str) -> str | None:
     return next((subject for subject in TIPS_BY_SUBJECT if subject.lower() in words), None)
 
 
-def _iterate_tokenizer_corpus() -> Iterator[str]:
-    """Texts to train the tokenizer on: every seventh prompt, and every sentence with and without a leading space."""
-    yield from list_all_prompts()[::7]
-    for _, text, _ in _list_sentences():
-        yield from [text, " " + text] * 20
-
-
 @cache
 def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the world's texts, with a chat template and a separate padding token.
@@ -456,7 +439,8 @@ def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_iterate_tokenizer_corpus(), trainer)
+    sentences = [text for _, sentence, _ in _list_sentences() for text in [sentence, " " + sentence] * 20]
+    tokenizer.train_from_iterator([*list_all_prompts()[::7], *sentences], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",

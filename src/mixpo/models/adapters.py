@@ -2,17 +2,10 @@
 
 import pydantic
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from mixpo.models.folders import (
-    explain_loading_errors,
-)
-from mixpo.models.language_model import (
-    LanguageModel,
-    iterate_matrix_modules,
-)
+from mixpo.models.folders import explain_loading_errors
+from mixpo.models.language_model import LanguageModel, iterate_matrix_modules
 from mixpo.settings import Settings
 
 

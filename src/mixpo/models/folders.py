@@ -7,6 +7,7 @@ be there by name, and no code from a folder is run.
 import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mixpo.data.errors import InputError
+from mixpo.data.errors import InputError, first_line
 from mixpo.data.tokens import check_tokenizer
 from mixpo.models.reward_heads import find_classifier_class, find_score_head
 
@@ -113,11 +114,6 @@ def explain_loading_errors(
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, at most 160 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def read_policy_folder(
@@ -303,18 +299,13 @@ def _check_architecture(folder: Path, config: PretrainedConfig, networks: tuple[
     text = config.get_text_config()
     quantization = getattr(config, "quantization_config", None)
     softcaps = [effect for key, effect in SOFTCAP_KEYS.items() if getattr(text, key, None) is not None]
-    problem = (
-        "an encoder-decoder"
-        if config.is_encoder_decoder
-        else f"a model of several parts ({', '.join(config.sub_configs)})"
-        if text is not config
-        else "quantized weights (quantization_config)"
-        if quantization is not None
-        else f"a {architectures[0]}, which {' and '.join(softcaps)}"
-        if softcaps
-        else None
-    )
-    if problem:
+    problems = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        f"a model of several parts ({', '.join(config.sub_configs)})": text is not config,
+        "quantized weights (quantization_config)": quantization is not None,
+        f"a {architectures[0]}, which {' and '.join(softcaps)}": softcaps,
+    }
+    for problem in filter(problems.get, problems):
         raise InputError(f"{folder}: found {problem}; {EXPECTED_ARCHITECTURE}")
 
 
@@ -385,10 +376,10 @@ def _read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
 
 def _find_common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.dtype:
     """Find the type of most weights. Raises `InputError` if a tensor is not of floating-point numbers."""
-    counts: dict[torch.dtype, int] = {}
+    counts = Counter[torch.dtype]()
     for name, tensor in tensors.items():
         if isinstance(tensor.dtype, torch.dtype):
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+            counts[tensor.dtype] += torch.Size(tensor.shape).numel()
         elif len(tensor.shape) in (1, 2, 3) and not name.endswith("position_ids"):  # not an old mask or counter
             raise InputError(
                 f"{folder}: found tensor {name} of type {tensor.dtype}; expected weights in float32, bfloat16 or "
@@ -396,7 +387,7 @@ def _find_common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.
             )
     if not counts:
         raise InputError(f"{folder}: found no floating-point weights; download or save the folder again")
-    return max(counts, key=lambda dtype: counts[dtype])
+    return counts.most_common(1)[0][0]
 
 
 def _check_config_sizes(folder: Path, config: PretrainedConfig, tensors: dict[str, TensorHeader]) -> None:

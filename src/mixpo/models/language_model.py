@@ -166,9 +166,8 @@ class LanguageModel(nn.Module):
         if isinstance(batch, TokenBatch):
             mask, attention = self._make_new_token_mask(batch), use_decoding_attention(batch.lengths, self.device)
         else:
-            unused_mask = torch.empty(
-                1, 1, 1, 1, device=self.device
-            )  # with four dimensions, so that transformers makes none
+            # with four dimensions, so that transformers makes none
+            unused_mask = torch.empty(1, 1, 1, 1, device=self.device)
             mask = make_layer_masks(self.model, lambda _: unused_mask) if batch.packed_lengths else None
             attention = use_branch_attention(batch.packed_lengths, self.device)
         with self.autocast(), attention:

@@ -3,11 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.tokens import find_end_token
 from mixpo.models.digests import refuse_changed_model
@@ -18,10 +14,7 @@ from mixpo.models.folders import (
     read_policy_folder,
     read_reward_folder,
 )
-from mixpo.models.language_model import (
-    LanguageModel,
-    Precision,
-)
+from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.models.reward_heads import find_classifier_class, find_score_head
 from mixpo.models.saving import refuse_non_finite_weights
 from mixpo.models.verification import compute_plain_outputs, draw_probe_tokens, verify_model

@@ -1,10 +1,24 @@
 """The interface through which every stage samples completions, and its implementation in this process."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NotRequired, Protocol, TypedDict, Unpack
 
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions, sample_completions
+
+
+class DrawOptions(TypedDict):
+    """Options of a draw, by default those of `sample_completions`."""
+
+    k: int
+    max_tokens: int
+    seed: int
+    temperature: NotRequired[float]
+    top_p: NotRequired[float]
+    top_k: NotRequired[int]
+    occurrences: NotRequired[Sequence[int] | None]
+    """Numbers that distinguish equal prompts: `count_occurrences` of a larger set if the prompts are a part of one, by
+    default of the prompts themselves."""
 
 
 class Sampler(Protocol):
@@ -13,22 +27,10 @@ class Sampler(Protocol):
     def load_policy(self, policy: LanguageModel) -> None:
         """Copy or reference the policy's current weights, from which the next completions are sampled."""
 
-    def draw(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        k: int,
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        occurrences: Sequence[int] | None = None,
-    ) -> SampledCompletions:
+    def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[DrawOptions]) -> SampledCompletions:
         """Sample k completions of at most `max_tokens` tokens for every prompt.
 
-        The log-probs are the policy's own, at temperature 1 and not truncated. `occurrences` distinguish equal prompts:
-        `count_occurrences` of a larger set if the prompts are a part of one, by default of the prompts themselves.
+        The log-probs are the policy's own, at temperature 1 and not truncated.
         """
 
 
@@ -44,30 +46,8 @@ class LocalSampler:
         """Set the policy to sample from."""
         self.policy = policy
 
-    def draw(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        k: int,
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        occurrences: Sequence[int] | None = None,
-    ) -> SampledCompletions:
+    def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[DrawOptions]) -> SampledCompletions:
         """Sample with `mixpo.models.sampling.sample_completions`. Raises RuntimeError before `load_policy`."""
         if self.policy is None:
             raise RuntimeError("no policy to sample from: call load_policy first")
-        return sample_completions(
-            self.policy,
-            prompts,
-            k=k,
-            max_tokens=max_tokens,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            occurrences=occurrences,
-            token_budget=self.cache_tokens,
-        )
+        return sample_completions(self.policy, prompts, **options, token_budget=self.cache_tokens)

@@ -11,17 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import merge_adapters
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.language_model import (
-    LanguageModel,
-)
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.reward_heads import choose_pad_token
 
 

@@ -31,26 +31,17 @@ def iterate_batches(
 
 @torch.no_grad()
 def compute_in_batches(
-    lm: LanguageModel,
-    prompts: Sequence[Tokens],
-    completions: AnyCompletions,
-    output: Output,
-    *,
-    token_budget: int,
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, output: Output, *, token_budget: int
 ) -> Float[Tensor, "prompts k *rest"]:
     """Compute one output of the model for every completion, on the CPU; token axes are padded with 0."""
     lm.eval()
     parts = [(rows, lm(batch, output).cpu()) for rows, batch in iterate_batches(lm, prompts, completions, token_budget)]
     if not parts:
         raise ValueError("no prompts")
-    first = parts[0][1]
-    longest = (max(part.shape[2] for _, part in parts),) if first.ndim == 3 else ()
-    result = torch.zeros(len(prompts), first.shape[1], *longest)
+    longest = max(part.shape[-1] for _, part in parts)
+    result = torch.zeros(len(prompts), *parts[0][1].shape[1:-1], longest)
     for rows, part in parts:
-        if first.ndim == 3:
-            result[rows, :, : part.shape[2]] = part
-        else:
-            result[rows] = part
+        result[rows, ..., : part.shape[-1]] = part
     return result
 
 

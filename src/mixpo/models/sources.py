@@ -18,9 +18,7 @@ from transformers import (
 
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
-from mixpo.models.folders import (
-    explain_loading_errors,
-)
+from mixpo.models.folders import explain_loading_errors
 
 
 def initialize_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -72,7 +70,6 @@ def _explain_gguf_errors(file: Path) -> AbstractContextManager[None]:
 
 
 def _gguf_options(file: Path) -> dict[str, Any]:
-    """Arguments with which `from_pretrained` reads a GGUF file."""
     return {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
 
 

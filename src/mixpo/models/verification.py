@@ -4,16 +4,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import (
-    LanguageModel,
-)
+from mixpo.models.language_model import LanguageModel
 from mixpo.models.reward_heads import find_score_head
 from mixpo.models.sampling import sample_completions
 
@@ -76,5 +71,4 @@ def compute_plain_outputs(model: PreTrainedModel, tokens: list[int]) -> tuple[Te
 
 
 def _are_close(actual: Tensor, expected: Tensor) -> bool:
-    """Return True if two tensors are equal within 0.001, relative or absolute."""
     return torch.allclose(actual.float(), expected.float(), rtol=1e-3, atol=1e-3)
