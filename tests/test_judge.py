@@ -326,7 +326,7 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
     assert corrected > alone
 
 
-def _load_rows(study: Study) -> list[judges.Row]:
+def _load_rows(study: Study) -> list[judges.VerdictRow]:
     return judges.collect_rows(judges.load_judge_results(load_runs(study.run)))
 
 

@@ -447,7 +447,7 @@ def test_many_forms_at_once_leave_one_judgement_and_every_change(make):
 
 def test_what_is_acknowledged_is_on_disk(make):
     study = make()
-    with study.store.stage_cache.connect() as connection:
+    with study.store.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
 
@@ -821,7 +821,7 @@ def test_a_study_in_postgresql(tmp_path):
         assert anna.post(3, "left", csrf_token).status_code == 403
         assert len(study.list_choices()) == 3
     finally:
-        store.Base.metadata.drop_all(study.store.stage_cache)
+        store.Base.metadata.drop_all(study.store.engine)
         study.store.dispose()
 
 
