@@ -198,7 +198,6 @@ def list_first(names: Sequence[str]) -> str:
 
 
 def _append_if_absent(items: list[Any], item: Any) -> None:
-    """Append an item to a list that does not have it."""
     if item not in items:
         items.append(item)
 
