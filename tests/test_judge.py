@@ -301,6 +301,7 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
 
 # Servers that behave badly
 
+ENDLESS = make_response(itertools.repeat(b" " * 65536))
 BAD: dict[str, Response | str] = {
     "slow": "slow",
     "cut": "cut",
@@ -503,7 +504,7 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
 
 def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: Server) -> None:
     """Neither where it never ends nor where it says how long it is; the file keeps nothing of it."""
-    server.respond = lambda request: make_response(itertools.repeat(b" " * 65536))
+    server.respond = lambda request: ENDLESS
     result = study.judge("--concurrency", "1", "--prompts", "2")
     assert result.code == 1
     assert "questions failed: reply too long: more than 4,194,304 bytes\n" in result.err
@@ -513,13 +514,6 @@ def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: S
     result = study.judge("--concurrency", "1", "--attempts", "6")
     assert "questions failed: reply too long: more than 4,194,304 bytes\n" in result.err
     assert study.file.stat().st_size < 10_000
-
-
-def test_tokens_of_a_reply_without_end_count_as_all_that_it_may_have(study: Study, server: Server) -> None:
-    server.respond = lambda request: make_response(itertools.repeat(b" " * 65536))
-    result = study.judge("--concurrency", "1", "--max-tokens", "150", "--reply-tokens", "100")
-    assert len(server.requests) == 2
-    assert "--max-tokens: 200 tokens were spent" in result.err
 
 
 def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, server: Server) -> None:
@@ -794,60 +788,43 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study,
     assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
 
+LOST, UNCOUNTED = (
+    make_response(make_completion("", tokens=tokens)[2].replace(b'"choices"', b'"choice"'))
+    for tokens in ((10, 5), None)
+)
+NO_COUNTS = "--max-tokens: the server reports no token counts; use --max-requests"
+
+
 @pytest.mark.parametrize(
-    ("words", "requests", "why"),
+    ("response", "words", "requests", "done", "why"),
     [
-        (["--max-requests", "3"], 3, "--max-requests: 3 requests were made; 7 questions are left"),
-        (["--max-tokens", "40"], 3, "--max-tokens: 45 tokens were spent; 7 questions are left"),
-        (["--max-requests", "10"], 10, ""),
+        (None, "--max-requests 3", 3, 3, "--max-requests: 3 requests were made"),
+        (None, "--max-tokens 40", 3, 3, "--max-tokens: 45 tokens were spent"),
+        (None, "--max-requests 10", 10, 10, ""),
+        # retries count as requests, and their tokens as spent
+        (LOST, "--max-tokens 40", 3, 0, "--max-tokens: 45 tokens were spent"),
+        # tokens that no server counts cannot be held to a limit, neither of verdicts nor of failures
+        (make_completion(format_scores(8, 5), tokens=None), "--max-tokens 1000", 1, 1, NO_COUNTS),
+        (make_completion(format_scores(8, 5), tokens=None), "--max-requests 10", 10, 10, ""),
+        (UNCOUNTED, "--max-tokens 1000", 1, 0, NO_COUNTS),
+        (make_response(LOST[2].replace(b"10", b"-5")), "--max-tokens 1000", 1, 0, NO_COUNTS),
+        # an unread reply counts as all tokens that it may have
+        ("slow", "--max-tokens 150 --reply-tokens 100 --timeout 0.1", 2, 0, "--max-tokens: 200 tokens were spent"),
+        ("slow", "--max-tokens 150 --reply-tokens none --timeout 0.1", 1, 0, NO_COUNTS),
+        (ENDLESS, "--max-tokens 150 --reply-tokens 100", 2, 0, "--max-tokens: 200 tokens were spent"),
     ],
 )
 def test_spending_stops_where_it_is_told_to(
-    study: Study, server: Server, words: list[str], requests: int, why: str
+    study: Study, server: Server, response: Response | str | None, words: str, requests: int, done: int, why: str
 ) -> None:
-    result = study.judge("--concurrency", "1", *words)
-    assert result.code == 0
-    assert len(server.requests) == len(study.scored()) == requests
-    assert result.err == (f"stopped: {why}; the same command asks them\n" if why else "")
-    study.judge()
-    assert len(server.requests) == 10
-
-
-def test_tokens_that_no_server_counts_cannot_be_held_to_a_limit(study: Study, server: Server) -> None:
-    server.respond = lambda request: make_completion(format_scores(8, 5), tokens=None)
-    assert study.judge("--prompts", "2").code == 0
-    result = study.judge("--concurrency", "1", "--max-tokens", "1000")
-    assert "the server reports no token counts; use --max-requests; " in result.err
-
-
-@pytest.mark.parametrize("tokens", [None, (-5, 5)])
-def test_a_failure_that_counts_no_tokens_stops_at_a_limit_of_tokens_too(
-    study: Study, server: Server, tokens: tuple[int, int] | None
-) -> None:
-    body = make_completion("", tokens=tokens)[2].replace(b'"choices"', b'"choice"')
-    server.respond = lambda request: make_response(body)
-    result = study.judge("--concurrency", "1", "--max-tokens", "1000")
-    assert len(server.requests) == 1
-    assert "the server reports no token counts; use --max-requests; 10 questions are" in result.err
-
-
-def test_a_time_out_counts_as_all_tokens_of_a_reply(study: Study, server: Server) -> None:
-    server.respond = lambda request: "slow"
-    words = ["--concurrency", "1", "--timeout", "0.1", "--max-tokens", "150"]
-    result = study.judge(*words, "--reply-tokens", "100")
-    assert len(server.requests) == 2
-    assert "--max-tokens: 200 tokens were spent" in result.err
-    result = study.judge(*words, "--reply-tokens", "none")
-    assert len(server.requests) == 3
-    assert "the server reports no token counts" in result.err
-
-
-def test_retries_count_as_requests_and_lost_tokens_as_spent(study: Study, server: Server) -> None:
-    body = make_completion("")[2].replace(b'"choices"', b'"choice"')
-    server.respond = lambda request: make_response(body)
-    result = study.judge("--concurrency", "1", "--max-tokens", "40")
-    assert len(server.requests) == 3
-    assert "3 requests, 45 tokens, 0 of 10 questions done" in result.out
+    server.override(lambda request: response)
+    result = study.judge("--concurrency", "1", *words.split())
+    assert (len(server.requests), len(study.scored())) == (requests, done)
+    assert f"{requests} requests, " in result.out
+    failures = int(response is ENDLESS) * requests
+    assert result.code == (1 if failures else 0)
+    stopped = f"stopped: {why}; {10 - done - failures} questions are left; the same command asks them"
+    assert result.err.splitlines()[bool(failures) :] == ([stopped] if why else [])
 
 
 def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> None:
@@ -864,29 +841,31 @@ def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> 
     assert study.judge("--dry-run").out.endswith("10 questions, 3 of them asked before: 7 calls\n")
 
 
-def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
+def test_one_writes_at_a_time(study: Study) -> None:
     with open_for_append(study.file):
         result = study.judge()
     assert result.code == 2
     assert "found another `mixpo judge` writing it; wait until it ends" in result.err
-    study.file.write_text('{"format": 1, "question": "a", "scores": null}\n{"oops\n')
-    result = study.judge()
-    assert result.code == 2
-    assert f"{study.file}:2: found no valid verdict (JSONDecodeError: " in result.err
-    study.file.write_text('{"format": 2, "question": "a"}\n')
-    assert f"{study.file}:1: found no valid verdict (ValueError: format 2, not 1)" in study.judge().err
+
+
+BAD_SCORES = ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", f"[{'9' * 4_000}, 1]", "[" * 90_000, "3"]
 
 
 @pytest.mark.parametrize(
-    "scores",
-    ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", "[" + "9" * 4_000 + ", 1]", "[" * 90_000, "3"],
+    ("text", "place"),
+    [
+        ('{"format": 1, "question": "a", "scores": null}\n{"oops', "2: found no valid verdict (JSONDecodeError: "),
+        ('{"format": 2, "question": "a"}', "1: found no valid verdict (ValueError: format 2, not 1)"),
+        *((f'{{"format": 1, "question": "a", "scores": {bad}}}', "1: found no valid verdict (") for bad in BAD_SCORES),
+    ],
+    ids=range(10),
 )
-def test_a_verdict_that_no_judge_can_have_given_is_named(study: Study, scores: str) -> None:
+def test_a_line_that_is_no_verdict_is_named(study: Study, text: str, place: str) -> None:
     study.file.parent.mkdir()
-    study.file.write_text(f'{{"format": 1, "question": "a", "scores": {scores}}}\n')
+    study.file.write_text(f"{text}\n")
     result = study.judge()
     assert result.code == 2
-    assert result.err.startswith(f"{study.file}:1: found no valid verdict (")
+    assert result.err.startswith(f"{study.file}:{place}")
     assert len(result.err) < 600
 
 

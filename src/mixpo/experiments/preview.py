@@ -228,7 +228,6 @@ def _format_token(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
 
 
 def _list_model_problems(recipe: Recipe) -> list[str]:
-    """List the problems of the recipe's model that its folder shows."""
     try:
         with explain_validation_errors():
             Pretrained(special_tokens=recipe.data.special_tokens, **dict(recipe.model))

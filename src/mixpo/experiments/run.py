@@ -263,12 +263,13 @@ def prepare_run_folder(recipe: Recipe) -> Path:
         for file in (folder / "recipe.yaml", folder / "report.html", earlier):
             if file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-        version = _read_format(earlier)
-        if version not in (None, FORMAT):
-            raise InputError(
-                f"{folder}: found a run folder of format {version}, written by another version of mixpo; expected "
-                f"format {FORMAT}; choose another folder with out=PATH"
-            )
+        if earlier.exists():
+            try:
+                version = json.loads(earlier.read_text(encoding="utf8")).get("format")
+            except (ValueError, AttributeError):
+                version = "unknown"
+            if version is not None:
+                check_run_format(folder, version, "choose another folder with out=PATH")
     except OSError as error:
         raise InputError(
             f"{error.filename or folder}: found a place that cannot be written ({error.strerror}); expected a folder "
@@ -277,10 +278,10 @@ def prepare_run_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _read_format(results: Path) -> Any:
-    if not results.exists():
-        return None
-    try:
-        return json.loads(results.read_text(encoding="utf8")).get("format")
-    except (ValueError, AttributeError):
-        return "unknown"
+def check_run_format(folder: Path, version: object, fix: str) -> None:
+    """Raise `InputError` unless a `results.json` is of this version's format."""
+    if version != FORMAT:
+        raise InputError(
+            f"{folder}: found a run folder of format {version}, written by another version of mixpo; expected format "
+            f"{FORMAT}; {fix}"
+        )

@@ -103,11 +103,6 @@ def load_or_issue_tokens(store: Store, folder: Path) -> tuple[dict[str, str], li
     return tokens, [name for name, old_hash in invalid.items() if old_hash]
 
 
-def read_default_guidelines() -> str:
-    """Read the guidelines for annotators that mixpo brings."""
-    return files("mixpo.study").joinpath("guidelines.txt").read_text(encoding="utf8")
-
-
 def _create_study(results: Results, store: Store, options: StudyOptions) -> StudyRow:
     """Create the study of a run: choose seed and prompts, and write items, annotators and question orders."""
     if options.arms is None:
@@ -136,7 +131,7 @@ def _create_study(results: Results, store: Store, options: StudyOptions) -> Stud
         prompts=len(comparisons),
         content=compute_content_digest(comparisons),
         same=json.dumps([[one.number, one.category] for one in comparisons if one.same]),
-        guidelines=options.guidelines or read_default_guidelines(),
+        guidelines=options.guidelines or (files("mixpo.study") / "guidelines.txt").read_text(encoding="utf8"),
         secret=secrets.token_hex(32),
         began=format_current_time(),
         closed=None,
