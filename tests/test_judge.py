@@ -90,6 +90,12 @@ class Study:
         settings = ["--arms", *arms, "--model", model, "--endpoint", self.server.url]
         return run_mixpo(self.capsys, "judge", str(self.run), *settings, *words)
 
+    def read_refusal(self, *words: str) -> str:
+        """The one line with which a command is refused before anything is asked."""
+        result = self.judge(*words)
+        assert (result.code, result.err.count("\n"), self.server.requests) == (2, 1, [])
+        return result.err
+
     def scored(self) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self.file.read_text().splitlines()]
         return [line for line in lines if "question" in line]
@@ -549,12 +555,6 @@ def test_a_redirect_takes_no_prompt_elsewhere(
     assert "secret" not in result.err
 
 
-@pytest.mark.parametrize("location", [None, "/elsewhere", "http://[", "//:x", "\xff"])
-def test_a_redirect_to_nowhere(study: Study, server: Server, location: str | None) -> None:
-    server.respond = lambda request: make_response(b"", 302, **({} if location is None else {"Location": location}))
-    assert study.judge("--attempts", "1").code == 1
-
-
 def test_a_long_reply_is_judged_and_kept_in_part(study: Study, server: Server) -> None:
     server.respond = lambda request: make_completion(format_scores(8, 5) + "!" * 1_000_000)
     assert study.judge("--prompts", "2").code == 0
@@ -581,6 +581,11 @@ HARMFUL: dict[str, Response] = {
     "a date": make_error(503, "later", Retry_After=f"Mon, 01 Jan {'9' * 12} 00:00:00 GMT"),
     "a zone": make_error(503, "later", Retry_After="Mon, 01 Jan 0001 00:00:00 +2359"),
     "a header without end": make_error(503, "later", X_Much="x" * 200_000),
+    "a redirect": make_response(b"", 302),
+    **{
+        f"a redirect to {place}": make_response(b"", 302, Location=place)
+        for place in ("/elsewhere", "http://[", "//:x", "\xff")
+    },
 }
 
 
@@ -590,7 +595,7 @@ def test_what_a_server_may_send_is_a_failure_in_one_line(
 ) -> None:
     server.respond = lambda request: HARMFUL[kind]
     result = study.judge("--concurrency", "1", "--attempts", "2")
-    assert (result.code, len(server.requests)) == (1, 16)
+    assert (result.code, len(server.requests)) == (1, 8 if "redirect" in kind else 16)
     assert all(1.0 <= wait <= 450 for wait in waits)
     assert max(map(len, result.err.splitlines())) < 400
     assert study.scored() == []
@@ -647,15 +652,12 @@ def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkey
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}é", f"a {KEY}"])
-def test_a_key_that_is_none_is_refused_and_not_shown(
-    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
+def test_a_key_that_is_none_is_refused_and_not_shown(study: Study, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    result = study.judge()
-    assert result.code == 2
-    assert result.err.startswith("OPENAI_API_KEY: found a line break, a space or a character that no key has; ")
-    assert KEY not in result.err + result.out
-    assert not server.requests
+    assert study.read_refusal() == (
+        "OPENAI_API_KEY: found a line break, a space or a character that no key has; expected the bare key "
+        "(not shown here)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -728,11 +730,8 @@ def test_a_key_too_short_for_a_secret_is_left_in_texts(
         (["--timeout", "inf"], "--timeout: found inf; expected a finite number"),
     ],
 )
-def test_options_that_are_refused(study: Study, server: Server, words: list[str], message: str) -> None:
-    result = study.judge(*words)
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert result.err.startswith(message)
-    assert not server.requests
+def test_options_that_are_refused(study: Study, words: list[str], message: str) -> None:
+    assert study.read_refusal(*words).startswith(message)
 
 
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
@@ -843,9 +842,7 @@ def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> 
 
 def test_one_writes_at_a_time(study: Study) -> None:
     with open_for_append(study.file):
-        result = study.judge()
-    assert result.code == 2
-    assert "found another `mixpo judge` writing it; wait until it ends" in result.err
+        assert "found another `mixpo judge` writing it; wait until it ends" in study.read_refusal()
 
 
 BAD_SCORES = ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", f"[{'9' * 4_000}, 1]", "[" * 90_000, "3"]
@@ -863,10 +860,9 @@ BAD_SCORES = ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", f"[{'9
 def test_a_line_that_is_no_verdict_is_named(study: Study, text: str, place: str) -> None:
     study.file.parent.mkdir()
     study.file.write_text(f"{text}\n")
-    result = study.judge()
-    assert result.code == 2
-    assert result.err.startswith(f"{study.file}:{place}")
-    assert len(result.err) < 600
+    message = study.read_refusal()
+    assert message.startswith(f"{study.file}:{place}")
+    assert len(message) < 600
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
@@ -894,9 +890,7 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("mixpo.judge.verdicts.fcntl.flock", lock)
-    result = study.judge()
-    assert result.code == 2
-    assert "found a file that cannot be locked or shortened (No locks available)" in result.err
+    assert "found a file that cannot be locked or shortened (No locks available)" in study.read_refusal()
 
 
 @pytest.mark.parametrize(
@@ -914,14 +908,10 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         (None, "--template: found no readable file"),
     ],
 )
-def test_templates_that_are_refused(study: Study, server: Server, tmp_path: Path, text: str, message: str) -> None:
-    own = tmp_path / "own.j2"
+def test_templates_that_are_refused(study: Study, tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
-        own.write_text(text)
-    result = study.judge("--template", str(own))
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert message in result.err
-    assert not server.requests
+        (tmp_path / "own.j2").write_text(text)
+    assert message in study.read_refusal("--template", str(tmp_path / "own.j2"))
 
 
 def test_the_papers_prompt() -> None:
