@@ -803,7 +803,7 @@ def judge_questions(study: Study) -> None:
 
 
 @pytest.mark.parametrize("file_type", ["csv", "jsonl"])
-def test_an_export_comes_back_as_it_was(study, tmp_path, file_type):
+def test_an_export_comes_back_as_it_was(study, mixpo, tmp_path, file_type):
     empty = tmp_path / "other" / "study" / "study.sqlite"
     empty.parent.mkdir(parents=True)
     with sqlite3.connect(study.run / "study" / "study.sqlite") as source, sqlite3.connect(empty) as copy:
@@ -815,7 +815,8 @@ def test_an_export_comes_back_as_it_was(study, tmp_path, file_type):
     assert files.export_judgements(study.store, study.row, path) == 11
     assert files.import_judgements(study.store, study.row, path) == (11, 0)
     path.write_bytes(path.read_bytes().replace(b"False", b"FALSE"))  # as spreadsheets write it
-    assert files.import_judgements(study.store, study.row, path) == (11, 0)
+    imported = f"11 judgements in {path}: 0 new, 11 already in the study\n"
+    assert mixpo("annotate", str(study.run), "--import", str(path)) == (0, imported)
     other = Store(parse_store_url(tmp_path / "other", None))
     assert files.import_judgements(other, study.row, path) == (11, 11)
     assert [one.answer for one in other.load_questions()] == [one.answer for one in study.store.load_questions()]
