@@ -1,6 +1,7 @@
 """A chat server on loopback whose responses a test defines."""
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -29,13 +30,18 @@ def make_completion(content: Any, *, tokens: tuple[int, int] | None = (10, 5), f
     }
     if tokens is not None:
         body["usage"] = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
-    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+    return make_response(json.dumps(body).encode())
 
 
 def make_error(status: int, message: str, **headers: str) -> Response:
-    """An error response; underscores in header names become hyphens."""
+    """An error response."""
+    return make_response(json.dumps({"error": {"message": message}}).encode(), status, **headers)
+
+
+def make_response(body: bytes | Iterator[bytes], status: int = 200, **headers: str) -> Response:
+    """A response; underscores in header names become hyphens."""
     renamed = {name.replace("_", "-"): value for name, value in headers.items()}
-    return status, {"Content-Type": "application/json", **renamed}, json.dumps({"error": {"message": message}}).encode()
+    return status, {"Content-Type": "application/json", **renamed}, body
 
 
 @dataclass
@@ -52,6 +58,13 @@ class JudgeRequest:
     def completions(self) -> list[str]:
         """The two completions in the order shown."""
         return self.body["messages"][0]["content"].rpartition("\n\nResponse 1: ")[2].split("\n\nResponse 2: ")
+
+    @property
+    def prompt(self) -> int:
+        """The number of the prompt that it shows."""
+        match = re.match(r"answer (\d)", self.completions[0])
+        assert match
+        return int(match[1])
 
     @property
     def model(self) -> str:
@@ -76,6 +89,11 @@ class Server:
         """Score the first shown completion higher (True), lower (False) or equal (None)."""
         scores = {True: (9, 4), False: (4, 9), None: (6, 6)}
         self.respond = lambda request: make_completion(format_scores(*scores[choose(request)]))
+
+    def override(self, choose: Callable[[JudgeRequest], Response | str | None]) -> None:
+        """Respond as `choose` says, and where it returns None as before."""
+        respond_before = self.respond
+        self.respond = lambda request: choose(request) or respond_before(request)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from starlette.testclient import TestClient
 from mixpo.experiments.results import Results, load_runs
 from mixpo.stages.rows import write_table
 from mixpo.study.app import make_app
+from mixpo.study.files import write_closed_study
+from mixpo.study.findings import Findings, load_findings
 from mixpo.study.opening import StudyOptions, load_or_issue_tokens, open_study
 from mixpo.study.store import Store, parse_store_url
 from mixpo.study.tables import AnnotatorRow, ReplacedJudgementRow, StudyRow
@@ -54,6 +56,11 @@ def write_fruit_run(
     categories = (CATEGORIES * prompts)[:prompts]
     done = dict.fromkeys(seeds, scores([0.0] * prompts, kl=[0.0] * prompts))
     return FruitWriter(folder / "run", categories=categories, texts=texts or {}).run([Arm(name, done) for name in ARMS])
+
+
+def list_choices(store: Store) -> dict[tuple[str, int], str]:
+    """List the stored choices by annotator and question number."""
+    return {(one.annotator, one.number): one.answer.choice for one in store.load_questions() if one.answer}
 
 
 def list_replaced_choices(store: Store) -> dict[tuple[str, int], list[str]]:
@@ -116,11 +123,15 @@ class Study:
 
     def list_choices(self) -> dict[tuple[str, int], str]:
         """List the stored choices by annotator and question number."""
-        return {
-            (question.annotator, question.number): question.answer.choice
-            for question in self.store.load_questions()
-            if question.answer
-        }
+        return list_choices(self.store)
+
+    def close(self) -> Findings:
+        """Close the study and load its results."""
+        self.row.closed = self.store.close_study()
+        write_closed_study(self.store, self.row, self.run / "study")
+        findings = load_findings(self.run)
+        assert findings is not None
+        return findings
 
 
 @dataclass
@@ -138,9 +149,7 @@ class Annotator:
 
     def get_csrf_token(self, number: int) -> str:
         """The CSRF token of a freshly loaded form."""
-        match = re.search(r'name="form" value="([^"]+)"', self.load_page(number))
-        assert match is not None
-        return match[1]
+        return parse_csrf_token(self.load_page(number))
 
     def post(self, number: int, choice: str, csrf_token: str | None = None, **fields: str) -> Any:
         """Submit a form without following the redirect."""
@@ -163,3 +172,9 @@ class Annotator:
 def parse_sides(page: str) -> Sequence[str]:
     """The two completions as a page shows them."""
     return [unescape(text) for text in re.findall(r'<h2 id="side-\d">.*?<div[^>]*>(.*?)</div>', page, re.DOTALL)]
+
+
+def parse_csrf_token(page: str) -> str:
+    match = re.search(r'name="form" value="([^"]+)"', page)
+    assert match is not None
+    return match[1]

@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixpo.cli import main as cli
+from command_line import run_mixpo
 from mixpo.experiments.expressions import expand_arms
 from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import read_recipe
+from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage_cache import SETTINGS, StageCache
 from mixpo.training.job import SUMMARY
@@ -28,16 +30,19 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run `mixpo WORDS`, expect exit code 2, return what it printed on standard error."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mixpo", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    assert stopped.value.code == 2
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    return printed
+ReadError = Callable[..., str]
+
+
+@pytest.fixture
+def read_error(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> ReadError:
+    """A function that runs `mixpo WORDS`, expects exit code 2, and returns what it printed on standard error."""
+
+    def run(*words: str) -> str:
+        result = run_mixpo(capsys, *words)
+        assert result.code == 2
+        return result.err
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -62,10 +67,8 @@ def read_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
     ],
 )
-def test_bad_keys_and_values(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
-) -> None:
-    assert expected in read_error(capsys, "plan", override)
+def test_bad_keys_and_values(read_error: ReadError, override: str, expected: str) -> None:
+    assert expected in read_error("plan", override)
 
 
 @pytest.mark.parametrize(
@@ -82,59 +85,111 @@ def test_bad_keys_and_values(
         ("report here --format pdf", "mixpo report: --format: found 'pdf'; expected one of 'html', 'md'"),
         ("report here --out", "mixpo: Option '--out' requires an argument"),
         ("judge here --arms a b --model x --concurrency 0", "mixpo judge: --concurrency: found '0'; expected greater"),
-        (
-            "plan ppo.kl_coef = 0.2",
-            "ppo.kl_coef: found neither a recipe file nor a recipe of that name; expected a .yaml",
-        ),
+        ("plan ppo.kl_coef = 0.2", "ppo.kl_coef: found neither a recipe file nor a recipe of that name; expected a"),
         ("data preview ", "'': found neither a recipe file nor a recipe of that name; expected a .yaml file"),
     ],
 )
-def test_a_hasty_command_line_is_one_line(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, expected: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["mixpo", *words.split(" ")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_a_hasty_command_line_is_one_line(read_error: ReadError, words: str, expected: str) -> None:
+    (line,) = read_error(*words.split(" ")).splitlines()
     assert line.startswith(expected)
 
 
-def test_no_command_at_all_shows_the_help(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words, code in (([], 2), (["-h"], 0), (["data"], 2), (["chat", "-h"], 0)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["mixpo", *words])
-            with pytest.raises(SystemExit) as stopped:
-                cli.main()
-        assert (stopped.value.code or 0) == code
-        printed = capsys.readouterr()
-        assert "Usage: mixpo" in printed.out + printed.err
+        result = run_mixpo(capsys, *words)
+        assert result.code == code
+        assert "Usage: mixpo" in result.out + result.err
 
 
-def test_what_a_recipe_leaves_open_must_be_given(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert read_error(capsys, "plan", "pairs").splitlines() == [
+def test_what_a_recipe_leaves_open_must_be_given(read_error: ReadError) -> None:
+    assert read_error("plan", "pairs").splitlines() == [
         "pairs: data.train: not given; expected for example data.train=PATH",
         "pairs: model.path: not given; expected for example model.path=PATH",
     ]
 
 
-def test_several_problems_at_once(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = read_error(capsys, "run", "ppo.clipp=1", "dpo.beta=0", "sft.epochs=0").splitlines()
-    assert len(printed) == 3
+def test_several_problems_at_once(read_error: ReadError) -> None:
+    assert len(read_error("run", "ppo.clipp=1", "dpo.beta=0", "sft.epochs=0").splitlines()) == 3
 
 
-def test_recipe_that_is_not_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (working_folder / "mine.yaml").write_text("name: mine")
-    assert "did you mean mine.yaml?" in read_error(capsys, "run", "mime.yaml")
-    assert "expected a .yaml file or one of" in read_error(capsys, "run", "wrld")
-    assert "did you mean world?" in read_error(capsys, "run", "wrld")
-    (working_folder / "bad.yaml").write_text("a: [")
-    assert "bad.yaml: found no readable YAML" in read_error(capsys, "run", "bad.yaml")
+def format_rows(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write(path: Path, rows: list[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+USER = {"role": "user", "content": "How?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
+RECIPE = (
+    "name: mine\narms: [sft]\nselection: {threshold: 1}\nmax_completion_tokens: 64\n"
+    f'model: {{chat_template: "{NO_SYSTEM}"}}\n'
+    "data: {format: preference, max_prompt_tokens: 64, train: rows.jsonl}\n"
+)
+LLAMA = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'
+READ_ROWS = "run -q data.format=preference data.train=rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "expected"),
+    [
+        ({"mine.yaml": "name: mine"}, "run mime.yaml", "did you mean mine.yaml?"),
+        ({}, "run wrld", "expected a .yaml file or one of … did you mean world?"),
+        ({"bad.yaml": "a: ["}, "run bad.yaml", "bad.yaml: found no readable YAML"),
+        ({"rows.json": json.dumps([GOOD])}, "run rows.json", "rows.json: found a list; expected a recipe: keys and"),
+        ({}, "run data.format=preference data.train=no/rows.jsonl", "no/rows.jsonl: no such file"),
+        ({}, "plan data.format=preference data.train=no/rows.jsonl", "no/rows.jsonl: no such file"),
+        ({}, "select data.format=preference data.train=no/rows.jsonl", "no/rows.jsonl: no such file"),
+        (
+            {"rows.jsonl": format_rows(GOOD)},
+            "run -q data.format=preference data.train=row.jsonl",
+            "row.jsonl: no such file … did you mean 'rows.jsonl'",
+        ),
+        ({"rows.jsonl": format_rows(GOOD) + "{oops\n"}, READ_ROWS, "rows.jsonl:2:"),
+        (
+            {"rows.jsonl": format_rows(GOOD, {**GOOD, "prompt": [USER]})},
+            READ_ROWS,
+            "rows.jsonl:2: 'prompt' is a list, the first row's is not; expected one kind",
+        ),
+        (
+            {
+                "rows.jsonl": format_rows({**GOOD, "prompt": [USER]}, {**GOOD, "prompt": [SYSTEM, USER]}),
+                "recipe.yaml": RECIPE,
+            },
+            "run -q recipe.yaml",
+            "rows.jsonl:2: 'prompt' is refused by the tokenizer's chat template (no system)",
+        ),
+        (
+            {"rows.jsonl": format_rows({**GOOD, "chosen": ""})},
+            f"{READ_ROWS} data.on_bad_row=drop",
+            "nothing is left of 1 rows",
+        ),
+        (
+            {"rows.jsonl": format_rows(*({**GOOD, "prompt": f"How {number}?"} for number in range(8)))},
+            f"{READ_ROWS} data.test=rows.jsonl data.second_rows=20",
+            "data.second_rows: found 20 of 8 train rows, which leaves none to train on",
+        ),
+        ({}, "run -q model.chat_template=x", "does not write an assistant's message"),
+        ({"file": ""}, "run -q out=file/run", "cannot be written"),
+        ({"old/results.json": '{"format": 0}'}, "run -q out=old", "found a run folder of format 0, written by another"),
+        ({"old/results.json": '{"format": 0}'}, "report old", "found a run folder of format 0, written by another"),
+        ({}, "report .", "found no results.json"),
+        ({"old/results.json": '{"form'}, "compare old", "results.json: found no results of mixpo"),
+        ({"old/results.json": '{"format": 3}'}, "compare old", "results.json: found no results of mixpo"),
+        ({"old/results.json": "[]"}, "compare old", "results.json: found no results of mixpo"),
+        ({"model/config.json": LLAMA}, "run -q model.path=model", "found a model without a tokenizer"),
+        ({}, "chat .", "found no config.json"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told(
+    working_folder: Path, read_error: ReadError, files: dict[str, str], words: str, expected: str
+) -> None:
+    for name, text in files.items():
+        (working_folder / name).parent.mkdir(exist_ok=True)
+        (working_folder / name).write_text(text)
+    printed = read_error(*words.split())
+    assert all(part in printed for part in expected.split(" … "))
 
 
 @pytest.mark.parametrize(
@@ -149,92 +204,55 @@ def write(path: Path, rows: list[object]) -> str:
     ],
 )
 def test_bad_rows_end_the_run_before_anything_trains(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], row: object, expected: str
+    working_folder: Path, read_error: ReadError, row: object, expected: str
 ) -> None:
-    rows = write(working_folder / "rows.jsonl", [GOOD, row])
-    printed = read_error(capsys, "run", "--quiet", "data.format=preference", f"data.train={rows}")
+    (working_folder / "rows.jsonl").write_text(format_rows(GOOD, row))
+    printed = read_error(*READ_ROWS.split())
     assert expected in printed
     assert "`data.on_bad_row: drop`" in printed
-    assert "expected at most 512 together" in read_error(capsys, "select", "-q", "max_completion_tokens=500")
+    assert "expected at most 512 together" in read_error("select", "-q", "max_completion_tokens=500")
     assert not list(working_folder.glob("runs/cache/sft"))
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "select"])
-def test_every_command_refuses_bad_input(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    printed = read_error(capsys, command, "data.format=preference", "data.train=nowhere/rows.jsonl")
-    assert "nowhere/rows.jsonl: no such file" in printed
-
-
-def test_text_and_messages_in_one_file(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = write(working_folder / "rows.jsonl", [GOOD, {**GOOD, "prompt": [{"role": "user", "content": "How?"}]}])
-    printed = read_error(capsys, "run", "-q", "data.format=preference", f"data.train={rows}")
-    assert "rows.jsonl:2: 'prompt' is a list, the first row's is not; expected one kind" in printed
-
-
-def test_a_prompt_that_the_chat_template_refuses(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    user = [{"role": "user", "content": "How?"}]
-    system = [{"role": "system", "content": "Be brief."}]
-    rows = write(working_folder / "rows.jsonl", [{**GOOD, "prompt": user}, {**GOOD, "prompt": system + user}])
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    template += "{% for message in messages %}{{ message.content }}{% endfor %}"
-    (working_folder / "recipe.yaml").write_text(
-        "name: mine\narms: [sft]\nselection: {threshold: 1}\nmax_completion_tokens: 64\n"
-        f'model: {{chat_template: "{template}"}}\ndata: {{format: preference, max_prompt_tokens: 64, train: {rows}}}\n'
-    )
-    printed = read_error(capsys, "run", "-q", "recipe.yaml")
-    assert "rows.jsonl:2: 'prompt' is refused by the tokenizer's chat template (no system)" in printed
-
-
-def test_a_chat_template_that_prints_nothing(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "does not write an assistant's message" in read_error(capsys, "run", "-q", "model.chat_template=x")
-
-
-def test_a_data_file_given_as_a_recipe(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (working_folder / "rows.json").write_text(json.dumps([GOOD]))
-    assert "rows.json: found a list; expected a recipe: keys and values" in read_error(capsys, "run", "rows.json")
-
-
-def test_lengths_beyond_the_models_context(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_beyond_the_models_context(working_folder: Path, read_error: ReadError) -> None:
     for setting, tokens, stage in (
         ("max_completion_tokens=500", 500, "SFT"),
         ("sweep={ppo.max_completion_tokens: [501]}", 501, "PPO"),
     ):
-        printed = read_error(capsys, "run", "-q", setting)
+        printed = read_error("run", "-q", setting)
         assert f"found 64 beside max_completion_tokens {tokens} of {stage}; expected at most 512 together" in printed
     assert not list(working_folder.glob("runs/cache/sft"))
 
 
-def test_a_cache_that_cannot_be_written(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_cannot_be_written(working_folder: Path, read_error: ReadError) -> None:
     (working_folder / "cache").write_text("mine")
     for command in (["run", "-q"], ["plan"], ["select", "-q"]):
-        (line,) = read_error(capsys, *command, "cache=cache").splitlines()
+        (line,) = read_error(*command, "cache=cache").splitlines()
         assert "cache: found a place that cannot be written" in line
-    (line,) = read_error(capsys, "plan", f"cache={'x' * 300}").splitlines()
+    (line,) = read_error("plan", f"cache={'x' * 300}").splitlines()
     assert "found a place that cannot be written (File name too long)" in line
     assert (working_folder / "cache").read_text() == "mine"
 
 
-def test_a_damaged_cache_is_one_line(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_cache_is_one_line(working_folder: Path, read_error: ReadError) -> None:
     """A file where the stage's folder, that of all locks, or its lock is to be; nothing of it is lost."""
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     folder, locks = stage_cache.folder(Pretrained()), working_folder / "cache" / "locks"
     for file in (locks, folder):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
-        (line,) = read_error(capsys, "run", "-q", "cache=cache").splitlines()
+        (line,) = read_error("run", "-q", "cache=cache").splitlines()
         assert line.startswith(str(file))
         assert "found a place that cannot be written (" in line
         assert file.read_text() == "mine"
         file.unlink()
     (folder / SETTINGS).mkdir(parents=True)
-    assert f"{folder}: found a place that cannot be written (" in read_error(capsys, "run", "-q", "cache=cache")
+    assert f"{folder}: found a place that cannot be written (" in read_error("run", "-q", "cache=cache")
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "[1]", '{"cost": {"sec', "", None], ids=repr)
 def test_a_damaged_summary_is_told_before_anything_computes(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], content: str | None
+    working_folder: Path, read_error: ReadError, content: str | None
 ) -> None:
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     recipe = read_recipe("world", ["cache=cache"])
@@ -247,7 +265,7 @@ def test_a_damaged_summary_is_told_before_anything_computes(
     else:
         summary.write_text(content)
     for command in (["plan"], ["run", "-q"]):
-        (line,) = read_error(capsys, *command, "cache=cache").splitlines()
+        (line,) = read_error(*command, "cache=cache").splitlines()
         assert f"{summary}: found no readable summary" in line
         assert "delete the stage's folder and run again" in line
     assert not list((working_folder / "cache").glob("pretrained/*"))
@@ -256,7 +274,7 @@ def test_a_damaged_summary_is_told_before_anything_computes(
 
 @pytest.mark.parametrize("name", ["models", "models/sft-0", "recipe.yaml", "report.html", "results.json"])
 def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], name: str
+    working_folder: Path, read_error: ReadError, name: str
 ) -> None:
     place = working_folder / "runs" / "world" / name
     if name == "models":
@@ -264,79 +282,26 @@ def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(
         place.write_text("mine")
     else:
         place.mkdir(parents=True)
-    (line,) = read_error(capsys, "run", "-q").splitlines()
+    (line,) = read_error("run", "-q").splitlines()
     assert line.startswith(f"runs/world/{name}: found ")
     assert not list((working_folder / "runs" / "cache").glob("*"))
     assert place.exists()
 
 
-def test_ctrl_c_says_that_nothing_is_lost(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixpo.stages.data import Data
-
+def test_ctrl_c_says_that_nothing_is_lost(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Data, "compute", interrupt)
-    monkeypatch.setattr(sys, "argv", ["mixpo", "run", "-q"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 130
-
-
-def test_a_line_that_is_not_json_and_a_file_that_is_not_there(
-    working_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (working_folder / "rows.jsonl").write_text(json.dumps(GOOD) + "\n{oops\n")
-    assert "rows.jsonl:2:" in read_error(capsys, "run", "-q", "data.format=preference", "data.train=rows.jsonl")
-    printed = read_error(capsys, "run", "-q", "data.format=preference", "data.train=row.jsonl")
-    assert "row.jsonl: no such file" in printed
-    assert "did you mean 'rows.jsonl'" in printed
-
-
-def test_nothing_left_after_dropping(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(working_folder / "rows.jsonl", [{**GOOD, "chosen": ""}])
-    words = ("run", "-q", "data.format=preference", "data.train=rows.jsonl", "data.on_bad_row=drop")
-    assert "nothing is left of 1 rows" in read_error(capsys, *words)
-
-
-def test_a_second_share_that_leaves_nothing_to_train_on(
-    working_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(working_folder / "rows.jsonl", [{**GOOD, "prompt": f"How {number}?"} for number in range(8)])
-    words = ("run", "-q", "data.format=preference", "data.train=rows.jsonl", "data.test=rows.jsonl")
-    printed = read_error(capsys, *words, "data.second_rows=20")
-    assert "data.second_rows: found 20 of 8 train rows, which leaves none to train on" in printed
+    assert run_mixpo(capsys, "run", "-q").code == 130
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
-def test_a_device_that_is_not_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = read_error(capsys, "run", "-q", "runtime.device=cuda")
+def test_a_device_that_is_not_there(read_error: ReadError) -> None:
+    printed = read_error("run", "-q", "runtime.device=cuda")
     assert "world: runtime.device: found 'cuda'; expected cpu or auto here: torch finds no CUDA device" in printed
-
-
-def test_a_folder_that_cannot_be_written(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (working_folder / "file").write_text("")
-    assert "cannot be written" in read_error(capsys, "run", "-q", "out=file/run")
-
-
-def test_a_run_folder_of_another_version(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (working_folder / "old").mkdir()
-    (working_folder / "old" / "results.json").write_text('{"format": 0}')
-    assert "found a run folder of format 0, written by another version" in read_error(capsys, "run", "-q", "out=old")
-    assert "found a run folder of format 0" in read_error(capsys, "report", "old")
-    assert "found no results.json" in read_error(capsys, "report", ".")
-    for broken in ('{"form', '{"format": 3}', "[]"):
-        (working_folder / "old" / "results.json").write_text(broken)
-        assert "results.json: found no results of mixpo" in read_error(capsys, "compare", "old")
-
-
-def test_a_model_folder_without_tokenizer(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (working_folder / "model").mkdir()
-    (working_folder / "model" / "config.json").write_text(
-        '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'
-    )
-    assert "found a model without a tokenizer" in read_error(capsys, "run", "-q", "model.path=model")
-    assert "found no config.json" in read_error(capsys, "chat", str(working_folder))
 
 
 def test_every_shipped_recipe_is_valid() -> None:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -25,12 +24,21 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from judge_server import JudgeRequest, Response, Server, format_scores, make_completion, make_error, run_server
+from command_line import CommandResult, run_mixpo
+from judge_server import (
+    JudgeRequest,
+    Response,
+    Server,
+    format_scores,
+    make_completion,
+    make_error,
+    make_response,
+    run_server,
+)
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.algorithms.win_rates import win_minus_lose
 from mixpo.cli import judge as judge_command
-from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
@@ -41,6 +49,7 @@ from mixpo.judge.questions import Template, read_template
 from mixpo.judge.replies import Reply, parse_reply, parse_scores
 from mixpo.judge.verdicts import FILE, open_for_append, read_verdicts
 from mixpo.report import judges, page
+from mixpo.report.document import Section
 from mixpo.stages.rows import read_table, write_table
 from report_runs import SFT_SCORES, Arm, Writer, plain, rows, table
 
@@ -70,17 +79,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds_waited
 
 
-@dataclass
-class CommandResult:
-    code: int
-    out: str
-    err: str
-
-    def row(self, heading: str) -> str:
-        """The line of the printed table with a heading."""
-        return next(line for line in self.out.splitlines() if re.match(rf"\s*{re.escape(heading)}\s", line))
-
-
 class Study:
     """A run folder, and `mixpo judge` on it."""
 
@@ -89,20 +87,26 @@ class Study:
         self.file = self.run / FILE
 
     def judge(self, *words: str, arms: tuple[str, str] = ARMS, model: str = "tiny") -> CommandResult:
-        argv = ["mixpo", "judge", str(self.run), "--arms", *arms, "--model", model, "--endpoint", self.server.url]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [*argv, *words])
-            with pytest.raises(SystemExit) as stopped:
-                cli.main()
-        result = self.capsys.readouterr()
-        assert "Traceback" not in result.err
-        return CommandResult(int(stopped.value.code or 0), result.out, result.err)
+        settings = ["--arms", *arms, "--model", model, "--endpoint", self.server.url]
+        return run_mixpo(self.capsys, "judge", str(self.run), *settings, *words)
 
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+    def read_refusal(self, *words: str) -> str:
+        """The one line with which a command is refused before anything is asked."""
+        result = self.judge(*words)
+        assert (result.code, result.err.count("\n"), self.server.requests) == (2, 1, [])
+        return result.err
 
     def scored(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines() if "question" in line]
+        lines = [json.loads(line) for line in self.file.read_text().splitlines()]
+        return [line for line in lines if "question" in line]
+
+    def section(self) -> Section:
+        section = judges.build_judges_section(load_runs(self.run))
+        assert section is not None
+        return section
+
+    def rows(self, title: str = "tiny") -> dict[str, list[str]]:
+        return rows(table(self.section(), title))
 
 
 def write_run(folder: Path) -> Path:
@@ -118,13 +122,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(written: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> Study:
     """A copy of the run folder, whose stages are shared."""
     return Study(Path(shutil.copytree(written, tmp_path / "run")), server, capsys)
-
-
-def get_prompt_number(request: JudgeRequest) -> int:
-    """The number of the prompt that a request shows."""
-    match = re.match(r"answer (\d)", request.completions[0])
-    assert match
-    return int(match[1])
 
 
 # Replies
@@ -177,17 +174,14 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     result = study.judge()
     assert result.code == 0
     pairs = {tuple(request.completions) for request in server.requests}
-    expected = {(f"answer {n} of {one}", f"answer {n} of {other}") for n in range(1, 6) for one, other in
-                (ARMS, ARMS[::-1])}  # fmt: skip
-    assert pairs == expected
+    orders = (ARMS, ARMS[::-1])
+    assert pairs == {(f"answer {n} of {one}", f"answer {n} of {other}") for n in range(1, 6) for one, other in orders}
     assert len(server.requests) == len(study.scored()) == 10
     assert {request.key for request in server.requests} == {""}
     body = server.requests[0].body
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.0, 1024)
     assert "Assistant: a reply\n\nUser: question" in body["messages"][0]["content"]
-    assert "0.83 [" in result.row("win")
-    assert "0.17 [" in result.row("tie")
-    assert "0.00 [" in result.row("lose")
+    assert result.means("win", "tie", "lose") == ["0.83", "0.17", "0.00"]
     assert "mpo vs ppo: the same text on 1 prompt, counted as a tie without a request." in result.out
     assert "10 requests, 150 tokens, 10 of 10 questions done" in result.out
     row = next(line for line in study.scored() if line["prompt"] == 3 and line["arms"] == ["ppo", "mpo"])
@@ -197,11 +191,10 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
 
     repeated = study.judge()
     assert len(server.requests) == 10
-    assert repeated.row("win") == result.row("win")
+    assert repeated.cell("win") == result.cell("win")
     assert "10 of 10 questions were asked before" in repeated.out
     swapped = study.judge(arms=ARMS[::-1])
-    assert swapped.row("lose").split()[1:4] == result.row("win").split()[1:4]
-    assert swapped.row("prompts").split()[1] == "6"
+    assert (swapped.cell("lose"), swapped.cell("prompts")) == (result.cell("win"), "6")
     assert "ppo vs mpo: the same text on 1 prompt" in swapped.out
     assert len(server.requests) == 10
     assert len(read_verdicts(study.file).assignments) == 1  # so the report says it once
@@ -211,60 +204,49 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     assert len(server.requests) == 30  # another temperature, another limit; the last asks nothing new
 
 
-def test_a_judge_that_always_takes_the_first_is_all_flips_and_ties(study: Study, server: Server) -> None:
-    server.prefer(lambda request: True)
-    result = study.judge()
-    assert "1.00 [" in result.row("tie")
-    assert "1.00 [" in result.row("flips")
-    assert "1.00 [" in result.row("flips to the first")
-    section = judges.build_judges_section(load_runs(study.run))
-    assert section is not None
-    assert "100% of the verdicts flip with the order, 100% of these to the completion shown first." in section.opening
-
-
-def test_flips_to_the_second_are_told_from_those_to_the_first(study: Study, server: Server) -> None:
-    server.prefer(lambda request: get_prompt_number(request) == 2)
-    result = study.judge()
-    assert "1.00 [" in result.row("flips")
-    assert "0.20 [" in result.row("flips to the first")
+@pytest.mark.parametrize(
+    ("prefers_first", "other", "expected"),
+    [
+        (lambda request: True, "ppo", {"tie": "1.00", "flips": "1.00", "flips to the first": "1.00"}),
+        (lambda request: request.prompt == 2, "ppo", {"flips": "1.00", "flips to the first": "0.20"}),
+        (lambda request: True if "of mpo" in request.completions[0] else None, "ppo", {"tie": "1.00", "flips": "0.00"}),
+        (
+            lambda request: len(request.completions[0]) > len(request.completions[1]),
+            "mpo-sft-kl",
+            {"lose": "0.83", "longer wins": "1.00", "win at equal length": "not estimable"},
+        ),
+    ],
+    ids=["always the first", "mostly the second", "a win in one order and a tie in the other", "the longer"],
+)
+def test_what_a_judge_prefers_is_what_the_table_says(
+    study: Study, server: Server, prefers_first: Any, other: str, expected: dict[str, str]
+) -> None:
+    server.prefer(prefers_first)
+    assert study.judge(arms=("mpo", other)).means(*expected) == list(expected.values())
+    if expected.get("flips to the first") == "1.00":
+        flips = "100% of the verdicts flip with the order, 100% of these to the completion shown first."
+        assert flips in study.section().opening
 
 
 def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Server) -> None:
-    respond_well = server.respond
     swapped = "Response 2 Quality Score: 4\nExplanation: a.\n\nResponse 1 Quality Score: 9\nExplanation: b."
     bad = {
         1: make_completion(format_scores(11, 5)),
         2: make_completion(swapped),
         3: make_completion(format_scores(-1, 5)),
     }
-    server.respond = lambda request: bad.get(get_prompt_number(request)) or respond_well(request)
+    server.override(lambda request: bad.get(request.prompt))
     result = study.judge()
     assert "no verdict on 3 prompts, because a reply could not be parsed" in result.out
-    assert result.row("prompts").split()[1] == "2"  # two wins; of one same text two fifths, which is none
-    assert "1.00 [" in result.row("win")
-
-
-def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie_and_no_flip(study: Study, server: Server) -> None:
-    server.prefer(lambda request: True if "of mpo" in request.completions[0] else None)
-    result = study.judge()
-    assert "1.00 [" in result.row("tie")
-    assert "0.00 [" in result.row("flips")
-
-
-def test_a_judge_that_prefers_the_longer(study: Study, server: Server) -> None:
-    server.prefer(lambda request: len(request.completions[0]) > len(request.completions[1]))
-    result = study.judge(arms=("mpo", "mpo-sft-kl"))
-    assert "0.83 [" in result.row("lose")
-    assert "1.00 [" in result.row("longer wins")
-    assert result.row("win at equal length").split()[4:6] == ["not", "estimable"]
+    assert result.means("prompts", "win") == ["2", "1.00"]  # two wins; of one same text two fifths, which is none
 
 
 def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
     result = study.judge("--prompts", "2", "--draw", "1")
-    numbers = {get_prompt_number(request) for request in server.requests}
+    numbers = {request.prompt for request in server.requests}
     same = "the same text on 1 prompt" in result.out
     assert len(numbers) + same == 2
-    assert result.row("prompts").split()[1] == "2"
+    assert result.cell("prompts") == "2"
     study.judge("--prompts", "5")
     assert len(server.requests) <= 10
 
@@ -272,11 +254,10 @@ def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
 def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp_path: Path) -> None:
     own = tmp_path / "own.j2"
     own.write_text("{{ messages[-1].content }}\n\nResponse 1: {{ first }}\n\nResponse 2: {{ second }}")
-    server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) in (2, 5)))
+    server.prefer(lambda request: ("of mpo" in request.completions[0]) == (request.prompt in (2, 5)))
     result = study.judge("--template", str(own))
     assert server.requests[0].body["messages"][0]["content"].startswith("question ")
-    made = table(judges.build_judges_section(load_runs(study.run)), "tiny")
-    found = rows(made)
+    found = study.rows()
     assert list(found) == ["mpo vs ppo", "mpo vs ppo: helpful", "mpo vs ppo: harmless"]
     # helpful: 0 (same text) and 3 (lost); harmless: 2 and 5 (won); of none: 1 and 4 (lost)
     counts = {name: [row[1], *(cell.split()[0] for cell in row[2:6])] for name, row in found.items()}
@@ -292,33 +273,31 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
 
 def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     server.prefer(
-        lambda request: (
-            ("of mpo" in request.completions[0]) == (request.model == "one" or get_prompt_number(request) < 4)
-        )
+        lambda request: ("of mpo" in request.completions[0]) == (request.model == "one" or request.prompt < 4)
     )
     result = study.judge("--model", "two", model="one")
     assert len(server.requests) == 20
     # by hand: one says 1 five times; two says 1 three times and -1 twice
     one, two = np.array([2] * 5), np.array([2, 2, 2, 0, 0])
     counts = np.stack([np.bincount(pair, minlength=3) for pair in np.stack([one, two], axis=1)])
-    found = rows(table(judges.build_judges_section(load_runs(study.run)), "Agreement of judges"))
+    found = study.rows("Agreement of judges")
     assert found["one and two"][1:] == ["mpo vs ppo", "5", f"{cohen_kappa(one, two):.2f}"]
     assert found["one and two"][3] == "0.00"  # observed 0.6, by chance 0.6
     assert found["all 2"][2] == "5"
     assert found["all 2"][3].startswith(f"{krippendorff_alpha(counts):.2f}".replace("-", "−"))
     assert "Agreement of judges" in result.out
-    each = [
-        rows(table(judges.build_judges_section(load_runs(study.run)), name))["mpo vs ppo"] for name in ("one", "two")
-    ]
-    assert [row[2].split()[0] for row in each] == ["0.83", "0.50"]
+    assert [study.rows(name)["mpo vs ppo"][2].split()[0] for name in ("one", "two")] == ["0.83", "0.50"]
 
 
 def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
+    def load_verdict_rows() -> list[judges.VerdictRow]:
+        return judges.collect_rows(judges.load_judge_results(load_runs(study.run)))
+
     study.judge()
-    (alone,) = [row.p for row in _load_rows(study) if row.category is None]
+    (alone,) = [row.p for row in load_verdict_rows() if row.category is None]
     server.prefer(lambda request: None)
     study.judge(model="other")
-    shown = _load_rows(study)
+    shown = load_verdict_rows()
     assert len(shown) == 6
     corrected = next(row.p for row in shown if row.judged.judge.model == "tiny" and row.category is None)
     assert [row.p for row in shown] == pytest.approx(correct_by_holm([row.tally.p for row in shown]))
@@ -326,25 +305,22 @@ def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Serve
     assert corrected > alone
 
 
-def _load_rows(study: Study) -> list[judges.VerdictRow]:
-    return judges.collect_rows(judges.load_judge_results(load_runs(study.run)))
-
-
 # Servers that behave badly
 
+ENDLESS = make_response(itertools.repeat(b" " * 65536))
 BAD: dict[str, Response | str] = {
     "slow": "slow",
     "cut": "cut",
     "500": make_error(500, "oh no"),
     "429": make_error(429, "slow down"),
-    "malformed JSON": (200, {"Content-Type": "application/json"}, b'{"choices": [{"mess'),
-    "a page": (200, {"Content-Type": "text/html"}, b"<html>it works</html>"),
-    "nothing": (200, {"Content-Type": "application/json"}, b""),
-    "a list": (200, {"Content-Type": "application/json"}, b"[1]"),
-    "no choices": (200, {"Content-Type": "application/json"}, b'{"choices": []}'),
-    "choices of null": (200, {"Content-Type": "application/json"}, b'{"choices": null, "usage": 3}'),
-    "no message": (200, {"Content-Type": "application/json"}, b'{"choices": [{"finish_reason": "stop"}]}'),
-    "a message that is none": (200, {"Content-Type": "application/json"}, b'{"choices": [{"message": "hello"}]}'),
+    "malformed JSON": make_response(b'{"choices": [{"mess'),
+    "a page": make_response(b"<html>it works</html>", Content_Type="text/html"),
+    "nothing": make_response(b""),
+    "a list": make_response(b"[1]"),
+    "no choices": make_response(b'{"choices": []}'),
+    "choices of null": make_response(b'{"choices": null, "usage": 3}'),
+    "no message": make_response(b'{"choices": [{"finish_reason": "stop"}]}'),
+    "a message that is none": make_response(b'{"choices": [{"message": "hello"}]}'),
 }
 
 
@@ -352,15 +328,11 @@ BAD: dict[str, Response | str] = {
 def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
     study: Study, server: Server, waits: list[float], kind: str
 ) -> None:
-    respond_well = server.respond
-    server.respond = lambda request: BAD[kind] if request.number < 2 else respond_well(request)
-    result = study.judge("--concurrency", "1", "--timeout", "0.3" if kind == "slow" else "20")
-    assert (result.code, len(server.requests)) == (0, 12)
-    assert "0.83 [" in result.row("win")
+    server.override(lambda request: BAD[kind] if request.number < 2 else None)
+    result = study.judge("--concurrency", "1", "--timeout", "1" if kind == "slow" else "20")
+    assert (result.code, len(server.requests), result.means("win")) == (0, 12, ["0.83"])
     assert "parsed" not in result.out
-    assert len(waits) == 2
-    assert 1.0 <= waits[0] <= 1.5
-    assert 2.0 <= waits[1] <= 3.0
+    assert (1.0 <= waits[0] <= 1.5, 2.0 <= waits[1] <= 3.0, len(waits)) == (True, True, 2)
 
 
 @pytest.mark.parametrize(
@@ -371,10 +343,7 @@ def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
 def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
     study: Study, server: Server, waits: list[float], content: object
 ) -> None:
-    respond_well = server.respond
-    server.respond = lambda request: (
-        make_completion(content) if get_prompt_number(request) == 2 else respond_well(request)
-    )
+    server.override(lambda request: make_completion(content) if request.prompt == 2 else None)
     result = study.judge()
     assert (result.code, len(server.requests), waits) == (0, 10 + 2, [])
     assert "no verdict on 1 prompt, because a reply could not be parsed" in result.out
@@ -399,58 +368,48 @@ def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest
 
 
 def test_no_more_at_once_than_were_asked_for(study: Study, server: Server) -> None:
-    respond_well, together = server.respond, threading.Barrier(3)
+    together = threading.Barrier(3)
 
-    def respond(request: JudgeRequest) -> Response | str:
+    def wait_for_others(request: JudgeRequest) -> None:
         if request.number < 9:  # three at a time, each of which waits for two others
             together.wait(10)
-        return respond_well(request)
 
-    server.respond = respond
+    server.override(wait_for_others)
     assert study.judge("--concurrency", "3").code == 0
     assert (len(server.requests), server.max_concurrent) == (10, 3)
-
-
-def test_no_more_at_once_than_there_are_questions(study: Study, server: Server) -> None:
-    assert study.judge("--concurrency", "1000000000").code == 0
-    assert len(server.requests) == 10
+    study.file.unlink()
+    assert study.judge("--concurrency", "1000000000").code == 0  # nor than there are questions
+    assert len(server.requests) == 20
 
 
 def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: list[float]) -> None:
-    respond_well, date = server.respond, datetime.now(UTC) + timedelta(seconds=90)
-    after = ["20", format_datetime(date, usegmt=True), "100000", "soon"]
-    server.respond = lambda request: (
-        make_error(429, "slow down", Retry_After=after[request.number]) if request.number < 4 else respond_well(request)
-    )
+    date = datetime.now(UTC) + timedelta(seconds=90)
+    bad = [
+        make_error(429, "slow down", Retry_After=after)
+        for after in ("20", format_datetime(date, usegmt=True), "100000", "soon")
+    ]
+    server.override(lambda request: bad[request.number] if request.number < 4 else None)
     assert study.judge("--concurrency", "1").code == 0
-    assert 20 <= waits[0] <= 30
-    assert 80 <= waits[1] <= 135
-    assert 300 <= waits[2] <= 450
-    assert 8 <= waits[3] <= 12  # the fourth in turn: 2 ** 3
+    limits = [(20, 30), (80, 135), (300, 450), (8, 12)]  # the fourth in turn: 2 ** 3
+    assert all(low <= wait <= high for wait, (low, high) in zip(waits, limits, strict=True))
     assert client.parse_retry_after("nan") is None
     assert client.parse_retry_after("-3") == 0.0
 
 
 def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(study: Study, server: Server) -> None:
     respond_well = server.respond
-
-    def respond(request: JudgeRequest) -> Response | str:
-        if get_prompt_number(request) == 2:
-            return make_error(500, "no <memory>\n on \x1b[31mthe device")
-        return make_error(400, "too long") if get_prompt_number(request) == 4 else respond_well(request)
-
-    server.respond = respond
+    bad = {2: make_error(500, "no <memory>\n on \x1b[31mthe device"), 4: make_error(400, "too long")}
+    server.override(lambda request: bad.get(request.prompt))
     result = study.judge("--attempts", "3")
-    assert result.code == 1
-    assert len(server.requests) == 6 + 2 * 3 + 2  # a bad request is not asked again
+    assert (result.code, len(server.requests)) == (1, 6 + 2 * 3 + 2)  # a bad request is not asked again
     assert "2 questions failed: HTTP 500: no <memory> on \ufffd[31mthe device\n" in result.err
     assert "2 questions failed: HTTP 400: too long\n" in result.err
-    assert "0.75 [" in result.row("win")
+    assert result.means("win") == ["0.75"]
     assert "no reply yet on 2 prompts" in result.out
     assert "a tie without a request, counted in proportion to the other prompts with a verdict;" in result.out
     server.respond, before = respond_well, len(server.requests)
     assert study.judge().code == 0
-    assert {get_prompt_number(request) for request in server.requests[before:]} == {2, 4}
+    assert {request.prompt for request in server.requests[before:]} == {2, 4}
     assert len(server.requests) == before + 4
 
 
@@ -461,8 +420,7 @@ def test_a_run_of_refusals_stops_with_one_line(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.respond = lambda request: make_error(status, "The model `tiny` does not exist")
     result = study.judge("--concurrency", "1")
-    assert result.code == 1
-    assert len(server.requests) == client.MAX_CONSECUTIVE_FAILURES == 8
+    assert (result.code, len(server.requests)) == (1, client.MAX_CONSECUTIVE_FAILURES) == (1, 8)
     assert result.err.splitlines()[-1] == (
         f"stopped: tiny: 8 questions in a row failed, the last with HTTP {status}: The model `tiny` does "
         "not exist; 2 questions are left; the same command asks them"
@@ -470,10 +428,7 @@ def test_a_run_of_refusals_stops_with_one_line(
 
 
 def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: Server) -> None:
-    respond_well = server.respond
-    server.respond = lambda request: (
-        respond_well(request) if get_prompt_number(request) == 5 else make_error(400, "too long")
-    )
+    server.override(lambda request: make_error(400, "too long") if request.prompt != 5 else None)
     for _ in range(2):  # nothing was ever replied: the fault may be the call's
         result = study.judge("--concurrency", "1")
         assert result.err.splitlines()[-1].startswith("stopped: tiny: 8 questions in a row failed")
@@ -487,10 +442,7 @@ def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: S
 
 
 def test_a_question_that_fails_once_others_have_replies_stops_nothing(study: Study, server: Server) -> None:
-    respond_well = server.respond
-    server.respond = lambda request: (
-        respond_well(request) if get_prompt_number(request) == 1 else make_error(413, "too long")
-    )
+    server.override(lambda request: make_error(413, "too long") if request.prompt != 1 else None)
     assert study.judge("--concurrency", "1").err == "8 questions failed: HTTP 413: too long\n"
     server.respond = lambda request: make_error(500, "down")
     assert "stopped: tiny: 8 questions in a row failed" in study.judge("--concurrency", "1", "--attempts", "1").err
@@ -505,7 +457,7 @@ def test_prompts_come_in_another_order_at_every_call(
         random.seed(seed)
         study.file.unlink(missing_ok=True)
         study.judge("--concurrency", "1")
-        numbers = [get_prompt_number(request) for request in server.requests[10 * seed :]]
+        numbers = [request.prompt for request in server.requests[10 * seed :]]
         assert numbers[::2] == numbers[1::2]  # both orders of a pair behind each other
         assert sorted(numbers[::2]) == [1, 2, 3, 4, 5]
         orders.add(tuple(numbers))
@@ -513,37 +465,27 @@ def test_prompts_come_in_another_order_at_every_call(
 
 
 def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study: Study, server: Server) -> None:
-    respond_well = server.respond
-    server.respond = lambda request: (
-        make_error(404, "no such model") if request.model == "wrong" else respond_well(request)
-    )
+    server.override(lambda request: make_error(404, "no such model") if request.model == "wrong" else None)
     result = study.judge("--model", "tiny", "--concurrency", "1", model="wrong")
-    assert result.code == 1
+    assert (result.code, result.means("win")) == (1, ["0.83"])
     assert [sum(request.model == name for request in server.requests) for name in ("wrong", "tiny")] == [8, 10]
     assert result.err.splitlines()[-1] == (
         "stopped: wrong: 8 questions in a row failed, the last with HTTP 404: no such model; 2 questions "
         "are left; the same command asks them"
     )
-    assert "0.83 [" in result.row("win")
 
 
 def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, server: Server) -> None:
-    respond_well, seen = server.respond, set[str]()
+    def dislike_numbers(request: JudgeRequest) -> Response | None:
+        is_first = sum(one.body == request.body for one in server.requests) == 1
+        is_bad = request.prompt == 2 or (request.prompt == 3 and is_first)
+        return make_completion("I like both.") if is_bad else None
 
-    def respond(request: JudgeRequest) -> Response | str:
-        text = request.body["messages"][0]["content"]
-        first = text not in seen
-        seen.add(text)
-        if get_prompt_number(request) == 2 or (get_prompt_number(request) == 3 and first):
-            return make_completion("I like both.")
-        return respond_well(request)
-
-    server.respond = respond
+    server.override(dislike_numbers)
     result = study.judge()
-    assert result.code == 0
-    assert len(server.requests) == 10 + 2 + 2
+    assert (result.code, len(server.requests)) == (0, 10 + 2 + 2)
     assert "no verdict on 1 prompt, because a reply could not be parsed" in result.out
-    assert "0.80 [" in result.row("win")  # of five: four won, one the same text
+    assert result.means("win") == ["0.80"]  # of five: four won, one the same text
     stored = [line for line in study.scored() if line["prompt"] in (2, 3)]
     both = ["I like both."]
     assert [(line["scores"], line["replies"]) for line in stored if line["prompt"] == 2] == [(None, both * 2)] * 2
@@ -554,9 +496,8 @@ def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, ser
 
 
 def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> None:
-    respond_well = server.respond
     bad = {1: make_error(400, "half \ud800"), 2: make_completion(format_scores(8, 5) + "\ud83d")}
-    server.respond = lambda request: bad.get(get_prompt_number(request)) or respond_well(request)
+    server.override(lambda request: bad.get(request.prompt))
     result = study.judge()
     assert "HTTP 400: half \ufffd" in result.err
     assert any(line["replies"][0].endswith("so.\ufffd") for line in study.scored())
@@ -569,26 +510,16 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
 
 def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: Server) -> None:
     """Neither where it never ends nor where it says how long it is; the file keeps nothing of it."""
-    server.respond = lambda request: (200, {}, itertools.repeat(b" " * 65536))
+    server.respond = lambda request: ENDLESS
     result = study.judge("--concurrency", "1", "--prompts", "2")
     assert result.code == 1
     assert "questions failed: reply too long: more than 4,194,304 bytes\n" in result.err
     assert max(server.sent_bytes) < 10 * client.MAX_REPLY_BYTES  # what lies in buffers besides
-    server.respond = lambda request: (
-        500 if get_prompt_number(request) == 2 else 200,
-        {},
-        b'{"a": "' + b"x" * 50_000_000,
-    )
+    long = b'{"a": "' + b"x" * 50_000_000
+    server.respond = lambda request: make_response(long, 500 if request.prompt == 2 else 200)
     result = study.judge("--concurrency", "1", "--attempts", "6")
     assert "questions failed: reply too long: more than 4,194,304 bytes\n" in result.err
     assert study.file.stat().st_size < 10_000
-
-
-def test_tokens_of_a_reply_without_end_count_as_all_that_it_may_have(study: Study, server: Server) -> None:
-    server.respond = lambda request: (200, {}, itertools.repeat(b" " * 65536))
-    result = study.judge("--concurrency", "1", "--max-tokens", "150", "--reply-tokens", "100")
-    assert len(server.requests) == 2
-    assert "--max-tokens: 200 tokens were spent" in result.err
 
 
 def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, server: Server) -> None:
@@ -596,14 +527,14 @@ def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, se
         while not server.closing.wait(0.02):
             yield b" "
 
-    server.respond = lambda request: (200, {}, trickle())
+    server.respond = lambda request: make_response(trickle())
     result = study.judge("--prompts", "2", "--attempts", "1", "--timeout", "0.3")
     assert "questions failed: timeout: no reply within 0.3 s\n" in result.err
 
 
 def test_a_packed_reply_is_not_unpacked(study: Study, server: Server) -> None:
-    bomb = gzip.compress(bytes(20_000_000))
-    server.respond = lambda request: (200, {"Content-Encoding": "gzip"}, bomb)
+    bomb = make_response(gzip.compress(bytes(20_000_000)), Content_Encoding="gzip")
+    server.respond = lambda request: bomb
     result = study.judge("--attempts", "1")
     assert "questions failed: no chat completion: a reply encoded as gzip; expected plain JSON\n" in result.err
     assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
@@ -617,18 +548,11 @@ def test_a_redirect_takes_no_prompt_elsewhere(
     with run_server() as other:
         place = other.url.removeprefix("http://").removesuffix("/v1")
         to = f"http://me:secret@{place}/v1/chat/completions?token=secret"
-        server.respond = lambda request: (status, {"Location": to}, b"")
+        server.respond = lambda request: make_response(b"", status, Location=to)
         result = study.judge("--concurrency", "1")
-    assert (other.requests, len(server.requests)) == ([], client.MAX_CONSECUTIVE_FAILURES)
-    assert result.code == 1
+    assert (result.code, other.requests, len(server.requests)) == (1, [], client.MAX_CONSECUTIVE_FAILURES)
     assert f"8 questions failed: HTTP {status}: a redirect to {place}, not followed\n" in result.err
     assert "secret" not in result.err
-
-
-@pytest.mark.parametrize("location", [None, "/elsewhere", "http://[", "//:x", "\xff"])
-def test_a_redirect_to_nowhere(study: Study, server: Server, location: str | None) -> None:
-    server.respond = lambda request: (302, {} if location is None else {"Location": location}, b"")
-    assert study.judge("--attempts", "1").code == 1
 
 
 def test_a_long_reply_is_judged_and_kept_in_part(study: Study, server: Server) -> None:
@@ -642,24 +566,26 @@ def test_a_long_reply_is_judged_and_kept_in_part(study: Study, server: Server) -
 
 
 DIGITS = "9" * 5_000
+COMPLETION = make_completion(format_scores(8, 5))[2]
 HARMFUL: dict[str, Response] = {
-    "an index": (
-        200,
-        {},
-        make_completion(format_scores(8, 5))[2].replace(b'"index": 0', f'"index": {DIGITS}'.encode()),
-    ),
-    "an error": (200, {}, f'{{"error": {{"code": {DIGITS}}}}}'.encode()),
-    "nested": (200, {}, b"[" * 1_000_000),
-    "no UTF-8": (200, {}, b"\xff\xfe{" + bytes(range(256))),
-    "a slow code": (200, {"Content-Type": "text/plain; charset=punycode"}, b"a-" + b"z9" * 500_000),
-    "an unknown code": (200, {"Content-Type": "text/plain; charset=\xff"}, b"hello"),
-    "a nested error": (500, {}, b"[" * 1_000_000),
-    "an error of bytes": (500, {"Content-Type": "text/plain; charset=punycode"}, b"z9" * 1_000_000),
+    "an index": make_response(COMPLETION.replace(b'"index": 0', f'"index": {DIGITS}'.encode())),
+    "an error": make_response(f'{{"error": {{"code": {DIGITS}}}}}'.encode()),
+    "nested": make_response(b"[" * 1_000_000),
+    "no UTF-8": make_response(b"\xff\xfe{" + bytes(range(256))),
+    "a slow code": make_response(b"a-" + b"z9" * 500_000, Content_Type="text/plain; charset=punycode"),
+    "an unknown code": make_response(b"hello", Content_Type="text/plain; charset=\xff"),
+    "a nested error": make_response(b"[" * 1_000_000, 500),
+    "an error of bytes": make_response(b"z9" * 1_000_000, 500, Content_Type="text/plain; charset=punycode"),
     "a wait": make_error(503, "later", Retry_After=DIGITS),
     "a wait below zero": make_error(503, "later", Retry_After=f"-{DIGITS}"),
     "a date": make_error(503, "later", Retry_After=f"Mon, 01 Jan {'9' * 12} 00:00:00 GMT"),
     "a zone": make_error(503, "later", Retry_After="Mon, 01 Jan 0001 00:00:00 +2359"),
     "a header without end": make_error(503, "later", X_Much="x" * 200_000),
+    "a redirect": make_response(b"", 302),
+    **{
+        f"a redirect to {place}": make_response(b"", 302, Location=place)
+        for place in ("/elsewhere", "http://[", "//:x", "\xff")
+    },
 }
 
 
@@ -669,8 +595,7 @@ def test_what_a_server_may_send_is_a_failure_in_one_line(
 ) -> None:
     server.respond = lambda request: HARMFUL[kind]
     result = study.judge("--concurrency", "1", "--attempts", "2")
-    assert result.code == 1
-    assert len(server.requests) == 16
+    assert (result.code, len(server.requests)) == (1, 8 if "redirect" in kind else 16)
     assert all(1.0 <= wait <= 450 for wait in waits)
     assert max(map(len, result.err.splitlines())) < 400
     assert study.scored() == []
@@ -678,9 +603,7 @@ def test_what_a_server_may_send_is_a_failure_in_one_line(
 
 def test_tokens_that_nobody_can_have_used_are_not_counted(study: Study, server: Server) -> None:
     for tokens in ("9" * 4_299, "1e999", "-1", "true", '"5"', str(10**9 + 1)):
-        body = make_completion(format_scores(8, 5))[2].replace(
-            b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode()
-        )
+        body = COMPLETION.replace(b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode())
         assert parse_reply(body) == Reply(format_scores(8, 5))
     assert parse_reply(make_completion(format_scores(8, 5), tokens=(10**9, 0))[2]).tokens == (10**9, 0)
 
@@ -716,7 +639,7 @@ def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkey
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for this machine
     server.respond = lambda request: (
         make_error(401, f"{'x' * 190}{KEY} is wrong")
-        if get_prompt_number(request) == 1
+        if request.prompt == 1
         else make_completion(f"{format_scores(8, 5)} {request.key}")
     )
     result = study.judge()
@@ -729,15 +652,12 @@ def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkey
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}é", f"a {KEY}"])
-def test_a_key_that_is_none_is_refused_and_not_shown(
-    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
+def test_a_key_that_is_none_is_refused_and_not_shown(study: Study, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    result = study.judge()
-    assert result.code == 2
-    assert result.err.startswith("OPENAI_API_KEY: found a line break, a space or a character that no key has; ")
-    assert KEY not in result.err + result.out
-    assert not server.requests
+    assert study.read_refusal() == (
+        "OPENAI_API_KEY: found a line break, a space or a character that no key has; expected the bare key "
+        "(not shown here)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -810,21 +730,15 @@ def test_a_key_too_short_for_a_secret_is_left_in_texts(
         (["--timeout", "inf"], "--timeout: found inf; expected a finite number"),
     ],
 )
-def test_options_that_are_refused(study: Study, server: Server, words: list[str], message: str) -> None:
-    result = study.judge(*words)
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert result.err.startswith(message)
-    assert not server.requests
+def test_options_that_are_refused(study: Study, words: list[str], message: str) -> None:
+    assert study.read_refusal(*words).startswith(message)
 
 
 def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
     study.judge("--temperature", "none", "--reply-tokens", "none")
     assert {frozenset(request.body) for request in server.requests} == {frozenset({"model", "messages"})}
-    notes = table(judges.build_judges_section(load_runs(study.run)), "tiny")
-    assert notes is not None
-    assert "the model's default temperature, no limit on the length of replies" in page.render_report(
-        load_runs(study.run), "md"
-    )
+    settings = "the model's default temperature, no limit on the length of replies"
+    assert settings in page.render_report(load_runs(study.run), "md")
     study.judge("--temperature", "none")
     assert server.requests[-1].body.keys() == {"model", "messages", "max_tokens"}
     assert len(server.requests) == 20
@@ -849,13 +763,13 @@ def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytes
 def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
     respond_well = server.respond
 
-    def respond(request: JudgeRequest) -> Response | str:
-        if request.number == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-            return "slow"
-        return respond_well(request)
+    def interrupt(request: JudgeRequest) -> str | None:
+        if request.number != 4:
+            return None
+        os.kill(os.getpid(), signal.SIGINT)
+        return "slow"
 
-    server.respond = respond
+    server.override(interrupt)
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background are born without
     result = study.judge("--concurrency", "1")
     signal.signal(signal.SIGINT, earlier)
@@ -873,60 +787,43 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study,
     assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
 
+LOST, UNCOUNTED = (
+    make_response(make_completion("", tokens=tokens)[2].replace(b'"choices"', b'"choice"'))
+    for tokens in ((10, 5), None)
+)
+NO_COUNTS = "--max-tokens: the server reports no token counts; use --max-requests"
+
+
 @pytest.mark.parametrize(
-    ("words", "requests", "why"),
+    ("response", "words", "requests", "done", "why"),
     [
-        (["--max-requests", "3"], 3, "--max-requests: 3 requests were made; 7 questions are left"),
-        (["--max-tokens", "40"], 3, "--max-tokens: 45 tokens were spent; 7 questions are left"),
-        (["--max-requests", "10"], 10, ""),
+        (None, "--max-requests 3", 3, 3, "--max-requests: 3 requests were made"),
+        (None, "--max-tokens 40", 3, 3, "--max-tokens: 45 tokens were spent"),
+        (None, "--max-requests 10", 10, 10, ""),
+        # retries count as requests, and their tokens as spent
+        (LOST, "--max-tokens 40", 3, 0, "--max-tokens: 45 tokens were spent"),
+        # tokens that no server counts cannot be held to a limit, neither of verdicts nor of failures
+        (make_completion(format_scores(8, 5), tokens=None), "--max-tokens 1000", 1, 1, NO_COUNTS),
+        (make_completion(format_scores(8, 5), tokens=None), "--max-requests 10", 10, 10, ""),
+        (UNCOUNTED, "--max-tokens 1000", 1, 0, NO_COUNTS),
+        (make_response(LOST[2].replace(b"10", b"-5")), "--max-tokens 1000", 1, 0, NO_COUNTS),
+        # an unread reply counts as all tokens that it may have
+        ("slow", "--max-tokens 150 --reply-tokens 100 --timeout 0.1", 2, 0, "--max-tokens: 200 tokens were spent"),
+        ("slow", "--max-tokens 150 --reply-tokens none --timeout 0.1", 1, 0, NO_COUNTS),
+        (ENDLESS, "--max-tokens 150 --reply-tokens 100", 2, 0, "--max-tokens: 200 tokens were spent"),
     ],
 )
 def test_spending_stops_where_it_is_told_to(
-    study: Study, server: Server, words: list[str], requests: int, why: str
+    study: Study, server: Server, response: Response | str | None, words: str, requests: int, done: int, why: str
 ) -> None:
-    result = study.judge("--concurrency", "1", *words)
-    assert result.code == 0
-    assert len(server.requests) == len(study.scored()) == requests
-    assert result.err == (f"stopped: {why}; the same command asks them\n" if why else "")
-    study.judge()
-    assert len(server.requests) == 10
-
-
-def test_tokens_that_no_server_counts_cannot_be_held_to_a_limit(study: Study, server: Server) -> None:
-    server.respond = lambda request: make_completion(format_scores(8, 5), tokens=None)
-    assert study.judge("--prompts", "2").code == 0
-    result = study.judge("--concurrency", "1", "--max-tokens", "1000")
-    assert "the server reports no token counts; use --max-requests; " in result.err
-
-
-@pytest.mark.parametrize("tokens", [None, (-5, 5)])
-def test_a_failure_that_counts_no_tokens_stops_at_a_limit_of_tokens_too(
-    study: Study, server: Server, tokens: tuple[int, int] | None
-) -> None:
-    status, headers, body = make_completion("", tokens=tokens)
-    server.respond = lambda request: (status, headers, body.replace(b'"choices"', b'"choice"'))
-    result = study.judge("--concurrency", "1", "--max-tokens", "1000")
-    assert len(server.requests) == 1
-    assert "the server reports no token counts; use --max-requests; 10 questions are" in result.err
-
-
-def test_a_time_out_counts_as_all_tokens_of_a_reply(study: Study, server: Server) -> None:
-    server.respond = lambda request: "slow"
-    words = ["--concurrency", "1", "--timeout", "0.1", "--max-tokens", "150"]
-    result = study.judge(*words, "--reply-tokens", "100")
-    assert len(server.requests) == 2
-    assert "--max-tokens: 200 tokens were spent" in result.err
-    result = study.judge(*words, "--reply-tokens", "none")
-    assert len(server.requests) == 3
-    assert "the server reports no token counts" in result.err
-
-
-def test_retries_count_as_requests_and_lost_tokens_as_spent(study: Study, server: Server) -> None:
-    status, headers, body = make_completion("")
-    server.respond = lambda request: (status, headers, body.replace(b'"choices"', b'"choice"'))
-    result = study.judge("--concurrency", "1", "--max-tokens", "40")
-    assert len(server.requests) == 3
-    assert "3 requests, 45 tokens, 0 of 10 questions done" in result.out
+    server.override(lambda request: response)
+    result = study.judge("--concurrency", "1", *words.split())
+    assert (len(server.requests), len(study.scored())) == (requests, done)
+    assert f"{requests} requests, " in result.out
+    failures = int(response is ENDLESS) * requests
+    assert result.code == (1 if failures else 0)
+    stopped = f"stopped: {why}; {10 - done - failures} questions are left; the same command asks them"
+    assert result.err.splitlines()[bool(failures) :] == ([stopped] if why else [])
 
 
 def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> None:
@@ -943,41 +840,39 @@ def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> 
     assert study.judge("--dry-run").out.endswith("10 questions, 3 of them asked before: 7 calls\n")
 
 
-def test_one_writes_at_a_time_and_damage_is_named(study: Study) -> None:
+def test_one_writes_at_a_time(study: Study) -> None:
     with open_for_append(study.file):
-        result = study.judge()
-    assert result.code == 2
-    assert "found another `mixpo judge` writing it; wait until it ends" in result.err
-    study.file.write_text('{"format": 1, "question": "a", "scores": null}\n{"oops\n')
-    result = study.judge()
-    assert result.code == 2
-    assert f"{study.file}:2: found no valid verdict (JSONDecodeError: " in result.err
-    study.file.write_text('{"format": 2, "question": "a"}\n')
-    assert f"{study.file}:1: found no valid verdict (ValueError: format 2, not 1)" in study.judge().err
+        assert "found another `mixpo judge` writing it; wait until it ends" in study.read_refusal()
+
+
+BAD_SCORES = ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", f"[{'9' * 4_000}, 1]", "[" * 90_000, "3"]
 
 
 @pytest.mark.parametrize(
-    "scores",
-    ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", "[" + "9" * 4_000 + ", 1]", "[" * 90_000, "3"],
+    ("text", "place"),
+    [
+        ('{"format": 1, "question": "a", "scores": null}\n{"oops', "2: found no valid verdict (JSONDecodeError: "),
+        ('{"format": 2, "question": "a"}', "1: found no valid verdict (ValueError: format 2, not 1)"),
+        *((f'{{"format": 1, "question": "a", "scores": {bad}}}', "1: found no valid verdict (") for bad in BAD_SCORES),
+    ],
+    ids=range(10),
 )
-def test_a_verdict_that_no_judge_can_have_given_is_named(study: Study, scores: str) -> None:
+def test_a_line_that_is_no_verdict_is_named(study: Study, text: str, place: str) -> None:
     study.file.parent.mkdir()
-    study.file.write_text(f'{{"format": 1, "question": "a", "scores": {scores}}}\n')
-    result = study.judge()
-    assert result.code == 2
-    assert result.err.startswith(f"{study.file}:1: found no valid verdict (")
-    assert len(result.err) < 600
+    study.file.write_text(f"{text}\n")
+    message = study.read_refusal()
+    assert message.startswith(f"{study.file}:{place}")
+    assert len(message) < 600
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
-    respond_well, unlimited = server.respond, resource.getrlimit(resource.RLIMIT_FSIZE)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def respond(request: JudgeRequest) -> Response | str:
+    def fill_disk(request: JudgeRequest) -> None:
         if request.number == 4:  # the kernel writes 20 bytes of the next line, and then none
             resource.setrlimit(resource.RLIMIT_FSIZE, (study.file.stat().st_size + 20, unlimited[1]))
-        return respond_well(request)
 
-    server.respond = respond
+    server.override(fill_disk)
     try:
         result = study.judge("--concurrency", "1")
     finally:
@@ -986,7 +881,6 @@ def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Se
     assert f"{study.file}: cannot be written (" in result.err
     assert result.err.endswith("; free some disk space\n")
     assert len(study.scored()) == 4
-    server.respond = respond_well
     assert study.judge().code == 0
     assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
@@ -996,9 +890,7 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("mixpo.judge.verdicts.fcntl.flock", lock)
-    result = study.judge()
-    assert result.code == 2
-    assert "found a file that cannot be locked or shortened (No locks available)" in result.err
+    assert "found a file that cannot be locked or shortened (No locks available)" in study.read_refusal()
 
 
 @pytest.mark.parametrize(
@@ -1016,14 +908,10 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         (None, "--template: found no readable file"),
     ],
 )
-def test_templates_that_are_refused(study: Study, server: Server, tmp_path: Path, text: str, message: str) -> None:
-    own = tmp_path / "own.j2"
+def test_templates_that_are_refused(study: Study, tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
-        own.write_text(text)
-    result = study.judge("--template", str(own))
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert message in result.err
-    assert not server.requests
+        (tmp_path / "own.j2").write_text(text)
+    assert message in study.read_refusal("--template", str(tmp_path / "own.j2"))
 
 
 def test_the_papers_prompt() -> None:
@@ -1040,9 +928,7 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     assert judges.build_judges_section(load_runs(study.run)) is None
     study.judge()
     results = load_runs(study.run)
-    section = judges.build_judges_section(results)
-    assert section is not None
-    row = rows(table(section, "tiny"))["mpo vs ppo"]
+    section, row = study.section(), study.rows()["mpo vs ppo"]
     mean, low, high = map(float, re.findall(r"-?[\d.]+", row[5]))
     assert mean == 0.83
     assert 0.0 < low < mean < high
@@ -1057,15 +943,6 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     assert "0% of the verdicts flip with the order" in section.opening
     assert ">LLM judges<" in page.render_report(results, "html")
     assert "mpo vs ppo" in page.render_report(results, "md")
-
-
-def test_the_report_claims_nothing_where_the_interval_holds_zero(study: Study, server: Server) -> None:
-    server.prefer(lambda request: ("of mpo" in request.completions[0]) == (get_prompt_number(request) < 4))
-    study.judge()
-    section = judges.build_judges_section(load_runs(study.run))
-    assert section is not None
-    assert "no significant difference" in section.opening
-    assert not re.search(r"significantly", section.opening)
 
 
 def _make_verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Verdict]:
@@ -1112,20 +989,15 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     for number in (2, 5):
         changed[number]["completion"] += "!"
     write_table(place, changed)
-    section = judges.build_judges_section(load_runs(study.run))
-    row = rows(table(section, "tiny"))["mpo vs ppo"]
+    row = study.rows()["mpo vs ppo"]
     assert (row[1], row[2][:4], row[3][:4]) == ("4", "0.75", "0.25")
-    assert section is not None
-    assert "2 prompts are excluded, because the completions changed after judging." in section.opening
-    assert "2 prompts excluded, because the completions changed after judging" in page.render_report(
-        load_runs(study.run), "md"
-    )
+    assert "2 prompts are excluded, because the completions changed after judging." in study.section().opening
+    reason = "2 prompts excluded, because the completions changed after judging"
+    assert reason in page.render_report(load_runs(study.run), "md")
     assert study.judge().code == 0
     assert len(server.requests) == 14  # both orders of the two
-    section = judges.build_judges_section(load_runs(study.run))
-    assert section is not None
-    assert rows(table(section, "tiny"))["mpo vs ppo"][1] == "6"
-    assert "excluded" not in section.opening
+    assert study.rows()["mpo vs ppo"][1] == "6"
+    assert "excluded" not in study.section().opening
     assert "after judging" not in page.render_report(load_runs(study.run), "md")
 
 

@@ -3,14 +3,13 @@
 import copy
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from mixpo.cli import main as cli
+from command_line import run_mixpo
 from mixpo.cli.data import print_preview
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
@@ -33,13 +32,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mixpo", "data", "preview", *words])
         patch.setenv("COLUMNS", "400")
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    captured = capsys.readouterr()
-    assert (stopped.value.code or 0) == (2 if captured.err else 0)
-    return captured.out or captured.err
+        result = run_mixpo(capsys, "data", "preview", *words)
+    assert result.code == (2 if result.err else 0)
+    return result.out or result.err
 
 
 def test_a_preview_shows_what_is_trained_on_and_what_is_read(
@@ -82,11 +78,10 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
         *rows(range(40, 41), rejected="So."),  # equal sides
         *rows(range(41, 42), rejected=None),
     ]
-    paths = {
-        "data.train": write(tmp_path / "train.jsonl", train),
-        "data.test": write(tmp_path / "test.jsonl", rows(range(5, 12))),
-    }
-    recipe = read_recipe_or_source(paths["data.train"], [f"data.test={paths['data.test']}", "max_completion_tokens=20"])
+    test = write(tmp_path / "test.jsonl", rows(range(5, 12)))
+    words = [f"data.test={test}", "max_completion_tokens=20"]
+    source = write(tmp_path / "train.jsonl", train)
+    recipe = read_recipe_or_source(source, words)
     preview = make_preview(recipe)
     assert preview.counts == {
         "rows": "26 read: 17 to train, 7 to test, 17 demonstrations",
@@ -103,9 +98,7 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
     assert "5 of 7 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in preview.facts
     assert "1 of the bad rows have two equal sides" in preview.facts
     assert [row.row for row in preview.bad] == [18, 19]
-    dropped = make_preview(
-        recipe.model_copy(update={"data": recipe.data.model_copy(update={"shared_prompts": "drop"})})
-    )
+    dropped = make_preview(read_recipe_or_source(source, [*words, "data.shared_prompts=drop"]))
     assert dropped.counts["prompts in train and test"] == "0 of 7 test prompts"
     assert "5 rows left out, whose prompts are test prompts" in dropped.facts
     assert dropped.counts["rows"] == "26 read: 12 to train, 7 to test, 12 demonstrations"
@@ -139,9 +132,7 @@ def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
         file = io.StringIO()
         print_preview(preview, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
         text = file.getvalue()
-        assert "\x1b[2J" not in text
-        assert "\x1b[31m" not in text
-        assert "\u202e" not in text
+        assert not [raw for raw in ("\x1b[2J", "\x1b[31m", "\u202e") if raw in text]
         assert "␛" in text
         assert "⟦U+202E⟧" in text
         assert ("\x1b[" in text) == (color is not None)

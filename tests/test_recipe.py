@@ -2,12 +2,11 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from mixpo.cli import main as cli
+from command_line import run_mixpo
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import plan_stages
 from mixpo.experiments.recipe import MAX_RECIPE_BYTES, Recipe, _list_section_types, read_recipe
@@ -42,13 +41,9 @@ def test_a_key_in_the_environment_is_in_nothing_that_is_written(
     recipe = read_recipe("world", [f"model.chat_template='{template}'", f"cache={tmp_path / 'cache'}"])
     assert recipe.model.chat_template == template
     assert plan_stages(recipe)
-    words = ["mixpo", "run", "-q", "name=${oc.env:OPENAI_API_KEY}", f"out={tmp_path / 'run'}"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert SECRET not in printed.out + printed.err
+    result = run_mixpo(capsys, "run", "-q", "name=${oc.env:OPENAI_API_KEY}", f"out={tmp_path / 'run'}")
+    assert result.code == 2
+    assert SECRET not in result.out + result.err
     assert not (tmp_path / "run").exists()
 
 
@@ -129,11 +124,10 @@ def test_an_override_lies_over_what_the_recipe_gives(tmp_path: Path) -> None:
 
 def list_number_keys() -> list[tuple[str, bool]]:
     """The dotted key of every setting that is a number, or several, and whether it is whole."""
-    groups = {"": Recipe, "ppo.lora.": LoraSettings} | {
-        f"{name}.": section for name, section in _list_section_types().items()
-    }
+    sections = {f"{name}.": section for name, section in _list_section_types().items()}
+    groups = {"": Recipe, "ppo.lora.": LoraSettings, **sections}
     kinds = {
-        before + key: str(one.annotation) for before, group in groups.items() for key, one in group.model_fields.items()
+        start + key: str(one.annotation) for start, group in groups.items() for key, one in group.model_fields.items()
     }
     found = {key: kind for key, kind in kinds.items() if re.search(r"\b(int|float)\b", kind) and "bool" not in kind}
     return [(key, "float" not in kind) for key, kind in found.items()]
@@ -247,10 +241,8 @@ def test_no_name_at_all_is_no_name_of_a_recipe(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("override", [".=3", "ppo.=3", ".ppo=3", "ppo..clip=3", "=3", "world"])
 def test_an_override_has_a_key(override: str) -> None:
-    assert (
-        read_error(override)
-        == f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe"
-    )
+    expected = f"{override!r}: found no key=value; expected one such as ppo.kl_coef=0.2 after the recipe"
+    assert read_error(override) == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import run_mixpo
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
@@ -44,8 +45,12 @@ SMALL = [
 ]
 
 
+def list_places(home: Path) -> list[str]:
+    return [f"cache={home / 'cache'}", f"out={home / 'run'}"]
+
+
 def recipe(home: Path, *overrides: str) -> Recipe:
-    return read_recipe("world", [*SMALL, f"cache={home / 'cache'}", f"out={home / 'run'}", *overrides])
+    return read_recipe("world", [*SMALL, *list_places(home), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +58,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, made by the command."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        words = [*SMALL, f"cache={home / 'cache'}", f"out={home / 'run'}"]
-        patch.setattr(sys, "argv", ["mixpo", "run", "--quiet", *words])
+        patch.setattr(sys, "argv", ["mixpo", "run", "--quiet", *SMALL, *list_places(home)])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     assert not stopped.value.code
     return home
+
+
+@pytest.fixture
+def copied_cache(home: Path, tmp_path: Path) -> Path:
+    """A folder whose cache holds the stages of the finished run."""
+    shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
+    return tmp_path
 
 
 def test_every_arm_is_done_and_evaluated(home: Path) -> None:
@@ -76,17 +87,8 @@ def test_every_arm_is_done_and_evaluated(home: Path) -> None:
     ]
     page = (home / "run" / "report.html").read_text()
     assert all(f">{arm.name}<" in page for arm in results.arms)
-    for name in (
-        "results",
-        "reward-model",
-        "selection",
-        "distance",
-        "over-optimisation",
-        "cost",
-        "theorem",
-        "training",
-    ):
-        assert f'<section id="{name}"' in page
+    names = ["results", "reward-model", "selection", "distance", "over-optimisation", "cost", "theorem", "training"]
+    assert all(f'<section id="{name}"' in page for name in names)
 
 
 def test_dpo_ppo_and_mpo_score_above_sft(home: Path) -> None:
@@ -120,10 +122,9 @@ def test_the_written_recipe_is_the_same_recipe(home: Path) -> None:
     again = read_recipe(str(home / "run" / "recipe.yaml"), ["seeds=[0,1]"])
     given = recipe(home, "seeds=[0,1]")
     assert again == given
-    assert [SharedStages(again, seed).sft.seed for seed in again.seeds] == [0, 1]
-    assert [SharedStages(again, seed).sft for seed in again.seeds] == [
-        SharedStages(given, seed).sft for seed in given.seeds
-    ]
+    stages = [SharedStages(again, seed).sft for seed in again.seeds]
+    assert [stage.seed for stage in stages] == [0, 1]
+    assert stages == [SharedStages(given, seed).sft for seed in given.seeds]
 
 
 def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) -> None:
@@ -136,12 +137,9 @@ def test_a_run_whose_stages_were_deleted_is_named(home: Path, tmp_path: Path) ->
 
 def read_output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Return what `mixpo WORDS` prints."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mixpo", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    assert not stopped.value.code
-    return capsys.readouterr().out
+    result = run_mixpo(capsys, *words)
+    assert result.code == 0
+    return result.out
 
 
 def test_report_in_every_form(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -170,10 +168,9 @@ def test_a_second_run_computes_nothing(home: Path) -> None:
     assert result.found > 10
 
 
-def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
+def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(copied_cache: Path) -> None:
     display = RecordingDisplay()
-    run_recipe(recipe(tmp_path, "ppo.kl_coef=0.3", "ppo.epochs=1"), display)
+    run_recipe(recipe(copied_cache, "ppo.kl_coef=0.3", "ppo.epochs=1"), display)
     assert sorted(display.started) == [
         "Evaluation for mpo",
         "Evaluation for mpo",
@@ -185,35 +182,28 @@ def test_a_changed_kl_coef_computes_ppo_arms_and_their_evaluation_again(home: Pa
     ]
 
 
-def test_a_stage_that_diverges_takes_only_its_arms_along(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
+def test_a_stage_that_diverges_takes_only_its_arms_along(copied_cache: Path) -> None:
     display = RecordingDisplay()
-    result = run_recipe(recipe(tmp_path, "ppo.max_kl=1e-6", "ppo.epochs=1"), display)
+    result = run_recipe(recipe(copied_cache, "ppo.max_kl=1e-6", "ppo.epochs=1"), display)
     failed = {arm.name for arm in result.arms if arm.status == "failed"}
     assert failed == {"ppo", "mpo", "ppo ppo.kl_coef=0.03"}
     assert {arm.name for arm in result.arms} - failed == {"sft", "best-of-n", "dpo-base", "dpo"}
     assert all(one.folder for one in result.gradients)
     assert ["ran away" in failure.reason for failure in display.failures] == [True] * 3
-    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    written = json.loads((copied_cache / "run" / "results.json").read_text())
     assert "ran away" in next(arm["reason"] for arm in written["arms"] if arm["arm"] == "mpo")
 
 
-def test_a_run_of_which_nothing_is_left_says_why(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(home / "cache", tmp_path / "cache", symlinks=True)
-    run_recipe(recipe(tmp_path, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"), RecordingDisplay())
-    assert [link.name for link in (tmp_path / "run" / "models").iterdir()] == ["ppo-0"]
-    words = [*SMALL, "arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0", "ppo.max_kl=1e-6"]
-    words += [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
-    monkeypatch.setattr(sys, "argv", ["mixpo", "run", "--quiet", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 1
-    printed = capsys.readouterr().out
-    assert "ppo failed at seed 0" in printed
-    assert "ran away" in printed
-    assert not list((tmp_path / "run" / "models").iterdir()), "the model of the earlier recipe is not this run's"
+def test_a_run_of_which_nothing_is_left_says_why(copied_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["arms=[ppo]", "sweep=null", "trace.arms=[]", "gradients.pairs=0"]
+    models = copied_cache / "run" / "models"
+    run_recipe(recipe(copied_cache, *words), RecordingDisplay())
+    assert [link.name for link in models.iterdir()] == ["ppo-0"]
+    result = run_mixpo(capsys, "run", "--quiet", *SMALL, *words, "ppo.max_kl=1e-6", *list_places(copied_cache))
+    assert result.code == 1
+    assert "ppo failed at seed 0" in result.out
+    assert "ran away" in result.out
+    assert not list(models.iterdir()), "the model of the earlier recipe is not this run's"
 
 
 def test_every_arm_is_the_expression_that_the_paper_describes() -> None:
@@ -268,16 +258,9 @@ def test_a_sweep_is_every_combination_at_which_an_arm_differs() -> None:
 
 
 def test_sweeps_of_some_arms_and_nested_keys() -> None:
-    names = expand_names(
-        "arms=[ppo,mpo]", "sweep=[{arms: [mpo], selection: {threshold: [1]}}, {label_noise.share: [0.2]}]"
-    )
-    assert names == [
-        "ppo",
-        "mpo",
-        "mpo selection.threshold=1",
-        "ppo label_noise.share=0.2",
-        "mpo label_noise.share=0.2",
-    ]
+    sweep = "sweep=[{arms: [mpo], selection: {threshold: [1]}}, {label_noise.share: [0.2]}]"
+    swept = ["mpo selection.threshold=1", "ppo label_noise.share=0.2", "mpo label_noise.share=0.2"]
+    assert expand_names("arms=[ppo,mpo]", sweep) == ["ppo", "mpo", *swept]
 
 
 def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
@@ -286,11 +269,7 @@ def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
     stages = {stage for run in runs for stage in sort_topologically(run.evaluation)}
     counted = Counter(type(stage).__name__ for stage in stages)
     assert counted == {
-        "Pretrained": 1,
-        "Data": 1,
-        "SFT": 1,
-        "RewardModel": 1,
-        "Samples": 1,
+        **dict.fromkeys(("Pretrained", "Data", "SFT", "RewardModel", "Samples"), 1),
         "Selection": 3,
         "DPO": 1 + 3,
         "PPO": 3 + 1 + 2 * 2,
@@ -369,10 +348,7 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("sweep={ppo.kl_coeff: [0.1]}", "sweep: ppo.kl_coeff: unknown key; did you mean kl_coef?"),
-        (
-            "sweep={kl_coef: [0.1]}",
-            "sweep: found key 'kl_coef'; expected a key of a section that arms are",
-        ),
+        ("sweep={kl_coef: [0.1]}", "sweep: found key 'kl_coef'; expected a key of a section that arms are"),
         ("sweep={ppo.kl_coef: [much]}", "sweep: ppo.kl_coef: found 'much'; expected a valid number"),
         ("sweep=[{arms: [mpoo], ppo.kl_coef: [0.1]}]", "sweep.arms: found 'mpoo'; did you mean mpo?"),
         ("trace.arms=[mpoo]", "trace.arms: found 'mpoo'; did you mean mpo?"),
@@ -402,11 +378,8 @@ def test_sweeping_a_preset_takes_its_constants_along() -> None:
 
 
 def test_sweeping_a_key_below_a_section_that_is_not_there() -> None:
-    (rank,) = {
-        run.evaluation.policy.lora.rank
-        for run in expand_arms(read_recipe("world", ["arms=[ppo]"]).with_changes({"ppo.lora.rank": 4}))
-    }
-    assert rank == 4
+    (run,) = expand_arms(read_recipe("world", ["arms=[ppo]"]).with_changes({"ppo.lora.rank": 4}))
+    assert run.evaluation.policy.lora.rank == 4
 
 
 def test_swept_settings_that_are_valid_only_together() -> None:

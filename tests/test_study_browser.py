@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from mixpo.study import files, server
-from mixpo.study.findings import load_findings
-from mixpo.study.opening import StudyOptions
+from mixpo.report.people import build_tables
+from mixpo.study import server
 from report_runs import rows
-from studies import ANNOTATORS, ARMS, Study, list_replaced_choices, write_fruit_run
+from studies import ANNOTATORS, Study, list_replaced_choices, write_fruit_run
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def study(tmp_path: Path) -> Iterator[tuple[Study, str]]:
     run = write_fruit_run(tmp_path)
     with server.open_listening_socket("127.0.0.1", 0) as listening:
         host = f"127.0.0.1:{listening.getsockname()[1]}"
-        made = Study(run, StudyOptions(arms=ARMS, annotators=ANNOTATORS), {"hosts": [host], "clock": time.time})
+        made = Study(run, settings={"hosts": [host], "clock": time.time})
         config = uvicorn.Config(made.app, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=1)
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
@@ -103,10 +102,7 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
         judge_by_keyboard(made, one)
         judge_by_mouse(made, two)
         judge_without_script(made, three)
-    made.row.closed = made.store.close_study()
-    files.write_closed_study(made.store, made.row, made.run / "study")
-    found = load_findings(made.run)
-    assert found is not None
+    found = made.close()
     assert found.active_annotators == list(ANNOTATORS)
     # on prompts 0 to 4 anna and cleo prefer apples; ben does, but calls one a tie; nobody was asked about prompt 5
     assert found.shares[None].win.mean == pytest.approx((14 / 3) / 6)
@@ -114,13 +110,7 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
     chance = (14 / 15) ** 2 + (1 / 15) ** 2
     kappa = ((4 + 1 / 3) / 5 - chance) / (1 - chance)
     assert found.agreement[None].kappa.mean == pytest.approx(kappa)
-    assert set(read_annotator_rows(found)) == set(ANNOTATORS)
-
-
-def read_annotator_rows(found: Any) -> Any:
-    from mixpo.report.people import build_tables
-
-    return rows(build_tables(found)["Annotators"])
+    assert set(rows(build_tables(found)["Annotators"])) == set(ANNOTATORS)
 
 
 def judge_by_keyboard(made: Study, tab: Any) -> None:

@@ -33,103 +33,58 @@ PLAIN_SECONDS = 10.0
 """Seconds between two plain lines of progress of one stage."""
 
 
-class PlainRunDisplay:
-    """Display of a run as lines of text: one when a stage starts, one every few seconds, and one when it ends."""
+class TerminalRunDisplay:
+    """Display of a run: a progress bar a stage, or if `plain`, lines of text when it starts, every few seconds, and
+    when it ends.
+    """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, progress: Progress, *, plain: bool) -> None:
+        self.progress, self.plain = progress, plain
 
-    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> "PlainStageDisplay":
-        """Print that a stage is being computed, and for which arms."""
-        return PlainStageDisplay(self.console, f"{stage} {identity}", arms)
-
-    def on_message(self, text: str) -> None:
-        """Print a message of the run."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class PlainStageDisplay:
-    """Display of one stage as lines of text."""
-
-    def __init__(self, console: Console, name: str, arms: Sequence[str]) -> None:
-        self.console, self.name = console, name
-        self.printed = time.monotonic()
-        self.on_message(f"started (for {list_first(arms)})")
-
-    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Print the steps done and the last metrics, if the last such line is old enough."""
-        if time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.printed = time.monotonic()
-            self.on_message(f"{done}/{total} {_format_brief_metrics(metrics)}".rstrip())
-
-    def on_message(self, text: str) -> None:
-        """Print a message of the stage."""
-        self.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
-
-    def on_end(self, outcome: Outcome) -> None:
-        """Print how long the stage took, or why it failed."""
-        self.on_message(_format_outcome(self.name, outcome))
-
-
-class BarRunDisplay:
-    """Display of a run with a progress bar for every stage that is being computed."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> "BarStageDisplay":
-        """Add a progress bar for a stage and the arms that need it."""
-        return BarStageDisplay(self.progress, f"{stage} {identity}", arms)
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> "TerminalStageDisplay":
+        """Show that a stage is being computed, and for which arms."""
+        return TerminalStageDisplay(self, f"{stage} {identity}", arms)
 
     def on_message(self, text: str) -> None:
         """Print a message of the run above the bars."""
-        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(text, self.progress.console)
 
 
-class BarStageDisplay:
-    """Display of one stage as a progress bar."""
+class TerminalStageDisplay:
+    """Display of one stage as a progress bar or as lines of text."""
 
-    def __init__(self, progress: Progress, name: str, arms: Sequence[str]) -> None:
-        self.progress, self.name = progress, name
-        self.task = progress.add_task(name, total=None, metrics=f"for {list_first(arms)}")
+    def __init__(self, run: TerminalRunDisplay, name: str, arms: Sequence[str]) -> None:
+        self.run, self.name, self.printed = run, name, time.monotonic()
+        self.task = run.progress.add_task(name, total=None, metrics=f"for {list_first(arms)}")
+        if run.plain:
+            self.on_message(f"started (for {list_first(arms)})")
 
     def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Set the bar to the steps done and show the last metrics."""
-        self.progress.update(self.task, completed=done, total=total, metrics=_format_brief_metrics(metrics))
+        """Show the steps done and the last metrics; as a line, only if the last such line is old enough."""
+        brief = _format_brief_metrics(metrics)
+        self.run.progress.update(self.task, completed=done, total=total, metrics=brief)
+        if self.run.plain and time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            self.on_message(f"{done}/{total} {brief}".rstrip())
 
     def on_message(self, text: str) -> None:
         """Print a message of the stage above the bars."""
-        self.progress.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self.run.on_message(f"{self.name}: {text}")
 
     def on_end(self, outcome: Outcome) -> None:
         """Remove the bar and print how long the stage took, or why it failed."""
-        self.progress.remove_task(self.task)
-        self.on_message(_format_outcome(self.name, outcome))
-
-
-def _format_outcome(name: str, outcome: Outcome) -> str:
-    if isinstance(outcome, Failure):
-        return f"failed: {outcome.reason.removeprefix(f'{name}: ')}"
-    return f"done in {outcome:.1f} s"
+        self.run.progress.remove_task(self.task)
+        if isinstance(outcome, Failure):
+            self.on_message(f"failed: {outcome.reason.removeprefix(f'{self.name}: ')}")
+        else:
+            self.on_message(f"done in {outcome:.1f} s")
 
 
 @contextmanager
 def open_run_display(*, plain: bool) -> Iterator[RunDisplay]:
     """Open a display of a run: progress bars in a terminal, lines of text in a pipe or if `plain`."""
     console = Console()
-    try:
-        with _open_display_on(console, plain=plain or not console.is_terminal) as display:
-            yield display
-    except KeyboardInterrupt:
-        console.print("stopped; run the same command again to resume")
-        raise
-
-
-@contextmanager
-def _open_display_on(console: Console, *, plain: bool) -> Iterator[RunDisplay]:
-    if plain:
-        yield PlainRunDisplay(console)
-        return
+    plain = plain or not console.is_terminal
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=10),
@@ -137,8 +92,17 @@ def _open_display_on(console: Console, *, plain: bool) -> Iterator[RunDisplay]:
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[metrics]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console, expand=True) as progress:
-        yield BarRunDisplay(progress)
+    try:
+        with Progress(*columns, console=console, expand=True, disable=plain) as progress:
+            yield TerminalRunDisplay(progress, plain=plain)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to resume")
+        raise
+
+
+def print_line(text: str, console: Console | None = None) -> None:
+    """Print a text as it is, without markup, colours or line breaks at the terminal's width."""
+    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _format_brief_metrics(metrics: Mapping[str, float]) -> str:
@@ -163,9 +127,9 @@ def print_main_table(results: Results) -> None:
     console.print(main)
     if hidden:
         note = f"Hidden at this width: {', '.join(hidden)}; a wider terminal or `mixpo report` shows them."
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        print_line(note, console)
     for line in table.notes:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(line, console)
 
 
 def _build_main_table(
@@ -203,7 +167,7 @@ def print_report_table(table: report.Table, title: str) -> None:
     for part in parts:
         console.print(part)
     for note in table.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        print_line(note, console)
 
 
 def _build_table(title: str, lines: Sequence[Sequence[str]]) -> Table:

@@ -52,7 +52,7 @@ def judge(
 
     No question is asked twice: after an interruption run the same command again.
     """
-    from mixpo.cli.display import print_report_table
+    from mixpo.cli.display import print_line, print_report_table
     from mixpo.data.text import escape_invisible
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
@@ -79,8 +79,8 @@ def judge(
     if dry_run:
         answered = before.scores.keys() & by_id.keys()
         if by_id:
-            _print_line(escape_invisible(next(iter(by_id.values())).text) + "\n")
-        _print_line(f"{len(by_id)} questions, {len(answered)} of them asked before: {len(by_id) - len(answered)} calls")
+            print_line(escape_invisible(next(iter(by_id.values())).text) + "\n")
+        print_line(f"{len(by_id)} questions, {len(answered)} of them asked before: {len(by_id) - len(answered)} calls")
         return
     with open_for_append(run / FILE) as keep:
         saved, progress = read_verdicts(run / FILE), None
@@ -106,8 +106,8 @@ def judge(
         if group.table is not None:
             print_report_table(group.table, group.title)
         for note in group.notes:
-            _print_line(note)
-    _print_line(f"{len(by_id) - len(missing)} of {len(by_id)} questions were asked before; verdicts: {run / FILE}")
+            print_line(note)
+    print_line(f"{len(by_id) - len(missing)} of {len(by_id)} questions were asked before; verdicts: {run / FILE}")
     if progress is not None:
         _print_totals(progress)
 
@@ -131,6 +131,8 @@ def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Call
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    from mixpo.cli.display import print_line
+
     console, done = Console(), 0
     columns = (TextColumn("judging"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     plain = plain or not console.is_terminal
@@ -140,26 +142,26 @@ def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Call
     def show(progress: "JudgingProgress") -> None:
         nonlocal done, printed
         done = progress.done
-        over, spent = (
-            progress.questions - progress.remaining,
-            f"{progress.requests} requests, {progress.tokens:,} tokens",
-        )
+        over = progress.questions - progress.remaining
+        spent = f"{progress.requests} requests, {progress.tokens:,} tokens"
         bars.update(task, completed=over, spent=spent)
         if plain and time.monotonic() - printed >= PLAIN_SECONDS:
             printed = time.monotonic()
-            _print_line(f"judging: {over}/{questions}, {spent}")
+            print_line(f"judging: {over}/{questions}, {spent}")
 
     try:
         with bars:
             yield show
     except KeyboardInterrupt:
-        _print_line(f"stopped; {done} of {questions} questions are done and kept in {file}; rerun to resume")
+        print_line(f"stopped; {done} of {questions} questions are done and kept in {file}; rerun to resume")
         raise
 
 
 def _print_totals(progress: "JudgingProgress") -> None:
     """Print the requests and tokens spent, failures and questions left; exit with code 1 if questions failed."""
-    _print_line(
+    from mixpo.cli.display import print_line
+
+    print_line(
         f"{progress.requests} requests, {progress.tokens:,} tokens, "
         f"{progress.done} of {progress.questions} questions done"
     )
@@ -172,9 +174,3 @@ def _print_totals(progress: "JudgingProgress") -> None:
         )
     if progress.failures:
         raise typer.Exit(1)
-
-
-def _print_line(line: str) -> None:
-    from rich.console import Console
-
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -52,10 +52,13 @@ def annotate(
     _reject_unused_options(context, close=close)
     if export is not None or import_path is not None or close:
         with _open_study(run, store, allow_changed=export is not None) as (opened, study):
+            from mixpo.study.files import export_judgements, import_judgements
+
             if export is not None:
-                _export_judgements(opened, study, export)
+                print(f"{export_judgements(opened, study, export)} judgements: {export}")
             elif import_path is not None:
-                _import_judgements(opened, study, import_path)
+                count, new = import_judgements(opened, study, import_path)
+                print(f"{count} judgements in {import_path}: {new} new, {count - new} already in the study")
             else:
                 _close_study(opened, study, run, yes=yes)
         return
@@ -111,25 +114,19 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
     if results is None:
         _require_study_packages()
         with _open_study(run, store) as (opened, study):
-            _print_progress(opened, study, run)
+            _print_counts(opened)
+            if study.closed:
+                print(
+                    f"closed at {study.closed}, but its files are missing: `mixpo annotate {run} --close` writes them "
+                    "again"
+                )
+            else:
+                print(f"results are shown once the study is closed: `mixpo annotate {run} --close`")
         return
     print(results.opening)
     for group in results.groups:
         if group.table is not None:
             print_report_table(group.table, group.title)
-
-
-def _export_judgements(store: "Store", study: "StudyRow", path: Path) -> None:
-    from mixpo.study.files import export_judgements
-
-    print(f"{export_judgements(store, study, path)} judgements: {path}")
-
-
-def _import_judgements(store: "Store", study: "StudyRow", path: Path) -> None:
-    from mixpo.study.files import import_judgements
-
-    count, new = import_judgements(store, study, path)
-    print(f"{count} judgements in {path}: {new} new, {count - new} already in the study")
 
 
 def _close_study(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> None:
@@ -143,14 +140,6 @@ def _close_study(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> 
     study.closed = store.close_study()
     print(f"closed at {study.closed}: {write_closed_study(store, study, run / 'study')}")
     print(f"`mixpo agreement {run}` shows the results, `mixpo report {run}` adds them to the report")
-
-
-def _print_progress(store: "Store", study: "StudyRow", run: Path) -> None:
-    _print_counts(store)
-    if study.closed:
-        print(f"closed at {study.closed}, but its files are missing: `mixpo annotate {run} --close` writes them again")
-    else:
-        print(f"results are shown once the study is closed: `mixpo annotate {run} --close`")
 
 
 def _print_counts(store: "Store") -> None:

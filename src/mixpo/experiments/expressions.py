@@ -1,15 +1,13 @@
 """Expansion of a recipe into expressions over stages: arms at every seed, points of sweeps, measurements."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import pydantic
-
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS, dpo, dpo_easy, dpo_hard
-from mixpo.experiments.recipe import Recipe, explain_validation_error, suggest_nearest
+from mixpo.experiments.recipe import Recipe, explain_validation_errors, suggest_nearest
 from mixpo.experiments.shared_stages import SharedStages
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
@@ -69,7 +67,7 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
     for arm in recipe.trace.arms:
         if arm not in recipe.arms:
             raise InputError(f"trace.arms: found {arm!r}, which is not among the arms; expected one of them")
-    with explain_stage_errors():
+    with explain_validation_errors():
         return [run for seed in recipe.seeds for run in _expand_arms_at_seed(recipe, seed)]
 
 
@@ -100,7 +98,6 @@ def _expand_arms_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
 
 
 def _build_evaluation(arm: str, setup: SharedStages) -> Evaluation:
-    """Build the evaluation of an arm."""
     result = ARMS[arm](setup)
     return result if isinstance(result, Evaluation) else setup.evaluation(result)
 
@@ -142,12 +139,3 @@ def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
         for arm in GRADIENT_ARMS
         for part in (setup.selection.easy, setup.selection.hard)
     ]
-
-
-@contextmanager
-def explain_stage_errors() -> Iterator[None]:
-    """Convert pydantic's errors on a stage to one `InputError`, one line a problem."""
-    try:
-        yield
-    except pydantic.ValidationError as error:
-        raise InputError("\n".join(explain_validation_error(error))) from error

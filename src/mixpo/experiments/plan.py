@@ -117,6 +117,5 @@ def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
 
 
 def _select_own_settings(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Return a stage's settings without its inputs."""
     inputs = stage.inputs()
     return {key: value for key, value in config.items() if key not in inputs}

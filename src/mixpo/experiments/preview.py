@@ -20,8 +20,7 @@ from mixpo.data.sources import (
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import find_end_token, list_control_tokens, tokenize_row
-from mixpo.experiments.expressions import explain_stage_errors
-from mixpo.experiments.recipe import Recipe, read_recipe
+from mixpo.experiments.recipe import Recipe, explain_validation_errors, read_recipe
 from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
     SourceRows,
@@ -230,14 +229,12 @@ def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: Pr
 
 
 def _format_token(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
-    """Format the name of a token; empty for None."""
     return "" if token is None else escape_invisible(str(tokenizer.convert_ids_to_tokens(token)))
 
 
 def _list_model_problems(recipe: Recipe) -> list[str]:
-    """List the problems of the recipe's model that its folder shows."""
     try:
-        with explain_stage_errors():
+        with explain_validation_errors():
             Pretrained(special_tokens=recipe.data.special_tokens, **dict(recipe.model))
     except InputError as error:
         return [str(error)]
@@ -245,7 +242,6 @@ def _list_model_problems(recipe: Recipe) -> list[str]:
 
 
 def _format_row_counts(rows: SourceRows, figures: dict[str, Any]) -> dict[str, str]:
-    """Format the numbers of rows by kind."""
     return {
         "rows": f"{rows.total_count:,} read: {figures['train_rows']:,} to train, {figures['test_rows']:,} to test, "
         f"{figures['demonstration_rows']:,} demonstrations",

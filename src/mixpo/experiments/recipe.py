@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -202,14 +203,11 @@ class Recipe(Settings):
                 below = section.get(part)
                 section[part] = section = below if isinstance(below, dict) else {}
             section[last] = copy.deepcopy(value)
-        try:
+        with explain_validation_errors("sweep: "):
             return Recipe(**values)
-        except pydantic.ValidationError as error:
-            raise InputError("\n".join(f"sweep: {line}" for line in explain_validation_error(error))) from error
 
 
 def _is_hub_id(name: str) -> bool:
-    """True if a name is a valid id on the Hugging Face Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -218,7 +216,6 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _list_section_types() -> dict[str, type[Settings]]:
-    """Return the settings class of every section of a recipe."""
     return {
         name: field.annotation
         for name, field in Recipe.model_fields.items()
@@ -245,10 +242,8 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
         raise InputError(
             "\n".join(f"{source}: {key}: not given; expected for example {key}=PATH" for key in sorted(missing))
         )
-    try:
+    with explain_validation_errors(f"{source}: "):
         return Recipe(**values)
-    except pydantic.ValidationError as error:
-        raise InputError("\n".join(f"{source}: {line}" for line in explain_validation_error(error))) from error
 
 
 def _read_with_bases(name: str, derived: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -361,8 +356,16 @@ def _load_recipe_text(name: str) -> tuple[str, str]:
     return name, shipped[name].read_text(encoding="utf8")
 
 
-def explain_validation_error(error: pydantic.ValidationError) -> list[str]:
-    """Format pydantic's errors, one line a wrong key: the value found and the value expected."""
+@contextmanager
+def explain_validation_errors(prefix: str = "") -> Iterator[None]:
+    """Convert pydantic's errors to one `InputError`, one line a wrong key: the value found and the value expected."""
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        raise InputError("\n".join(prefix + line for line in _list_problems(error))) from error
+
+
+def _list_problems(error: pydantic.ValidationError) -> list[str]:
     problems = error.errors()
     locations = {problem["loc"] for problem in problems}
     lines: list[str] = []

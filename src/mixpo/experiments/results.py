@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.run import FORMAT, ArmResult, GradientsResult
+from mixpo.experiments.run import ArmResult, GradientsResult, check_run_format
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage_cache import read_summary
 
@@ -198,7 +198,6 @@ def list_first(names: Sequence[str]) -> str:
 
 
 def _append_if_absent(items: list[Any], item: Any) -> None:
-    """Append an item to a list that does not have it."""
     if item not in items:
         items.append(item)
 
@@ -228,18 +227,15 @@ def _load_run(folder: Path) -> Run:
         raise InputError(f"{folder}: found no results.json; expected the folder of a finished run, such as runs/world")
     try:
         content = json.loads(file.read_text(encoding="utf8"))
-        if content.get("format") == FORMAT:
-            arms = tuple(ArmResult(**arm) for arm in content["arms"])
-            gradients = tuple(GradientsResult(**one) for one in content["gradients"])
+        check_run_format(folder, content.get("format"), "run the recipe again with out=PATH")
+        arms = tuple(ArmResult(**arm) for arm in content["arms"])
+        gradients = tuple(GradientsResult(**one) for one in content["gradients"])
+    except InputError:
+        raise
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file}: found no results of mixpo ({type(error).__name__}: {error}); run the recipe again"
         ) from error
-    if content.get("format") != FORMAT:
-        raise InputError(
-            f"{folder}: found a run folder of format {content.get('format')}, written by another version of mixpo; "
-            f"expected format {FORMAT}; run the recipe again with out=PATH"
-        )
     places = {place for arm in arms for place in [*arm.stages.values(), *arm.trace]}
     for place in places | {one.folder for one in gradients if one.folder}:
         if not (Path(place) / "summary.json").exists():

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -20,12 +20,11 @@ from mixpo.experiments.expressions import (
     GradientsRun,
     expand_arms,
     expand_gradients,
-    explain_stage_errors,
     format_arm_name,
 )
 from mixpo.experiments.plan import check_context_length
 from mixpo.experiments.preview import describe_training_data
-from mixpo.experiments.recipe import Recipe
+from mixpo.experiments.recipe import Recipe, explain_validation_errors
 from mixpo.experiments.shared_stages import SharedStages
 from mixpo.experiments.workers import Failure, StageDisplay, open_executor
 from mixpo.stages.data import Data, describe_data_statistics
@@ -130,7 +129,8 @@ def _compute_stages(
     recipe: Recipe, arms_by_stage: Mapping[Stage, Sequence[str]], stage_cache: StageCache, display: RunDisplay
 ) -> tuple[int, dict[Stage, Failure]]:
     """Compute every stage that is not cached, after its inputs; return their number and the failures."""
-    stages = _sort_input_stages_first(arms_by_stage)
+    # the stages that read the user's model and data before all others
+    stages = sorted(arms_by_stage, key=lambda stage: not isinstance(stage, Pretrained | Data))
     for stage in stages:
         stage_cache.is_done(stage)  # raises on a damaged folder before the first stage is computed
     index = {stage: n for n, stage in enumerate(stages)}
@@ -180,7 +180,7 @@ def _compute_stages(
 def run_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], display: RunDisplay) -> Path | Failure:
     """Compute one stage of a recipe's first seed and its inputs; return its folder, or why it failed."""
     prepare_run_folder(recipe)
-    with explain_stage_errors():
+    with explain_validation_errors():
         stage = choose(SharedStages(recipe, recipe.seeds[0]))
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     names = {source: [type(stage).__name__] for source in sort_topologically(stage)}
@@ -199,11 +199,6 @@ def _list_arms_by_stage(runs: list[ArmRun], gradients_runs: list[GradientsRun]) 
         for stage in sort_topologically(gradients.stage):
             names_by_stage.setdefault(stage, {})[f"gradients of {gradients.arm}"] = None
     return {stage: list(names) for stage, names in names_by_stage.items()}
-
-
-def _sort_input_stages_first(stages: Iterable[Stage]) -> list[Stage]:
-    """Sort the stages that read the user's model and data before all others."""
-    return sorted(stages, key=lambda stage: not isinstance(stage, Pretrained | Data))
 
 
 def _build_arm_result(
@@ -271,12 +266,13 @@ def prepare_run_folder(recipe: Recipe) -> Path:
         for file in (folder / "recipe.yaml", folder / "report.html", earlier):
             if file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-        version = _read_format(earlier)
-        if version not in (None, FORMAT):
-            raise InputError(
-                f"{folder}: found a run folder of format {version}, written by another version of mixpo; expected "
-                f"format {FORMAT}; choose another folder with out=PATH"
-            )
+        if earlier.exists():
+            try:
+                version = json.loads(earlier.read_text(encoding="utf8")).get("format")
+            except (ValueError, AttributeError):
+                version = "unknown"
+            if version is not None:
+                check_run_format(folder, version, "choose another folder with out=PATH")
     except OSError as error:
         raise InputError(
             f"{error.filename or folder}: found a place that cannot be written ({error.strerror}); expected a folder "
@@ -285,11 +281,10 @@ def prepare_run_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _read_format(results: Path) -> Any:
-    """Read the format of a `results.json`; None if there is no such file."""
-    if not results.exists():
-        return None
-    try:
-        return json.loads(results.read_text(encoding="utf8")).get("format")
-    except (ValueError, AttributeError):
-        return "unknown"
+def check_run_format(folder: Path, version: object, fix: str) -> None:
+    """Raise `InputError` unless a `results.json` is of this version's format."""
+    if version != FORMAT:
+        raise InputError(
+            f"{folder}: found a run folder of format {version}, written by another version of mixpo; expected format "
+            f"{FORMAT}; {fix}"
+        )

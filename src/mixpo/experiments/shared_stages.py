@@ -75,7 +75,6 @@ class SharedStages:
         return self._build_reward_model(self.data.second_pairs) if self.data.second_rows else None
 
     def _build_reward_model(self, pairs: Part) -> RewardModel:
-        """Build a reward model that starts from SFT."""
         return RewardModel(policy=self.sft, pairs=pairs, data=self.data, **self._fill_in_seed(self.recipe.reward))
 
     @cached_property

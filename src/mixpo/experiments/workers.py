@@ -39,33 +39,6 @@ class StageDisplay(ProgressListener, Protocol):
         """Show the outcome of the stage."""
 
 
-class StageExecutor(Protocol):
-    """An executor of stages."""
-
-    @property
-    def has_capacity(self) -> bool:
-        """True if another stage can start now."""
-
-    def start(self, stage: Stage, display: StageDisplay) -> None:
-        """Start to compute a stage whose inputs are done, and send its progress to its display."""
-
-    def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
-        """Wait for the next stage to end; return it with its display, which is not ended yet, and its outcome."""
-
-
-@contextmanager
-def open_executor(stage_cache: StageCache) -> Iterator[StageExecutor]:
-    """Open an executor with as many processes as the stage_cache's runtime says, and close it at the end."""
-    if stage_cache.runtime.workers == 1:
-        yield InProcessExecutor(stage_cache)
-        return
-    pool = ProcessPool(stage_cache)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
 def _compute_or_fail(stage_cache: StageCache, stage: Stage) -> Outcome:
     """Compute a stage and return its seconds or its failure, whose traceback is written to the stage's folder."""
     try:
@@ -81,7 +54,7 @@ def _compute_or_fail(stage_cache: StageCache, stage: Stage) -> Outcome:
 
 
 class InProcessExecutor:
-    """Executor that computes one stage after another in the run's own process."""
+    """Executor that computes one stage after another in the run's own process, each before `start` returns."""
 
     def __init__(self, stage_cache: StageCache) -> None:
         self.stage_cache = stage_cache
@@ -151,7 +124,6 @@ class ProcessPool:
             process.join()
 
     def _start_process(self) -> Connection:
-        """Start a process and return the pipe to it."""
         context = get_context("spawn")
         pipe, far = context.Pipe()
         process = context.Process(target=_serve_stages, args=(self.stage_cache, far), daemon=True)
@@ -170,6 +142,23 @@ class ProcessPool:
                 f"runtime.workers: found {self.count}, and one of the processes was killed, perhaps for lack of "
                 "memory; set fewer workers and run the same command again to resume"
             ) from error
+
+
+StageExecutor = InProcessExecutor | ProcessPool
+"""An executor of stages: `start` one while it `has_capacity`, and `wait_for_outcome` of the next."""
+
+
+@contextmanager
+def open_executor(stage_cache: StageCache) -> Iterator[StageExecutor]:
+    """Open an executor with as many processes as the stage_cache's runtime says, and close it at the end."""
+    if stage_cache.runtime.workers == 1:
+        yield InProcessExecutor(stage_cache)
+        return
+    pool = ProcessPool(stage_cache)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def _serve_stages(stage_cache: StageCache, pipe: Connection) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -76,8 +76,6 @@ class _RequestError(Exception):
 
 @dataclass
 class _JudgeState:
-    """State of a judge during a call."""
-
     has_replied: bool
     """Whether it has ever replied: its name and settings are then right."""
     consecutive_failures: int = 0
@@ -106,30 +104,20 @@ def ask_questions(
     return asyncio.run(_JudgeClient(questions, key, limits, append_row, on_progress, replied_judges).ask_all())
 
 
+@dataclass
 class _JudgeClient:
-    """State of one call of `ask_questions`."""
+    questions: Sequence[Question]
+    key: str
+    limits: RequestLimits
+    append_row: RowWriter
+    on_progress: Callable[[JudgingProgress], None]
+    replied_judges: Collection[Judge]
 
-    def __init__(
-        self,
-        questions: Sequence[Question],
-        key: str,
-        limits: RequestLimits,
-        append_row: RowWriter,
-        on_progress: Callable[[JudgingProgress], None],
-        replied_judges: Collection[Judge],
-    ) -> None:
-        self.questions, self.key, self.limits, self.append_row, self.on_progress = (
-            questions,
-            key,
-            limits,
-            append_row,
-            on_progress,
-        )
-        self.redact = make_key_redactor(key)
-        self.progress = JudgingProgress(len(questions))
-        self.states = {
-            judge: _JudgeState(judge in replied_judges) for judge in {question.judge for question in questions}
-        }
+    def __post_init__(self) -> None:
+        self.redact = make_key_redactor(self.key)
+        self.progress = JudgingProgress(len(self.questions))
+        judges = {question.judge for question in self.questions}
+        self.states = {judge: _JudgeState(judge in self.replied_judges) for judge in judges}
 
     async def ask_all(self) -> JudgingProgress:
         """Ask all questions with `concurrency` workers."""
@@ -143,14 +131,14 @@ class _JudgeClient:
             limits=httpx2.Limits(max_connections=None),
         ) as self.client:
             pending = iter(shuffle_prompts(self.questions))
-            workers = min(self.limits.concurrency, len(self.questions))
-            await asyncio.gather(*(self._run_worker(pending) for _ in range(workers)))
-        return self.progress
 
-    async def _run_worker(self, pending: Iterator[Question]) -> None:
-        """Ask pending questions one after the other."""
-        for question in pending:
-            await self._ask_until_scored(question)
+            async def ask_pending() -> None:
+                for question in pending:
+                    await self._ask_until_scored(question)
+
+            workers = min(self.limits.concurrency, len(self.questions))
+            await asyncio.gather(*(ask_pending() for _ in range(workers)))
+        return self.progress
 
     async def _ask_until_scored(self, question: Question) -> None:
         """Ask a question until its reply has scores, its attempts are used up, or its judge is halted."""

@@ -72,7 +72,6 @@ def choose_arm_order(log: VerdictLog, arms: tuple[str, str], seed: int) -> tuple
 
 
 def _digest_pair(pair: Comparison) -> str:
-    """Digest of a prompt and its two completions."""
     return compute_digest(pair.prompt, *pair.completions)
 
 
@@ -87,7 +86,6 @@ def collect_verdicts(
 
 
 def _decide_verdict(pair: Comparison, question_ids: Sequence[str], scores: Mapping[str, Scores]) -> Verdict:
-    """Decide the verdict on a pair from the scores of both orders."""
     if pair.same:
         return Verdict(pair, 0)
     if any(question not in scores for question in question_ids):
@@ -171,7 +169,6 @@ def compute_verdict_shares(verdicts: Sequence[Verdict]) -> VerdictShares | None:
 
 
 def _compute_share(count: int, total: int) -> Interval | None:
-    """Share of `count` in `total` with its interval; None for a total of 0."""
     return wilson_interval(count, total) if total else None
 
 

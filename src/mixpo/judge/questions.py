@@ -131,7 +131,6 @@ def replace_surrogates(text: str) -> str:
 
 @lru_cache
 def _compile_template(text: str) -> jinja2.Template:
-    """Compile a template in the sandbox, once for each text."""
     return _ENVIRONMENT.from_string(text)
 
 
@@ -143,5 +142,4 @@ def _format_messages(messages: Sequence[Message]) -> str:
 
 
 def _format_error(error: Exception) -> str:
-    """An error's message on one line."""
     return " ".join(str(error).split())

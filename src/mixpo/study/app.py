@@ -172,18 +172,17 @@ def make_app(
     unknown_bucket = TokenBucket(1.0, 20.0)
     cookie = f"study-{hash_token(study.secret)[:8]}"  # one per study: a browser may hold cookies of several
 
-    def find_annotator(token: str) -> AnnotatorRow | None:
-        """Find the annotator of a link token in constant time; None for an unknown token."""
+    def find_annotator(token: str) -> AnnotatorRow:
+        """Find the annotator of a link token in constant time; for an unknown token 403, or 429 above the rate."""
         token_hash = hash_token(token)
-        return next(
-            iter([annotator for annotator in annotators if hmac.compare_digest(annotator.token, token_hash)]), None
-        )
+        matches = [annotator for annotator in annotators if hmac.compare_digest(annotator.token, token_hash)]
+        if not matches:
+            raise HTTPException(403 if unknown_bucket.take_token() else 429)
+        return matches[0]
 
     def authenticate(request: Request) -> AnnotatorRow:
         """The annotator of the request's cookie; 403 without one, 429 above the rate."""
         annotator = find_annotator(request.cookies.get(cookie, ""))
-        if annotator is None:
-            raise HTTPException(403 if unknown_bucket.take_token() else 429)
         if not buckets[annotator.id].take_token():
             raise HTTPException(429)
         return annotator
@@ -201,8 +200,7 @@ def make_app(
     @app.get("/a/{token}")
     def sign_in(token: str) -> Response:
         """Open an annotator's link: put the token into a cookie and redirect, so that it leaves the address bar."""
-        if find_annotator(token) is None:
-            raise HTTPException(403 if unknown_bucket.take_token() else 429)
+        find_annotator(token)
         response = RedirectResponse("/start", 303)
         secure = scheme == "https"
         response.set_cookie(
@@ -318,11 +316,9 @@ def _redirect_to_next_question(store: Store, annotator: int, judged: int = 0) ->
 
 
 def _render_page(name: str, status: int = 200, **content: Any) -> Response:
-    """Render a template as an HTML response."""
     return HTMLResponse(templates.get_template(f"{name}.html.j2").render(**content), status)
 
 
 def _render_message(status: int, title: str | None = None, text: str | None = None) -> Response:
-    """Render the message page of an HTTP status."""
     default = MESSAGES.get(status, MESSAGES[500])
     return _render_page("message", status, title=title or default[0], text=text or default[1])

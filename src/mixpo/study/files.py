@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,16 @@ _MAX_LISTED_PROBLEMS = 10
 
 def export_judgements(store: Store, study: StudyRow, path: Path) -> int:
     """Write all judgements to a .csv or .jsonl file, without naming the arms; return their number."""
-    rows = [_make_export_row(study, each) for each in store.load_questions() if each.answer is not None]
+    rows = [
+        {
+            **{"annotator": question.annotator, "question": question.number},
+            **{"digest": question.compute_digest(study.secret), **vars(question.answer)},
+        }
+        for question in store.load_questions()
+        if question.answer is not None
+    ]
     format_rows = _format_csv if _get_file_type(path) == "csv" else _format_jsonl
-    _write_atomically(path, format_rows(rows))
+    write_atomically(path, format_rows(rows))
     return len(rows)
 
 
@@ -81,7 +89,7 @@ def write_closed_study(store: Store, study: StudyRow, folder: Path) -> Path:
                 }
             )
     make_private_folder(folder)
-    _write_atomically(folder / "judgements.jsonl", _format_jsonl(rows))
+    write_atomically(folder / "judgements.jsonl", _format_jsonl(rows))
     content = {
         "format": FORMAT,
         "mixpo": __version__,
@@ -97,19 +105,8 @@ def write_closed_study(store: Store, study: StudyRow, folder: Path) -> Path:
         "annotators": [annotator.name for annotator in store.load_annotators()],
         "guidelines": study.guidelines,
     }
-    _write_atomically(folder / "closed.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / "closed.json", json.dumps(content, indent=2) + "\n")
     return folder / "closed.json"
-
-
-def _make_export_row(study: StudyRow, question: Question) -> dict[str, Any]:
-    """The row of an export for an answered question."""
-    assert question.answer is not None
-    return {
-        "annotator": question.annotator,
-        "question": question.number,
-        "digest": question.compute_digest(study.secret),
-        **vars(question.answer),
-    }
 
 
 def _parse_row(
@@ -134,7 +131,7 @@ def _parse_row(
     if (
         (comment := row["comment"]) != clean_comment(comment)
         or len(comment) > COMMENT_LENGTH
-        or not _is_encodable(comment)
+        or comment != comment.encode(errors="replace").decode()  # it has half a surrogate pair
     ):
         raise ValueError(
             f"found a comment of {len(comment)} characters; expected {COMMENT_LENGTH} at most, without blanks around "
@@ -147,16 +144,8 @@ def _parse_row(
         raise ValueError(
             f"found seconds {row['seconds']!r} and idle {row['idle']!r}; expected 0 to {IDLE_SECONDS:g}, True or False"
         )
-    return (
-        annotator,
-        number,
-        Answer(row["choice"], row["reason"], comment, float(row["seconds"]), idle == "True", row["at"]),
-    )
-
-
-def _is_encodable(text: str) -> bool:
-    """Check that a text has no half of a surrogate pair."""
-    return text == text.encode(errors="replace").decode()
+    answer = Answer(row["choice"], row["reason"], comment, float(row["seconds"]), idle == "True", row["at"])
+    return annotator, number, answer
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -195,7 +184,6 @@ def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as JSON Lines text."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -207,11 +195,19 @@ def _get_file_type(path: Path) -> str:
     return file_type
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary one, so that it is complete or absent."""
+def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a text file through a temporary one, so that it is complete or absent; `private`: only its owner reads it.
+
+    Raises `InputError` where it cannot be written.
+    """
     partial = path.with_name(f"{path.name}.part")
     try:
-        partial.write_text(text, encoding="utf8", newline="")
+        partial.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(partial, flags, 0o600 if private else 0o666), "w", encoding="utf8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise InputError(f"{path}: found a path that cannot be written ({error.strerror}); choose another") from error

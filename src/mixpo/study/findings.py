@@ -120,7 +120,6 @@ def load_findings(run: Path) -> Findings | None:
 
 
 def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Findings:
-    """Compute the results of a study from its description and its judgements."""
     first, second = closed["arms"]
     judgements = [row for row in rows if row["choice"] != "skip"]
     if invalid := [row["better"] for row in judgements if row["better"] not in (first, "tie", second)]:
@@ -164,7 +163,6 @@ def _compute_shares(counts: Int[np.ndarray, "prompts choices"], same: int) -> Pr
 
 
 def _compute_agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> Agreement:
-    """Agreement statistics from the counts of each prompt."""
     common = counts[counts.sum(axis=1) == annotators]
     several = counts[counts.sum(axis=1) > 1]
     unknown = Interval(math.nan, math.nan, math.nan)
@@ -178,7 +176,6 @@ def _compute_agreement(counts: Int[np.ndarray, "prompts choices"], annotators: i
 
 
 def _summarize_annotator(name: str, questions: int, rows: Sequence[Mapping[str, Any]]) -> AnnotatorSummary:
-    """Summarize the judgements of one annotator."""
     judgements = [row for row in rows if row["annotator"] == name and row["choice"] != "skip"]
     left_choices = [row["choice"] == "left" for row in judgements if row["choice"] != "tie"]
     return AnnotatorSummary(

@@ -1,7 +1,6 @@
 """Creating the study of a run or reopening it, and issuing its annotators' link tokens."""
 
 import json
-import os
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
 from mixpo.experiments.results import Results
+from mixpo.study.files import write_atomically
 from mixpo.study.plan import are_completions_unchanged, compute_content_digest, hash_token
 from mixpo.study.store import Store, format_current_time, make_private_folder
 from mixpo.study.tables import FORMAT, StudyRow
@@ -97,14 +97,10 @@ def load_or_issue_tokens(store: Store, folder: Path) -> tuple[dict[str, str], li
         ) from error
     tokens = {row.name: secrets.token_urlsafe(24) if row.name in invalid else str(stored[row.name]) for row in rows}
     if invalid:
-        _write_private_file(path, json.dumps(tokens, indent=2) + "\n")
+        make_private_folder(folder)
+        write_atomically(path, json.dumps(tokens, indent=2) + "\n", private=True)
         store.replace_tokens({name: hash_token(tokens[name]) for name in invalid})
     return tokens, [name for name, old_hash in invalid.items() if old_hash]
-
-
-def read_default_guidelines() -> str:
-    """Read the guidelines for annotators that mixpo brings."""
-    return files("mixpo.study").joinpath("guidelines.txt").read_text(encoding="utf8")
 
 
 def _create_study(results: Results, store: Store, options: StudyOptions) -> StudyRow:
@@ -135,7 +131,7 @@ def _create_study(results: Results, store: Store, options: StudyOptions) -> Stud
         prompts=len(comparisons),
         content=compute_content_digest(comparisons),
         same=json.dumps([[one.number, one.category] for one in comparisons if one.same]),
-        guidelines=options.guidelines or read_default_guidelines(),
+        guidelines=options.guidelines or (files("mixpo.study") / "guidelines.txt").read_text(encoding="utf8"),
         secret=secrets.token_hex(32),
         began=format_current_time(),
         closed=None,
@@ -175,17 +171,4 @@ def _check_options_match(results: Results, store: Store, study: StudyRow, option
 
 
 def _format_option(value: object) -> str:
-    """An option's value as text, a tuple's values separated by commas."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _write_private_file(path: Path, text: str) -> None:
-    """Write a file atomically that only its owner may read."""
-    make_private_folder(path.parent)
-    partial = path.with_suffix(".part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -72,7 +72,6 @@ def build_base_url(host: str, bound: tuple[str, int], address: str | None, *, tl
 
 
 def _parse_address(address: str) -> tuple[str, str, int | None]:
-    """Parse --address into scheme, host and port."""
     try:
         parts = urlsplit(address)
         name, port = parts.hostname, parts.port

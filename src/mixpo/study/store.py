@@ -41,6 +41,7 @@ from mixpo.study.tables import (
 
 LOCK_SECONDS = 10
 """Seconds to wait for another process that writes."""
+SAME_QUESTION = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,10 @@ class Store:
             session.add(study)
             for index, item in enumerate(items):
                 content = json.dumps({"prompt": item.prompt, "completions": item.completions})
-                row = ItemRow(id=index + 1, prompt=item.number, category=item.category, content=content)
-                session.add(row)
+                session.add(ItemRow(id=index + 1, prompt=item.number, category=item.category, content=content))
             for index, name in enumerate(annotators):
                 session.add(AnnotatorRow(id=index + 1, name=name, token=""))
-            session.flush()
-            for index, name in enumerate(annotators):
+                session.flush()
                 order = draw_question_order(len(items), draw=study.draw, secret=study.secret, annotator=name)
                 for number, (item_index, swapped) in enumerate(order, start=1):
                     session.add(QuestionRow(annotator=index + 1, number=number, item=item_index + 1, swapped=swapped))
@@ -167,13 +166,12 @@ class Store:
 
     def load_questions(self, *where: ColumnElement[bool]) -> list[Question]:
         """Load all questions with their current answers, or those that match `where`, by annotator and number."""
-        same_question = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
         with self._transaction() as session:
             rows = session.execute(
                 select(AnnotatorRow.name, QuestionRow, ItemRow, JudgementRow)
                 .join(QuestionRow, QuestionRow.annotator == AnnotatorRow.id)
                 .join(ItemRow, ItemRow.id == QuestionRow.item)
-                .outerjoin(JudgementRow, same_question)
+                .outerjoin(JudgementRow, SAME_QUESTION)
                 .where(*where)
                 .order_by(AnnotatorRow.id, QuestionRow.number)
             ).all()
@@ -190,11 +188,10 @@ class Store:
 
     def find_open_question(self, annotator: int, after: int = 0) -> int | None:
         """Number of the first unanswered question after `after`, else of the first of all; None if all are answered."""
-        same_question = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
         with self._transaction() as session:
             open_numbers = session.scalars(
                 select(QuestionRow.number)
-                .outerjoin(JudgementRow, same_question)
+                .outerjoin(JudgementRow, SAME_QUESTION)
                 .where(QuestionRow.annotator == annotator, JudgementRow.number.is_(None))
                 .order_by(QuestionRow.number)
             ).all()
