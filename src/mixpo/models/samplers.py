@@ -22,15 +22,28 @@ class DrawOptions(TypedDict):
 
 
 class Sampler(Protocol):
-    """An engine that samples completions from a policy."""
+    """An engine that samples completions from a policy. `tests/test_samplers.py` holds what is promised here.
+
+    A policy's network, `policy.model`, has mixpo's attention and unmerged adapters in it; `policy.autocast()` sets its
+    precision, and `merge_adapters` returns plain weights. Its published `generation_config` is not to be drawn with.
+    """
 
     def load_policy(self, policy: LanguageModel) -> None:
         """Copy or reference the policy's current weights, from which the next completions are sampled."""
 
     def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[DrawOptions]) -> SampledCompletions:
-        """Sample k completions of at most `max_tokens` tokens for every prompt.
+        """Sample k completions of at most `max_tokens` tokens for every prompt, in the prompts' order.
 
-        The log-probs are the policy's own, at temperature 1 and not truncated.
+        There may be any number of prompts; the sampler bounds its own memory. A token is drawn after temperature, then
+        top_k (0 keeps all), then top_p, and never from `policy.unused_tokens`. Any of `policy.end_tokens` ends a
+        completion and is its last token. The log-probs are the policy's own over its whole vocabulary, at temperature 1
+        and not truncated, within 0.001 nats a token in float32 and 0.1 in bfloat16 of a forward pass.
+
+        A stage calls this once a portion, with one seed (any integer): random numbers must depend on seed, prompt,
+        occurrence and branch. They should depend on nothing else, so that portions and resumed work change nothing.
+
+        Raises:
+            InputError: The model's logits are not finite.
         """
 
 

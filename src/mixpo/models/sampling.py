@@ -16,9 +16,10 @@ one for every token.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -48,6 +49,21 @@ class SampledCompletions(Completions):
     """
     ended: Bool[Tensor, "prompts k"]
     """True if a completion ends with an end token, False if it was cut off."""
+
+    @classmethod
+    def from_lengths(
+        cls,
+        tokens: Int[Tensor, "prompts k most"],
+        logprobs: Float[Tensor, "prompts k most"],
+        lengths: Int[Tensor, "prompts k"],
+        end_tokens: Iterable[int],
+    ) -> Self:
+        """Cut padded tokens and log-probs to the longest completion, with zeros behind every completion."""
+        longest = int(lengths.max())
+        mask = torch.arange(longest) < lengths[..., None]
+        last = tokens.gather(-1, lengths[..., None] - 1)[..., 0]
+        ended = torch.isin(last, torch.tensor(sorted(end_tokens)))
+        return cls(tokens[..., :longest] * mask, mask, logprobs[..., :longest] * mask, ended)
 
 
 @dataclass
@@ -233,11 +249,7 @@ def sample_completions(
             ]
             part = _sample_batch(lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), draw_next_tokens)
             tokens[rows], logprobs[rows], lengths[rows] = (x.unflatten(0, (-1, k)).cpu() for x in part)
-    longest = int(lengths.max())
-    mask = torch.arange(longest) < lengths[..., None]
-    last = tokens.gather(-1, lengths[..., None] - 1)[..., 0]
-    ended = torch.isin(last, torch.tensor(sorted(lm.end_tokens)))
-    return SampledCompletions(tokens[..., :longest] * mask, mask, logprobs[..., :longest] * mask, ended)
+    return SampledCompletions.from_lengths(tokens, logprobs, lengths, lm.end_tokens)
 
 
 def _make_draw_function(

@@ -1,0 +1,134 @@
+"""What every sampler promises (`Sampler` in models/samplers.py). Add a new one to `SAMPLERS`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mixpo.data.errors import InputError
+from mixpo.models.samplers import LocalSampler, Sampler
+from mixpo.models.sampling import SampledCompletions
+from models import ARCHITECTURES, END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
+from test_sampling import PROMPTS, agrees
+
+SAMPLERS: dict[str, Callable[[], Sampler]] = {"local": lambda: LocalSampler(cache_tokens=10**6)}
+Draw = Callable[..., SampledCompletions]
+
+
+@pytest.fixture(params=SAMPLERS)
+def draw(request: pytest.FixtureRequest) -> Draw:
+    def sample(lm: Any, prompts: list[list[int]], **options: Any) -> SampledCompletions:
+        sampler = SAMPLERS[request.param]()
+        sampler.load_policy(lm)
+        return sampler.draw(prompts, **options)
+
+    return sample
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logprobs_are_those_of_a_plain_forward_pass(draw: Draw, name: str) -> None:
+    """Of the whole vocabulary at temperature 1, whatever the sampling settings; 0 outside the mask, as tokens are."""
+    lm = tiny(name)
+    sampled = draw(lm, PROMPTS, k=2, max_tokens=12, seed=0, temperature=1.5, top_k=40, top_p=0.9)
+    for prompt, row in zip(PROMPTS, rows_of_sample(sampled), strict=True):
+        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
+            with torch.no_grad():
+                expected = plain_logprobs(lm.model, prompt, completion)
+            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-3)
+    assert not sampled.tokens[~sampled.mask].any()
+    assert not sampled.logprobs[~sampled.mask].any()
+    assert sampled.mask.shape[-1] == int(sampled.lengths.max())
+
+
+def test_portions_of_a_call_share_no_random_numbers(draw: Draw) -> None:
+    """A stage draws its portions with one seed; equal prompts have other completions, torch's generator stays."""
+    lm, state = tiny("llama"), torch.get_rng_state()
+    options = {"k": 1, "max_tokens": 12}
+    same = draw(lm, [PROMPTS[0]] * 4, seed=0, **options).to_lists()
+    assert len({tuple(completion) for (completion,) in same}) == 4
+    assert draw(lm, [PROMPTS[0]] * 4, seed=0, **options).to_lists() == same
+    assert draw(lm, [PROMPTS[0]] * 4, seed=-3, **options).to_lists() != same
+    assert draw(lm, [PROMPTS[0]], seed=0, occurrences=[2], **options).to_lists() == same[2:3]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}], ids=str)
+def test_what_is_drawn_follows_the_settings(draw: Draw, settings: dict[str, float]) -> None:
+    """So sharp that nothing but the most probable token is left."""
+    lm = tiny("llama")
+    sampled_tokens = draw(lm, PROMPTS, k=2, max_tokens=5, seed=0, **settings)
+    for prompt, completions in zip(PROMPTS, sampled_tokens.to_lists(), strict=True):
+        for completion in completions:
+            for place, token in enumerate(completion):
+                with torch.no_grad():
+                    logits = lm.model(input_ids=torch.tensor([[*prompt, *completion[:place]]])).logits[0, -1]
+                assert token == int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 10}, {"top_k": 30, "top_p": 0.5, "temperature": 2.0}],
+    ids=str,
+)
+def test_first_tokens_are_drawn_from_the_models_distribution_as_truncated(
+    draw: Draw, settings: dict[str, float]
+) -> None:
+    lm = tiny("llama")
+    sampled_tokens = draw(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, **settings)
+    tokens = sampled_tokens.tokens[0, :, 0].tolist()
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().numpy()
+    probabilities = np.exp(logits / settings.get("temperature", 1.0))
+    order = np.argsort(-probabilities)[: settings.get("top_k", VOCABULARY)]
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    nucleus = order[before / probabilities[order].sum() < settings.get("top_p", 1.0)]
+    assert 1 < len(nucleus) <= VOCABULARY
+    assert set(tokens) <= set(nucleus.tolist())
+    assert agrees(np.bincount(tokens, minlength=VOCABULARY)[nucleus], probabilities[nucleus])
+    own = torch.tensor(logits).log_softmax(-1)[tokens].float()
+    torch.testing.assert_close(sampled_tokens.logprobs[0, :, 0], own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5}, {"top_k": 1}], ids=str)
+@pytest.mark.parametrize("share", ["some", "nearly all", "all that float32 holds"])
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(
+    draw: Draw, settings: dict[str, float], share: str
+) -> None:
+    """Whatever the model gives them; log-probs stay those of the whole vocabulary."""
+    lm = tiny("llama")
+    lm.unused_tokens = (11, 40, *range(60, VOCABULARY))
+    head = lm.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    head.bias.data[60:] = {"some": 0.0, "nearly all": 8.0, "all that float32 holds": 200.0}[share]
+    sampled_tokens = rows_of_sample(draw(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
+    for prompt, row in zip(PROMPTS, sampled_tokens, strict=True):
+        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
+            assert not set(completion) & set(lm.unused_tokens)
+            with torch.no_grad():
+                expected = plain_logprobs(lm.model, prompt, completion)
+            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_end_token_ends_a_completion(draw: Draw) -> None:
+    lm = tiny("llama")
+    lm.end_tokens = frozenset({END, 17, 60})
+    sampled = draw(lm, PROMPTS, k=60, max_tokens=12, seed=0, temperature=2.0)
+    sampled_tokens = [completion for completions in sampled.to_lists() for completion in completions]
+    assert {c[-1] for c in sampled_tokens if len(c) < 12} == lm.end_tokens
+    assert not any(set(completion[:-1]) & lm.end_tokens for completion in sampled_tokens)
+    assert all(lm.has_ended(completion) or len(completion) == 12 for completion in sampled_tokens)
+    assert sampled.ended.flatten().tolist() == [lm.has_ended(completion) for completion in sampled_tokens]
+    assert not sampled.ended.all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_logits_that_are_not_finite_are_refused(draw: Draw, value: float, settings: dict[str, float]) -> None:
+    lm = tiny("llama")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[7] = value
+    with pytest.raises(InputError, match="found logits that are nan or infinite; expected finite ones"):
+        draw(lm, PROMPTS, k=2, max_tokens=3, seed=0, **settings)
