@@ -74,7 +74,7 @@ def crossed_interval(values: Float64[np.ndarray, "seeds prompts"], *, level: flo
 
 
 def wilson_interval(successes: int | float, trials: int | float, *, level: float = 0.95) -> Interval:
-    """Proportion of successes with its score interval (Wilson 1927); a tie may count half_width.
+    """Proportion of successes with its score interval (Wilson 1927); a tie may count half.
 
     Raises ValueError without trials.
     """
