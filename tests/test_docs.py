@@ -3,12 +3,14 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 
 from mixpo.cli.main import app
+from mixpo.data.sources import Format
+from mixpo.experiments.arms import ARMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,3 +41,8 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def test_commands_are_found() -> None:
     assert len(shown_commands()) > 15
+
+
+def test_every_arm_and_every_format_of_rows_is_described() -> None:
+    text = (ROOT / "docs" / "using.md").read_text()
+    assert [name for name in (*ARMS, *get_args(Format)) if f"`{name}`" not in text] == []

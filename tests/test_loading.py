@@ -402,7 +402,7 @@ def test_what_is_read_of_a_folder_may_be_changed_by_who_reads_it(good: Path, mon
 
     monkeypatch.setattr(pretrained, "load_weights", change)
     for _ in range(2):
-        Pretrained(path=str(good), dtype="bfloat16")._load(good)
+        Pretrained(path=str(good), dtype="bfloat16")._load_source(good)
     assert widths == [32, 32]
 
 

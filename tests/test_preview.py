@@ -209,6 +209,9 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     assert read_recipe_or_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
         make_preview(read_recipe_or_source(path, ["data.format=tldr"]))
+    path = write(tmp_path / "b.jsonl", [{"instruction": "How?"}])
+    assert not read_recipe_or_source(path).data.train, "without two sides it is a demonstration"
+    assert read_recipe_or_source(path, ["data.format=tldr"]).data.train == (path,)
 
 
 @pytest.mark.parametrize("given", ["''", "['a.jsonl', '']"])

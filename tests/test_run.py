@@ -206,40 +206,6 @@ def test_a_run_of_which_nothing_is_left_says_why(copied_cache: Path, capsys: pyt
     assert not list(models.iterdir()), "the model of the earlier recipe is not this run's"
 
 
-def test_every_arm_is_the_expression_that_the_paper_describes() -> None:
-    """By hand from NOTES: what each arm's last stage starts from, is anchored to, and learns from."""
-    r = SharedStages(read_recipe("world"), 0)
-    easy, hard, everything = r.selection.easy, r.selection.hard, r.samples.pairs
-    made = {name: arm(r) for name, arm in ARMS.items()}
-    assert [made[name].pairs for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard")] == [
-        r.data.train_pairs,
-        everything,
-        easy,
-        hard,
-    ]
-    assert [made[name].prompts for name in ("ppo", "ppo-easy", "ppo-hard")] == [everything, easy, hard]
-    for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard", "ppo", "ppo-easy", "ppo-hard"):
-        assert made[name].policy == made[name].reference == r.sft
-    for name in ("mpo", "mpo-rloo", "mpo-grpo"):
-        assert made[name].policy == made[name].reference == made["dpo-easy"]
-        assert made[name].prompts == hard
-    assert (made["mpo-sft-kl"].policy, made["mpo-sft-kl"].reference) == (made["dpo-easy"], r.sft)
-    for name, anchor in (("mpo-reverse", made["ppo-hard"]), ("mpo-reverse-sft", r.sft)):
-        assert (made[name].policy, made[name].reference, made[name].pairs) == (made["ppo-hard"], anchor, easy)
-    assert (made["best-of-n"].policy, made["best-of-n"].best_of) == (r.sft, 16)
-
-
-def test_grouped_arms_sample_as_many_completions_as_ppo() -> None:
-    r = SharedStages(read_recipe("world", ["group_size=4"]), 0)
-    for name in ("mpo-rloo", "mpo-grpo"):
-        grouped, plain = ARMS[name](r), ARMS["mpo"](r)
-        assert grouped.advantage == name.removeprefix("mpo-")
-        assert grouped.batch_size * grouped.completions_per_prompt == plain.batch_size
-        assert grouped.epochs * grouped.completions_per_prompt == plain.epochs
-    with pytest.raises(InputError, match=r"group_size: found 5; expected a divisor of ppo.batch_size, 128"):
-        ARMS["mpo-rloo"](SharedStages(read_recipe("world", ["group_size=5"]), 0))
-
-
 def expand_names(*overrides: str) -> list[str]:
     return [run.name for run in expand_arms(read_recipe("world", list(overrides)))]
 

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from messages import FIX, assistant, error_message, row_error, user
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Demonstration, Preference
 from mixpo.data.sources import (
+    Format,
     compute_content_digest,
     compute_source_identity,
     expand_path,
@@ -468,30 +470,30 @@ def test_suffix_and_category_are_part_of_a_files_identity(tmp_path):
     assert identity("harmless-base/a.jsonl", "preference") == identity("mine/a.jsonl", "preference")
 
 
-@pytest.mark.parametrize(
-    ("format", "row", "used", "expected"),
-    [
-        (
-            "preference",
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
-            ["prompt", "chosen", "rejected"],
-            Preference("a", "b", "c"),
-        ),
-        (
-            "hh-rlhf",
-            {"chosen": A, "rejected": A + "c", "prompt": "a"},
-            ["chosen", "rejected"],
-            Preference([user("a")], "b", "bc"),
-        ),
-        (
-            "tldr",
-            {"prompt": POST, "chosen": "TL;DR: a", "rejected": "b", "system": "c"},
-            ["prompt", "chosen", "rejected"],
-            Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
-        ),
-        ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"], Demonstration("a", "b")),
-    ],
-)
+FORMAT_ROWS = [
+    (
+        "preference",
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        ["prompt", "chosen", "rejected"],
+        Preference("a", "b", "c"),
+    ),
+    (
+        "hh-rlhf",
+        {"chosen": A, "rejected": A + "c", "prompt": "a"},
+        ["chosen", "rejected"],
+        Preference([user("a")], "b", "bc"),
+    ),
+    (
+        "tldr",
+        {"prompt": POST, "chosen": "TL;DR: a", "rejected": "b", "system": "c"},
+        ["prompt", "chosen", "rejected"],
+        Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
+    ),
+    ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"], Demonstration("a", "b")),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "used", "expected"), FORMAT_ROWS)
 def test_files_are_read_in_their_format_and_their_columns_named(tmp_path, format, row, used, expected):
     path = write(tmp_path / "a.jsonl", [{**row, "id": 3}, {**row, "score": 0.5}])
     parsed = read_demonstrations(path) if format == "demonstrations" else read_preferences(path, format)
@@ -499,6 +501,10 @@ def test_files_are_read_in_their_format_and_their_columns_named(tmp_path, format
     assert parsed.used_columns == used
     assert set(parsed.ignored_columns) == {*row, "id", "score"} - set(used)
     assert guess_format(row) == format
+
+
+def test_every_format_has_its_row_in_the_table():
+    assert {row[0] for row in FORMAT_ROWS} == {*get_args(Format), "demonstrations"}
 
 
 # The Hub

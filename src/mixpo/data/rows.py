@@ -142,12 +142,14 @@ def _find_completion_field(fields: Mapping[str, object]) -> str:
 def split_filled_columns(fields: Mapping[str, object], read: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the names of a row's non-empty columns into used ones (those in `read`) and ignored ones.
 
-    Fields of a message other than role and content count as ignored columns, such as `messages.tool_calls`.
+    Keys in a list of objects are columns by their path, such as `messages.tool_calls`; role and content of messages are
+    always read.
     """
     filled = [name for name, value in fields.items() if value not in EMPTY_VALUES]
     used = [name for name in filled if name in read]
     ignored = [name for name in filled if name not in read]
-    return used, [*ignored, *dict.fromkeys(path for name in used for path in _ignored_in_messages(name, fields[name]))]
+    paths = dict.fromkeys(path for name in used for path in _ignored_in_messages(name, fields[name]))
+    return used, [*ignored, *(path for path in paths if path not in read)]
 
 
 def _ignored_in_messages(name: str, value: object) -> Iterator[str]:
@@ -183,7 +185,7 @@ def _parse_category(fields: Mapping[str, object]) -> str | None:
 
 def read_text_field(fields: Mapping[str, object], field: str) -> str:
     """Text of a field. Raises `RowError` if it is missing, empty or not text."""
-    return _require_text(field, "", _require_field(fields, field))
+    return _require_text(field, "", read_field(fields, field))
 
 
 def make_excerpt(text: str) -> str:
@@ -199,7 +201,7 @@ def describe_type(value: object) -> str:
 
 def _split_completion(fields: Mapping[str, object], field: str) -> tuple[list[Message], str]:
     """Split a field into the messages before the completion (none if the field is text) and the completion."""
-    value = _require_field(fields, field)
+    value = read_field(fields, field)
     if not isinstance(value, list):
         return [], _require_text(field, "", value)
     *before, last = _parse_messages(field, value)
@@ -212,7 +214,7 @@ def _parse_prompt(fields: Mapping[str, object], field: str, before: list[Message
     """Prompt of a row: the field `prompt`, or else the messages before the completion in `field`."""
     if before and fields.get("prompt") is None:
         return _require_user_last(field, before)
-    value = _require_field(fields, "prompt")
+    value = read_field(fields, "prompt")
     prompt = (
         _require_user_last("prompt", _parse_messages("prompt", value))
         if isinstance(value, list)
@@ -262,7 +264,8 @@ def _parse_message(field: str, number: int, value: object) -> Message:
     return Message(role=role, content=content)
 
 
-def _require_field(fields: Mapping[str, object], field: str) -> object:
+def read_field(fields: Mapping[str, object], field: str) -> object:
+    """Value of a field. Raises `RowError` if it is missing, with the fields of the row or a similar name."""
     if field in fields:
         return fields[field]
     raise RowError(field, f"is missing; found {_join_names(fields)}; {_suggest_fix(fields, field)}")

@@ -201,7 +201,7 @@ _PREFERENCE_PARSERS: dict[Format, RowParser[Preference]] = {
 _DEMONSTRATION_PARSER = RowParser(parse_demonstration, demonstration_columns)
 
 
-def guess_format(record: Record) -> Literal["preference", "hh-rlhf", "tldr", "demonstrations"]:
+def guess_format(record: Record) -> Format | Literal["demonstrations"]:
     """Guess the row format from a record's fields; a record without `chosen` and `rejected` is a demonstration."""
     chosen, prompt = record.get("chosen"), record.get("prompt")
     if chosen is None and record.get("rejected") is None:

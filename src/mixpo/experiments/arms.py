@@ -1,4 +1,4 @@
-"""The arms of the paper, each an expression over stages. Add one here and name it in a recipe."""
+"""The arms, each an expression over the stages that all arms share; a new one is entered in `ARMS` too."""
 
 from collections.abc import Callable
 

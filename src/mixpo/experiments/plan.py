@@ -21,6 +21,7 @@ class PlannedStage:
     """One line of a plan: a stage in the tree of an arm."""
 
     kind: str
+    """Kind of the stage, and which part of it is read: `Selection.easy`."""
     field: str
     """Name of the input of its parent that it is; empty for the root."""
     identity: str
@@ -58,7 +59,11 @@ def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     return [
         (
             name,
-            [line for field, stage in stages.items() for line in _list_stage_tree(stage, field, 0, stage_cache, seen)],
+            [
+                line
+                for field, stage in stages.items()
+                for line in _list_stage_tree(stage, "", field, 0, stage_cache, seen)
+            ],
         )
         for name, stages in roots
     ]
@@ -81,16 +86,18 @@ def check_context_length(base: Pretrained, folder: Path, stages: Iterable[Stage]
 
 
 def _list_stage_tree(
-    stage: Stage, field: str, depth: int, stage_cache: StageCache, seen: set[Stage]
+    stage: Stage, part: str, field: str, depth: int, stage_cache: StageCache, seen: set[Stage]
 ) -> list[PlannedStage]:
-    """List a stage and its inputs, without the inputs of a stage that was seen before."""
+    """List a stage, of which a part may be read, and its inputs, without the inputs of one that was seen before."""
     done, repeated = stage_cache.is_done(stage), stage in seen
     seen.add(stage)
     reason = "" if done else _explain_why_computed(stage, stage_cache)
-    lines = [PlannedStage(type(stage).__name__, field, stage_cache.identity(stage), depth, done, reason, repeated)]
+    kind = f"{type(stage).__name__}.{part}" if part else type(stage).__name__
+    lines = [PlannedStage(kind, field, stage_cache.identity(stage), depth, done, reason, repeated)]
     if not repeated:
         for name, source in stage.inputs().items():
-            lines += _list_stage_tree(source, name, depth + 1, stage_cache, seen)
+            part = getattr(getattr(stage, name), "of", "")
+            lines += _list_stage_tree(source, part, name, depth + 1, stage_cache, seen)
     return lines
 
 

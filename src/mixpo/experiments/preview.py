@@ -102,11 +102,13 @@ def read_recipe_or_source(source: str, overrides: Sequence[str] = (), model: str
     model_override = [f"model.path={json.dumps(model, ensure_ascii=False)}"] if model else []
     if not (source.startswith("hub:") or is_data_file(source)):
         return read_recipe(source, [*overrides, *model_override])
-    format = guess_format(_read_first_record(source, overrides))
     names = json.dumps([source], ensure_ascii=False)
-    rows = [f"data.train={names}", f"data.format={format}"]
-    if format == "demonstrations":
-        rows = ["data.train=[]", f"data.demonstrations={names}", "data.format=preference"]
+    rows = [f"data.train={names}"]
+    if not any(override.startswith("data.format=") for override in overrides):
+        format = guess_format(_read_first_record(source, overrides))
+        rows.append(f"data.format={format}")
+        if format == "demonstrations":
+            rows = ["data.train=[]", f"data.demonstrations={names}", "data.format=preference"]
     return read_recipe("pairs", ["model.path=world", *rows, *overrides, *model_override])
 
 

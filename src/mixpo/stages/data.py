@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import pydantic
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ from mixpo.data.rows import (
     raise_for_bad_rows,
 )
 from mixpo.data.sources import (
+    Format,
     ParsedRows,
     PromptCheck,
     Row,
@@ -49,7 +50,7 @@ from mixpo.training.record import append_jsonl, progress_listener
 class DataSettings(Settings):
     """Sources of preference rows and demonstrations, and their split."""
 
-    format: Literal["world", "preference", "hh-rlhf", "tldr"] = "world"
+    format: Literal["world"] | Format = "world"
     """`world` is generated; `preference` has `prompt`, `chosen`, `rejected`; the others are their publishers' rows."""
     train: tuple[str, ...] = ()
     """Files (.jsonl, .jsonl.gz, .json, .parquet, .csv), or `hub:NAME` or `hub:NAME/DATA_DIR`, of preference rows."""
@@ -388,7 +389,7 @@ class Data(DataStage, DataSettings):
             if names := [name for name in ("train", "test", "demonstrations", "second") if getattr(settings, name)]:
                 raise InputError(
                     f"data.{names[0]}: found {getattr(settings, names[0])[0]!r} beside format 'world', whose rows are "
-                    "generated; expected data.format=preference, hh-rlhf or tldr with files"
+                    f"generated; expected files beside data.format={' or '.join(get_args(Format))}"
                 )
             rows = {name: getattr(fill_in_world_rows(settings), name) for name in WORLD_ROWS}
             return {**values, **rows, "content": f"world-{WORLD_VERSION}"}
