@@ -416,7 +416,7 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
     one, other = (load_file(folder / "snapshots" / str(n) / "model" / "model.safetensors") for n in (1, 3))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     evaluated = evaluation(world, Snapshot(stage=stage, number=1))
-    assert evaluated.paths({**dict.fromkeys(evaluated.inputs(), tmp_path), "policy": folder})["policy"] == (
+    assert evaluated.locate_inputs({**dict.fromkeys(evaluated.inputs(), tmp_path), "policy": folder})["policy"] == (
         folder / "snapshots" / "1"
     )
     assert read_summary(world.build(evaluated))["kl_from_sft"]["mean"] > 0
