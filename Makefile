@@ -26,7 +26,7 @@ portable: export ONEDNN_MAX_CPU_ISA = AVX2
 portable: export MKL_ENABLE_INSTRUCTIONS = AVX2
 portable: export OMP_NUM_THREADS = 2
 portable: .venv/installed
-	$(BIN)/pytest -n auto --dist loadfile tests/algorithms tests/test_branches.py tests/test_sampling.py \
+	$(BIN)/pytest -n auto --dist loadfile tests/algorithms tests/test_branches.py tests/test_sampling.py tests/test_samplers.py \
 		tests/test_golden.py tests/test_world.py \
 		tests/test_stages.py::test_microbatches_and_threads_change_nothing_but_rounding \
 		tests/test_stages.py::test_samples_keep_the_samplers_logprobs \
