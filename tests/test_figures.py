@@ -23,34 +23,34 @@ SHARE = Interval(0.75, 0.5, 0.9)
 
 def every() -> dict[str, Callable[[], Figure]]:
     return {
-        "plane": lambda: figures.plot_plane([POINT, BARE], name="a", x=HOSTILE, y="y"),
+        "plane": lambda: figures.plot_points([POINT, BARE], name="a", xlabel=HOSTILE, ylabel="y"),
         "paths": lambda: figures.plot_paths(
             {f"ppo, {HOSTILE}": [BARE, POINT], "ppo, r*": [POINT], "none": []},
             name="a",
-            x="x",
-            y="y",
+            xlabel="x",
+            ylabel="y",
             dashed={"ppo, r*"},
         ),
-        "dots": lambda: figures.plot_grouped_intervals({HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", y="y"),
+        "dots": lambda: figures.plot_grouped_intervals({HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", ylabel="y"),
         "forest": lambda: figures.plot_forest(
             {HOSTILE: {HOSTILE: SHARE, "b": BARE.y}, "r*": {"c": SHARE}}, name="a", reference="b"
         ),
-        "shares": lambda: figures.plot_shares(
+        "shares": lambda: figures.plot_shares_by_bin(
             [BinShare(HOSTILE, 3, SHARE), BinShare("2", 0, None)],
             {HOSTILE: [BinShare("1", 2, SHARE), BinShare("2", 0, None)]},
             name="a",
             title=HOSTILE,
-            x="x",
-            y="y",
+            xlabel="x",
+            ylabel="y",
         ),
         "calibration": lambda: figures.plot_calibration(
             [(0.6, SHARE, 9), (0.9, BARE.y, 0)], {HOSTILE: [(0.6, SHARE, 9)]}, name="a", title=HOSTILE
         ),
         "histogram": lambda: figures.plot_histogram(
-            {HOSTILE: [0.0, 1.0], "r": [2.0, 2.0]}, thresholds=[1.0, 1.5], name="a", x=HOSTILE
+            {HOSTILE: [0.0, 1.0], "r": [2.0, 2.0]}, thresholds=[1.0, 1.5], name="a", xlabel=HOSTILE
         ),
         "lines": lambda: figures.plot_curves(
-            {HOSTILE: [(0, 1.0), (1, 2.0)], "_b": [(0, 1.0)]}, name="a", title=HOSTILE, shared=["_b", HOSTILE]
+            {HOSTILE: [(0, 1.0), (1, 2.0)], "_b": [(0, 1.0)]}, name="a", title=HOSTILE, key_names=["_b", HOSTILE]
         ),
     }
 
@@ -76,7 +76,7 @@ def test_a_figure_is_well_formed_and_the_same_twice(kind: str) -> None:
 
 def test_ids_of_two_figures_do_not_clash() -> None:
     def ids(name: str) -> set[str]:
-        svg = figures.plot_plane([POINT, BARE], name=name, x="x", y="y").svg
+        svg = figures.plot_points([POINT, BARE], name=name, xlabel="x", ylabel="y").svg
         return {one.get("id", "") for one in ElementTree.fromstring(svg).iter() if one.get("id")}
 
     assert ids("a")
@@ -84,12 +84,12 @@ def test_ids_of_two_figures_do_not_clash() -> None:
 
 
 def test_rows_are_the_numbers_given() -> None:
-    plane = figures.plot_plane([POINT, BARE], name="a", x="KL", y="score")
+    plane = figures.plot_points([POINT, BARE], name="a", xlabel="KL", ylabel="score")
     assert plane.columns == ("name", "KL", "KL, low", "KL, high", "score", "score, low", "score, high")
     assert plane.rows == [(HOSTILE, 1.0, 0.5, 1.5, 2.0, 1.75, 2.25), ("_bare", 0.0, None, None, 1.0, None, None)]
-    paths = figures.plot_paths({"one": [POINT, BARE], "two": [BARE]}, name="a", x="KL", y="score")
+    paths = figures.plot_paths({"one": [POINT, BARE], "two": [BARE]}, name="a", xlabel="KL", ylabel="score")
     assert paths.rows == [("one", *plane.rows[0]), ("one", *plane.rows[1]), ("two", *plane.rows[1])]
-    dots = figures.plot_grouped_intervals({"DPO": [POINT]}, name="a", y="score")
+    dots = figures.plot_grouped_intervals({"DPO": [POINT]}, name="a", ylabel="score")
     assert dots.rows == [("DPO", HOSTILE, 2.0, 1.75, 2.25)]
     forest = figures.plot_forest({"reward": {"b": SHARE, "a": BARE.y}, "r*": {"c": SHARE, "b": BARE.y}}, name="a")
     assert forest.columns == ("name", "reward", "reward, low", "reward, high", "r*", "r*, low", "r*, high")
@@ -99,7 +99,7 @@ def test_rows_are_the_numbers_given() -> None:
         ("c", None, None, None, 0.75, 0.5, 0.9),
     ]
     bins, own = [BinShare("1", 3, SHARE), BinShare("2", 0, None)], {"seed 0": [BinShare("1", 2, SHARE)]}
-    shares = figures.plot_shares(bins, own, name="a", title="t", x="gap", y="right")
+    shares = figures.plot_shares_by_bin(bins, own, name="a", title="t", xlabel="gap", ylabel="right")
     assert shares.columns[-1] == "of"
     assert shares.rows == [
         ("1", 3, 0.75, 0.5, 0.9, ""),
@@ -108,16 +108,16 @@ def test_rows_are_the_numbers_given() -> None:
     ]
     calibration = figures.plot_calibration([(0.6, SHARE, 9)], {"seed 1": [(0.7, SHARE, 4)]}, name="a", title="t")
     assert calibration.rows == [(0.6, 9, 0.75, 0.5, 0.9, ""), (0.7, 4, 0.75, 0.5, 0.9, "seed 1")]
-    curves = figures.plot_curves({"a": [(0, 1.0), (1, 2.0)]}, name="a", title="t", shared=["a"])
+    curves = figures.plot_curves({"a": [(0, 1.0), (1, 2.0)]}, name="a", title="t", key_names=["a"])
     assert curves.rows == [("a", 0.0, 1.0), ("a", 1.0, 2.0)]
 
 
 def test_histogram_counts_every_value_in_its_part() -> None:
     parts = {"hard": [0.0, 0.5, 1.0], "easy": [1.01, 4.0]}
-    figure = figures.plot_histogram(parts, thresholds=[1.0, 1.0], name="a", x="gap")
+    figure = figures.plot_histogram(parts, thresholds=[1.0, 1.0], name="a", xlabel="gap")
     rows = figure.rows
     assert "threshold 1<" in figure.svg
-    assert "thresholds 1 to 2<" in figures.plot_histogram(parts, thresholds=[2.0, 1.0], name="a", x="gap").svg
+    assert "thresholds 1 to 2<" in figures.plot_histogram(parts, thresholds=[2.0, 1.0], name="a", xlabel="gap").svg
     assert figure.columns == ("gap, from", "gap, to", "hard", "easy")
     assert 1.0 in [row[0] for row in rows]  # two bins meet at the threshold
     assert all(row[3] == 0 for row in rows if row[1] <= 1.0)
@@ -128,22 +128,24 @@ def test_histogram_counts_every_value_in_its_part() -> None:
 
 def test_lines_of_many_steps_are_averaged() -> None:
     steps = [(step, float(step)) for step in range(1000)]
-    figure = figures.plot_curves({"a": steps}, name="a", title="t", shared=["a"])
+    figure = figures.plot_curves({"a": steps}, name="a", title="t", key_names=["a"])
     assert len(figure.rows) == figures.MAX_POINTS
     assert figure.rows[0] == ("a", 2.0, 2.0)
 
 
 def test_paths_of_a_stem_share_a_colour_and_only_the_dashed_are_dashed() -> None:
     series = {"ppo, reward": [BARE, POINT], "ppo, r*": [BARE, POINT], "mpo, reward": [BARE, POINT]}
-    plain = figures.plot_paths(series, name="a", x="x", y="y").svg
-    dashed = figures.plot_paths(series, name="a", x="x", y="y", dashed={"ppo, r*"}).svg
+    plain = figures.plot_paths(series, name="a", xlabel="x", ylabel="y").svg
+    dashed = figures.plot_paths(series, name="a", xlabel="x", ylabel="y", dashed={"ppo, r*"}).svg
     assert "stroke-dasharray" not in plain
     assert "stroke-dasharray" in dashed
     assert [colour in plain for colour in COLOURS[:3]] == [True, True, False]
 
 
 def test_a_scatter_shows_and_names_every_group() -> None:
-    figure = figures.plot_scatter({"easy": [(1.0, 1.0), (2.0, 2.5)], "hard": [(3.0, 2.0)]}, name="a", x="x", y="y")
+    figure = figures.plot_scatter(
+        {"easy": [(1.0, 1.0), (2.0, 2.5)], "hard": [(3.0, 2.0)]}, name="a", xlabel="x", ylabel="y"
+    )
     assert figure.rows == [("easy", 1.0, 1.0), ("easy", 2.0, 2.5), ("hard", 3.0, 2.0)]
     assert {"easy", "hard"} <= set(texts(figure))
     assert all(colour in figure.svg for colour in COLOURS[:2])
@@ -152,7 +154,7 @@ def test_a_scatter_shows_and_names_every_group() -> None:
 def test_no_bar_is_drawn_without_bounds() -> None:
     def bars(low: float, high: float) -> int:
         point = Point("a", BARE.x, Interval(1.0, low, high))
-        return figures.plot_plane([point], name="a", x="x", y="y").svg.count("stroke-opacity: 0.5")
+        return figures.plot_points([point], name="a", xlabel="x", ylabel="y").svg.count("stroke-opacity: 0.5")
 
     assert bars(NAN, NAN) == 0
     assert bars(0.5, 1.5) == 1
@@ -168,7 +170,7 @@ def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() ->
         points = [
             Point(f"arm-{place}", figures.exact_interval(0.0), figures.exact_interval(0.0)) for place in range(count)
         ]
-        return texts(figures.plot_plane(points, name="a", x="x", y="y"))
+        return texts(figures.plot_points(points, name="a", xlabel="x", ylabel="y"))
 
     few, many = named(4), named(200)
     assert [few.count(f"arm-{place}") for place in range(4)] == [1] * 4
@@ -182,7 +184,9 @@ def test_numbers_stand_beside_their_points() -> None:
         Point(f"{place}", figures.exact_interval(place), figures.exact_interval(place)) for place in (5.0, 10.0, 20.0)
     ]
     crowd = [Point("long " * 20, figures.exact_interval(0.0), figures.exact_interval(0.0))] * 30
-    tree = ElementTree.fromstring(figures.plot_plane([*alone, *crowd], name="a", x="x", y="y", root=True).svg)
+    tree = ElementTree.fromstring(
+        figures.plot_points([*alone, *crowd], name="a", xlabel="x", ylabel="y", sqrt_x=True).svg
+    )
     for number, colour in zip("123", COLOURS, strict=False):
         look = f"fill: {colour}"
         mark = next(one for one in tree.iterfind(".//{*}use") if look in one.get("style", ""))
@@ -194,9 +198,9 @@ def test_numbers_stand_beside_their_points() -> None:
 
 def test_a_root_axis_has_round_ticks_that_stand_apart() -> None:
     points = [Point("near", figures.exact_interval(0.5), POINT.y), Point("far", figures.exact_interval(20.0), POINT.y)]
-    found = texts(figures.plot_plane(points, name="a", x="x", y="y", root=True))
+    found = texts(figures.plot_points(points, name="a", xlabel="x", ylabel="y", sqrt_x=True))
     assert [tick for tick in ("0", "0.2", "1", "2", "5", "10", "20") if tick not in found] == []
-    ticks = plane._signed_root(np.array(plane._choose_root_ticks(0.0, 100.0)))
+    ticks = plane._compute_signed_root(np.array(plane._choose_root_ticks(0.0, 100.0)))
     assert np.diff(ticks).min() > 0.07 * 10
 
 
@@ -209,7 +213,7 @@ def placed_x(figure: Figure, colour: str) -> list[float]:
 def test_paths_with_the_same_exact_x_stand_apart_and_their_rows_do_not_move() -> None:
     def drawn(*x: Interval) -> tuple[list[float], list[float]]:
         points = [Point("", one, POINT.y) for one in x]
-        figure = figures.plot_paths({"a": points, "b": points}, name="a", x="x", y="y")
+        figure = figures.plot_paths({"a": points, "b": points}, name="a", xlabel="x", ylabel="y")
         assert [row[2] for row in figure.rows] == [one.mean for one in x] * 2
         one, other = (placed_x(figure, colour) for colour in COLOURS[:2])
         return one, other
@@ -222,7 +226,7 @@ def test_paths_with_the_same_exact_x_stand_apart_and_their_rows_do_not_move() ->
 
 def test_lines_keep_the_colours_of_their_shared_key() -> None:
     names = [f"arm {place}" for place in range(10)]
-    svg = figures.plot_curves({names[2]: [(0, 1.0), (1, 2.0)]}, name="a", title="t", shared=names).svg
+    svg = figures.plot_curves({names[2]: [(0, 1.0), (1, 2.0)]}, name="a", title="t", key_names=names).svg
     assert COLOURS[2] in svg
     assert COLOURS[0] not in svg
     assert names[2] not in re.sub(r"aria-label=\S+ [^>]*>", "", svg)
@@ -242,8 +246,8 @@ def test_every_arm_of_many_has_its_own_look() -> None:
 @pytest.mark.parametrize("count", [0, 1, 25])
 def test_any_number_of_arms_draws_without_warnings(count: int) -> None:
     points = [Point(f"{place} of a long name that goes on and on and on", POINT.x, POINT.y) for place in range(count)]
-    assert len(figures.plot_plane(points, name="a", x="x", y="y").rows) == count
-    assert len(figures.plot_paths({"a": points}, name="a", x="x", y="y").rows) == count
+    assert len(figures.plot_points(points, name="a", xlabel="x", ylabel="y").rows) == count
+    assert len(figures.plot_paths({"a": points}, name="a", xlabel="x", ylabel="y").rows) == count
     assert len(figures.plot_forest({"r": {point.name: point.y for point in points}}, name="a").rows) == count
-    assert len(figures.plot_grouped_intervals({"a": points[:5]}, name="a", y="y").rows) == min(5, count)
+    assert len(figures.plot_grouped_intervals({"a": points[:5]}, name="a", ylabel="y").rows) == min(5, count)
     assert not figures.plot_calibration([], {}, name="a", title="t").rows

@@ -291,7 +291,7 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
 
 def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
     def load_verdict_rows() -> list[judges.VerdictRow]:
-        return judges.collect_rows(judges.load_judge_results(load_runs(study.run)))
+        return judges.compute_verdict_rows(judges.load_judge_results(load_runs(study.run)))
 
     study.judge()
     (alone,) = [row.p for row in load_verdict_rows() if row.category is None]

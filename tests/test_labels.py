@@ -16,9 +16,9 @@ POINTS = st.lists(st.tuples(st.floats(0, 300), st.floats(0, 200)), min_size=1, m
 def test_names_cover_no_point_and_no_other_name(points: list[tuple[float, float]], width: float) -> None:
     found = [label for label in place_labels(points, [(width, 9.0)] * len(points), frame=FRAME) if label is not None]
     marks = [Box(x - HALF_MARK, y - HALF_MARK, x + HALF_MARK, y + HALF_MARK) for x, y in points]
-    assert not [1 for one, other in itertools.combinations(found, 2) if one.box.overlaps(other.box)]
-    assert not [1 for label, mark in itertools.product(found, marks) if label.box.overlaps(mark)]
-    assert all(FRAME.contains(label.box) for label in found)
+    assert not [1 for one, other in itertools.combinations(found, 2) if one.box.overlaps_box(other.box)]
+    assert not [1 for label, mark in itertools.product(found, marks) if label.box.overlaps_box(mark)]
+    assert all(FRAME.contains_box(label.box) for label in found)
     assert all((label.leader is None) or label.leader[0] in points for label in found)
 
 
@@ -29,9 +29,9 @@ def test_a_name_stands_on_the_free_side() -> None:
     assert left.box.right < 299.0
     assert left.leader is None
     line = Box(105.0, 99.5, 300.0, 100.5)
-    (free,) = place_labels([(100.0, 100.0)], [(40.0, 9.0)], frame=FRAME, lines=[line])
+    (free,) = place_labels([(100.0, 100.0)], [(40.0, 9.0)], frame=FRAME, error_bars=[line])
     assert free is not None
-    assert not free.box.overlaps(line)
+    assert not free.box.overlaps_box(line)
 
 
 def test_a_line_leads_to_a_name_that_stands_away() -> None:

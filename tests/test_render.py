@@ -13,7 +13,7 @@ import pytest
 from markupsafe import Markup
 
 from mixpo.data.rows import Message
-from mixpo.report.document import ArmCompletion, Document, Figure, Group, PromptCompletions, Section, Table
+from mixpo.report.document import ArmCompletion, Document, Figure, PromptCompletions, Section, SectionGroup, Table
 from mixpo.report.render import format_csv, make_csv_url, render_html, render_markdown, split_interval_columns
 
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror=hit=1>]]> \"'&{{ 1 }}|\n=1+1,`x` *b* @me"
@@ -49,8 +49,8 @@ def document(prompts: int = 30) -> Document:
         [HOSTILE],
     )
     sections = [
-        Section("results", HOSTILE, HOSTILE, [Group(HOSTILE, [figure("plane", 3)], table, [HOSTILE])]),
-        Section("training", "Training", "Trained.", [Group("", [figure(f"lines-{n}", 20) for n in range(4)])]),
+        Section("results", HOSTILE, HOSTILE, [SectionGroup(HOSTILE, [figure("plane", 3)], table, [HOSTILE])]),
+        Section("training", "Training", "Trained.", [SectionGroup("", [figure(f"lines-{n}", 20) for n in range(4)])]),
     ]
     recipes = [(HOSTILE, f"name: x\nnote: '</pre>{HOSTILE}'\n````\n"), ("two", "a: 1")]
     return Document(
@@ -86,7 +86,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return render_html(document(), mixpo=f"9.9 {HOSTILE}", date="2025-11-21 10:00")
+    return render_html(document(), mixpo_version=f"9.9 {HOSTILE}", date="2025-11-21 10:00")
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_documents_with_little_in_them(arms: tuple[str, ...], pair: tuple[str, s
     completions = [ArmCompletion(arm, "x", {"score": 1.0}) for arm in arms]
     prompts = [PromptCompletions(1, [], "?", completions)] if arms else []
     small = Document("small", [], [], "None.", prompts, pair, [])
-    found = Page(render_html(small, mixpo="1", date="now"))
+    found = Page(render_html(small, mixpo_version="1", date="now"))
     assert [section["id"] for section in found.all("section")] == ["completions"]
     assert len(found.all("script")) == bool(arms)
     assert "r*" not in found.text

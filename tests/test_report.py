@@ -16,7 +16,7 @@ import pytest
 from mixpo.data.errors import InputError
 from mixpo.experiments.results import Results, load_runs
 from mixpo.report.arms import build_main_table
-from mixpo.report.page import build_document, render_report, tabulate_means, write_page
+from mixpo.report.page import build_document, render_report, tabulate_means, write_html_report
 from mixpo.report.render import render_html, render_markdown
 from report_runs import CLEAR, SFT_SCORES, Arm, Writer, load, plain, rows, scores, shifted
 
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def page(whole: Results) -> str:
-    path = write_page(whole, whole.runs[0].folder)
+    path = write_html_report(whole, whole.runs[0].folder)
     assert path == whole.runs[0].folder / "report.html"
     return path.read_text(encoding="utf8")
 
@@ -140,7 +140,7 @@ def test_reports_of_runs_with_little_in_them(tmp_path: Path, case: str) -> None:
             for row in group.table.rows if group.table else ():
                 assert len(row) == len(group.table.headings), part.id
                 assert not any(re.search(r"\bnan\b", cell) for cell in row), row
-    assert render_html(made, mixpo="9.9.9", date="today").endswith("</html>")
+    assert render_html(made, mixpo_version="9.9.9", date="today").endswith("</html>")
     assert render_markdown(made).startswith("# tiny")
 
 

@@ -12,7 +12,7 @@ from mixpo.algorithms.intervals import Interval, crossed_interval
 from mixpo.experiments.results import load_runs
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import (
-    compute_differences,
+    compare_arm_pairs,
     describe_difference,
     estimate_differences,
 )
@@ -41,7 +41,7 @@ def many(mean: float, *, seed: int, prompts: int = 40, spread: float = 1.0) -> l
 def test_first_sentence_claims_what_the_paired_interval_holds(
     tmp_path: Path, values: dict[str, list[float]], said: str
 ) -> None:
-    sentence = arms.build_arms_section(load(tmp_path, plain(values))).opening
+    sentence = arms.build_results_section(load(tmp_path, plain(values))).opening
     paired = np.array(values["mpo"]) - np.array(values["ppo"])
     interval = crossed_interval(paired[None])
     evidence = f"({paired.mean():+.2f}, 95% CI [{interval.low:.2f}, {interval.high:.2f}], p "
@@ -87,7 +87,7 @@ def test_main_table_against_means_by_hand(tmp_path: Path) -> None:
     assert found["ppo"][5] == ""
     assert found["mpo"][6:] == ["2.801", "3.784"]
     assert any(note.endswith("at one seed; other seeds may differ.") for note in made.notes)
-    assert arms.build_main_table(results, paper=False).headings == made.headings[:6]
+    assert arms.build_main_table(results, with_paper_columns=False).headings == made.headings[:6]
 
 
 def test_win_tie_lose_by_hand(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_win_tie_lose_by_hand(tmp_path: Path) -> None:
 def test_the_picture_of_every_arm_is_the_tables(tmp_path: Path) -> None:
     true = {"sft": [0.0] * 6, "ppo": [1.0] * 6, "mpo": [2.0] * 6}
     done = [Arm(name, {0: scores(values, true_reward=true[name])}) for name, values in CLEAR.items()]
-    section = arms.build_arms_section(load(tmp_path, [*done, Arm("dpo", failed={0: "lost"})]))
+    section = arms.build_results_section(load(tmp_path, [*done, Arm("dpo", failed={0: "lost"})]))
     drawn = figure_rows(section, "every-arm")
     assert [row[0] for row in drawn] == ["sft", "ppo", "mpo"]
     assert [round(row[1], 6) for row in drawn] == [round(float(np.mean(CLEAR[row[0]])), 6) for row in drawn]
@@ -114,11 +114,11 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert sft[1].startswith("2.33 [")  # (1 + 2 + 4) / 3
     assert sft[2] == f"{np.std([1.0, 2.0, 4.0], ddof=1):.2f}"
     assert not any("one seed" in note for note in made.notes)
-    assert "Intervals are over 6 prompts and 3 seeds;" in arms.build_arms_section(results).opening
+    assert "Intervals are over 6 prompts and 3 seeds;" in arms.build_results_section(results).opening
 
 
 def test_differences_by_hand(tmp_path: Path) -> None:
-    made = table(arms.build_arms_section(load(tmp_path, plain(CLEAR))), "Differences")
+    made = table(arms.build_results_section(load(tmp_path, plain(CLEAR))), "Differences")
     found = rows(made)
     assert list(found) == ["sft − ppo", "mpo − ppo", "sft − mpo"]
     assert found["sft − ppo"][1:3] == ["−1.00", "1.00"]  # the same on every prompt: no spread to tell from
@@ -145,9 +145,9 @@ def test_few_seeds_decide_only_what_they_hold(tmp_path: Path, seeds: int, said: 
         Arm("mpo", {seed: scores(shifted(above[seed % 2], many(0.0, seed=seed))) for seed in range(seeds)}),
     ]
     results = load(tmp_path, done)
-    (found,) = compute_differences(results, [("mpo", "ppo")], "score").values()
-    assert CLAIMS[said] in arms.build_arms_section(results).opening
-    order = table(arms.build_arms_section(results), "The paper's order").rows[0][3]
+    (found,) = compare_arm_pairs(results, [("mpo", "ppo")], "score").values()
+    assert CLAIMS[said] in arms.build_results_section(results).opening
+    order = table(arms.build_results_section(results), "The paper's order").rows[0][3]
     assert order == {0: "confirmed" if seeds > 1 else "confirmed at this seed", 2: "not significant"}[said]
     assert (found.interval.low > 0) == (found.p < 0.05) == (said == 0)
 
@@ -156,8 +156,8 @@ def test_p_values_are_corrected_for_their_number(tmp_path: Path) -> None:
     values = {"ppo": [0.0] * 40, "mpo": many(0.4, seed=1), "dpo": many(0.3, seed=2), "sft": many(0.1, seed=3)}
     results = load(tmp_path, plain(values))
     pairs = [(name, "ppo") for name in ("mpo", "dpo", "sft")]
-    single = sorted(compute_differences(results, [pair], "score")[pair].p for pair in pairs)
-    together = sorted(found.p for found in compute_differences(results, pairs, "score").values())
+    single = sorted(compare_arm_pairs(results, [pair], "score")[pair].p for pair in pairs)
+    together = sorted(found.p for found in compare_arm_pairs(results, pairs, "score").values())
     stepped = [single[0] * 3, max(single[0] * 3, single[1] * 2), max(single[0] * 3, single[1] * 2, single[2])]
     assert together == pytest.approx(stepped)
 
@@ -165,7 +165,7 @@ def test_p_values_are_corrected_for_their_number(tmp_path: Path) -> None:
 def test_the_papers_order_is_held_against_ours(tmp_path: Path) -> None:
     values = {"sft": many(1.0, seed=0), "ppo": many(2.0, seed=1), "mpo": many(2.05, seed=2)}
     values |= {"dpo-base": many(0.0, seed=3), "mpo-reverse": many(1.0, seed=4)}
-    made = table(arms.build_arms_section(load(tmp_path, plain(values))), "The paper's order")
+    made = table(arms.build_results_section(load(tmp_path, plain(values))), "The paper's order")
     here = {row[0]: (row[1], row[3]) for row in made.rows}
     assert here == {
         "dpo-base > sft": ("Table 3", "reversed at this seed"),
@@ -218,7 +218,7 @@ def test_the_best_arm_stands_to_ppo_and_mpo_as_the_table_has_it(tmp_path: Path) 
     values = {"sft": base, "ppo": shifted(many(1.0, seed=1), base), "mpo": shifted(many(1.1, seed=2), base)}
 
     def said(name: str, means: dict[str, list[float]]) -> str:
-        section = arms.build_arms_section(Writer(tmp_path / name, cache=name).load(plain(means)))
+        section = arms.build_results_section(Writer(tmp_path / name, cache=name).load(plain(means)))
         found = rows(table(section, "Differences"))
         mean, bounds = found["mpo − ppo"][1].split(" ", 1)
         assert f"(+{mean}, 95% CI {bounds}, p {found['mpo − ppo'][2]})" in section.opening
@@ -237,17 +237,17 @@ def test_the_best_arm_stands_to_ppo_and_mpo_as_the_table_has_it(tmp_path: Path) 
 
 def test_an_arm_that_failed_everywhere_is_said_first(tmp_path: Path) -> None:
     results = load(tmp_path, [*plain({"sft": SFT_SCORES, "mpo": SFT_SCORES}), Arm("ppo", failed={0: "lost"})])
-    assert arms.build_arms_section(results).opening.startswith("mpo minus sft in reward is +0.00 on every prompt")
+    assert arms.build_results_section(results).opening.startswith("mpo minus sft in reward is +0.00 on every prompt")
 
 
 def test_the_best_arm_is_sought_among_those_with_every_seed(tmp_path: Path) -> None:
     done = plain({**CLEAR, "dpo": SFT_SCORES}, seeds=(0, 1))
     done[2] = Arm("mpo", {1: done[2].done[1]}, failed={0: "lost"})
     results = load(tmp_path, done)
-    opening = arms.build_arms_section(results).opening
+    opening = arms.build_results_section(results).opening
     assert "ppo has the highest mean reward of the 3 arms without failed seeds (2.50)" in opening
     assert "over 6 prompts at one seed; other seeds may differ (1 of 2 seeds)" in opening
-    assert "mpo − ppo (1 of 2 seeds)" in rows(table(arms.build_arms_section(results), "Differences"))
+    assert "mpo − ppo (1 of 2 seeds)" in rows(table(arms.build_results_section(results), "Differences"))
 
 
 def test_differences_are_of_the_seeds_that_both_finished(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_differences_are_of_the_seeds_that_both_finished(tmp_path: Path) -> None
     one = Arm("mpo", {0: scores(shifted([1.0] * 6)), 2: scores(shifted([101.0] * 6))}, failed={1: "lost"})
     other = Arm("ppo", {0: scores(SFT_SCORES), 1: scores(shifted([50.0] * 6))}, failed={2: "lost"})
     results = load(tmp_path, [one, other])
-    (found,) = compute_differences(results, [("mpo", "ppo")], "score").values()
+    (found,) = compare_arm_pairs(results, [("mpo", "ppo")], "score").values()
     assert (found.seeds, found.interval.mean) == (1, 1.0)
     assert rows(arms.build_main_table(results))["mpo (failed at 1 of 3 seeds)"][-3] == "100%/0%/0% (1 of 3 seeds)"
 

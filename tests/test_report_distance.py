@@ -12,7 +12,7 @@ from mixpo.experiments.results import load_runs
 from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation
 from mixpo.report.document import Section
-from mixpo.report.traces import load_traces
+from mixpo.report.traces import load_ppo_traces
 from report_runs import SFT_SCORES, Arm, Columns, Writer, figure_rows, load, plain, rows, scores, table
 
 NOISE = [0.3, -0.3, 0.5, -0.5, 0.1, -0.1, 0.7, -0.7]
@@ -83,7 +83,7 @@ def test_degrees_of_freedom_at_equal_kl_are_of_all_that_varies() -> None:
     for places in drawn:
         x, y = kls[:, places].mean(axis=1), values[:, places].mean(axis=1)
         found.append(y[3] - np.interp(x[3], x[[1, 2, 0]], y[[1, 2, 0]]))
-    linear = distance._linearize_difference(kls[:, None], values[:, None])
+    linear = distance._linearize_difference_at_equal_kl(kls[:, None], values[:, None])
     assert np.std(linear) / prompts**0.5 == pytest.approx(np.std(found), rel=0.1)
 
 
@@ -254,9 +254,9 @@ def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:
     *way, end = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6))
     arm = Arm("ppo", {0: end, 1: around(100.0, true_reward=1.0)}, trace={0: way}, reason="along its training: lost")
     results = load(tmp_path, [arm])
-    (found,) = load_traces(results)
-    assert (found.seeds, found.num_points, found.completions_sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
-    assert found.estimate_mean("score", 2).mean == pytest.approx(1.5)
+    (found,) = load_ppo_traces(results)
+    assert (found.seeds, found.num_evaluations, found.completions_sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
+    assert found.estimate_mean_at("score", 2).mean == pytest.approx(1.5)
     section = overoptimisation.build_overoptimisation_section(results)
     assert "During PPO of ppo (1 of 2 seeds)" in section.opening
 
@@ -287,7 +287,7 @@ def test_bounds_of_the_samples_are_where_the_difference_is_told(seeds: int) -> N
     noise = 0.5 * np.random.default_rng(2).normal(size=(seeds, 50))
     noise -= noise.mean()
     ahead = np.array([-3.0, -1.0, 3.0])[:, None, None] + noise
-    found = cost.estimate_crossing(np.array([0.0, 20.0, 60.0]), ahead)
+    found = cost.estimate_zero_crossing(np.array([0.0, 20.0, 60.0]), ahead)
     half = crossed_interval(noise).high
     assert (found.mean, found.low, found.high) == pytest.approx((30.0, 30 - 10 * half, 30 + 10 * half))
 
@@ -318,8 +318,8 @@ def test_samples_needed_is_of_common_seeds(tmp_path: Path) -> None:
 def test_what_an_arm_needs(tmp_path: Path, arm: str, needed: str) -> None:
     """Neither its evaluation and what only that reads, nor sampled pairs of which it takes the prompts."""
     written = ArmResult(**Writer(tmp_path / "run", second=True).arm(Arm(arm, {0: around(1.0)}), 0))
-    assert [key.partition("-")[0] for key in cost.list_needed_stages(written)] == needed.split()
-    assert not any("second" in key for key in cost.list_needed_stages(written))
+    assert [key.partition("-")[0] for key in cost.list_charged_stages(written)] == needed.split()
+    assert not any("second" in key for key in cost.list_charged_stages(written))
 
 
 def costs(folder: Path) -> tuple[Section, dict[str, Sequence[str]]]:

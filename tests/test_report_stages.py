@@ -184,7 +184,7 @@ def noisy(seeds: Sequence[int] = (0,)) -> list[Arm]:
 
 
 def test_changes_by_label_noise_by_hand(tmp_path: Path) -> None:
-    section = noise.build_noise_section(load(tmp_path, noisy()))
+    section = noise.build_label_noise_section(load(tmp_path, noisy()))
     made = table(section, "reward")
     found = rows(made)
     assert made.headings[1:] == ["0% flipped", "10% flipped", "30% flipped", "change from 0% to 30%"]
@@ -206,7 +206,7 @@ def test_noise_that_failed_is_told_and_not_averaged_over(tmp_path: Path) -> None
     arms += [Arm("dpo", {0: scores(SFT_SCORES)}), Arm("dpo", failed=lost, changes={"label_noise.share": 0.3})]
     arms += plain({"ppo": SFT_SCORES})
     arms.append(Arm("ppo", {0: scores([0.0] * 6)}, changes={"label_noise.share": 0.1}))
-    section = noise.build_noise_section(load(tmp_path, arms))
+    section = noise.build_label_noise_section(load(tmp_path, arms))
     found = rows(table(section, "reward"))
     assert found["ppo"][2].startswith("0.00")
     assert found["ppo"][3:] == ["", ""]

@@ -30,7 +30,7 @@ from mixpo.cli import study as study_commands
 from mixpo.data.errors import InputError
 from mixpo.data.text import escape_invisible
 from mixpo.experiments.results import load_runs
-from mixpo.report.people import _correct_p_values, build_people_section, build_tables, describe_study
+from mixpo.report.people import _correct_p_by_category, build_human_study_section, build_study_tables, describe_study
 from mixpo.study import files, server, store
 from mixpo.study.app import TokenBucket
 from mixpo.study.findings import Findings, load_findings
@@ -515,7 +515,7 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     findings = study.close()
     study.store.dispose()
     assert findings.seed == 3
-    report = build_people_section(load_runs(run))
+    report = build_human_study_section(load_runs(run))
     assert report is not None
     assert any("at seed 3;" in note for note in report.groups[0].table.notes)
 
@@ -524,7 +524,7 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(stud
     study.sign_in("anna").prefer(1, "apples")
     study.close()
     write_fruit_run(study.run.parent, texts={("yak", 3): "plums"})
-    report = build_people_section(load_runs(study.run))
+    report = build_human_study_section(load_runs(study.run))
     assert report is not None
     assert re.fullmatch(r"The study closed at 20\S+ is excluded: the completions have changed since\.", report.opening)
     assert report.groups == []
@@ -533,9 +533,9 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(stud
     (folder,) = {folder for arm in results.arms for key, folder in arm.stages.items() if key.startswith("Data")}
     (Path(folder) / "test.parquet").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"test\.parquet"):  # which is no change of the run
-        build_people_section(results)
+        build_human_study_section(results)
     write_fruit_run(study.run.parent)
-    assert build_people_section(load_runs(study.run)).opening.startswith("One person")
+    assert build_human_study_section(load_runs(study.run)).opening.startswith("One person")
 
 
 def test_lost_links_are_made_anew(study, make):
@@ -596,7 +596,7 @@ def test_before_it_is_closed_nothing_tells_an_arm(study, mixpo, tmp_path):
         assert "zebra" not in text
         assert "yak" not in text
         assert "κ" not in text
-    assert build_people_section(load_runs(study.run)) is None
+    assert build_human_study_section(load_runs(study.run)) is None
     assert read_lines(tmp_path / "a.jsonl")[0].keys() == set(files.COLUMNS)
 
 
@@ -993,7 +993,7 @@ def test_the_papers_table_and_its_kappa_by_hand(tmp_path):
     assert agreement.alpha.mean == pytest.approx(0.549076, abs=2e-6)
     assert agreement.pairs.mean == pytest.approx(0.753333, abs=2e-6)
     assert agreement.pairs.low < 0.753333 < agreement.pairs.high
-    shown = rows(build_tables(findings)["Preferences"])
+    shown = rows(build_study_tables(findings)["Preferences"])
     assert [cell[:4] for cell in shown["helpful"][1:]] == ["50", "0.62", "0.19", "0.19", "0.43", "<0.0"]
     assert [cell[:4] for cell in shown["all prompts"][1:]] == ["100", "0.39", "0.49", "0.12", "0.27", "<0.0"]
     assert describe_study(findings).startswith(
@@ -1008,12 +1008,12 @@ def test_the_margins_of_categories_are_corrected_for_their_number(tmp_path):
     choices = {"anna": [*"WWWWWWWWLLWTWWLWWT", *"WTWTTTTTT"]}
     alone = write_closed_study(tmp_path / "alone", choices)
     several = write_closed_study(tmp_path / "several", choices, ["helpful"] * 18 + ["harmless"] * 9)
-    one, many = (_correct_p_values(findings)[None] for findings in (alone, several))
+    one, many = (_correct_p_by_category(findings)[None] for findings in (alone, several))
     assert alone.shares[None].difference == several.shares[None].difference
     assert one == pytest.approx(scipy.stats.binomtest(15, 18).pvalue)
     assert many == pytest.approx(3 * one)
-    assert "corrected for all rows (Holm)" in str(build_tables(several)["Preferences"].notes)
-    assert "corrected" not in str(build_tables(alone)["Preferences"].notes)
+    assert "corrected for all rows (Holm)" in str(build_study_tables(several)["Preferences"].notes)
+    assert "corrected" not in str(build_study_tables(alone)["Preferences"].notes)
 
 
 def test_categories_stand_apart_and_together(tmp_path):
@@ -1027,7 +1027,7 @@ def test_categories_stand_apart_and_together(tmp_path):
     assert [each.prompts for each in findings.shares.values()] == [4, 4, 8]
     named = write_closed_study(tmp_path, {"anna": choices}, ["all", None] * 4)  # no category is taken for the total
     assert [named.shares[name].prompts for name in ("all", None)] == [4, 8]
-    assert list(rows(build_tables(named)["Preferences"])) == ["all", "all prompts"]
+    assert list(rows(build_study_tables(named)["Preferences"])) == ["all", "all prompts"]
 
 
 def test_who_judged_nothing_spoils_no_kappa(tmp_path):
@@ -1037,9 +1037,9 @@ def test_who_judged_nothing_spoils_no_kappa(tmp_path):
     assert findings.agreement[None].common == 4
     # 3 of 4 agree; 5 wins, 2 ties, 1 loss of 8: chance (25 + 4 + 1) / 64
     assert findings.agreement[None].kappa.mean == pytest.approx((0.75 - 30 / 64) / (1 - 30 / 64))
-    table = build_tables(findings)["Agreement"]
+    table = build_study_tables(findings)["Agreement"]
     assert "Excluded, without judgements: cleo, dora." in table.notes
-    assert rows(build_tables(findings)["Annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
+    assert rows(build_study_tables(findings)["Annotators"])["dora"][:4] == ["dora", "0 of 4", "2", ""]
 
 
 def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
@@ -1057,10 +1057,10 @@ def test_kappa_is_of_the_prompts_that_all_judged_and_alpha_of_all(tmp_path):
 
 def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
     findings = write_closed_study(tmp_path, {"anna": list("WWWW"), "ben": list("WWWW")})
-    assert rows(build_tables(findings)["Agreement"])["all prompts"][1] == "not estimable"
+    assert rows(build_study_tables(findings)["Agreement"])["all prompts"][1] == "not estimable"
     assert "Fleiss' κ not estimable." in describe_study(findings)
     alone = write_closed_study(tmp_path, {"anna": list("WLTW")})
-    assert rows(build_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
+    assert rows(build_study_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
     assert describe_study(alone).startswith("One person judged blindly")
     assert write_closed_study(tmp_path, {"anna": list("----")}).active_annotators == []
     assert describe_study(write_closed_study(tmp_path, {"anna": list("SS--")})).startswith(
@@ -1079,13 +1079,13 @@ def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
         assert f"in win rate (+{margin}.00, 95% CI [" in describe_study(alike)
         assert f"], p {p:.2f})" in describe_study(alike)
         low, high = proportion_confint(len(choices), len(choices), method="wilson")
-        shown = rows(build_tables(alike)["Preferences"])["all prompts"]
+        shown = rows(build_study_tables(alike)["Preferences"])["all prompts"]
         assert shown[2 if margin else 3] == f"1.00 [{low:.2f}, {high:.2f}]"
     agreed = write_closed_study(tmp_path, {"anna": list("WL"), "ben": list("WL")})
-    assert rows(build_tables(agreed)["Agreement"])["all prompts"][1:6:4] == ["1.00", "2"]
+    assert rows(build_study_tables(agreed)["Agreement"])["all prompts"][1:6:4] == ["1.00", "2"]
     once = write_closed_study(tmp_path, {"anna": ["W"], "ben": ["L"]})
     assert "(+0.00, 95% CI [−" in describe_study(once)
-    assert "nan" not in "".join(cell for table in build_tables(once).values() for row in table.rows for cell in row)
+    assert "nan" not in "".join(cell for each in build_study_tables(once).values() for row in each.rows for cell in row)
 
 
 def test_a_habit_of_one_side_shows(tmp_path):
@@ -1104,7 +1104,7 @@ def test_completions_that_are_the_same_are_ties_that_nobody_was_asked(study, ann
     assert findings.shares[None].prompts == 6
     assert findings.shares[None].win.mean == pytest.approx(5 / 6)
     assert findings.shares[None].tie.mean == pytest.approx(1 / 6)
-    assert "1 prompt with the same completion of both arms" in str(build_tables(findings)["Preferences"].notes)
+    assert "1 prompt with the same completion of both arms" in str(build_study_tables(findings)["Preferences"].notes)
 
 
 def test_the_report_has_closed_studies(make):
@@ -1114,10 +1114,10 @@ def test_the_report_has_closed_studies(make):
     study.sign_in("anna").prefer(1, "apples")
     findings = study.close()
     results = load_runs(study.run)
-    made = build_people_section(results)
+    made = build_human_study_section(results)
     assert made is not None
     assert made.opening == describe_study(findings)
-    assert [group.title for group in made.groups] == list(build_tables(findings))
+    assert [group.title for group in made.groups] == list(build_study_tables(findings))
     assert "people" in [one.id for one in build_document(results).sections]
     assert '<section id="people">' in render_report(results, "html")
     assert "## People" in render_report(results, "md")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from mixpo.report.people import build_tables
+from mixpo.report.people import build_study_tables
 from mixpo.study import server
 from report_runs import rows
 from studies import ANNOTATORS, Study, list_replaced_choices, write_fruit_run
@@ -110,7 +110,7 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
     chance = (14 / 15) ** 2 + (1 / 15) ** 2
     kappa = ((4 + 1 / 3) / 5 - chance) / (1 - chance)
     assert found.agreement[None].kappa.mean == pytest.approx(kappa)
-    assert set(rows(build_tables(found)["Annotators"])) == set(ANNOTATORS)
+    assert set(rows(build_study_tables(found)["Annotators"])) == set(ANNOTATORS)
 
 
 def judge_by_keyboard(made: Study, tab: Any) -> None:

@@ -117,7 +117,7 @@ def _format_brief_metrics(metrics: Mapping[str, float]) -> str:
 def print_main_table(results: Results) -> None:
     """Print the main table, in a narrow terminal without the less important columns."""
     console = Console()
-    table = build_main_table(results, paper=False)
+    table = build_main_table(results, with_paper_columns=False)
     optional = [heading for start in OPTIONAL_COLUMNS for heading in table.headings if heading.startswith(start)]
     layouts = [([], True, NAME_WIDTH), *((optional[:count], False, NAME_WIDTH) for count in range(len(optional) + 1))]
     for hidden, one_line, name_width in [*layouts, (optional, False, NAME_WIDTH // 3)]:

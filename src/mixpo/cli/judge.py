@@ -60,7 +60,7 @@ def judge(
     from mixpo.judge.outcomes import choose_arm_order, collect_verdicts, make_assignment
     from mixpo.judge.questions import make_judges, read_template
     from mixpo.judge.verdicts import FILE, make_assignment_row, open_for_append, read_verdicts
-    from mixpo.report.judges import build_groups, collect_rows
+    from mixpo.report.judges import build_judge_groups, compute_verdict_rows
 
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
@@ -102,7 +102,7 @@ def judge(
     scores = read_verdicts(run / FILE).scores
     judgements = [collect_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
     judgements = judgements if order == arms else [one.swap_arms() for one in judgements]
-    for group in build_groups(judgements, collect_rows(judgements)):
+    for group in build_judge_groups(judgements, compute_verdict_rows(judgements)):
         if group.table is not None:
             print_report_table(group.table, group.title)
         for note in group.notes:

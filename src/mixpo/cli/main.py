@@ -43,13 +43,13 @@ def run(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
     from mixpo.cli.display import open_run_display, print_run_results
     from mixpo.experiments.results import load_runs
     from mixpo.experiments.run import run_recipe
-    from mixpo.report.page import write_page
+    from mixpo.report.page import write_html_report
 
     recipe = _read_recipe(arguments)
     with open_run_display(plain=quiet) as display:
         result = run_recipe(recipe, display)
     results = load_runs(recipe.folder)
-    page = write_page(results, recipe.folder)
+    page = write_html_report(results, recipe.folder)
     print_run_results(results, page, computed=result.computed, cached=result.found)
     failed = [arm for arm in result.arms if arm.status == "failed"]
     if failed:

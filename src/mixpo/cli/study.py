@@ -108,9 +108,9 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
     """Print the results and the agreement of a closed study, or the progress of an open one."""
     from mixpo.cli.display import print_report_table
     from mixpo.experiments.results import load_runs
-    from mixpo.report.people import build_people_section
+    from mixpo.report.people import build_human_study_section
 
-    results = build_people_section(load_runs(run))
+    results = build_human_study_section(load_runs(run))
     if results is None:
         _require_study_packages()
         with _open_study(run, store) as (opened, study):

@@ -12,23 +12,23 @@ from mixpo.experiments.results import MEASURES, Results, list_first
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import (
-    Difference,
+    ArmDifference,
     Measure,
     Pair,
-    compute_differences,
+    compare_arm_pairs,
     describe_difference,
     describe_sample,
     estimate_mean,
     format_arm_label,
     format_difference,
+    format_difference_cells,
     format_interval,
     format_number,
-    format_with_p,
     join_names,
-    list_measures,
+    list_measures_by_scale,
     note_missing_seeds,
 )
-from mixpo.report.document import Group, Section, Table
+from mixpo.report.document import Section, SectionGroup, Table
 
 PAPER_REWARDS: dict[str, tuple[str, str]] = {
     "sft": ("0.938", "1.108"),
@@ -63,35 +63,32 @@ PAPER_ORDER: tuple[tuple[str, str, str], ...] = (
 """What the paper finds: the first arm's reward above the second's."""
 
 
-Differences = Mapping[str, Mapping[Pair, Difference]]
+Differences = Mapping[str, Mapping[Pair, ArmDifference]]
 """Differences by measure and pair of arms."""
 
 
-def build_arms_section(results: Results) -> Section:
-    """The section with the main table and the differences."""
+def build_results_section(results: Results) -> Section:
+    """The section with the main table, differences of arms and the paper's order; one sentence if no arm finished."""
     if not results.finished:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
     panels = {
         measure.title: {name: estimate_mean(results, name, measure.key) for name in measure.names}
-        for measure in list_measures(results)
+        for measure in list_measures_by_scale(results)
     }
     forest = figures.plot_forest(panels, name="every-arm", reference=results.find_first_name("ppo"))
-    groups = [Group("Every arm", [forest], build_main_table(results))]
-    pairs = _list_pairs(results)
-    measures = results.list_shared_measures(_list_arms_with_differences(results))
-    differences = {key: compute_differences(results, pairs, key) for key in measures}
+    groups = [SectionGroup("Every arm", [forest], build_main_table(results))]
+    pairs = _list_arm_pairs_to_compare(results)
+    measures = results.list_shared_measures(_list_arms_to_compare(results))
+    differences = {key: compare_arm_pairs(results, pairs, key) for key in measures}
     if pairs:
-        groups.append(Group("Differences", table=_build_differences_table(results, pairs, differences)))
-    if (table := _build_order_table(results)) is not None:
-        groups.append(Group("The paper's order", table=table))
-    return Section("results", "Results", _write_opening(results, differences), groups)
+        groups.append(SectionGroup("Differences", table=_build_differences_table(results, pairs, differences)))
+    if (table := _build_paper_order_table(results)) is not None:
+        groups.append(SectionGroup("The paper's order", table=table))
+    return Section("results", "Results", _summarize_results(results, differences), groups)
 
 
 def choose_compared_arms(results: Results) -> Pair | None:
-    """The two arms that first sentences compare.
-
-    Of several runs mpo of the second and of the first; else mpo and ppo, else the last and the first that finished.
-    """
+    """(one, other) for the opening texts: mpo of runs 2 and 1, else mpo and ppo, else last and first arm; or None."""
     names = results.plain
     runs = [name for run in results.runs if (name := results.qualify_name(run, "mpo")) in names]
     if len(runs) > 1:
@@ -102,8 +99,8 @@ def choose_compared_arms(results: Results) -> Pair | None:
     return (names[-1], names[0]) if len(names) > 1 else None
 
 
-def build_main_table(results: Results, *, paper: bool = True) -> Table:
-    """A row for every arm: means with 95% intervals over test prompts and seeds."""
+def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Table:
+    """A row for every arm: means of reward and KL with 95% intervals, tokens, end rate, win/tie/lose; or `failed`."""
     failures = [
         f"{name} failed at seed {arm.seed}: {arm.reason}"
         for name in results.names
@@ -112,14 +109,14 @@ def build_main_table(results: Results, *, paper: bool = True) -> Table:
     ]
     if not results.finished:
         return Table(["arm", "reward"], [[name, "failed"] for name in results.names], failures)
-    measures = list_measures(results)
+    measures = list_measures_by_scale(results)
     several = len(results.seeds) > 1
     rival = results.find_first_name("ppo") or results.finished[0]
     headings = ["arm"]
     for measure in measures:
         headings += [measure.title, f"sd of {measure.title}"] if several else [measure.title]
     headings += ["KL from SFT", "tokens", "end rate", f"win/tie/lose vs {rival}"]
-    if paper:
+    if with_paper_columns:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
     rows = []
     for name in results.names:
@@ -136,32 +133,34 @@ def build_main_table(results: Results, *, paper: bool = True) -> Table:
         cells.append(format_interval(estimate_mean(results, name, "kl_from_sft")))
         cells += [f"{results.values(name, 'tokens').mean():.1f}", f"{results.values(name, 'ended').mean():.0%}"]
         cells.append("" if name == rival else _format_win_tie_lose(results, name, rival))
-        if paper:
+        if with_paper_columns:
             cells += PAPER_REWARDS.get(find_paper_arm(results, name), ("", ""))
         rows.append([format_arm_label(results, name), *cells])
-    return Table(headings, rows, [*failures, *_write_notes(results, measures)])
+    return Table(headings, rows, [*failures, *_list_main_table_notes(results, measures)])
 
 
-def find_paper_arm(results: Results, name: str) -> str:
-    """The name of an arm in the paper: its own, except for MPO with more easy pairs than the recipe's."""
-    first = next(iter(results.finished_by_seed(name).values()))
+def find_paper_arm(results: Results, arm: str) -> str:
+    """The paper's arm that an arm repeats: `mpo at a weaker split` for MPO with more easy pairs, else its own name."""
+    first = next(iter(results.finished_by_seed(arm).values()))
     plain = first.arm.rpartition(": ")[2]  # after the name of its run
     if not first.changes:
         return plain
     if plain == "mpo" and _has_more_easy_pairs(results, first):
         return "mpo at a weaker split"
-    return name
+    return arm
 
 
-def _has_more_easy_pairs(results: Results, arm: ArmResult) -> bool:
-    recipe = results.find_run(arm.name).recipe["selection"]
+def _has_more_easy_pairs(results: Results, arm_result: ArmResult) -> bool:
+    """True if a sweep of only the threshold or easy fraction gives the arm more easy pairs than the recipe's."""
+    recipe = results.find_run(arm_result.name).recipe["selection"]
     for key, is_weaker in (("threshold", operator.lt), ("easy_fraction", operator.gt)):
-        if list(arm.changes) == [f"selection.{key}"] and recipe[key] is not None:
-            return bool(is_weaker(arm.changes[f"selection.{key}"], recipe[key]))
+        if list(arm_result.changes) == [f"selection.{key}"] and recipe[key] is not None:
+            return bool(is_weaker(arm_result.changes[f"selection.{key}"], recipe[key]))
     return False
 
 
-def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
+def _list_main_table_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
+    """Notes below the main table: what its rewards, KL and intervals mean."""
     keys = {measure.key for measure in measures}
     noisy = any("label_noise" in name for name in results.names)
     reward = "Reward: mean score of the run's own reward model, which labelled DPO's pairs and trained PPO"
@@ -190,42 +189,44 @@ def _write_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
     return notes
 
 
-def _format_win_tie_lose(results: Results, name: str, rival: str) -> str:
-    """Shares of test prompts, over all seeds that both finished, on which the score is higher, equal, lower."""
-    seeds = results.list_comparable_seeds("score", name, rival)
+def _format_win_tie_lose(results: Results, arm: str, rival: str) -> str:
+    """`60%/5%/35%` of test prompts on which an arm scores above, equal to, below its rival; empty if not comparable."""
+    seeds = results.list_comparable_seeds("score", arm, rival)
     if not seeds:
         return ""
-    one, other = (results.values(arm, "score", seeds).ravel() for arm in (name, rival))
-    shares = "/".join(f"{share:.0%}" for share in win_tie_lose(one, other))
-    return shares + note_missing_seeds(results, len(seeds), name, rival)
+    scores, rival_scores = (results.values(one, "score", seeds).ravel() for one in (arm, rival))
+    shares = "/".join(f"{share:.0%}" for share in win_tie_lose(scores, rival_scores))
+    return shares + note_missing_seeds(results, len(seeds), arm, rival)
 
 
-def _list_arms_with_differences(results: Results) -> list[str]:
-    """The recipe's arms, and the points of sweeps that the paper reports."""
+def _list_arms_to_compare(results: Results) -> list[str]:
+    """Names of the finished arms of the recipe, and of the sweep's arms that the paper reports."""
     return [
         name for name in results.finished if name in results.plain or find_paper_arm(results, name) in PAPER_REWARDS
     ]
 
 
-def _list_pairs(results: Results) -> list[Pair]:
-    """Every arm against ppo and against mpo, or against the first arm where neither finished."""
+def _list_arm_pairs_to_compare(results: Results) -> list[Pair]:
+    """Pairs of every arm with ppo and with mpo, or with the first arm where neither finished."""
     found = [rival for arm in ("ppo", "mpo") if (rival := results.find_first_name(arm)) is not None]
-    rivals, names = found or results.plain[:1], _list_arms_with_differences(results)
+    rivals, names = found or results.plain[:1], _list_arms_to_compare(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 
-def _build_differences_table(results: Results, pairs: Sequence[Pair], differences: Differences) -> Table:
+def _build_differences_table(results: Results, arm_pairs: Sequence[Pair], differences: Differences) -> Table:
+    """A row for every pair of arms: their paired difference and its corrected p in every measure."""
     rows = []
-    for one, other in pairs:
+    for one, other in arm_pairs:
         seeds = len(results.list_common_seeds(one, other))
-        cells = [cell for by_pair in differences.values() for cell in format_with_p(by_pair.get((one, other)))]
+        cells = [cell for each in differences.values() for cell in format_difference_cells(each.get((one, other)))]
         rows.append([f"{one} − {other}{note_missing_seeds(results, seeds, one, other)}", *cells])
     headings = ["arms", *(text for key in differences for text in (MEASURES[key], "p"))]
     note = "Paired by prompt and seed. p: two-sided, of no difference, corrected for the rows of its column (Holm)."
     return Table(headings, rows, [note])
 
 
-def _build_order_table(results: Results) -> Table | None:
+def _build_paper_order_table(results: Results) -> Table | None:
+    """A row for every order of two finished arms that the paper reports: whether ours agrees; None without one."""
     claims: list[Pair] = []
     sources: list[str] = []
     for run in results.runs:
@@ -244,8 +245,8 @@ def _build_order_table(results: Results) -> Table | None:
 
 
 def build_claims_table(results: Results, claims: Sequence[Pair], measures: Mapping[str, str]) -> Table:
-    """A row for every claim that the first arm is above the second: our difference, and whether it agrees."""
-    differences = {key: compute_differences(results, claims, key) for key in measures}
+    """A row for every claim that one arm's reward is above another's: our difference, and whether it agrees."""
+    differences = {key: compare_arm_pairs(results, claims, key) for key in measures}
     rows = []
     for claim in claims:
         row = [" > ".join(claim)]
@@ -260,27 +261,27 @@ def build_claims_table(results: Results, claims: Sequence[Pair], measures: Mappi
     return Table(headings, rows, notes)
 
 
-def check_claim(results: Results, claim: Pair, difference: Difference | None) -> str:
-    """`confirmed`, `reversed` or `not significant`, or the reason why a claimed order could not be checked."""
+def check_claim(results: Results, claim: Pair, difference: ArmDifference | None) -> str:
+    """`confirmed`, `reversed` or `not significant`; without a difference, why the claim cannot be checked."""
     if difference is not None:
-        verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[difference.sign]
-        return f"{verdict} at this seed" if difference.sign and difference.seeds == 1 else verdict
+        verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[difference.significant_sign]
+        return f"{verdict} at this seed" if difference.significant_sign and difference.seeds == 1 else verdict
     failed = [name for name in claim if not results.finished_by_seed(name)]
     return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
 
-def _write_opening(results: Results, differences: Differences) -> str:
-    """The arm with the highest reward and its significance, then the two compared arms with their numbers."""
+def _summarize_results(results: Results, differences: Differences) -> str:
+    """Sentences on the arm with the highest reward, on mpo or ppo if all seeds failed, and on the two compared arms."""
     names = [results.qualify_name(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
     failed = [name for name in names if name in results.names and not results.finished_by_seed(name)]
-    sentences = [*_describe_best_arm(results, differences), *_compare_two_arms(results, differences)]
+    sentences = [*_describe_best_arm(results, differences), *_describe_two_arms(results, differences)]
     if failed:
         sentences.insert(1, f"{' and '.join(failed)} failed at every seed.")
     return " ".join(sentences)
 
 
-def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
-    """Sentences on the two arms that come first, or on one arm where there are no two."""
+def _describe_two_arms(results: Results, differences: Differences) -> list[str]:
+    """Sentences on the differences of the two compared arms, or on one arm's mean reward where there are no two."""
     pair = choose_compared_arms(results)
     if pair is None:
         name = results.finished[0]
@@ -297,7 +298,7 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
         if results.list_comparable_seeds(key, one, other) != seeds:
             texts.append(f"{name} is not compared, because different models gave it")
             continue
-        difference = differences.get(key, {}).get(pair) or compute_differences(results, [pair], key)[pair]
+        difference = differences.get(key, {}).get(pair) or compare_arm_pairs(results, [pair], key)[pair]
         texts.append(describe_difference(name, one, other, difference.interval, difference.p))
     sample = (
         f"Intervals are {describe_sample(results, len(seeds))}{note_missing_seeds(results, len(seeds), one, other)}"
@@ -309,13 +310,13 @@ def _compare_two_arms(results: Results, differences: Differences) -> list[str]:
 
 
 def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
-    """A sentence on the arm with the highest reward of three or more on one scale; none otherwise."""
+    """A list of one sentence on the arm with the highest mean reward; empty without three arms on one reward scale."""
     complete = [
         name
         for name in results.plain
         if results.list_run_seeds(name) == list(results.finished_by_seed(name)) == results.seeds
     ]
-    scales = [measure.names for measure in list_measures(results) if measure.key == "score"]
+    scales = [measure.names for measure in list_measures_by_scale(results) if measure.key == "score"]
     if len(complete) < 3 or not any(set(complete) <= set(names) for names in scales):
         return []
     means = {name: float(results.values(name, "score").mean()) for name in complete}
@@ -327,9 +328,9 @@ def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
         other = pair[1] if pair[0] == best else pair[0]
         if best not in pair or other not in complete:
             continue
-        if difference.sign == (1 if pair[0] == best else -1):
+        if difference.significant_sign == (1 if pair[0] == best else -1):
             above.append(other)
-        elif difference.sign == 0 and not math.isnan(difference.interval.low):
+        elif difference.significant_sign == 0 and not math.isnan(difference.interval.low):
             equal.append(other)
     texts = [f"significantly above {join_names(above)}"] if above else []
     if equal:

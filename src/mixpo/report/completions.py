@@ -12,9 +12,9 @@ SCORES = {"score": "score", "true_reward": "r*", "second_score": "second score"}
 """Columns of an evaluation, and their names beside a completion."""
 
 
-def list_completions(results: Results) -> list[PromptCompletions]:
-    """The first test prompts with the completions of the arms that finished the seed at which most arms did."""
-    seed = _choose_seed(results)
+def collect_prompt_completions(results: Results) -> list[PromptCompletions]:
+    """Up to 256 test prompts, each with the completions of the arms that finished the seed at which most arms did."""
+    seed = _choose_completions_seed(results)
     by_arm = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     prompts = []
     for number, rows in enumerate(list(zip(*by_arm.values(), strict=True))[:MAX_PROMPTS], 1):
@@ -27,16 +27,16 @@ def list_completions(results: Results) -> list[PromptCompletions]:
     return prompts
 
 
-def _choose_seed(results: Results) -> int:
-    """The first seed at which most arms finished."""
+def _choose_completions_seed(results: Results) -> int:
+    """The first of the seeds at which most arms finished."""
     return max(results.seeds, key=lambda seed: sum(seed in results.finished_by_seed(name) for name in results.finished))
 
 
-def write_opening(results: Results, prompts: list[PromptCompletions]) -> str:
-    """The number of prompts and arms, and the number of prompts on which the two compared arms differ."""
+def describe_shown_completions(results: Results, prompts: list[PromptCompletions]) -> str:
+    """The numbers of prompts and arms shown, and on how many prompts one compared arm scores above the other."""
     if not prompts:
         return "No arm finished, so there are no completions."
-    seed = _choose_seed(results)
+    seed = _choose_completions_seed(results)
     arms = format_count(len(prompts[0].completions), "arm")
     text = f"Completions of {arms} for the first {format_count(len(prompts), 'test prompt')}, at seed {seed}"
     scores = [{completion.arm: completion.scores["score"] for completion in prompt.completions} for prompt in prompts]

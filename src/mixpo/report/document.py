@@ -10,21 +10,21 @@ from mixpo.data.rows import Message
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells, with notes below it."""
+    """A table of text: column headings, rows of cells in that order, and notes below."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
     @classmethod
-    def from_dicts(cls, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> "Table":
-        """A table of one row or more, each with its cells by heading, in the order of the first."""
+    def from_row_dicts(cls, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> "Table":
+        """A table from one row or more as dicts of cells by heading; the first row's keys set the columns."""
         return cls(list(rows[0]), [list(row.values()) for row in rows], notes)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG figure and the numbers that it draws."""
+    """An SVG figure, and the numbers it draws as columns and rows."""
 
     name: str
     """File name of its data: lower case, digits and hyphens, unique in the report."""
@@ -35,8 +35,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Group:
-    """A part of a section: figures, a table below them, and notes below the table."""
+class SectionGroup:
+    """A part of a section, in this order: title, figures, table, notes."""
 
     title: str = ""
     figures: Sequence[Figure] = ()
@@ -48,17 +48,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """One question: a sentence with the answer, then figures and tables."""
+    """A section of the report on one question: an opening text with the answer, then figures and tables."""
 
     id: str
     title: str
     opening: str
-    groups: Sequence[Group] = ()
+    groups: Sequence[SectionGroup] = ()
 
 
 @dataclass(frozen=True)
 class ArmCompletion:
-    """An arm's completion of a prompt, with its scores."""
+    """An arm's completion of a test prompt, with its reward scores."""
 
     arm: str
     text: str
@@ -68,7 +68,7 @@ class ArmCompletion:
 
 @dataclass(frozen=True)
 class PromptCompletions:
-    """A test prompt and every arm's completion of it."""
+    """A test prompt, split into earlier turns and the last message, and every arm's completion of it."""
 
     number: int
     earlier_turns: Sequence[Message]
@@ -78,7 +78,7 @@ class PromptCompletions:
 
 @dataclass(frozen=True)
 class Document:
-    """The whole report."""
+    """The whole report as data: title, facts, sections, completions, failures and recipes."""
 
     title: str
     facts: Sequence[tuple[str, str]]

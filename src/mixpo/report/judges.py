@@ -17,14 +17,8 @@ from mixpo.judge.outcomes import (
 )
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import choose_compared_arms
-from mixpo.report.comparison import (
-    describe_difference,
-    format_count,
-    format_estimate,
-    format_interval,
-    format_p_value,
-)
-from mixpo.report.document import Group, Section, Table
+from mixpo.report.comparison import describe_difference, format_count, format_estimate, format_interval, format_p_value
+from mixpo.report.document import Section, SectionGroup, Table
 from mixpo.study.findings import PreferenceShares
 
 SHARE_HEADINGS = ("win", "tie", "lose", "win − lose", "p")
@@ -40,7 +34,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """A row of a judge's table: its verdicts on two arms, on all prompts or on those of one category."""
+    """A judge's shares of verdicts on two arms at a seed, over all prompts or one category, and their corrected p."""
 
     judged: JudgeResult
     category: str | None
@@ -50,18 +44,19 @@ class VerdictRow:
 
 
 def build_judges_section(results: Results) -> Section | None:
-    """The section with a table for every judge, and their agreement; None without judges."""
-    judged = load_judge_results(results)
-    if not judged:
+    """The section with a table for every LLM judge, and their agreement; None without judges."""
+    verdicts = load_judge_results(results)
+    if not verdicts:
         return None
-    rows = collect_rows(judged)
-    return Section("judges", "LLM judges", _write_opening(results, judged, rows), build_groups(judged, rows))
+    rows = compute_verdict_rows(verdicts)
+    opening = _summarize_verdicts(results, verdicts, rows)
+    return Section("judges", "LLM judges", opening, build_judge_groups(verdicts, rows))
 
 
-def collect_rows(judged: Sequence[JudgeResult]) -> list[VerdictRow]:
-    """The rows of all judges that have a verdict."""
+def compute_verdict_rows(verdicts: Sequence[JudgeResult]) -> list[VerdictRow]:
+    """A row for every judge, pair of arms, seed and category with a verdict; p corrected for all rows (Holm)."""
     tallies = []
-    for one in judged:
+    for one in verdicts:
         for category in (None, *list_categories([each.pair for each in one.verdicts])):
             if (counts := compute_verdict_shares(one.filter_by_category(category))) is not None:
                 tallies.append((one, category, counts))
@@ -69,48 +64,49 @@ def collect_rows(judged: Sequence[JudgeResult]) -> list[VerdictRow]:
     return [VerdictRow(*each, p) for each, p in zip(tallies, corrected, strict=True)]
 
 
-def build_groups(judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> list[Group]:
-    """A table for every judge, and the agreement of several."""
-    names = label_judges(judged)
-    seeds = len({one.seed for one in judged}) > 1
-    tables = [_build_judge_group(judge, name, judged, rows, seeds) for judge, name in names.items()]
-    if agreed := _build_agreement_rows(judged, names, seeds):
+def build_judge_groups(verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> list[SectionGroup]:
+    """Parts of the section: a table for every judge, the agreement of several, and notes."""
+    labels = label_judges(verdicts)
+    show_seed = len({one.seed for one in verdicts}) > 1
+    tables = [_build_judge_group(judge, name, verdicts, rows, show_seed) for judge, name in labels.items()]
+    if agreed := _list_agreement_rows(verdicts, labels, show_seed):
         headings = ["judges", "arms", "prompts", "agreement beyond chance"]
         note = "Cohen's kappa of every two judges, and Krippendorff's alpha of all with its 95% interval."
-        tables.append(Group("Agreement of judges", table=Table(headings, agreed, [note])))
+        tables.append(SectionGroup("Agreement of judges", table=Table(headings, agreed, [note])))
     corrected = f", corrected for all {len(rows)} rows (Holm)" if len(rows) > 1 else ""
     p = f"p: of no difference, by the sign test of wins against defeats{corrected}."
     intervals = (
         "Intervals: 95% over prompts at one seed, Wilson's for shares, Agresti and Min's (2005) for win − lose; other "
         "seeds may differ."
     )
-    return [*tables, Group(notes=[*NOTES, p, intervals])]
+    return [*tables, SectionGroup(notes=[*NOTES, p, intervals])]
 
 
-def label_judges(judged: Sequence[JudgeResult]) -> dict[Judge, str]:
-    """A label for every judge: its model, and the settings that differ from other judges of the same model."""
-    judges = list(dict.fromkeys(one.judge for one in judged))
-    names = {}
+def label_judges(verdicts: Sequence[JudgeResult]) -> dict[Judge, str]:
+    """Labels by judge: its model, and the settings that differ from other judges of the same model."""
+    judges = list(dict.fromkeys(one.judge for one in verdicts))
+    labels = {}
     for judge in judges:
         twins = [asdict(one) for one in judges if one.model == judge.model]
         settings = [f"{key} {value}" for key, value in asdict(judge).items() if len({twin[key] for twin in twins}) > 1]
-        names[judge] = ", ".join([judge.model, *(text.replace("_", " ", 1) for text in settings)])
-    return names
+        labels[judge] = ", ".join([judge.model, *(text.replace("_", " ", 1) for text in settings)])
+    return labels
 
 
 def _build_judge_group(
-    judge: Judge, name: str, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow], seeds: bool
-) -> Group:
+    judge: Judge, label: str, verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRow], show_seed: bool
+) -> SectionGroup:
+    """A judge's table of win, tie and lose and of its biases, with notes on its settings and special prompts."""
     headings = ["arms", "prompts", *SHARE_HEADINGS, "flips", "flips to the first", "longer wins", "win at equal length"]
     lines = []
     for row in rows:
         if row.judged.judge == judge:
-            counts, arms = row.tally, _name_compared_arms(row.judged, seeds)
+            counts, arms = row.tally, _name_compared_arms(row.judged, show_seed)
             biases = (counts.flips, counts.first, counts.longer)
             lines.append(
                 [
                     arms if row.category is None else f"{arms}: {row.category}",
-                    *format_shares(counts, row.p),
+                    *format_share_cells(counts, row.p),
                     *("" if bias is None else format_interval(bias) for bias in biases),
                     format_estimate(counts.equal_length),
                 ]
@@ -122,55 +118,57 @@ def _build_judge_group(
         limit = f"at most {judge.reply_tokens} tokens per reply"
     notes = [
         f"Endpoint {judge.endpoint}, {temperature}, {limit}, template {judge.template}.",
-        *(note for one in judged if one.judge == judge and (note := _describe_excluded(one, seeds))),
+        *(note for one in verdicts if one.judge == judge and (note := _note_special_prompts(one, show_seed))),
     ]
-    return Group(name, table=Table(headings, lines) if lines else None, notes=notes)
+    return SectionGroup(label, table=Table(headings, lines) if lines else None, notes=notes)
 
 
-def format_shares(shares: VerdictShares | PreferenceShares, p: float) -> list[str]:
-    """Cells of a number of prompts, of the shares won, tied and lost, of their difference, and of its p."""
+def format_share_cells(shares: VerdictShares | PreferenceShares, corrected_p: float) -> list[str]:
+    """Table cells of the number of prompts, the shares won, tied and lost, win minus lose, and p."""
     intervals = (shares.win, shares.tie, shares.lose, shares.difference)
-    return [str(shares.prompts), *map(format_interval, intervals), format_p_value(p)]
+    return [str(shares.prompts), *map(format_interval, intervals), format_p_value(corrected_p)]
 
 
-def _name_compared_arms(one: JudgeResult, seeds: bool) -> str:
-    return f"{one.arms[0]} vs {one.arms[1]}" + (f", seed {one.seed}" if seeds else "")
+def _name_compared_arms(verdicts: JudgeResult, show_seed: bool) -> str:
+    """`mpo vs ppo`, or `mpo vs ppo, seed 0`."""
+    return f"{verdicts.arms[0]} vs {verdicts.arms[1]}" + (f", seed {verdicts.seed}" if show_seed else "")
 
 
-def _describe_excluded(one: JudgeResult, seeds: bool) -> str:
-    """The prompts without a verdict, counted by reason."""
-    same = sum(each.pair.same for each in one.verdicts)
-    unparsed = sum(each.unparsed for each in one.verdicts)
-    open_ = sum(each.outcome is None for each in one.verdicts) - unparsed
+def _note_special_prompts(verdicts: JudgeResult, show_seed: bool) -> str:
+    """A note that counts prompts with identical texts, without verdict, or changed after judging; empty if none."""
+    same, stale = sum(each.pair.same for each in verdicts.verdicts), verdicts.stale
+    unparsed = sum(each.unparsed for each in verdicts.verdicts)
+    open_ = sum(each.outcome is None for each in verdicts.verdicts) - unparsed
     part = ", counted in proportion to the other prompts with a verdict" if unparsed or open_ else ""
     reasons = {
         f"the same text on {format_count(same, 'prompt')}, counted as a tie without a request{part}": same,
         f"no verdict on {format_count(unparsed, 'prompt')}, because a reply could not be parsed": unparsed,
         f"no reply yet on {format_count(open_, 'prompt')}": open_,
-        f"{format_count(one.stale, 'prompt')} excluded, because the completions changed after judging": one.stale,
+        f"{format_count(stale, 'prompt')} excluded, because the completions changed after judging": stale,
     }
     texts = [text for text, count in reasons.items() if count]
-    return f"{_name_compared_arms(one, seeds)}: {'; '.join(texts)}." if texts else ""
+    return f"{_name_compared_arms(verdicts, show_seed)}: {'; '.join(texts)}." if texts else ""
 
 
-def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
+def _list_agreement_rows(verdicts: Sequence[JudgeResult], labels: dict[Judge, str], show_seed: bool) -> list[list[str]]:
+    """Table rows of Cohen's kappa of two judges and Krippendorff's alpha of all, where several judged the same arms."""
     rows = []
-    for pair in dict.fromkeys((one.arms, one.seed) for one in judged):
-        both = [one for one in judged if (one.arms, one.seed) == pair]
+    for pair in dict.fromkeys((one.arms, one.seed) for one in verdicts):
+        both = [one for one in verdicts if (one.arms, one.seed) == pair]
         if len(both) < 2:
             continue
-        agreed, arms = compute_agreement(both), _name_compared_arms(both[0], seeds)
+        agreed, arms = compute_agreement(both), _name_compared_arms(both[0], show_seed)
         for one, other, count, kappa in agreed.kappas:
             estimate = format_estimate(Interval(kappa, math.nan, math.nan))
-            rows.append([f"{names[one]} and {names[other]}", arms, str(count), estimate])
+            rows.append([f"{labels[one]} and {labels[other]}", arms, str(count), estimate])
         rows.append([f"all {len(both)}", arms, str(agreed.pairs), format_estimate(agreed.alpha)])
     return rows
 
 
-def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> str:
-    """The verdicts of at most three judges on the two compared arms."""
+def _summarize_verdicts(results: Results, verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> str:
+    """Sentences on the verdicts of at most three judges on the two compared arms, or on why there are none."""
     whole = [row for row in rows if row.category is None]
-    stale = sum(one.stale for one in judged)
+    stale = sum(one.stale for one in verdicts)
     if not whole:
         return (
             f"No verdicts on the current completions: those of {format_count(stale, 'prompt')} changed after judging."
@@ -180,19 +178,19 @@ def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequen
     pair = choose_compared_arms(results)
     first = next((row for row in whole if row.judged.arms == pair), whole[0]).judged
     shown = [row for row in whole if (row.judged.arms, row.judged.seed) == (first.arms, first.seed)]
-    names, (one, other) = label_judges(judged), first.arms
+    labels, (one, other) = label_judges(verdicts), first.arms
     sentences = []
     for row in shown[:3]:
         counts = row.tally
         flips = "" if counts.flips is None else f"; {counts.flips.mean:.0%} of the verdicts flip with the order"
         flips += "" if counts.first is None else f", {counts.first.mean:.0%} of these to the completion shown first"
         sentences.append(
-            f"{names[row.judged.judge]} prefers {one} on {counts.win.mean:.0%} of "
+            f"{labels[row.judged.judge]} prefers {one} on {counts.win.mean:.0%} of "
             f"{format_count(counts.prompts, 'prompt')} and {other} on {counts.lose.mean:.0%}: "
             f"{describe_difference('win rate', one, other, counts.difference, row.p)}{flips}."
         )
     if len(shown) > 3:
-        sentences.append(f"The other judges are {list_first([names[row.judged.judge] for row in shown[3:]])}.")
+        sentences.append(f"The other judges are {list_first([labels[row.judged.judge] for row in shown[3:]])}.")
     if stale:
         sentences.append(
             f"{format_count(stale, 'prompt')} are excluded, because the completions changed after judging."

@@ -24,19 +24,19 @@ class Box(NamedTuple):
     right: float
     top: float
 
-    def overlaps(self, other: "Box") -> bool:
-        """True if the two share more than an edge."""
+    def overlaps_box(self, other: "Box") -> bool:
+        """True if the two rectangles share more than an edge."""
         across = self.left < other.right and other.left < self.right
         return across and self.bottom < other.top and other.bottom < self.top
 
-    def contains(self, other: "Box") -> bool:
-        """True if the other lies inside."""
+    def contains_box(self, other: "Box") -> bool:
+        """True if the other rectangle lies inside this one."""
         across = self.left <= other.left and other.right <= self.right
         return across and self.bottom <= other.bottom and other.top <= self.top
 
 
-class Label(NamedTuple):
-    """The position of a label."""
+class PlacedLabel(NamedTuple):
+    """The position of a label: its box, its side of the point, and the ends of a line from the point if it is far."""
 
     box: Box
     side: int
@@ -47,39 +47,38 @@ class Label(NamedTuple):
 
 def place_labels(
     points: Sequence[tuple[float, float]],
-    sizes: Sequence[tuple[float, float]],
+    label_sizes: Sequence[tuple[float, float]],
     *,
     frame: Box,
-    lines: Sequence[Box] = (),
-) -> list[Label | None]:
-    """Choose a position for every label: near its point, inside the frame, on no point and on no other label.
+    error_bars: Sequence[Box] = (),
+) -> list[PlacedLabel | None]:
+    """A position for every label: near its point, in the frame, on no point or other label; None where none is free.
 
-    The most crowded point chooses first, and each takes the cheapest position: near, and on few of `lines`. None where
-    no position is free.
+    The most crowded point chooses first, and each takes the cheapest position: near, and on few of `error_bars`.
     """
     marks = [Box(x - HALF_MARK, y - HALF_MARK, x + HALF_MARK, y + HALF_MARK) for x, y in points]
-    crossed = list(lines)
-    labels: list[Label | None] = [None] * len(points)
+    crossed = list(error_bars)
+    labels: list[PlacedLabel | None] = [None] * len(points)
     crowding = [sum(math.exp(-math.dist(point, other) / 20) for other in points) for point in points]
     for i in sorted(range(len(points)), key=crowding.__getitem__, reverse=True):
         taken = [*marks, *(label.box for label in labels if label is not None)]
         others = [box for box in taken if box is not marks[i]]
         best = math.inf
-        for distance, label in _list_candidates(points[i], sizes[i]):
-            if not frame.contains(label.box) or any(label.box.overlaps(box) for box in taken):
+        for distance, label in _list_positions(points[i], label_sizes[i]):
+            if not frame.contains_box(label.box) or any(label.box.overlaps_box(box) for box in taken):
                 continue
-            cost = distance + CROSSED * sum(label.box.overlaps(line) for line in crossed)
-            cost += BLOCKED * sum(part.overlaps(box) for part in _cover_leader(label) for box in others)
+            cost = distance + CROSSED * sum(label.box.overlaps_box(line) for line in crossed)
+            cost += BLOCKED * sum(part.overlaps_box(box) for part in _split_leader_into_boxes(label) for box in others)
             if cost < best:
                 best, labels[i] = cost, label
         if (chosen := labels[i]) is not None:
-            crossed += _cover_leader(chosen)
+            crossed += _split_leader_into_boxes(chosen)
     return labels
 
 
-def _list_candidates(point: tuple[float, float], size: tuple[float, float]) -> Iterator[tuple[float, Label]]:
-    """All positions of a label around its point, with their distances."""
-    (x, y), (width, height) = point, size
+def _list_positions(point: tuple[float, float], label_size: tuple[float, float]) -> Iterator[tuple[float, PlacedLabel]]:
+    """Yield the distance and position of every candidate around the point, the nearest first."""
+    (x, y), (width, height) = point, label_size
     for distance in DISTANCES:
         for turn in range(DIRECTIONS):
             angle = 2 * math.pi * turn / DIRECTIONS
@@ -88,11 +87,11 @@ def _list_candidates(point: tuple[float, float], size: tuple[float, float]) -> I
             box = Box(left, bottom, left + width, bottom + height)
             end = (min(max(x, box.left), box.right), min(max(y, box.bottom), box.top))
             side = round(math.cos(angle) * 1.2)
-            yield distance, Label(box, side, (point, end) if distance >= LEADER else None)
+            yield distance, PlacedLabel(box, side, (point, end) if distance >= LEADER else None)
 
 
-def _cover_leader(label: Label) -> list[Box]:
-    """The line to a label as a row of small boxes."""
+def _split_leader_into_boxes(label: PlacedLabel) -> list[Box]:
+    """Small boxes along the line from the point to its label; empty without a line."""
     if label.leader is None:
         return []
     middles = np.linspace(*label.leader, math.ceil(math.dist(*label.leader) / 2) + 2)[1:-1].tolist()

@@ -10,15 +10,15 @@ from mixpo.report.comparison import (
     describe_sample,
     estimate_differences,
     estimate_mean,
+    format_arm_mean,
     format_count,
     format_interval,
-    format_mean,
     list_sweep_points,
     list_swept_arms,
     note_missing_seeds,
-    subtract_values,
+    subtract_arm_values,
 )
-from mixpo.report.document import Group, Section, Table
+from mixpo.report.document import Section, SectionGroup, Table
 
 KEY = "label_noise.share"
 RIVALS = ("dpo-base", "dpo", "ppo")
@@ -28,8 +28,8 @@ Levels = dict[str, dict[float, str]]
 """The name of the point, by arm and share of flipped labels."""
 
 
-def build_noise_section(results: Results) -> Section | None:
-    """The section with means by share of flipped labels, and their changes."""
+def build_label_noise_section(results: Results) -> Section | None:
+    """The section with mean rewards by share of flipped labels, and their changes; None without a finished sweep."""
     levels: Levels = {arm: dict(list_sweep_points(results, arm, KEY)) for arm in list_swept_arms(results, KEY)}
     finished = [name for points in levels.values() for name in points.values() if results.finished_by_seed(name)]
     if not finished:
@@ -47,31 +47,32 @@ def build_noise_section(results: Results) -> Section | None:
                 for share, name in points.items()
                 if results.finished_by_seed(name)
             ]
-            means = [format_mean(results, points[share], key) if share in points else "" for share in shares]
+            means = [format_arm_mean(results, points[share], key) if share in points else "" for share in shares]
             rows.append([arm, *means, _format_change(results, points, shares, key)])
         name = f"noise-{key.replace('_', '-')}"
-        plots.append(figures.plot_paths(paths, name=name, x="share of labels flipped", y=title))
-        tables.append(Group(title, table=Table(headings, rows)))
+        plots.append(figures.plot_paths(paths, name=name, xlabel="share of labels flipped", ylabel=title))
+        tables.append(SectionGroup(title, table=Table(headings, rows)))
     notes = [
         "Flipped are the labels of the human train pairs, which train the reward model and DPO-base. SFT and the test "
         "pairs are unchanged, and the reward model of the unflipped labels scores every arm."
     ]
-    opening = _write_opening(results, levels, shares, measures)
-    return Section("noise", "Label noise", opening, [Group(figures=plots, notes=notes), *tables])
+    opening = _summarize_noise_changes(results, levels, shares, measures)
+    return Section("noise", "Label noise", opening, [SectionGroup(figures=plots, notes=notes), *tables])
 
 
-def _format_change(results: Results, points: dict[float, str], shares: list[float], key: str) -> str:
-    """The change of an arm's column from the first share to the last, paired by prompt and seed; empty without both."""
-    if not {shares[0], shares[-1]} <= points.keys():
+def _format_change(results: Results, names_by_share: dict[float, str], shares: list[float], column: str) -> str:
+    """`−0.30 [−0.50, −0.10]`: an arm's change from the first share of flipped labels to the last, or empty."""
+    if not {shares[0], shares[-1]} <= names_by_share.keys():
         return ""
-    first, last = points[shares[0]], points[shares[-1]]
-    if not (seeds := results.list_comparable_seeds(key, first, last)):
+    first, last = names_by_share[shares[0]], names_by_share[shares[-1]]
+    if not (seeds := results.list_comparable_seeds(column, first, last)):
         return ""
-    interval = crossed_interval(subtract_values(results, last, first, key, seeds))
+    interval = crossed_interval(subtract_arm_values(results, last, first, column, seeds))
     return format_interval(interval) + note_missing_seeds(results, len(seeds), first, last)
 
 
-def _write_opening(results: Results, levels: Levels, shares: list[float], measures: dict[str, str]) -> str:
+def _summarize_noise_changes(results: Results, levels: Levels, shares: list[float], measures: dict[str, str]) -> str:
+    """A sentence on each arm's change in reward with label noise, and on mpo's change against its rivals'."""
     key = "true_reward" if "true_reward" in measures else "score"
     changes = {arm: text for arm, points in levels.items() if (text := _format_change(results, points, shares, key))}
     if not changes:
@@ -86,7 +87,7 @@ def _write_opening(results: Results, levels: Levels, shares: list[float], measur
         if {mpo, rival} <= changes.keys():
             ends = [(levels[one][shares[-1]], levels[one][shares[0]]) for one in (mpo, rival)]
             if seeds := results.list_comparable_seeds(key, *ends[0], *ends[1]):
-                change, other = (subtract_values(results, *names, key, seeds) for names in ends)
+                change, other = (subtract_arm_values(results, *names, key, seeds) for names in ends)
                 paired.append((mpo, rival, change - other))
     for found in estimate_differences(paired):
         text = describe_difference(f"change in {measures[key]}", found.one, found.other, found.interval, found.p)

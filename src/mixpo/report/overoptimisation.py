@@ -6,48 +6,49 @@ from mixpo.report import figures
 from mixpo.report.comparison import (
     describe_sample,
     estimate_differences,
-    find_sibling,
+    format_difference_cells,
     format_interval,
-    format_with_p,
+    name_arm_of_same_run,
     note_missing_seeds,
-    subtract_values,
+    subtract_arm_values,
 )
-from mixpo.report.document import Group, Section, Table
-from mixpo.report.traces import Trace, load_traces
+from mixpo.report.document import Section, SectionGroup, Table
+from mixpo.report.traces import PPOTrace, load_ppo_traces
 
 
 def build_overoptimisation_section(results: Results) -> Section | None:
-    """The section with gains over SFT in both rewards, of every arm and along training."""
+    """The section with gains over SFT in the optimised and in an unoptimised reward; None without the latter."""
     yardsticks = [key for key in ("true_reward", "second_score") if results.have_column(results.finished, key)]
     if not yardsticks:
         return None
     yardstick, label = yardsticks[0], MEASURES[yardsticks[0]]
-    bases = {name: find_sibling(results, name, "sft") for name in results.plain}
+    bases = {name: name_arm_of_same_run(results, name, "sft") for name in results.plain}
     points, missing = [], []
     for name, base in bases.items():
         if seeds := results.list_comparable_seeds("score", name, base):
-            gains = (subtract_values(results, name, base, key, seeds) for key in ("score", yardstick))
+            gains = (subtract_arm_values(results, name, base, key, seeds) for key in ("score", yardstick))
             points.append(figures.Point(name, *map(crossed_interval, gains)))
         if name != base and (note := note_missing_seeds(results, len(seeds), name, base)):
             missing.append(f"{name}: {note[2:-1]}.")
-    traces = load_traces(results)
+    traces = load_ppo_traces(results)
     groups = []
     if len(points) > len(set(bases.values())):
-        plane = figures.plot_plane(points, name="gains", x="gain in reward over SFT", y=f"gain in {label} over SFT")
-        groups.append(Group("Both rewards of every arm", [plane], notes=missing))
+        xlabel, ylabel = "gain in reward over SFT", f"gain in {label} over SFT"
+        plane = figures.plot_points(points, name="gains", xlabel=xlabel, ylabel=ylabel)
+        groups.append(SectionGroup("Both rewards of every arm", [plane], notes=missing))
     if traces:
         paths = {
-            f"{trace.arm}, {MEASURES[key]}": trace.list_points(key) for trace in traces for key in ("score", yardstick)
+            f"{one.arm}, {MEASURES[key]}": one.list_kl_points(key) for one in traces for key in ("score", yardstick)
         }
         figure = figures.plot_paths(
             paths,
             name="over-optimisation",
-            x="KL from SFT (nats per completion)",
-            y="reward",
+            xlabel="KL from SFT (nats per completion)",
+            ylabel="reward",
             dashed=[path for path in paths if path.endswith(label)],
         )
-        groups.append(Group("Along training", [figure], _build_trace_table(results, traces, yardstick)))
-    risen, significant, diverging = _list_divergences(results, yardstick)
+        groups.append(SectionGroup("Along training", [figure], _build_trace_table(results, traces, yardstick)))
+    risen, significant, diverging = _list_reward_divergences(results, yardstick)
     if diverging:
         headings = ["arm", "seed", "gain in reward over SFT", "p", f"gain in {label} over SFT", "p"]
         headings += ["KL from SFT", "end rate"]
@@ -55,67 +56,66 @@ def build_overoptimisation_section(results: Results) -> Section | None:
             "By means at one seed each, points of sweeps included; intervals over test prompts. p corrected for all "
             "arms and seeds (Holm)."
         )
-        groups.append(Group(f"More reward, less {label}", table=Table(headings, diverging, [note])))
+        groups.append(SectionGroup(f"More reward, less {label}", table=Table(headings, diverging, [note])))
     if not groups:
         return None
-    opening = _write_opening(results, traces, yardstick, (risen, significant, len(diverging)))
+    opening = _summarize_gains(results, traces, yardstick, (risen, significant, len(diverging)))
     return Section("over-optimisation", "Over-optimisation", opening, groups)
 
 
-def _list_divergences(results: Results, yardstick: str) -> tuple[int, int, list[list[str]]]:
-    """The arms and seeds whose mean reward is above SFT's: their number, and a row where the yardstick is below SFT's.
-
-    Between the two stands the number of rows in which both differences are significant.
-    """
+def _list_reward_divergences(results: Results, unoptimised: str) -> tuple[int, int, list[list[str]]]:
+    """Counts of arms and seeds above SFT in reward, and of significant rows; rows of those below in the other."""
     cases = [
         (name, base, seed)
         for name in results.finished
-        if name != (base := find_sibling(results, name, "sft"))
+        if name != (base := name_arm_of_same_run(results, name, "sft"))
         for seed in results.list_comparable_seeds("score", name, base)
     ]
     gains = [
         estimate_differences(
-            [(name, base, subtract_values(results, name, base, key, [seed])) for name, base, seed in cases]
+            [(name, base, subtract_arm_values(results, name, base, key, [seed])) for name, base, seed in cases]
         )
-        for key in ("score", yardstick)
+        for key in ("score", unoptimised)
     ]
     risen, significant, rows = 0, 0, []
     for (name, _, seed), reward, real in zip(cases, *gains, strict=True):
         risen += reward.interval.mean > 0
         if reward.interval.mean > 0 > real.interval.mean:
-            significant += reward.sign > 0 > real.sign
+            significant += reward.significant_sign > 0 > real.significant_sign
             kl, ended = (float(results.values(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended"))
-            cells = [*format_with_p(reward), *format_with_p(real), f"{kl:.2f}", f"{ended:.0%}"]
+            cells = [*format_difference_cells(reward), *format_difference_cells(real), f"{kl:.2f}", f"{ended:.0%}"]
             rows.append([name, str(seed), *cells])
     return risen, significant, rows
 
 
-def _build_trace_table(results: Results, traces: list[Trace], yardstick: str) -> Table:
+def _build_trace_table(results: Results, traces: list[PPOTrace], unoptimised: str) -> Table:
+    """A row for every evaluation along PPO: completions sampled, KL, and both rewards."""
     rows = []
     for trace in traces:
-        for point in range(trace.num_points):
-            label = "start" if point == 0 else "end" if point == trace.num_points - 1 else f"snapshot {point}"
-            cells = [format_interval(trace.estimate_mean(key, point)) for key in ("kl_from_sft", "score", yardstick)]
+        for n in range(trace.num_evaluations):
+            label = "start" if n == 0 else "end" if n == trace.num_evaluations - 1 else f"snapshot {n}"
+            cells = [format_interval(trace.estimate_mean_at(key, n)) for key in ("kl_from_sft", "score", unoptimised)]
             name = trace.arm + note_missing_seeds(results, len(trace.seeds), trace.arm)
-            rows.append([name, label, f"{trace.completions_sampled[point]:,.0f}", *cells])
-    return Table(["arm", "point", "completions sampled", "KL from SFT", "reward", MEASURES[yardstick]], rows)
+            rows.append([name, label, f"{trace.completions_sampled[n]:,.0f}", *cells])
+    return Table(["arm", "point", "completions sampled", "KL from SFT", "reward", MEASURES[unoptimised]], rows)
 
 
-def _write_opening(results: Results, traces: list[Trace], yardstick: str, counts: tuple[int, int, int]) -> str:
-    label, (risen, significant, diverging) = MEASURES[yardstick], counts
+def _summarize_gains(results: Results, traces: list[PPOTrace], unoptimised: str, counts: tuple[int, int, int]) -> str:
+    """Sentences on how many arms gain reward but lose unoptimised reward, and on the changes of both during PPO."""
+    label, (risen, significant, diverging) = MEASURES[unoptimised], counts
     text = f"{diverging} of the {risen} arms and seeds with a higher mean reward than SFT have a lower {label} than SFT"
     text += f", {significant} of them significantly in both" if diverging else ""
     if not traces:
         return f"{text}."
     changes = [
-        estimate_differences([(one.arm, one.arm, one.values(key, -1) - one.values(key, start)) for one in traces])
+        estimate_differences([(t.arm, t.arm, t.read_values(key, -1) - t.read_values(key, start)) for t in traces])
         for start in (0, -2)
-        for key in ("score", yardstick)
+        for key in ("score", unoptimised)
     ]
     for trace, reward, real, late_reward, late in zip(traces, *changes, strict=True):
         values = [format_interval(each.interval) for each in (reward, real, late_reward, late)]
-        trend = ": both still rise significantly" if late_reward.sign == late.sign == 1 else ""
-        if late_reward.sign > 0 > late.sign:
+        trend = ": both still rise significantly" if late_reward.significant_sign == late.significant_sign == 1 else ""
+        if late_reward.significant_sign > 0 > late.significant_sign:
             trend = f": the reward rises significantly while {label} falls"
         missing = note_missing_seeds(results, len(trace.seeds), trace.arm)
         text += (

@@ -6,44 +6,41 @@ from collections.abc import Mapping
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import Results
 from mixpo.report.comparison import NOT_ESTIMABLE, describe_difference, format_count, format_estimate, format_interval
-from mixpo.report.document import Group, Section, Table
-from mixpo.report.judges import SHARE_HEADINGS, format_shares
+from mixpo.report.document import Section, SectionGroup, Table
+from mixpo.report.judges import SHARE_HEADINGS, format_share_cells
 from mixpo.study.findings import Findings, load_findings
 from mixpo.study.plan import are_completions_unchanged
 
 ALL = "all prompts"
 
 
-def build_people_section(results: Results) -> Section | None:
-    """The section with the closed studies of the runs; None where no run has one.
-
-    A study whose completions have changed since is excluded.
-    """
-    sentences, groups = list[str](), list[Group]()
+def build_human_study_section(results: Results) -> Section | None:
+    """The section with the runs' closed studies, without those of changed completions; None where no run has one."""
+    sentences, groups = list[str](), list[SectionGroup]()
     for run in results.runs:
-        if (found := load_findings(run.folder)) is None:
+        if (findings := load_findings(run.folder)) is None:
             continue
         name = f"{run.name}: " if len(results.runs) > 1 else ""
-        arms = results.qualify_name(run, found.arms[0]), results.qualify_name(run, found.arms[1])
-        drawn = {"seed": found.seed, "prompts": found.prompts, "draw": found.draw}
-        if are_completions_unchanged(results, arms, **drawn, content=found.content):
-            sentences.append(name + describe_study(found))
-            groups += [Group(name + title, table=table) for title, table in build_tables(found).items()]
+        arms = results.qualify_name(run, findings.arms[0]), results.qualify_name(run, findings.arms[1])
+        drawn = {"seed": findings.seed, "prompts": findings.prompts, "draw": findings.draw}
+        if are_completions_unchanged(results, arms, **drawn, content=findings.content):
+            sentences.append(name + describe_study(findings))
+            groups += [SectionGroup(name + title, table=table) for title, table in build_study_tables(findings).items()]
         else:
             sentences.append(
-                f"{name}The study closed at {found.closed} is excluded: the completions have changed since."
+                f"{name}The study closed at {findings.closed} is excluded: the completions have changed since."
             )
     return Section("people", "People", " ".join(sentences), groups) if sentences else None
 
 
-def describe_study(found: Findings) -> str:
-    """A study's result in one or two sentences."""
-    one, other = found.arms
-    if not found.active_annotators:
+def describe_study(findings: Findings) -> str:
+    """A study's preferences, their significance and Fleiss' kappa in one or two sentences."""
+    one, other = findings.arms
+    if not findings.active_annotators:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
-    shares, agreement = found.shares[None], found.agreement[None]
-    people = "One person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
-    p = _correct_p_values(found)[None]
+    shares, agreement = findings.shares[None], findings.agreement[None]
+    people = "One person" if len(findings.active_annotators) == 1 else f"{len(findings.active_annotators)} people"
+    p = _correct_p_by_category(findings)[None]
     difference = describe_difference("win rate", one, other, shares.difference, p)
     kappa = f"Fleiss' κ {format_estimate(agreement.kappa)}"
     if not math.isnan(agreement.kappa.mean):
@@ -55,38 +52,40 @@ def describe_study(found: Findings) -> str:
     )
 
 
-def build_tables(found: Findings) -> Mapping[str, Table]:
-    """The tables of a study by title."""
+def build_study_tables(findings: Findings) -> Mapping[str, Table]:
+    """A study's tables of preferences, agreement and annotators, by title."""
     return {
-        "Preferences": _build_shares_table(found),
-        "Agreement": _build_agreement_table(found),
-        "Annotators": _build_annotators_table(found),
+        "Preferences": _build_preferences_table(findings),
+        "Agreement": _build_agreement_table(findings),
+        "Annotators": _build_annotators_table(findings),
     }
 
 
-def _correct_p_values(found: Findings) -> dict[str | None, float]:
-    """The p of every category, corrected for their number."""
-    return dict(zip(found.shares, correct_by_holm([each.p for each in found.shares.values()]), strict=True))
+def _correct_p_by_category(findings: Findings) -> dict[str | None, float]:
+    """The p of every category, and of all prompts (None), corrected for their number."""
+    return dict(zip(findings.shares, correct_by_holm([each.p for each in findings.shares.values()]), strict=True))
 
 
-def _build_shares_table(found: Findings) -> Table:
-    corrected = _correct_p_values(found)
-    rows = [[name or ALL, *format_shares(each, corrected[name])] for name, each in found.shares.items()]
+def _build_preferences_table(findings: Findings) -> Table:
+    """A row for all prompts and for every category: shares won, tied and lost, and p."""
+    corrected = _correct_p_by_category(findings)
+    rows = [[name or ALL, *format_share_cells(each, corrected[name])] for name, each in findings.shares.items()]
     notes = [
-        f"Win: {found.arms[0]} was preferred to {found.arms[1]}, at seed {found.seed}; a prompt counts as the mean "
-        "over its annotators. Intervals: 95% over prompts, Wilson's for shares, Agresti and Min's (2005) for win − "
-        "lose; other annotators or seeds may differ.",
+        f"Win: {findings.arms[0]} was preferred to {findings.arms[1]}, at seed {findings.seed}; a prompt counts as the "
+        "mean over its annotators. Intervals: 95% over prompts, Wilson's for shares, Agresti and Min's (2005) for win "
+        "− lose; other annotators or seeds may differ.",
         "p: of no difference, by the sign test of prompts won against prompts lost"
         + (", corrected for all rows (Holm)." if len(rows) > 1 else "."),
     ]
-    if found.same:
+    if findings.same:
         notes.append(
-            f"{format_count(found.same, 'prompt')} with the same completion of both arms, a tie without judgements."
+            f"{format_count(findings.same, 'prompt')} with the same completion of both arms, a tie without judgements."
         )
     return Table(["prompts", "number", *SHARE_HEADINGS], rows, notes)
 
 
-def _build_agreement_table(found: Findings) -> Table:
+def _build_agreement_table(findings: Findings) -> Table:
+    """A row for all prompts and for every category: Fleiss' kappa, Krippendorff's alpha, pairs that agree."""
     rows = [
         [
             name or ALL,
@@ -96,18 +95,19 @@ def _build_agreement_table(found: Findings) -> Table:
             format_estimate(each.pairs),
             str(each.several),
         ]
-        for name, each in found.agreement.items()
+        for name, each in findings.agreement.items()
     ]
     notes = [
         "κ: over prompts that every annotator judged; α and pairs: over prompts that two or more judged. "
         f"{NOT_ESTIMABLE.capitalize()}: too few judgements, or all the same."
     ]
-    if found.inactive_annotators:
-        notes.append(f"Excluded, without judgements: {', '.join(found.inactive_annotators)}.")
+    if findings.inactive_annotators:
+        notes.append(f"Excluded, without judgements: {', '.join(findings.inactive_annotators)}.")
     return Table(["prompts", "Fleiss' κ", "of", "Krippendorff's α", "pairs agree", "of"], rows, notes)
 
 
-def _build_annotators_table(found: Findings) -> Table:
+def _build_annotators_table(findings: Findings) -> Table:
+    """A row for every annotator: prompts judged and skipped, median time, share of the left side."""
     rows = [
         [
             one.name,
@@ -117,7 +117,7 @@ def _build_annotators_table(found: Findings) -> Table:
             str(one.idle),
             "" if one.left is None else format_interval(one.left),
         ]
-        for one in found.annotators
+        for one in findings.annotators
     ]
     note = (
         "Idle: judgements of more than ten minutes, counted as ten. Left side: share of preferences for the left "

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from mixpo.report.comparison import format_number
-from mixpo.report.document import Document, Group, PromptCompletions, Table
+from mixpo.report.document import Document, PromptCompletions, SectionGroup, Table
 
 VISIBLE_ARMS = 6
 """Arms whose completions are visible at first."""
@@ -28,8 +28,8 @@ INTERVAL = re.compile(r"([+\-−]?[\d.,]+%?) \[(\S+), (\S+)\](?: (.+))?", re.DOT
 Cell = str | float | int | None
 
 
-def render_html(document: Document, *, mixpo: str, date: str) -> str:
-    """The report as one HTML page that needs no network."""
+def render_html(document: Document, *, mixpo_version: str, date: str) -> str:
+    """The report as the text of one HTML page that needs no network."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mixpo.report", "."),
         autoescape=True,
@@ -37,15 +37,15 @@ def render_html(document: Document, *, mixpo: str, date: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"slug": _make_slug, "text_columns": _find_text_columns}
+    environment.filters |= {"slug": _make_slug, "text_columns": _flag_text_columns}
     environment.filters |= {"split": split_interval_columns, "number": format_number}
-    environment.filters |= {"whole": _keep_intervals_together, "foldable": _allow_breaks}
-    arms = _list_arms(document.prompts)
-    one, other = _choose_pair(document)
+    environment.filters |= {"whole": _keep_intervals_together, "foldable": _allow_breaks_in_arm_name}
+    arms = _list_arms_with_completions(document.prompts)
+    one, other = _choose_shown_arms(document)
     completions = [completion for prompt in document.prompts for completion in prompt.completions]
     return environment.get_template("page.html.j2").render(
         document=document,
-        facts=[*document.facts, ("mixpo", mixpo), ("date", date)],
+        facts=[*document.facts, ("mixpo", mixpo_version), ("date", date)],
         arms=arms,
         measures=list(dict.fromkeys(name for completion in completions for name in completion.scores)),
         one=one,
@@ -57,7 +57,7 @@ def render_html(document: Document, *, mixpo: str, date: str) -> str:
 
 
 def render_markdown(document: Document) -> str:
-    """The report as Markdown, without larger figures and most completions."""
+    """The report as Markdown text, with small figures as tables of their numbers and few completions."""
     facts = [f"- {_escape_markdown(name)}: {_escape_markdown(value)}" for name, value in document.facts]
     parts = [f"# {_escape_markdown(document.title)}", "\n".join(facts)]
     for section in document.sections:
@@ -65,7 +65,7 @@ def render_markdown(document: Document) -> str:
         for group in section.groups:
             parts += _render_markdown_group(group)
     parts += ["## Completions", _escape_markdown(document.completions_opening)]
-    pair = [arm for arm in _choose_pair(document) if arm is not None]
+    pair = [arm for arm in _choose_shown_arms(document) if arm is not None]
     for prompt in document.prompts[:MARKDOWN_PROMPTS]:
         parts += _render_markdown_completions(prompt, pair)
     for title, blocks, language in (("Failed", document.failures, "text"), ("Reproduce", document.recipes, "yaml")):
@@ -75,27 +75,27 @@ def render_markdown(document: Document) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def format_csv(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table as comma-separated values, with an empty cell for None."""
+def format_csv(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A table as text of comma-separated values, with an empty cell for None."""
     file = io.StringIO()
-    csv.writer(file).writerows([columns, *rows])
+    csv.writer(file).writerows([headings, *rows])
     return file.getvalue()
 
 
-def make_csv_url(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A data URL from which a table is downloaded as CSV."""
-    return "data:text/csv;charset=utf-8," + quote(format_csv(columns, rows), safe=",;:()")
+def make_csv_url(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A `data:` URL from which a table is downloaded as CSV."""
+    return "data:text/csv;charset=utf-8," + quote(format_csv(headings, rows), safe=",;:()")
 
 
 def split_interval_columns(table: Table) -> tuple[list[str], list[list[str]]]:
-    """A table with one number per cell: `0.10 [−0.12, 0.29] (p 0.03)` becomes four columns, with ASCII minus signs."""
+    """Headings and rows with one number a cell: `0.10 [−0.12, 0.29] (p 0.03)` becomes four, with ASCII minus signs."""
     columns = list(zip(table.headings, *table.rows, strict=True))
-    parts = [column for heading, *cells in columns for column in _split_column(heading, cells)]
+    parts = [column for heading, *cells in columns for column in _split_interval_column(heading, cells)]
     return [heading for heading, *_ in parts], [list(row) for row in zip(*(cells for _, *cells in parts), strict=True)]
 
 
-def _split_column(heading: str, cells: list[str]) -> list[list[str]]:
-    """The columns of estimates, lower and upper bounds, and notes; the column itself where no cell has bounds."""
+def _split_interval_column(heading: str, cells: list[str]) -> list[list[str]]:
+    """Columns of estimates, lower bounds, upper bounds and notes, each after its heading; one column without bounds."""
     cells = [re.sub(r"−(?=\d)", "-", cell) for cell in cells]
     matches = [INTERVAL.fullmatch(cell) for cell in cells]
     if not any(matches):
@@ -107,23 +107,23 @@ def _split_column(heading: str, cells: list[str]) -> list[list[str]]:
 
 
 def _keep_intervals_together(text: str) -> Markup:
-    """Text as HTML in which no line breaks within an interval and the p-value after it."""
+    """A text as escaped HTML in which no line breaks within an interval and the p-value after it."""
     bounds = r"\[[^][,]{1,16}, [^][,]{1,16}\](?: \([^()]{1,16}\))?"
     return Markup(re.sub(bounds, r'<span class="whole">\g<0></span>', str(escape(text))))
 
 
-def _allow_breaks(text: str) -> Markup:
-    """An arm's name as HTML in which lines may break between the words of a setting and before its value."""
+def _allow_breaks_in_arm_name(text: str) -> Markup:
+    """An arm's name as escaped HTML in which lines may break between the words of a setting and before its value."""
     return Markup(re.sub(r"(?<=\w)(?:[._](?=[a-z])|=)", r"\g<0><wbr>", str(escape(text))))
 
 
-def _list_arms(prompts: Sequence[PromptCompletions]) -> list[str]:
+def _list_arms_with_completions(prompts: Sequence[PromptCompletions]) -> list[str]:
     return list(dict.fromkeys(completion.arm for prompt in prompts for completion in prompt.completions))
 
 
-def _choose_pair(document: Document) -> tuple[str | None, str | None]:
-    """The two arms whose completions are compared first; None where there are fewer."""
-    arms = _list_arms(document.prompts)
+def _choose_shown_arms(document: Document) -> tuple[str | None, str | None]:
+    """The two arms whose completions are compared first; None in place of a missing one."""
+    arms = _list_arms_with_completions(document.prompts)
     if document.pair is not None and set(document.pair) <= set(arms):
         return document.pair
     one, other = [*arms, None, None][:2]
@@ -131,12 +131,12 @@ def _choose_pair(document: Document) -> tuple[str | None, str | None]:
 
 
 def _make_slug(text: str) -> str:
-    """A text as a file name."""
+    """A text as a file name of lower case letters, digits and hyphens; `table` if nothing is left."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "table"
 
 
-def _find_text_columns(table: Table) -> list[bool]:
-    """Flags of the columns that hold text: the first, and those without a cell that begins like a number."""
+def _flag_text_columns(table: Table) -> list[bool]:
+    """For every column, True if it holds text: the first, and those without a cell that begins like a number."""
     number = re.compile(r"[+\-−~<>≤≥]?\s*[\d.]|[+\-−]?(nan|inf)$")
     return [
         i == 0 or not any(number.match(row[i]) for row in table.rows if i < len(row))
@@ -144,14 +144,15 @@ def _find_text_columns(table: Table) -> list[bool]:
     ]
 
 
-def _render_markdown_group(group: Group) -> list[str]:
+def _render_markdown_group(group: SectionGroup) -> list[str]:
+    """Markdown blocks of a part of a section: title, figures as tables of their numbers if small, table, notes."""
     parts = [f"### {_escape_markdown(group.title)}"] if group.title else []
     for figure in group.figures:
         name = _escape_markdown(figure.name)
         if len(figure.rows) > MARKDOWN_ROWS:
             parts.append(f"(figure {name}, {len(figure.rows)} points: in the HTML report)")
         else:
-            rows = [[_format_cell(cell) for cell in row] for row in figure.rows]
+            rows = [[_format_figure_value(cell) for cell in row] for row in figure.rows]
             parts += [f"Figure {name}:", _render_markdown_table(Table(figure.columns, rows))]
     notes = list(group.notes)
     if group.table is not None:
@@ -161,12 +162,13 @@ def _render_markdown_group(group: Group) -> list[str]:
 
 
 def _render_markdown_table(table: Table) -> str:
-    rule = ["---" if is_text else "---:" for is_text in _find_text_columns(table)]
+    rule = ["---" if is_text else "---:" for is_text in _flag_text_columns(table)]
     rows = [[_escape_markdown(cell) for cell in row] for row in (table.headings, *table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
 def _render_markdown_completions(prompt: PromptCompletions, arms: Sequence[str]) -> list[str]:
+    """Markdown blocks of a prompt and of these arms' completions with their scores."""
     parts = [f"### Prompt {prompt.number}"]
     for turn in prompt.earlier_turns:
         parts += [f"{_escape_markdown(turn['role'])}:", _make_code_block(turn["content"])]
@@ -179,20 +181,21 @@ def _render_markdown_completions(prompt: PromptCompletions, arms: Sequence[str])
     return parts
 
 
-def _format_cell(cell: Cell) -> str:
-    if cell is None:
+def _format_figure_value(value: Cell) -> str:
+    """A cell of a figure's data as text: a float with four digits, None as empty."""
+    if value is None:
         return ""
-    return format_number(cell, ".4g") if isinstance(cell, float) else str(cell)
+    return format_number(value, ".4g") if isinstance(value, float) else str(value)
 
 
 def _escape_markdown(text: str) -> str:
-    """A text as a line of Markdown without active characters."""
+    """A text on one line, its Markdown and HTML characters escaped."""
     line = entities.escape(" ".join(text.split()), quote=False)
     line = re.sub(r"[\\`*_|~$]|^\[|\](?=[(\[:])", r"\\\g<0>", line)
     return re.sub(r"^(\d*)([#+\-=.)])(?![\d.])", r"\1\\\2", line)
 
 
 def _make_code_block(text: str, language: str = "text") -> str:
-    """A fenced Markdown block whose fence is longer than any in the text."""
+    """A fenced Markdown code block whose fence is longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"

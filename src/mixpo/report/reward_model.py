@@ -11,14 +11,14 @@ from mixpo.algorithms.intervals import Interval, share_interval
 from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
-from mixpo.report.document import Group, Section, Table
+from mixpo.report.document import Section, SectionGroup, Table
 from mixpo.stages.rows import read_table
 
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def build_reward_model_section(results: Results) -> Section | None:
-    """The section with every reward model, and figures of those of the first run's recipe over all seeds."""
+    """The section with every reward model's accuracy, and figures by gap and of calibration; None without a model."""
     stages = results.list_stages_of_kind("RewardModel")
     if not stages:
         return None
@@ -44,13 +44,13 @@ def build_reward_model_section(results: Results) -> Section | None:
     for part in ("validation", "test"):
         by_gap = {stage.label: stage.summary[part]["by_gap"] for stage in shown}
         plots.append(
-            figures.plot_shares(
+            figures.plot_shares_by_bin(
                 pool_accuracy_by_gap(list(by_gap.values())),
                 {stage.label: pool_accuracy_by_gap([by_gap[stage.label]]) for stage in each},
                 name=f"accuracy-by-gap-{part}",
                 title=f"{part} pairs",
-                x="gap between the two scores",
-                y="ordered as labelled",
+                xlabel="gap between the two scores",
+                ylabel="ordered as labelled",
             )
         )
     tested = {stage.label: load_margins(stage, "test") for stage in shown}
@@ -76,22 +76,22 @@ def build_reward_model_section(results: Results) -> Section | None:
     ]
     alarms = [f"Alarm, {stage.label}: {alarm}." for stage in stages for alarm in stage.summary.get("alarms", ())]
     groups = [
-        Group(table=Table.from_dicts(rows), notes=alarms),
-        Group("Accuracy by gap, and calibration", plots, notes=notes),
+        SectionGroup(table=Table.from_row_dicts(rows), notes=alarms),
+        SectionGroup("Accuracy by gap, and calibration", plots, notes=notes),
     ]
-    return Section("reward-model", "Reward model", _write_opening(results, stages, list(tested.values())), groups)
+    return Section("reward-model", "Reward model", _summarize_accuracy(results, stages, list(tested.values())), groups)
 
 
-def load_margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:
-    """Score of chosen minus score of rejected, for the `validation` or the `test` pairs of a reward model."""
-    rows = read_table(stage.folder / f"{part}_scores.parquet")
+def load_margins(stage: StageFolder, split: str) -> Float64[np.ndarray, " pairs"]:
+    """Score of chosen minus score of rejected, an array over the reward model's `validation` or `test` pairs."""
+    rows = read_table(stage.folder / f"{split}_scores.parquet")
     return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=np.float64)
 
 
-def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures.BinShare]:
-    """Accuracy by gap, over several seeds together."""
+def pool_accuracy_by_gap(bins_by_seed: Sequence[Sequence[Mapping[str, Any]]]) -> list[figures.BinShare]:
+    """A bin for every range of score gaps: the share of pairs ordered as labelled, over several seeds together."""
     pooled = []
-    for bins in zip(*by_gap, strict=True):
+    for bins in zip(*bins_by_seed, strict=True):
         counts = [one["count"] for one in bins]
         right = [one["count"] * one["interval"]["mean"] if one["interval"] else 0.0 for one in bins]
         low, high = bins[0]["low"], bins[0]["high"]
@@ -100,10 +100,10 @@ def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[
     return pooled
 
 
-def pool_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[figures.Bin]:
-    """The non-empty calibration bins of the pairs of several seeds together."""
+def pool_calibration(margins_by_seed: Sequence[Float64[np.ndarray, " pairs"]]) -> list[figures.Bin]:
+    """Non-empty bins of predicted confidence: the share of pairs in the model's order, over several seeds together."""
     pooled = []
-    for bins in zip(*(bin_calibration(values, CONFIDENCE_EDGES) for values in margins), strict=True):
+    for bins in zip(*(bin_calibration(values, CONFIDENCE_EDGES) for values in margins_by_seed), strict=True):
         counts = [one.count for one in bins]
         if any(counts):
             predicted = sum(one.count * (one.predicted or 0.0) for one in bins) / sum(counts)
@@ -112,15 +112,18 @@ def pool_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[f
     return pooled
 
 
-def _write_opening(results: Results, stages: list[StageFolder], test: Sequence[Float64[np.ndarray, " pairs"]]) -> str:
-    under = float(np.mean([np.abs(one) < 1 for one in test]))
-    interval = share_interval([float((one > 0).sum()) for one in test], [one.size for one in test])
-    sample = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"
+def _summarize_accuracy(
+    results: Results, stages: list[StageFolder], margins: Sequence[Float64[np.ndarray, " pairs"]]
+) -> str:
+    """A sentence on the share of test pairs ordered as labelled, its significance against chance, and small gaps."""
+    under = float(np.mean([np.abs(one) < 1 for one in margins]))
+    interval = share_interval([float((one > 0).sum()) for one in margins], [one.size for one in margins])
+    sample = f"over pairs and {len(margins)} seeds" if len(margins) > 1 else "over pairs at one seed"
     model = f"The reward model{f' of {stages[0].run.name}' if len(results.runs) > 1 else ''}"
     verdict = "not significantly different from chance"
     if interval.low > 0.5 or interval.high < 0.5:
         verdict = f"significantly {'above' if interval.low > 0.5 else 'below'} chance"
     return (
-        f"{model} agrees with {interval.mean:.0%} of the labels of {test[0].size:,} test pairs (95% CI "
+        f"{model} agrees with {interval.mean:.0%} of the labels of {margins[0].size:,} test pairs (95% CI "
         f"[{interval.low:.0%}, {interval.high:.0%}] {sample}), {verdict}; {under:.0%} of the pairs have a gap under 1."
     )

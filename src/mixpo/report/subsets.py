@@ -3,8 +3,8 @@
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.arms import PAPER_ORDER, build_claims_table
-from mixpo.report.comparison import estimate_point, format_arm_label, join_names
-from mixpo.report.document import Group, Section
+from mixpo.report.comparison import estimate_kl_and_mean, format_arm_label, join_names
+from mixpo.report.document import Section, SectionGroup
 
 METHODS = {"DPO": ("dpo-easy", "dpo-hard", "dpo"), "PPO": ("ppo-easy", "ppo-hard", "ppo")}
 SUBSETS = ("easy", "hard", "all")
@@ -12,7 +12,7 @@ CLAIMS = tuple((one, other) for one, other, where in PAPER_ORDER if where == "Fi
 
 
 def build_subsets_section(results: Results) -> Section | None:
-    """The section with Figure 4 in every measure, for the methods that ran on two subsets or more."""
+    """The section with rewards of DPO and PPO on easy, hard and all pairs (Figure 4); None without two to compare."""
     methods: dict[str, list[tuple[str, str]]] = {}
     claims: list[tuple[str, str]] = []
     for run in results.runs:
@@ -35,10 +35,10 @@ def build_subsets_section(results: Results) -> Section | None:
     plots = []
     for key, title in measures.items():
         by_method = {
-            method: [estimate_point(results, name, key, subset) for subset, name in own if name in finished]
+            method: [estimate_kl_and_mean(results, name, key, subset) for subset, name in own if name in finished]
             for method, own in methods.items()
         }
-        plots.append(figures.plot_grouped_intervals(by_method, name=f"subsets-{key.replace('_', '-')}", y=title))
+        plots.append(figures.plot_grouped_intervals(by_method, name=f"subsets-{key.replace('_', '-')}", ylabel=title))
     table = build_claims_table(results, claims, measures)
     verdicts = [row[2] for row in table.rows]
     words = ("confirmed", "reversed", "not significant")
@@ -52,5 +52,5 @@ def build_subsets_section(results: Results) -> Section | None:
     )
     failures = [f"{label}." for name in names if (label := format_arm_label(results, name)) != name]
     note = "A smaller set means fewer steps: every arm makes the same number of passes over its own set."
-    groups = [Group(figures=plots, notes=failures), Group(table=table, notes=[note])]
+    groups = [SectionGroup(figures=plots, notes=failures), SectionGroup(table=table, notes=[note])]
     return Section("subsets", "Easy, hard and all", opening, groups)

@@ -16,8 +16,8 @@ from mixpo.stages.stage_cache import read_summary
 
 
 @dataclass(frozen=True)
-class Trace:
-    """The evaluations of an arm along its PPO, at the seeds that have all points."""
+class PPOTrace:
+    """An arm's evaluations along its PPO (start, snapshots, end) at the seeds that have all of them."""
 
     arm: str
     results: Sequence[ArmResult]
@@ -25,34 +25,34 @@ class Trace:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds."""
+        """Seeds of the evaluations."""
         return [one.seed for one in self.results]
 
-    def select_seeds(self, seeds: Sequence[int]) -> "Trace":
-        """The trace at some of its seeds."""
-        return Trace(self.arm, [self.results[self.seeds.index(seed)] for seed in seeds])
+    def select_seeds(self, seeds: Sequence[int]) -> "PPOTrace":
+        """A copy with only these of its seeds, in this order."""
+        return PPOTrace(self.arm, [self.results[self.seeds.index(seed)] for seed in seeds])
 
     @property
-    def num_points(self) -> int:
-        """The number of evaluations, start and end included."""
+    def num_evaluations(self) -> int:
+        """Number of evaluations at each seed, start and end included."""
         return len(self.results[0].trace) + 1
 
-    def values(self, key: str, point: int) -> Float64[np.ndarray, "seeds prompts"]:
-        """A column of the evaluations at a point, counted from the start."""
-        return np.stack([read_columns([*one.trace, one.evaluation][point])[key] for one in self.results])
+    def read_values(self, column: str, evaluation_index: int) -> Float64[np.ndarray, "seeds prompts"]:
+        """A column of the evaluation with this index (0 the start of PPO, -1 its end), an array of seeds by prompts."""
+        return np.stack([read_columns([*one.trace, one.evaluation][evaluation_index])[column] for one in self.results])
 
-    def estimate_mean(self, key: str, point: int) -> Interval:
-        """The mean of a column at a point."""
-        return crossed_interval(self.values(key, point))
+    def estimate_mean_at(self, column: str, evaluation_index: int) -> Interval:
+        """The mean of a column at the evaluation with this index, with its 95% interval."""
+        return crossed_interval(self.read_values(column, evaluation_index))
 
-    def list_points(self, key: str) -> list[figures.Point]:
-        """KL from SFT and the mean of a column at every point."""
-        points = range(self.num_points)
-        return [figures.Point("", self.estimate_mean("kl_from_sft", n), self.estimate_mean(key, n)) for n in points]
+    def list_kl_points(self, column: str) -> list[figures.Point]:
+        """Figure points of all evaluations in order: KL from SFT (x) and the mean of a column (y)."""
+        mean, indices = self.estimate_mean_at, range(self.num_evaluations)
+        return [figures.Point("", mean("kl_from_sft", n), mean(column, n)) for n in indices]
 
     @cached_property
     def completions_sampled(self) -> Float64[np.ndarray, " points"]:
-        """The number of completions sampled by PPO up to each point, averaged over seeds."""
+        """Number of completions that PPO sampled up to each evaluation, averaged over seeds."""
         by_seed = []
         for one in self.results:
             ppo = Path([place for key, place in one.stages.items() if key.startswith("PPO-")][-1])
@@ -62,10 +62,10 @@ class Trace:
         return np.asarray(np.mean(by_seed, axis=0))
 
 
-def load_traces(results: Results) -> list[Trace]:
-    """The traces of all arms that were evaluated along their training."""
+def load_ppo_traces(results: Results) -> list[PPOTrace]:
+    """A trace for every arm of the recipe that was evaluated along its PPO; empty if none was."""
     traces = []
     for name in results.plain:
         if own := [arm for arm in results.finished_by_seed(name).values() if arm.trace and arm.evaluation]:
-            traces.append(Trace(name, own))
+            traces.append(PPOTrace(name, own))
     return traces

@@ -3,7 +3,7 @@
 from mixpo.experiments.results import Results, StageFolder, list_first, read_stage_metrics
 from mixpo.report import figures
 from mixpo.report.comparison import format_count, format_number
-from mixpo.report.document import Figure, Group, Section, Table
+from mixpo.report.document import Figure, Section, SectionGroup, Table
 
 PLOTS: dict[str, dict[str, str]] = {
     "DPO": {
@@ -29,7 +29,7 @@ PLOTS: dict[str, dict[str, str]] = {
 
 
 def build_training_section(results: Results) -> Section | None:
-    """The section with a figure for every metric that varies, and a line of one colour for every stage."""
+    """The section with figures of DPO's and PPO's metrics at the first seed, and all alarms; None without a stage."""
     plain = [stage for stage in results.stages if stage.kind in PLOTS and stage.plain]
     seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
     stages = [stage for stage in plain if seed in stage.seeds]
@@ -41,7 +41,7 @@ def build_training_section(results: Results) -> Section | None:
         if metrics:
             curves, constants = _plot_metrics(metrics, kind)
             colours = figures.make_colour_key(list(metrics)) if len(metrics) > 1 and curves else None
-            groups.append(Group(kind, curves, _build_table(results, kind), constants, colours))
+            groups.append(SectionGroup(kind, curves, _build_final_metrics_table(results, kind), constants, colours))
     notes = [
         "DPO's loss depends only on the difference between chosen and rejected, so both log-probs may fall. A stage "
         "that several arms share is named after the first. "
@@ -53,51 +53,52 @@ def build_training_section(results: Results) -> Section | None:
         if stage.kind in PLOTS
         for alarm in stage.summary.get("alarms", ())
     ]
-    opening = _write_opening(results, stages, seed, len(alarms))
-    return Section("training", "Training", opening, [Group(notes=[*alarms, *notes]), *groups])
+    opening = _summarize_training(results, stages, seed, len(alarms))
+    return Section("training", "Training", opening, [SectionGroup(notes=[*alarms, *notes]), *groups])
 
 
-def _plot_metrics(metrics: dict[str, list[dict[str, float]]], kind: str) -> tuple[list[Figure], list[str]]:
-    """The curves of every metric that varies, and a note on those that never change, from rows by arm."""
+def _plot_metrics(rows_by_arm: dict[str, list[dict[str, float]]], stage_kind: str) -> tuple[list[Figure], list[str]]:
+    """Figures of the metrics that change during training, a curve an arm, and at most one note on those that do not."""
     curves, constants = [], []
-    for key, title in PLOTS[kind].items():
+    for key, title in PLOTS[stage_kind].items():
         series = {
             arm: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
-            for arm, rows in metrics.items()
+            for arm, rows in rows_by_arm.items()
         }
         series = {arm: points for arm, points in series.items() if points}
         if any(len({value for _, value in points}) > 1 for points in series.values()):
-            name = f"{kind.lower()}-{key.replace('_', '-')}"
-            curves.append(figures.plot_curves(series, name=name, title=title, shared=list(metrics)))
+            name = f"{stage_kind.lower()}-{key.replace('_', '-')}"
+            curves.append(figures.plot_curves(series, name=name, title=title, key_names=list(rows_by_arm)))
         elif series:
             values = dict.fromkeys(format_number(points[0][1], ".4g") for points in series.values())
             constants.append(f"{title} {', '.join(values)}")
     return curves, [f"Not plotted, because constant: {'; '.join(constants)}."] if constants else []
 
 
-def _build_table(results: Results, kind: str) -> Table:
+def _build_final_metrics_table(results: Results, stage_kind: str) -> Table:
     """A row for every stage: its metrics, averaged over the last tenth of the steps and over seeds."""
     keys = {
         "DPO": ("pairs", "steps", "loss", "accuracy", "margin"),
         "PPO": ("prompts", "steps", "score", "kl", "kl_from_sft", "entropy", "end_rate"),
     }
     summaries: dict[str, list[dict[str, float]]] = {}
-    for stage in results.list_stages_of_kind(kind):
+    for stage in results.list_stages_of_kind(stage_kind):
         summaries.setdefault(stage.arms[0], []).append(stage.summary)
     rows = []
     for arm, by_seed in summaries.items():
         cells = []
-        for key in keys[kind]:
+        for key in keys[stage_kind]:
             values = [summary[key] for summary in by_seed if summary.get(key) is not None]
             cells.append(format_number(sum(values) / len(values), ".4g") if values else "")
         rows.append([arm, f"{len(by_seed)}", *cells])
     note = "Means over the last tenth of the steps and over the finished seeds."
-    return Table(["stage of", "seeds", *keys[kind]], rows, [note])
+    return Table(["stage of", "seeds", *keys[stage_kind]], rows, [note])
 
 
-def _write_opening(results: Results, stages: list[StageFolder], seed: int, alarms: int) -> str:
-    kinds = {kind: sum(stage.kind == kind for stage in stages) for kind in PLOTS}
+def _summarize_training(results: Results, plotted_stages: list[StageFolder], seed: int, alarm_count: int) -> str:
+    """A sentence with the number of alarms and the numbers of stages whose curves are plotted."""
+    kinds = {kind: sum(stage.kind == kind for stage in plotted_stages) for kind in PLOTS}
     shown = " and ".join(format_count(count, f"{kind} stage") for kind, count in kinds.items() if count)
     which = f" of seed {seed}" if len(results.seeds) > 1 else ""
-    raised = format_count(alarms, "alarm") if alarms else "no alarm"
+    raised = format_count(alarm_count, "alarm") if alarm_count else "no alarm"
     return f"The stages of all seeds and sweeps raised {raised}; the curves are of {shown}{which}."

@@ -1,11 +1,11 @@
 """Figures as SVG text for an HTML page, each with the numbers that it draws."""
 
-from mixpo.report.figures.bins import plot_calibration, plot_histogram, plot_shares
+from mixpo.report.figures.bins import plot_calibration, plot_histogram, plot_shares_by_bin
 from mixpo.report.figures.curves import MAX_POINTS, make_colour_key, plot_curves
 from mixpo.report.figures.data import Bin, BinShare, Point, exact_interval
 from mixpo.report.figures.intervals import plot_forest, plot_grouped_intervals
 from mixpo.report.figures.paths import plot_paths, plot_scatter
-from mixpo.report.figures.plane import plot_plane
+from mixpo.report.figures.plane import plot_points
 
 __all__ = [
     "MAX_POINTS",
@@ -20,7 +20,7 @@ __all__ = [
     "plot_grouped_intervals",
     "plot_histogram",
     "plot_paths",
-    "plot_plane",
+    "plot_points",
     "plot_scatter",
-    "plot_shares",
+    "plot_shares_by_bin",
 ]

@@ -8,7 +8,7 @@ from matplotlib import rc_context
 
 from mixpo.report.document import Figure
 from mixpo.report.figures.axes import make_axes
-from mixpo.report.figures.data import finite_or_none
+from mixpo.report.figures.data import keep_finite
 from mixpo.report.figures.style import STYLE, get_colour, get_dashes, shorten_label
 from mixpo.report.figures.svg import render_svg
 
@@ -18,26 +18,26 @@ MAX_POINTS = 200
 
 @rc_context(STYLE)
 def plot_curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, name: str, title: str, shared: Sequence[str]
+    curves: Mapping[str, Sequence[tuple[float, float]]], *, name: str, title: str, key_names: Sequence[str]
 ) -> Figure:
-    """Plot values by step. `shared` are the names in the colour key of several figures."""
-    averaged = {line: _average_groups(points) for line, points in series.items()}
+    """A figure of (step, value) curves, averaged to 200 points; a curve's place in `key_names` sets its colour."""
+    averaged = {line: _average_consecutive_points(points) for line, points in curves.items()}
     canvas, axes = make_axes(2.9, 1.9)
     for line, points in averaged.items():
-        i = shared.index(line)
+        i = key_names.index(line)
         look = {"color": get_colour(i), "linestyle": (0, get_dashes(i) or None), "linewidth": 1.3}
         axes.plot(*zip(*points, strict=True), marker="" if len(points) > 1 else "o", **look)
     axes.set_title(title, loc="left")
     axes.set_xlabel("step", fontsize=8)
     axes.locator_params(nbins=5)
-    ends = "; ".join(f"{line} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for line, points in series.items())
-    rows = [(line, *map(finite_or_none, point)) for line, points in averaged.items() for point in points]
+    ends = "; ".join(f"{line} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for line, points in curves.items())
+    rows = [(line, *map(keep_finite, point)) for line, points in averaged.items() for point in points]
     svg = render_svg(canvas, name, f"{title} by step: {ends}")
     return Figure(name, svg, ("line", "step", "value"), rows)
 
 
 def make_colour_key(names: Sequence[str]) -> Markup:
-    """An HTML list of the colours and dashes of the curves, for figures that share it."""
+    """An HTML list with the colour, dashes and name of every curve: one legend for several figures."""
     item = Markup(
         '<li><svg viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4h24" fill="none" stroke="{}" stroke-width="2.5" '
         'stroke-dasharray="{}"/></svg>{}</li>'
@@ -49,8 +49,8 @@ def make_colour_key(names: Sequence[str]) -> Markup:
     return Markup('<ul class="key">') + Markup("").join(items) + Markup("</ul>")
 
 
-def _average_groups(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points, each the mean of consecutive ones."""
+def _average_consecutive_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most 200 (x, y) points, each the mean of consecutive ones."""
     size = max(1, -(-len(points) // MAX_POINTS))
     groups = [np.asarray(points[start : start + size]) for start in range(0, len(points), size)]
     return [(float(group[:, 0].mean()), float(group[:, 1].mean())) for group in groups]

@@ -8,7 +8,7 @@ from mixpo.algorithms.intervals import Interval
 
 @dataclass(frozen=True)
 class Point:
-    """A named point in a plane; bounds that are nan draw no error bar."""
+    """A named point of a figure: x and y as means with bounds; bounds that are nan draw no error bar."""
 
     name: str
     x: Interval
@@ -29,32 +29,32 @@ Bin = tuple[float, Interval, int]
 
 
 def exact_interval(value: float) -> Interval:
-    """An interval of width 0 around a value without uncertainty."""
+    """An interval whose mean and bounds all are the value, for what has no uncertainty."""
     return Interval(float(value), float(value), float(value))
 
 
-def point_without_x_bounds(x: float, y: Interval) -> Point:
-    """A point with error bars in y only."""
-    return Point("", Interval(float(x), math.nan, math.nan), y)
+def make_y_point(x: float, y_interval: Interval) -> Point:
+    """An unnamed point with error bars in y only."""
+    return Point("", Interval(float(x), math.nan, math.nan), y_interval)
 
 
-def finite_or_none(value: float) -> float | None:
-    """The value, or None where it is nan or infinite."""
+def keep_finite(value: float) -> float | None:
+    """The number, or None if it is nan or infinite."""
     return float(value) if math.isfinite(value) else None
 
 
-def interval_cells(interval: Interval | None) -> tuple[float | None, float | None, float | None]:
-    """Mean, low and high of an interval as table cells."""
+def split_interval(interval: Interval | None) -> tuple[float | None, float | None, float | None]:
+    """(mean, low, high) as table cells, None for what is nan or infinite; three None for no interval."""
     if interval is None:
         return None, None, None
-    return finite_or_none(interval.mean), finite_or_none(interval.low), finite_or_none(interval.high)
+    return keep_finite(interval.mean), keep_finite(interval.low), keep_finite(interval.high)
 
 
-def interval_columns(label: str) -> tuple[str, str, str]:
-    """Column names of mean, low and high."""
+def split_heading(label: str) -> tuple[str, str, str]:
+    """Three column headings for an interval: `label`, `label, low`, `label, high`."""
     return label, f"{label}, low", f"{label}, high"
 
 
-def point_cells(point: Point) -> tuple[str | float | None, ...]:
-    """A point's name and its intervals in x and y as table cells."""
-    return point.name, *interval_cells(point.x), *interval_cells(point.y)
+def flatten_point(point: Point) -> tuple[str | float | None, ...]:
+    """A table row: the point's name, then mean, low and high of x and of y, None for nan."""
+    return point.name, *split_interval(point.x), *split_interval(point.y)

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure as Canvas
 
 from mixpo.algorithms.intervals import Interval
 from mixpo.report.document import Figure
-from mixpo.report.figures.axes import add_legend, draw_error_bars, make_axes
-from mixpo.report.figures.data import Point, exact_interval, interval_cells, interval_columns, point_without_x_bounds
+from mixpo.report.figures.axes import add_legend_below, draw_error_bars, make_axes
+from mixpo.report.figures.data import Point, exact_interval, make_y_point, split_heading, split_interval
 from mixpo.report.figures.style import INK, STYLE, get_colour, get_marker, shorten_label, wrap_label
 from mixpo.report.figures.svg import render_svg
 
@@ -19,11 +19,7 @@ FOREST_ROW, FOREST_LINE = 0.19, 0.13
 
 @rc_context(STYLE)
 def plot_forest(panels: Mapping[str, Mapping[str, Interval]], *, name: str, reference: str | None = None) -> Figure:
-    """Plot a row for every name, with its mean and interval in every panel.
-
-    `panels` holds intervals by name, by what the panel measures; a name that a panel lacks has no mark there. Names
-    stand from the top in their first order. A dotted line marks the mean of the name `reference`.
-    """
+    """A forest plot of intervals by panel and name: a row a name, and a dotted line at the mean of name `reference`."""
     names = list(dict.fromkeys(row for panel in panels.values() for row in panel))
     labels = [wrap_label(row) for row in names]
     ends = np.cumsum([FOREST_ROW + FOREST_LINE * label.count("\n") for label in labels])
@@ -48,30 +44,30 @@ def plot_forest(panels: Mapping[str, Mapping[str, Interval]], *, name: str, refe
         for label, panel in panels.items()
     )
     svg = render_svg(canvas, name, f"Means with their intervals. {values}")
-    rows = [(row, *(cell for panel in panels.values() for cell in interval_cells(panel.get(row)))) for row in names]
-    return Figure(name, svg, ("name", *(text for label in panels for text in interval_columns(label))), rows)
+    rows = [(row, *(cell for panel in panels.values() for cell in split_interval(panel.get(row)))) for row in names]
+    return Figure(name, svg, ("name", *(text for label in panels for text in split_heading(label))), rows)
 
 
 @rc_context(STYLE)
-def plot_grouped_intervals(groups: Mapping[str, Sequence[Point]], *, name: str, y: str) -> Figure:
-    """Plot the points' intervals in y by their names, groups side by side."""
+def plot_grouped_intervals(groups: Mapping[str, Sequence[Point]], *, name: str, ylabel: str) -> Figure:
+    """A figure of means and intervals in y by the points' names, the groups side by side."""
     names = list(dict.fromkeys(point.name for points in groups.values() for point in points))
     canvas, axes = make_axes(4.2, 2.7, list(groups))
     artists = []
     for i, points in enumerate(groups.values()):
         offset = (i - (len(groups) - 1) / 2) * min(0.2, 0.7 / len(groups))
-        moved = [point_without_x_bounds(names.index(point.name) + offset, point.y) for point in points]
+        moved = [make_y_point(names.index(point.name) + offset, point.y) for point in points]
         look = {"color": get_colour(i), "marker": get_marker(i), "capsize": 3, "markersize": 6}
         artists.append(draw_error_bars(axes, moved, **look))
     axes.set_xticks(range(len(names)), [shorten_label(label) for label in names])
     axes.set_xlim(-0.5, max(0, len(names) - 1) + 0.5)
     axes.grid(axis="x", visible=False)
-    axes.set_ylabel(y)
-    add_legend(canvas, artists, list(groups))
+    axes.set_ylabel(ylabel)
+    add_legend_below(canvas, artists, list(groups))
     values = "; ".join(
         f"{group}: {', '.join(f'{point.name} {point.y.mean:.2f}' for point in points)}"
         for group, points in groups.items()
     )
-    svg = render_svg(canvas, name, f"{y}. {values}")
-    rows = [(group, point.name, *interval_cells(point.y)) for group, points in groups.items() for point in points]
-    return Figure(name, svg, ("group", "name", *interval_columns(y)), rows)
+    svg = render_svg(canvas, name, f"{ylabel}. {values}")
+    rows = [(group, point.name, *split_interval(point.y)) for group, points in groups.items() for point in points]
+    return Figure(name, svg, ("group", "name", *split_heading(ylabel)), rows)

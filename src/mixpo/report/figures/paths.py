@@ -8,25 +8,22 @@ from matplotlib import rc_context
 
 from mixpo.algorithms.intervals import Interval
 from mixpo.report.document import Figure
-from mixpo.report.figures.axes import add_legend, annotate_point, draw_error_bars, make_axes
-from mixpo.report.figures.data import Point, finite_or_none, interval_columns, point_cells
+from mixpo.report.figures.axes import add_legend_below, annotate_point, draw_error_bars, make_axes
+from mixpo.report.figures.data import Point, flatten_point, keep_finite, split_heading
 from mixpo.report.figures.style import INK, STYLE, get_colour, get_marker
 from mixpo.report.figures.svg import render_svg
 
 
 @rc_context(STYLE)
 def plot_paths(
-    paths: Mapping[str, Sequence[Point]], *, name: str, x: str, y: str, dashed: Collection[str] = ()
+    paths: Mapping[str, Sequence[Point]], *, name: str, xlabel: str, ylabel: str, dashed: Collection[str] = ()
 ) -> Figure:
-    """Plot points joined in their order; paths whose names agree up to the last comma share a colour.
-
-    Where all have the same exact x, each is drawn with a small offset in x.
-    """
+    """A figure of points joined in their order; paths whose names agree up to the last comma share a colour."""
     stems = {path: path.rpartition(", ")[0] or path for path in paths}
     colours = list(dict.fromkeys(stems.values()))
     canvas, axes = make_axes(4.2, 2.9, list(paths))
     artists = []
-    offsets = _compute_offsets(list(paths.values()))
+    offsets = _compute_x_offsets(list(paths.values()))
     for (path, points), offset in zip(paths.items(), offsets, strict=True):
         i = colours.index(stems[path])
         look = {"color": get_colour(i), "marker": get_marker(i), "markersize": 4, "linestyle": "-"}
@@ -38,38 +35,38 @@ def plot_paths(
             annotate_point(axes, point, get_colour(i), left=i % 2 == 1, below=path in dashed)
     if any(offsets):
         axes.set_xticks(sorted({point.x.mean for points in paths.values() for point in points}))
-    axes.set(xlabel=x, ylabel=y)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(0.1)
-    add_legend(canvas, artists, list(paths))
+    add_legend_below(canvas, artists, list(paths))
     ends = {path: (points[0], points[-1]) for path, points in paths.items() if points}
     values = "; ".join(
         f"{path} from {first.x.mean:.2f}, {first.y.mean:.2f} to {last.x.mean:.2f}, {last.y.mean:.2f}"
         for path, (first, last) in ends.items()
     )
-    svg = render_svg(canvas, name, f"{y} against {x}. {values}")
-    rows = [(path, *point_cells(point)) for path, points in paths.items() for point in points]
-    return Figure(name, svg, ("path", "point", *interval_columns(x), *interval_columns(y)), rows)
+    svg = render_svg(canvas, name, f"{ylabel} against {xlabel}. {values}")
+    rows = [(path, *flatten_point(point)) for path, points in paths.items() for point in points]
+    return Figure(name, svg, ("path", "point", *split_heading(xlabel), *split_heading(ylabel)), rows)
 
 
 @rc_context(STYLE)
-def plot_scatter(groups: Mapping[str, Sequence[tuple[float, float]]], *, name: str, x: str, y: str) -> Figure:
-    """Plot many points of a few groups, and the diagonal on which x equals y."""
+def plot_scatter(groups: Mapping[str, Sequence[tuple[float, float]]], *, name: str, xlabel: str, ylabel: str) -> Figure:
+    """A figure of (x, y) points by group, with the diagonal x = y."""
     canvas, axes = make_axes(3.8, 3.1, list(groups))
     artists = []
     for i, points in enumerate(groups.values()):
         look = {"linestyle": "", "color": get_colour(i), "marker": get_marker(i), "markersize": 3, "alpha": 0.7}
         artists += axes.plot([point[0] for point in points], [point[1] for point in points], **look)
     axes.axline((0, 0), slope=1, color=INK, linewidth=0.9, linestyle=":", alpha=0.6)
-    axes.set(xlabel=x, ylabel=y)
-    add_legend(canvas, artists, list(groups))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    add_legend_below(canvas, artists, list(groups))
     values = "; ".join(f"{group}: {len(points)} points" for group, points in groups.items())
-    svg = render_svg(canvas, name, f"{y} against {x}. {values}")
-    rows = [(group, *map(finite_or_none, point)) for group, points in groups.items() for point in points]
-    return Figure(name, svg, ("group", x, y), rows)
+    svg = render_svg(canvas, name, f"{ylabel} against {xlabel}. {values}")
+    rows = [(group, *map(keep_finite, point)) for group, points in groups.items() for point in points]
+    return Figure(name, svg, ("group", xlabel, ylabel), rows)
 
 
-def _compute_offsets(paths: Sequence[Sequence[Point]]) -> list[float]:
-    """The offset in x of each path, so that error bars at the same exact x do not cover each other."""
+def _compute_x_offsets(paths: Sequence[Sequence[Point]]) -> list[float]:
+    """A shift in x for each path, so that error bars at the same exact x stand apart; zeros if the x differ."""
     x = sorted({point.x.mean for points in paths for point in points})
     exact = all(point.x.low == point.x.high for points in paths for point in points)
     if not exact or len(x) < 2 or max(map(len, paths)) < len(x):

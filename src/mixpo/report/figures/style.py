@@ -29,26 +29,26 @@ STYLE: dict[str, Any] = {
 
 
 def get_colour(index: int) -> str:
-    """Colour of the arm with this index; colours repeat."""
+    """Hex colour of the arm or curve with this index; the eight colours repeat."""
     return COLOURS[index % len(COLOURS)]
 
 
 def get_marker(index: int) -> str:
-    """Marker of the arm with this index, different from those of other arms of the same colour."""
+    """Matplotlib marker of the arm with this index, different from those of arms of the same colour."""
     return MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
 def get_dashes(index: int) -> tuple[float, ...]:
-    """Lengths of dashes and gaps that distinguish lines of the same colour; empty for a solid line."""
+    """Lengths of a line's dashes and gaps, which tell lines of the same colour apart; empty for a solid line."""
     return ((), (4.0, 1.5), (1.0, 1.5))[index // len(COLOURS) % 3]
 
 
 def shorten_label(label: str) -> str:
-    """A label on one line, cut to `MAX_LABEL` characters."""
+    """A label on one line, cut to 40 characters with `…`."""
     line = " ".join(label.split())
     return line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 1]}…"
 
 
 def wrap_label(label: str) -> str:
-    """A label in lines of about 18 characters."""
+    """A label cut to 40 characters, in lines of about 18."""
     return "\n".join(wrap(shorten_label(label), 18, break_long_words=False, break_on_hyphens=False))
