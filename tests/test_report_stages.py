@@ -376,6 +376,20 @@ def test_curves_are_of_the_first_seed_that_has_any(tmp_path: Path) -> None:
     assert training.build_training_section(load(tmp_path / "sft", plain({"sft": SFT_SCORES}))) is None
 
 
+def test_scores_of_two_reward_models_share_no_axis_and_sft_may_alarm(tmp_path: Path) -> None:
+    arms = {"a": plain(ARMS), "b": plain({"sft": SFT_SCORES, "ppo": SFT_SCORES})}
+    runs = [Writer(tmp_path / name, name=name, reward=name, cache=f"{name}-cache").run(arms[name]) for name in arms]
+    section = training.build_training_section(load_runs(*runs))
+    assert {one.name: {row[0] for row in one.rows} for one in section.groups[2].figures} == {
+        "ppo-score-1": {"a: mpo"},
+        "ppo-score-2": {"b: ppo"},
+    }
+    alone = load(tmp_path / "sft", plain({"sft": SFT_SCORES}), alarms={"SFT-0": ["rose"]})
+    section = training.build_training_section(alone)
+    assert section.opening == "The stages of all seeds and sweeps raised 1 alarm."
+    assert section.groups[0].notes[0] == "Alarm, SFT of sft (seed 0): rose."
+
+
 def test_points_of_a_sweep_stand_in_the_table_but_are_not_drawn(tmp_path: Path) -> None:
     point = Arm("mpo", {0: scores(SFT_SCORES)}, changes={"ppo.kl_coef": 0.5})
     section = training.build_training_section(load(tmp_path, [*plain(ARMS), point], alarms={"PPO-0mpo0.5": ["ran"]}))

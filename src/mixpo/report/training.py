@@ -1,5 +1,7 @@
 """Training curves of every DPO and PPO stage of the first seed, and the alarms of all."""
 
+from collections.abc import Iterable
+
 from mixpo.experiments.results import Results, StageFolder, list_first, read_stage_metrics
 from mixpo.report import figures
 from mixpo.report.comparison import format_count, format_number
@@ -33,13 +35,19 @@ def build_training_section(results: Results) -> Section | None:
     plain = [stage for stage in results.stages if stage.kind in PLOTS and stage.plain]
     seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
     stages = [stage for stage in plain if seed in stage.seeds]
-    if seed is None:
+    alarms = [
+        f"Alarm, {stage.kind} of {list_first(stage.arms)} ({stage.label}): {alarm}."
+        for stage in results.stages
+        if stage.kind in ("SFT", *PLOTS)
+        for alarm in stage.summary.get("alarms", ())
+    ]
+    if seed is None and not alarms:
         return None
     groups = []
     for kind in PLOTS:
         metrics = {stage.arms[0]: read_stage_metrics(stage.folder) for stage in stages if stage.kind == kind}
         if metrics:
-            curves, constants = _plot_metrics(metrics, kind)
+            curves, constants = _plot_metrics(metrics, kind, _group_arms_by_reward_model(results, metrics, seed))
             colours = figures.make_colour_key(list(metrics)) if len(metrics) > 1 and curves else None
             groups.append(SectionGroup(kind, curves, _build_final_metrics_table(results, kind), constants, colours))
     notes = [
@@ -47,17 +55,23 @@ def build_training_section(results: Results) -> Section | None:
         "that several arms share is named after the first. "
         f"Curves of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
-    alarms = [
-        f"Alarm, {stage.kind} of {list_first(stage.arms)} ({stage.label}): {alarm}."
-        for stage in results.stages
-        if stage.kind in PLOTS
-        for alarm in stage.summary.get("alarms", ())
-    ]
     opening = _summarize_training(results, stages, seed, len(alarms))
     return Section("training", "Training", opening, [SectionGroup(notes=[*alarms, *notes]), *groups])
 
 
-def _plot_metrics(rows_by_arm: dict[str, list[dict[str, float]]], stage_kind: str) -> tuple[list[Figure], list[str]]:
+def _group_arms_by_reward_model(results: Results, arms: Iterable[str], seed: int | None) -> dict[str, list[str]]:
+    """Arms whose scores are on one scale, by the run of the first."""
+    by_model: dict[str | None, list[str]] = {}
+    for arm in arms:
+        at_seed = (one for one in results.list_arm_results(arm) if one.seed == seed)
+        model = next((one.reward_models.get("reward") for one in at_seed), None)
+        by_model.setdefault(model, []).append(arm)
+    return {results.find_run(group[0]).name: group for group in by_model.values()}
+
+
+def _plot_metrics(
+    rows_by_arm: dict[str, list[dict[str, float]]], stage_kind: str, arms_by_scale: dict[str, list[str]]
+) -> tuple[list[Figure], list[str]]:
     """Figures of the metrics that change during training, a curve an arm, and at most one note on those that do not."""
     curves, constants = [], []
     for key, title in PLOTS[stage_kind].items():
@@ -66,9 +80,13 @@ def _plot_metrics(rows_by_arm: dict[str, list[dict[str, float]]], stage_kind: st
             for arm, rows in rows_by_arm.items()
         }
         series = {arm: points for arm, points in series.items() if points}
+        scales = arms_by_scale if key == "score" else {"": list(series)}
         if any(len({value for _, value in points}) > 1 for points in series.values()):
-            name = f"{stage_kind.lower()}-{key.replace('_', '-')}"
-            curves.append(figures.plot_curves(series, name=name, title=title, key_names=list(rows_by_arm)))
+            for number, (run, arms) in enumerate(scales.items(), start=1):
+                name = f"{stage_kind.lower()}-{key.replace('_', '-')}" + (f"-{number}" if len(scales) > 1 else "")
+                of_run = f"{title} (reward model of {run})" if len(scales) > 1 else title
+                chosen = {arm: points for arm, points in series.items() if arm in arms}
+                curves.append(figures.plot_curves(chosen, name=name, title=of_run, key_names=list(rows_by_arm)))
         elif series:
             values = dict.fromkeys(format_number(points[0][1], ".4g") for points in series.values())
             constants.append(f"{title} {', '.join(values)}")
@@ -95,10 +113,11 @@ def _build_final_metrics_table(results: Results, stage_kind: str) -> Table:
     return Table(["stage of", "seeds", *keys[stage_kind]], rows, [note])
 
 
-def _summarize_training(results: Results, plotted_stages: list[StageFolder], seed: int, alarm_count: int) -> str:
+def _summarize_training(results: Results, plotted_stages: list[StageFolder], seed: int | None, alarm_count: int) -> str:
     """A sentence with the number of alarms and the numbers of stages whose curves are plotted."""
     kinds = {kind: sum(stage.kind == kind for stage in plotted_stages) for kind in PLOTS}
     shown = " and ".join(format_count(count, f"{kind} stage") for kind, count in kinds.items() if count)
     which = f" of seed {seed}" if len(results.seeds) > 1 else ""
     raised = format_count(alarm_count, "alarm") if alarm_count else "no alarm"
-    return f"The stages of all seeds and sweeps raised {raised}; the curves are of {shown}{which}."
+    curves = f"; the curves are of {shown}{which}" if shown else ""
+    return f"The stages of all seeds and sweeps raised {raised}{curves}."
