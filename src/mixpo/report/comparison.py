@@ -50,10 +50,10 @@ def list_measures(results: Results) -> list[Measure]:
     measures = []
     for key, title in MEASURES.items():
         groups: list[list[str]] = []
-        for name in (name for name in results.finished if results.have_column([name], key)):
+        for name in (name for name in results.finished_arms if results.have_column([name], key)):
             group = next((group for group in groups if _share_scale(results, key, group[0], name)), None)
             groups.append([name]) if group is None else group.append(name)
-        runs = [results.find_run(group[0]).name for group in groups]
+        runs = [results.find_run_of_arm(group[0]).name for group in groups]
         owners = runs if len(set(runs)) == len(runs) else [group[0] for group in groups]
         titles = [title] if len(groups) == 1 else [f"{title} (model of {owner})" for owner in owners]
         measures += [Measure(key, *each) for each in zip(titles, groups, strict=True)]
@@ -64,13 +64,13 @@ def _share_scale(results: Results, key: str, one: str, other: str) -> bool:
     """True if one model scored both arms wherever both finished; without a common seed, whether they are of one run."""
     seeds = results.list_common_seeds(one, other)
     if not seeds:
-        return results.find_run(one) is results.find_run(other)
+        return results.find_run_of_arm(one) is results.find_run_of_arm(other)
     return results.list_comparable_seeds(key, one, other) == seeds
 
 
 def estimate_mean(results: Results, name: str, key: str) -> Interval:
     """An arm's mean of a column, or its share, with its 95% interval over prompts and seeds."""
-    values = results.values(name, key)
+    values = results.get_column(name, key)
     if key in SHARES:
         return share_interval(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
     return crossed_interval(values)
@@ -78,7 +78,7 @@ def estimate_mean(results: Results, name: str, key: str) -> Interval:
 
 def find_sibling(results: Results, name: str, arm: str) -> str:
     """The name of another arm in the run of an arm."""
-    return results.qualify_name(results.find_run(name), arm)
+    return results.qualify_arm_name(results.find_run_of_arm(name), arm)
 
 
 def estimate_point(results: Results, name: str, key: str, label: str) -> figures.Point:
@@ -90,7 +90,7 @@ def subtract_values(
     results: Results, one: str, other: str, key: str, seeds: Sequence[int]
 ) -> Float64[np.ndarray, "seeds prompts"]:
     """One arm's column minus another's, prompt by prompt."""
-    return np.asarray(results.values(one, key, seeds) - results.values(other, key, seeds))
+    return np.asarray(results.get_column(one, key, seeds) - results.get_column(other, key, seeds))
 
 
 def compute_differences(results: Results, pairs: Sequence[Pair], key: str) -> dict[Pair, Difference]:
@@ -122,7 +122,7 @@ def format_interval(interval: Interval, spec: str = ".2f") -> str:
 
 def format_mean(results: Results, name: str, key: str) -> str:
     """An arm's mean with its interval and the number of its seeds where some failed; `failed` where all did."""
-    if not (seeds := len(results.finished_by_seed(name))):
+    if not (seeds := len(results.get_finished_by_seed(name))):
         return "failed"
     return format_interval(estimate_mean(results, name, key)) + note_missing_seeds(results, seeds, name)
 
@@ -135,7 +135,7 @@ def note_missing_seeds(results: Results, seeds: int, *names: str) -> str:
 
 def format_arm_label(results: Results, name: str) -> str:
     """An arm's name, with the number of seeds at which it failed."""
-    ran, done = results.list_arm_results(name), results.finished_by_seed(name)
+    ran, done = results.list_arm_results(name), results.get_finished_by_seed(name)
     return name if len(done) == len(ran) else f"{name} (failed at {len(ran) - len(done)} of {len(ran)} seeds)"
 
 
@@ -199,16 +199,16 @@ def describe_difference(measure: str, one: str, other: str, interval: Interval, 
 
 def describe_sample(results: Results, seeds: int) -> str:
     """The sample of an interval: `over 256 prompts and 5 seeds`."""
-    prompts = format_count(results.values(results.finished[0], "score").shape[1], "prompt")
+    prompts = format_count(results.get_column(results.finished_arms[0], "score").shape[1], "prompt")
     return f"over {prompts} at one seed; other seeds may differ" if seeds == 1 else f"over {prompts} and {seeds} seeds"
 
 
 def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
     """An arm of the recipe and its points in the sweep of one setting alone, finished or not: value and name."""
-    if arm not in results.names:
+    if arm not in results.arm_names:
         return []
     section, _, last = key.partition(".")
-    points = {arm: results.find_run(arm).recipe[section].get(last)}
+    points = {arm: results.find_run_of_arm(arm).recipe[section].get(last)}
     for result in results.arms:
         if result.arm == arm and list(result.changes) == [key]:
             points[result.name] = result.changes[key]
@@ -217,10 +217,10 @@ def list_sweep_points(results: Results, arm: str, key: str) -> list[tuple[float,
 
 def list_finished_points(results: Results, arm: str, key: str) -> list[tuple[float, str]]:
     """The points of an arm's sweep (see `list_sweep_points`) that finished at one seed or more."""
-    return [point for point in list_sweep_points(results, arm, key) if results.finished_by_seed(point[1])]
+    return [point for point in list_sweep_points(results, arm, key) if results.get_finished_by_seed(point[1])]
 
 
 def list_swept_arms(results: Results, key: str) -> list[str]:
     """The arms of the recipe that have points in the sweep of one setting alone."""
-    plain = [name for name in results.names if not results.list_arm_results(name)[0].changes]
+    plain = [name for name in results.arm_names if not results.list_arm_results(name)[0].changes]
     return [arm for arm in plain if len(list_sweep_points(results, arm, key)) > 1]

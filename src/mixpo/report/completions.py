@@ -29,7 +29,10 @@ def list_completions(results: Results) -> list[PromptCompletions]:
 
 def _choose_seed(results: Results) -> int:
     """The first seed at which most arms finished."""
-    return max(results.seeds, key=lambda seed: sum(seed in results.finished_by_seed(name) for name in results.finished))
+    return max(
+        results.seeds,
+        key=lambda seed: sum(seed in results.get_finished_by_seed(name) for name in results.finished_arms),
+    )
 
 
 def write_opening(results: Results, prompts: list[PromptCompletions]) -> str:

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from mixpo.algorithms.intervals import Interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.comparisons import list_categories
-from mixpo.experiments.results import Results, list_first
+from mixpo.experiments.results import Results, format_first_names
 from mixpo.judge.outcomes import (
-    JudgeResult,
+    JudgeVerdicts,
     VerdictShares,
-    compute_agreement,
+    compute_judge_agreement,
     compute_verdict_shares,
-    load_judge_results,
+    load_judge_verdicts,
 )
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import choose_compared_arms
@@ -42,7 +42,7 @@ NOTES = (
 class VerdictRow:
     """A row of a judge's table: its verdicts on two arms, on all prompts or on those of one category."""
 
-    judged: JudgeResult
+    judged: JudgeVerdicts
     category: str | None
     tally: VerdictShares
     p: float
@@ -51,25 +51,25 @@ class VerdictRow:
 
 def build_judges_section(results: Results) -> Section | None:
     """The section with a table for every judge, and their agreement; None without judges."""
-    judged = load_judge_results(results)
+    judged = load_judge_verdicts(results)
     if not judged:
         return None
     rows = collect_rows(judged)
     return Section("judges", "LLM judges", _write_opening(results, judged, rows), build_groups(judged, rows))
 
 
-def collect_rows(judged: Sequence[JudgeResult]) -> list[VerdictRow]:
+def collect_rows(judged: Sequence[JudgeVerdicts]) -> list[VerdictRow]:
     """The rows of all judges that have a verdict."""
     tallies = []
     for one in judged:
         for category in (None, *list_categories([each.pair for each in one.verdicts])):
-            if (counts := compute_verdict_shares(one.filter_by_category(category))) is not None:
+            if (counts := compute_verdict_shares(one.list_verdicts_of_category(category))) is not None:
                 tallies.append((one, category, counts))
     corrected = correct_by_holm([counts.p for *_, counts in tallies])
     return [VerdictRow(*each, p) for each, p in zip(tallies, corrected, strict=True)]
 
 
-def build_groups(judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> list[Group]:
+def build_groups(judged: Sequence[JudgeVerdicts], rows: Sequence[VerdictRow]) -> list[Group]:
     """A table for every judge, and the agreement of several."""
     names = label_judges(judged)
     seeds = len({one.seed for one in judged}) > 1
@@ -87,7 +87,7 @@ def build_groups(judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> l
     return [*tables, Group(notes=[*NOTES, p, intervals])]
 
 
-def label_judges(judged: Sequence[JudgeResult]) -> dict[Judge, str]:
+def label_judges(judged: Sequence[JudgeVerdicts]) -> dict[Judge, str]:
     """A label for every judge: its model, and the settings that differ from other judges of the same model."""
     judges = list(dict.fromkeys(one.judge for one in judged))
     names = {}
@@ -99,7 +99,7 @@ def label_judges(judged: Sequence[JudgeResult]) -> dict[Judge, str]:
 
 
 def _build_judge_group(
-    judge: Judge, name: str, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow], seeds: bool
+    judge: Judge, name: str, judged: Sequence[JudgeVerdicts], rows: Sequence[VerdictRow], seeds: bool
 ) -> Group:
     headings = ["arms", "prompts", *SHARE_HEADINGS, "flips", "flips to the first", "longer wins", "win at equal length"]
     lines = []
@@ -133,13 +133,13 @@ def format_shares(shares: VerdictShares | PreferenceShares, p: float) -> list[st
     return [str(shares.prompts), *map(format_interval, intervals), format_p_value(p)]
 
 
-def _name_compared_arms(one: JudgeResult, seeds: bool) -> str:
+def _name_compared_arms(one: JudgeVerdicts, seeds: bool) -> str:
     return f"{one.arms[0]} vs {one.arms[1]}" + (f", seed {one.seed}" if seeds else "")
 
 
-def _describe_excluded(one: JudgeResult, seeds: bool) -> str:
+def _describe_excluded(one: JudgeVerdicts, seeds: bool) -> str:
     """The prompts without a verdict, counted by reason."""
-    same = sum(each.pair.same for each in one.verdicts)
+    same = sum(each.pair.is_identical for each in one.verdicts)
     unparsed = sum(each.unparsed for each in one.verdicts)
     open_ = sum(each.outcome is None for each in one.verdicts) - unparsed
     part = ", counted in proportion to the other prompts with a verdict" if unparsed or open_ else ""
@@ -153,13 +153,13 @@ def _describe_excluded(one: JudgeResult, seeds: bool) -> str:
     return f"{_name_compared_arms(one, seeds)}: {'; '.join(texts)}." if texts else ""
 
 
-def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
+def _build_agreement_rows(judged: Sequence[JudgeVerdicts], names: dict[Judge, str], seeds: bool) -> list[list[str]]:
     rows = []
     for pair in dict.fromkeys((one.arms, one.seed) for one in judged):
         both = [one for one in judged if (one.arms, one.seed) == pair]
         if len(both) < 2:
             continue
-        agreed, arms = compute_agreement(both), _name_compared_arms(both[0], seeds)
+        agreed, arms = compute_judge_agreement(both), _name_compared_arms(both[0], seeds)
         for one, other, count, kappa in agreed.kappas:
             estimate = format_estimate(Interval(kappa, math.nan, math.nan))
             rows.append([f"{names[one]} and {names[other]}", arms, str(count), estimate])
@@ -167,7 +167,7 @@ def _build_agreement_rows(judged: Sequence[JudgeResult], names: dict[Judge, str]
     return rows
 
 
-def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> str:
+def _write_opening(results: Results, judged: Sequence[JudgeVerdicts], rows: Sequence[VerdictRow]) -> str:
     """The verdicts of at most three judges on the two compared arms."""
     whole = [row for row in rows if row.category is None]
     stale = sum(one.stale for one in judged)
@@ -192,7 +192,7 @@ def _write_opening(results: Results, judged: Sequence[JudgeResult], rows: Sequen
             f"{describe_difference('win rate', one, other, counts.difference, row.p)}{flips}."
         )
     if len(shown) > 3:
-        sentences.append(f"The other judges are {list_first([names[row.judged.judge] for row in shown[3:]])}.")
+        sentences.append(f"The other judges are {format_first_names([names[row.judged.judge] for row in shown[3:]])}.")
     if stale:
         sentences.append(
             f"{format_count(stale, 'prompt')} are excluded, because the completions changed after judging."

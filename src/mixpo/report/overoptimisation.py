@@ -18,11 +18,11 @@ from mixpo.report.traces import Trace, load_traces
 
 def build_overoptimisation_section(results: Results) -> Section | None:
     """The section with gains over SFT in both rewards, of every arm and along training."""
-    yardsticks = [key for key in ("true_reward", "second_score") if results.have_column(results.finished, key)]
+    yardsticks = [key for key in ("true_reward", "second_score") if results.have_column(results.finished_arms, key)]
     if not yardsticks:
         return None
     yardstick, label = yardsticks[0], MEASURES[yardsticks[0]]
-    bases = {name: find_sibling(results, name, "sft") for name in results.plain}
+    bases = {name: find_sibling(results, name, "sft") for name in results.unswept_arms}
     points, missing = [], []
     for name, base in bases.items():
         if seeds := results.list_comparable_seeds("score", name, base):
@@ -69,7 +69,7 @@ def _list_divergences(results: Results, yardstick: str) -> tuple[int, int, list[
     """
     cases = [
         (name, base, seed)
-        for name in results.finished
+        for name in results.finished_arms
         if name != (base := find_sibling(results, name, "sft"))
         for seed in results.list_comparable_seeds("score", name, base)
     ]
@@ -84,7 +84,7 @@ def _list_divergences(results: Results, yardstick: str) -> tuple[int, int, list[
         risen += reward.interval.mean > 0
         if reward.interval.mean > 0 > real.interval.mean:
             significant += reward.sign > 0 > real.sign
-            kl, ended = (float(results.values(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended"))
+            kl, ended = (float(results.get_column(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended"))
             cells = [*format_with_p(reward), *format_with_p(real), f"{kl:.2f}", f"{ended:.0%}"]
             rows.append([name, str(seed), *cells])
     return risen, significant, rows

@@ -8,7 +8,7 @@ from mixpo.experiments.results import Results
 from mixpo.report.comparison import NOT_ESTIMABLE, describe_difference, format_count, format_estimate, format_interval
 from mixpo.report.document import Group, Section, Table
 from mixpo.report.judges import SHARE_HEADINGS, format_shares
-from mixpo.study.findings import Findings, load_findings
+from mixpo.study.findings import StudyFindings, load_study_findings
 from mixpo.study.plan import are_completions_unchanged
 
 ALL = "all prompts"
@@ -21,12 +21,12 @@ def build_people_section(results: Results) -> Section | None:
     """
     sentences, groups = list[str](), list[Group]()
     for run in results.runs:
-        if (found := load_findings(run.folder)) is None:
+        if (found := load_study_findings(run.folder)) is None:
             continue
         name = f"{run.name}: " if len(results.runs) > 1 else ""
-        arms = results.qualify_name(run, found.arms[0]), results.qualify_name(run, found.arms[1])
-        drawn = {"seed": found.seed, "prompts": found.prompts, "draw": found.draw}
-        if are_completions_unchanged(results, arms, **drawn, content=found.content):
+        arms = results.qualify_arm_name(run, found.arms[0]), results.qualify_arm_name(run, found.arms[1])
+        drawn = {"seed": found.seed, "prompt_count": found.prompts, "draw_seed": found.draw}
+        if are_completions_unchanged(results, arms, **drawn, content_digest=found.content):
             sentences.append(name + describe_study(found))
             groups += [Group(name + title, table=table) for title, table in build_tables(found).items()]
         else:
@@ -36,13 +36,17 @@ def build_people_section(results: Results) -> Section | None:
     return Section("people", "People", " ".join(sentences), groups) if sentences else None
 
 
-def describe_study(found: Findings) -> str:
+def describe_study(found: StudyFindings) -> str:
     """A study's result in one or two sentences."""
     one, other = found.arms
-    if not found.active_annotators:
+    if not found.annotators_with_judgements:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = found.shares[None], found.agreement[None]
-    people = "One person" if len(found.active_annotators) == 1 else f"{len(found.active_annotators)} people"
+    people = (
+        "One person"
+        if len(found.annotators_with_judgements) == 1
+        else f"{len(found.annotators_with_judgements)} people"
+    )
     p = _correct_p_values(found)[None]
     difference = describe_difference("win rate", one, other, shares.difference, p)
     kappa = f"Fleiss' κ {format_estimate(agreement.kappa)}"
@@ -55,7 +59,7 @@ def describe_study(found: Findings) -> str:
     )
 
 
-def build_tables(found: Findings) -> Mapping[str, Table]:
+def build_tables(found: StudyFindings) -> Mapping[str, Table]:
     """The tables of a study by title."""
     return {
         "Preferences": _build_shares_table(found),
@@ -64,12 +68,12 @@ def build_tables(found: Findings) -> Mapping[str, Table]:
     }
 
 
-def _correct_p_values(found: Findings) -> dict[str | None, float]:
+def _correct_p_values(found: StudyFindings) -> dict[str | None, float]:
     """The p of every category, corrected for their number."""
     return dict(zip(found.shares, correct_by_holm([each.p for each in found.shares.values()]), strict=True))
 
 
-def _build_shares_table(found: Findings) -> Table:
+def _build_shares_table(found: StudyFindings) -> Table:
     corrected = _correct_p_values(found)
     rows = [[name or ALL, *format_shares(each, corrected[name])] for name, each in found.shares.items()]
     notes = [
@@ -86,7 +90,7 @@ def _build_shares_table(found: Findings) -> Table:
     return Table(["prompts", "number", *SHARE_HEADINGS], rows, notes)
 
 
-def _build_agreement_table(found: Findings) -> Table:
+def _build_agreement_table(found: StudyFindings) -> Table:
     rows = [
         [
             name or ALL,
@@ -102,12 +106,12 @@ def _build_agreement_table(found: Findings) -> Table:
         "κ: over prompts that every annotator judged; α and pairs: over prompts that two or more judged. "
         f"{NOT_ESTIMABLE.capitalize()}: too few judgements, or all the same."
     ]
-    if found.inactive_annotators:
-        notes.append(f"Excluded, without judgements: {', '.join(found.inactive_annotators)}.")
+    if found.annotators_without_judgements:
+        notes.append(f"Excluded, without judgements: {', '.join(found.annotators_without_judgements)}.")
     return Table(["prompts", "Fleiss' κ", "of", "Krippendorff's α", "pairs agree", "of"], rows, notes)
 
 
-def _build_annotators_table(found: Findings) -> Table:
+def _build_annotators_table(found: StudyFindings) -> Table:
     rows = [
         [
             one.name,

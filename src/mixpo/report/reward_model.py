@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from mixpo.algorithms.calibration import bin_calibration, calibration_error
 from mixpo.algorithms.intervals import Interval, share_interval
-from mixpo.experiments.results import Results, StageFolder, stages_by_seed
+from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Group, Section, Table
@@ -38,7 +38,7 @@ def build_reward_model_section(results: Results) -> Section | None:
                     "score (mean ± sd)": f"{format_number(judged['score_mean'])} ± {judged['score_std']:.2f}",
                 }
             )
-    shown = stages_by_seed(stages)
+    shown = select_stage_per_seed(stages)
     each = shown if len(shown) > 1 else []
     plots = []
     for part in ("validation", "test"):
@@ -82,7 +82,7 @@ def build_reward_model_section(results: Results) -> Section | None:
     return Section("reward-model", "Reward model", _write_opening(results, stages, list(tested.values())), groups)
 
 
-def load_margins(stage: StageFolder, part: str) -> Float64[np.ndarray, " pairs"]:
+def load_margins(stage: StageResult, part: str) -> Float64[np.ndarray, " pairs"]:
     """Score of chosen minus score of rejected, for the `validation` or the `test` pairs of a reward model."""
     rows = read_table(stage.folder / f"{part}_scores.parquet")
     return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=np.float64)
@@ -112,7 +112,7 @@ def pool_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[f
     return pooled
 
 
-def _write_opening(results: Results, stages: list[StageFolder], test: Sequence[Float64[np.ndarray, " pairs"]]) -> str:
+def _write_opening(results: Results, stages: list[StageResult], test: Sequence[Float64[np.ndarray, " pairs"]]) -> str:
     under = float(np.mean([np.abs(one) < 1 for one in test]))
     interval = share_interval([float((one > 0).sum()) for one in test], [one.size for one in test])
     sample = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"

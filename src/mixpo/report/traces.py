@@ -65,7 +65,7 @@ class Trace:
 def load_traces(results: Results) -> list[Trace]:
     """The traces of all arms that were evaluated along their training."""
     traces = []
-    for name in results.plain:
-        if own := [arm for arm in results.finished_by_seed(name).values() if arm.trace and arm.evaluation]:
+    for name in results.unswept_arms:
+        if own := [arm for arm in results.get_finished_by_seed(name).values() if arm.trace and arm.evaluation]:
             traces.append(Trace(name, own))
     return traces

@@ -1,6 +1,6 @@
 """Training curves of every DPO and PPO stage of the first seed, and the alarms of all."""
 
-from mixpo.experiments.results import Results, StageFolder, list_first, read_stage_metrics
+from mixpo.experiments.results import Results, StageResult, format_first_names, read_stage_metrics
 from mixpo.report import figures
 from mixpo.report.comparison import format_count, format_number
 from mixpo.report.document import Figure, Group, Section, Table
@@ -48,7 +48,7 @@ def build_training_section(results: Results) -> Section | None:
         f"Curves of more than {figures.MAX_POINTS} steps are averaged in groups."
     ]
     alarms = [
-        f"Alarm, {stage.kind} of {list_first(stage.arms)} ({stage.label}): {alarm}."
+        f"Alarm, {stage.kind} of {format_first_names(stage.arms)} ({stage.label}): {alarm}."
         for stage in results.stages
         if stage.kind in PLOTS
         for alarm in stage.summary.get("alarms", ())
@@ -95,7 +95,7 @@ def _build_table(results: Results, kind: str) -> Table:
     return Table(["stage of", "seeds", *keys[kind]], rows, [note])
 
 
-def _write_opening(results: Results, stages: list[StageFolder], seed: int, alarms: int) -> str:
+def _write_opening(results: Results, stages: list[StageResult], seed: int, alarms: int) -> str:
     kinds = {kind: sum(stage.kind == kind for stage in stages) for kind in PLOTS}
     shown = " and ".join(format_count(count, f"{kind} stage") for kind, count in kinds.items() if count)
     which = f" of seed {seed}" if len(results.seeds) > 1 else ""
