@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mixpo.experiments.workers import Failure, Outcome, StageDisplay
+from mixpo.experiments.workers import Outcome, StageDisplay, StageFailure
 
 
 class RecordingDisplay:
@@ -13,7 +13,7 @@ class RecordingDisplay:
         self.most_at_once = 0
         self.steps = 0
         self.notes: list[str] = []
-        self.failures: list[Failure] = []
+        self.failures: list[StageFailure] = []
 
     def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
         self.started.append(f"{stage} for {', '.join(arms)}")
@@ -30,5 +30,5 @@ class RecordingDisplay:
 
     def on_end(self, outcome: Outcome) -> None:
         self.running -= 1
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, StageFailure):
             self.failures.append(outcome)

@@ -15,9 +15,9 @@ from mixpo.experiments.results import Results, load_runs
 from mixpo.stages.rows import write_table
 from mixpo.study.app import make_app
 from mixpo.study.files import write_closed_study
-from mixpo.study.findings import Findings, load_findings
-from mixpo.study.opening import StudyOptions, load_or_issue_tokens, open_study
-from mixpo.study.store import Store, parse_store_url
+from mixpo.study.findings import StudyFindings, load_study_findings
+from mixpo.study.opening import StudyOptions, load_or_create_study, load_or_issue_link_tokens
+from mixpo.study.store import StudyStore, parse_store_url
 from mixpo.study.tables import AnnotatorRow, ReplacedJudgementRow, StudyRow
 from report_runs import Arm, Writer, scores
 
@@ -58,12 +58,12 @@ def write_fruit_run(
     return FruitWriter(folder / "run", categories=categories, texts=texts or {}).run([Arm(name, done) for name in ARMS])
 
 
-def list_choices(store: Store) -> dict[tuple[str, int], str]:
+def list_choices(store: StudyStore) -> dict[tuple[str, int], str]:
     """List the stored choices by annotator and question number."""
     return {(one.annotator, one.number): one.answer.choice for one in store.load_questions() if one.answer}
 
 
-def list_replaced_choices(store: Store) -> dict[tuple[str, int], list[str]]:
+def list_replaced_choices(store: StudyStore) -> dict[tuple[str, int], list[str]]:
     """List replaced choices, the oldest first, by annotator and question number."""
     choices: dict[tuple[str, int], list[str]] = {}
     rows = select(AnnotatorRow.name, ReplacedJudgementRow).join(
@@ -97,12 +97,12 @@ class Study:
 
     def __post_init__(self) -> None:
         self.clock = Clock()
-        self.store = Store(parse_store_url(self.run, self.url))
+        self.store = StudyStore(parse_store_url(self.run, self.url))
         try:
-            self.row: StudyRow = open_study(self.results, self.store, self.options)
-            self.tokens, self.lost = load_or_issue_tokens(self.store, self.run / "study")
+            self.row: StudyRow = load_or_create_study(self.results, self.store, self.options)
+            self.tokens, self.lost = load_or_issue_link_tokens(self.store, self.run / "study")
         except BaseException:
-            self.store.dispose()
+            self.store.close_connections()
             raise
         settings = {"hosts": [HOST], "clock": self.clock, **self.settings}
         self.app = make_app(self.store, self.row, **settings)
@@ -125,11 +125,11 @@ class Study:
         """List the stored choices by annotator and question number."""
         return list_choices(self.store)
 
-    def close(self) -> Findings:
+    def close(self) -> StudyFindings:
         """Close the study and load its results."""
         self.row.closed = self.store.close_study()
         write_closed_study(self.store, self.row, self.run / "study")
-        findings = load_findings(self.run)
+        findings = load_study_findings(self.run)
         assert findings is not None
         return findings
 

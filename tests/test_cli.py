@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from command_line import run_mixpo
-from mixpo.experiments.expressions import expand_arms
-from mixpo.experiments.plan import plan_stages
+from mixpo.experiments.expressions import list_arm_runs
+from mixpo.experiments.plan import list_plan
 from mixpo.experiments.recipe import read_recipe
 from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
@@ -256,7 +256,7 @@ def test_a_damaged_summary_is_told_before_anything_computes(
 ) -> None:
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     recipe = read_recipe("world", ["cache=cache"])
-    last = expand_arms(recipe)[-1].evaluation
+    last = list_arm_runs(recipe)[-1].evaluation
     summary = stage_cache.folder(last) / SUMMARY
     summary.parent.mkdir(parents=True)
     write_json(summary.parent / SETTINGS, last.model_dump(mode="json"))
@@ -313,14 +313,14 @@ def test_every_shipped_recipe_is_valid() -> None:
     for name in names:
         recipe = read_recipe(name, ["model.path=world", *generated])
         assert recipe.name == name
-        runs = expand_arms(recipe)
+        runs = list_arm_runs(recipe)
         assert [run.arm for run in runs if not run.changes] == list(recipe.arms) * len(recipe.seeds)
         assert any(run.changes for run in runs) == bool(recipe.sweep)
 
 
 def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(working_folder: Path) -> None:
     def identities(*overrides: str) -> dict[tuple[str, str, str], str]:
-        planned = plan_stages(read_recipe("world", overrides))
+        planned = list_plan(read_recipe("world", overrides))
         return {(arm, line.kind, line.field): line.identity for arm, lines in planned for line in lines}
 
     one, other = identities(), identities("ppo.kl_coef=0.2")
@@ -341,7 +341,7 @@ def test_plan_shows_sweeps_traces_and_gradients(working_folder: Path) -> None:
         "trace={arms: [mpo], snapshots: 1}",
         "gradients.pairs=2",
     ]
-    planned = dict(plan_stages(read_recipe("world", overrides)))
+    planned = dict(list_plan(read_recipe("world", overrides)))
     assert list(planned)[:3] == ["sft (seed 0)", "mpo (seed 0)", "mpo ppo.kl_coef=0.2 (seed 0)"]
     assert "gradients of dpo-easy on hard (seed 0)" in planned
     assert {line.field for line in planned["mpo (seed 0)"] if line.depth == 0} == {"", "trace 0", "trace 1"}

@@ -20,28 +20,29 @@ def test_every_prompt_has_both_completions_in_the_order_asked_for(tmp_path):
     assert [row.prompt[-1]["content"] for row in rows] == [f"question {n} & <b>more</b>" for n in range(6)]
     assert [row.category for row in rows] == KINDS
     assert list_categories(rows) == ["helpful", "harmless"]
-    assert [row.same for row in rows] == [True, *[False] * 5]
+    assert [row.is_identical for row in rows] == [True, *[False] * 5]
 
 
 def test_a_draw_of_prompts_keeps_their_numbers_and_is_repeatable(tmp_path):
     results = Writer(tmp_path / "run").load(plain(ARMS))
     all_rows = pair_completions(results, ("mpo", "ppo"))
-    drawn = pair_completions(results, ("mpo", "ppo"), prompts=3, draw=1)
-    assert drawn == pair_completions(results, ("mpo", "ppo"), prompts=3, draw=1)
+    drawn = pair_completions(results, ("mpo", "ppo"), prompt_count=3, draw_seed=1)
+    assert drawn == pair_completions(results, ("mpo", "ppo"), prompt_count=3, draw_seed=1)
     assert drawn == [all_rows[row.number] for row in drawn]
     draws = {
-        tuple(row.number for row in pair_completions(results, ("mpo", "ppo"), prompts=3, draw=n)) for n in range(9)
+        tuple(row.number for row in pair_completions(results, ("mpo", "ppo"), prompt_count=3, draw_seed=n))
+        for n in range(9)
     }
     assert len(draws) > 1
-    assert pair_completions(results, ("mpo", "ppo"), at_most=3, draw=1) == drawn
-    assert pair_completions(results, ("mpo", "ppo"), at_most=99, draw=1) == all_rows
+    assert pair_completions(results, ("mpo", "ppo"), max_prompts=3, draw_seed=1) == drawn
+    assert pair_completions(results, ("mpo", "ppo"), max_prompts=99, draw_seed=1) == all_rows
     assert list_categories(drawn) == []
 
 
 def test_a_larger_draw_holds_a_smaller_one(tmp_path):
     """Of 204 prompts, where Python's own sample of 20 is no part of its sample of 50."""
     results = Writer(tmp_path / "run").load(plain(dict.fromkeys(("sft", "mpo", "ppo"), [*SFT_SCORES] * 34)))
-    some, more = ({row.number for row in pair_completions(results, ("mpo", "ppo"), prompts=n)} for n in (20, 50))
+    some, more = ({row.number for row in pair_completions(results, ("mpo", "ppo"), prompt_count=n)} for n in (20, 50))
     assert some < more
 
 
@@ -70,4 +71,4 @@ def test_a_seed_at_which_both_finished(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path, arms, prompts, message):
     results = Writer(tmp_path / "run").load([*plain(ARMS), Arm("dpo", failed={0: "no memory"})])
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        pair_completions(results, arms, prompts=prompts)
+        pair_completions(results, arms, prompt_count=prompts)

@@ -43,11 +43,11 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
 from mixpo.judge import client
-from mixpo.judge.endpoint import is_loopback, is_unencrypted, normalize_endpoint
+from mixpo.judge.endpoint import is_loopback_endpoint, is_unencrypted_endpoint, normalize_endpoint
 from mixpo.judge.outcomes import Verdict, compute_verdict_shares
 from mixpo.judge.questions import Template, read_template
-from mixpo.judge.replies import Reply, parse_reply, parse_scores
-from mixpo.judge.verdicts import FILE, open_for_append, read_verdicts
+from mixpo.judge.replies import JudgeReply, parse_reply, parse_scores
+from mixpo.judge.verdicts import FILE, open_verdicts_for_append, read_verdicts
 from mixpo.report import judges, page
 from mixpo.report.document import Section
 from mixpo.stages.rows import read_table, write_table
@@ -74,7 +74,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         seconds_waited.append(seconds)
 
     monkeypatch.setattr(client, "sleep_unless_halted", sleep_unless_halted)
-    monkeypatch.setattr(client, "shuffle_prompts", list)
+    monkeypatch.setattr(client, "shuffle_by_prompt", list)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return seconds_waited
 
@@ -156,14 +156,14 @@ def study(written: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureF
 def test_scores_are_those_that_the_papers_prompt_asks_for_or_none(
     text: str, expected: tuple[float, float] | None
 ) -> None:
-    assert parse_scores(Reply(text)) == expected
+    assert parse_scores(JudgeReply(text)) == expected
 
 
 def test_a_number_that_was_cut_is_no_score() -> None:
     whole = "Response 1 Quality Score: 9\nExplanation: a\nResponse 2 Quality Score: 10"
-    assert parse_scores(Reply(whole)) == (9.0, 10.0)
-    assert parse_scores(Reply(whole[:-1], truncated=True)) is None
-    assert parse_scores(Reply(whole + "\nExplanation: it was good beca", truncated=True)) == (9.0, 10.0)
+    assert parse_scores(JudgeReply(whole)) == (9.0, 10.0)
+    assert parse_scores(JudgeReply(whole[:-1], truncated=True)) is None
+    assert parse_scores(JudgeReply(whole + "\nExplanation: it was good beca", truncated=True)) == (9.0, 10.0)
     assert parse_reply(make_completion("9", finish="length")[2]).truncated
 
 
@@ -198,7 +198,7 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     assert "ppo vs mpo: the same text on 1 prompt" in swapped.out
     assert len(server.requests) == 10
     assert len(read_verdicts(study.file).assignments) == 1  # so the report says it once
-    assert len(judges.load_judge_results(load_runs(study.run))) == 1
+    assert len(judges.load_judge_verdicts(load_runs(study.run))) == 1
     for words in (["--temperature", "0.5"], ["--reply-tokens", "99"], ["--seed", "0", "--prompts", "6"]):
         study.judge(*words)
     assert len(server.requests) == 30  # another temperature, another limit; the last asks nothing new
@@ -291,7 +291,7 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
 
 def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
     def load_verdict_rows() -> list[judges.VerdictRow]:
-        return judges.compute_verdict_rows(judges.load_judge_results(load_runs(study.run)))
+        return judges.compute_verdict_rows(judges.load_judge_verdicts(load_runs(study.run)))
 
     study.judge()
     (alone,) = [row.p for row in load_verdict_rows() if row.category is None]
@@ -433,7 +433,7 @@ def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: S
         result = study.judge("--concurrency", "1")
         assert result.err.splitlines()[-1].startswith("stopped: tiny: 8 questions in a row failed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "shuffle_prompts", lambda questions: questions[::-1])
+        patch.setattr(client, "shuffle_by_prompt", lambda questions: questions[::-1])
         study.judge("--concurrency", "1", "--max-requests", "1")
     assert len(study.scored()) == 1
     result = study.judge("--concurrency", "1")  # eight fail before the one that does not
@@ -501,7 +501,7 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
     result = study.judge()
     assert "HTTP 400: half \ufffd" in result.err
     assert any(line["replies"][0].endswith("so.\ufffd") for line in study.scored())
-    rendered = Template("t", "{{ prompt }}{{ first }}{{ second }}").render("a\udc00", "\ud83d\ude00", "\ufeffb")
+    rendered = Template("t", "{{ prompt }}{{ first }}{{ second }}").render_message("a\udc00", "\ud83d\ude00", "\ufeffb")
     assert rendered == "a\ufffd\U0001f600\ufeffb"
 
 
@@ -604,14 +604,14 @@ def test_what_a_server_may_send_is_a_failure_in_one_line(
 def test_tokens_that_nobody_can_have_used_are_not_counted(study: Study, server: Server) -> None:
     for tokens in ("9" * 4_299, "1e999", "-1", "true", '"5"', str(10**9 + 1)):
         body = COMPLETION.replace(b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode())
-        assert parse_reply(body) == Reply(format_scores(8, 5))
+        assert parse_reply(body) == JudgeReply(format_scores(8, 5))
     assert parse_reply(make_completion(format_scores(8, 5), tokens=(10**9, 0))[2]).tokens == (10**9, 0)
 
 
 @pytest.mark.parametrize("score", [DIGITS, f"0{DIGITS}", f"7.{DIGITS}", "9" * 400, "0" * 400 + "7"])
 def test_a_score_of_thousands_of_digits_is_none(score: str) -> None:
-    assert parse_scores(Reply(format_scores(score, 5))) is None
-    assert parse_scores(Reply(format_scores("7.3333333333333333", 5))) == (7.3333333333333333, 5.0)
+    assert parse_scores(JudgeReply(format_scores(score, 5))) is None
+    assert parse_scores(JudgeReply(format_scores("7.3333333333333333", 5))) == (7.3333333333333333, 5.0)
 
 
 def test_reading_a_reply_takes_time_in_proportion_to_its_length() -> None:
@@ -620,13 +620,13 @@ def test_reading_a_reply_takes_time_in_proportion_to_its_length() -> None:
     In a process that is ended where it takes a hundred times as long as it should.
     """
     code = """
-from mixpo.judge.replies import Reply, parse_scores
+from mixpo.judge.replies import JudgeReply, parse_scores
 n = 1_000_000
 label = "Response 1 Quality Score:"
 for text in ("x" * n, " " * n, "x " * n, label + " " * n, label + "9" * n, label + "9." * n, label + "1." + "9" * n,
              "Response " + "1" * n, "Response " * n, "*" * n, label * 40_000, (label + " " * 99) * 8_000, "\\n" * n):
     for cut in (False, True):
-        assert parse_scores(Reply(text, cut)) is None
+        assert parse_scores(JudgeReply(text, cut)) is None
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
@@ -684,8 +684,8 @@ def test_endpoints_that_are_refused(endpoint: str, message: str) -> None:
 
 def test_which_endpoints_are_this_machine() -> None:
     assert normalize_endpoint("http://localhost:8000/v1/") == "http://localhost:8000/v1"
-    assert [is_loopback(f"http://{host}/v1") for host in ("localhost:1", "127.3.0.1", "[::1]:2")] == [True] * 3
-    assert not is_loopback("http://192.168.0.1/v1")
+    assert [is_loopback_endpoint(f"http://{host}/v1") for host in ("localhost:1", "127.3.0.1", "[::1]:2")] == [True] * 3
+    assert not is_loopback_endpoint("http://192.168.0.1/v1")
 
 
 def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Server) -> None:
@@ -700,9 +700,9 @@ def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Serv
 
 
 def test_a_key_in_the_clear_is_warned_of(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_unencrypted("http://192.168.0.1/v1")
-    assert not any(map(is_unencrypted, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
-    monkeypatch.setattr("mixpo.judge.endpoint.is_loopback", lambda endpoint: False)
+    assert is_unencrypted_endpoint("http://192.168.0.1/v1")
+    assert not any(map(is_unencrypted_endpoint, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
+    monkeypatch.setattr("mixpo.judge.endpoint.is_loopback_endpoint", lambda endpoint: False)
     assert study.judge("--prompts", "2").err == ""  # no key
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert study.judge().err == f"--endpoint: {server.url} gets the key in the clear; expected https://\n"
@@ -841,7 +841,7 @@ def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> 
 
 
 def test_one_writes_at_a_time(study: Study) -> None:
-    with open_for_append(study.file):
+    with open_verdicts_for_append(study.file):
         assert "found another `mixpo judge` writing it; wait until it ends" in study.read_refusal()
 
 
@@ -915,7 +915,7 @@ def test_templates_that_are_refused(study: Study, tmp_path: Path, text: str | No
 
 
 def test_the_papers_prompt() -> None:
-    rendered = read_template(None).render("Why?", "{{ one }}", "two")
+    rendered = read_template(None).render_message("Why?", "{{ one }}", "two")
     assert rendered.startswith("Please evaluate the quality of the response according to the given instructions.")
     assert rendered.endswith("Instruction: Why?\n\nResponse 1: {{ one }}\n\nResponse 2: two")
     assert [rendered.count(f"\n{number}. ") for number in range(1, 12)] == [1] * 10 + [0]

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from command_line import run_mixpo
-from mixpo.cli.data import print_preview
+from mixpo.cli.data import print_data_preview
 from mixpo.data.errors import InputError
 from mixpo.data.world import build_tokenizer
-from mixpo.experiments.preview import make_preview, read_recipe_or_source, shorten_pieces, split_into_pieces
+from mixpo.experiments.preview import make_data_preview, read_recipe_or_source, shorten_pieces, split_into_pieces
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.run import run_stage
+from mixpo.experiments.run import compute_stage
 from recording_display import RecordingDisplay
 
 ROW = {"prompt": [{"role": "user", "content": "How?"}], "chosen": "So.", "rejected": "No."}
@@ -82,7 +82,7 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
     words = [f"data.test={test}", "max_completion_tokens=20"]
     source = write(tmp_path / "train.jsonl", train)
     recipe = read_recipe_or_source(source, words)
-    preview = make_preview(recipe)
+    preview = make_data_preview(recipe)
     assert preview.counts == {
         "rows": "26 read: 17 to train, 7 to test, 17 demonstrations",
         "bad": "2, of which 1 with identical completions",
@@ -98,18 +98,18 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
     assert "5 of 7 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in preview.facts
     assert "1 of the bad rows have two equal sides" in preview.facts
     assert [row.row for row in preview.bad] == [18, 19]
-    dropped = make_preview(read_recipe_or_source(source, [*words, "data.shared_prompts=drop"]))
+    dropped = make_data_preview(read_recipe_or_source(source, [*words, "data.shared_prompts=drop"]))
     assert dropped.counts["prompts in train and test"] == "0 of 7 test prompts"
     assert "5 rows left out, whose prompts are test prompts" in dropped.facts
     assert dropped.counts["rows"] == "26 read: 12 to train, 7 to test, 12 demonstrations"
 
 
 def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> None:
-    (world,) = make_preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
+    (world,) = make_data_preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
     assert world.kind == "preference"
     assert world.texts[1].text.endswith("<|end|>")
     path = write(tmp_path / "a.jsonl", [{"prompt": "How?", "completion": "So.", "score": 1}])
-    preview = make_preview(read_recipe_or_source(path))
+    preview = make_data_preview(read_recipe_or_source(path))
     assert [example.kind for example in preview.examples] == ["demonstration"]
     assert [side.text for side in preview.examples[0].texts] == ["How?", "So.<|end|>"]
     assert preview.facts == ["demonstrations read as demonstration: prompt, completion; ignored: score"]
@@ -127,10 +127,10 @@ def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys:
 
 def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
     hostile = {"chosen": "\x1b[2JSo.\u202e", "rejected": "[bold]No.[/bold]", "\x1b[31mred": 1}
-    preview = make_preview(read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
+    preview = make_data_preview(read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
     for color in (None, "256"):
         file = io.StringIO()
-        print_preview(preview, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
+        print_data_preview(preview, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
         text = file.getvalue()
         assert not [raw for raw in ("\x1b[2J", "\x1b[31m", "\u202e") if raw in text]
         assert "␛" in text
@@ -144,7 +144,7 @@ def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
 def test_pieces_are_the_text_and_every_token_is_in_one(text: str) -> None:
     tokenizer = build_tokenizer()
     tokens = tokenizer(text, split_special_tokens=True)["input_ids"]
-    pieces = split_into_pieces(tokenizer, tokens, before=tokenizer.encode("before"))
+    pieces = split_into_pieces(tokenizer, tokens, preceding_ids=tokenizer.encode("before"))
     assert "".join(piece.text for piece in pieces) == text
     assert len(pieces) <= len(tokens)
     assert not any(piece.control for piece in pieces)
@@ -162,7 +162,7 @@ def test_the_space_before_a_word_is_kept_by_tokenizers_whose_decoder_strips_it()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     assert tokenizer.decode([1]) == "what"
     assert [piece.text for piece in split_into_pieces(tokenizer, [0, 1])] == ["So", " what"]
-    assert [piece.text for piece in split_into_pieces(tokenizer, [1], before=[0])] == [" what"]
+    assert [piece.text for piece in split_into_pieces(tokenizer, [1], preceding_ids=[0])] == [" what"]
 
 
 def test_the_middle_of_a_long_side_is_left_out() -> None:
@@ -178,14 +178,14 @@ def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
     tokenizer.bos_token = "<|user|>"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
-    preview = make_preview(
+    preview = make_data_preview(
         read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model"))
     )
     assert preview.warnings == [
         f"{tmp_path}/model: found no config.json that names an architecture; expected a decoder-only language model in "
         "a Hugging Face folder",
     ]
-    assert preview.tokens[0] == f"BOS is <|user|> ({tokenizer.bos_token_id}); prompts begin with it"
+    assert preview.token_lines[0] == f"BOS is <|user|> ({tokenizer.bos_token_id}); prompts begin with it"
 
 
 def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path) -> None:
@@ -193,14 +193,16 @@ def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path)
     path = write(
         tmp_path / "a.jsonl", [{**row, "prompt": [{"role": "user", "content": str(row["prompt"])}]} for row in given]
     )
-    facts = make_preview(read_recipe_or_source(path)).facts
+    facts = make_data_preview(read_recipe_or_source(path)).facts
     assert [line for line in facts if "names of control tokens" in line] == [
         "1 of 6 prompts contain names of control tokens, such as '<|user|>', which are plain text; "
         "data.special_tokens=parse makes them control tokens",
         "3 of 12 completions contain names of control tokens, such as '<|end|>', which are plain text",
     ]
     path = write(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2)
-    (line,) = [line for line in make_preview(read_recipe_or_source(path)).facts if "names of control tokens" in line]
+    (line,) = [
+        line for line in make_data_preview(read_recipe_or_source(path)).facts if "names of control tokens" in line
+    ]
     assert line.startswith("2 of 2 completions contain")
 
 
@@ -208,7 +210,7 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(range(4)))
     assert read_recipe_or_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
-        make_preview(read_recipe_or_source(path, ["data.format=tldr"]))
+        make_data_preview(read_recipe_or_source(path, ["data.format=tldr"]))
     path = write(tmp_path / "b.jsonl", [{"instruction": "How?"}])
     assert not read_recipe_or_source(path).data.train, "without two sides it is a demonstration"
     assert read_recipe_or_source(path, ["data.format=tldr"]).data.train == (path,)
@@ -238,7 +240,7 @@ def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
     ]
     for _ in range(2):
         display = RecordingDisplay()
-        run_stage(recipe, lambda setup: setup.data, display)
+        compute_stage(recipe, lambda setup: setup.data, display)
         assert display.notes == expected
 
 
@@ -257,11 +259,11 @@ def test_a_cache_without_the_counts_of_its_rows_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe_or_source(write(tmp_path / "rows.jsonl", rows(range(10))))
-    run_stage(recipe, lambda setup: setup.data, RecordingDisplay())
+    compute_stage(recipe, lambda setup: setup.data, RecordingDisplay())
     (summary,) = [path for path in tmp_path.rglob("summary.json") if "columns" in json.loads(path.read_text())]
     figures = json.loads(summary.read_text()) | damage
     summary.write_text(json.dumps({name: value for name, value in figures.items() if value is not ...}))
     with pytest.raises(InputError) as caught:
-        run_stage(recipe, lambda setup: setup.data, RecordingDisplay())
+        compute_stage(recipe, lambda setup: setup.data, RecordingDisplay())
     assert f"summary.json of the data stage: found no usable counts of its rows ({found}" in str(caught.value)
     assert "delete the stage's folder and run again" in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 
 import mixpo
 from mixpo.data.errors import InputError
-from mixpo.experiments.plan import plan_stages
+from mixpo.experiments.plan import list_plan
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.run import run_recipe
 from mixpo.stages.pretrained import Pretrained
@@ -58,18 +58,18 @@ def plant(folders: list[Path], marker: Path) -> None:
 
 
 def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: Path) -> None:
-    """In complete stages, and in those that would be computed, by `plan_stages` and by `run`."""
+    """In complete stages, and in those that would be computed, by `list_plan` and by `run`."""
     marker, mine = tmp_path / "it ran", tmp_path / "cache"
     shutil.copytree(cache, mine)
     folders = [summary.parent for summary in mine.rglob("summary.json")]
     assert len(folders) > 4
     plant(folders, marker)
     recipe = tiny(mine, tmp_path / "run")
-    assert all(line.done for _, lines in plan_stages(recipe) for line in lines)
+    assert all(line.done for _, lines in list_plan(recipe) for line in lines)
     assert run_recipe(recipe, RecordingDisplay()).computed == 0
     for folder in folders:
         (folder / "summary.json").unlink()
-    assert not any(line.done for _, lines in plan_stages(recipe) for line in lines)
+    assert not any(line.done for _, lines in list_plan(recipe) for line in lines)
     run = run_recipe(recipe, RecordingDisplay())  # a checkpoint that is none ends the stage that would go on from it
     assert run.arms[0].status == "failed"
     assert not marker.exists()

@@ -8,8 +8,8 @@ import pytest
 
 from command_line import run_mixpo
 from mixpo.data.errors import InputError
-from mixpo.experiments.plan import plan_stages
-from mixpo.experiments.recipe import MAX_RECIPE_BYTES, Recipe, _list_section_types, read_recipe
+from mixpo.experiments.plan import list_plan
+from mixpo.experiments.recipe import MAX_RECIPE_BYTES, Recipe, _get_section_types, read_recipe
 from mixpo.models.adapters import LoraSettings
 
 SECRET = "sk-very-secret-0123456789"
@@ -40,7 +40,7 @@ def test_a_key_in_the_environment_is_in_nothing_that_is_written(
     template = "${{ messages[0].content }}${ x }"
     recipe = read_recipe("world", [f"model.chat_template='{template}'", f"cache={tmp_path / 'cache'}"])
     assert recipe.model.chat_template == template
-    assert plan_stages(recipe)
+    assert list_plan(recipe)
     result = run_mixpo(capsys, "run", "-q", "name=${oc.env:OPENAI_API_KEY}", f"out={tmp_path / 'run'}")
     assert result.code == 2
     assert SECRET not in result.out + result.err
@@ -124,7 +124,7 @@ def test_an_override_lies_over_what_the_recipe_gives(tmp_path: Path) -> None:
 
 def list_number_keys() -> list[tuple[str, bool]]:
     """The dotted key of every setting that is a number, or several, and whether it is whole."""
-    sections = {f"{name}.": section for name, section in _list_section_types().items()}
+    sections = {f"{name}.": section for name, section in _get_section_types().items()}
     groups = {"": Recipe, "ppo.lora.": LoraSettings, **sections}
     kinds = {
         start + key: str(one.annotation) for start, group in groups.items() for key, one in group.model_fields.items()

@@ -157,7 +157,7 @@ def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
         if row["seed"] == "all":
             shown = [f"{float(row[key]):.2f}" for key in ("score", "score_low", "score_high")]
             assert table[row["arm"]][1] == f"{shown[0]} [{shown[1]}, {shown[2]}]"
-            assert float(row["score"]) == pytest.approx(float(np.mean(whole.values(row["arm"], "score"))))
+            assert float(row["score"]) == pytest.approx(float(np.mean(whole.get_column(row["arm"], "score"))))
             assert row["prompts"] == "6"
     assert [row["status"] for row in read if row["arm"] == "dpo-base"] == ["failed"]
     parts = {part["id"]: part for part in content["sections"]}
@@ -246,7 +246,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     better = {**CLEAR, "mpo": shifted([3.0] * 6)}
     two = Writer(tmp_path / "two", name="b", cache="others").run([*plain(better), FAILED])
     results = load_runs(one, two)
-    assert results.names == ["a: sft", "a: ppo", "a: mpo", "b: sft", "b: ppo", "b: mpo", "b: dpo-base"]
+    assert results.arm_names == ["a: sft", "a: ppo", "a: mpo", "b: sft", "b: ppo", "b: mpo", "b: dpo-base"]
     made = build_document(results)
     assert made.title == "a, b"
     assert made.pair == ("b: mpo", "a: mpo")
@@ -260,8 +260,8 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
 
 def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     one, two, three = (Writer(tmp_path / place).run(plain({"sft": SFT_SCORES})) for place in ("a/x", "a/y", "b/x"))
-    assert load_runs(one, two).names == ["x: sft", "y: sft"]
-    assert load_runs(one, three).names == [f"{one}: sft", f"{three}: sft"]
+    assert load_runs(one, two).arm_names == ["x: sft", "y: sft"]
+    assert load_runs(one, three).arm_names == [f"{one}: sft", f"{three}: sft"]
 
 
 def test_rewards_of_other_reward_models_are_not_compared(tmp_path: Path) -> None:

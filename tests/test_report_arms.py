@@ -206,7 +206,7 @@ def test_mpo_with_more_easy_pairs_is_the_papers_weaker_split(
     run = Writer(tmp_path / "run", recipe={"selection": own}).run([*plain(CLEAR), point])
     other = Writer(tmp_path / "other", name="other", cache="others").run(plain(CLEAR))
     results = load_runs(other, run) if several else load_runs(run)
-    name = results.names[-1]
+    name = results.arm_names[-1]
     assert (arms.find_paper_arm(results, name) == "mpo at a weaker split") == weaker
     assert (rows(arms.build_main_table(results))[name][-2:] == ["2.22", "3.569"]) == weaker
     if several:

@@ -15,9 +15,9 @@ from command_line import run_mixpo
 from mixpo.cli import main as cli
 from mixpo.data.errors import InputError
 from mixpo.experiments.arms import ARMS
-from mixpo.experiments.expressions import expand_arms, expand_gradients
+from mixpo.experiments.expressions import list_arm_runs, list_gradient_runs
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.results import load_runs, read_completions, read_evaluation
+from mixpo.experiments.results import load_runs, read_completions, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
 from mixpo.experiments.shared_stages import SharedStages
 from mixpo.stages.stage import Snapshot
@@ -74,11 +74,11 @@ def copied_cache(home: Path, tmp_path: Path) -> Path:
 
 def test_every_arm_is_done_and_evaluated(home: Path) -> None:
     results = load_runs(home / "run")
-    assert results.names == ["sft", "best-of-n", "dpo-base", "dpo", "ppo", "mpo", "ppo ppo.kl_coef=0.03"]
+    assert results.arm_names == ["sft", "best-of-n", "dpo-base", "dpo", "ppo", "mpo", "ppo ppo.kl_coef=0.03"]
     for arm in results.arms:
         assert arm.status == "done"
         assert len(read_completions(arm)) == 64
-        assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= read_evaluation(arm).keys()
+        assert {"score", "true_reward", "kl_from_sft", "tokens", "ended"} <= read_evaluation_summary(arm).keys()
         assert (arm.model is None) == (arm.arm == "best-of-n")
     (mpo,) = results.list_arm_results("mpo")
     assert len(mpo.trace) == 2
@@ -92,7 +92,7 @@ def test_every_arm_is_done_and_evaluated(home: Path) -> None:
 
 
 def test_dpo_ppo_and_mpo_score_above_sft(home: Path) -> None:
-    score = {arm.name: read_evaluation(arm)["score"]["mean"] for arm in load_runs(home / "run").arms}
+    score = {arm.name: read_evaluation_summary(arm)["score"]["mean"] for arm in load_runs(home / "run").arms}
     assert min(score["dpo"], score["ppo"], score["mpo"]) > score["sft"]
 
 
@@ -145,7 +145,7 @@ def read_output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_report_in_every_form(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = str(home / "run")
     results = load_runs(home / "run")
-    expected = {arm.name: read_evaluation(arm)["score"]["mean"] for arm in results.arms}
+    expected = {arm.name: read_evaluation_summary(arm)["score"]["mean"] for arm in results.arms}
     rows = list(csv.DictReader(io.StringIO(read_output(capsys, "report", folder, "--format", "csv"))))
     assert {row["arm"]: float(row["score"]) for row in rows if row["seed"] == "all"} == pytest.approx(expected)
     content = json.loads(read_output(capsys, "report", folder, "--format", "json"))
@@ -207,7 +207,7 @@ def test_a_run_of_which_nothing_is_left_says_why(copied_cache: Path, capsys: pyt
 
 
 def expand_names(*overrides: str) -> list[str]:
-    return [run.name for run in expand_arms(read_recipe("world", list(overrides)))]
+    return [run.name for run in list_arm_runs(read_recipe("world", list(overrides)))]
 
 
 def test_a_sweep_is_every_combination_at_which_an_arm_differs() -> None:
@@ -231,7 +231,7 @@ def test_sweeps_of_some_arms_and_nested_keys() -> None:
 
 def test_what_does_not_depend_on_a_swept_setting_is_one_stage() -> None:
     overrides = ["arms=[sft,dpo-base,ppo,mpo]", "sweep={selection.threshold: [0.5, 1.0], ppo.kl_coef: [0.05, 0.4]}"]
-    runs = expand_arms(read_recipe("world", overrides))
+    runs = list_arm_runs(read_recipe("world", overrides))
     stages = {stage for run in runs for stage in sort_topologically(run.evaluation)}
     counted = Counter(type(stage).__name__ for stage in stages)
     assert counted == {
@@ -249,7 +249,7 @@ def test_label_noise_reaches_what_learns_from_labels_but_not_sft_nor_what_scores
     assert r.sft == clean.sft
     assert r.clean_reward == clean.reward != r.reward
     assert r.samples != clean.samples
-    assert r.evaluation(r.sft) == clean.evaluation(clean.sft)
+    assert r.build_evaluation(r.sft) == clean.build_evaluation(clean.sft)
     assert ARMS["dpo-base"](r).pairs != clean.data.train_pairs
     best, best_clean = ARMS["best-of-n"](r), ARMS["best-of-n"](clean)
     assert (best.chooser, best.reward, best_clean.chooser) == (r.reward, r.clean_reward, None)
@@ -263,11 +263,11 @@ def test_the_second_reward_model_reads_other_pairs_and_only_evaluations_read_it(
     assert r.second_reward not in set(sort_topologically(mpo))
     grouped = [ARMS["mpo-rloo"](SharedStages(read_recipe("world", words), 0)) for words in ([], ["ppo.gae_lambda=0.5"])]
     assert grouped[0] == grouped[1]
-    assert r.evaluation(mpo).second == r.second_reward
+    assert r.build_evaluation(mpo).second == r.second_reward
 
 
 def test_traced_arms_are_evaluated_from_their_start_on() -> None:
-    runs = expand_arms(read_recipe("world", ["arms=[ppo,mpo,dpo]", "trace={arms: [mpo], snapshots: 2}"]))
+    runs = list_arm_runs(read_recipe("world", ["arms=[ppo,mpo,dpo]", "trace={arms: [mpo], snapshots: 2}"]))
     by_name = {run.name: run for run in runs}
     mpo = by_name["mpo"].evaluation.policy
     assert mpo.snapshots == 2
@@ -279,14 +279,14 @@ def test_traced_arms_are_evaluated_from_their_start_on() -> None:
     assert by_name["ppo"].trace == ()
     assert by_name["ppo"].evaluation.policy.snapshots == 0
     with pytest.raises(InputError, match=r"trace.arms: found 'dpo', which ends with DPO; expected one with PPO"):
-        expand_arms(read_recipe("world", ["arms=[dpo]", "trace.arms=[dpo]"]))
+        list_arm_runs(read_recipe("world", ["arms=[dpo]", "trace.arms=[dpo]"]))
     with pytest.raises(InputError, match=r"trace.arms: found 'ppo', which is not among the arms"):
-        expand_arms(read_recipe("world", ["arms=[dpo]", "trace.arms=[ppo]"]))
+        list_arm_runs(read_recipe("world", ["arms=[dpo]", "trace.arms=[ppo]"]))
 
 
 def test_gradients_are_measured_on_both_parts_of_each_dpo_model() -> None:
-    assert expand_gradients(read_recipe("world")) == []
-    runs = expand_gradients(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
+    assert list_gradient_runs(read_recipe("world")) == []
+    runs = list_gradient_runs(read_recipe("world", ["gradients.pairs=8", "seeds=[3]"]))
     r = SharedStages(read_recipe("world"), 3)
     assert [(run.arm, run.part, run.seed) for run in runs] == [
         (arm, part, 3) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
@@ -325,13 +325,13 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
 )
 def test_bad_sweeps_are_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=re.escape(expected)):
-        expand_arms(read_recipe("world", [override]))
+        list_arm_runs(read_recipe("world", [override]))
 
 
 def test_no_sweep_at_all(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: world\nname: mine\narms: [ppo]\nsweep: {ppo.kl_coef: [0.3]}\n")
     swept = read_recipe(str(tmp_path / "mine.yaml"))
-    assert [run.name for run in expand_arms(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
+    assert [run.name for run in list_arm_runs(swept)] == ["ppo", "ppo ppo.kl_coef=0.3"]
     assert read_recipe(str(tmp_path / "mine.yaml"), ["sweep=null"]).sweep == ()
 
 
@@ -344,7 +344,7 @@ def test_sweeping_a_preset_takes_its_constants_along() -> None:
 
 
 def test_sweeping_a_key_below_a_section_that_is_not_there() -> None:
-    (run,) = expand_arms(read_recipe("world", ["arms=[ppo]"]).with_changes({"ppo.lora.rank": 4}))
+    (run,) = list_arm_runs(read_recipe("world", ["arms=[ppo]"]).with_changes({"ppo.lora.rank": 4}))
     assert run.evaluation.policy.lora.rank == 4
 
 

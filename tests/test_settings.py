@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
-from mixpo.experiments.recipe import _list_section_types
+from mixpo.experiments.recipe import _get_section_types
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
@@ -169,7 +169,7 @@ ACTING = [
 def settings_classes() -> dict[str, type[Settings]]:
     """Every section of a recipe, and the groups of settings inside them, by name."""
     sections: dict[str, type[Settings]] = {}
-    waiting = dict(_list_section_types())
+    waiting = dict(_get_section_types())
     while waiting:
         name, section = waiting.popitem()
         sections[name] = section

@@ -33,10 +33,10 @@ from mixpo.experiments.results import load_runs
 from mixpo.report.people import _correct_p_by_category, build_human_study_section, build_study_tables, describe_study
 from mixpo.study import files, server, store
 from mixpo.study.app import TokenBucket
-from mixpo.study.findings import Findings, load_findings
+from mixpo.study.findings import StudyFindings, load_study_findings
 from mixpo.study.opening import StudyOptions, parse_annotator_names
 from mixpo.study.plan import draw_question_order, make_csrf_token, verify_csrf_token
-from mixpo.study.store import Answer, Store, StudyClosedError, parse_store_url
+from mixpo.study.store import Answer, StudyClosedError, StudyStore, parse_store_url
 from report_runs import rows
 from studies import (
     ANNOTATORS,
@@ -70,7 +70,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     yield make_study
     for study in studies:
-        study.store.dispose()
+        study.store.close_connections()
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ RunMixpo = Callable[..., tuple[int, str]]
 @pytest.fixture
 def mixpo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunMixpo:
     """A function that runs `mixpo WORDS`, which serves nothing; returns the exit code and everything printed."""
-    monkeypatch.setattr(server, "serve", lambda *_: None)
+    monkeypatch.setattr(server, "serve_app", lambda *_: None)
 
     def run(*words: str) -> tuple[int, str]:
         result = run_mixpo(capsys, *words)
@@ -126,10 +126,10 @@ def test_the_seed_alone_tells_no_side():
 
 
 def test_a_form_is_for_one_person_and_one_question():
-    csrf_token = make_csrf_token("secret", 1, 7, now=12.5)
+    csrf_token = make_csrf_token("secret", 1, 7, unix_seconds=12.5)
     nonce, served = verify_csrf_token(csrf_token, "secret", 1, 7) or ("", 0.0)
     assert served == 12.5
-    assert nonce not in (verify_csrf_token(make_csrf_token("secret", 1, 7, now=12.5), "secret", 1, 7) or ())
+    assert nonce not in (verify_csrf_token(make_csrf_token("secret", 1, 7, unix_seconds=12.5), "secret", 1, 7) or ())
     for secret, annotator, number in (("other", 1, 7), ("secret", 2, 7), ("secret", 1, 8)):
         assert verify_csrf_token(csrf_token, secret, annotator, number) is None
     for forged in ("", ".", "x", csrf_token[:-1], csrf_token + "0", "1" + csrf_token, "é" + csrf_token):
@@ -513,7 +513,7 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     study = Study(run)
     assert study.row.seed == 3
     findings = study.close()
-    study.store.dispose()
+    study.store.close_connections()
     assert findings.seed == 3
     report = build_human_study_section(load_runs(run))
     assert report is not None
@@ -709,7 +709,7 @@ def test_beyond_this_machine_without_tls_there_is_a_warning(tmp_path, mixpo):
     ],
 )
 def test_what_goes_over_a_network_in_the_clear_is_known(bound, address, tls, encrypted):
-    assert server.is_encrypted(bound, address, tls=tls) == encrypted
+    assert server.is_traffic_encrypted(bound, address, tls=tls) == encrypted
 
 
 def test_the_usual_port_is_no_part_of_an_address():
@@ -742,7 +742,7 @@ def test_every_address_is_none(host, bound):
 
 
 def test_a_password_is_never_shown():
-    database = Store(URL.create("sqlite", database="/nowhere/x.sqlite"))
+    database = StudyStore(URL.create("sqlite", database="/nowhere/x.sqlite"))
     database.password = "hush"
     with pytest.raises(InputError) as refused, database._report_database_errors():
         raise SQLAlchemyError("me:hush@h was refused\nfor reasons")
@@ -773,19 +773,19 @@ def test_a_study_in_postgresql(tmp_path):
         files.export_judgements(study.store, study.row, tmp_path / "all.csv")
         assert files.import_judgements(study.store, study.row, tmp_path / "all.csv") == (3, 0)
         reopened = Study(study.run, url=DATABASE)
-        reopened.store.dispose()
+        reopened.store.close_connections()
         assert (reopened.tokens, reopened.lost) == (study.tokens, [])
         write_fruit_run(tmp_path / "other", texts={("yak", 1): "plums"})
         expected = r"found a study of other completions .* and use another database to begin"
         with pytest.raises(InputError, match=expected):
             Study(tmp_path / "other" / "run", StudyOptions(), url=DATABASE)
         csrf_token = anna.get_csrf_token(3)
-        assert study.close().active_annotators == ["anna", "ben"]
+        assert study.close().annotators_with_judgements == ["anna", "ben"]
         assert anna.post(3, "left", csrf_token).status_code == 403
         assert len(study.list_choices()) == 3
     finally:
-        store.Base.metadata.drop_all(study.store.engine)
-        study.store.dispose()
+        store.TableBase.metadata.drop_all(study.store.engine)
+        study.store.close_connections()
 
 
 # files
@@ -817,11 +817,11 @@ def test_an_export_comes_back_as_it_was(study, mixpo, tmp_path, file_type):
     path.write_bytes(path.read_bytes().replace(b"False", b"FALSE"))  # as spreadsheets write it
     imported = f"11 judgements in {path}: 0 new, 11 already in the study\n"
     assert mixpo("annotate", str(study.run), "--import", str(path)) == (0, imported)
-    other = Store(parse_store_url(tmp_path / "other", None))
+    other = StudyStore(parse_store_url(tmp_path / "other", None))
     assert files.import_judgements(other, study.row, path) == (11, 11)
     assert [one.answer for one in other.load_questions()] == [one.answer for one in study.store.load_questions()]
     assert files.import_judgements(other, study.row, path) == (11, 0)
-    other.dispose()
+    other.close_connections()
 
 
 def test_no_cell_of_an_export_is_a_formula(study, tmp_path):
@@ -874,7 +874,7 @@ def test_what_does_not_fit_is_refused_whole(study, tmp_path, change, message):
     lines = read_lines(path)
     lines[1] |= change
     write_lines(path, lines)
-    with study.store._transaction(write=True) as session:  # so that all others would be new
+    with study.store._open_transaction(write=True) as session:  # so that all others would be new
         session.query(store.JudgementRow).filter(store.JudgementRow.number != 2).delete()
     before = study.list_choices()
     with pytest.raises(InputError) as refused:
@@ -928,7 +928,7 @@ def test_files_that_are_no_export_are_refused(study, tmp_path, monkeypatch):
 
 def write_closed_study(
     folder: Path, choices: dict[str, list[str]], categories: list[str | None] | None = None
-) -> Findings:
+) -> StudyFindings:
     """Write the files of a closed study: each annotator's choices by prompt, W, T, L, S, or - for none."""
     better = {"W": "mpo", "T": "tie", "L": "ppo", "S": None}
     prompts = max(map(len, choices.values()))
@@ -947,7 +947,7 @@ def write_closed_study(
     closed |= {"prompts": prompts, "annotators": list(choices)}
     (folder / "study" / "closed.json").write_text(json.dumps(closed))
     write_lines(folder / "study" / "judgements.jsonl", lines)
-    findings = load_findings(folder)
+    findings = load_study_findings(folder)
     assert findings is not None
     return findings
 
@@ -1033,7 +1033,7 @@ def test_categories_stand_apart_and_together(tmp_path):
 def test_who_judged_nothing_spoils_no_kappa(tmp_path):
     choices = {"anna": list("WWTL"), "ben": list("WWTW"), "cleo": list("----"), "dora": list("SS--")}
     findings = write_closed_study(tmp_path, choices)
-    assert findings.inactive_annotators == ["cleo", "dora"]
+    assert findings.annotators_without_judgements == ["cleo", "dora"]
     assert findings.agreement[None].common == 4
     # 3 of 4 agree; 5 wins, 2 ties, 1 loss of 8: chance (25 + 4 + 1) / 64
     assert findings.agreement[None].kappa.mean == pytest.approx((0.75 - 30 / 64) / (1 - 30 / 64))
@@ -1062,7 +1062,7 @@ def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
     alone = write_closed_study(tmp_path, {"anna": list("WLTW")})
     assert rows(build_study_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
     assert describe_study(alone).startswith("One person judged blindly")
-    assert write_closed_study(tmp_path, {"anna": list("----")}).active_annotators == []
+    assert write_closed_study(tmp_path, {"anna": list("----")}).annotators_with_judgements == []
     assert describe_study(write_closed_study(tmp_path, {"anna": list("SS--")})).startswith(
         "Nobody judged a prompt of mpo and ppo"
     )
@@ -1130,7 +1130,7 @@ def test_damaged_files_of_a_closed_study_are_named(study):
     for broken in (whole[:40], "{}", "[]", whole.replace('"format": 1', '"format": 9')):
         file.write_text(broken)
         with pytest.raises(InputError, match=r"found no readable study|found a study of format 9"):
-            load_findings(study.run)
+            load_study_findings(study.run)
 
 
 # a real server, over TLS, and killed
@@ -1227,9 +1227,9 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
         first.send_signal(signal.SIGKILL)
         first.wait()
         before = dict(acknowledged)
-        opened = Store(parse_store_url(run, None))
+        opened = StudyStore(parse_store_url(run, None))
         stored = list_choices(opened)
-        opened.dispose()
+        opened.close_connections()
         assert before.items() <= stored.items()
         assert len(before) < 50 * questions
         second, new_links = start_server(run, port, tmp_path)
@@ -1242,9 +1242,9 @@ def test_fifty_people_at_once_and_a_killed_server_lose_nothing_and_double_nothin
             process.kill()
             assert process.communicate()[0] == ""  # nothing of requests, whose first address holds a token
         people.shutdown()
-    opened = Store(parse_store_url(run, None))
+    opened = StudyStore(parse_store_url(run, None))
     assert list_choices(opened) == acknowledged
     assert len(acknowledged) == 50 * questions
     assert list_replaced_choices(opened) == {}
-    opened.dispose()
+    opened.close_connections()
     assert (tmp_path / "errors.txt").read_text() == ""

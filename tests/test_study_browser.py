@@ -33,7 +33,7 @@ def study(tmp_path: Path) -> Iterator[tuple[Study, str]]:
         finally:
             running.should_exit = True
             thread.join()
-            made.store.dispose()
+            made.store.close_connections()
 
 
 OpenPage = Callable[..., Any]
@@ -103,7 +103,7 @@ def test_three_people_judge_and_their_kappa_is_told(study: tuple[Study, str], op
         judge_by_mouse(made, two)
         judge_without_script(made, three)
     found = made.close()
-    assert found.active_annotators == list(ANNOTATORS)
+    assert found.annotators_with_judgements == list(ANNOTATORS)
     # on prompts 0 to 4 anna and cleo prefer apples; ben does, but calls one a tie; nobody was asked about prompt 5
     assert found.shares[None].win.mean == pytest.approx((14 / 3) / 6)
     # 15 ratings: 14 wins and a tie; four prompts agree wholly, of the fifth one pair in three

@@ -14,7 +14,7 @@ import pytest
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
-from mixpo.experiments.results import load_runs, read_evaluation
+from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
 from mixpo.training.runtime import Runtime, count_cores
 from recording_display import RecordingDisplay
@@ -39,7 +39,7 @@ def tiny_recipe(home: Path, workers: int, *overrides: str) -> Recipe:
 
 
 def scores(home: Path) -> list[float]:
-    return [read_evaluation(arm)["score"]["mean"] for arm in load_runs(home / "run").arms]
+    return [read_evaluation_summary(arm)["score"]["mean"] for arm in load_runs(home / "run").arms]
 
 
 @pytest.fixture(scope="module")

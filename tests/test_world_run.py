@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixpo.experiments.recipe import read_recipe
-from mixpo.experiments.results import load_runs, read_evaluation
+from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
 from mixpo.stages.stage_cache import read_summary
 from recording_display import RecordingDisplay
@@ -19,7 +19,7 @@ def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
     assert 0.70 <= judged["accuracy"] <= 0.80
     assert 0.35 <= judged["gap_under_1"] <= 0.60
     score, true_reward = (
-        {arm.arm: read_evaluation(arm)[key]["mean"] for arm in results.arms} for key in ("score", "true_reward")
+        {arm.arm: read_evaluation_summary(arm)[key]["mean"] for arm in results.arms} for key in ("score", "true_reward")
     )
     assert score["sft"] < score["dpo"] < score["ppo"]
     assert score["dpo"] < score["mpo"]

@@ -25,6 +25,7 @@ class Settings(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _reject_bool_as_number(cls, value: Any, field: pydantic.ValidationInfo) -> Any:
+        """Raise ValueError on true or false where a setting is a number, which pydantic would accept."""
         types = set(_flatten_annotation(cls.model_fields[str(field.field_name)].annotation))
         items = value if isinstance(value, list | tuple) else [value]
         if types & {int, float} and bool not in types and any(isinstance(item, bool) for item in items):
@@ -40,7 +41,7 @@ def _flatten_annotation(annotation: Any) -> Iterator[Any]:
 
 
 def format_found_and_expected(error: ErrorDetails) -> tuple[str, str]:
-    """Format the value that pydantic refused, cut after 200 characters, and what it expected instead."""
+    """Return two texts: the value that pydantic refused, cut after 200 characters, and what was expected instead."""
     value = error["input"]
     found = "nothing" if value is None else repr(value)
     expected = re.sub("^Input should be |^Value error, |, unable to .*", "", error["msg"])

@@ -16,9 +16,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from mixpo.experiments.plan import PlannedStage
-from mixpo.experiments.results import Results, list_first
+from mixpo.experiments.results import Results, format_first_names
 from mixpo.experiments.run import RunDisplay
-from mixpo.experiments.workers import Failure, Outcome
+from mixpo.experiments.workers import Outcome, StageFailure
 from mixpo.report import document as report
 from mixpo.report.arms import build_main_table
 from mixpo.stages.rows import read_table
@@ -34,16 +34,14 @@ PLAIN_SECONDS = 10.0
 
 
 class TerminalRunDisplay:
-    """Display of a run: a progress bar a stage, or if `plain`, lines of text when it starts, every few seconds, and
-    when it ends.
-    """
+    """Terminal display of a run: a progress bar a stage, or if `plain` lines of text at start, end and in between."""
 
     def __init__(self, progress: Progress, *, plain: bool) -> None:
         self.progress, self.plain = progress, plain
 
-    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> "TerminalStageDisplay":
-        """Show that a stage is being computed, and for which arms."""
-        return TerminalStageDisplay(self, f"{stage} {identity}", arms)
+    def start_stage(self, stage_kind: str, identity: str, arms: Sequence[str]) -> "TerminalStageDisplay":
+        """Show that a stage is being computed for these arms, and return the display of its progress."""
+        return TerminalStageDisplay(self, f"{stage_kind} {identity}", arms)
 
     def on_message(self, text: str) -> None:
         """Print a message of the run above the bars."""
@@ -51,16 +49,16 @@ class TerminalRunDisplay:
 
 
 class TerminalStageDisplay:
-    """Display of one stage as a progress bar or as lines of text."""
+    """Terminal display of one stage, as a progress bar or as lines of text."""
 
     def __init__(self, run: TerminalRunDisplay, name: str, arms: Sequence[str]) -> None:
         self.run, self.name, self.printed = run, name, time.monotonic()
-        self.task = run.progress.add_task(name, total=None, metrics=f"for {list_first(arms)}")
+        self.task = run.progress.add_task(name, total=None, metrics=f"for {format_first_names(arms)}")
         if run.plain:
-            self.on_message(f"started (for {list_first(arms)})")
+            self.on_message(f"started (for {format_first_names(arms)})")
 
     def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Show the steps done and the last metrics; as a line, only if the last such line is old enough."""
+        """Show the steps done and the last metrics; as a line of text only every `PLAIN_SECONDS`."""
         brief = _format_brief_metrics(metrics)
         self.run.progress.update(self.task, completed=done, total=total, metrics=brief)
         if self.run.plain and time.monotonic() - self.printed >= PLAIN_SECONDS:
@@ -72,9 +70,9 @@ class TerminalStageDisplay:
         self.run.on_message(f"{self.name}: {text}")
 
     def on_end(self, outcome: Outcome) -> None:
-        """Remove the bar and print how long the stage took, or why it failed."""
+        """Remove the bar and print how many seconds the stage took, or why it failed."""
         self.run.progress.remove_task(self.task)
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, StageFailure):
             self.on_message(f"failed: {outcome.reason.removeprefix(f'{self.name}: ')}")
         else:
             self.on_message(f"done in {outcome:.1f} s")
@@ -82,7 +80,7 @@ class TerminalStageDisplay:
 
 @contextmanager
 def open_run_display(*, plain: bool) -> Iterator[RunDisplay]:
-    """Open a display of a run: progress bars in a terminal, lines of text in a pipe or if `plain`."""
+    """Context manager that yields a display of a run: progress bars, or in a pipe or if `plain` lines of text."""
     console = Console()
     plain = plain or not console.is_terminal
     columns = (
@@ -106,7 +104,7 @@ def print_line(text: str, console: Console | None = None) -> None:
 
 
 def _format_brief_metrics(metrics: Mapping[str, float]) -> str:
-    """Format the speed and the metrics of `SHOWN_METRICS`, without PPO's loss, which stays near 0 whatever happens."""
+    """Format tokens per second and the metrics of `SHOWN_METRICS`, without PPO's loss, which says nothing."""
     speed = []
     if metrics.get("seconds") and metrics.get("tokens"):
         speed.append(f"{metrics['tokens'] / metrics['seconds']:.0f} tokens/s")
@@ -115,13 +113,13 @@ def _format_brief_metrics(metrics: Mapping[str, float]) -> str:
 
 
 def print_main_table(results: Results) -> None:
-    """Print the main table, in a narrow terminal without the less important columns."""
+    """Print the main table of arms, in a narrow terminal without the less important columns."""
     console = Console()
     table = build_main_table(results, with_paper_columns=False)
     optional = [heading for start in OPTIONAL_COLUMNS for heading in table.headings if heading.startswith(start)]
     layouts = [([], True, NAME_WIDTH), *((optional[:count], False, NAME_WIDTH) for count in range(len(optional) + 1))]
     for hidden, one_line, name_width in [*layouts, (optional, False, NAME_WIDTH // 3)]:
-        main = _build_main_table(results, table, hidden, one_line=one_line, name_width=name_width)
+        main = _build_terminal_main_table(results, table, hidden, intervals_beside=one_line, name_width=name_width)
         if Measurement.get(console, console.options.update_width(1000), main).minimum <= console.width:
             break
     console.print(main)
@@ -132,14 +130,14 @@ def print_main_table(results: Results) -> None:
         print_line(line, console)
 
 
-def _build_main_table(
-    results: Results, table: report.Table, hidden: Sequence[str], *, one_line: bool, name_width: int
+def _build_terminal_main_table(
+    results: Results, table: report.Table, hidden: Sequence[str], *, intervals_beside: bool, name_width: int
 ) -> Table:
-    """Build the main table without hidden columns, intervals on the line of their means or below it."""
-    title = f"{results.title}: means with 95% intervals"
+    """Convert the report's main table for the terminal, without hidden columns, intervals beside or below means."""
+    title = f"{results.run_names}: means with 95% intervals"
     main = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = [index for index, heading in enumerate(table.headings) if heading not in hidden]
-    rows = [[Text(row[n] if one_line else row[n].replace(" [", "\n[")) for n in columns] for row in table.rows]
+    rows = [[Text(row[n] if intervals_beside else row[n].replace(" [", "\n[")) for n in columns] for row in table.rows]
     for index, heading in enumerate(table.headings[column] for column in columns):
         words = [word for row in rows for word in row[index].plain.split("\n" if index else None)]
         width = max(map(cell_len, [*heading.split(), *words]))
@@ -156,13 +154,14 @@ def print_report_table(table: report.Table, title: str) -> None:
     """Print a table of a report and its notes, transposed where the terminal is too narrow for it."""
     console = Console()
     lines = [table.headings, *table.rows]
-    parts = [_build_table(title, lines)]
+    parts = [_build_terminal_table(title, lines)]
     if Measurement.get(console, console.options.update_width(10_000), parts[0]).maximum > console.width:
         first, *others = (max(map(cell_len, line)) for line in lines)
         columns = max(1, (console.width - first) // (max(others, default=0) + 3))
         starts = range(1, len(lines), columns)
         parts = [
-            _build_table(title, list(zip(lines[0], *lines[start : start + columns], strict=True))) for start in starts
+            _build_terminal_table(title, list(zip(lines[0], *lines[start : start + columns], strict=True)))
+            for start in starts
         ]
     for part in parts:
         console.print(part)
@@ -170,7 +169,8 @@ def print_report_table(table: report.Table, title: str) -> None:
         print_line(note, console)
 
 
-def _build_table(title: str, lines: Sequence[Sequence[str]]) -> Table:
+def _build_terminal_table(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    """Build a table for the terminal of lines of cells, the first of which are the headings."""
     headings, *rows = lines
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(headings):
@@ -186,7 +186,7 @@ def print_run_results(results: Results, page: Path, *, computed: int | None = No
     print_main_table(results)
     if computed is not None:
         console.print(f"{computed} stages computed, {cached} found in the cache", highlight=False)
-    aligned = "mpo" if "mpo" in results.names else results.names[-1]
+    aligned = "mpo" if "mpo" in results.arm_names else results.arm_names[-1]
     for arm in results.list_arm_results(aligned):
         if arm.model:
             console.print(f"model ({arm.arm}, seed {arm.seed}): {arm.model}", highlight=False, soft_wrap=True)
@@ -194,7 +194,7 @@ def print_run_results(results: Results, page: Path, *, computed: int | None = No
 
 
 def print_plan(plan: list[tuple[str, list[PlannedStage]]]) -> None:
-    """Print the tree of stages of every arm."""
+    """Print the plan of a run: the tree of stages of every arm, each cached or why it would be computed."""
     console = Console()
     for heading, stages in plan:
         root = Tree(Text(heading, style="bold"))
@@ -215,11 +215,11 @@ def print_plan(plan: list[tuple[str, list[PlannedStage]]]) -> None:
         console.print(root)
 
 
-def print_selection(folder: Path) -> None:
-    """Print the sizes of a selection, the histogram of its gaps, and its two hardest and two easiest pairs."""
+def print_pair_selection(selection_folder: Path) -> None:
+    """Print the sizes of a selection, the histogram of score gaps, and its two hardest and two easiest pairs."""
     console = Console()
-    summary = read_summary(folder)
-    pairs = [row for part in ("easy", "hard") for row in read_table(folder / f"{part}.parquet")]
+    summary = read_summary(selection_folder)
+    pairs = [row for part in ("easy", "hard") for row in read_table(selection_folder / f"{part}.parquet")]
     rows = sorted(pairs, key=lambda row: float(row["gap"]))
     identical = sum(row["tokens"][0] == row["tokens"][1] for row in rows)
     spread = float(np.std([row["scores"] for row in rows]))
@@ -239,4 +239,4 @@ def print_selection(folder: Path) -> None:
             console.print(Text(f"  prompt    {prompt}"))
             for name, completion, score in zip(("chosen", "rejected"), row["completions"], row["scores"], strict=True):
                 console.print(Text(f"  {name:<8}  {score:+.3f}  {completion}"))
-    console.print(f"\nrows: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"\nrows: {selection_folder}", highlight=False, soft_wrap=True)

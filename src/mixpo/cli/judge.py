@@ -21,7 +21,7 @@ PLAIN_SECONDS = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
 
-def judge(
+def judge_arms(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, such as runs/world.")],
     arms: Annotated[tuple[str, str], typer.Option(help="The two arms; win and lose are the first one's.")],
     model: Annotated[list[str], typer.Option(help="The judge's name at the endpoint; again for further judges.")],
@@ -56,21 +56,21 @@ def judge(
     from mixpo.data.text import escape_invisible
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
-    from mixpo.judge.endpoint import is_unencrypted, normalize_endpoint, read_api_key
-    from mixpo.judge.outcomes import choose_arm_order, collect_verdicts, make_assignment
+    from mixpo.judge.endpoint import is_unencrypted_endpoint, normalize_endpoint, read_api_key
+    from mixpo.judge.outcomes import choose_arm_order, decide_verdicts, make_assignment
     from mixpo.judge.questions import make_judges, read_template
-    from mixpo.judge.verdicts import FILE, make_assignment_row, open_for_append, read_verdicts
+    from mixpo.judge.verdicts import FILE, make_assignment_row, open_verdicts_for_append, read_verdicts
     from mixpo.report.judges import build_judge_groups, compute_verdict_rows
 
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
     before = read_verdicts(run / FILE)
     order = choose_arm_order(before, arms, at)
-    rows = pair_completions(results, order, seed=at, prompts=prompts, draw=draw)
+    rows = pair_completions(results, order, seed=at, prompt_count=prompts, draw_seed=draw)
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
     prompt_template, address = read_template(template), normalize_endpoint(endpoint)
-    settings = _parse_number("--temperature", temperature, 0.0), _parse_number("--reply-tokens", reply_tokens, 1)
+    settings = (_parse_number("--temperature", temperature, 0.0), _parse_number("--reply-tokens", reply_tokens, 1))
     assignments = [
         make_assignment(one, prompt_template, order, at, rows)
         for one in make_judges(model, address, *settings, prompt_template)
@@ -82,25 +82,25 @@ def judge(
             print_line(escape_invisible(next(iter(by_id.values())).text) + "\n")
         print_line(f"{len(by_id)} questions, {len(answered)} of them asked before: {len(by_id) - len(answered)} calls")
         return
-    with open_for_append(run / FILE) as keep:
+    with open_verdicts_for_append(run / FILE) as keep:
         saved, progress = read_verdicts(run / FILE), None
         missing = [question for number, question in by_id.items() if number not in saved.scores]
         if missing:
             from mixpo.judge.client import RequestLimits, ask_questions
 
             key = read_api_key()
-            if key and is_unencrypted(address):
+            if key and is_unencrypted_endpoint(address):
                 print(f"--endpoint: {address} gets the key in the clear; expected https://", file=sys.stderr)
         for assignment, _ in assignments:
-            if not saved.contains(assignment):
+            if not saved.contains_assignment(assignment):
                 keep(make_assignment_row(assignment))
         if missing:
             limits = RequestLimits(concurrency, attempts, timeout, max_requests, max_tokens)
-            replied_judges = {question.judge for number, question in by_id.items() if number in saved.scores}
-            with _show_progress(len(missing), run / FILE, plain=quiet) as show_progress:
-                progress = ask_questions(missing, key, limits, keep, show_progress, replied_judges=replied_judges)
+            working_judges = {question.judge for number, question in by_id.items() if number in saved.scores}
+            with _open_judging_display(len(missing), run / FILE, plain=quiet) as show_progress:
+                progress = ask_questions(missing, key, limits, keep, show_progress, working_judges=working_judges)
     scores = read_verdicts(run / FILE).scores
-    judgements = [collect_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
+    judgements = [decide_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
     judgements = judgements if order == arms else [one.swap_arms() for one in judgements]
     for group in build_judge_groups(judgements, compute_verdict_rows(judgements)):
         if group.table is not None:
@@ -109,24 +109,24 @@ def judge(
             print_line(note)
     print_line(f"{len(by_id) - len(missing)} of {len(by_id)} questions were asked before; verdicts: {run / FILE}")
     if progress is not None:
-        _print_totals(progress)
+        _print_judging_totals(progress)
 
 
-def _parse_number(option: str, text: str, least: Number) -> Number | None:
-    """Parse an option that is a number of at least `least`, or none. Raises `InputError` on anything else."""
+def _parse_number(option: str, text: str, minimum: Number) -> Number | None:
+    """Parse an option's number of at least the minimum; None for `none`. Raises `InputError` on anything else."""
     if text == "none":
         return None
     with suppress(ValueError):
-        number = type(least)(text)
-        if least <= number < math.inf:
+        number = type(minimum)(text)
+        if minimum <= number < math.inf:
             return number
-    whole = "a whole number" if isinstance(least, int) else "a number"
-    raise InputError(f"{option}: found {text!r}; expected {whole} from {least:g}, or none")
+    whole = "a whole number" if isinstance(minimum, int) else "a number"
+    raise InputError(f"{option}: found {text!r}; expected {whole} from {minimum:g}, or none")
 
 
 @contextmanager
-def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Callable[[JudgingProgress], None]]":
-    """Show progress as a bar in a terminal and as lines elsewhere, and on Ctrl-C how much is saved."""
+def _open_judging_display(total: int, file: Path, *, plain: bool) -> "Iterator[Callable[[JudgingProgress], None]]":
+    """Context manager that yields a function that shows progress as a bar or lines; Ctrl-C prints what is saved."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -137,27 +137,28 @@ def _show_progress(questions: int, file: Path, *, plain: bool) -> "Iterator[Call
     columns = (TextColumn("judging"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     plain = plain or not console.is_terminal
     bars = Bars(*columns, TextColumn("{task.fields[spent]}"), console=console, disable=plain)
-    task, printed = bars.add_task("", total=questions, spent=""), time.monotonic()
+    task, printed = bars.add_task("", total=total, spent=""), time.monotonic()
 
-    def show(progress: "JudgingProgress") -> None:
+    def show_progress(progress: "JudgingProgress") -> None:
+        """Update the bar, or print a line if the last one is old enough."""
         nonlocal done, printed
         done = progress.done
-        over = progress.questions - progress.remaining
+        over = progress.questions - progress.remaining_questions
         spent = f"{progress.requests} requests, {progress.tokens:,} tokens"
         bars.update(task, completed=over, spent=spent)
         if plain and time.monotonic() - printed >= PLAIN_SECONDS:
             printed = time.monotonic()
-            print_line(f"judging: {over}/{questions}, {spent}")
+            print_line(f"judging: {over}/{total}, {spent}")
 
     try:
         with bars:
-            yield show
+            yield show_progress
     except KeyboardInterrupt:
-        print_line(f"stopped; {done} of {questions} questions are done and kept in {file}; rerun to resume")
+        print_line(f"stopped; {done} of {total} questions are done and kept in {file}; rerun to resume")
         raise
 
 
-def _print_totals(progress: "JudgingProgress") -> None:
+def _print_judging_totals(progress: "JudgingProgress") -> None:
     """Print the requests and tokens spent, failures and questions left; exit with code 1 if questions failed."""
     from mixpo.cli.display import print_line
 
@@ -170,7 +171,8 @@ def _print_totals(progress: "JudgingProgress") -> None:
     if progress.stop_reasons:
         reasons = "; ".join(progress.stop_reasons)
         print(
-            f"stopped: {reasons}; {progress.remaining} questions are left; the same command asks them", file=sys.stderr
+            f"stopped: {reasons}; {progress.remaining_questions} questions are left; the same command asks them",
+            file=sys.stderr,
         )
     if progress.failures:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ import pydantic
 import typer
 
 from mixpo.cli import data, study
-from mixpo.cli.judge import judge
+from mixpo.cli.judge import judge_arms
 from mixpo.data.errors import InputError
 from mixpo.settings import format_found_and_expected
 
@@ -38,18 +38,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead 
 
 
 @app.command("run")
-def run(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
+def run_experiment(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Run a recipe: compute the stages that are not cached, print the main table, write the report."""
     from mixpo.cli.display import open_run_display, print_run_results
     from mixpo.experiments.results import load_runs
     from mixpo.experiments.run import run_recipe
     from mixpo.report.page import write_html_report
 
-    recipe = _read_recipe(arguments)
+    recipe = _read_recipe_of_command(arguments)
     with open_run_display(plain=quiet) as display:
         result = run_recipe(recipe, display)
-    results = load_runs(recipe.folder)
-    page = write_html_report(results, recipe.folder)
+    results = load_runs(recipe.run_folder)
+    page = write_html_report(results, recipe.run_folder)
     print_run_results(results, page, computed=result.computed, cached=result.found)
     failed = [arm for arm in result.arms if arm.status == "failed"]
     if failed:
@@ -57,27 +57,27 @@ def run(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
 
 
 @app.command("plan")
-def plan(arguments: RecipeArgument = None) -> None:
+def show_plan(arguments: RecipeArgument = None) -> None:
     """Print the tree of stages of every arm: identity, and whether a stage is cached or why it would be computed."""
     from mixpo.cli.display import print_plan
-    from mixpo.experiments.plan import plan_stages
+    from mixpo.experiments.plan import list_plan
 
-    print_plan(plan_stages(_read_recipe(arguments)))
+    print_plan(list_plan(_read_recipe_of_command(arguments)))
 
 
 @app.command("select")
-def select(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
+def select_pairs(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Sample, score and split pairs as a recipe says; print sizes, the gap histogram, and examples."""
-    from mixpo.cli.display import open_run_display, print_selection
-    from mixpo.experiments.run import run_stage
+    from mixpo.cli.display import open_run_display, print_pair_selection
+    from mixpo.experiments.run import compute_stage
 
-    recipe = _read_recipe(arguments)
+    recipe = _read_recipe_of_command(arguments)
     with open_run_display(plain=quiet) as display:
-        selection = run_stage(recipe, lambda setup: setup.selection, display)
+        selection = compute_stage(recipe, lambda setup: setup.selection, display)
     if not isinstance(selection, Path):
         print(selection.reason, file=sys.stderr)
         raise typer.Exit(2 if selection.bad_input else 1)
-    print_selection(selection)
+    print_pair_selection(selection)
 
 
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs, such as runs/world.")]
@@ -93,7 +93,7 @@ class ReportFormat(StrEnum):
 
 
 @app.command("report")
-def report(
+def report_runs(
     runs: RunFolders,
     format: Annotated[
         ReportFormat, typer.Option(help="html is a page; csv holds the means alone.")
@@ -120,7 +120,7 @@ def report(
 
 
 @app.command("compare")
-def compare(runs: RunFolders) -> None:
+def compare_runs(runs: RunFolders) -> None:
     """Print the main table of finished runs, side by side."""
     from mixpo.cli.display import print_main_table
     from mixpo.experiments.results import load_runs
@@ -128,11 +128,11 @@ def compare(runs: RunFolders) -> None:
     print_main_table(load_runs(*runs))
 
 
-app.command("judge")(judge)
+app.command("judge")(judge_arms)
 
 
 @app.command("chat")
-def chat(
+def chat_with_model(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, such as `mixpo run` prints.")],
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the most probable token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -147,17 +147,17 @@ app.add_typer(data.app, name="data")
 app.add_typer(study.app)
 
 
-def _read_recipe(arguments: list[str] | None) -> Any:
-    """Read the recipe that the arguments of a command name, with their overrides."""
+def _read_recipe_of_command(command_arguments: list[str] | None) -> Any:
+    """Read the recipe that a command's arguments name, `world` if none, with the overrides among them."""
     from mixpo.experiments.recipe import read_recipe
 
-    words = list(arguments or ())
+    words = list(command_arguments or ())
     name = words.pop(0) if words and "=" not in words[0] else None
     return read_recipe(name, words)
 
 
 def main() -> None:
-    """Run the command line of `mixpo` and exit."""
+    """Run the command line of `mixpo` and exit: with code 2 on bad input, 1 on other failures, else 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

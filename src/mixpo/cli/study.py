@@ -12,7 +12,7 @@ import typer
 from mixpo.data.errors import InputError
 
 if TYPE_CHECKING:
-    from mixpo.study.store import Store
+    from mixpo.study.store import StudyStore
     from mixpo.study.tables import StudyRow
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a 
 
 
 @app.command("annotate")
-def annotate(
+def annotate_completions(
     context: typer.Context,
     run: RunFolder,
     arms: Annotated[tuple[str, str] | None, typer.Option(help="The two arms of a new study.")] = None,
@@ -51,7 +51,7 @@ def annotate(
     _require_study_packages()
     _reject_unused_options(context, close=close)
     if export is not None or import_path is not None or close:
-        with _open_study(run, store, allow_changed=export is not None) as (opened, study):
+        with _open_existing_study(run, store, allow_changed=export is not None) as (opened, study):
             from mixpo.study.files import export_judgements, import_judgements
 
             if export is not None:
@@ -60,16 +60,16 @@ def annotate(
                 count, new = import_judgements(opened, study, import_path)
                 print(f"{count} judgements in {import_path}: {new} new, {count - new} already in the study")
             else:
-                _close_study(opened, study, run, yes=yes)
+                _close_study(opened, study, run, without_asking=yes)
         return
 
     from mixpo.experiments.results import load_runs
     from mixpo.study import server
     from mixpo.study.app import make_app
-    from mixpo.study.opening import StudyOptions, load_or_issue_tokens, open_study, parse_annotator_names
-    from mixpo.study.store import Store, parse_store_url
+    from mixpo.study.opening import StudyOptions, load_or_create_study, load_or_issue_link_tokens, parse_annotator_names
+    from mixpo.study.store import StudyStore, parse_store_url
 
-    server.check_certificate(tls_cert, tls_key)
+    server.require_certificate(tls_cert, tls_key)
     results = load_runs(run)
     wanted = StudyOptions(
         arms,
@@ -82,13 +82,13 @@ def annotate(
     with server.open_listening_socket(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
         at, hosts = server.build_base_url(host, bound, address, tls=tls)
-        opened = Store(parse_store_url(run, store))
+        opened = StudyStore(parse_store_url(run, store))
         try:
-            study = open_study(results, opened, wanted)
-            tokens, lost = load_or_issue_tokens(opened, run / "study")
+            study = load_or_create_study(results, opened, wanted)
+            tokens, lost = load_or_issue_link_tokens(opened, run / "study")
             if lost:
                 print(f"warning: links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)
-            if not server.is_encrypted(bound[0], at, tls=tls):
+            if not server.is_traffic_encrypted(bound[0], at, tls=tls):
                 print(server.UNENCRYPTED, file=sys.stderr)
             print(f"study: {opened.name}, for {len(tokens)} annotators; each one's own link, which nobody else needs:")
             for name, token in tokens.items():
@@ -96,15 +96,15 @@ def annotate(
             print("until it is closed, leave the run's report and files unread: they show which completion is whose")
             print(f"Ctrl-C stops, the same command goes on; `mixpo annotate {run} --close` ends the study", flush=True)
             scheme = at.partition(":")[0]
-            server.serve(make_app(opened, study, hosts=hosts, scheme=scheme), listening, tls_cert, tls_key)
+            server.serve_app(make_app(opened, study, hosts=hosts, scheme=scheme), listening, tls_cert, tls_key)
         except KeyboardInterrupt:
             print("stopped; run the same command again to resume")
         finally:
-            opened.dispose()
+            opened.close_connections()
 
 
 @app.command("agreement")
-def agreement(run: RunFolder, store: StoreOption = None) -> None:
+def show_agreement(run: RunFolder, store: StoreOption = None) -> None:
     """Print the results and the agreement of a closed study, or the progress of an open one."""
     from mixpo.cli.display import print_report_table
     from mixpo.experiments.results import load_runs
@@ -113,8 +113,8 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
     results = build_human_study_section(load_runs(run))
     if results is None:
         _require_study_packages()
-        with _open_study(run, store) as (opened, study):
-            _print_counts(opened)
+        with _open_existing_study(run, store) as (opened, study):
+            _print_judgement_counts(opened)
             if study.closed:
                 print(
                     f"closed at {study.closed}, but its files are missing: `mixpo annotate {run} --close` writes them "
@@ -129,20 +129,22 @@ def agreement(run: RunFolder, store: StoreOption = None) -> None:
             print_report_table(group.table, group.title)
 
 
-def _close_study(store: "Store", study: "StudyRow", run: Path, *, yes: bool) -> None:
+def _close_study(store: "StudyStore", study: "StudyRow", run: Path, *, without_asking: bool) -> None:
+    """Close the study, after a confirmation unless `without_asking`, write its files, and print where they are."""
     from mixpo.study.files import write_closed_study
 
     if not study.closed:
-        _print_counts(store)
+        _print_judgement_counts(store)
         typer.echo("Nobody can judge, change or import anything after this, and which arm is which is revealed.")
-        if not yes and not typer.confirm("Close the study?"):
+        if not without_asking and not typer.confirm("Close the study?"):
             raise typer.Exit(1)
     study.closed = store.close_study()
     print(f"closed at {study.closed}: {write_closed_study(store, study, run / 'study')}")
     print(f"`mixpo agreement {run}` shows the results, `mixpo report {run}` adds them to the report")
 
 
-def _print_counts(store: "Store") -> None:
+def _print_judgement_counts(store: "StudyStore") -> None:
+    """Print how many questions each annotator judged and skipped, and how many judgements are missing."""
     progress = store.count_progress()
     for annotator in progress:
         print(f"{annotator.name}: {annotator.judged} of {annotator.questions} judged, {annotator.skipped} skipped")
@@ -151,29 +153,31 @@ def _print_counts(store: "Store") -> None:
 
 
 @contextmanager
-def _open_study(run: Path, url: str | None, *, allow_changed: bool = False) -> Iterator[tuple["Store", "StudyRow"]]:
-    """Open the store and the study of a run.
+def _open_existing_study(
+    run: Path, url: str | None, *, allow_changed: bool = False
+) -> Iterator[tuple["StudyStore", "StudyRow"]]:
+    """Context manager that yields the store and the existing study of a run, and closes the store at the end.
 
     Raises `InputError` if there is no study or, unless `allow_changed`, if the run has changed since it began.
     """
     from mixpo.experiments.results import load_runs
-    from mixpo.study.opening import check_completions_unchanged
-    from mixpo.study.store import Store, parse_store_url
+    from mixpo.study.opening import require_completions_unchanged
+    from mixpo.study.store import StudyStore, parse_store_url
 
-    results, opened = load_runs(run), Store(parse_store_url(run, url))
+    results, opened = load_runs(run), StudyStore(parse_store_url(run, url))
     try:
         study = opened.load_study()
         if study is None:
             raise InputError(f"{run}: found no study; expected one begun by `mixpo annotate {run} --arms ONE OTHER`")
         if not allow_changed:
-            check_completions_unchanged(results, opened, study)
+            require_completions_unchanged(results, opened, study)
         yield opened, study
     finally:
-        opened.dispose()
+        opened.close_connections()
 
 
 def _reject_unused_options(context: typer.Context, *, close: bool) -> None:
-    """Raise `InputError` on options that the chosen mode does not use."""
+    """Raise `InputError` on given options that export, import, close or serving does not use."""
     options = {name: "--import" if name == "import_path" else f"--{name.replace('_', '-')}" for name in context.params}
     set_options = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     mode = next((name for name in ("export", "import_path", "close") if name in set_options), None)
@@ -184,7 +188,7 @@ def _reject_unused_options(context: typer.Context, *, close: bool) -> None:
 
 
 def _read_guidelines(path: Path | None) -> str | None:
-    """Read the text shown to annotators. Raises `InputError` if it is empty or not text."""
+    """Read the text shown to annotators; None without a file. Raises `InputError` if it is empty or not text."""
     try:
         text = None if path is None else path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
@@ -195,6 +199,7 @@ def _read_guidelines(path: Path | None) -> str | None:
 
 
 def _require_study_packages() -> None:
+    """Raise `InputError` unless the packages of the extra `study` are installed."""
     for name in REQUIRED_PACKAGES:
         if find_spec(name) is None:
             raise InputError(f"mixpo annotate: found no package {name}; a study needs it: `pip install 'mixpo[study]'`")

@@ -20,7 +20,7 @@ GRADIENT_ARMS = {"dpo-easy": dpo_easy, "dpo-hard": dpo_hard, "dpo": dpo}
 
 @dataclass(frozen=True)
 class ArmRun:
-    """An arm at one seed, with the recipe's settings or at a point of a sweep."""
+    """An arm to be computed at one seed: its evaluation stage, evaluations along its PPO, and a sweep's changes."""
 
     arm: str
     seed: int
@@ -32,13 +32,13 @@ class ArmRun:
 
     @property
     def name(self) -> str:
-        """Name of the arm in tables."""
+        """The arm's name in tables: `mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
         return format_arm_name(self.arm, self.changes)
 
 
 @dataclass(frozen=True)
 class GradientsRun:
-    """A measurement of the gradients of a DPO model on a part of the sampled pairs."""
+    """A gradient measurement to be computed, of one arm's DPO model at one seed on the easy or the hard pairs."""
 
     arm: str
     part: str
@@ -51,8 +51,8 @@ def format_arm_name(arm: str, changes: Mapping[str, Any]) -> str:
     return " ".join([arm, *(f"{key}={value}" for key, value in changes.items())])
 
 
-def expand_arms(recipe: Recipe) -> list[ArmRun]:
-    """Expand a recipe into its arms at every seed, then the points of its sweeps that differ from them.
+def list_arm_runs(recipe: Recipe) -> list[ArmRun]:
+    """List a recipe's arms at every seed as `ArmRun`s, then the points of its sweeps that differ from them.
 
     Raises `InputError` on an unknown arm or key, and on missing data or a missing model.
     """
@@ -68,14 +68,16 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
         if arm not in recipe.arms:
             raise InputError(f"trace.arms: found {arm!r}, which is not among the arms; expected one of them")
     with explain_validation_errors():
-        return [run for seed in recipe.seeds for run in _expand_arms_at_seed(recipe, seed)]
+        return [run for seed in recipe.seeds for run in _list_arm_runs_at_seed(recipe, seed)]
 
 
-def _expand_arms_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
+def _list_arm_runs_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
+    """List the arms at one seed as `ArmRun`s, then the points of sweeps that differ from them."""
     traced_setup = SharedStages(recipe, seed, snapshots=recipe.trace.snapshots)
     setups: dict[str, SharedStages] = {}
 
     def get_shared_stages(changes: Mapping[str, Any]) -> SharedStages:
+        """Return the shared stages of the changed recipe, the same object at every call with equal changes."""
         key = str(changes)
         if key not in setups:
             setups[key] = SharedStages(recipe.with_changes(changes), seed)
@@ -88,7 +90,7 @@ def _expand_arms_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
         for arm in recipe.arms
     ]
     for sweep in recipe.sweep:
-        for point in sweep.list_points():
+        for point in sweep.list_combinations():
             for arm in sweep.arms or recipe.arms:
                 changes = _drop_changes_without_effect(arm, point, get_shared_stages)
                 run = ArmRun(arm, seed, _build_evaluation(arm, get_shared_stages(changes)), changes)
@@ -97,27 +99,29 @@ def _expand_arms_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
     return runs
 
 
-def _build_evaluation(arm: str, setup: SharedStages) -> Evaluation:
-    result = ARMS[arm](setup)
-    return result if isinstance(result, Evaluation) else setup.evaluation(result)
+def _build_evaluation(arm: str, shared: SharedStages) -> Evaluation:
+    """Build the evaluation stage of an arm, which is computed later."""
+    result = ARMS[arm](shared)
+    return result if isinstance(result, Evaluation) else shared.build_evaluation(result)
 
 
-def _build_traced_run(arm: str, setup: SharedStages) -> ArmRun:
-    """Build an arm with evaluations of its PPO's initial policy and snapshots."""
-    ppo = ARMS[arm](setup)
+def _build_traced_run(arm: str, shared: SharedStages) -> ArmRun:
+    """Build an arm with evaluations of its PPO's initial policy and snapshots. `InputError` if it has no PPO."""
+    ppo = ARMS[arm](shared)
     if not isinstance(ppo, PPO):
         raise InputError(f"trace.arms: found {arm!r}, which ends with {type(ppo).__name__}; expected one with PPO")
     policies: list[PolicyStage | Snapshot] = [ppo.policy]
     policies += [Snapshot(stage=ppo, number=number + 1) for number in range(ppo.snapshots)]
-    return ArmRun(arm, setup.seed, setup.evaluation(ppo), trace=tuple(setup.evaluation(policy) for policy in policies))
+    trace = tuple(shared.build_evaluation(policy) for policy in policies)
+    return ArmRun(arm, shared.seed, shared.build_evaluation(ppo), trace=trace)
 
 
 def _drop_changes_without_effect(
-    arm: str, point: Mapping[str, Any], get_shared_stages: Callable[[Mapping[str, Any]], SharedStages]
+    arm: str, sweep_point: Mapping[str, Any], get_shared_stages: Callable[[Mapping[str, Any]], SharedStages]
 ) -> dict[str, Any]:
-    """Return the changes at a point of a sweep without those that leave the stages of an arm as they are."""
-    changes = dict(point)
-    for key in point:
+    """Return a copy of the changes at a sweep's point without those that leave an arm's stages as they are."""
+    changes = dict(sweep_point)
+    for key in sweep_point:
         fewer = {other: value for other, value in changes.items() if other != key}
         with suppress(InputError):  # without this key the others may be invalid together
             if _build_evaluation(arm, get_shared_stages(fewer)) == _build_evaluation(arm, get_shared_stages(changes)):
@@ -125,8 +129,8 @@ def _drop_changes_without_effect(
     return changes
 
 
-def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
-    """List the gradient measurements of a recipe: one for each arm of `GRADIENT_ARMS`, seed, and easy or hard pairs.
+def list_gradient_runs(recipe: Recipe) -> list[GradientsRun]:
+    """List a recipe's gradient measurements: one for each arm of `GRADIENT_ARMS`, seed, and easy or hard pairs.
 
     Empty if `gradients.pairs` is 0.
     """
@@ -134,7 +138,7 @@ def expand_gradients(recipe: Recipe) -> list[GradientsRun]:
         return []
     setups = [SharedStages(recipe, seed) for seed in recipe.seeds]
     return [
-        GradientsRun(arm, part.of, setup.seed, setup.gradients(GRADIENT_ARMS[arm](setup), part))
+        GradientsRun(arm, part.of, setup.seed, setup.build_gradients(GRADIENT_ARMS[arm](setup), part))
         for setup in setups
         for arm in GRADIENT_ARMS
         for part in (setup.selection.easy, setup.selection.hard)

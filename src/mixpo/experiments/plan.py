@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.expressions import expand_arms, expand_gradients
+from mixpo.experiments.expressions import list_arm_runs, list_gradient_runs
 from mixpo.experiments.recipe import Recipe
 from mixpo.models.folders import read_context
 from mixpo.stages.data import Data
@@ -18,7 +18,7 @@ from mixpo.training.job import CHECKPOINT
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One line of a plan: a stage in the tree of an arm."""
+    """One line of a printed plan: a stage, its depth in the tree of an arm, and whether it is cached."""
 
     kind: str
     """Kind of the stage, and which part of it is read: `Selection.easy`."""
@@ -33,8 +33,8 @@ class PlannedStage:
     """True if an earlier line shows this stage with its inputs."""
 
 
-def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
-    """List the stages of every arm and measurement by its name, as a tree with the root first. Computes nothing.
+def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
+    """Return the plan of a run, computing nothing: the name of every arm and measurement with its tree of stages.
 
     Raises `InputError` on errors that are known before a stage is computed.
     """
@@ -45,17 +45,18 @@ def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
             f"{run.name} (seed {run.seed})",
             {"": run.evaluation, **{f"trace {n}": one for n, one in enumerate(run.trace)}},
         )
-        for run in expand_arms(recipe)
+        for run in list_arm_runs(recipe)
     ]
     roots += [
-        (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage}) for run in expand_gradients(recipe)
+        (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage})
+        for run in list_gradient_runs(recipe)
     ]
     needed = dict.fromkeys(
         stage for _, stages in roots for root in stages.values() for stage in sort_topologically(root)
     )
     for stage in needed:
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
-            check_context_length(stage, folder, needed)
+            require_context_length(stage, folder, needed)
     return [
         (
             name,
@@ -69,9 +70,9 @@ def plan_stages(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     ]
 
 
-def check_context_length(base: Pretrained, folder: Path, stages: Iterable[Stage]) -> None:
-    """Raise `InputError` if prompts and completions together may be longer than the base model's context."""
-    context = read_context(folder)
+def require_context_length(base: Pretrained, base_folder: Path, stages: Iterable[Stage]) -> None:
+    """Raise `InputError` if a stage's longest prompt and completion together exceed the base model's context."""
+    context = read_context(base_folder)
     for stage in stages:
         completion = getattr(stage, "max_completion_tokens", None)
         prompts = [
@@ -86,23 +87,23 @@ def check_context_length(base: Pretrained, folder: Path, stages: Iterable[Stage]
 
 
 def _list_stage_tree(
-    stage: Stage, part: str, field: str, depth: int, stage_cache: StageCache, seen: set[Stage]
+    stage: Stage, part_read: str, input_name: str, depth: int, stage_cache: StageCache, seen: set[Stage]
 ) -> list[PlannedStage]:
-    """List a stage, of which a part may be read, and its inputs, without the inputs of one that was seen before."""
+    """List the plan lines of a stage and its inputs; adds it to `seen`, and omits the inputs if it was there."""
     done, repeated = stage_cache.is_done(stage), stage in seen
     seen.add(stage)
     reason = "" if done else _explain_why_computed(stage, stage_cache)
-    kind = f"{type(stage).__name__}.{part}" if part else type(stage).__name__
-    lines = [PlannedStage(kind, field, stage_cache.identity(stage), depth, done, reason, repeated)]
+    kind = f"{type(stage).__name__}.{part_read}" if part_read else type(stage).__name__
+    lines = [PlannedStage(kind, input_name, stage_cache.identity(stage), depth, done, reason, repeated)]
     if not repeated:
         for name, source in stage.inputs().items():
-            part = getattr(getattr(stage, name), "of", "")
-            lines += _list_stage_tree(source, part, name, depth + 1, stage_cache, seen)
+            part_read = getattr(getattr(stage, name), "of", "")
+            lines += _list_stage_tree(source, part_read, name, depth + 1, stage_cache, seen)
     return lines
 
 
 def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
-    """Explain why a stage would be computed: missing inputs, a failure, a checkpoint, or changed settings."""
+    """Return as text why a stage would be computed: missing inputs, a failure, a checkpoint, or changed settings."""
     missing = [name for name, source in stage.inputs().items() if not stage_cache.is_done(source)]
     if missing:
         return f"needs {', '.join(missing)}"
@@ -123,6 +124,7 @@ def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
     return "changed: " + ", ".join(min(differences, key=len)[:3])
 
 
-def _select_own_settings(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
+def _select_own_settings(settings: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """Return a stage's settings without the keys of its inputs."""
     inputs = stage.inputs()
-    return {key: value for key, value in config.items() if key not in inputs}
+    return {key: value for key, value in settings.items() if key not in inputs}

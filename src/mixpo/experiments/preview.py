@@ -10,13 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, raise_for_bad_rows
-from mixpo.data.sources import (
-    expand_path,
-    guess_format,
-    is_data_file,
-    read_hub_records,
-    read_records,
-)
+from mixpo.data.sources import expand_path, guess_format, is_data_file, read_hub_records, read_records
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import find_end_token, list_control_tokens, tokenize_row
@@ -46,8 +40,8 @@ END_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class TokenText:
-    """Text of a token, or of several tokens that share a character."""
+class TokenPiece:
+    """A piece of a decoded text: one token, or several tokens that share a character."""
 
     text: str
     """Text in which control characters are escaped."""
@@ -56,36 +50,36 @@ class TokenText:
 
 
 @dataclass(frozen=True)
-class TokenizedText:
-    """A prompt or a completion in tokens."""
+class TokenPreview:
+    """A prompt or a completion split into its tokens for display, and whether training uses and truncates it."""
 
     name: str
-    pieces: list[TokenText]
-    tokens: int
+    pieces: list[TokenPiece]
+    token_count: int
     trained: bool
     """True if its tokens are in the loss."""
     truncated: bool = False
 
     @property
     def text(self) -> str:
-        """Return the whole text."""
+        """The whole text, with control characters escaped."""
         return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A row of data in tokens: its prompt and its completions."""
+    """A preference pair or a demonstration in tokens: its prompt and its completions."""
 
     kind: str
-    texts: list[TokenizedText]
+    texts: list[TokenPreview]
 
 
 @dataclass
 class DataPreview:
-    """Content of `mixpo data preview`: examples, counts, facts, warnings and bad rows."""
+    """What `mixpo data preview` prints: example rows in tokens, counts, facts, warnings and bad rows."""
 
     examples: list[TokenizedExample]
-    tokens: list[str]
+    token_lines: list[str]
     """Lines on the tokens that prompts begin and completions end with."""
     counts: dict[str, str]
     facts: list[str]
@@ -94,18 +88,18 @@ class DataPreview:
     bad: list[BadRow] = field(default_factory=list)
 
 
-def read_recipe_or_source(source: str, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
-    """Read a recipe by its name or file, or make one of a data source as `mixpo run pairs data.train=SOURCE` does.
+def read_recipe_or_source(recipe_or_source: str, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """Read a recipe by name or file, or make one whose rows are a data source: a file of rows or hub:NAME.
 
     The format of a source is guessed from its first row unless an override sets it.
     """
     model_override = [f"model.path={json.dumps(model, ensure_ascii=False)}"] if model else []
-    if not (source.startswith("hub:") or is_data_file(source)):
-        return read_recipe(source, [*overrides, *model_override])
-    names = json.dumps([source], ensure_ascii=False)
+    if not (recipe_or_source.startswith("hub:") or is_data_file(recipe_or_source)):
+        return read_recipe(recipe_or_source, [*overrides, *model_override])
+    names = json.dumps([recipe_or_source], ensure_ascii=False)
     rows = [f"data.train={names}"]
     if not any(override.startswith("data.format=") for override in overrides):
-        format = guess_format(_read_first_record(source, overrides))
+        format = guess_format(_read_first_record(recipe_or_source, overrides))
         rows.append(f"data.format={format}")
         if format == "demonstrations":
             rows = ["data.train=[]", f"data.demonstrations={names}", "data.format=preference"]
@@ -113,7 +107,7 @@ def read_recipe_or_source(source: str, overrides: Sequence[str] = (), model: str
 
 
 def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, object]:
-    """Read the first row of a file or of a data set of the Hugging Face Hub."""
+    """Read the first row of a file or of a Hub data set; an empty dictionary if there is none or it is unreadable."""
     if source.startswith("hub:"):
         dataset, data_dir = split_hub_name(source)
         revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
@@ -126,8 +120,8 @@ def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, objec
     return {} if isinstance(record, RowError) else record
 
 
-def make_preview(recipe: Recipe) -> DataPreview:
-    """Read a recipe's rows as the data stage does and summarize them; bad rows are listed, not refused.
+def make_data_preview(recipe: Recipe) -> DataPreview:
+    """Read a recipe's rows as the data stage does and summarize them; bad rows are returned in it, not raised.
 
     Raises `InputError` if no row can be used.
     """
@@ -144,8 +138,8 @@ def make_preview(recipe: Recipe) -> DataPreview:
         except InputError as error:
             warnings.append(str(error))
     figures = compute_data_statistics(settings, rows, split, tokenizer)
-    examples = make_examples(recipe, split.train, split.demonstrations, tokenizer)
-    counts = _format_row_counts(rows, figures) | _count_truncated(recipe, split, tokenizer)
+    examples = tokenize_first_rows(recipe, split.train, split.demonstrations, tokenizer)
+    counts = _format_row_counts(rows, figures) | _describe_truncation(recipe, split, tokenizer)
     return DataPreview(
         examples,
         _describe_special_tokens(examples, tokenizer),
@@ -156,72 +150,73 @@ def make_preview(recipe: Recipe) -> DataPreview:
     )
 
 
-def make_examples(
+def tokenize_first_rows(
     recipe: Recipe,
     preferences: Sequence[Preference],
     demonstrations: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[TokenizedExample]:
-    """Tokenize the first row of each kind, without a demonstration that is the chosen completion of the pair."""
+    """Tokenize the first pair and the first demonstration, unless that is the pair's prompt and chosen completion."""
     examples = []
     for pair in preferences[:1]:
         limit, completions = recipe.reward.max_completion_tokens, {"chosen": pair.chosen, "rejected": pair.rejected}
-        examples.append(_tokenize_example("preference", pair.prompt, completions, tokenizer, limit))
+        examples.append(_tokenize_row_for_display("preference", pair.prompt, completions, tokenizer, limit))
     for row in demonstrations[:1]:
         if preferences and (row.prompt, row.completion) == (preferences[0].prompt, preferences[0].chosen):
             continue
         completions, limit = {"completion": row.completion}, recipe.sft.max_completion_tokens
-        examples.append(_tokenize_example("demonstration", row.prompt, completions, tokenizer, limit))
+        examples.append(_tokenize_row_for_display("demonstration", row.prompt, completions, tokenizer, limit))
     return examples
 
 
-def _tokenize_example(
-    kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, limit: int
+def _tokenize_row_for_display(
+    kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> TokenizedExample:
-    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), limit=limit)
-    texts = [TokenizedText("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
+    """Tokenize a prompt and its completions (text by name) as training does, truncated to the maximum."""
+    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), limit=max_tokens)
+    texts = [TokenPreview("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
-        pieces = split_into_pieces(tokenizer, tokens, before=prompt_tokens)
+        pieces = split_into_pieces(tokenizer, tokens, preceding_ids=prompt_tokens)
         truncated = tokens[-1] != find_end_token(tokenizer)
-        texts.append(TokenizedText(name, pieces, len(tokens), trained=True, truncated=truncated))
+        texts.append(TokenPreview(name, pieces, len(tokens), trained=True, truncated=truncated))
     return TokenizedExample(kind, texts)
 
 
 def split_into_pieces(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, before: Sequence[int] = ()
-) -> list[TokenText]:
-    """Split tokens into pieces of text: one a token, or one for several tokens that share a character."""
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, preceding_ids: Sequence[int] = ()
+) -> list[TokenPiece]:
+    """Decode token ids as pieces of text: one a token, or one for several tokens that share a character."""
     control = set(list_control_tokens(tokenizer).values())
-    whole, first = [*before, *tokens], len(before)
+    whole, first = [*preceding_ids, *token_ids], len(preceding_ids)
     pieces, start = [], first
     for end in range(first + 1, len(whole) + 1):
         if whole[end - 1] in control:
             pieces.append(
-                TokenText(escape_invisible(str(tokenizer.convert_ids_to_tokens(whole[end - 1]))), control=True)
+                TokenPiece(escape_invisible(str(tokenizer.convert_ids_to_tokens(whole[end - 1]))), control=True)
             )
             start = end
             continue
         text = _decode_added_text(tokenizer, whole[max(0, start - CONTEXT_TOKENS) : start], whole[start:end])
         if text.endswith("\ufffd") and end - start < 4 and end < len(whole) and whole[end] not in control:
             continue
-        pieces.append(TokenText(escape_invisible(text), control=False))
+        pieces.append(TokenPiece(escape_invisible(text), control=False))
         start = end
     return pieces
 
 
-def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int]) -> str:
-    """Decode tokens as the text that they add to the text of the context."""
+def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context_ids: list[int], token_ids: list[int]) -> str:
+    """Decode token ids as the text that they add after the text of the context's token ids."""
     with_context, alone = (
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for ids in ([*context, *tokens], context)
+        for ids in ([*context_ids, *token_ids], context_ids)
     )
     if with_context.startswith(alone):
         return str(with_context[len(alone) :])
-    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Describe in two lines the tokens that prompts begin and completions end with."""
+    """Return two lines of text: the token that prompts begin with, and the token that completions end with."""
     begin, end, eos = tokenizer.bos_token_id, find_end_token(tokenizer), tokenizer.eos_token_id
     begins = any(example.texts[0].pieces[0].text == _format_token(tokenizer, begin) for example in examples)
     named = "the tokenizer has no BOS" if begin is None else f"BOS is {_format_token(tokenizer, begin)} ({begin})"
@@ -230,11 +225,13 @@ def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: Pr
     return [*lines, f"completions end with {_format_token(tokenizer, end)} ({end}){other}"]
 
 
-def _format_token(tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
-    return "" if token is None else escape_invisible(str(tokenizer.convert_ids_to_tokens(token)))
+def _format_token(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> str:
+    """Return the text of a token id with control characters escaped; empty for None."""
+    return "" if token_id is None else escape_invisible(str(tokenizer.convert_ids_to_tokens(token_id)))
 
 
 def _list_model_problems(recipe: Recipe) -> list[str]:
+    """List the error in a recipe's model settings as a message, without raising it; empty if there is none."""
     try:
         with explain_validation_errors():
             Pretrained(special_tokens=recipe.data.special_tokens, **dict(recipe.model))
@@ -244,26 +241,27 @@ def _list_model_problems(recipe: Recipe) -> list[str]:
 
 
 def _format_row_counts(rows: SourceRows, figures: dict[str, Any]) -> dict[str, str]:
+    """Format the counts of read, bad, duplicate, contradictory and shared rows: sentence by label."""
     return {
         "rows": f"{rows.total_count:,} read: {figures['train_rows']:,} to train, {figures['test_rows']:,} to test, "
         f"{figures['demonstration_rows']:,} demonstrations",
         "bad": f"{figures['bad_rows']:,}, of which {figures['equal_sides']:,} with identical completions",
-        "duplicate": _format_counts_by_part(figures["duplicate_rows"]),
-        "contradictory": _format_counts_by_part(figures["contradictory_rows"]),
+        "duplicate": _format_counts_by_split(figures["duplicate_rows"]),
+        "contradictory": _format_counts_by_split(figures["contradictory_rows"]),
         "prompts in train and test": f"{figures['shared_prompts']:,} of {figures['test_prompts']:,} test prompts",
     }
 
 
-def _format_counts_by_part(counts: dict[str, int]) -> str:
-    """Format counts such as `2 in train, 0 in test`."""
-    return ", ".join(f"{count:,} in {part}" for part, count in counts.items())
+def _format_counts_by_split(counts_by_split: dict[str, int]) -> str:
+    """Format counts of rows as `2 in train, 0 in test`."""
+    return ", ".join(f"{count:,} in {part}" for part, count in counts_by_split.items())
 
 
-def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Count completions that would be truncated, and pairs whose completions are identical after that."""
+def _describe_truncation(recipe: Recipe, split_rows: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Describe how many completions are truncated, and pairs thereby identical, in a draw of rows: text by label."""
     end = find_end_token(tokenizer)
     lines = {}
-    if pairs := draw_subset(split.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
+    if pairs := draw_subset(split_rows.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens
         completions = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], limit=limit)[1] for row in pairs]
         truncated = sum(tokens[-1] != end for pair in completions for tokens in pair)
@@ -272,7 +270,7 @@ def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedToke
         )
         identical = sum(chosen == rejected for chosen, rejected in completions)
         lines["identical after truncation"] = f"{identical:,} of {len(pairs):,} pairs"
-    if demonstrations := draw_subset(split.demonstrations, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
+    if demonstrations := draw_subset(split_rows.demonstrations, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.sft.max_completion_tokens
         tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], limit=limit)[1][0] for row in demonstrations]
         truncated = sum(completion[-1] != end for completion in tokens)
@@ -282,36 +280,36 @@ def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedToke
     return lines
 
 
-def describe_training_data(recipe: Recipe, data: Path, model: Path) -> list[str]:
-    """Describe the data of a run in four lines: numbers of rows, and the first pair in the model's tokens."""
-    tokenizer = load_tokenizer(model)
-    row = read_table(data / "train.parquet", ["prompt", "chosen", "rejected"])[0]
-    example = make_examples(recipe, [Preference(**row)], [], tokenizer)[0]
-    figures = read_summary(data)
+def describe_training_data(recipe: Recipe, data_folder: Path, model_folder: Path) -> list[str]:
+    """Return four lines on the data of a run: numbers of rows, and the first pair in the model's tokens."""
+    tokenizer = load_tokenizer(model_folder)
+    row = read_table(data_folder / "train.parquet", ["prompt", "chosen", "rejected"])[0]
+    example = tokenize_first_rows(recipe, [Preference(**row)], [], tokenizer)[0]
+    figures = read_summary(data_folder)
     with explain_summary_errors():
         counts = (
             f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "
             f"{figures['demonstration_rows']:,} demonstrations"
         )
     heading = f"{counts}; {'; '.join(_describe_special_tokens([example], tokenizer))}; the first pair:"
-    return [heading, *map(_format_on_one_line, example.texts)]
+    return [heading, *map(_format_tokens_on_one_line, example.texts)]
 
 
-def _format_on_one_line(tokenized: TokenizedText) -> str:
-    """Format a text on one line, without the middle of a long text."""
-    text = tokenized.text.replace("\n", "⏎")
+def _format_tokens_on_one_line(token_preview: TokenPreview) -> str:
+    """Format a text's name, token count and use in training, and the text without its middle if it is long."""
+    text = token_preview.text.replace("\n", "⏎")
     short = text if len(text) <= 2 * END_CHARACTERS + 3 else f"{text[:END_CHARACTERS]} … {text[-END_CHARACTERS:]}"
-    use = "trained on" if tokenized.trained else "not trained on"
-    cut = ", truncated" if tokenized.truncated else ""
-    return f"  {tokenized.name:<10} {tokenized.tokens:>4} tokens, {use}{cut}: {short}"
+    use = "trained on" if token_preview.trained else "not trained on"
+    cut = ", truncated" if token_preview.truncated else ""
+    return f"  {token_preview.name:<10} {token_preview.token_count:>4} tokens, {use}{cut}: {short}"
 
 
-def shorten_pieces(pieces: Sequence[TokenText], limit: int) -> Iterator[TokenText | int]:
-    """Yield the first and the last pieces, `limit` in all, and between them the number of pieces omitted."""
-    if len(pieces) <= limit:
+def shorten_pieces(pieces: Sequence[TokenPiece], max_pieces: int) -> Iterator[TokenPiece | int]:
+    """Yield the first and the last pieces, `max_pieces` in all, and between them the number of pieces omitted."""
+    if len(pieces) <= max_pieces:
         yield from pieces
         return
-    tail = limit // 3
-    yield from pieces[: limit - tail]
-    yield len(pieces) - limit
+    tail = max_pieces // 3
+    yield from pieces[: max_pieces - tail]
+    yield len(pieces) - max_pieces
     yield from pieces[-tail:]

@@ -60,27 +60,28 @@ class Sweep(Settings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _collect_values(cls, sweep: Any) -> Any:
+        """Move all keys but `arms` under `values`, by dotted key, before validation."""
         if not isinstance(sweep, Mapping) or "values" in sweep:
             return sweep
         keys = {key: value for key, value in sweep.items() if key != "arms"}
-        return {"arms": sweep.get("arms"), "values": dict(_flatten_keys(keys))}
+        return {"arms": sweep.get("arms"), "values": dict(_flatten_sections(keys))}
 
-    def list_points(self) -> list[dict[str, Any]]:
-        """List every combination of values, by dotted key."""
+    def list_combinations(self) -> list[dict[str, Any]]:
+        """List every combination of the swept values, each as a dictionary of values by dotted key."""
         return [dict(zip(self.values, point, strict=True)) for point in itertools.product(*self.values.values())]
 
 
-def _flatten_keys(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested sections with its dotted key."""
-    for key, value in keys.items():
+def _flatten_sections(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every leaf of nested sections."""
+    for key, value in sections.items():
         if isinstance(value, Mapping):
-            yield from _flatten_keys(value, f"{prefix}{key}.")
+            yield from _flatten_sections(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 class TraceSettings(Settings):
-    """Arms evaluated at snapshots of their PPO, for curves of reward against KL and against samples."""
+    """Settings of traces: which arms are also evaluated at snapshots along their PPO, and at how many."""
 
     arms: tuple[str, ...] = ()
     snapshots: int = pydantic.Field(4, ge=1)
@@ -124,10 +125,10 @@ class Recipe(Settings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _fill_in_shared_keys(cls, values: Any) -> Any:
-        """Copy the shared keys to every section that has them and does not set its own."""
+        """Copy keys that a recipe sets once to every section that has them and does not set its own."""
         shared = {key: values[key] for key in SHARED_KEYS if key in values}
         values = dict(values)
-        for name, section in _list_section_types().items():
+        for name, section in _get_section_types().items():
             section_values = values.get(name, {})
             if isinstance(section_values, Mapping):
                 values[name] = {**{key: shared[key] for key in shared if key in section.model_fields}, **section_values}
@@ -139,14 +140,16 @@ class Recipe(Settings):
 
     @pydantic.field_validator("name")
     @classmethod
-    def _check_name(cls, name: str) -> str:
+    def _require_folder_name(cls, name: str) -> str:
+        """Raise ValueError unless the run's name can be the name of a folder."""
         if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise ValueError("a folder's name: letters, digits, -, _, and . but not at its beginning")
         return name
 
     @pydantic.field_validator("model")
     @classmethod
-    def _check_model_path(cls, model: PretrainedSettings) -> PretrainedSettings:
+    def _require_model_path_or_id(cls, model: PretrainedSettings) -> PretrainedSettings:
+        """Raise `InputError` unless the model's path exists here or could be a Hugging Face id."""
         if model.init_seed < 0:
             raise InputError(f"model.init_seed: found {model.init_seed}; expected greater than or equal to 0")
         path = model.path
@@ -161,7 +164,8 @@ class Recipe(Settings):
 
     @pydantic.field_validator("data")
     @classmethod
-    def _check_data_set_names(cls, data: DataSettings) -> DataSettings:
+    def _require_hub_ids(cls, data: DataSettings) -> DataSettings:
+        """Raise `InputError` on a data source hub:NAME that is not a valid Hugging Face id."""
         for key in ("train", "test", "demonstrations", "second"):
             for name in getattr(data, key):
                 if name.startswith("hub:") and not _is_hub_id(split_hub_name(name)[0]):
@@ -171,25 +175,26 @@ class Recipe(Settings):
     @pydantic.field_validator("arms", "seeds")
     @classmethod
     def _reject_duplicates(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Raise ValueError on an arm or a seed that is listed twice."""
         duplicates = [value for index, value in enumerate(values) if value in values[:index]]
         if duplicates:
             raise ValueError(f"each only once; {duplicates[0]!r} is repeated")
         return values
 
     @property
-    def folder(self) -> Path:
-        """The run's folder."""
+    def run_folder(self) -> Path:
+        """The run's folder: `out`, or if not given runs/NAME."""
         return self.out or Path("runs") / self.name
 
     def dump_settings(self) -> dict[str, Any]:
         """Return all settings as keys and values that read as the same recipe; a section's seed only if it was set."""
-        unset = {name: {"seed"} for name in _list_section_types() if "seed" not in getattr(self, name).model_fields_set}
+        unset = {name: {"seed"} for name in _get_section_types() if "seed" not in getattr(self, name).model_fields_set}
         return self.model_dump(mode="json", exclude=unset)
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe with some dotted keys changed. Raises `InputError` on a key that a sweep cannot change."""
+        """Return a copy with changes by dotted key. Raises `InputError` on a key that a sweep cannot change."""
         values = self.model_dump(mode="json", exclude_unset=True)
-        swept = {name: section for name, section in _list_section_types().items() if name not in UNSWEPT_SECTIONS}
+        swept = {name: section for name, section in _get_section_types().items() if name not in UNSWEPT_SECTIONS}
         for key, value in changes.items():
             *path, last = key.split(".")
             if not path or path[0] not in swept:
@@ -207,15 +212,17 @@ class Recipe(Settings):
             return Recipe(**values)
 
 
-def _is_hub_id(name: str) -> bool:
+def _is_hub_id(text: str) -> bool:
+    """Return True if a text could be a Hugging Face id; no server is asked."""
     try:
-        validate_repo_id(name)
+        validate_repo_id(text)
     except HFValidationError:
         return False
     return True
 
 
-def _list_section_types() -> dict[str, type[Settings]]:
+def _get_section_types() -> dict[str, type[Settings]]:
+    """Return the settings class of every section of a recipe, by the section's name."""
     return {
         name: field.annotation
         for name, field in Recipe.model_fields.items()
@@ -223,13 +230,13 @@ def _list_section_types() -> dict[str, type[Settings]]:
     }
 
 
-def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by file or by the name of one that comes with mixpo, apply `key=value` overrides, validate it.
 
     Raises `InputError` with a line for every problem.
     """
-    source = DEFAULT_RECIPE if name is None else name
-    values = _read_with_bases(source)
+    source = DEFAULT_RECIPE if name_or_file is None else name_or_file
+    values = _read_values_over_bases(source)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -238,7 +245,7 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
         for part in reversed(key.split(".")):
             value = {part: value}
         values = _merge_sections(values, value)
-    if missing := [key for key, value in _flatten_keys(values) if value == MANDATORY]:
+    if missing := [key for key, value in _flatten_sections(values) if value == MANDATORY]:
         raise InputError(
             "\n".join(f"{source}: {key}: not given; expected for example {key}=PATH" for key in sorted(missing))
         )
@@ -246,8 +253,8 @@ def read_recipe(name: str | None = None, overrides: Sequence[str] = ()) -> Recip
         return Recipe(**values)
 
 
-def _read_with_bases(name: str, derived: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read the keys and values of a recipe, merged over those of the recipe that it names as its `base`."""
+def _read_values_over_bases(name: str, derived: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read the unvalidated values of a recipe, merged over those of the recipe that it names as its `base`."""
     source, text = _load_recipe_text(name)
     values = _parse_yaml(source, text) or {}
     if not isinstance(values, dict):
@@ -257,11 +264,11 @@ def _read_with_bases(name: str, derived: tuple[str, ...] = ()) -> dict[str, Any]
         return values
     if base in (name, *derived):
         raise InputError(f"{source}: found a cycle of bases {' → '.join((*derived, name, base))}; remove one `base`")
-    return _merge_sections(_read_with_bases(str(base), (*derived, name)), values)
+    return _merge_sections(_read_values_over_bases(str(base), (*derived, name)), values)
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Loader of the YAML of recipes: no aliases, no interpolations, keys are text, and 1e-3 is a number."""
+    """YAML loader of recipes: refuses aliases, interpolations and duplicate keys; keys are text, 1e-3 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [one for one in resolvers if one[0] != "tag:yaml.org,2002:timestamp"]
@@ -305,21 +312,21 @@ _RecipeLoader.add_implicit_resolver(
 _RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
 
 
-def _parse_yaml(source: str, text: str) -> Any:
-    """Parse the value of a YAML text. Raises `InputError` on invalid YAML."""
+def _parse_yaml(source_name: str, yaml_text: str) -> Any:
+    """Parse a YAML text into plain Python values. Raises `InputError` that names the source on invalid YAML."""
     try:
-        return yaml.load(text, _RecipeLoader)
+        return yaml.load(yaml_text, _RecipeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}" if mark else ""
-        raise InputError(f"{source}: found no readable YAML ({error.problem}{where})") from error
+        raise InputError(f"{source_name}: found no readable YAML ({error.problem}{where})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: found no readable YAML ({reason})") from error
+        raise InputError(f"{source_name}: found no readable YAML ({reason})") from error
 
 
 def _merge_sections(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge overrides into a base, section by section; an override of `???` removes the value of the base."""
+    """Return a copy of a base with overrides merged in, section by section; `???` unsets the value of the base."""
     merged = {
         key: _merge_sections(base[key], value)
         for key, value in overrides.items()
@@ -329,7 +336,7 @@ def _merge_sections(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 
 
 def _load_recipe_text(name: str) -> tuple[str, str]:
-    """Load the text of a recipe file, or of a recipe that comes with mixpo, and where it is from."""
+    """Return the name and the YAML text of a recipe file or of a recipe that comes with mixpo."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.path.isfile(name):
         try:
@@ -357,15 +364,16 @@ def _load_recipe_text(name: str) -> tuple[str, str]:
 
 
 @contextmanager
-def explain_validation_errors(prefix: str = "") -> Iterator[None]:
-    """Convert pydantic's errors to one `InputError`, one line a wrong key: the value found and the value expected."""
+def explain_validation_errors(line_prefix: str = "") -> Iterator[None]:
+    """Context manager that converts pydantic's errors to one `InputError`, a line a wrong key: found and expected."""
     try:
         yield
     except pydantic.ValidationError as error:
-        raise InputError("\n".join(prefix + line for line in _list_problems(error))) from error
+        raise InputError("\n".join(line_prefix + line for line in _list_validation_problems(error))) from error
 
 
-def _list_problems(error: pydantic.ValidationError) -> list[str]:
+def _list_validation_problems(error: pydantic.ValidationError) -> list[str]:
+    """List pydantic's errors as lines such as `KEY: found X; expected Y`, without those that follow from others."""
     problems = error.errors()
     locations = {problem["loc"] for problem in problems}
     lines: list[str] = []
@@ -395,7 +403,7 @@ def _list_problems(error: pydantic.ValidationError) -> list[str]:
 
 
 def _list_sibling_keys(location: tuple[int | str, ...]) -> list[str]:
-    """List the known keys of the section that a key of a recipe is in."""
+    """List the known keys of the recipe's section that holds the key at the location of a pydantic error."""
     fields: Mapping[str, Any] = Recipe.model_fields
     for part in location[:-1]:
         annotation = fields[str(part)].annotation if str(part) in fields else None
@@ -404,7 +412,7 @@ def _list_sibling_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(fields)
 
 
-def suggest_nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Format the end of a message about an unknown name: the nearest known name, or all known names."""
-    near = get_close_matches(name, list(known), n=1)
+def suggest_nearest(unknown: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return the end of a message on an unknown name: `; did you mean NEAREST?`, or `; known are` all known names."""
+    near = get_close_matches(unknown, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}" if known else ""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.run import ArmResult, GradientsResult, check_run_format
+from mixpo.experiments.run import ArmResult, GradientsResult, require_run_format
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage_cache import read_summary
 
@@ -33,14 +33,14 @@ class Run:
     mixpo: str
 
     @property
-    def is_world(self) -> bool:
+    def uses_embedded_world(self) -> bool:
         """True for a run on the embedded world, where the true reward of any text is known."""
         return bool(self.recipe["data"]["format"] == "world")
 
 
 @dataclass(frozen=True)
-class StageFolder:
-    """A stage of the runs, with the arms and seeds that depend on it."""
+class StageResult:
+    """A finished stage of the runs: its folder, its label, and the arms and seeds that depend on it."""
 
     key: str
     """Kind and identity, such as `DPO-1a2b3c4d`."""
@@ -56,114 +56,118 @@ class StageFolder:
 
     @property
     def kind(self) -> str:
-        """Kind of the stage, such as DPO."""
+        """Kind of the stage, such as `DPO`."""
         return self.key.partition("-")[0]
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of its `summary.json`."""
+        """Content of the stage's `summary.json`."""
         return read_summary(self.folder)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Results of one run or of several on the same test prompts; arms are in the order of the recipes."""
+    """Results of one run, or of several with the same test prompts; arms are in the order of the recipes."""
 
     runs: tuple[Run, ...]
     arms: tuple[ArmResult, ...]
     """Arms of all runs; if there are several runs, their names begin with the run's."""
 
     @property
-    def title(self) -> str:
-        """Names of the runs."""
+    def run_names(self) -> str:
+        """Names of the runs, joined by commas."""
         return ", ".join(run.name for run in self.runs)
 
     @cached_property
-    def names(self) -> list[str]:
-        """Names of all arms."""
+    def arm_names(self) -> list[str]:
+        """Names of all arms and points of sweeps, finished or failed."""
         return list(dict.fromkeys(arm.name for arm in self.arms))
 
     @cached_property
-    def finished(self) -> list[str]:
+    def finished_arms(self) -> list[str]:
         """Names of the arms that finished at one seed or more."""
-        return [name for name in self.names if self.finished_by_seed(name)]
+        return [name for name in self.arm_names if self.get_finished_by_seed(name)]
 
     @cached_property
-    def plain(self) -> list[str]:
+    def unswept_arms(self) -> list[str]:
         """Names of the finished arms at the recipes' own settings, without the points of sweeps."""
-        return [name for name in self.finished if not next(iter(self.finished_by_seed(name).values())).changes]
+        return [name for name in self.finished_arms if not next(iter(self.get_finished_by_seed(name).values())).changes]
 
     @cached_property
     def seeds(self) -> list[int]:
-        """Seeds of all arms."""
+        """Seeds at which any arm was run, in order."""
         return list(dict.fromkeys(arm.seed for arm in self.arms))
 
-    def list_arm_results(self, name: str) -> list[ArmResult]:
-        """List the results of an arm, one a seed."""
-        return [arm for arm in self.arms if arm.name == name]
+    def list_arm_results(self, arm_name: str) -> list[ArmResult]:
+        """List the results of an arm, finished or failed, one a seed; empty if there is no such arm."""
+        return [arm for arm in self.arms if arm.name == arm_name]
 
-    def finished_by_seed(self, name: str) -> dict[int, ArmResult]:
-        """Return the results of an arm by seed, at the seeds at which it finished."""
-        return {arm.seed: arm for arm in self.list_arm_results(name) if arm.status == "done"}
+    def get_finished_by_seed(self, arm_name: str) -> dict[int, ArmResult]:
+        """Return the finished results of an arm by seed; empty if it finished at none."""
+        return {arm.seed: arm for arm in self.list_arm_results(arm_name) if arm.status == "done"}
 
-    def have_column(self, names: Sequence[str], key: str) -> bool:
-        """Return True if every evaluation of these finished arms has a column."""
+    def have_column(self, arm_names: Sequence[str], column: str) -> bool:
+        """Return True if every evaluation of these finished arms has this column."""
         return all(
-            key in read_columns(arm.evaluation) for name in names for arm in self.finished_by_seed(name).values()
+            column in read_columns(arm.evaluation)
+            for name in arm_names
+            for arm in self.get_finished_by_seed(name).values()
         )
 
-    def values(self, name: str, key: str, seeds: Sequence[int] | None = None) -> Float64[np.ndarray, "seeds prompts"]:
-        """Return a column of an arm's evaluations at all seeds at which it finished, or at `seeds`."""
-        done = self.finished_by_seed(name)
-        return np.stack([read_columns(done[seed].evaluation)[key] for seed in (done if seeds is None else seeds)])
+    def get_column(
+        self, arm: str, column: str, seeds: Sequence[int] | None = None
+    ) -> Float64[np.ndarray, "seeds prompts"]:
+        """Return a column of an arm's evaluations as an array (seeds × prompts), at all finished seeds or `seeds`."""
+        done = self.get_finished_by_seed(arm)
+        return np.stack([read_columns(done[seed].evaluation)[column] for seed in (done if seeds is None else seeds)])
 
-    def list_common_seeds(self, *names: str) -> list[int]:
+    def list_common_seeds(self, *arm_names: str) -> list[int]:
         """List the seeds at which all these arms finished."""
-        return [seed for seed in self.seeds if all(seed in self.finished_by_seed(name) for name in names)]
+        return [seed for seed in self.seeds if all(seed in self.get_finished_by_seed(name) for name in arm_names)]
 
-    def list_run_seeds(self, *names: str) -> list[int]:
+    def list_run_seeds(self, *arm_names: str) -> list[int]:
         """List the seeds at which all these arms were run, finished or failed."""
         return [
             seed
             for seed in self.seeds
-            if all(any(arm.seed == seed for arm in self.list_arm_results(name)) for name in names)
+            if all(any(arm.seed == seed for arm in self.list_arm_results(name)) for name in arm_names)
         ]
 
-    def list_comparable_seeds(self, key: str, *names: str) -> list[int]:
-        """List the seeds at which a column of these arms is comparable: all finished, scored by the same model.
+    def list_comparable_seeds(self, column: str, *arm_names: str) -> list[int]:
+        """List the seeds at which arms can be compared by a column: all finished, and the same model scored them.
 
         Every seed has its own reward model, and so may a run, or a point of a sweep.
         """
-        seeds = self.list_common_seeds(*names)
-        judge = {"score": "reward", "second_score": "second"}.get(key)
+        seeds = self.list_common_seeds(*arm_names)
+        judge = {"score": "reward", "second_score": "second"}.get(column)
         if judge is None:
             return seeds
         return [
             seed
             for seed in seeds
-            if len({self.finished_by_seed(name)[seed].reward_models.get(judge) for name in names}) == 1
+            if len({self.get_finished_by_seed(name)[seed].reward_models.get(judge) for name in arm_names}) == 1
         ]
 
-    def find_run(self, name: str) -> Run:
-        """Return the run of an arm."""
-        return next(run for run in self.runs if any(arm.name == name for arm in run.arms))
+    def find_run_of_arm(self, arm_name: str) -> Run:
+        """Return the run that contains an arm of the results."""
+        return next(run for run in self.runs if any(arm.name == arm_name for arm in run.arms))
 
-    def qualify_name(self, run: Run, arm: str) -> str:
-        """Return the name of an arm of a run among all results."""
+    def qualify_arm_name(self, run: Run, arm: str) -> str:
+        """Return the name by which the results call an arm of a run: `ARM`, or among several runs `RUN: ARM`."""
         return arm if len(self.runs) == 1 else f"{run.name}: {arm}"
 
-    def find_first_name(self, arm: str) -> str | None:
-        """Return the name of an arm in the first run in which it finished; None if it finished in none."""
-        return next((name for run in self.runs if (name := self.qualify_name(run, arm)) in self.plain), None)
+    def find_finished_name(self, arm: str) -> str | None:
+        """Return the name by which the results call an arm, in the first run where it finished; None if in none."""
+        return next((name for run in self.runs if (name := self.qualify_arm_name(run, arm)) in self.unswept_arms), None)
 
-    def list_shared_measures(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the measures that all these arms have: column and name."""
-        return {key: label for key, label in MEASURES.items() if self.have_column(names, key)}
+    def get_shared_measures(self, arm_names: Sequence[str]) -> dict[str, str]:
+        """Return the measures of completions that all these finished arms have: name in the report by column."""
+        return {key: label for key, label in MEASURES.items() if self.have_column(arm_names, key)}
 
     @cached_property
-    def stages(self) -> list[StageFolder]:
-        """Every complete stage of the runs once, inputs first."""
-        stages: dict[str, StageFolder] = {}
+    def stages(self) -> list[StageResult]:
+        """Every finished stage of the runs' arms, those of failed arms included, listed once, inputs first."""
+        stages: dict[str, StageResult] = {}
         for run in self.runs:
             second = {arm.reward_models.get("second") for arm in run.arms}
             for arm in run.arms:
@@ -173,43 +177,44 @@ class Results:
                         parts = [run.name, *parts] if len(self.runs) > 1 else parts
                         label = ", ".join([*parts, "second"] if key in second else parts)
                         plain = not arm.changes and key not in second
-                        stages[key] = StageFolder(key, Path(place), label, plain, [], [], run)
+                        stages[key] = StageResult(key, Path(place), label, plain, [], [], run)
                     _append_if_absent(stages[key].arms, arm.name)
                     _append_if_absent(stages[key].seeds, arm.seed)
         return list(stages.values())
 
-    def list_stages_of_kind(self, kind: str) -> list[StageFolder]:
-        """List the complete stages of a kind."""
-        return [stage for stage in self.stages if stage.kind == kind]
+    def list_stages_of_kind(self, stage_kind: str) -> list[StageResult]:
+        """List the finished stages of a kind such as `DPO`, inputs first."""
+        return [stage for stage in self.stages if stage.kind == stage_kind]
 
 
-def stages_by_seed(stages: Sequence[StageFolder]) -> list[StageFolder]:
-    """Select one stage a seed, of the first run and at the recipe's own settings."""
-    by_seed: dict[int, StageFolder] = {}
+def select_stage_per_seed(stages: Sequence[StageResult]) -> list[StageResult]:
+    """Select the first run's stages at the recipe's own settings, one a seed; the first stage if there are none."""
+    by_seed: dict[int, StageResult] = {}
     for stage in stages:
         if stage.plain and stage.run is stages[0].run:
             by_seed.setdefault(stage.seeds[0], stage)
     return list(by_seed.values()) or [stages[0]]
 
 
-def list_first(names: Sequence[str]) -> str:
-    """Format up to three names, or the first two and the number of the others."""
+def format_first_names(names: Sequence[str]) -> str:
+    """Format names as text: up to three, or the first two and the number of the others."""
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _append_if_absent(items: list[Any], item: Any) -> None:
+    """Append an item to a list, in place, unless the list has it."""
     if item not in items:
         items.append(item)
 
 
-def load_runs(*folders: Path) -> Results:
-    """Load finished runs. Raises `InputError` on an unfinished run, another version, or other test prompts."""
+def load_runs(*run_folders: Path) -> Results:
+    """Load finished runs as one `Results`. Raises `InputError` on unfinished runs or different test prompts."""
     duplicate = next(
-        (folder for folder in folders if sum(one.resolve() == folder.resolve() for one in folders) > 1), None
+        (folder for folder in run_folders if sum(one.resolve() == folder.resolve() for one in run_folders) > 1), None
     )
     if duplicate is not None:
         raise InputError(f"{duplicate}: found this run twice; expected different ones")
-    runs = [_load_run(folder) for folder in folders]
+    runs = [_load_run(folder) for folder in run_folders]
     _require_same_prompts(runs)
     if len(runs) == 1:
         return Results((runs[0],), runs[0].arms)
@@ -221,13 +226,13 @@ def load_runs(*folders: Path) -> Results:
 
 
 def _load_run(folder: Path) -> Run:
-    """Load a finished run, and check that the folders of its stages exist."""
+    """Load a finished run. Raises `InputError` if a file, or the folder of one of its stages, is missing."""
     file = folder / "results.json"
     if not file.exists():
         raise InputError(f"{folder}: found no results.json; expected the folder of a finished run, such as runs/world")
     try:
         content = json.loads(file.read_text(encoding="utf8"))
-        check_run_format(folder, content.get("format"), "run the recipe again with out=PATH")
+        require_run_format(folder, content.get("format"), "run the recipe again with out=PATH")
         arms = tuple(ArmResult(**arm) for arm in content["arms"])
         gradients = tuple(GradientsResult(**one) for one in content["gradients"])
     except InputError:
@@ -263,21 +268,21 @@ def _require_same_prompts(runs: Sequence[Run]) -> None:
                 )
 
 
-def read_evaluation(arm: ArmResult) -> dict[str, Any]:
-    """Read the summary of a finished arm's evaluation."""
-    assert arm.evaluation is not None
-    return read_summary(Path(arm.evaluation))
+def read_evaluation_summary(arm_result: ArmResult) -> dict[str, Any]:
+    """Read the summary of a finished arm's evaluation: its `summary.json` as a dictionary."""
+    assert arm_result.evaluation is not None
+    return read_summary(Path(arm_result.evaluation))
 
 
-def read_completions(arm: ArmResult) -> list[dict[str, Any]]:
-    """Read the rows of a finished arm's evaluation, in the order of the test prompts."""
-    assert arm.evaluation is not None
-    return read_table(Path(arm.evaluation) / "completions.parquet")
+def read_completions(arm_result: ArmResult) -> list[dict[str, Any]]:
+    """Read the rows of a finished arm's evaluation (prompt, completion, scores), in the order of the test prompts."""
+    assert arm_result.evaluation is not None
+    return read_table(Path(arm_result.evaluation) / "completions.parquet")
 
 
 @lru_cache(maxsize=4096)
 def read_columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"]]:
-    """Read the numbers of an evaluation by column, in the order of the test prompts."""
+    """Read the numeric columns of an evaluation as arrays by name, in the order of the test prompts; cached."""
     assert folder is not None
     rows = read_table(Path(folder) / "completions.parquet")
     names = [name for name, value in rows[0].items() if name not in ("prompt", "completion")]
@@ -292,7 +297,7 @@ def read_columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"
     return columns
 
 
-def read_stage_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a training stage, a row a step."""
-    file = folder / "metrics.jsonl"
+def read_stage_metrics(stage_folder: Path) -> list[dict[str, Any]]:
+    """Read the metrics that a training stage logged, a dictionary a step; empty if it logged none."""
+    file = stage_folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()] if file.exists() else []

@@ -15,18 +15,12 @@ import yaml
 
 from mixpo import __version__
 from mixpo.data.errors import InputError
-from mixpo.experiments.expressions import (
-    ArmRun,
-    GradientsRun,
-    expand_arms,
-    expand_gradients,
-    format_arm_name,
-)
-from mixpo.experiments.plan import check_context_length
+from mixpo.experiments.expressions import ArmRun, GradientsRun, format_arm_name, list_arm_runs, list_gradient_runs
+from mixpo.experiments.plan import require_context_length
 from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe, explain_validation_errors
 from mixpo.experiments.shared_stages import SharedStages
-from mixpo.experiments.workers import Failure, StageDisplay, open_executor
+from mixpo.experiments.workers import StageDisplay, StageFailure, open_executor
 from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
@@ -39,18 +33,18 @@ FORMAT = 3
 
 
 class RunDisplay(Protocol):
-    """Display of the progress of a run."""
+    """Interface of a display of a run's progress."""
 
-    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
-        """Show that a stage is being computed, and return the display of its progress."""
+    def start_stage(self, stage_kind: str, identity: str, arms: Sequence[str]) -> StageDisplay:
+        """Show that a stage is being computed for these arms, and return the display of its progress."""
 
     def on_message(self, text: str) -> None:
-        """Show a message about the run."""
+        """Show a line of text about the run."""
 
 
 @dataclass
 class ArmResult:
-    """Result of an arm at a seed."""
+    """Result of an arm at a seed as `results.json` holds it: status, why it failed, and the folders of its stages."""
 
     arm: str
     seed: int
@@ -72,13 +66,13 @@ class ArmResult:
 
     @property
     def name(self) -> str:
-        """Name of the arm in tables."""
+        """The arm's name in tables: `mpo`, or `mpo selection.threshold=1` at a point of a sweep."""
         return format_arm_name(self.arm, self.changes)
 
 
 @dataclass
 class GradientsResult:
-    """Result of a measurement of gradients."""
+    """Result of a gradient measurement as `results.json` holds it: its folder, or None and why it failed."""
 
     arm: str
     part: str
@@ -89,7 +83,7 @@ class GradientsResult:
 
 @dataclass
 class RunResult:
-    """Content of `results.json`."""
+    """Content of `results.json`: results of arms and gradient measurements, and numbers of stages."""
 
     name: str
     arms: list[ArmResult]
@@ -101,11 +95,11 @@ class RunResult:
 
 
 def run_recipe(recipe: Recipe, display: RunDisplay) -> RunResult:
-    """Compute the stages that are not cached, and write `recipe.yaml` and `results.json` to the run's folder."""
-    runs, gradients_runs = expand_arms(recipe), expand_gradients(recipe)
-    arms_by_stage = _list_arms_by_stage(runs, gradients_runs)
+    """Compute a recipe's missing stages, write `results.json` and return it; arms that fail are in it, not raised."""
+    runs, gradients_runs = list_arm_runs(recipe), list_gradient_runs(recipe)
+    arms_by_stage = _map_stages_to_arms(runs, gradients_runs)
     folder = prepare_run_folder(recipe)
-    for link in (folder / "models" / _format_link_name(run) for run in runs):
+    for link in (folder / "models" / _format_model_link_name(run) for run in runs):
         if link.exists() and not link.is_symlink():
             raise InputError(f"{link}: found a file that no run wrote; expected a link to a model; move it elsewhere")
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
@@ -127,8 +121,8 @@ def run_recipe(recipe: Recipe, display: RunDisplay) -> RunResult:
 
 def _compute_stages(
     recipe: Recipe, arms_by_stage: Mapping[Stage, Sequence[str]], stage_cache: StageCache, display: RunDisplay
-) -> tuple[int, dict[Stage, Failure]]:
-    """Compute every stage that is not cached, after its inputs; return their number and the failures."""
+) -> tuple[int, dict[Stage, StageFailure]]:
+    """Compute every stage that is not cached, after its inputs; return how many, and the failures by stage."""
     # the stages that read the user's model and data before all others
     stages = sorted(arms_by_stage, key=lambda stage: not isinstance(stage, Pretrained | Data))
     for stage in stages:
@@ -136,10 +130,11 @@ def _compute_stages(
     index = {stage: n for n, stage in enumerate(stages)}
     order = TopologicalSorter({n: [index[source] for source in stage.inputs().values()] for stage, n in index.items()})
     order.prepare()
-    computed, failures = 0, dict[Stage, Failure]()
+    computed, failures = 0, dict[Stage, StageFailure]()
     ready: list[int] = []
 
     def finish_stage(stage: Stage, *, cached: bool = False) -> None:
+        """Show the rows of a data stage, check the context of a base model, and free the stages that wait for it."""
         if isinstance(stage, Data) and stage not in failures:
             folder = stage_cache.folder(stage)
             facts = (
@@ -148,7 +143,7 @@ def _compute_stages(
             for line in [*facts, *describe_training_data(recipe, folder, model_folder(stage_cache.folder(stage.base)))]:
                 display.on_message(line)
         if isinstance(stage, Pretrained) and stage not in failures:
-            check_context_length(stage, model_folder(stage_cache.folder(stage)), arms_by_stage)
+            require_context_length(stage, model_folder(stage_cache.folder(stage)), arms_by_stage)
         order.done(index[stage])
 
     with open_executor(stage_cache) as executor:
@@ -163,10 +158,10 @@ def _compute_stages(
                     finish_stage(stage, cached=not failed_inputs)
                 else:
                     kind, identity = type(stage).__name__, stage_cache.identity(stage)
-                    executor.start(stage, display.start_stage(kind, identity, arms_by_stage[stage]))
+                    executor.submit_stage(stage, display.start_stage(kind, identity, arms_by_stage[stage]))
             else:
                 stage, stage_display, outcome = executor.wait_for_outcome()
-                if not isinstance(outcome, Failure):
+                if not isinstance(outcome, StageFailure):
                     computed += 1
                 elif outcome.bad_input and isinstance(stage, Data | Pretrained):
                     raise InputError(outcome.reason)
@@ -177,8 +172,8 @@ def _compute_stages(
     return computed, failures
 
 
-def run_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], display: RunDisplay) -> Path | Failure:
-    """Compute one stage of a recipe's first seed and its inputs; return its folder, or why it failed."""
+def compute_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], display: RunDisplay) -> Path | StageFailure:
+    """Compute the stage that `choose` picks at the first seed, and its inputs; return its folder or its failure."""
     prepare_run_folder(recipe)
     with explain_validation_errors():
         stage = choose(SharedStages(recipe, recipe.seeds[0]))
@@ -188,10 +183,10 @@ def run_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], display: 
     return failures.get(stage, stage_cache.folder(stage))
 
 
-def _list_arms_by_stage(runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:
-    """List every stage once, inputs first, with the names of the arms and measurements that depend on it."""
+def _map_stages_to_arms(arm_runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:
+    """Map every stage, inputs first, to the names of the arms and measurements that depend on it."""
     names_by_stage: dict[Stage, dict[str, None]] = {}
-    for run in runs:
+    for run in arm_runs:
         for root in (run.evaluation, *run.trace):
             for stage in sort_topologically(root):
                 names_by_stage.setdefault(stage, {})[run.name] = None
@@ -202,61 +197,64 @@ def _list_arms_by_stage(runs: list[ArmRun], gradients_runs: list[GradientsRun]) 
 
 
 def _build_arm_result(
-    run: ArmRun, stage_cache: StageCache, failures: Mapping[Stage, Failure], models: Path
+    arm_run: ArmRun, stage_cache: StageCache, failures: Mapping[Stage, StageFailure], models_folder: Path
 ) -> ArmResult:
+    """Build the result of an arm whose stages are computed or failed, and link its model into the models' folder."""
     keys = {
         stage: f"{type(stage).__name__}-{stage_cache.identity(stage)}"
-        for stage in sort_topologically(run.evaluation)
+        for stage in sort_topologically(arm_run.evaluation)
         if stage not in failures
     }
-    inputs = run.evaluation.inputs()
+    inputs = arm_run.evaluation.inputs()
     own = [inputs["policy"]]
-    if run.evaluation.best_of > 1:
+    if arm_run.evaluation.best_of > 1:
         own.append(inputs.get("chooser", inputs["reward"]))
     result = ArmResult(
-        run.arm,
-        run.seed,
+        arm_run.arm,
+        arm_run.seed,
         "done",
-        changes=run.changes,
+        changes=arm_run.changes,
         stages={key: str(stage_cache.folder(stage)) for stage, key in keys.items()},
         needs=list(dict.fromkeys(keys[stage] for root in own for stage in sort_topologically(root) if stage in keys)),
         reward_models={
             name: keys[inputs[name]] for name in ("reward", "second", "chooser") if inputs.get(name) in keys
         },
     )
-    if run.evaluation in failures:
-        failure = failures[run.evaluation]
+    if arm_run.evaluation in failures:
+        failure = failures[arm_run.evaluation]
         return replace(result, status="failed", reason=failure.reason, bad_input=failure.bad_input)
-    trace_failures = [failures[stage].reason for stage in run.trace if stage in failures]
+    trace_failures = [failures[stage].reason for stage in arm_run.trace if stage in failures]
     model = None
-    if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
-        link = models / _format_link_name(run)
-        link.symlink_to(model_folder(stage_cache.folder(run.evaluation.policy)), target_is_directory=True)
+    if arm_run.evaluation.best_of == 1 and isinstance(arm_run.evaluation.policy, Stage):
+        link = models_folder / _format_model_link_name(arm_run)
+        link.symlink_to(model_folder(stage_cache.folder(arm_run.evaluation.policy)), target_is_directory=True)
         model = str(link)
     return replace(
         result,
         reason=f"along its training: {trace_failures[0]}" if trace_failures else None,
         model=model,
-        evaluation=str(stage_cache.folder(run.evaluation)),
-        trace=[str(stage_cache.folder(stage)) for stage in run.trace] if not trace_failures else [],
+        evaluation=str(stage_cache.folder(arm_run.evaluation)),
+        trace=[str(stage_cache.folder(stage)) for stage in arm_run.trace] if not trace_failures else [],
     )
 
 
 def _build_gradients_result(
-    run: GradientsRun, stage_cache: StageCache, failures: Mapping[Stage, Failure]
+    run: GradientsRun, stage_cache: StageCache, failures: Mapping[Stage, StageFailure]
 ) -> GradientsResult:
+    """Build the result of a gradient measurement whose stage is computed or failed."""
     failure = failures.get(run.stage)
     folder = None if failure else str(stage_cache.folder(run.stage))
     return GradientsResult(run.arm, run.part, run.seed, folder, failure.reason if failure else None)
 
 
-def _format_link_name(run: ArmRun) -> str:
-    return re.sub(r"[^\w.=-]+", "-", f"{run.name} {run.seed}")
+def _format_model_link_name(arm_run: ArmRun) -> str:
+    """Format the file name of the link to an arm's model: its name and seed, with dashes for special characters."""
+    return re.sub(r"[^\w.=-]+", "-", f"{arm_run.name} {arm_run.seed}")
 
 
 def prepare_run_folder(recipe: Recipe) -> Path:
-    """Create the run's folder and the cache. Raises `InputError` if they cannot be written."""
-    folder = recipe.folder
+    """Create the run's folder and the cache, and return the former. Raises `InputError` if they are not writable."""
+    folder = recipe.run_folder
     earlier = folder / "results.json"
     try:
         for place in (folder, folder / "models", recipe.cache):
@@ -272,7 +270,7 @@ def prepare_run_folder(recipe: Recipe) -> Path:
             except (ValueError, AttributeError):
                 version = "unknown"
             if version is not None:
-                check_run_format(folder, version, "choose another folder with out=PATH")
+                require_run_format(folder, version, "choose another folder with out=PATH")
     except OSError as error:
         raise InputError(
             f"{error.filename or folder}: found a place that cannot be written ({error.strerror}); expected a folder "
@@ -281,10 +279,10 @@ def prepare_run_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def check_run_format(folder: Path, version: object, fix: str) -> None:
-    """Raise `InputError` unless a `results.json` is of this version's format."""
+def require_run_format(folder: Path, version: object, fix_hint: str) -> None:
+    """Raise `InputError` unless a run's `results.json` has this version's format; the hint ends the message."""
     if version != FORMAT:
         raise InputError(
             f"{folder}: found a run folder of format {version}, written by another version of mixpo; expected format "
-            f"{FORMAT}; {fix}"
+            f"{FORMAT}; {fix_hint}"
         )

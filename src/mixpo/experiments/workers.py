@@ -21,40 +21,40 @@ from mixpo.training.step import Diverged
 
 
 @dataclass(frozen=True)
-class Failure:
+class StageFailure:
     """Failure of a stage: the reason, and whether the user's input is the cause."""
 
     reason: str
     bad_input: bool = False
 
 
-Outcome = float | Failure
+Outcome = float | StageFailure
 """Seconds that a stage took, or its failure."""
 
 
 class StageDisplay(ProgressListener, Protocol):
-    """Display of the progress of one stage."""
+    """Interface of a display of one stage's progress."""
 
     def on_end(self, outcome: Outcome) -> None:
-        """Show the outcome of the stage."""
+        """Show how the stage ended: after how many seconds, or why it failed."""
 
 
-def _compute_or_fail(stage_cache: StageCache, stage: Stage) -> Outcome:
+def _compute_stage_or_failure(stage_cache: StageCache, stage: Stage) -> Outcome:
     """Compute a stage and return its seconds or its failure, whose traceback is written to the stage's folder."""
     try:
         return float(read_summary(stage_cache.compute(stage))["cost"]["seconds"])
     except InputError as error:
-        return Failure(str(error), bad_input=True)
+        return StageFailure(str(error), bad_input=True)
     except Exception as error:  # whatever it is, the other stages' results stand
         trace = stage_cache.folder(stage) / "failure.txt"
         trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
         text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
-        return Failure(f"{type(stage).__name__} {stage_cache.identity(stage)}: {text} (details in {trace})")
+        return StageFailure(f"{type(stage).__name__} {stage_cache.identity(stage)}: {text} (details in {trace})")
 
 
 class InProcessExecutor:
-    """Executor that computes one stage after another in the run's own process, each before `start` returns."""
+    """Executor that computes one stage after another in the run's own process, each before `submit_stage` returns."""
 
     def __init__(self, stage_cache: StageCache) -> None:
         self.stage_cache = stage_cache
@@ -65,13 +65,13 @@ class InProcessExecutor:
         """True if the last outcome has been taken."""
         return self.last is None
 
-    def start(self, stage: Stage, display: StageDisplay) -> None:
-        """Compute the stage."""
+    def submit_stage(self, stage: Stage, display: StageDisplay) -> None:
+        """Compute the stage to its end, then return; `wait_for_outcome` gives its outcome."""
         progress_listener.set(display)
-        self.last = stage, display, _compute_or_fail(self.stage_cache, stage)
+        self.last = stage, display, _compute_stage_or_failure(self.stage_cache, stage)
 
     def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
-        """Return the stage that was computed and its outcome."""
+        """Return the stage that was computed, its display, and its seconds or its failure."""
         last, self.last = self.last, None
         assert last is not None
         return last
@@ -98,8 +98,8 @@ class ProcessPool:
         """True if fewer stages are being computed than there may be processes."""
         return len(self.busy) < self.count
 
-    def start(self, stage: Stage, display: StageDisplay) -> None:
-        """Send the stage to an idle process. Raises `InputError` if the process is dead."""
+    def submit_stage(self, stage: Stage, display: StageDisplay) -> None:
+        """Send the stage to an idle process and return at once. Raises `InputError` if the process is dead."""
         idle = [pipe for pipe in self.processes if pipe not in self.busy]
         pipe = idle[0] if idle else self._start_process()
         with self._report_killed_process():
@@ -107,7 +107,7 @@ class ProcessPool:
         self.busy[pipe] = stage, display
 
     def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
-        """Wait for a stage to end, and pass on progress meanwhile. Raises `InputError` if a process died."""
+        """Wait until any stage ends, showing progress; return it, its display, and its seconds or its failure."""
         while True:
             for pipe in wait(list(self.busy)):
                 assert isinstance(pipe, Connection)
@@ -117,13 +117,14 @@ class ProcessPool:
                     return *self.busy.pop(pipe), arguments[0]
                 getattr(self.busy[pipe][1], method)(*arguments)
 
-    def close(self) -> None:
-        """Kill all processes."""
+    def kill_workers(self) -> None:
+        """Kill all worker processes and wait for them to end."""
         for process in self.processes.values():
             process.kill()
             process.join()
 
     def _start_process(self) -> Connection:
+        """Start a worker process and return the pipe to it."""
         context = get_context("spawn")
         pipe, far = context.Pipe()
         process = context.Process(target=_serve_stages, args=(self.stage_cache, far), daemon=True)
@@ -134,7 +135,7 @@ class ProcessPool:
 
     @contextmanager
     def _report_killed_process(self) -> Iterator[None]:
-        """Raise `InputError` where a pipe ends because its process was killed."""
+        """Context manager that raises `InputError` where a pipe ends because its process was killed."""
         try:
             yield
         except (EOFError, OSError) as error:
@@ -145,12 +146,12 @@ class ProcessPool:
 
 
 StageExecutor = InProcessExecutor | ProcessPool
-"""An executor of stages: `start` one while it `has_capacity`, and `wait_for_outcome` of the next."""
+"""An executor of stages: `submit_stage` one while it `has_capacity`, and `wait_for_outcome` of the next."""
 
 
 @contextmanager
 def open_executor(stage_cache: StageCache) -> Iterator[StageExecutor]:
-    """Open an executor with as many processes as the stage_cache's runtime says, and close it at the end."""
+    """Context manager that yields an executor with as many processes as the cache's runtime says; kills them at end."""
     if stage_cache.runtime.workers == 1:
         yield InProcessExecutor(stage_cache)
         return
@@ -158,18 +159,18 @@ def open_executor(stage_cache: StageCache) -> Iterator[StageExecutor]:
     try:
         yield pool
     finally:
-        pool.close()
+        pool.kill_workers()
 
 
 def _serve_stages(stage_cache: StageCache, pipe: Connection) -> None:
-    """Compute the stages that come through a pipe, in a process that ends with its parent, however that ends."""
+    """Compute the stages that come through a pipe until it closes; runs in a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_exit_with_parent, daemon=True).start()
     pipe_listener = PipeListener(pipe)
     progress_listener.set(pipe_listener)
     with suppress(EOFError):
         while True:
-            pipe_listener.send("end", _compute_or_fail(stage_cache, pipe.recv()))
+            pipe_listener.send_call("end", _compute_stage_or_failure(stage_cache, pipe.recv()))
 
 
 def _exit_with_parent() -> None:
@@ -182,18 +183,18 @@ def _exit_with_parent() -> None:
 
 @dataclass(frozen=True)
 class PipeListener:
-    """ProgressListener that sends the progress of a stage through a pipe."""
+    """Listener that sends a stage's progress through a pipe, as names of methods and their arguments."""
 
     pipe: Connection
 
-    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Send progress through the pipe."""
-        self.send("on_step", done, total, dict(metrics))
+    def on_step(self, steps_done: int, total_steps: int, metrics: Mapping[str, float]) -> None:
+        """Send the steps done, their total and the metrics through the pipe."""
+        self.send_call("on_step", steps_done, total_steps, dict(metrics))
 
     def on_message(self, text: str) -> None:
-        """Send a line through the pipe."""
-        self.send("on_message", text)
+        """Send a line of text through the pipe."""
+        self.send_call("on_message", text)
 
-    def send(self, method: str, *arguments: Any) -> None:
-        """Send a method's name and its arguments."""
-        self.pipe.send((method, arguments))
+    def send_call(self, method_name: str, *arguments: Any) -> None:
+        """Send the name of a method of the display and its arguments through the pipe."""
+        self.pipe.send((method_name, arguments))

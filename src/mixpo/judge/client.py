@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from mixpo.judge.endpoint import KEY_VARIABLE, is_loopback, make_key_redactor
-from mixpo.judge.questions import Judge, Question, replace_surrogates
-from mixpo.judge.replies import Reply, parse_error_message, parse_reply, parse_scores, sum_tokens
+from mixpo.judge.endpoint import KEY_VARIABLE, is_loopback_endpoint, make_key_redactor
+from mixpo.judge.questions import Judge, JudgeQuestion, replace_surrogates
+from mixpo.judge.replies import JudgeReply, parse_error_message, parse_reply, parse_scores, sum_token_counts
 from mixpo.judge.verdicts import RowWriter, make_scores_row
 
 PARSE_ATTEMPTS = 2
@@ -36,7 +36,7 @@ RETRYABLE_STATUSES = (408, 409, 425, 429)
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits on concurrency, retries, request time, requests and tokens."""
+    """Limits of requests to a judge: at once, failures a question, seconds each, and requests and tokens in all."""
 
     concurrency: int = 8
     attempts: int = 6
@@ -49,7 +49,7 @@ class RequestLimits:
 
 @dataclass
 class JudgingProgress:
-    """Counts of questions, requests, tokens and failures so far."""
+    """Counts of questions, requests, tokens and failures so far, and why judges were halted."""
 
     questions: int
     done: int = 0
@@ -62,13 +62,13 @@ class JudgingProgress:
     """Why judges were halted before all questions were asked."""
 
     @property
-    def remaining(self) -> int:
+    def remaining_questions(self) -> int:
         """Number of questions that neither have a result nor failed."""
         return self.questions - self.done - sum(map(len, self.failures.values()))
 
 
 class _RequestError(Exception):
-    """A request without a chat completion: kind of error, message, and whether and when to retry."""
+    """Raised without a chat completion: kind of error, message, and whether and after how many seconds to retry."""
 
     def __init__(self, kind: str, message: str, *, is_retryable: bool = True, retry_after: float | None = None) -> None:
         self.kind, self.message, self.is_retryable, self.retry_after = kind, message, is_retryable, retry_after
@@ -76,63 +76,68 @@ class _RequestError(Exception):
 
 @dataclass
 class _JudgeState:
+    """State of one judge: whether it ever replied, its failures in a row, and whether it is halted."""
+
     has_replied: bool
     """Whether it has ever replied: its name and settings are then right."""
     consecutive_failures: int = 0
     halt_event: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def shuffle_prompts(questions: Sequence[Question]) -> list[Question]:
-    """Shuffle the questions by prompt, at every call anew, so that failing ones do not always block the others."""
+def shuffle_by_prompt(questions: Sequence[JudgeQuestion]) -> list[JudgeQuestion]:
+    """Return the questions in random order, grouped by prompt; another order each time, so that none always waits."""
     sort_keys = {number: random.random() for number in {question.number for question in questions}}
     return sorted(questions, key=lambda question: sort_keys[question.number])
 
 
 def ask_questions(
-    questions: Sequence[Question],
-    key: str,
+    questions: Sequence[JudgeQuestion],
+    api_key: str,
     limits: RequestLimits,
     append_row: RowWriter,
     on_progress: Callable[[JudgingProgress], None],
     *,
-    replied_judges: Collection[Judge] = (),
+    working_judges: Collection[Judge] = (),
 ) -> JudgingProgress:
-    """Ask all questions at their endpoint, append each result when it arrives, and report progress on every request.
+    """Ask all questions, append each result by `append_row` when it arrives, and return the final progress.
 
-    `replied_judges`: judges that replied in an earlier call.
+    `working_judges`: judges that replied in an earlier call.
     """
-    return asyncio.run(_JudgeClient(questions, key, limits, append_row, on_progress, replied_judges).ask_all())
+    return asyncio.run(_JudgeClient(questions, api_key, limits, append_row, on_progress, working_judges).ask_all())
 
 
 @dataclass
 class _JudgeClient:
-    questions: Sequence[Question]
+    """Client that asks questions concurrently, retries, and halts judges that fail or exceed a limit."""
+
+    questions: Sequence[JudgeQuestion]
     key: str
     limits: RequestLimits
     append_row: RowWriter
     on_progress: Callable[[JudgingProgress], None]
-    replied_judges: Collection[Judge]
+    working_judges: Collection[Judge]
 
     def __post_init__(self) -> None:
         self.redact = make_key_redactor(self.key)
         self.progress = JudgingProgress(len(self.questions))
         judges = {question.judge for question in self.questions}
-        self.states = {judge: _JudgeState(judge in self.replied_judges) for judge in judges}
+        self.states = {judge: _JudgeState(judge in self.working_judges) for judge in judges}
 
     async def ask_all(self) -> JudgingProgress:
-        """Ask all questions with `concurrency` workers."""
+        """Ask all questions with `concurrency` workers, and return the final progress."""
         endpoint = self.questions[0].judge.endpoint
         authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         async with httpx2.AsyncClient(
             headers={"Accept-Encoding": "identity", **authorization},  # a compressed reply may expand a thousandfold
             follow_redirects=False,  # prompts and key go to the endpoint alone
-            trust_env=not is_loopback(endpoint),  # no proxy to this machine
+            trust_env=not is_loopback_endpoint(endpoint),  # no proxy to this machine
             timeout=None,
             limits=httpx2.Limits(max_connections=None),
         ) as self.client:
-            pending = iter(shuffle_prompts(self.questions))
+            pending = iter(shuffle_by_prompt(self.questions))
 
             async def ask_pending() -> None:
+                """Ask questions of the shared iterator until it is empty."""
                 for question in pending:
                     await self._ask_until_scored(question)
 
@@ -140,9 +145,9 @@ class _JudgeClient:
             await asyncio.gather(*(ask_pending() for _ in range(workers)))
         return self.progress
 
-    async def _ask_until_scored(self, question: Question) -> None:
-        """Ask a question until its reply has scores, its attempts are used up, or its judge is halted."""
-        state, failed_attempts, replies = self.states[question.judge], 0, list[Reply]()
+    async def _ask_until_scored(self, question: JudgeQuestion) -> None:
+        """Ask a question until a reply has scores, attempts are used up, or its judge is halted; store the result."""
+        state, failed_attempts, replies = self.states[question.judge], 0, list[JudgeReply]()
         while self._reserve_request(state):
             try:
                 replies.append(await self._send_request(question))
@@ -150,13 +155,13 @@ class _JudgeClient:
                 failed_attempts += 1
                 if not failure.is_retryable or failed_attempts == self.limits.attempts:
                     return self._record_failure(question.judge, failure)
-                await sleep_unless_halted(_compute_wait(failed_attempts, failure.retry_after), state.halt_event)
+                await sleep_unless_halted(_compute_retry_delay(failed_attempts, failure.retry_after), state.halt_event)
                 continue
             state.has_replied, state.consecutive_failures = True, 0
             scores = parse_scores(replies[-1])
             if scores is not None or len(replies) == PARSE_ATTEMPTS:
                 texts = [_truncate_reply(self.redact(replace_surrogates(reply.text or ""))) for reply in replies]
-                self.append_row(make_scores_row(question, scores, texts, sum_tokens(replies)))
+                self.append_row(make_scores_row(question, scores, texts, sum_token_counts(replies)))
                 self.progress.done += 1
                 return self.on_progress(self.progress)
         return None
@@ -177,8 +182,8 @@ class _JudgeClient:
         self.on_progress(progress)
         return True
 
-    async def _send_request(self, question: Question) -> Reply:
-        """Send a question and parse the reply. Raises `_RequestError` without a chat completion."""
+    async def _send_request(self, question: JudgeQuestion) -> JudgeReply:
+        """Send a question and return the parsed reply. Raises `_RequestError` without a chat completion."""
         judge = question.judge
         settings = {"temperature": judge.temperature, "max_tokens": judge.reply_tokens}
         content = {
@@ -193,12 +198,12 @@ class _JudgeClient:
             ):
                 body = await self._read_body(response)
         except TimeoutError:
-            self._count_max_tokens(judge)
+            self._count_max_reply_tokens(judge)
             raise _RequestError("timeout", f"no reply within {self.limits.timeout:g} s") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _RequestError("no connection", self._sanitize_line(f"{type(error).__name__}: {error}")) from None
         if body is None:
-            self._count_max_tokens(judge)
+            self._count_max_reply_tokens(judge)
             raise _RequestError("reply too long", f"more than {MAX_REPLY_BYTES:,} bytes", is_retryable=False)
         if response.is_error:
             is_retryable = response.status_code >= 500 or response.status_code in RETRYABLE_STATUSES
@@ -233,13 +238,13 @@ class _JudgeClient:
                 return None
         return bytes(body)
 
-    def _count_max_tokens(self, judge: Judge) -> None:
-        """Count an unread reply with its token limit, since the server may have generated as many."""
+    def _count_max_reply_tokens(self, judge: Judge) -> None:
+        """Add a judge's limit of a reply to the token count, for an unread reply: the server may have generated it."""
         if self.limits.tokens is not None:
             self._count_tokens(judge.reply_tokens)
 
     def _count_tokens(self, tokens: int | None) -> None:
-        """Add tokens to the count; halts every judge if they are unknown and limited."""
+        """Add tokens to the count; unknown ones (None) halt every judge if tokens are limited."""
         self.progress.tokens += tokens or 0
         if tokens is None and self.limits.tokens is not None:
             self._halt_judges("--max-tokens: the server reports no token counts; use --max-requests")
@@ -260,7 +265,7 @@ class _JudgeClient:
         self.on_progress(self.progress)
 
     def _halt_judges(self, reason: str, only: _JudgeState | None = None) -> None:
-        """Halt the judge of state `only`, or all judges, and record the reason."""
+        """Halt the judge of one state, or all judges, and record the reason."""
         states = [state for state in self.states.values() if only in (None, state) and not state.halt_event.is_set()]
         if states:
             self.progress.stop_reasons.append(reason)
@@ -268,20 +273,20 @@ class _JudgeClient:
             state.halt_event.set()
 
     def _sanitize_line(self, text: str) -> str:
-        """A server's text as one printable line without the key, at most 200 characters."""
+        """Return a server's text as one printable line without the API key, at most 200 characters."""
         words = self.redact(replace_surrogates(text)).split()
         return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(words)[:200])
 
 
 def _truncate_reply(text: str) -> str:
-    """A reply as it is stored: its beginning, and its length if truncated."""
+    """Return a reply's text as it is stored: if it is long, its beginning and its length."""
     return text if len(text) <= MAX_STORED_CHARACTERS else f"{text[:MAX_STORED_CHARACTERS]}… ({len(text):,} characters)"
 
 
-def _parse_host(location: str) -> str:
-    """The host of a Location header alone, since other parts may hold secrets."""
+def _parse_host(location_header: str) -> str:
+    """Return the host of a Location header alone, since other parts may hold secrets."""
     try:
-        return urlsplit(location).netloc.rpartition("@")[2] or "the same host"
+        return urlsplit(location_header).netloc.rpartition("@")[2] or "the same host"
     except ValueError:
         return "no address"
 
@@ -292,14 +297,14 @@ async def sleep_unless_halted(seconds: float, halt_event: asyncio.Event) -> None
         await asyncio.wait_for(halt_event.wait(), seconds)
 
 
-def _compute_wait(failed_attempts: int, retry_after: float | None) -> float:
-    """Seconds before the next attempt: exponential backoff or the server's Retry-After, plus up to half at random."""
+def _compute_retry_delay(failed_attempts: int, retry_after: float | None) -> float:
+    """Return the seconds before the next attempt: exponential backoff or Retry-After, plus up to half at random."""
     backoff = min(2.0 ** (failed_attempts - 1), MAX_BACKOFF_SECONDS)
     return max(backoff, min(retry_after or 0.0, MAX_RETRY_AFTER_SECONDS)) * random.uniform(1.0, 1.5)
 
 
 def parse_retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header, given as seconds or a date; None if missing or invalid."""
+    """Return the seconds of a Retry-After header, given as seconds or a date; None if missing or invalid."""
     if header is None:
         return None
     try:

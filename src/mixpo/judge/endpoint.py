@@ -14,7 +14,7 @@ EXPECTED = "expected http(s)://HOST[:PORT]/PATH, such as http://127.0.0.1:8000/v
 
 
 def normalize_endpoint(endpoint: str) -> str:
-    """Check an endpoint and strip its trailing slashes.
+    """Return an endpoint's URL without trailing slashes, after checking it.
 
     Raises `InputError` on an invalid URL, and on one with a user name, password, query or fragment.
     """
@@ -34,8 +34,8 @@ def normalize_endpoint(endpoint: str) -> str:
     return endpoint.rstrip("/")
 
 
-def is_loopback(endpoint: str) -> bool:
-    """Check that an endpoint is on this machine."""
+def is_loopback_endpoint(endpoint: str) -> bool:
+    """Return True if an endpoint's host is this machine."""
     host = urlsplit(endpoint).hostname or ""
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -43,13 +43,13 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
-def is_unencrypted(endpoint: str) -> bool:
-    """Check for requests that cross a network unencrypted: http to another machine."""
-    return urlsplit(endpoint).scheme == "http" and not is_loopback(endpoint)
+def is_unencrypted_endpoint(endpoint: str) -> bool:
+    """Return True if requests to an endpoint cross a network unencrypted: http to another machine."""
+    return urlsplit(endpoint).scheme == "http" and not is_loopback_endpoint(endpoint)
 
 
 def read_api_key() -> str:
-    """Read the API key from the environment, empty if not set, since not every server needs one.
+    """Read OPENAI_API_KEY from the environment, empty if not set, since not every server needs one.
 
     Raises `InputError` on an invalid key, without showing it.
     """
@@ -62,6 +62,6 @@ def read_api_key() -> str:
     return key
 
 
-def make_key_redactor(key: str) -> Callable[[str], str]:
-    """Make a function that replaces the key in a text; keys that are too short to be secret are left in."""
-    return lambda text: text.replace(key, f"[{KEY_VARIABLE}]") if len(key) >= MIN_SECRET_LENGTH else text
+def make_key_redactor(api_key: str) -> Callable[[str], str]:
+    """Make a function that hides the API key in a text, unless the key is too short to be secret."""
+    return lambda text: text.replace(api_key, f"[{KEY_VARIABLE}]") if len(api_key) >= MIN_SECRET_LENGTH else text

@@ -9,15 +9,15 @@ import numpy as np
 from mixpo.algorithms.agreement import bootstrap_over_items, cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.intervals import Interval, wilson_interval
 from mixpo.algorithms.win_rates import length_controlled_win_rate, sign_test, win_minus_lose
-from mixpo.experiments.comparisons import Comparison, MissingError, pair_completions
+from mixpo.experiments.comparisons import Comparison, NotInRunError, pair_completions
 from mixpo.experiments.results import Results
-from mixpo.judge.questions import Judge, Question, Template, compute_digest, make_question_pair
+from mixpo.judge.questions import Judge, JudgeQuestion, Template, compute_digest, make_question_pair
 from mixpo.judge.verdicts import FILE, AssignedPair, Assignment, Scores, VerdictLog, read_verdicts
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's verdict on a pair of completions."""
+    """A judge's verdict on a pair of completions: the winner, and whether the order shown decided."""
 
     pair: Comparison
     outcome: int | None
@@ -28,14 +28,14 @@ class Verdict:
     """Whether the outcome is unknown because a reply could not be parsed."""
 
     def swap_arms(self) -> "Verdict":
-        """The verdict with the two arms exchanged."""
+        """Return a copy with the two arms exchanged, so that a win is a defeat."""
         pair = replace(self.pair, completions=self.pair.completions[::-1])
         return replace(self, pair=pair, outcome=None if self.outcome is None else -self.outcome)
 
 
 @dataclass(frozen=True)
-class JudgeResult:
-    """A judge's verdicts on two arms at a seed."""
+class JudgeVerdicts:
+    """All verdicts of one judge on two arms at a seed."""
 
     judge: Judge
     arms: tuple[str, str]
@@ -44,77 +44,79 @@ class JudgeResult:
     stale: int = 0
     """Number of judged pairs whose prompt or completions have changed since."""
 
-    def swap_arms(self) -> "JudgeResult":
-        """The result with the two arms exchanged."""
+    def swap_arms(self) -> "JudgeVerdicts":
+        """Return a copy with the two arms exchanged, so that wins are defeats."""
         return replace(self, arms=self.arms[::-1], verdicts=[one.swap_arms() for one in self.verdicts])
 
-    def filter_by_category(self, category: str | None) -> list[Verdict]:
-        """The verdicts of a category, or all."""
+    def list_verdicts_of_category(self, category: str | None) -> list[Verdict]:
+        """List the verdicts on prompts of a category, or all if None."""
         return [one for one in self.verdicts if category in (None, one.pair.category)]
 
 
 def make_assignment(
-    judge: Judge, template: Template, arms: tuple[str, str], seed: int, rows: Sequence[Comparison]
-) -> tuple[Assignment, list[Question]]:
-    """Make a judge's assignment of pairs, and the questions of both orders of each."""
-    question_pairs = [make_question_pair(judge, template, arms, seed, row) for row in rows]
+    judge: Judge, template: Template, arms: tuple[str, str], seed: int, comparisons: Sequence[Comparison]
+) -> tuple[Assignment, list[JudgeQuestion]]:
+    """Assign pairs to a judge; return the assignment, and the questions of both orders of every differing pair."""
+    question_pairs = [make_question_pair(judge, template, arms, seed, row) for row in comparisons]
     pairs = {
-        row.number: AssignedPair(_digest_pair(row), tuple(each.id for each in orders))
-        for row, orders in zip(rows, question_pairs, strict=True)
+        row.number: AssignedPair(_compute_pair_digest(row), tuple(each.id for each in orders))
+        for row, orders in zip(comparisons, question_pairs, strict=True)
     }
     return Assignment(judge, arms, seed, pairs), [question for orders in question_pairs for question in orders]
 
 
-def choose_arm_order(log: VerdictLog, arms: tuple[str, str], seed: int) -> tuple[str, str]:
-    """The two arms in the order of an earlier assignment, if there is one, so that no pair is judged twice."""
-    is_swapped = any((one.arms, one.seed) == (arms[::-1], seed) for one in log.assignments.values())
+def choose_arm_order(verdict_log: VerdictLog, arms: tuple[str, str], seed: int) -> tuple[str, str]:
+    """Return two arms in the order in which they were assigned before, if so, lest a pair be judged twice."""
+    is_swapped = any((one.arms, one.seed) == (arms[::-1], seed) for one in verdict_log.assignments.values())
     return arms[::-1] if is_swapped else arms
 
 
-def _digest_pair(pair: Comparison) -> str:
+def _compute_pair_digest(pair: Comparison) -> str:
+    """Return a digest of a pair's prompt and completions, which shows later whether they have changed."""
     return compute_digest(pair.prompt, *pair.completions)
 
 
-def collect_verdicts(
-    assignment: Assignment, arms: tuple[str, str], rows: Sequence[Comparison], scores: Mapping[str, Scores]
-) -> JudgeResult:
-    """Collect the verdicts on the assigned pairs that are among `rows` with the same completions."""
-    assigned = [(row, assignment.pairs[row.number]) for row in rows if row.number in assignment.pairs]
-    current = [(row, pair.questions) for row, pair in assigned if pair.digest == _digest_pair(row)]
-    verdicts = [_decide_verdict(row, question_ids, scores) for row, question_ids in current]
-    return JudgeResult(assignment.judge, arms, assignment.seed, verdicts, len(assignment.pairs) - len(verdicts))
+def decide_verdicts(
+    assignment: Assignment, arms: tuple[str, str], comparisons: Sequence[Comparison], reply_scores: Mapping[str, Scores]
+) -> JudgeVerdicts:
+    """Decide a judge's verdicts on the assigned pairs that are unchanged; the others are counted as stale."""
+    assigned = [(row, assignment.pairs[row.number]) for row in comparisons if row.number in assignment.pairs]
+    current = [(row, pair.questions) for row, pair in assigned if pair.digest == _compute_pair_digest(row)]
+    verdicts = [_decide_verdict(row, question_ids, reply_scores) for row, question_ids in current]
+    return JudgeVerdicts(assignment.judge, arms, assignment.seed, verdicts, len(assignment.pairs) - len(verdicts))
 
 
-def _decide_verdict(pair: Comparison, question_ids: Sequence[str], scores: Mapping[str, Scores]) -> Verdict:
-    if pair.same:
+def _decide_verdict(pair: Comparison, question_ids: Sequence[str], reply_scores: Mapping[str, Scores]) -> Verdict:
+    """Decide a pair from its reply scores: won if the same arm's is higher in both orders, else a tie, or unknown."""
+    if pair.is_identical:
         return Verdict(pair, 0)
-    if any(question not in scores for question in question_ids):
+    if any(question not in reply_scores for question in question_ids):
         return Verdict(pair, None)
-    first_order, second_order = (scores[question] for question in question_ids)
+    first_order, second_order = (reply_scores[question] for question in question_ids)
     if first_order is None or second_order is None:
         return Verdict(pair, None, unparsed=True)
     sign, swapped_sign = int(np.sign(first_order[0] - first_order[1])), int(np.sign(second_order[1] - second_order[0]))
     return Verdict(pair, sign if sign == swapped_sign else 0, flip=sign if sign * swapped_sign == -1 else 0)
 
 
-def load_judge_results(results: Results) -> list[JudgeResult]:
-    """Load all judge results of these runs; pairs whose completions have changed are counted as stale."""
+def load_judge_verdicts(results: Results) -> list[JudgeVerdicts]:
+    """Load all judges' verdicts of these runs; pairs whose completions have changed are counted as stale."""
     judge_results = []
     for run in results.runs:
         log = read_verdicts(run.folder / FILE)
         for assignment in log.assignments.values():
-            arms = results.qualify_name(run, assignment.arms[0]), results.qualify_name(run, assignment.arms[1])
+            arms = results.qualify_arm_name(run, assignment.arms[0]), results.qualify_arm_name(run, assignment.arms[1])
             try:
                 rows = pair_completions(results, arms, seed=assignment.seed)
-            except MissingError:
+            except NotInRunError:
                 rows = []
-            judge_results.append(collect_verdicts(assignment, arms, rows, log.scores))
+            judge_results.append(decide_verdicts(assignment, arms, rows, log.scores))
     return judge_results
 
 
 @dataclass(frozen=True)
 class VerdictShares:
-    """Shares of verdicts with 95% intervals."""
+    """Shares of wins, ties and defeats, and of biases of the judge, with 95% intervals."""
 
     prompts: int
     win: Interval
@@ -135,14 +137,14 @@ class VerdictShares:
 
 
 def compute_verdict_shares(verdicts: Sequence[Verdict]) -> VerdictShares | None:
-    """Count verdicts and compute shares with 95% intervals over prompts; None without a verdict.
+    """Compute shares of verdicts with 95% intervals over prompts; None without a verdict.
 
     Identical completions are ties without a question. They count in the proportion in which other pairs have a verdict:
     otherwise an interrupted call would be biased to ties.
     """
-    compared = [one for one in verdicts if not one.pair.same]
+    compared = [one for one in verdicts if not one.pair.is_identical]
     decided = [one for one in compared if one.outcome is not None]
-    same = [one for one in verdicts if one.pair.same]
+    same = [one for one in verdicts if one.pair.is_identical]
     counted = [*decided, *same[: round(len(same) * len(decided) / len(compared)) if compared else len(same)]]
     if not counted:
         return None
@@ -161,20 +163,21 @@ def compute_verdict_shares(verdicts: Sequence[Verdict]) -> VerdictShares | None:
         lose,
         win_minus_lose(wins, ties, defeats),
         sign_test(wins, defeats),
-        _compute_share(len(flips), len(decided)),
-        _compute_share(flips.count(1), len(flips)),
-        _compute_share(int((length_signs > 0).sum()), len(length_signs)),
+        _compute_share_interval(len(flips), len(decided)),
+        _compute_share_interval(flips.count(1), len(flips)),
+        _compute_share_interval(int((length_signs > 0).sum()), len(length_signs)),
         length_controlled_win_rate((outcomes + 1.0) / 2.0, length_differences),
     )
 
 
-def _compute_share(count: int, total: int) -> Interval | None:
+def _compute_share_interval(count: int, total: int) -> Interval | None:
+    """Return a share with its 95% Wilson interval; None if the total is 0."""
     return wilson_interval(count, total) if total else None
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Agreement beyond chance of judges of the same pairs, identical completions excluded."""
+class JudgeAgreement:
+    """Agreement beyond chance of judges of the same pairs, without identical completions."""
 
     kappas: Sequence[tuple[Judge, Judge, int, float]]
     """For every two judges: the number of pairs that both judged, and Cohen's kappa."""
@@ -184,14 +187,18 @@ class Agreement:
     """Krippendorff's alpha of all judges."""
 
 
-def compute_agreement(judge_results: Sequence[JudgeResult]) -> Agreement:
-    """Compute the agreement of several judges of the same two arms at the same seed."""
+def compute_judge_agreement(judge_verdicts: Sequence[JudgeVerdicts]) -> JudgeAgreement:
+    """Compute Cohen's kappas and Krippendorff's alpha of several judges of the same two arms at the same seed."""
     ratings = [
-        {each.pair.number: each.outcome + 1 for each in one.verdicts if each.outcome is not None and not each.pair.same}
-        for one in judge_results
+        {
+            each.pair.number: each.outcome + 1
+            for each in one.verdicts
+            if each.outcome is not None and not each.pair.is_identical
+        }
+        for one in judge_verdicts
     ]
     kappas = []
-    for (one, first), (other, second) in combinations(zip(judge_results, ratings, strict=True), 2):
+    for (one, first), (other, second) in combinations(zip(judge_verdicts, ratings, strict=True), 2):
         common = sorted(first.keys() & second.keys())
         pair = [np.array([rated[number] for number in common], dtype=np.int64) for rated in (first, second)]
         kappas.append((one.judge, other.judge, len(common), cohen_kappa(*pair)))
@@ -202,4 +209,4 @@ def compute_agreement(judge_results: Sequence[JudgeResult]) -> Agreement:
             if number in rated:
                 counts[index, rated[number]] += 1
     counts = counts[counts.sum(axis=1) >= 2]
-    return Agreement(kappas, len(counts), bootstrap_over_items(krippendorff_alpha, counts))
+    return JudgeAgreement(kappas, len(counts), bootstrap_over_items(krippendorff_alpha, counts))

@@ -22,7 +22,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge: model, endpoint, sampling settings and template."""
+    """A language model as judge: model name, endpoint, sampling settings and digest of the template."""
 
     model: str
     endpoint: str
@@ -34,8 +34,8 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A pair of completions in one order, as a prompt for a judge."""
+class JudgeQuestion:
+    """A pair of completions in one order, as a message to a judge."""
 
     judge: Judge
     text: str
@@ -61,7 +61,7 @@ class Template:
     name: str
     text: str
 
-    def render(self, prompt: Prompt, first: str, second: str) -> str:
+    def render_message(self, prompt: Prompt, first: str, second: str) -> str:
         """Render the message for a prompt and two completions. Raises `InputError` where rendering fails."""
         messages = as_messages(prompt)
         values = {"prompt": _format_messages(messages), "messages": messages, "first": first, "second": second}
@@ -77,7 +77,7 @@ class Template:
 def make_judges(
     models: Sequence[str], endpoint: str, temperature: float | None, reply_tokens: int | None, template: Template
 ) -> list[Judge]:
-    """Make a judge for each model. Raises `InputError` on an empty, unprintable or repeated name."""
+    """List a judge for each model. Raises `InputError` on an empty, unprintable or repeated name."""
     for index, name in enumerate(models):
         if not (name.isprintable() and name.strip()) or name in models[:index]:
             raise InputError(f"--model: found {name!r}, empty, repeated or unprintable; expected different model names")
@@ -85,7 +85,7 @@ def make_judges(
 
 
 def read_template(file: Path | None) -> Template:
-    """Read a template file, or the paper's template (appendix A.2) if none is given.
+    """Read the template of questions from a file, or the paper's (appendix A.2) if None.
 
     Raises `InputError` on one that does not show both completions.
     """
@@ -107,39 +107,43 @@ def read_template(file: Path | None) -> Template:
 
 def make_question_pair(
     judge: Judge, template: Template, arms: tuple[str, str], seed: int, pair: Comparison
-) -> tuple[Question, ...]:
-    """Make the two questions of a pair, one for each order; none where the completions are identical."""
-    if pair.same:
+) -> tuple[JudgeQuestion, ...]:
+    """Return a pair's questions to a judge, one for each order of completions; none if these are identical."""
+    if pair.is_identical:
         return ()
     first_completion, second_completion = pair.completions
     orders = ((arms, first_completion, second_completion), (arms[::-1], second_completion, first_completion))
     return tuple(
-        Question(judge, template.render(pair.prompt, first, second), shown_arms, seed, pair.number, pair.category)
+        JudgeQuestion(
+            judge, template.render_message(pair.prompt, first, second), shown_arms, seed, pair.number, pair.category
+        )
         for shown_arms, first, second in orders
     )
 
 
 def compute_digest(*parts: object) -> str:
-    """SHA-256 of nested texts and numbers, cut to 20 characters."""
+    """Return the SHA-256 of nested texts and numbers, as 20 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace halves of surrogate pairs, which cannot be sent or printed, by the replacement character."""
+    """Return a text with half surrogate pairs, which cannot be sent, replaced by the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @lru_cache
-def _compile_template(text: str) -> jinja2.Template:
-    return _ENVIRONMENT.from_string(text)
+def _compile_template(template_text: str) -> jinja2.Template:
+    """Compile the text of a Jinja2 template in the sandbox; cached."""
+    return _ENVIRONMENT.from_string(template_text)
 
 
 def _format_messages(messages: Sequence[Message]) -> str:
-    """A prompt as text; several messages with their roles."""
+    """Format the messages of a prompt as one text, with their roles if there are several."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def _format_error(error: Exception) -> str:
+    """Format the message of an error on one line."""
     return " ".join(str(error).split())

@@ -14,8 +14,8 @@ _SCORE = re.compile(r"[ \t]*([0-9]{1,20}(?:\.[0-9]{1,20})?)(?:/10)?[ \t]*(?:\r?\
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A parsed reply of the server."""
+class JudgeReply:
+    """A judge's reply, parsed: text of the completion, whether truncated, and token counts."""
 
     text: str | None
     """The completion, empty without content such as at a refusal; None if the body is no chat completion."""
@@ -25,23 +25,23 @@ class Reply:
     """Token counts of prompt and completion; None where the server gives none."""
 
 
-def parse_reply(body: bytes) -> Reply:
-    """Parse a reply's body as a chat completion."""
+def parse_reply(json_body: bytes) -> JudgeReply:
+    """Parse the JSON body of a chat completion; any other body gives a reply whose text is None, without an error."""
     try:
-        content = json.loads(body)
+        content = json.loads(json_body)
         tokens = _parse_usage(content.get("usage"))
     except (ValueError, AttributeError, RecursionError):
-        return Reply(None)
+        return JudgeReply(None)
     try:
         choice = content["choices"][0]
         text, truncated = choice["message"].get("content"), choice.get("finish_reason") == "length"
     except (LookupError, TypeError, AttributeError):
-        return Reply(None, tokens=tokens)
-    return Reply(text if isinstance(text, str) else "", truncated, tokens)
+        return JudgeReply(None, tokens=tokens)
+    return JudgeReply(text if isinstance(text, str) else "", truncated, tokens)
 
 
 def parse_error_message(body: bytes) -> str:
-    """The message of an error body, or the whole body if it has none."""
+    """Return the message of an HTTP error's JSON body, or the whole body if it has none."""
     try:
         content = json.loads(body)
         message = content.get("error", content)["message"]
@@ -51,7 +51,7 @@ def parse_error_message(body: bytes) -> str:
 
 
 def _parse_usage(usage: object) -> tuple[int, int] | None:
-    """Parse the token counts of prompt and completion; None where they are missing or not credible."""
+    """Return the token counts of prompt and completion; None where they are missing or not credible."""
     if not isinstance(usage, dict):
         return None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -60,22 +60,22 @@ def _parse_usage(usage: object) -> tuple[int, int] | None:
     return None
 
 
-def sum_tokens(replies: Sequence[Reply]) -> tuple[int, int] | None:
-    """Sum the token counts of several replies; None where one is unknown."""
+def sum_token_counts(replies: Sequence[JudgeReply]) -> tuple[int, int] | None:
+    """Sum prompt tokens and completion tokens of several replies; None where one is unknown."""
     counts = [reply.tokens for reply in replies if reply.tokens is not None]
     if len(counts) < len(replies):
         return None
     return sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts)
 
 
-def parse_scores(reply: Reply) -> tuple[float, float] | None:
-    """Parse the scores of both completions, in the order shown, as the paper's prompt asks for them; None on others.
+def parse_scores(reply: JudgeReply) -> tuple[float, float] | None:
+    """Parse both completions' scores (0 to 10) in the order shown; None unless written as the paper's prompt asks.
 
     The format is `Response 1 Quality Score: x`, then `Response 2 Quality Score: x`, each once, x from 0 to 10, with
     nothing after it but `/10`, the end of the line or `Explanation:`. Bold marks and a truncated last word are ignored.
     """
     text = (reply.text or "").replace("**", "")
-    text = _drop_last_word(text) if reply.truncated else text
+    text = _drop_truncated_word(text) if reply.truncated else text
     labels = list(_LABEL.finditer(text))
     matches = [_SCORE.match(text, label.end()) for label in labels]
     if [label[1] for label in labels] != ["1", "2"]:
@@ -86,8 +86,8 @@ def parse_scores(reply: Reply) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def _drop_last_word(text: str) -> str:
-    """Drop the text behind the last blank, in linear time: a regular expression would be quadratic here."""
+def _drop_truncated_word(text: str) -> str:
+    """Return a text up to its last blank, in linear time: a regular expression would be quadratic here."""
     end = len(text)
     while end and not text[end - 1].isspace():
         end -= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.errors import InputError
-from mixpo.judge.questions import Judge, Question
+from mixpo.judge.questions import Judge, JudgeQuestion
 from mixpo.judge.replies import MAX_SCORE
 
 FILE = Path("judge") / "verdicts.jsonl"
@@ -25,7 +25,7 @@ RowWriter = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class AssignedPair:
-    """A pair of completions assigned to a judge."""
+    """A pair of completions assigned to a judge, by digest and question ids."""
 
     digest: str
     questions: tuple[str, ...]
@@ -34,7 +34,7 @@ class AssignedPair:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The pairs of two arms at a seed that are assigned to a judge."""
+    """The pairs of two arms at a seed that one judge is to compare."""
 
     judge: Judge
     arms: tuple[str, str]
@@ -50,31 +50,31 @@ class Assignment:
 
 @dataclass
 class VerdictLog:
-    """Assignments and scores read from a file of verdicts."""
+    """What a file of verdicts holds: assigned pairs, and the scores of every answered question."""
 
     assignments: dict[tuple[Judge, tuple[str, str], int], Assignment] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
     """By question id."""
 
-    def add_row(self, row: Mapping[str, Any]) -> None:
-        """Add a line of the file; later pairs replace earlier ones. Raises ValueError on an invalid line."""
-        if row["format"] != FORMAT:
-            raise ValueError(f"format {row['format']!r}, not {FORMAT}")
-        if "assignment" in row:
-            assignment = _parse_assignment(**row["assignment"])
+    def add_line(self, line: Mapping[str, Any]) -> None:
+        """Add a parsed line of the file, in place; later pairs replace earlier ones. ValueError on an invalid line."""
+        if line["format"] != FORMAT:
+            raise ValueError(f"format {line['format']!r}, not {FORMAT}")
+        if "assignment" in line:
+            assignment = _parse_assignment(**line["assignment"])
             earlier = self.assignments.get(assignment.key, assignment)
             self.assignments[assignment.key] = Assignment(*assignment.key, {**earlier.pairs, **assignment.pairs})
         else:
-            scores = row["scores"]
+            scores = line["scores"]
             if scores is not None:
                 first, second = scores
                 if not (0.0 <= first <= MAX_SCORE and 0.0 <= second <= MAX_SCORE):
                     raise ValueError(f"scores {first} and {second}, not from 0 to {MAX_SCORE:g}")
                 scores = float(first), float(second)
-            self.scores[str(row["question"])] = scores
+            self.scores[str(line["question"])] = scores
 
-    def contains(self, assignment: Assignment) -> bool:
-        """Check that all pairs of an assignment are in the file."""
+    def contains_assignment(self, assignment: Assignment) -> bool:
+        """Return True if the file holds all pairs of an assignment, unchanged."""
         stored = self.assignments.get(assignment.key)
         return stored is not None and assignment.pairs.items() <= stored.pairs.items()
 
@@ -82,6 +82,7 @@ class VerdictLog:
 def _parse_assignment(
     judge: dict[str, Any], arms: list[str], seed: int, pairs: dict[str, dict[str, Any]]
 ) -> Assignment:
+    """Build an assignment from the JSON values of its line."""
     first, second = arms
     assigned = {
         int(number): AssignedPair(str(pair["digest"]), tuple(pair["questions"])) for number, pair in pairs.items()
@@ -90,14 +91,14 @@ def _parse_assignment(
 
 
 def make_assignment_row(assignment: Assignment) -> dict[str, Any]:
-    """The line of an assignment."""
+    """Return the file's line that records an assignment, as a dictionary."""
     return {"format": FORMAT, "assignment": asdict(assignment)}
 
 
 def make_scores_row(
-    question: Question, scores: Scores, replies: Sequence[str], tokens: tuple[int, int] | None
+    question: JudgeQuestion, scores: Scores, replies: Sequence[str], token_counts: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """The line of an answered question: the scores, every reply, and the sum of their tokens."""
+    """Return the line of an answered question, as a dictionary: scores, every reply, and their token counts."""
     return {
         "format": FORMAT,
         "question": question.id,
@@ -108,12 +109,12 @@ def make_scores_row(
         "category": question.category,
         "scores": scores,
         "replies": replies,
-        "tokens": tokens,
+        "tokens": token_counts,
     }
 
 
 def read_verdicts(file: Path) -> VerdictLog:
-    """Read a file of verdicts; an incomplete last line is ignored. Raises `InputError` on an invalid one."""
+    """Read a file of verdicts; empty if missing; skips an incomplete last line, `InputError` on an invalid one."""
     log = VerdictLog()
     if not file.exists():
         return log
@@ -121,7 +122,7 @@ def read_verdicts(file: Path) -> VerdictLog:
         for number, line in enumerate(stream, start=1):
             try:
                 if line.endswith(b"\n"):
-                    log.add_row(json.loads(line))
+                    log.add_line(json.loads(line))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"{file}:{number}: found no valid verdict ({type(error).__name__}: {str(error)[:200]}); expected a "
@@ -131,8 +132,8 @@ def read_verdicts(file: Path) -> VerdictLog:
 
 
 @contextmanager
-def open_for_append(file: Path) -> Iterator[RowWriter]:
-    """Open the file of verdicts under an exclusive lock; yields a function that appends a row and syncs it to disk.
+def open_verdicts_for_append(file: Path) -> Iterator[RowWriter]:
+    """Context manager that locks the file of verdicts and yields a function that appends a row and syncs it to disk.
 
     Raises `InputError` where the file cannot be written, or another process holds the lock.
     """
@@ -151,6 +152,7 @@ def open_for_append(file: Path) -> Iterator[RowWriter]:
             raise InputError(f"{file}: found a file that cannot be locked or shortened ({error.strerror})") from error
 
         def append_row(row: Mapping[str, Any]) -> None:
+            """Append a row and sync it to disk. Raises `InputError`, and removes an incomplete line, if that fails."""
             line, end = json.dumps(row).encode() + b"\n", os.fstat(stream.fileno()).st_size
             try:
                 if stream.write(line) != len(line):

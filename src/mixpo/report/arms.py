@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mixpo.algorithms.win_rates import win_tie_lose
-from mixpo.experiments.results import MEASURES, Results, list_first
+from mixpo.experiments.results import MEASURES, Results, format_first_names
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -69,16 +69,16 @@ Differences = Mapping[str, Mapping[Pair, ArmDifference]]
 
 def build_results_section(results: Results) -> Section:
     """The section with the main table, differences of arms and the paper's order; one sentence if no arm finished."""
-    if not results.finished:
+    if not results.finished_arms:
         return Section("results", "Results", "No arm finished, so there is nothing to compare.")
     panels = {
         measure.title: {name: estimate_mean(results, name, measure.key) for name in measure.names}
         for measure in list_measures_by_scale(results)
     }
-    forest = figures.plot_forest(panels, name="every-arm", reference=results.find_first_name("ppo"))
+    forest = figures.plot_forest(panels, name="every-arm", reference=results.find_finished_name("ppo"))
     groups = [SectionGroup("Every arm", [forest], build_main_table(results))]
     pairs = _list_arm_pairs_to_compare(results)
-    measures = results.list_shared_measures(_list_arms_to_compare(results))
+    measures = results.get_shared_measures(_list_arms_to_compare(results))
     differences = {key: compare_arm_pairs(results, pairs, key) for key in measures}
     if pairs:
         groups.append(SectionGroup("Differences", table=_build_differences_table(results, pairs, differences)))
@@ -89,11 +89,11 @@ def build_results_section(results: Results) -> Section:
 
 def choose_compared_arms(results: Results) -> Pair | None:
     """(one, other) for the opening texts: mpo of runs 2 and 1, else mpo and ppo, else last and first arm; or None."""
-    names = results.plain
-    runs = [name for run in results.runs if (name := results.qualify_name(run, "mpo")) in names]
+    names = results.unswept_arms
+    runs = [name for run in results.runs if (name := results.qualify_arm_name(run, "mpo")) in names]
     if len(runs) > 1:
         return runs[1], runs[0]
-    mpo, ppo = results.find_first_name("mpo"), results.find_first_name("ppo")
+    mpo, ppo = results.find_finished_name("mpo"), results.find_finished_name("ppo")
     if mpo is not None and ppo is not None:
         return mpo, ppo
     return (names[-1], names[0]) if len(names) > 1 else None
@@ -103,15 +103,15 @@ def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Ta
     """A row for every arm: means of reward and KL with 95% intervals, tokens, end rate, win/tie/lose; or `failed`."""
     failures = [
         f"{name} failed at seed {arm.seed}: {arm.reason}"
-        for name in results.names
+        for name in results.arm_names
         for arm in results.list_arm_results(name)
         if arm.status == "failed"
     ]
-    if not results.finished:
-        return Table(["arm", "reward"], [[name, "failed"] for name in results.names], failures)
+    if not results.finished_arms:
+        return Table(["arm", "reward"], [[name, "failed"] for name in results.arm_names], failures)
     measures = list_measures_by_scale(results)
     several = len(results.seeds) > 1
-    rival = results.find_first_name("ppo") or results.finished[0]
+    rival = results.find_finished_name("ppo") or results.finished_arms[0]
     headings = ["arm"]
     for measure in measures:
         headings += [measure.title, f"sd of {measure.title}"] if several else [measure.title]
@@ -119,8 +119,8 @@ def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Ta
     if with_paper_columns:
         headings += ["paper: HH-RLHF", "paper: TL;DR"]
     rows = []
-    for name in results.names:
-        if not results.finished_by_seed(name):
+    for name in results.arm_names:
+        if not results.get_finished_by_seed(name):
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
         cells = []
@@ -128,10 +128,10 @@ def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Ta
             known = name in measure.names
             cells.append(format_interval(estimate_mean(results, name, measure.key)) if known else "")
             if several:
-                by_seed = results.values(name, measure.key).mean(axis=1) if known else ()
+                by_seed = results.get_column(name, measure.key).mean(axis=1) if known else ()
                 cells.append(f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else "")
         cells.append(format_interval(estimate_mean(results, name, "kl_from_sft")))
-        cells += [f"{results.values(name, 'tokens').mean():.1f}", f"{results.values(name, 'ended').mean():.0%}"]
+        cells += [f"{results.get_column(name, 'tokens').mean():.1f}", f"{results.get_column(name, 'ended').mean():.0%}"]
         cells.append("" if name == rival else _format_win_tie_lose(results, name, rival))
         if with_paper_columns:
             cells += PAPER_REWARDS.get(find_paper_arm(results, name), ("", ""))
@@ -141,7 +141,7 @@ def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Ta
 
 def find_paper_arm(results: Results, arm: str) -> str:
     """The paper's arm that an arm repeats: `mpo at a weaker split` for MPO with more easy pairs, else its own name."""
-    first = next(iter(results.finished_by_seed(arm).values()))
+    first = next(iter(results.get_finished_by_seed(arm).values()))
     plain = first.arm.rpartition(": ")[2]  # after the name of its run
     if not first.changes:
         return plain
@@ -152,7 +152,7 @@ def find_paper_arm(results: Results, arm: str) -> str:
 
 def _has_more_easy_pairs(results: Results, arm_result: ArmResult) -> bool:
     """True if a sweep of only the threshold or easy fraction gives the arm more easy pairs than the recipe's."""
-    recipe = results.find_run(arm_result.name).recipe["selection"]
+    recipe = results.find_run_of_arm(arm_result.name).recipe["selection"]
     for key, is_weaker in (("threshold", operator.lt), ("easy_fraction", operator.gt)):
         if list(arm_result.changes) == [f"selection.{key}"] and recipe[key] is not None:
             return bool(is_weaker(arm_result.changes[f"selection.{key}"], recipe[key]))
@@ -162,14 +162,14 @@ def _has_more_easy_pairs(results: Results, arm_result: ArmResult) -> bool:
 def _list_main_table_notes(results: Results, measures: Sequence[Measure]) -> list[str]:
     """Notes below the main table: what its rewards, KL and intervals mean."""
     keys = {measure.key for measure in measures}
-    noisy = any("label_noise" in name for name in results.names)
+    noisy = any("label_noise" in name for name in results.arm_names)
     reward = "Reward: mean score of the run's own reward model, which labelled DPO's pairs and trained PPO"
     reward += ", except at points with label noise, which trained with another." if noisy else "."
     if "true_reward" in keys:
         reward += " True r*: the reward that the labels were drawn from."
     if "second_score" in keys:
         reward += " Second reward: a reward model trained on other pairs, which no arm optimised."
-    bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.find_first_name("best-of-n") else ""
+    bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.find_finished_name("best-of-n") else ""
     notes = [
         reward,
         f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance.",
@@ -194,7 +194,7 @@ def _format_win_tie_lose(results: Results, arm: str, rival: str) -> str:
     seeds = results.list_comparable_seeds("score", arm, rival)
     if not seeds:
         return ""
-    scores, rival_scores = (results.values(one, "score", seeds).ravel() for one in (arm, rival))
+    scores, rival_scores = (results.get_column(one, "score", seeds).ravel() for one in (arm, rival))
     shares = "/".join(f"{share:.0%}" for share in win_tie_lose(scores, rival_scores))
     return shares + note_missing_seeds(results, len(seeds), arm, rival)
 
@@ -202,14 +202,16 @@ def _format_win_tie_lose(results: Results, arm: str, rival: str) -> str:
 def _list_arms_to_compare(results: Results) -> list[str]:
     """Names of the finished arms of the recipe, and of the sweep's arms that the paper reports."""
     return [
-        name for name in results.finished if name in results.plain or find_paper_arm(results, name) in PAPER_REWARDS
+        name
+        for name in results.finished_arms
+        if name in results.unswept_arms or find_paper_arm(results, name) in PAPER_REWARDS
     ]
 
 
 def _list_arm_pairs_to_compare(results: Results) -> list[Pair]:
     """Pairs of every arm with ppo and with mpo, or with the first arm where neither finished."""
-    found = [rival for arm in ("ppo", "mpo") if (rival := results.find_first_name(arm)) is not None]
-    rivals, names = found or results.plain[:1], _list_arms_to_compare(results)
+    found = [rival for arm in ("ppo", "mpo") if (rival := results.find_finished_name(arm)) is not None]
+    rivals, names = found or results.unswept_arms[:1], _list_arms_to_compare(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 
@@ -230,7 +232,7 @@ def _build_paper_order_table(results: Results) -> Table | None:
     claims: list[Pair] = []
     sources: list[str] = []
     for run in results.runs:
-        names = [name for name in results.finished if results.find_run(name) is run]
+        names = [name for name in results.finished_arms if results.find_run_of_arm(name) is run]
         by_paper_arm = {find_paper_arm(results, name): name for name in reversed(names)}
         for one, other, source in PAPER_ORDER:
             if {one, other} <= by_paper_arm.keys():
@@ -238,7 +240,7 @@ def _build_paper_order_table(results: Results) -> Table | None:
                 sources.append(source)
     if not claims:
         return None
-    table = build_claims_table(results, claims, results.list_shared_measures(results.finished))
+    table = build_claims_table(results, claims, results.get_shared_measures(results.finished_arms))
     headings = [table.headings[0], "in", *table.headings[1:]]
     rows = [[row[0], source, *row[1:]] for row, source in zip(table.rows, sources, strict=True)]
     return Table(headings, rows, [*table.notes, "The paper's own values are in the first table."])
@@ -266,14 +268,14 @@ def check_claim(results: Results, claim: Pair, difference: ArmDifference | None)
     if difference is not None:
         verdict = {1: "confirmed", -1: "reversed", 0: "not significant"}[difference.significant_sign]
         return f"{verdict} at this seed" if difference.significant_sign and difference.seeds == 1 else verdict
-    failed = [name for name in claim if not results.finished_by_seed(name)]
+    failed = [name for name in claim if not results.get_finished_by_seed(name)]
     return f"{' and '.join(failed)} failed" if failed else "no seed in common, or other reward models"
 
 
 def _summarize_results(results: Results, differences: Differences) -> str:
     """Sentences on the arm with the highest reward, on mpo or ppo if all seeds failed, and on the two compared arms."""
-    names = [results.qualify_name(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
-    failed = [name for name in names if name in results.names and not results.finished_by_seed(name)]
+    names = [results.qualify_arm_name(run, arm) for run in results.runs for arm in ("mpo", "ppo")]
+    failed = [name for name in names if name in results.arm_names and not results.get_finished_by_seed(name)]
     sentences = [*_describe_best_arm(results, differences), *_describe_two_arms(results, differences)]
     if failed:
         sentences.insert(1, f"{' and '.join(failed)} failed at every seed.")
@@ -284,17 +286,17 @@ def _describe_two_arms(results: Results, differences: Differences) -> list[str]:
     """Sentences on the differences of the two compared arms, or on one arm's mean reward where there are no two."""
     pair = choose_compared_arms(results)
     if pair is None:
-        name = results.finished[0]
+        name = results.finished_arms[0]
         reward = format_interval(estimate_mean(results, name, "score"))
-        sample = describe_sample(results, len(results.finished_by_seed(name)))
-        only = "Only one arm finished" if len(results.finished) == 1 else "No two arms of the recipe finished"
+        sample = describe_sample(results, len(results.get_finished_by_seed(name)))
+        only = "Only one arm finished" if len(results.finished_arms) == 1 else "No two arms of the recipe finished"
         return [f"{only}: {name} has a mean reward of {reward} (95% interval {sample})."]
     one, other = pair
     seeds = results.list_common_seeds(one, other)
     if not seeds:
         return [f"{one} and {other} finished at no common seed, so they cannot be compared prompt by prompt."]
     texts = []
-    for key, name in results.list_shared_measures(pair).items():
+    for key, name in results.get_shared_measures(pair).items():
         if results.list_comparable_seeds(key, one, other) != seeds:
             texts.append(f"{name} is not compared, because different models gave it")
             continue
@@ -313,15 +315,15 @@ def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
     """A list of one sentence on the arm with the highest mean reward; empty without three arms on one reward scale."""
     complete = [
         name
-        for name in results.plain
-        if results.list_run_seeds(name) == list(results.finished_by_seed(name)) == results.seeds
+        for name in results.unswept_arms
+        if results.list_run_seeds(name) == list(results.get_finished_by_seed(name)) == results.seeds
     ]
     scales = [measure.names for measure in list_measures_by_scale(results) if measure.key == "score"]
     if len(complete) < 3 or not any(set(complete) <= set(names) for names in scales):
         return []
-    means = {name: float(results.values(name, "score").mean()) for name in complete}
+    means = {name: float(results.get_column(name, "score").mean()) for name in complete}
     best = max(means, key=means.__getitem__)
-    group = f"the {len(complete)} arms{'' if complete == results.plain else ' without failed seeds'}"
+    group = f"the {len(complete)} arms{'' if complete == results.unswept_arms else ' without failed seeds'}"
     above: list[str] = []
     equal: list[str] = []
     for pair, difference in differences.get("score", {}).items():
@@ -334,7 +336,7 @@ def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
             equal.append(other)
     texts = [f"significantly above {join_names(above)}"] if above else []
     if equal:
-        named = join_names(equal) if len(equal) <= 3 else list_first(equal)
+        named = join_names(equal) if len(equal) <= 3 else format_first_names(equal)
         texts.append(f"with no significant difference from {named}")
     highest = f"{best} has the highest mean reward of {group} ({format_number(means[best])})"
     return [f"{', '.join([highest, *texts])}."]

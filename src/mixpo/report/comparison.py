@@ -50,10 +50,10 @@ def list_measures_by_scale(results: Results) -> list[Measure]:
     measures = []
     for key, title in MEASURES.items():
         groups: list[list[str]] = []
-        for name in (name for name in results.finished if results.have_column([name], key)):
+        for name in (name for name in results.finished_arms if results.have_column([name], key)):
             group = next((group for group in groups if _share_reward_scale(results, key, group[0], name)), None)
             groups.append([name]) if group is None else group.append(name)
-        runs = [results.find_run(group[0]).name for group in groups]
+        runs = [results.find_run_of_arm(group[0]).name for group in groups]
         owners = runs if len(set(runs)) == len(runs) else [group[0] for group in groups]
         titles = [title] if len(groups) == 1 else [f"{title} (model of {owner})" for owner in owners]
         measures += [Measure(key, *each) for each in zip(titles, groups, strict=True)]
@@ -64,13 +64,13 @@ def _share_reward_scale(results: Results, column: str, one: str, other: str) -> 
     """True if one reward model scored both arms at all common seeds; without such a seed, if they are of one run."""
     seeds = results.list_common_seeds(one, other)
     if not seeds:
-        return results.find_run(one) is results.find_run(other)
+        return results.find_run_of_arm(one) is results.find_run_of_arm(other)
     return results.list_comparable_seeds(column, one, other) == seeds
 
 
 def estimate_mean(results: Results, arm: str, column: str) -> Interval:
     """An arm's mean of an evaluation column (a share where it is 0 or 1) with 95% interval over prompts and seeds."""
-    values = results.values(arm, column)
+    values = results.get_column(arm, column)
     if column in SHARES:
         return share_interval(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
     return crossed_interval(values)
@@ -78,7 +78,7 @@ def estimate_mean(results: Results, arm: str, column: str) -> Interval:
 
 def name_arm_of_same_run(results: Results, arm: str, sibling: str) -> str:
     """The name of another arm, such as `sft`, in the run of this arm, whether or not it was run."""
-    return results.qualify_name(results.find_run(arm), sibling)
+    return results.qualify_arm_name(results.find_run_of_arm(arm), sibling)
 
 
 def estimate_kl_and_mean(results: Results, arm: str, column: str, label: str) -> figures.Point:
@@ -90,7 +90,7 @@ def subtract_arm_values(
     results: Results, one: str, other: str, column: str, seeds: Sequence[int]
 ) -> Float64[np.ndarray, "seeds prompts"]:
     """Evaluation column of arm `one` minus that of arm `other`, an array of seeds by prompts."""
-    return np.asarray(results.values(one, column, seeds) - results.values(other, column, seeds))
+    return np.asarray(results.get_column(one, column, seeds) - results.get_column(other, column, seeds))
 
 
 def compare_arm_pairs(results: Results, arm_pairs: Sequence[Pair], column: str) -> dict[Pair, ArmDifference]:
@@ -124,7 +124,7 @@ def format_interval(interval: Interval, spec: str = ".2f") -> str:
 
 def format_arm_mean(results: Results, arm: str, column: str) -> str:
     """An arm's mean and interval, with ` (2 of 3 seeds)` where some seeds failed; `failed` where all did."""
-    if not (seeds := len(results.finished_by_seed(arm))):
+    if not (seeds := len(results.get_finished_by_seed(arm))):
         return "failed"
     return format_interval(estimate_mean(results, arm, column)) + note_missing_seeds(results, seeds, arm)
 
@@ -137,7 +137,7 @@ def note_missing_seeds(results: Results, seed_count: int, *arms: str) -> str:
 
 def format_arm_label(results: Results, arm: str) -> str:
     """An arm's name, with ` (failed at 1 of 3 seeds)` if it failed at some."""
-    ran, done = results.list_arm_results(arm), results.finished_by_seed(arm)
+    ran, done = results.list_arm_results(arm), results.get_finished_by_seed(arm)
     return arm if len(done) == len(ran) else f"{arm} (failed at {len(ran) - len(done)} of {len(ran)} seeds)"
 
 
@@ -195,16 +195,16 @@ def describe_difference(measure_title: str, one: str, other: str, interval: Inte
 
 def describe_sample(results: Results, seed_count: int) -> str:
     """What an interval is over, such as `over 256 prompts and 5 seeds`; one seed adds `other seeds may differ`."""
-    count = format_count(results.values(results.finished[0], "score").shape[1], "prompt")
+    count = format_count(results.get_column(results.finished_arms[0], "score").shape[1], "prompt")
     return f"over {count} " + ("at one seed; other seeds may differ" if seed_count == 1 else f"and {seed_count} seeds")
 
 
 def list_sweep_points(results: Results, arm: str, setting: str) -> list[tuple[float, str]]:
     """(value, arm name) of an arm in the sweep of one setting (`ppo.kl_coef`) alone, by value; finished or not."""
-    if arm not in results.names:
+    if arm not in results.arm_names:
         return []
     section, _, last = setting.partition(".")
-    points = {arm: results.find_run(arm).recipe[section].get(last)}
+    points = {arm: results.find_run_of_arm(arm).recipe[section].get(last)}
     for result in results.arms:
         if result.arm == arm and list(result.changes) == [setting]:
             points[result.name] = result.changes[setting]
@@ -213,10 +213,10 @@ def list_sweep_points(results: Results, arm: str, setting: str) -> list[tuple[fl
 
 def list_finished_sweep_points(results: Results, arm: str, setting: str) -> list[tuple[float, str]]:
     """(value, arm name) of an arm in the sweep of one setting alone, by value, where one seed or more finished."""
-    return [point for point in list_sweep_points(results, arm, setting) if results.finished_by_seed(point[1])]
+    return [point for point in list_sweep_points(results, arm, setting) if results.get_finished_by_seed(point[1])]
 
 
 def list_swept_arms(results: Results, setting: str) -> list[str]:
     """Names of the recipe's arms for which a sweep of one setting alone gives two values or more."""
-    plain = [name for name in results.names if not results.list_arm_results(name)[0].changes]
+    plain = [name for name in results.arm_names if not results.list_arm_results(name)[0].changes]
     return [arm for arm in plain if len(list_sweep_points(results, arm, setting)) > 1]

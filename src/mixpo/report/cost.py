@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.algorithms.intervals import Interval, crossed_interval
-from mixpo.experiments.results import Results, Run, StageFolder, list_first, read_evaluation
+from mixpo.experiments.results import Results, Run, StageResult, format_first_names, read_evaluation_summary
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -34,7 +34,7 @@ def build_cost_section(results: Results) -> Section | None:
     stages = {stage.key: stage for stage in results.stages}
     if not stages:
         return None
-    by_seed = {name: _sum_costs_by_seed(results, name, stages) for name in results.finished}
+    by_seed = {name: _sum_costs_by_seed(results, name, stages) for name in results.finished_arms}
     costs = {
         name: {key: float(np.mean([cost[key] for cost in seeds.values()])) for key in (*SUMMED_COSTS, MEMORY)}
         for name, seeds in by_seed.items()
@@ -49,7 +49,7 @@ def build_cost_section(results: Results) -> Section | None:
         f"load{', here other stages of the run (runtime.workers)' if parallel else ''}."
     )
     first = [stage for stage in results.stages if results.seeds[0] in stage.seeds]
-    rows = [[stage.key, list_first(stage.arms), *_format_cost_cells(stage.summary["cost"])] for stage in first]
+    rows = [[stage.key, format_first_names(stage.arms), *_format_cost_cells(stage.summary["cost"])] for stage in first]
     which = [f"Seed {results.seeds[0]} only."] if len(results.seeds) > 1 else []
     groups = [
         SectionGroup("By arm", _plot_reward_by_flops(results, costs), _build_arm_cost_table(results, costs)),
@@ -62,10 +62,10 @@ def build_cost_section(results: Results) -> Section | None:
 
 def _describe_best_of_n_cost(results: Results) -> str:
     """A sentence on the tokens that best-of-n samples per prompt; empty if it did not finish."""
-    best = results.find_first_name("best-of-n")
+    best = results.find_finished_name("best-of-n")
     if best is None:
         return ""
-    summary = read_evaluation(next(iter(results.finished_by_seed(best).values())))
+    summary = read_evaluation_summary(next(iter(results.get_finished_by_seed(best).values())))
     each = summary["cost"]["tokens_sampled"] / summary["prompts"]
     return f"best-of-n has its cost at every use: {each:,.0f} sampled tokens per prompt. "
 
@@ -77,10 +77,10 @@ def list_charged_stages(arm_result: ArmResult) -> list[str]:
     return [key for key in arm_result.needs if not key.startswith("Samples-")]
 
 
-def _sum_costs_by_seed(results: Results, arm: str, stages: Mapping[str, StageFolder]) -> dict[int, dict[str, float]]:
+def _sum_costs_by_seed(results: Results, arm: str, stages: Mapping[str, StageResult]) -> dict[int, dict[str, float]]:
     """An arm's costs by seed and name: sums over its stages, but of peak memory the maximum."""
     costs = {}
-    for seed, result in results.finished_by_seed(arm).items():
+    for seed, result in results.get_finished_by_seed(arm).items():
         parts = [stages[key].summary["cost"] for key in list_charged_stages(result) if key in stages]
         total = {key: sum(float(cost[key]) for cost in parts) for key in SUMMED_COSTS}
         costs[seed] = {**total, MEMORY: max((float(cost[MEMORY]) for cost in parts), default=0.0)}
@@ -93,7 +93,7 @@ def _build_arm_cost_table(results: Results, costs_by_arm: Mapping[str, Mapping[s
     unit = 10 ** int(np.log10(max(most, 1.0)))
     headings = ["arm", *COST_HEADINGS, f"gain in reward over SFT per {unit:.0e} FLOPs"]
     rows = []
-    for name in results.names:
+    for name in results.arm_names:
         if name not in costs_by_arm:
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
@@ -112,7 +112,7 @@ def _build_arm_cost_table(results: Results, costs_by_arm: Mapping[str, Mapping[s
 def _plot_reward_by_flops(results: Results, costs_by_arm: Mapping[str, Mapping[str, float]]) -> list[Figure]:
     """Figures of mean reward by model FLOPs, one for each reward scale; without best-of-n."""
     points = {}
-    for name in (name for name in results.plain if not name.endswith("best-of-n")):  # its cost is at every use
+    for name in (name for name in results.unswept_arms if not name.endswith("best-of-n")):  # its cost is at every use
         flops = costs_by_arm[name]["flops"] / 1e12
         reward = estimate_mean(results, name, "score")
         points[name] = figures.Point(format_arm_label(results, name), figures.exact_interval(flops), reward)
@@ -127,7 +127,7 @@ def _plot_reward_by_flops(results: Results, costs_by_arm: Mapping[str, Mapping[s
 def _compare_samples_to_reach_ppo(results: Results, run: Run) -> tuple[str, SectionGroup] | None:
     """A sentence and a figure on the completions MPO samples until it reaches PPO's final reward; None without both."""
     traces = {trace.arm: trace for trace in load_ppo_traces(results)}
-    one, other = results.qualify_name(run, "mpo"), results.qualify_name(run, "ppo")
+    one, other = results.qualify_arm_name(run, "mpo"), results.qualify_arm_name(run, "ppo")
     if not {one, other} <= traces.keys():
         return None
     seeds = [seed for seed in traces[one].seeds if seed in traces[other].seeds]
@@ -138,7 +138,10 @@ def _compare_samples_to_reach_ppo(results: Results, run: Run) -> tuple[str, Sect
     reached = estimate_zero_crossing(mpo.completions_sampled, ahead)
     completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.list_stages_of_kind("Samples")}
     pairs = np.mean(
-        [sum(completions_by_stage.get(key, 0) for key in results.finished_by_seed(one)[seed].needs) for seed in seeds]
+        [
+            sum(completions_by_stage.get(key, 0) for key in results.get_finished_by_seed(one)[seed].needs)
+            for seed in seeds
+        ]
     )
     missing = note_missing_seeds(results, len(seeds), one, other)
     text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions{missing}; {one}'s PPO "
@@ -206,7 +209,7 @@ def _summarize_costs(
     total = sum(stage.summary["cost"]["seconds"] for stage in results.stages)
     text = f"The {len(results.stages)} stages of all arms and seeds took {format_duration(total)}"
     for run in results.runs:
-        mpo, ppo = results.qualify_name(run, "mpo"), results.qualify_name(run, "ppo")
+        mpo, ppo = results.qualify_arm_name(run, "mpo"), results.qualify_arm_name(run, "ppo")
         if {mpo, ppo} <= costs.keys():
             ratio = _format_flops_ratio(costs_by_seed[mpo], costs_by_seed[ppo])
             text += (

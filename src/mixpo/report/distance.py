@@ -39,9 +39,9 @@ ROOT_SCALE_RATIO = 3.0
 
 def build_distance_section(results: Results) -> Section | None:
     """The section with reward against KL from SFT, and differences of arms at equal KL; None if no arm finished."""
-    if not results.finished:
+    if not results.finished_arms:
         return None
-    measures = results.list_shared_measures(results.finished)
+    measures = results.get_shared_measures(results.finished_arms)
     groups = []
     if planes := _plot_reward_against_kl(results):
         groups.append(SectionGroup("Reward against KL from SFT", planes))
@@ -73,7 +73,7 @@ def _plot_reward_against_kl(results: Results) -> list[Figure]:
     """Figures of the recipe's arms by KL from SFT (x) and mean reward (y), one for every reward scale."""
     planes, scales = [], Counter[str]()
     for measure in list_measures_by_scale(results):
-        key, arms = measure.key, [name for name in measure.names if name in results.plain]
+        key, arms = measure.key, [name for name in measure.names if name in results.unswept_arms]
         name = f"kl-{key.replace('_', '-')}{f'-{scales[key]}' if scales[key] else ''}"
         scales[key] += 1
         if arms:
@@ -117,14 +117,14 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
     """
     comparisons = []
     paired: dict[str, list[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]] = {}
-    for arm in results.plain:
+    for arm in results.unswept_arms:
         rival = name_arm_of_same_run(results, arm, "ppo")
         curve = list_finished_sweep_points(results, rival, KL_COEF)
         names = [*(name for _, name in curve), arm]
         seeds = results.list_comparable_seeds("score", *names)
         if arm in (rival, name_arm_of_same_run(results, arm, "sft")) or len(curve) < 2 or not seeds:
             continue
-        kls = np.stack([results.values(name, "kl_from_sft", seeds) for name in names])
+        kls = np.stack([results.get_column(name, "kl_from_sft", seeds) for name in names])
         means = kls.mean(axis=(1, 2))
         order = np.argsort(means[:-1])
         coefs = np.array([value for value, _ in curve])[order]
@@ -134,8 +134,8 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
         comparisons.append(EqualKLComparison(arm, rival, len(seeds), float(means[-1]), coef, reach, {}))
         margins = [crossed_interval(kls[a] - kls[b]).low for a, b in ((-1, order[0]), (order[-1], -1))]
         if np.isfinite(coef) and not any(low <= 0 for low in margins):  # nan where all are alike: exact
-            for key in results.list_shared_measures(results.finished):
-                values = np.stack([results.values(name, key, seeds) for name in names])
+            for key in results.get_shared_measures(results.finished_arms):
+                values = np.stack([results.get_column(name, key, seeds) for name in names])
                 paired.setdefault(key, []).append((arm, rival, _linearize_difference_at_equal_kl(kls, values)))
     by_arm = {comparison.arm: comparison for comparison in comparisons}
     for key, values_by_arm in paired.items():
@@ -184,7 +184,7 @@ def _build_equal_kl_table(comparisons: list[EqualKLComparison]) -> Table:
 def _build_kl_budget_table(results: Results) -> Table | None:
     """A row for every arm in a sweep of ppo.kl_budget: KL reached, means, difference from PPO; None without one."""
     budgets = {one.name: one for one in results.arms if list(one.changes) == ["ppo.kl_budget"]}
-    finished = [name for name in budgets if results.finished_by_seed(name)]
+    finished = [name for name in budgets if results.get_finished_by_seed(name)]
     if not finished:
         return None
     pairs = [
@@ -193,7 +193,7 @@ def _build_kl_budget_table(results: Results) -> Table | None:
         for other, rival in budgets.items()
         if rival.arm == name_arm_of_same_run(results, name, "ppo") and rival.changes == one.changes and other != name
     ]
-    measures = results.list_shared_measures(finished)
+    measures = results.get_shared_measures(finished)
     differences = [compare_arm_pairs(results, pairs, key) for key in measures]
     against = {pair[0]: [format_difference(results, by_pair.get(pair)) for by_pair in differences] for pair in pairs}
     rows = []
@@ -211,17 +211,17 @@ def _build_kl_budget_table(results: Results) -> Table | None:
 
 def _describe_equal_kl(results: Results, comparisons: list[EqualKLComparison]) -> str:
     """A sentence on mpo (else the first arm) against PPO at equal KL; without comparisons, on the KLs of the arms."""
-    mpo = results.find_first_name("mpo")
+    mpo = results.find_finished_name("mpo")
     one = next((one for one in comparisons if one.arm == mpo), comparisons[0] if comparisons else None)
     if one is None:
-        base = {results.qualify_name(run, "sft") for run in results.runs}
-        kls = {n: float(results.values(n, "kl_from_sft").mean()) for n in results.plain if n not in base}
+        base = {results.qualify_arm_name(run, "sft") for run in results.runs}
+        kls = {n: float(results.get_column(n, "kl_from_sft").mean()) for n in results.unswept_arms if n not in base}
         if not kls:
             return "No arm of the recipe other than SFT finished, so there are no KLs to compare."
         near, far = min(kls, key=kls.__getitem__), max(kls, key=kls.__getitem__)
         if near == far:
             return f"{far} ends {kls[far]:.2f} nats from SFT."
-        points = [list_sweep_points(results, results.qualify_name(run, "ppo"), KL_COEF) for run in results.runs]
+        points = [list_sweep_points(results, results.qualify_arm_name(run, "ppo"), KL_COEF) for run in results.runs]
         why = (
             "PPO's sweep of kl_coef has too few finished points to compare them at the same KL"
             if any(len(each) > 1 for each in points)

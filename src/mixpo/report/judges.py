@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from mixpo.algorithms.intervals import Interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.comparisons import list_categories
-from mixpo.experiments.results import Results, list_first
+from mixpo.experiments.results import Results, format_first_names
 from mixpo.judge.outcomes import (
-    JudgeResult,
+    JudgeVerdicts,
     VerdictShares,
-    compute_agreement,
+    compute_judge_agreement,
     compute_verdict_shares,
-    load_judge_results,
+    load_judge_verdicts,
 )
 from mixpo.judge.questions import Judge
 from mixpo.report.arms import choose_compared_arms
@@ -36,7 +36,7 @@ NOTES = (
 class VerdictRow:
     """A judge's shares of verdicts on two arms at a seed, over all prompts or one category, and their corrected p."""
 
-    judged: JudgeResult
+    judged: JudgeVerdicts
     category: str | None
     tally: VerdictShares
     p: float
@@ -45,7 +45,7 @@ class VerdictRow:
 
 def build_judges_section(results: Results) -> Section | None:
     """The section with a table for every LLM judge, and their agreement; None without judges."""
-    verdicts = load_judge_results(results)
+    verdicts = load_judge_verdicts(results)
     if not verdicts:
         return None
     rows = compute_verdict_rows(verdicts)
@@ -53,18 +53,18 @@ def build_judges_section(results: Results) -> Section | None:
     return Section("judges", "LLM judges", opening, build_judge_groups(verdicts, rows))
 
 
-def compute_verdict_rows(verdicts: Sequence[JudgeResult]) -> list[VerdictRow]:
+def compute_verdict_rows(verdicts: Sequence[JudgeVerdicts]) -> list[VerdictRow]:
     """A row for every judge, pair of arms, seed and category with a verdict; p corrected for all rows (Holm)."""
     tallies = []
     for one in verdicts:
         for category in (None, *list_categories([each.pair for each in one.verdicts])):
-            if (counts := compute_verdict_shares(one.filter_by_category(category))) is not None:
+            if (counts := compute_verdict_shares(one.list_verdicts_of_category(category))) is not None:
                 tallies.append((one, category, counts))
     corrected = correct_by_holm([counts.p for *_, counts in tallies])
     return [VerdictRow(*each, p) for each, p in zip(tallies, corrected, strict=True)]
 
 
-def build_judge_groups(verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> list[SectionGroup]:
+def build_judge_groups(verdicts: Sequence[JudgeVerdicts], rows: Sequence[VerdictRow]) -> list[SectionGroup]:
     """Parts of the section: a table for every judge, the agreement of several, and notes."""
     labels = label_judges(verdicts)
     show_seed = len({one.seed for one in verdicts}) > 1
@@ -82,7 +82,7 @@ def build_judge_groups(verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRo
     return [*tables, SectionGroup(notes=[*NOTES, p, intervals])]
 
 
-def label_judges(verdicts: Sequence[JudgeResult]) -> dict[Judge, str]:
+def label_judges(verdicts: Sequence[JudgeVerdicts]) -> dict[Judge, str]:
     """Labels by judge: its model, and the settings that differ from other judges of the same model."""
     judges = list(dict.fromkeys(one.judge for one in verdicts))
     labels = {}
@@ -94,7 +94,7 @@ def label_judges(verdicts: Sequence[JudgeResult]) -> dict[Judge, str]:
 
 
 def _build_judge_group(
-    judge: Judge, label: str, verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRow], show_seed: bool
+    judge: Judge, label: str, verdicts: Sequence[JudgeVerdicts], rows: Sequence[VerdictRow], show_seed: bool
 ) -> SectionGroup:
     """A judge's table of win, tie and lose and of its biases, with notes on its settings and special prompts."""
     headings = ["arms", "prompts", *SHARE_HEADINGS, "flips", "flips to the first", "longer wins", "win at equal length"]
@@ -129,14 +129,14 @@ def format_share_cells(shares: VerdictShares | PreferenceShares, corrected_p: fl
     return [str(shares.prompts), *map(format_interval, intervals), format_p_value(corrected_p)]
 
 
-def _name_compared_arms(verdicts: JudgeResult, show_seed: bool) -> str:
+def _name_compared_arms(verdicts: JudgeVerdicts, show_seed: bool) -> str:
     """`mpo vs ppo`, or `mpo vs ppo, seed 0`."""
     return f"{verdicts.arms[0]} vs {verdicts.arms[1]}" + (f", seed {verdicts.seed}" if show_seed else "")
 
 
-def _note_special_prompts(verdicts: JudgeResult, show_seed: bool) -> str:
+def _note_special_prompts(verdicts: JudgeVerdicts, show_seed: bool) -> str:
     """A note that counts prompts with identical texts, without verdict, or changed after judging; empty if none."""
-    same, stale = sum(each.pair.same for each in verdicts.verdicts), verdicts.stale
+    same, stale = sum(each.pair.is_identical for each in verdicts.verdicts), verdicts.stale
     unparsed = sum(each.unparsed for each in verdicts.verdicts)
     open_ = sum(each.outcome is None for each in verdicts.verdicts) - unparsed
     part = ", counted in proportion to the other prompts with a verdict" if unparsed or open_ else ""
@@ -150,14 +150,16 @@ def _note_special_prompts(verdicts: JudgeResult, show_seed: bool) -> str:
     return f"{_name_compared_arms(verdicts, show_seed)}: {'; '.join(texts)}." if texts else ""
 
 
-def _list_agreement_rows(verdicts: Sequence[JudgeResult], labels: dict[Judge, str], show_seed: bool) -> list[list[str]]:
+def _list_agreement_rows(
+    verdicts: Sequence[JudgeVerdicts], labels: dict[Judge, str], show_seed: bool
+) -> list[list[str]]:
     """Table rows of Cohen's kappa of two judges and Krippendorff's alpha of all, where several judged the same arms."""
     rows = []
     for pair in dict.fromkeys((one.arms, one.seed) for one in verdicts):
         both = [one for one in verdicts if (one.arms, one.seed) == pair]
         if len(both) < 2:
             continue
-        agreed, arms = compute_agreement(both), _name_compared_arms(both[0], show_seed)
+        agreed, arms = compute_judge_agreement(both), _name_compared_arms(both[0], show_seed)
         for one, other, count, kappa in agreed.kappas:
             estimate = format_estimate(Interval(kappa, math.nan, math.nan))
             rows.append([f"{labels[one]} and {labels[other]}", arms, str(count), estimate])
@@ -165,7 +167,7 @@ def _list_agreement_rows(verdicts: Sequence[JudgeResult], labels: dict[Judge, st
     return rows
 
 
-def _summarize_verdicts(results: Results, verdicts: Sequence[JudgeResult], rows: Sequence[VerdictRow]) -> str:
+def _summarize_verdicts(results: Results, verdicts: Sequence[JudgeVerdicts], rows: Sequence[VerdictRow]) -> str:
     """Sentences on the verdicts of at most three judges on the two compared arms, or on why there are none."""
     whole = [row for row in rows if row.category is None]
     stale = sum(one.stale for one in verdicts)
@@ -190,7 +192,7 @@ def _summarize_verdicts(results: Results, verdicts: Sequence[JudgeResult], rows:
             f"{describe_difference('win rate', one, other, counts.difference, row.p)}{flips}."
         )
     if len(shown) > 3:
-        sentences.append(f"The other judges are {list_first([labels[row.judged.judge] for row in shown[3:]])}.")
+        sentences.append(f"The other judges are {format_first_names([labels[row.judged.judge] for row in shown[3:]])}.")
     if stale:
         sentences.append(
             f"{format_count(stale, 'prompt')} are excluded, because the completions changed after judging."

@@ -31,11 +31,11 @@ Levels = dict[str, dict[float, str]]
 def build_label_noise_section(results: Results) -> Section | None:
     """The section with mean rewards by share of flipped labels, and their changes; None without a finished sweep."""
     levels: Levels = {arm: dict(list_sweep_points(results, arm, KEY)) for arm in list_swept_arms(results, KEY)}
-    finished = [name for points in levels.values() for name in points.values() if results.finished_by_seed(name)]
+    finished = [name for points in levels.values() for name in points.values() if results.get_finished_by_seed(name)]
     if not finished:
         return None
     shares = sorted({share for points in levels.values() for share in points})
-    measures = results.list_shared_measures(finished)
+    measures = results.get_shared_measures(finished)
     headings = ["arm", *(f"{share:.0%} flipped" for share in shares)]
     headings.append(f"change from {shares[0]:.0%} to {shares[-1]:.0%}")
     plots, tables = [], []
@@ -45,7 +45,7 @@ def build_label_noise_section(results: Results) -> Section | None:
             paths[arm] = [
                 figures.Point("", figures.exact_interval(share), estimate_mean(results, name, key))
                 for share, name in points.items()
-                if results.finished_by_seed(name)
+                if results.get_finished_by_seed(name)
             ]
             means = [format_arm_mean(results, points[share], key) if share in points else "" for share in shares]
             rows.append([arm, *means, _format_change(results, points, shares, key)])
@@ -83,7 +83,7 @@ def _summarize_noise_changes(results: Results, levels: Levels, shares: list[floa
         parts.append(f"not measured at both shares: {', '.join(missing)}")
     paired = []
     for run, arm in itertools.product(results.runs, RIVALS):
-        mpo, rival = results.qualify_name(run, "mpo"), results.qualify_name(run, arm)
+        mpo, rival = results.qualify_arm_name(run, "mpo"), results.qualify_arm_name(run, arm)
         if {mpo, rival} <= changes.keys():
             ends = [(levels[one][shares[-1]], levels[one][shares[0]]) for one in (mpo, rival)]
             if seeds := results.list_comparable_seeds(key, *ends[0], *ends[1]):

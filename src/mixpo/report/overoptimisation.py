@@ -18,11 +18,11 @@ from mixpo.report.traces import PPOTrace, load_ppo_traces
 
 def build_overoptimisation_section(results: Results) -> Section | None:
     """The section with gains over SFT in the optimised and in an unoptimised reward; None without the latter."""
-    yardsticks = [key for key in ("true_reward", "second_score") if results.have_column(results.finished, key)]
+    yardsticks = [key for key in ("true_reward", "second_score") if results.have_column(results.finished_arms, key)]
     if not yardsticks:
         return None
     yardstick, label = yardsticks[0], MEASURES[yardsticks[0]]
-    bases = {name: name_arm_of_same_run(results, name, "sft") for name in results.plain}
+    bases = {name: name_arm_of_same_run(results, name, "sft") for name in results.unswept_arms}
     points, missing = [], []
     for name, base in bases.items():
         if seeds := results.list_comparable_seeds("score", name, base):
@@ -67,7 +67,7 @@ def _list_reward_divergences(results: Results, unoptimised: str) -> tuple[int, i
     """Counts of arms and seeds above SFT in reward, and of significant rows; rows of those below in the other."""
     cases = [
         (name, base, seed)
-        for name in results.finished
+        for name in results.finished_arms
         if name != (base := name_arm_of_same_run(results, name, "sft"))
         for seed in results.list_comparable_seeds("score", name, base)
     ]
@@ -82,7 +82,7 @@ def _list_reward_divergences(results: Results, unoptimised: str) -> tuple[int, i
         risen += reward.interval.mean > 0
         if reward.interval.mean > 0 > real.interval.mean:
             significant += reward.significant_sign > 0 > real.significant_sign
-            kl, ended = (float(results.values(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended"))
+            kl, ended = (float(results.get_column(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended"))
             cells = [*format_difference_cells(reward), *format_difference_cells(real), f"{kl:.2f}", f"{ended:.0%}"]
             rows.append([name, str(seed), *cells])
     return risen, significant, rows

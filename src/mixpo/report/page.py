@@ -51,7 +51,7 @@ def build_document(results: Results) -> Document:
     """The whole report as data, from which HTML, Markdown and JSON are rendered."""
     prompts = completions.collect_prompt_completions(results)
     seeds = ("seeds" if len(results.seeds) > 1 else "seed", ", ".join(map(str, results.seeds)))
-    facts = [("arms", ", ".join(results.names)), seeds]
+    facts = [("arms", ", ".join(results.arm_names)), seeds]
     facts += [("data", _describe_data_sizes(stage.summary)) for stage in results.list_stages_of_kind("Data")]
     facts += dict.fromkeys(
         (f"{stage.kind} rows", text)
@@ -67,7 +67,7 @@ def build_document(results: Results) -> Document:
         if arm.status == status and (arm.reason or status == "failed")
     ]
     return Document(
-        title=results.title,
+        title=results.run_names,
         facts=facts,
         sections=[section for build in SECTIONS if (section := build(results)) is not None],
         completions_opening=completions.describe_shown_completions(results, prompts),
@@ -124,17 +124,17 @@ def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
     keys = [*MEASURES, "kl_from_sft", "tokens", "ended"]
     columns = ["arm", "seed", "status", "prompts", *(f"{key}{end}" for key in keys for end in ("", "_low", "_high"))]
     rows: list[list[Any]] = []
-    for name in results.names:
-        done, ran = results.finished_by_seed(name), results.list_arm_results(name)
+    for name in results.arm_names:
+        done, ran = results.get_finished_by_seed(name), results.list_arm_results(name)
         for arm in ran:
             if arm.seed in done:
-                prompts = results.values(name, "score", [arm.seed]).size
+                prompts = results.get_column(name, "score", [arm.seed]).size
                 rows.append([name, arm.seed, "done", prompts, *_list_mean_cells(results, name, keys, [arm.seed])])
             else:
                 rows.append([name, arm.seed, "failed", None, *[None] * (3 * len(keys))])
         if done:
             status = "done" if len(done) == len(ran) else f"done at {len(done)} of {len(ran)} seeds"
-            prompts = results.values(name, "score").shape[1]
+            prompts = results.get_column(name, "score").shape[1]
             rows.append([name, "all", status, prompts, *_list_mean_cells(results, name, keys, None)])
     return columns, rows
 
@@ -148,7 +148,7 @@ def _list_mean_cells(results: Results, arm: str, columns: Sequence[str], seeds: 
         elif seeds is None:
             cells += split_interval(estimate_mean(results, arm, key))
         else:
-            cells += [float(results.values(arm, key, seeds).mean()), None, None]
+            cells += [float(results.get_column(arm, key, seeds).mean()), None, None]
     return cells
 
 

@@ -8,7 +8,7 @@ from mixpo.experiments.results import Results
 from mixpo.report.comparison import NOT_ESTIMABLE, describe_difference, format_count, format_estimate, format_interval
 from mixpo.report.document import Section, SectionGroup, Table
 from mixpo.report.judges import SHARE_HEADINGS, format_share_cells
-from mixpo.study.findings import Findings, load_findings
+from mixpo.study.findings import StudyFindings, load_study_findings
 from mixpo.study.plan import are_completions_unchanged
 
 ALL = "all prompts"
@@ -18,12 +18,12 @@ def build_human_study_section(results: Results) -> Section | None:
     """The section with the runs' closed studies, without those of changed completions; None where no run has one."""
     sentences, groups = list[str](), list[SectionGroup]()
     for run in results.runs:
-        if (findings := load_findings(run.folder)) is None:
+        if (findings := load_study_findings(run.folder)) is None:
             continue
         name = f"{run.name}: " if len(results.runs) > 1 else ""
-        arms = results.qualify_name(run, findings.arms[0]), results.qualify_name(run, findings.arms[1])
-        drawn = {"seed": findings.seed, "prompts": findings.prompts, "draw": findings.draw}
-        if are_completions_unchanged(results, arms, **drawn, content=findings.content):
+        arms = results.qualify_arm_name(run, findings.arms[0]), results.qualify_arm_name(run, findings.arms[1])
+        drawn = {"seed": findings.seed, "prompt_count": findings.prompts, "draw_seed": findings.draw}
+        if are_completions_unchanged(results, arms, **drawn, content_digest=findings.content):
             sentences.append(name + describe_study(findings))
             groups += [SectionGroup(name + title, table=table) for title, table in build_study_tables(findings).items()]
         else:
@@ -33,13 +33,17 @@ def build_human_study_section(results: Results) -> Section | None:
     return Section("people", "People", " ".join(sentences), groups) if sentences else None
 
 
-def describe_study(findings: Findings) -> str:
+def describe_study(findings: StudyFindings) -> str:
     """A study's preferences, their significance and Fleiss' kappa in one or two sentences."""
     one, other = findings.arms
-    if not findings.active_annotators:
+    if not findings.annotators_with_judgements:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = findings.shares[None], findings.agreement[None]
-    people = "One person" if len(findings.active_annotators) == 1 else f"{len(findings.active_annotators)} people"
+    people = (
+        "One person"
+        if len(findings.annotators_with_judgements) == 1
+        else f"{len(findings.annotators_with_judgements)} people"
+    )
     p = _correct_p_by_category(findings)[None]
     difference = describe_difference("win rate", one, other, shares.difference, p)
     kappa = f"Fleiss' κ {format_estimate(agreement.kappa)}"
@@ -52,7 +56,7 @@ def describe_study(findings: Findings) -> str:
     )
 
 
-def build_study_tables(findings: Findings) -> Mapping[str, Table]:
+def build_study_tables(findings: StudyFindings) -> Mapping[str, Table]:
     """A study's tables of preferences, agreement and annotators, by title."""
     return {
         "Preferences": _build_preferences_table(findings),
@@ -61,12 +65,12 @@ def build_study_tables(findings: Findings) -> Mapping[str, Table]:
     }
 
 
-def _correct_p_by_category(findings: Findings) -> dict[str | None, float]:
+def _correct_p_by_category(findings: StudyFindings) -> dict[str | None, float]:
     """The p of every category, and of all prompts (None), corrected for their number."""
     return dict(zip(findings.shares, correct_by_holm([each.p for each in findings.shares.values()]), strict=True))
 
 
-def _build_preferences_table(findings: Findings) -> Table:
+def _build_preferences_table(findings: StudyFindings) -> Table:
     """A row for all prompts and for every category: shares won, tied and lost, and p."""
     corrected = _correct_p_by_category(findings)
     rows = [[name or ALL, *format_share_cells(each, corrected[name])] for name, each in findings.shares.items()]
@@ -84,7 +88,7 @@ def _build_preferences_table(findings: Findings) -> Table:
     return Table(["prompts", "number", *SHARE_HEADINGS], rows, notes)
 
 
-def _build_agreement_table(findings: Findings) -> Table:
+def _build_agreement_table(findings: StudyFindings) -> Table:
     """A row for all prompts and for every category: Fleiss' kappa, Krippendorff's alpha, pairs that agree."""
     rows = [
         [
@@ -101,12 +105,12 @@ def _build_agreement_table(findings: Findings) -> Table:
         "κ: over prompts that every annotator judged; α and pairs: over prompts that two or more judged. "
         f"{NOT_ESTIMABLE.capitalize()}: too few judgements, or all the same."
     ]
-    if findings.inactive_annotators:
-        notes.append(f"Excluded, without judgements: {', '.join(findings.inactive_annotators)}.")
+    if findings.annotators_without_judgements:
+        notes.append(f"Excluded, without judgements: {', '.join(findings.annotators_without_judgements)}.")
     return Table(["prompts", "Fleiss' κ", "of", "Krippendorff's α", "pairs agree", "of"], rows, notes)
 
 
-def _build_annotators_table(findings: Findings) -> Table:
+def _build_annotators_table(findings: StudyFindings) -> Table:
     """A row for every annotator: prompts judged and skipped, median time, share of the left side."""
     rows = [
         [

@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from mixpo.algorithms.calibration import bin_calibration, calibration_error
 from mixpo.algorithms.intervals import Interval, share_interval
-from mixpo.experiments.results import Results, StageFolder, stages_by_seed
+from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Section, SectionGroup, Table
@@ -38,7 +38,7 @@ def build_reward_model_section(results: Results) -> Section | None:
                     "score (mean ± sd)": f"{format_number(judged['score_mean'])} ± {judged['score_std']:.2f}",
                 }
             )
-    shown = stages_by_seed(stages)
+    shown = select_stage_per_seed(stages)
     each = shown if len(shown) > 1 else []
     plots = []
     for part in ("validation", "test"):
@@ -82,7 +82,7 @@ def build_reward_model_section(results: Results) -> Section | None:
     return Section("reward-model", "Reward model", _summarize_accuracy(results, stages, list(tested.values())), groups)
 
 
-def load_margins(stage: StageFolder, split: str) -> Float64[np.ndarray, " pairs"]:
+def load_margins(stage: StageResult, split: str) -> Float64[np.ndarray, " pairs"]:
     """Score of chosen minus score of rejected, an array over the reward model's `validation` or `test` pairs."""
     rows = read_table(stage.folder / f"{split}_scores.parquet")
     return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=np.float64)
@@ -113,7 +113,7 @@ def pool_calibration(margins_by_seed: Sequence[Float64[np.ndarray, " pairs"]]) -
 
 
 def _summarize_accuracy(
-    results: Results, stages: list[StageFolder], margins: Sequence[Float64[np.ndarray, " pairs"]]
+    results: Results, stages: list[StageResult], margins: Sequence[Float64[np.ndarray, " pairs"]]
 ) -> str:
     """A sentence on the share of test pairs ordered as labelled, its significance against chance, and small gaps."""
     under = float(np.mean([np.abs(one) < 1 for one in margins]))

@@ -6,7 +6,7 @@ from typing import Any
 from mixpo.algorithms.intervals import wilson_interval
 from mixpo.data.rows import as_messages
 from mixpo.data.world import true_reward
-from mixpo.experiments.results import Results, StageFolder, stages_by_seed
+from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Section, SectionGroup, Table
@@ -28,7 +28,7 @@ def build_selection_section(results: Results) -> Section | None:
     for stage in stages:  # through an arm that needs both
         keys = next(arm.stages for arm in results.arms if stage.key in arm.stages)
         samples[stage.key] = next(one.summary for one in results.list_stages_of_kind("Samples") if one.key in keys)
-    true_reward_known = all(stage.run.is_world for stage in stages)
+    true_reward_known = all(stage.run.uses_embedded_world for stage in stages)
     rows = []
     for stage in stages:
         summary, sampled = stage.summary, samples[stage.key]
@@ -44,7 +44,7 @@ def build_selection_section(results: Results) -> Section | None:
         if true_reward_known:
             row |= {f"correct {part} labels": _format_correct_share(pairs) for part, pairs in parts[stage.key].items()}
         rows.append(row)
-    shown = stages_by_seed(stages)
+    shown = select_stage_per_seed(stages)
     histogram = figures.plot_histogram(
         {part: [float(row["gap"]) for stage in shown for row in parts[stage.key][part]] for part in ("hard", "easy")},
         thresholds=[stage.summary["threshold"] for stage in shown],
@@ -112,7 +112,7 @@ def _build_examples_table(pairs_by_gap: list[dict[str, Any]], *, true_reward_kno
 
 
 def _summarize_selections(
-    selections: list[StageFolder], median_gaps: list[float], pairs_by_part: list[dict[str, Any]] | None
+    selections: list[StageResult], median_gaps: list[float], pairs_by_part: list[dict[str, Any]] | None
 ) -> str:
     """Sentences on the sizes, thresholds and correct labels (if `pairs_by_part` is given), as ranges over seeds."""
     summaries = [stage.summary for stage in selections]

@@ -20,18 +20,18 @@ def build_subsets_section(results: Results) -> Section | None:
             arms_by_subset = [
                 (subset, name)
                 for subset, arm in zip(SUBSETS, arms, strict=True)
-                if (name := results.qualify_name(run, arm)) in results.names
+                if (name := results.qualify_arm_name(run, arm)) in results.arm_names
             ]
             if len(arms_by_subset) > 1:
-                methods[results.qualify_name(run, method)] = arms_by_subset
+                methods[results.qualify_arm_name(run, method)] = arms_by_subset
                 for one, other in CLAIMS:
-                    claim = results.qualify_name(run, one), results.qualify_name(run, other)
+                    claim = results.qualify_arm_name(run, one), results.qualify_arm_name(run, other)
                     claims += [claim] if {name for _, name in arms_by_subset}.issuperset(claim) else []
     names = [name for own in methods.values() for _, name in own]
-    finished = [name for name in names if results.finished_by_seed(name)]
+    finished = [name for name in names if results.get_finished_by_seed(name)]
     if not finished or not claims:
         return None
-    measures = results.list_shared_measures(finished)
+    measures = results.get_shared_measures(finished)
     plots = []
     for key, title in measures.items():
         by_method = {

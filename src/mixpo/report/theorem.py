@@ -161,7 +161,7 @@ def build_theorem_section(results: Results) -> Section | None:
 def list_failed_gradients(results: Results) -> list[tuple[str, str]]:
     """(what, reason), both as text, of each gradient measurement that failed."""
     return [
-        (f"gradients of {results.qualify_name(run, one.arm)} on {one.part} pairs (seed {one.seed})", one.reason)
+        (f"gradients of {results.qualify_arm_name(run, one.arm)} on {one.part} pairs (seed {one.seed})", one.reason)
         for run in results.runs
         for one in run.gradients
         if one.reason
@@ -174,7 +174,7 @@ def load_gradient_measurements(results: Results) -> list[GradientMeasurement]:
     for run in results.runs:
         for one in run.gradients:
             if one.folder:
-                folders.setdefault((results.qualify_name(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
+                folders.setdefault((results.qualify_arm_name(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
     return [GradientMeasurement(arm, part, places) for (arm, part), places in folders.items()]
 
 

@@ -65,7 +65,7 @@ class PPOTrace:
 def load_ppo_traces(results: Results) -> list[PPOTrace]:
     """A trace for every arm of the recipe that was evaluated along its PPO; empty if none was."""
     traces = []
-    for name in results.plain:
-        if own := [arm for arm in results.finished_by_seed(name).values() if arm.trace and arm.evaluation]:
+    for name in results.unswept_arms:
+        if own := [arm for arm in results.get_finished_by_seed(name).values() if arm.trace and arm.evaluation]:
             traces.append(PPOTrace(name, own))
     return traces

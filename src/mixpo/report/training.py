@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mixpo.experiments.results import Results, StageFolder, list_first, read_stage_metrics
+from mixpo.experiments.results import Results, StageResult, format_first_names, read_stage_metrics
 from mixpo.report import figures
 from mixpo.report.comparison import format_count, format_number
 from mixpo.report.document import Figure, Section, SectionGroup, Table
@@ -36,7 +36,7 @@ def build_training_section(results: Results) -> Section | None:
     seed = next((seed for seed in results.seeds if any(seed in stage.seeds for stage in plain)), None)
     stages = [stage for stage in plain if seed in stage.seeds]
     alarms = [
-        f"Alarm, {stage.kind} of {list_first(stage.arms)} ({stage.label}): {alarm}."
+        f"Alarm, {stage.kind} of {format_first_names(stage.arms)} ({stage.label}): {alarm}."
         for stage in results.stages
         if stage.kind in ("SFT", *PLOTS)
         for alarm in stage.summary.get("alarms", ())
@@ -66,7 +66,7 @@ def _group_arms_by_reward_model(results: Results, arms: Iterable[str], seed: int
         at_seed = (one for one in results.list_arm_results(arm) if one.seed == seed)
         model = next((one.reward_models.get("reward") for one in at_seed), None)
         by_model.setdefault(model, []).append(arm)
-    return {results.find_run(group[0]).name: group for group in by_model.values()}
+    return {results.find_run_of_arm(group[0]).name: group for group in by_model.values()}
 
 
 def _plot_metrics(
@@ -113,7 +113,7 @@ def _build_final_metrics_table(results: Results, stage_kind: str) -> Table:
     return Table(["stage of", "seeds", *keys[stage_kind]], rows, [note])
 
 
-def _summarize_training(results: Results, plotted_stages: list[StageFolder], seed: int | None, alarm_count: int) -> str:
+def _summarize_training(results: Results, plotted_stages: list[StageResult], seed: int | None, alarm_count: int) -> str:
     """A sentence with the number of alarms and the numbers of stages whose curves are plotted."""
     kinds = {kind: sum(stage.kind == kind for stage in plotted_stages) for kind in PLOTS}
     shown = " and ".join(format_count(count, f"{kind} stage") for kind, count in kinds.items() if count)

@@ -30,7 +30,7 @@ from mixpo.study.plan import (
     make_csrf_token,
     verify_csrf_token,
 )
-from mixpo.study.store import Answer, Store, StudyClosedError, format_current_time
+from mixpo.study.store import Answer, StudyClosedError, StudyStore, format_current_time
 from mixpo.study.tables import AnnotatorRow, StudyRow
 
 BODY_LIMIT = 64 * 1024
@@ -82,7 +82,7 @@ class TokenBucket:
         self.tokens, self.updated = self.burst, self.clock()
 
     def take_token(self) -> bool:
-        """Take a token for a request; False if there is none."""
+        """Take a token for a request and return True; return False if there is none."""
         with self.lock:
             now = self.clock()
             self.tokens = min(self.burst, self.tokens + self.rate * (now - self.updated))
@@ -93,7 +93,7 @@ class TokenBucket:
             return True
 
 
-class RequestGuard:
+class RequestFilterMiddleware:
     """ASGI middleware: rejects wrong hosts, cross-site posts and large bodies, and adds security headers.
 
     `Origin: null` is accepted, since browsers send it from pages without a referrer, which ours are; the CSRF token and
@@ -136,7 +136,7 @@ class RequestGuard:
         await self.app(scope, replay_body, send_with_headers)
 
     def _find_refusal_status(self, method: str, headers: Headers) -> int | None:
-        """The status with which a request is rejected by its headers; None if it may pass."""
+        """Return the HTTP status with which a request is rejected by its headers; None if it may pass."""
         host = headers.get("host", "").lower()
         if host not in self.hosts:
             return 421
@@ -150,7 +150,7 @@ class RequestGuard:
 
 
 def make_app(
-    store: Store,
+    store: StudyStore,
     study: StudyRow,
     *,
     hosts: Sequence[str],
@@ -159,7 +159,7 @@ def make_app(
     burst: float = 60.0,
     clock: Callable[[], float] = time.time,
 ) -> ASGIApp:
-    """Make the web application of a study; `rate` and `burst` limit each annotator's requests.
+    """Make the ASGI application of a study; each annotator may send `burst` requests, then `rate` a second.
 
     The limit is not by address, since several annotators may share one.
     """
@@ -173,7 +173,7 @@ def make_app(
     cookie = f"study-{hash_token(study.secret)[:8]}"  # one per study: a browser may hold cookies of several
 
     def find_annotator(token: str) -> AnnotatorRow:
-        """Find the annotator of a link token in constant time; for an unknown token 403, or 429 above the rate."""
+        """Return the annotator of a link token, in constant time. Raises HTTP 403 if unknown, 429 above the rate."""
         token_hash = hash_token(token)
         matches = [annotator for annotator in annotators if hmac.compare_digest(annotator.token, token_hash)]
         if not matches:
@@ -181,7 +181,7 @@ def make_app(
         return matches[0]
 
     def authenticate(request: Request) -> AnnotatorRow:
-        """The annotator of the request's cookie; 403 without one, 429 above the rate."""
+        """Return the annotator of the request's cookie. Raises HTTP 403 without one, 429 above the rate."""
         annotator = find_annotator(request.cookies.get(cookie, ""))
         if not buckets[annotator.id].take_token():
             raise HTTPException(429)
@@ -189,12 +189,12 @@ def make_app(
 
     AuthenticatedAnnotator = Annotated[AnnotatorRow, Depends(authenticate)]
 
-    def make_progress_context(annotator: AnnotatorRow, saved: int | None) -> dict[str, Any]:
-        """Template values: the annotator's progress, and the number of the question just saved, if it has an answer."""
-        question = None if saved is None else store.load_question(annotator.id, saved)
+    def make_progress_context(annotator: AnnotatorRow, saved_number: int | None) -> dict[str, Any]:
+        """Return template values: the annotator's progress, and the question just saved, None if it has no answer."""
+        question = None if saved_number is None else store.load_question(annotator.id, saved_number)
         return {
             "progress": store.count_progress(annotator.id)[0],
-            "saved": saved if question and question.answer else None,
+            "saved": saved_number if question and question.answer else None,
         }
 
     @app.get("/a/{token}")
@@ -215,13 +215,13 @@ def make_app(
 
     @app.get("/")
     def redirect_to_open_question(annotator: AuthenticatedAnnotator) -> Response:
-        """Redirect to the first unanswered question."""
+        """Redirect to the annotator's first unanswered question."""
         return _redirect_to_next_question(store, annotator.id)
 
     @app.get("/done")
     def show_thanks(annotator: AuthenticatedAnnotator, saved: SavedNumber = None) -> Response:
         """Show the last page: thanks and progress."""
-        return _render_page("done", closed=store.is_closed(), **make_progress_context(annotator, saved))
+        return _render_page("done", closed=store.is_study_closed(), **make_progress_context(annotator, saved))
 
     @app.get("/q/{number}")
     def show_question(
@@ -231,7 +231,7 @@ def make_app(
         question = store.load_question(annotator.id, number)
         if question is None:
             raise HTTPException(404)
-        if store.is_closed():
+        if store.is_study_closed():
             return RedirectResponse("/done", 303)
         return _render_page(
             "question",
@@ -242,7 +242,7 @@ def make_app(
             reasons=REASONS,
             guidelines=study.guidelines,
             comment_length=COMMENT_LENGTH,
-            csrf_token=make_csrf_token(study.secret, annotator.id, number, now=clock()),
+            csrf_token=make_csrf_token(study.secret, annotator.id, number, unix_seconds=clock()),
         )
 
     @app.post("/q/{number}")
@@ -289,36 +289,38 @@ def make_app(
         )
 
     @app.exception_handler(StarletteHTTPException)
-    def handle_http_error(_: Request, error: Any) -> Response:
+    def render_http_error(_: Request, error: Any) -> Response:
         return _render_message(error.status_code)
 
     @app.exception_handler(RequestValidationError)
-    def handle_validation_error(_: Request, error: Any) -> Response:
+    def render_validation_error(_: Request, error: Any) -> Response:
         return _render_message(404 if error.errors()[0]["loc"][0] == "path" else 400)
 
     @app.exception_handler(InputError)
-    def handle_store_error(_: Request, error: Any) -> Response:
+    def render_store_error(_: Request, error: Any) -> Response:
         log.error("%s", error)
         return _render_message(503)
 
     @app.exception_handler(Exception)
-    def handle_unexpected_error(_: Request, __: Any) -> Response:
+    def render_unexpected_error(_: Request, __: Any) -> Response:
         return _render_message(500)
 
-    return RequestGuard(app, hosts, scheme)
+    return RequestFilterMiddleware(app, hosts, scheme)
 
 
-def _redirect_to_next_question(store: Store, annotator: int, judged: int = 0) -> Response:
-    """Redirect to the next unanswered question; the fragment focuses its heading without a script."""
-    number = store.find_open_question(annotator, judged)
-    saved = f"?saved={judged}" if judged else ""
+def _redirect_to_next_question(store: StudyStore, annotator_id: int, judged_number: int = 0) -> Response:
+    """Redirect to the next unanswered question, or to the last page if there is none."""
+    number = store.find_unanswered_question(annotator_id, judged_number)
+    saved = f"?saved={judged_number}" if judged_number else ""
     return RedirectResponse(f"/done{saved}" if number is None else f"/q/{number}{saved}#question", 303)
 
 
-def _render_page(name: str, status: int = 200, **content: Any) -> Response:
-    return HTMLResponse(templates.get_template(f"{name}.html.j2").render(**content), status)
+def _render_page(template_name: str, status: int = 200, **template_values: Any) -> Response:
+    """Render a page of a template as a response."""
+    return HTMLResponse(templates.get_template(f"{template_name}.html.j2").render(**template_values), status)
 
 
 def _render_message(status: int, title: str | None = None, text: str | None = None) -> Response:
+    """Render the page of an HTTP status as a response, with its usual title and text where None is given."""
     default = MESSAGES.get(status, MESSAGES[500])
     return _render_page("message", status, title=title or default[0], text=text or default[1])

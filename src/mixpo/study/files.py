@@ -14,7 +14,7 @@ from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.study.findings import FORMAT
 from mixpo.study.plan import CHOICES, COMMENT_LENGTH, IDLE_SECONDS, REASONS, clean_comment
-from mixpo.study.store import Answer, Question, Store, StudyClosedError, make_private_folder
+from mixpo.study.store import AnnotatorQuestion, Answer, StudyClosedError, StudyStore, make_private_folder
 from mixpo.study.tables import StudyRow
 
 COLUMNS = ("annotator", "question", "digest", "choice", "reason", "comment", "seconds", "idle", "at")
@@ -28,12 +28,12 @@ MAX_IMPORT_BYTES = 2**28
 _MAX_LISTED_PROBLEMS = 10
 
 
-def export_judgements(store: Store, study: StudyRow, path: Path) -> int:
+def export_judgements(store: StudyStore, study: StudyRow, path: Path) -> int:
     """Write all judgements to a .csv or .jsonl file, without naming the arms; return their number."""
     rows = [
         {
             **{"annotator": question.annotator, "question": question.number},
-            **{"digest": question.compute_digest(study.secret), **vars(question.answer)},
+            **{"digest": question.compute_export_digest(study.secret), **vars(question.answer)},
         }
         for question in store.load_questions()
         if question.answer is not None
@@ -43,13 +43,13 @@ def export_judgements(store: Store, study: StudyRow, path: Path) -> int:
     return len(rows)
 
 
-def import_judgements(store: Store, study: StudyRow, path: Path) -> tuple[int, int]:
-    """Import the judgements of an export of this study, all or none; return how many there are and how many are new."""
+def import_judgements(store: StudyStore, study: StudyRow, path: Path) -> tuple[int, int]:
+    """Import the judgements of an export, all or none; return how many it has, and how many of them were new."""
     questions = {(question.annotator, question.number): question for question in store.load_questions()}
     answers, problems = [], []
-    for line, row in _read_rows(path):
+    for line, row in _read_export_rows(path):
         try:
-            answers.append(_parse_row(study, questions, row))
+            answers.append(_parse_export_row(study, questions, row))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             problem = (
                 f"found no {error}; expected every column of an export" if isinstance(error, KeyError) else str(error)
@@ -73,8 +73,8 @@ def import_judgements(store: Store, study: StudyRow, path: Path) -> tuple[int, i
         raise InputError(f"{store.name}: found a closed study; expected an open one; nothing was imported") from None
 
 
-def write_closed_study(store: Store, study: StudyRow, folder: Path) -> Path:
-    """Write `judgements.jsonl` and then `closed.json` of a closed study, from which the report is computed."""
+def write_closed_study(store: StudyStore, study: StudyRow, folder: Path) -> Path:
+    """Write `judgements.jsonl`, then `closed.json`, from which the report is computed; return the latter's path."""
     arms = (study.first, study.second)
     rows = []
     for question in store.load_questions():
@@ -109,17 +109,17 @@ def write_closed_study(store: Store, study: StudyRow, folder: Path) -> Path:
     return folder / "closed.json"
 
 
-def _parse_row(
-    study: StudyRow, questions: Mapping[tuple[str, int], Question], row: Mapping[str, Any]
+def _parse_export_row(
+    study: StudyRow, questions: Mapping[tuple[str, int], AnnotatorQuestion], row: Mapping[str, Any]
 ) -> tuple[str, int, Answer]:
-    """Parse a row of an export into annotator, number and answer; ValueError on one that does not fit the study."""
+    """Return annotator, number and answer of an export's row. Raises ValueError if it does not fit the study."""
     if not QUESTION_NUMBER.fullmatch(str(row["question"])):
         raise ValueError(f"found question {row['question']!r}; expected a whole number from 1")
     annotator, number = str(row["annotator"]), int(row["question"])
     question = questions.get((annotator, number))
     if question is None:
         raise ValueError(f"found question {number} of {annotator!r}; expected one of this study")
-    if row["digest"] != (expected := question.compute_digest(study.secret)):
+    if row["digest"] != (expected := question.compute_export_digest(study.secret)):
         raise ValueError(f"found digest {row['digest']!r}; expected {expected}: another study, or another question")
     if invalid := [name for name in ("choice", "reason", "comment", "at") if not isinstance(row[name], str)]:
         raise ValueError(f"found {invalid[0]} {row[invalid[0]]!r}; expected text")
@@ -148,8 +148,8 @@ def _parse_row(
     return annotator, number, answer
 
 
-def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Read the rows of an export with their line numbers."""
+def _read_export_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read the rows of a .csv or .jsonl export, each with its line number. Raises `InputError` if unreadable."""
     file_type = _get_file_type(path)
     try:
         with path.open("rb") as file:
@@ -173,7 +173,7 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV text, with cells quoted that a spreadsheet would read as formulas."""
+    """Format rows as CSV text, with cells quoted that a spreadsheet would read as formulas."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
@@ -184,11 +184,12 @@ def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format rows as JSON Lines text."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _get_file_type(path: Path) -> str:
-    """The type of a file by its name, csv or jsonl. Raises `InputError` on others."""
+    """Return the type of a file by its name, csv or jsonl. Raises `InputError` on others."""
     file_type = path.suffix.removeprefix(".")
     if file_type not in ("csv", "jsonl"):
         raise InputError(f"{path}: found a file of type {file_type!r}; expected a name that ends in .csv or .jsonl")

@@ -35,8 +35,8 @@ class PreferenceShares:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Agreement of annotators beyond chance over some prompts."""
+class AnnotatorAgreement:
+    """Agreement of annotators beyond chance on the same prompts."""
 
     common: int
     """Number of prompts that every active annotator judged, the basis of Fleiss' kappa."""
@@ -51,7 +51,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class AnnotatorSummary:
-    """Numbers of judgements of one annotator, his median time and his share of the left side."""
+    """One annotator's numbers of judgements, median seconds of a judgement, and share of the left side."""
 
     name: str
     judged: int
@@ -66,8 +66,8 @@ class AnnotatorSummary:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Results of a closed study."""
+class StudyFindings:
+    """Results of a closed study: shares of preference and agreement by category, and annotators."""
 
     arms: tuple[str, str]
     seed: int
@@ -80,26 +80,26 @@ class Findings:
     """Number of prompts with identical completions, which count as ties."""
     shares: Mapping[str | None, PreferenceShares]
     """By category, where there are any; those of all prompts under None."""
-    agreement: Mapping[str | None, Agreement]
+    agreement: Mapping[str | None, AnnotatorAgreement]
     annotators: Sequence[AnnotatorSummary]
 
     @property
-    def active_annotators(self) -> list[str]:
-        """Names of the annotators with a judgement."""
+    def annotators_with_judgements(self) -> list[str]:
+        """Names of the annotators who judged at least once."""
         return [each.name for each in self.annotators if each.judged]
 
     @property
-    def inactive_annotators(self) -> list[str]:
-        """Names of the annotators without a judgement."""
+    def annotators_without_judgements(self) -> list[str]:
+        """Names of the annotators who never judged."""
         return [each.name for each in self.annotators if not each.judged]
 
 
-def load_findings(run: Path) -> Findings | None:
-    """Load the results of the closed study in a run's folder; None where there is none.
+def load_study_findings(run_folder: Path) -> StudyFindings | None:
+    """Compute the results of the closed study in a run's folder from its files; None where there is none.
 
     Raises `InputError` on damaged files.
     """
-    file = run / "study" / "closed.json"
+    file = run_folder / "study" / "closed.json"
     if not file.exists():
         return None
     try:
@@ -119,7 +119,8 @@ def load_findings(run: Path) -> Findings | None:
         ) from error
 
 
-def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Findings:
+def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> StudyFindings:
+    """Compute the results from the contents of `closed.json` and `judgements.jsonl`. ValueError on an unknown arm."""
     first, second = closed["arms"]
     judgements = [row for row in rows if row["choice"] != "skip"]
     if invalid := [row["better"] for row in judgements if row["better"] not in (first, "tie", second)]:
@@ -137,9 +138,9 @@ def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any
         selected = counts[np.array([name in (None, categories[prompt]) for prompt in prompts], dtype=bool)]
         same = sum(name in (None, row["category"]) for row in closed["same"])
         if len(selected) + same:
-            shares[name] = _compute_shares(selected, same)
-            agreement[name] = _compute_agreement(selected, len(active))
-    return Findings(
+            shares[name] = _compute_preference_shares(selected, same)
+            agreement[name] = _compute_annotator_agreement(selected, len(active))
+    return StudyFindings(
         (first, second),
         closed["seed"],
         closed["draw"],
@@ -153,36 +154,40 @@ def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any
     )
 
 
-def _compute_shares(counts: Int[np.ndarray, "prompts choices"], same: int) -> PreferenceShares:
-    """Win, tie and lose shares from the counts of each prompt, plus `same` ties."""
-    prompt_shares = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (same, 1))])
+def _compute_preference_shares(counts: Int[np.ndarray, "prompts choices"], ties: int) -> PreferenceShares:
+    """Compute win, tie and lose shares from choices counted by prompt, and from prompts that are ties without any."""
+    prompt_shares = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (ties, 1))])
     prompts, sums = len(prompt_shares), prompt_shares.sum(axis=0)
     win, tie, lose = (wilson_interval(float(share), prompts) for share in sums)
     won, lost = (int((counts[:, side] > counts[:, 2 - side]).sum()) for side in (0, 2))
     return PreferenceShares(prompts, win, tie, lose, win_minus_lose(*sums.tolist()), sign_test(won, lost))
 
 
-def _compute_agreement(counts: Int[np.ndarray, "prompts choices"], annotators: int) -> Agreement:
-    common = counts[counts.sum(axis=1) == annotators]
+def _compute_annotator_agreement(
+    counts: Int[np.ndarray, "prompts choices"], annotator_count: int
+) -> AnnotatorAgreement:
+    """Compute agreement from choices counted by prompt; undefined kappas are nan."""
+    common = counts[counts.sum(axis=1) == annotator_count]
     several = counts[counts.sum(axis=1) > 1]
     unknown = Interval(math.nan, math.nan, math.nan)
-    return Agreement(
-        len(common) if annotators > 1 else 0,
-        bootstrap_over_items(fleiss_kappa, common) if annotators > 1 else unknown,
+    return AnnotatorAgreement(
+        len(common) if annotator_count > 1 else 0,
+        bootstrap_over_items(fleiss_kappa, common) if annotator_count > 1 else unknown,
         len(several),
         bootstrap_over_items(krippendorff_alpha, several),
         bootstrap_over_items(pairwise_agreement, several),
     )
 
 
-def _summarize_annotator(name: str, questions: int, rows: Sequence[Mapping[str, Any]]) -> AnnotatorSummary:
+def _summarize_annotator(name: str, question_count: int, rows: Sequence[Mapping[str, Any]]) -> AnnotatorSummary:
+    """Count one annotator's judgements among the rows, with median time and share of the left side."""
     judgements = [row for row in rows if row["annotator"] == name and row["choice"] != "skip"]
     left_choices = [row["choice"] == "left" for row in judgements if row["choice"] != "tie"]
     return AnnotatorSummary(
         name,
         len(judgements),
         sum(row["annotator"] == name and row["choice"] == "skip" for row in rows),
-        questions,
+        question_count,
         median(row["seconds"] for row in judgements) if judgements else None,
         sum(row["idle"] for row in judgements),
         wilson_interval(sum(left_choices), len(left_choices)) if left_choices else None,

@@ -13,7 +13,7 @@ from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
 from mixpo.experiments.results import Results
 from mixpo.study.files import write_atomically
 from mixpo.study.plan import are_completions_unchanged, compute_content_digest, hash_token
-from mixpo.study.store import Store, format_current_time, make_private_folder
+from mixpo.study.store import StudyStore, format_current_time, make_private_folder
 from mixpo.study.tables import FORMAT, StudyRow
 
 DEFAULT_PROMPTS, DEFAULT_ANNOTATORS = 100, 3
@@ -23,7 +23,7 @@ MAX_NAME_LENGTH, MAX_ANNOTATORS = 40, 500
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Options of a study from the command line; None where an option is not given."""
+    """Options of a new or resumed study from the command line; None where an option is not given."""
 
     arms: tuple[str, str] | None = None
     prompts: int | None = None
@@ -34,7 +34,7 @@ class StudyOptions:
 
 
 def parse_annotator_names(text: str) -> list[str]:
-    """Parse --annotators: a number of annotators, or different names separated by commas.
+    """Return the annotators' names of --annotators: the given ones, or `annotator 1` and so on for a number.
 
     Raises `InputError` on others.
     """
@@ -53,35 +53,35 @@ def parse_annotator_names(text: str) -> list[str]:
     return names
 
 
-def open_study(results: Results, store: Store, options: StudyOptions) -> StudyRow:
-    """Open the study of a run, or create it with the given options.
+def load_or_create_study(results: Results, store: StudyStore, options: StudyOptions) -> StudyRow:
+    """Load the open study of a run, or create one with the given options if there is none.
 
     Raises `InputError` where it is closed, differs from the options, or where the run's completions have changed.
     """
     study = store.load_study()
     if study is None:
-        return _create_study(results, store, options)
+        return _create_study_of_run(results, store, options)
     if study.closed:
         raise InputError(
             f"{store.name}: found a study that was closed at {study.closed}; `mixpo agreement RUN` shows its results; "
             + _format_new_study_hint(results, store)
         )
-    _check_options_match(results, store, study, options)
-    check_completions_unchanged(results, store, study)
+    _require_matching_options(results, store, study, options)
+    require_completions_unchanged(results, store, study)
     return study
 
 
-def check_completions_unchanged(results: Results, store: Store, study: StudyRow) -> None:
-    """Raise `InputError` unless the run's completions are those of the study."""
-    selection = {"seed": study.seed, "prompts": study.prompts, "draw": study.draw}
-    if not are_completions_unchanged(results, (study.first, study.second), **selection, content=study.content):
+def require_completions_unchanged(results: Results, store: StudyStore, study: StudyRow) -> None:
+    """Raise `InputError` unless the run's completions are those that the study began with."""
+    selection = {"seed": study.seed, "prompt_count": study.prompts, "draw_seed": study.draw}
+    if not are_completions_unchanged(results, (study.first, study.second), **selection, content_digest=study.content):
         raise InputError(
             f"{store.name}: found a study of other completions than the run has now; expected the run as it was when "
             f"the study began; {_format_new_study_hint(results, store)}"
         )
 
 
-def load_or_issue_tokens(store: Store, folder: Path) -> tuple[dict[str, str], list[str]]:
+def load_or_issue_link_tokens(store: StudyStore, folder: Path) -> tuple[dict[str, str], list[str]]:
     """Load the annotators' link tokens from `links.json`, and issue new ones where missing or invalid.
 
     Returns the tokens by name, and the names whose lost token was replaced. Raises `InputError` on an unreadable
@@ -99,12 +99,12 @@ def load_or_issue_tokens(store: Store, folder: Path) -> tuple[dict[str, str], li
     if invalid:
         make_private_folder(folder)
         write_atomically(path, json.dumps(tokens, indent=2) + "\n", private=True)
-        store.replace_tokens({name: hash_token(tokens[name]) for name in invalid})
+        store.replace_token_hashes({name: hash_token(tokens[name]) for name in invalid})
     return tokens, [name for name, old_hash in invalid.items() if old_hash]
 
 
-def _create_study(results: Results, store: Store, options: StudyOptions) -> StudyRow:
-    """Create the study of a run: choose seed and prompts, and write items, annotators and question orders."""
+def _create_study_of_run(results: Results, store: StudyStore, options: StudyOptions) -> StudyRow:
+    """Create the study of a run: choose seed and prompts, and store items, annotators and question orders."""
     if options.arms is None:
         raise InputError(
             f"--arms: found none, and no study in {store.name}; expected two arms of the run, such as --arms mpo ppo"
@@ -114,9 +114,9 @@ def _create_study(results: Results, store: Store, options: StudyOptions) -> Stud
         raise InputError(f"{folder}: found a closed study; {_format_new_study_hint(results, store)}")
     seed, draw = choose_compared_seed(results, options.arms, options.seed), options.draw or 0
     comparisons = pair_completions(
-        results, options.arms, seed=seed, prompts=options.prompts, at_most=DEFAULT_PROMPTS, draw=draw
+        results, options.arms, seed=seed, prompt_count=options.prompts, max_prompts=DEFAULT_PROMPTS, draw_seed=draw
     )
-    items = [one for one in comparisons if not one.same]
+    items = [one for one in comparisons if not one.is_identical]
     if not items:
         raise InputError(
             "--arms: found two arms that complete every prompt alike; expected a prompt whose completions differ"
@@ -130,7 +130,7 @@ def _create_study(results: Results, store: Store, options: StudyOptions) -> Stud
         draw=draw,
         prompts=len(comparisons),
         content=compute_content_digest(comparisons),
-        same=json.dumps([[one.number, one.category] for one in comparisons if one.same]),
+        same=json.dumps([[one.number, one.category] for one in comparisons if one.is_identical]),
         guidelines=options.guidelines or (files("mixpo.study") / "guidelines.txt").read_text(encoding="utf8"),
         secret=secrets.token_hex(32),
         began=format_current_time(),
@@ -140,14 +140,14 @@ def _create_study(results: Results, store: Store, options: StudyOptions) -> Stud
     return study
 
 
-def _format_new_study_hint(results: Results, store: Store) -> str:
-    """The last clause of error messages: how to begin another study."""
+def _format_new_study_hint(results: Results, store: StudyStore) -> str:
+    """Format the last clause of error messages: how to begin another study."""
     database = "" if store.file else " and use another database"
     return f"move the folder {results.runs[0].folder / 'study'} away{database} to begin another"
 
 
-def _check_options_match(results: Results, store: Store, study: StudyRow, options: StudyOptions) -> None:
-    """Raise `InputError` on options that differ from those of the existing study, all in one message."""
+def _require_matching_options(results: Results, store: StudyStore, study: StudyRow, options: StudyOptions) -> None:
+    """Raise `InputError` on given options that differ from the existing study's, all in one message."""
     names = [row.name for row in store.load_annotators()]
     pairs = (
         ("--arms", options.arms, (study.first, study.second)),
@@ -160,7 +160,7 @@ def _check_options_match(results: Results, store: Store, study: StudyRow, option
     problems = []
     for option, requested, stored in pairs:
         if requested is not None and requested != stored:
-            found, expected = _format_option(requested), _format_option(stored)
+            found, expected = _format_option_value(requested), _format_option_value(stored)
             difference = (
                 "other text; expected that" if option == "--guidelines" else f"{found}; expected {expected}, that"
             )
@@ -170,5 +170,6 @@ def _check_options_match(results: Results, store: Store, study: StudyRow, option
         raise InputError("\n".join(problems))
 
 
-def _format_option(value: object) -> str:
+def _format_option_value(value: object) -> str:
+    """Format the value of an option for a message, a tuple with commas."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -40,21 +40,23 @@ def open_listening_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def is_loopback(host: str) -> bool:
-    """Check that a host name or address is on this machine."""
+def is_loopback_host(host: str) -> bool:
+    """Return True if a host name or address is this machine's own."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def build_base_url(host: str, bound: tuple[str, int], address: str | None, *, tls: bool) -> tuple[str, list[str]]:
-    """Build the base URL of the annotators' links, and the Host headers that requests may have.
+def build_base_url(
+    host: str, bound: tuple[str, int], public_address: str | None, *, tls: bool
+) -> tuple[str, list[str]]:
+    """Return the base URL of the annotators' links, and the Host headers that requests may have.
 
     `bound` is the address and port of the socket for `host`. Raises `InputError` on an invalid or missing address.
     """
-    if address is not None:
-        scheme, name, port = _parse_address(address)
+    if public_address is not None:
+        scheme, name, port = _parse_address(public_address)
         names = [name]
     else:
         scheme, port = "https" if tls else "http", bound[1]
@@ -63,7 +65,7 @@ def build_base_url(host: str, bound: tuple[str, int], address: str | None, *, tl
                 f"--host: found {host}, which is every address of this machine; expected also --address, the one "
                 f"that annotators open, such as {scheme}://192.168.1.7:{port}"
             )
-        names = [host.lower(), "localhost", "127.0.0.1"] if is_loopback(bound[0]) else [host.lower()]
+        names = [host.lower(), "localhost", "127.0.0.1"] if is_loopback_host(bound[0]) else [host.lower()]
     port_suffix = (
         "" if port in (None, 443 if scheme == "https" else 80) else f":{port}"
     )  # browsers leave the usual one out
@@ -72,6 +74,7 @@ def build_base_url(host: str, bound: tuple[str, int], address: str | None, *, tl
 
 
 def _parse_address(address: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port (None if not given) of a URL. Raises `InputError` if it has anything else."""
     try:
         parts = urlsplit(address)
         name, port = parts.hostname, parts.port
@@ -85,24 +88,24 @@ def _parse_address(address: str) -> tuple[str, str, int | None]:
     return parts.scheme, name, port
 
 
-def is_encrypted(bound: str, address: str, *, tls: bool) -> bool:
-    """Check that no traffic crosses a network unencrypted, neither to the annotators' address nor from a proxy."""
-    parts = urlsplit(address)
-    return (tls or is_loopback(bound)) and (parts.scheme == "https" or is_loopback(parts.hostname or ""))
+def is_traffic_encrypted(bound_host: str, public_address: str, *, tls: bool) -> bool:
+    """Return True if no traffic crosses a network unencrypted, neither from annotators nor from a proxy."""
+    parts = urlsplit(public_address)
+    return (tls or is_loopback_host(bound_host)) and (parts.scheme == "https" or is_loopback_host(parts.hostname or ""))
 
 
-def check_certificate(cert: Path | None, key: Path | None) -> None:
-    """Raise `InputError` unless these are a certificate and its key, or both None."""
-    if (cert is None) != (key is None):
+def require_certificate(cert_file: Path | None, key_file: Path | None) -> None:
+    """Raise `InputError` unless these files are a certificate and its key, or both None."""
+    if (cert_file is None) != (key_file is None):
         raise InputError("--tls-cert, --tls-key: found one without the other; expected both or none")
     try:
-        if cert is not None:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+        if cert_file is not None:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file)
     except OSError as error:
         raise InputError(f"--tls-cert, --tls-key: found no usable pair ({error}); expected PEM files") from error
 
 
-def serve(app: ASGIApp, listener: socket.socket, cert: Path | None, key: Path | None) -> None:
+def serve_app(app: ASGIApp, listener: socket.socket, cert_file: Path | None, key_file: Path | None) -> None:
     """Serve the app until Ctrl-C, without an access log: a link's address holds its token."""
     logging.getLogger("mixpo.study").addHandler(logging.StreamHandler())
     config = uvicorn.Config(
@@ -114,7 +117,7 @@ def serve(app: ASGIApp, listener: socket.socket, cert: Path | None, key: Path | 
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=5,
-        ssl_certfile=cert,
-        ssl_keyfile=key,
+        ssl_certfile=cert_file,
+        ssl_keyfile=key_file,
     )
     uvicorn.Server(config).run(sockets=[listener])

@@ -10,18 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    URL,
-    ColumnElement,
-    Connection,
-    Engine,
-    create_engine,
-    event,
-    func,
-    inspect,
-    make_url,
-    select,
-)
+from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, func, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -31,12 +20,12 @@ from mixpo.study.plan import IDLE_SECONDS, compute_question_digest, draw_questio
 from mixpo.study.tables import (
     FORMAT,
     AnnotatorRow,
-    Base,
     ItemRow,
     JudgementRow,
     QuestionRow,
     ReplacedJudgementRow,
     StudyRow,
+    TableBase,
 )
 
 LOCK_SECONDS = 10
@@ -46,7 +35,7 @@ SAME_QUESTION = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRo
 
 @dataclass(frozen=True)
 class Answer:
-    """An annotator's answer to a question: choice, reason, comment and time."""
+    """An annotator's answer to a question: choice, reason for skipping, comment, seconds taken and time."""
 
     choice: str
     reason: str
@@ -57,8 +46,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question as one annotator sees it, and the current answer."""
+class AnnotatorQuestion:
+    """A question as one annotator sees it, with the current answer."""
 
     annotator: str
     number: int
@@ -68,18 +57,18 @@ class Question:
 
     @property
     def sides(self) -> tuple[str, str]:
-        """The two completions, left and right."""
+        """The two completions as shown, left and right."""
         first, second = self.item.completions
         return (second, first) if self.swapped else (first, second)
 
-    def compute_digest(self, secret: str) -> str:
-        """Digest that identifies the question in an export."""
+    def compute_export_digest(self, secret: str) -> str:
+        """Return the keyed digest that identifies the question in an export without revealing the arms."""
         return compute_question_digest(secret, self.annotator, self.number, self.item.prompt, *self.sides)
 
 
 @dataclass(frozen=True)
 class AnnotatorProgress:
-    """Numbers of judged and skipped questions of an annotator."""
+    """Numbers of judged and skipped questions of an annotator, and of all questions."""
 
     name: str
     judged: int
@@ -88,11 +77,11 @@ class AnnotatorProgress:
 
 
 class StudyClosedError(Exception):
-    """The study is closed and accepts no answers."""
+    """Raised where an answer is saved after the study was closed."""
 
 
-class Store:
-    """Database of one study. Every method raises `InputError` where the database cannot be used."""
+class StudyStore:
+    """Database of one study, SQLite or PostgreSQL. Every method raises `InputError` where it cannot be used."""
 
     def __init__(self, url: URL) -> None:
         self.name = str(url.database) if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
@@ -107,15 +96,15 @@ class Store:
                     "`pip install 'psycopg[binary]'` for postgresql+psycopg://"
                 ) from None
 
-    def dispose(self) -> None:
-        """Close all connections."""
+    def close_connections(self) -> None:
+        """Close all connections to the database."""
         self.engine.dispose()
 
     def load_study(self) -> StudyRow | None:
         """Load the study; None where there is none. Creates no file."""
         if self.file is not None and not self.file.exists():
             return None
-        with self._transaction() as session:
+        with self._open_transaction() as session:
             if not inspect(session.connection()).has_table(StudyRow.__tablename__):
                 return None
             study = session.scalars(select(StudyRow)).one_or_none()
@@ -126,17 +115,17 @@ class Store:
                 )
             return study
 
-    def is_closed(self) -> bool:
-        """Check in the database whether the study is closed."""
-        with self._transaction() as session:
+    def is_study_closed(self) -> bool:
+        """Return True if the study is closed, according to the database."""
+        with self._open_transaction() as session:
             return session.scalars(select(StudyRow.closed)).one() is not None
 
     def create_study(self, study: StudyRow, items: Sequence[Comparison], annotators: Sequence[str]) -> None:
         """Create the tables and write study, items, annotators and their question orders in one transaction."""
         if self.file is not None:
             make_private_folder(self.file.parent)
-        with self._transaction(write=True) as session:
-            Base.metadata.create_all(session.connection())
+        with self._open_transaction(write=True) as session:
+            TableBase.metadata.create_all(session.connection())
             session.add(study)
             for index, item in enumerate(items):
                 content = json.dumps({"prompt": item.prompt, "completions": item.completions})
@@ -149,79 +138,79 @@ class Store:
                     session.add(QuestionRow(annotator=index + 1, number=number, item=item_index + 1, swapped=swapped))
 
     def load_annotators(self) -> list[AnnotatorRow]:
-        """Load all annotators in their order."""
-        with self._transaction() as session:
+        """Load the rows of all annotators in their order."""
+        with self._open_transaction() as session:
             return list(session.scalars(select(AnnotatorRow).order_by(AnnotatorRow.id)))
 
-    def replace_tokens(self, token_hashes: dict[str, str]) -> None:
-        """Replace the stored token hashes of annotators, given by name."""
-        with self._transaction(write=True) as session:
+    def replace_token_hashes(self, token_hashes: dict[str, str]) -> None:
+        """Replace the stored hashes of annotators' link tokens, given by annotator's name."""
+        with self._open_transaction(write=True) as session:
             for row in session.scalars(select(AnnotatorRow).where(AnnotatorRow.name.in_(token_hashes))):
                 row.token = token_hashes[row.name]
 
-    def load_question(self, annotator: int, number: int) -> Question | None:
-        """Load a question of an annotator; None where there is none of this number."""
-        matches = self.load_questions(QuestionRow.annotator == annotator, QuestionRow.number == number)
+    def load_question(self, annotator_id: int, number: int) -> AnnotatorQuestion | None:
+        """Load a question of an annotator with its current answer; None where there is none of this number."""
+        matches = self.load_questions(QuestionRow.annotator == annotator_id, QuestionRow.number == number)
         return matches[0] if matches else None
 
-    def load_questions(self, *where: ColumnElement[bool]) -> list[Question]:
-        """Load all questions with their current answers, or those that match `where`, by annotator and number."""
-        with self._transaction() as session:
+    def load_questions(self, *conditions: ColumnElement[bool]) -> list[AnnotatorQuestion]:
+        """Load the questions that meet all SQL conditions, with current answers, by annotator and number."""
+        with self._open_transaction() as session:
             rows = session.execute(
                 select(AnnotatorRow.name, QuestionRow, ItemRow, JudgementRow)
                 .join(QuestionRow, QuestionRow.annotator == AnnotatorRow.id)
                 .join(ItemRow, ItemRow.id == QuestionRow.item)
                 .outerjoin(JudgementRow, SAME_QUESTION)
-                .where(*where)
+                .where(*conditions)
                 .order_by(AnnotatorRow.id, QuestionRow.number)
             ).all()
             return [
-                Question(
+                AnnotatorQuestion(
                     name,
                     question.number,
-                    _read_item(item),
+                    _make_comparison(item),
                     question.swapped,
-                    _read_answer(judgement) if judgement else None,
+                    _make_answer(judgement) if judgement else None,
                 )
                 for name, question, item, judgement in rows
             ]
 
-    def find_open_question(self, annotator: int, after: int = 0) -> int | None:
-        """Number of the first unanswered question after `after`, else of the first of all; None if all are answered."""
-        with self._transaction() as session:
+    def find_unanswered_question(self, annotator_id: int, after: int = 0) -> int | None:
+        """Return the first unanswered question's number, preferably one after `after`; None if all are answered."""
+        with self._open_transaction() as session:
             open_numbers = session.scalars(
                 select(QuestionRow.number)
                 .outerjoin(JudgementRow, SAME_QUESTION)
-                .where(QuestionRow.annotator == annotator, JudgementRow.number.is_(None))
+                .where(QuestionRow.annotator == annotator_id, JudgementRow.number.is_(None))
                 .order_by(QuestionRow.number)
             ).all()
         return next((number for number in open_numbers if number > after), open_numbers[0] if open_numbers else None)
 
-    def count_progress(self, annotator: int | None = None) -> list[AnnotatorProgress]:
-        """Count judged and skipped questions of every annotator, or of one."""
+    def count_progress(self, annotator_id: int | None = None) -> list[AnnotatorProgress]:
+        """Count judged and skipped questions: a list of every annotator, or of one."""
         skipped = func.count(JudgementRow.number).filter(JudgementRow.choice == "skip")
-        with self._transaction() as session:
+        with self._open_transaction() as session:
             questions = session.scalar(select(func.count()).select_from(ItemRow)) or 0
             rows = session.execute(
                 select(AnnotatorRow.name, func.count(JudgementRow.number), skipped)
                 .outerjoin(JudgementRow, JudgementRow.annotator == AnnotatorRow.id)
-                .where(*([] if annotator is None else [AnnotatorRow.id == annotator]))
+                .where(*([] if annotator_id is None else [AnnotatorRow.id == annotator_id]))
                 .group_by(AnnotatorRow.id, AnnotatorRow.name)
                 .order_by(AnnotatorRow.id)
             ).all()
         return [AnnotatorProgress(name, answered - skips, skips, questions) for name, answered, skips in rows]
 
-    def save_answer(self, annotator: int, number: int, answer: Answer, nonce: str) -> bool:
-        """Save an answer to a question; return whether it is the current answer.
+    def save_answer(self, annotator_id: int, number: int, answer: Answer, nonce: str) -> bool:
+        """Save an answer to a question; return whether it is now the current answer.
 
         A form counts once, by its nonce: a second, different answer on it is not saved. A replaced answer is kept in
         its own table. Raises `StudyClosedError` once the study is closed.
         """
-        with self._transaction(write=True) as session:
-            _check_open(session)
+        with self._open_transaction(write=True) as session:
+            _lock_open_study(session)
             # locked until the end, so that the second of two concurrent forms sees the first one's answer
-            session.get_one(QuestionRow, (annotator, number), with_for_update=True)
-            return _record_answer(session, annotator, number, answer, nonce)
+            session.get_one(QuestionRow, (annotator_id, number), with_for_update=True)
+            return _record_answer(session, annotator_id, number, answer, nonce)
 
     def import_answers(self, answers: Sequence[tuple[str, int, Answer]]) -> int:
         """Save imported answers (annotator, number, answer), all or none; return how many are new.
@@ -229,8 +218,8 @@ class Store:
         Raises `InputError` where the store holds a different answer to a question.
         """
         added = 0
-        with self._transaction(write=True) as session:
-            _check_open(session)
+        with self._open_transaction(write=True) as session:
+            _lock_open_study(session)
             ids = {row.name: row.id for row in session.scalars(select(AnnotatorRow))}
             for name, number, answer in answers:
                 row = session.get(JudgementRow, (ids[name], number))
@@ -245,22 +234,22 @@ class Store:
         return added
 
     def close_study(self) -> str:
-        """Close the study if it is open; return the time of closing."""
-        with self._transaction(write=True) as session:
+        """Close the study if it is open; return the time of closing, in ISO format."""
+        with self._open_transaction(write=True) as session:
             study = session.scalars(select(StudyRow).with_for_update()).one()
             study.closed = study.closed or format_current_time()
             return study.closed
 
     @contextmanager
-    def _transaction(self, *, write: bool = False) -> Iterator[Session]:
-        """Open a session in a transaction, committed at its end and rolled back on any error."""
+    def _open_transaction(self, *, write: bool = False) -> Iterator[Session]:
+        """Context manager that yields a session in a transaction, committed at its end, rolled back on any error."""
         engine = self.engine.execution_options(write=write)
         with self._report_database_errors(), Session(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def _report_database_errors(self) -> Iterator[None]:
-        """Convert database errors into `InputError`, with the password removed."""
+        """Context manager that converts database errors into `InputError`, with the password removed."""
         try:
             yield
         except (SQLAlchemyError, sqlite3.Error) as error:
@@ -274,12 +263,12 @@ class Store:
             raise InputError(f"{self.name}: found an unusable store ({reason}); {fix}") from None
 
 
-def parse_store_url(run: Path, text: str | None) -> URL:
-    """Parse the URL of a PostgreSQL database; without one, the URL of the SQLite file in the run's folder."""
-    if text is None:
-        return URL.create("sqlite", database=str(run / "study" / "study.sqlite"))
+def parse_store_url(run_folder: Path, url_text: str | None) -> URL:
+    """Parse the URL of a PostgreSQL database; without one, return that of the SQLite file in the run's folder."""
+    if url_text is None:
+        return URL.create("sqlite", database=str(run_folder / "study" / "study.sqlite"))
     try:
-        url = make_url(text)
+        url = make_url(url_text)
     except ArgumentError:
         url = None
     if url is None or url.get_backend_name() != "postgresql":
@@ -296,42 +285,44 @@ def make_private_folder(folder: Path) -> None:
 
 
 def format_current_time() -> str:
-    """The current UTC time in ISO format, to the second."""
+    """Return the current UTC time in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _create_engine(url: URL) -> Engine:
-    """Create an engine; for SQLite with full sync, foreign keys and explicit write locks."""
+    """Create an SQLAlchemy engine; for SQLite with full sync, foreign keys and explicit write locks."""
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
-    def connected(connection: Any, _: object) -> None:
+    def configure_connection(connection: Any, _: object) -> None:
+        """Set up a new SQLite connection: explicit transactions, full sync, foreign keys."""
         connection.isolation_level = None  # transactions begin where we say, with the lock that they need
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin_transaction(connection: Connection) -> None:
+        """Begin a SQLite transaction, with a write lock if the engine's option `write` is set."""
         write = connection.get_execution_options().get("write")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
 
 
-def _check_open(session: Session) -> None:
+def _lock_open_study(session: Session) -> None:
     """Raise `StudyClosedError` if the study is closed; otherwise lock it open until the transaction ends."""
     if session.scalars(select(StudyRow).with_for_update(read=True)).one().closed:
         raise StudyClosedError
 
 
-def _record_answer(session: Session, annotator: int, number: int, answer: Answer, nonce: str) -> bool:
+def _record_answer(session: Session, annotator_id: int, number: int, answer: Answer, nonce: str) -> bool:
     """Write an answer unless its form was used before; return whether it is the current answer.
 
     The time of a change is added to the time of the answer that it replaces.
     """
-    row = session.get(JudgementRow, (annotator, number))
+    row = session.get(JudgementRow, (annotator_id, number))
     is_current = row is not None and (row.choice, row.reason, row.comment) == (
         answer.choice,
         answer.reason,
@@ -344,10 +335,12 @@ def _record_answer(session: Session, annotator: int, number: int, answer: Answer
     if is_current or is_nonce_used:
         return is_current
     if row is None:
-        row = JudgementRow(annotator=annotator, number=number)
+        row = JudgementRow(annotator=annotator_id, number=number)
         session.add(row)
     else:
-        replaced = ReplacedJudgementRow(annotator=annotator, number=number, nonce=row.nonce, **vars(_read_answer(row)))
+        replaced = ReplacedJudgementRow(
+            annotator=annotator_id, number=number, nonce=row.nonce, **vars(_make_answer(row))
+        )
         session.add(replaced)
         seconds = round(row.seconds + answer.seconds, 1)
         idle = row.idle or answer.idle or seconds > IDLE_SECONDS
@@ -358,11 +351,13 @@ def _record_answer(session: Session, annotator: int, number: int, answer: Answer
     return True
 
 
-def _read_answer(row: JudgementRow) -> Answer:
+def _make_answer(row: JudgementRow) -> Answer:
+    """Convert a judgement's row to an answer."""
     return Answer(row.choice, row.reason, row.comment, row.seconds, row.idle, row.at)
 
 
-def _read_item(row: ItemRow) -> Comparison:
+def _make_comparison(row: ItemRow) -> Comparison:
+    """Convert an item's row to a comparison."""
     content = json.loads(row.content)
     first, second = content["completions"]
     return Comparison(row.prompt, content["prompt"], row.category, (first, second))

@@ -7,12 +7,12 @@ FORMAT = 1
 """Version of the tables."""
 
 
-class Base(DeclarativeBase):
-    """Metadata of all tables."""
+class TableBase(DeclarativeBase):
+    """SQLAlchemy's base class of all tables of a study."""
 
 
-class StudyRow(Base):
-    """The one study of a store."""
+class StudyRow(TableBase):
+    """The one study of a database: its arms, seed, prompts, guidelines, secret and times."""
 
     __tablename__ = "mixpo_study"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -34,8 +34,8 @@ class StudyRow(Base):
     closed: Mapped[str | None]
 
 
-class AnnotatorRow(Base):
-    """A person who judges."""
+class AnnotatorRow(TableBase):
+    """An annotator: name and hash of the link token."""
 
     __tablename__ = "mixpo_annotator"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -44,8 +44,8 @@ class AnnotatorRow(Base):
     """SHA-256 of the link token, empty before one is issued; the token itself is not stored."""
 
 
-class ItemRow(Base):
-    """A prompt with the completions of both arms."""
+class ItemRow(TableBase):
+    """A prompt with the completions of both arms, which every annotator judges once."""
 
     __tablename__ = "mixpo_item"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -56,7 +56,7 @@ class ItemRow(Base):
     """JSON: `prompt`, and `completions` of the first arm and of the second."""
 
 
-class QuestionRow(Base):
+class QuestionRow(TableBase):
     """An item as shown to one annotator: its number in the order, and the sides."""
 
     __tablename__ = "mixpo_question"
@@ -82,7 +82,7 @@ class _AnswerColumns:
     """Nonce of the form that was submitted: each form counts once."""
 
 
-class JudgementRow(_AnswerColumns, Base):
+class JudgementRow(_AnswerColumns, TableBase):
     """The current judgement of a question, one at most."""
 
     __tablename__ = "mixpo_judgement"
@@ -91,7 +91,7 @@ class JudgementRow(_AnswerColumns, Base):
     number: Mapped[int] = mapped_column(primary_key=True)
 
 
-class ReplacedJudgementRow(_AnswerColumns, Base):
+class ReplacedJudgementRow(_AnswerColumns, TableBase):
     """An earlier judgement that the annotator replaced."""
 
     __tablename__ = "mixpo_earlier"
