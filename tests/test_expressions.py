@@ -38,7 +38,7 @@ def test_a_stage_that_offers_something_else_is_refused(field: str, wrong: Stage,
     [(DATA, "found no part 'esay'; expected train or second"), (POLICY, "a stage that has parts")],
 )
 def test_a_part_that_no_stage_has_is_refused(stage: Stage, expected: str) -> None:
-    assert Part(stage=DATA, of="train").path_in(Path("folder")) == Path("folder/train.parquet")
+    assert Part(stage=DATA, of="train").locate_in_folder(Path("folder")) == Path("folder/train.parquet")
     with pytest.raises(pydantic.ValidationError, match=expected):
         DPO(policy=POLICY, reference=POLICY, pairs=Part(stage=stage, of="esay"))
 
@@ -57,4 +57,4 @@ def test_padded_completions_are_packed_as_their_lists_are() -> None:
 
 def test_a_sampler_without_a_policy_says_so() -> None:
     with pytest.raises(RuntimeError, match="call load_policy first"):
-        LocalSampler(cache_tokens=8).draw([[1]], k=1, max_tokens=1, seed=0)
+        LocalSampler(cache_tokens=8).draw_completions([[1]], k=1, max_tokens=1, seed=0)

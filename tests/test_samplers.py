@@ -22,8 +22,8 @@ Draw = Callable[..., SampledCompletions]
 def draw(request: pytest.FixtureRequest) -> Draw:
     def sample(lm: Any, prompts: list[list[int]], **options: Any) -> SampledCompletions:
         sampler = SAMPLERS[request.param]()
-        sampler.load_policy(lm)
-        return sampler.draw(prompts, **options)
+        sampler.use_policy(lm)
+        return sampler.draw_completions(prompts, **options)
 
     return sample
 

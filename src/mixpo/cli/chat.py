@@ -11,7 +11,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Message, RowError
 from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import tokenize_prompt
-from mixpo.models.folders import read_context
+from mixpo.models.folders import read_context_length
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample_completions
 
@@ -20,7 +20,7 @@ def run_chat(folder: Path, *, temperature: float, max_tokens: int) -> None:
     """Read user messages from standard input until it ends, and print the model's completion of each."""
     console = Console()
     lm = load_policy(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    context = read_context(folder)
+    context = read_context_length(folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
     if isinstance(sys.stdin, io.TextIOWrapper):

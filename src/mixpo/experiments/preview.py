@@ -10,16 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, raise_for_bad_rows
-from mixpo.data.sources import (
-    expand_path,
-    guess_format,
-    is_data_file,
-    read_hub_records,
-    read_records,
-)
+from mixpo.data.sources import expand_home, guess_format, is_data_file, read_hub_records, read_records
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.text import escape_invisible
-from mixpo.data.tokens import find_end_token, list_control_tokens, tokenize_row
+from mixpo.data.tokens import find_end_token_id, get_control_token_ids, tokenize_row
 from mixpo.experiments.recipe import Recipe, explain_validation_errors, read_recipe
 from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
@@ -28,14 +22,14 @@ from mixpo.stages.data import (
     compute_data_statistics,
     describe_data_statistics,
     explain_summary_errors,
-    fill_in_world_rows,
-    prepare_splits,
-    read_sources,
+    fill_in_world_row_counts,
+    read_source_rows,
     split_hub_name,
+    split_source_rows,
 )
-from mixpo.stages.pretrained import Pretrained, read_tokenizer
+from mixpo.stages.pretrained import Pretrained, read_pretrained_tokenizer
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 MAX_TOKENIZED_ROWS = 1000
 """Largest number of rows, drawn at random, whose completions are counted in tokens."""
@@ -121,7 +115,7 @@ def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, objec
             dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None
         )
     else:
-        records = read_records(expand_path(source))
+        records = read_records(expand_home(source))
     _, record = next(records, (0, {}))
     return {} if isinstance(record, RowError) else record
 
@@ -131,16 +125,16 @@ def make_preview(recipe: Recipe) -> DataPreview:
 
     Raises `InputError` if no row can be used.
     """
-    settings = fill_in_world_rows(recipe.data)
-    tokenizer = read_tokenizer(recipe.model, settings.special_tokens)
-    rows = read_sources(settings, tokenizer)
+    settings = fill_in_world_row_counts(recipe.data)
+    tokenizer = read_pretrained_tokenizer(recipe.model, settings.special_tokens)
+    rows = read_source_rows(settings, tokenizer)
     if rows.total_count == len(rows.bad):
         raise_for_bad_rows(rows.bad, rows.total_count)
     warnings, pairs = _list_model_problems(recipe), rows.preferences
     split = SplitRows(pairs["train"], pairs["test"], pairs["second"], rows.demonstrations)
     if split.train or split.test:
         try:
-            split = prepare_splits(settings, rows)
+            split = split_source_rows(settings, rows)
         except InputError as error:
             warnings.append(str(error))
     figures = compute_data_statistics(settings, rows, split, tokenizer)
@@ -178,11 +172,11 @@ def make_examples(
 def _tokenize_example(
     kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> TokenizedExample:
-    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), limit=limit)
+    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), max_tokens=limit)
     texts = [TokenizedText("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, before=prompt_tokens)
-        truncated = tokens[-1] != find_end_token(tokenizer)
+        truncated = tokens[-1] != find_end_token_id(tokenizer)
         texts.append(TokenizedText(name, pieces, len(tokens), trained=True, truncated=truncated))
     return TokenizedExample(kind, texts)
 
@@ -191,7 +185,7 @@ def split_into_pieces(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, before: Sequence[int] = ()
 ) -> list[TokenText]:
     """Split tokens into pieces of text: one a token, or one for several tokens that share a character."""
-    control = set(list_control_tokens(tokenizer).values())
+    control = set(get_control_token_ids(tokenizer).values())
     whole, first = [*before, *tokens], len(before)
     pieces, start = [], first
     for end in range(first + 1, len(whole) + 1):
@@ -222,7 +216,7 @@ def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context: list[int], t
 
 def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Describe in two lines the tokens that prompts begin and completions end with."""
-    begin, end, eos = tokenizer.bos_token_id, find_end_token(tokenizer), tokenizer.eos_token_id
+    begin, end, eos = tokenizer.bos_token_id, find_end_token_id(tokenizer), tokenizer.eos_token_id
     begins = any(example.texts[0].pieces[0].text == _format_token(tokenizer, begin) for example in examples)
     named = "the tokenizer has no BOS" if begin is None else f"BOS is {_format_token(tokenizer, begin)} ({begin})"
     lines = [f"{named}; prompts begin {'with it' if begins else 'without one'}"]
@@ -261,11 +255,13 @@ def _format_counts_by_part(counts: dict[str, int]) -> str:
 
 def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Count completions that would be truncated, and pairs whose completions are identical after that."""
-    end = find_end_token(tokenizer)
+    end = find_end_token_id(tokenizer)
     lines = {}
     if pairs := draw_subset(split.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens
-        completions = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], limit=limit)[1] for row in pairs]
+        completions = [
+            tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], max_tokens=limit)[1] for row in pairs
+        ]
         truncated = sum(tokens[-1] != end for pair in completions for tokens in pair)
         lines["truncated"] = (
             f"{truncated:,} of {2 * len(pairs):,} completions are longer than max_completion_tokens {limit}"
@@ -274,7 +270,9 @@ def _count_truncated(recipe: Recipe, split: SplitRows, tokenizer: PreTrainedToke
         lines["identical after truncation"] = f"{identical:,} of {len(pairs):,} pairs"
     if demonstrations := draw_subset(split.demonstrations, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.sft.max_completion_tokens
-        tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], limit=limit)[1][0] for row in demonstrations]
+        tokens = [
+            tokenize_row(tokenizer, row.prompt, [row.completion], max_tokens=limit)[1][0] for row in demonstrations
+        ]
         truncated = sum(completion[-1] != end for completion in tokens)
         lines["truncated demonstrations"] = (
             f"{truncated:,} of {len(demonstrations):,} are longer than max_completion_tokens {limit}"
@@ -287,7 +285,7 @@ def describe_training_data(recipe: Recipe, data: Path, model: Path) -> list[str]
     tokenizer = load_tokenizer(model)
     row = read_table(data / "train.parquet", ["prompt", "chosen", "rejected"])[0]
     example = make_examples(recipe, [Preference(**row)], [], tokenizer)[0]
-    figures = read_summary(data)
+    figures = read_stage_summary(data)
     with explain_summary_errors():
         counts = (
             f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "

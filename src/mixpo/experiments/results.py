@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from mixpo.data.errors import InputError
 from mixpo.experiments.run import ArmResult, GradientsResult, check_run_format
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 MEASURES = {"score": "reward", "true_reward": "true r*", "second_score": "second reward"}
 """Measures of a completion: column of an evaluation, and name in the report."""
@@ -62,7 +62,7 @@ class StageFolder:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Content of its `summary.json`."""
-        return read_summary(self.folder)
+        return read_stage_summary(self.folder)
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _require_same_prompts(runs: Sequence[Run]) -> None:
 def read_evaluation(arm: ArmResult) -> dict[str, Any]:
     """Read the summary of a finished arm's evaluation."""
     assert arm.evaluation is not None
-    return read_summary(Path(arm.evaluation))
+    return read_stage_summary(Path(arm.evaluation))
 
 
 def read_completions(arm: ArmResult) -> list[dict[str, Any]]:

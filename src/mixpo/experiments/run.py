@@ -30,8 +30,8 @@ from mixpo.experiments.workers import Failure, StageDisplay, open_executor
 from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
-from mixpo.stages.stage_cache import StageCache, read_summary, sort_topologically
-from mixpo.training.job import model_folder
+from mixpo.stages.stage_cache import StageCache, read_stage_summary, sort_topologically
+from mixpo.training.job import locate_model_folder
 from mixpo.training.record import write_json
 
 FORMAT = 3
@@ -134,21 +134,26 @@ def _compute_stages(
     for stage in stages:
         stage_cache.is_done(stage)  # raises on a damaged folder before the first stage is computed
     index = {stage: n for n, stage in enumerate(stages)}
-    order = TopologicalSorter({n: [index[source] for source in stage.inputs().values()] for stage, n in index.items()})
+    order = TopologicalSorter(
+        {n: [index[source] for source in stage.get_input_stages().values()] for stage, n in index.items()}
+    )
     order.prepare()
     computed, failures = 0, dict[Stage, Failure]()
     ready: list[int] = []
 
     def finish_stage(stage: Stage, *, cached: bool = False) -> None:
         if isinstance(stage, Data) and stage not in failures:
-            folder = stage_cache.folder(stage)
+            folder = stage_cache.locate_folder(stage)
             facts = (
-                describe_data_statistics(read_summary(folder)) if cached else []
+                describe_data_statistics(read_stage_summary(folder)) if cached else []
             )  # a computed stage has shown its own
-            for line in [*facts, *describe_training_data(recipe, folder, model_folder(stage_cache.folder(stage.base)))]:
+            for line in [
+                *facts,
+                *describe_training_data(recipe, folder, locate_model_folder(stage_cache.locate_folder(stage.base))),
+            ]:
                 display.on_message(line)
         if isinstance(stage, Pretrained) and stage not in failures:
-            check_context_length(stage, model_folder(stage_cache.folder(stage)), arms_by_stage)
+            check_context_length(stage, locate_model_folder(stage_cache.locate_folder(stage)), arms_by_stage)
         order.done(index[stage])
 
     with open_executor(stage_cache) as executor:
@@ -156,13 +161,13 @@ def _compute_stages(
             ready = sorted([*ready, *order.get_ready()])
             if ready and executor.has_capacity:
                 stage = stages[ready.pop(0)]
-                failed_inputs = [source for source in stage.inputs().values() if source in failures]
+                failed_inputs = [source for source in stage.get_input_stages().values() if source in failures]
                 if failed_inputs:
                     failures[stage] = failures[failed_inputs[0]]
                 if failed_inputs or stage_cache.is_done(stage):
                     finish_stage(stage, cached=not failed_inputs)
                 else:
-                    kind, identity = type(stage).__name__, stage_cache.identity(stage)
+                    kind, identity = type(stage).__name__, stage_cache.compute_identity(stage)
                     executor.start(stage, display.start_stage(kind, identity, arms_by_stage[stage]))
             else:
                 stage, stage_display, outcome = executor.wait_for_outcome()
@@ -185,7 +190,7 @@ def run_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], display: 
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     names = {source: [type(stage).__name__] for source in sort_topologically(stage)}
     _, failures = _compute_stages(recipe, names, stage_cache, display)
-    return failures.get(stage, stage_cache.folder(stage))
+    return failures.get(stage, stage_cache.locate_folder(stage))
 
 
 def _list_arms_by_stage(runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:
@@ -205,11 +210,11 @@ def _build_arm_result(
     run: ArmRun, stage_cache: StageCache, failures: Mapping[Stage, Failure], models: Path
 ) -> ArmResult:
     keys = {
-        stage: f"{type(stage).__name__}-{stage_cache.identity(stage)}"
+        stage: f"{type(stage).__name__}-{stage_cache.compute_identity(stage)}"
         for stage in sort_topologically(run.evaluation)
         if stage not in failures
     }
-    inputs = run.evaluation.inputs()
+    inputs = run.evaluation.get_input_stages()
     own = [inputs["policy"]]
     if run.evaluation.best_of > 1:
         own.append(inputs.get("chooser", inputs["reward"]))
@@ -218,7 +223,7 @@ def _build_arm_result(
         run.seed,
         "done",
         changes=run.changes,
-        stages={key: str(stage_cache.folder(stage)) for stage, key in keys.items()},
+        stages={key: str(stage_cache.locate_folder(stage)) for stage, key in keys.items()},
         needs=list(dict.fromkeys(keys[stage] for root in own for stage in sort_topologically(root) if stage in keys)),
         reward_models={
             name: keys[inputs[name]] for name in ("reward", "second", "chooser") if inputs.get(name) in keys
@@ -231,14 +236,14 @@ def _build_arm_result(
     model = None
     if run.evaluation.best_of == 1 and isinstance(run.evaluation.policy, Stage):
         link = models / _format_link_name(run)
-        link.symlink_to(model_folder(stage_cache.folder(run.evaluation.policy)), target_is_directory=True)
+        link.symlink_to(locate_model_folder(stage_cache.locate_folder(run.evaluation.policy)), target_is_directory=True)
         model = str(link)
     return replace(
         result,
         reason=f"along its training: {trace_failures[0]}" if trace_failures else None,
         model=model,
-        evaluation=str(stage_cache.folder(run.evaluation)),
-        trace=[str(stage_cache.folder(stage)) for stage in run.trace] if not trace_failures else [],
+        evaluation=str(stage_cache.locate_folder(run.evaluation)),
+        trace=[str(stage_cache.locate_folder(stage)) for stage in run.trace] if not trace_failures else [],
     )
 
 
@@ -246,7 +251,7 @@ def _build_gradients_result(
     run: GradientsRun, stage_cache: StageCache, failures: Mapping[Stage, Failure]
 ) -> GradientsResult:
     failure = failures.get(run.stage)
-    folder = None if failure else str(stage_cache.folder(run.stage))
+    folder = None if failure else str(stage_cache.locate_folder(run.stage))
     return GradientsResult(run.arm, run.part, run.seed, folder, failure.reason if failure else None)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixpo.algorithms.win_rates import win_tie_lose
+from mixpo.algorithms.win_rates import win_tie_loss_rates
 from mixpo.experiments.results import MEASURES, Results, list_first
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
@@ -196,7 +196,7 @@ def _format_win_tie_lose(results: Results, name: str, rival: str) -> str:
     if not seeds:
         return ""
     one, other = (results.values(arm, "score", seeds).ravel() for arm in (name, rival))
-    shares = "/".join(f"{share:.0%}" for share in win_tie_lose(one, other))
+    shares = "/".join(f"{share:.0%}" for share in win_tie_loss_rates(one, other))
     return shares + note_missing_seeds(results, len(seeds), name, rival)
 
 

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval
+from mixpo.algorithms.intervals import (
+    Interval,
+    compute_crossed_mean_interval,
+    estimate_crossed_mean,
+    wilson_interval_over_seeds,
+)
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import MEASURES, SHARES, Results
 from mixpo.report import figures
@@ -72,8 +77,8 @@ def estimate_mean(results: Results, name: str, key: str) -> Interval:
     """An arm's mean of a column, or its share, with its 95% interval over prompts and seeds."""
     values = results.values(name, key)
     if key in SHARES:
-        return share_interval(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
-    return crossed_interval(values)
+        return wilson_interval_over_seeds(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
+    return compute_crossed_mean_interval(values)
 
 
 def find_sibling(results: Results, name: str, arm: str) -> str:
@@ -104,7 +109,7 @@ def compute_differences(results: Results, pairs: Sequence[Pair], key: str) -> di
 
 def estimate_differences(paired: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]) -> list[Difference]:
     """Differences of two arms from their paired values, each p corrected for the number of them."""
-    estimates = [(one, other, len(values), *crossed_estimate(values)) for one, other, values in paired]
+    estimates = [(one, other, len(values), *estimate_crossed_mean(values)) for one, other, values in paired]
     corrected = correct_by_holm([p for *_, p in estimates])
     return [Difference(*estimate[:4], p) for estimate, p in zip(estimates, corrected, strict=True)]
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.algorithms.calibration import bin_calibration, calibration_error
-from mixpo.algorithms.intervals import Interval, share_interval
+from mixpo.algorithms.intervals import Interval, wilson_interval_over_seeds
 from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
@@ -96,7 +96,9 @@ def pool_accuracy_by_gap(by_gap: Sequence[Sequence[Mapping[str, Any]]]) -> list[
         right = [one["count"] * one["interval"]["mean"] if one["interval"] else 0.0 for one in bins]
         low, high = bins[0]["low"], bins[0]["high"]
         label = f"≥{low:g}" if high is None else f"{low:g}–{high:g}"
-        pooled.append(figures.BinShare(label, sum(counts), share_interval(right, counts) if any(counts) else None))
+        pooled.append(
+            figures.BinShare(label, sum(counts), wilson_interval_over_seeds(right, counts) if any(counts) else None)
+        )
     return pooled
 
 
@@ -108,13 +110,13 @@ def pool_calibration(margins: Sequence[Float64[np.ndarray, " pairs"]]) -> list[f
         if any(counts):
             predicted = sum(one.count * (one.predicted or 0.0) for one in bins) / sum(counts)
             right = [one.count * (one.observed or 0.0) for one in bins]
-            pooled.append((predicted, share_interval(right, counts), sum(counts)))
+            pooled.append((predicted, wilson_interval_over_seeds(right, counts), sum(counts)))
     return pooled
 
 
 def _write_opening(results: Results, stages: list[StageFolder], test: Sequence[Float64[np.ndarray, " pairs"]]) -> str:
     under = float(np.mean([np.abs(one) < 1 for one in test]))
-    interval = share_interval([float((one > 0).sum()) for one in test], [one.size for one in test])
+    interval = wilson_interval_over_seeds([float((one > 0).sum()) for one in test], [one.size for one in test])
     sample = f"over pairs and {len(test)} seeds" if len(test) > 1 else "over pairs at one seed"
     model = f"The reward model{f' of {stages[0].run.name}' if len(results.runs) > 1 else ''}"
     verdict = "not significantly different from chance"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixpo.algorithms.intervals import wilson_interval
-from mixpo.data.rows import as_messages
+from mixpo.data.rows import convert_to_messages
 from mixpo.data.world import true_reward
 from mixpo.experiments.results import Results, StageFolder, stages_by_seed
 from mixpo.report import figures
@@ -85,7 +85,7 @@ def _true_rewards(row: dict[str, Any]) -> list[float]:
 
 
 def _get_last_message(row: dict[str, Any]) -> str:
-    return str(as_messages(row["prompt"])[-1]["content"])
+    return str(convert_to_messages(row["prompt"])[-1]["content"])
 
 
 def _format_right_share(rows: list[dict[str, Any]]) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, compute_crossed_mean_interval
 from mixpo.experiments.results import Results, read_columns, read_stage_metrics
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Trace:
 
     def estimate_mean(self, key: str, point: int) -> Interval:
         """The mean of a column at a point."""
-        return crossed_interval(self.values(key, point))
+        return compute_crossed_mean_interval(self.values(key, point))
 
     def list_points(self, key: str) -> list[figures.Point]:
         """KL from SFT and the mean of a column at every point."""
@@ -57,7 +57,7 @@ class Trace:
         for one in self.results:
             ppo = Path([place for key, place in one.stages.items() if key.startswith("PPO-")][-1])
             counts = [row["completions"] for row in read_stage_metrics(ppo)]
-            steps = [0, *read_summary(ppo)["snapshots"], len(counts)]
+            steps = [0, *read_stage_summary(ppo)["snapshots"], len(counts)]
             by_seed.append([float(sum(counts[:step])) for step in steps])
         return np.asarray(np.mean(by_seed, axis=0))
 
