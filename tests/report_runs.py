@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixpo.data.world import make_world
+from mixpo.data.world import generate_world_rows
 from mixpo.experiments.results import Results, load_runs
 from mixpo.experiments.run import FORMAT
 from mixpo.report.document import Section, Table
@@ -269,7 +269,7 @@ def metrics(place: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def pairs_of(gaps: Sequence[float]) -> list[dict[str, Any]]:
     """Scored pairs with these gaps and texts of the world, as Selection writes them; gap 0 is of one text twice."""
-    made = make_world(demonstrations=0, train=len(gaps), test=0, seed=len(gaps)).train
+    made = generate_world_rows(demonstration_count=0, train_count=len(gaps), test_count=0, seed=len(gaps)).train
     rows = []
     for gap, (prompt, chosen, rejected) in zip(gaps, made, strict=True):
         texts = [chosen, rejected if gap else chosen]

@@ -94,7 +94,7 @@ def loss_of_trl(trainer):
 
 
 def batch_of(tokenizer, pairs, sides):
-    tokens = [tokenize_row(tokenizer, pair["prompt"], [pair[side] for side in sides], limit=64) for pair in pairs]
+    tokens = [tokenize_row(tokenizer, pair["prompt"], [pair[side] for side in sides], max_tokens=64) for pair in pairs]
     prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
     return pack_branches(prompts, completions)
 

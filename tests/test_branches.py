@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.data.branches import BranchBatch, pack_branches, pack_prompts, row_lengths, split_into_microbatches
+from mixpo.data.branches import (
+    BranchBatch,
+    count_tokens_per_prompt,
+    pack_branches,
+    pack_prompts,
+    split_into_microbatches,
+)
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
 from mixpo.models.adapters import LoraSettings, add_lora
@@ -165,7 +171,7 @@ def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
 @settings(max_examples=50, deadline=None)
 def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
     for padded in (False, True):
-        parts = list(split_into_microbatches(lengths, budget, padded=padded))
+        parts = list(split_into_microbatches(lengths, budget, count_padding=padded))
         assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
         for part in parts:
             sizes = [lengths[row] for row in part]
@@ -183,9 +189,9 @@ def test_pack_refuses_empty_prompts_and_completions(prompts: list, completions: 
 
 
 def test_row_lengths_are_of_prompts_with_their_completions() -> None:
-    assert row_lengths([[1, 2], [3]], [[[4], [5, 6]], [[7]]]) == [5, 2]
+    assert count_tokens_per_prompt([[1, 2], [3]], [[[4], [5, 6]], [[7]]]) == [5, 2]
     with pytest.raises(ValueError, match="zip"):
-        row_lengths([[1, 2], [3]], [[[4], [5, 6]]])
+        count_tokens_per_prompt([[1, 2], [3]], [[[4], [5, 6]]])
 
 
 @pytest.mark.usefixtures("attention")
@@ -196,16 +202,16 @@ def test_kept_logprobs_equal_plain_forward_passes(
 ) -> None:
     lm, dropped = tiny(name), list[int]()
     lm.shares_prompts = shares_prompts
-    original = sampling._PreallocatedLayer.select_rows
+    original = sampling._PreallocatedCacheLayer.select_cache_rows
 
-    def select_rows(layer: sampling._PreallocatedLayer, rows: torch.Tensor) -> None:
+    def select_rows(layer: sampling._PreallocatedCacheLayer, rows: torch.Tensor) -> None:
         dropped.append(len(layer.keys) - len(rows))
         original(layer, rows)
 
     def draw() -> list[Row]:
         return rows_of_sample(sample_completions(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
 
-    monkeypatch.setattr(sampling._PreallocatedLayer, "select_rows", select_rows)
+    monkeypatch.setattr(sampling._PreallocatedCacheLayer, "select_cache_rows", select_rows)
     lm.end_tokens = frozenset()
     token_counts = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
     assert not dropped
@@ -295,7 +301,7 @@ def test_states_of_prompts_equal_plain_forward_passes(share_row: bool) -> None:
         for row, prompt in enumerate(PROMPTS):
             expected = lm.model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
             torch.testing.assert_close(actual[batch.token_index[row, : len(prompt)]], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(actual[batch.last_index[row]], expected[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[batch.last_token_index[row]], expected[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from mixpo.cli import main as cli
 from mixpo.data.branches import Completions
-from mixpo.data.world import build_tokenizer
+from mixpo.data.world import build_world_tokenizer
 from mixpo.models.loading import load_policy
 from mixpo.models.sources import initialize_world_model
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def chat(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Chat:
     """Return a function that sends lines to a model which completes with `answer`: its output, errors, prompts."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
 
     def run(lines: bytes, *words: str, answer: str = "Yes.", code: int = 0) -> tuple[str, str, list[str]]:
         prompts: list[str] = []
@@ -87,7 +87,7 @@ def test_nothing_in_a_completion_reaches_the_terminal_raw(chat: Chat) -> None:
 
 def test_the_text_of_a_completion_is_without_whichever_end_token_it_has(folder: Path) -> None:
     file = folder / "generation_config.json"
-    settings, tokenizer = json.loads(file.read_text()), build_tokenizer()
+    settings, tokenizer = json.loads(file.read_text()), build_world_tokenizer()
     (other,) = tokenizer.encode("?")
     file.write_text(json.dumps(settings | {"eos_token_id": [tokenizer.eos_token_id, other]}))
     lm = load_policy(folder, device=torch.device("cpu"))

@@ -42,13 +42,10 @@ def test_every_kind_of_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "tensor": "a key like ours",
         "items": {"items": 1, "json": [[]]},
     }
-    Checkpoint(Job(tmp_path, RUNTIME), {"part": State(state)}).write(5, {"errors": [0.1], "tensor": 1})
+    Checkpoint(Job(tmp_path, RUNTIME), {"part": State(state)}).write_checkpoint(5, {"errors": [0.1], "tensor": 1})
     torch.rand(3)
     back = State({})
-    assert Checkpoint(Job(tmp_path, RUNTIME), {"part": back}).resume() == (
-        5,
-        {"errors": [0.1], "tensor": 1},
-    )
+    assert Checkpoint(Job(tmp_path, RUNTIME), {"part": back}).restore_states() == (5, {"errors": [0.1], "tensor": 1})
     assert back.state.keys() == state.keys()
     assert back.state["state"].keys() == {0, 12}
     assert back.state["groups"] == state["groups"]
@@ -84,19 +81,19 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
     model, optimizer, checkpoint = made()
     steps(model, optimizer, 3)
-    checkpoint.write_if_due(3, {})
+    checkpoint.write_checkpoint_if_due(3, {})
     steps(model, optimizer, 3)
     again, other, checkpoint = made()
-    assert checkpoint.resume() == (3, {})
+    assert checkpoint.restore_states() == (3, {})
     steps(again, other, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    job.finish()
-    assert checkpoint.resume() == (0, {})
+    job.finish_stage()
+    assert checkpoint.restore_states() == (0, {})
 
 
 def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     checkpoint = Checkpoint(Job(tmp_path, RUNTIME), {"part": State({"x": torch.ones(2)})})
-    checkpoint.write(1, {})
+    checkpoint.write_checkpoint(1, {})
     good = load_file(tmp_path / CHECKPOINT)
     content = json.loads(bytes(good["json"].tolist()))
 
@@ -122,6 +119,6 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> Non
         else:
             save_file(one, tmp_path / CHECKPOINT)
         with pytest.raises(InputError, match=r"checkpoint\.safetensors: found no checkpoint of this stage \(") as error:
-            checkpoint.resume()
+            checkpoint.restore_states()
         assert "\n" not in str(error.value)
         assert str(error.value).endswith("expected ['part'] in format 2; delete it to start the stage again")

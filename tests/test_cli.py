@@ -237,7 +237,7 @@ def test_a_cache_that_cannot_be_written(working_folder: Path, read_error: ReadEr
 def test_a_damaged_cache_is_one_line(working_folder: Path, read_error: ReadError) -> None:
     """A file where the stage's folder, that of all locks, or its lock is to be; nothing of it is lost."""
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
-    folder, locks = stage_cache.folder(Pretrained()), working_folder / "cache" / "locks"
+    folder, locks = stage_cache.locate_folder(Pretrained()), working_folder / "cache" / "locks"
     for file in (locks, folder):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
@@ -257,7 +257,7 @@ def test_a_damaged_summary_is_told_before_anything_computes(
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     recipe = read_recipe("world", ["cache=cache"])
     last = list_arm_runs(recipe)[-1].evaluation
-    summary = stage_cache.folder(last) / SUMMARY
+    summary = stage_cache.locate_folder(last) / SUMMARY
     summary.parent.mkdir(parents=True)
     write_json(summary.parent / SETTINGS, last.model_dump(mode="json"))
     if content is None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralCon
 
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.record import Cost, count_weights
+from mixpo.training.record import Cost, count_multiplied_weights
 from models import END, tiny
 
 IDS = torch.tensor([[3, 9, 4, 11, 7, 8, 9, 10, 60, 61]])
@@ -49,34 +49,34 @@ def build(name: str, *, lora: bool) -> LanguageModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     lm, cost = build(name, lora=lora), Cost()
-    cost.count_scored(lm.model, IDS.numel())
+    cost.count_scored_tokens(lm.model, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=False)
     cost = Cost()
-    cost.count_trained(lm.model, IDS.numel())
+    cost.count_trained_tokens(lm.model, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=True)
-    counts = cost.counts()
+    counts = cost.get_counts()
     assert [counts[f"tokens_{kind}"] for kind in ("sampled", "trained", "scored")] == [0, IDS.numel(), 0]
 
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
     whole, adapted = Cost(), Cost()
-    whole.count_trained(build("llama", lora=False).model, 10)
-    adapted.count_trained(build("llama", lora=True).model, 10)
-    trained, frozen = count_weights(build("llama", lora=True).model)
+    whole.count_trained_tokens(build("llama", lora=False).model, 10)
+    adapted.count_trained_tokens(build("llama", lora=True).model, 10)
+    trained, frozen = count_multiplied_weights(build("llama", lora=True).model)
     assert 0 < trained < frozen
     assert adapted.flops == pytest.approx(whole.flops * 2 / 3 + 60.0 * trained)
 
 
 def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
-    cost.count_sampled(lm.model, 4, 6)
+    cost.count_sampled_tokens(lm.model, 4, 6)
     assert (cost.tokens_sampled, cost.flops) == (4, count_flops(lm.model, backward=False))
 
 
 def test_peak_memory_is_the_gpus_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("is_available", True), ("is_initialized", True), ("max_memory_allocated", 7 << 19)):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
-    assert Cost().summary()["peak_memory_mib"] == 3.5
+    assert Cost().summarize()["peak_memory_mib"] == 3.5
 
 
 def test_of_experts_those_count_that_a_token_visits() -> None:
@@ -94,7 +94,7 @@ def test_of_experts_those_count_that_a_token_visits() -> None:
             num_experts_per_tok=2,
         )
     )
-    trained, frozen = count_weights(model)
+    trained, frozen = count_multiplied_weights(model)
     gates = layers * 8 * width
     without_gates = layers * (4 * width**2 + 2 * 3 * width * inner) + vocabulary * width
     assert trained in (without_gates, without_gates + gates), (

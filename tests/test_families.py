@@ -12,8 +12,8 @@ from families import FAMILIES, family_tokenizer, make_family
 from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection, StageCache
 from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import find_end_token
-from mixpo.experiments.preview import make_data_preview, read_recipe_or_source
+from mixpo.data.tokens import find_end_token_id
+from mixpo.experiments.preview import make_preview, read_recipe_or_source
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.rows import read_table
@@ -121,7 +121,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     model = family_folder(folders, name)
     files = [str(write_rows_of(name, tmp_path / f"{part}.jsonl", first, 8)) for part, first in (("a", 0), ("b", 8))]
 
-    shown = make_data_preview(read_recipe_or_source(files[0], model=str(model)))
+    shown = make_preview(read_recipe_or_source(files[0], model=str(model)))
     chosen = next(side for side in shown.examples[0].texts if side.name == "chosen")
     assert "The world is round. 0" in chosen.text
     assert chosen.pieces[-1].control
@@ -138,17 +138,17 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     mpo = PPO(policy=dpo, reference=dpo, sft=sft, reward=reward, prompts=selection.hard, learning_rate=1e-4, **short)
     evaluation = Evaluation(policy=mpo, sft=sft, reward=reward, data=data, max_completion_tokens=16)
     stage_cache = StageCache(tmp_path / "cache", Runtime(threads=1))
-    stage_cache.build(evaluation)
+    stage_cache.compute_with_inputs(evaluation)
 
-    first = json.loads((stage_cache.folder(mpo) / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((stage_cache.locate_folder(mpo) / "metrics.jsonl").read_text().splitlines()[0])
     assert first["kl_abs_per_token"] < 1e-4, "the policy starts as its own reference"
     tokenizer = AutoTokenizer.from_pretrained(model)
     known = set(tokenizer.get_vocab().values())
-    rows = read_table(stage_cache.folder(samples) / "pairs.parquet")
+    rows = read_table(stage_cache.locate_folder(samples) / "pairs.parquet")
     assert {token for row in rows for side in row["tokens"] for token in side} <= known
-    policy = AutoModelForCausalLM.from_pretrained(stage_cache.folder(sft) / "model", attn_implementation="eager")
+    policy = AutoModelForCausalLM.from_pretrained(stage_cache.locate_folder(sft) / "model", attn_implementation="eager")
     ended = policy.generation_config.eos_token_id
-    assert find_end_token(tokenizer) in (ended if isinstance(ended, list) else [ended])
+    assert find_end_token_id(tokenizer) in (ended if isinstance(ended, list) else [ended])
     prompt = (
         tokenizer(rows[0]["prompt"])["input_ids"]
         if isinstance(rows[0]["prompt"], str)
@@ -159,7 +159,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     torch.testing.assert_close(token_logprobs, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)
     if name not in WITHOUT_CLASSIFIER:
         classifier = AutoModelForSequenceClassification.from_pretrained(
-            stage_cache.folder(reward) / "model", attn_implementation="eager"
+            stage_cache.locate_folder(reward) / "model", attn_implementation="eager"
         )
         with torch.no_grad():
             score = float(classifier(input_ids=torch.tensor([prompt + rows[0]["tokens"][0]])).logits)

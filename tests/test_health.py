@@ -2,14 +2,14 @@
 
 import pytest
 
-from mixpo.stages.ppo_settings import PPOSettings, suggest_against_alarms, suggest_ppo_remedies
+from mixpo.stages.ppo_settings import PPOSettings, suggest_ppo_remedies, suggest_remedies_by_metric
 from mixpo.training.health import (
     compute_mean_of_last_steps,
     find_loss_alarms,
     find_policy_alarms,
     find_reward_model_alarms,
 )
-from mixpo.training.step import OptimizerSettings, suggest_remedies
+from mixpo.training.step import OptimizerSettings, suggest_divergence_remedies
 
 HEALTHY = {"end_rate": 0.97, "distinct": 0.9, "entropy": 1.0, "score_std": 1.2, "completion_tokens": 30.0}
 
@@ -91,7 +91,7 @@ def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: f
 )
 def test_ppo_advises_what_acts_on_its_anchor(settings: dict[str, float], anchor: str) -> None:
     """kl_target and kl_budget change kl_coef themselves."""
-    suggestions = suggest_against_alarms(PPOSettings(**settings, missing_end_penalty=2.0))
+    suggestions = suggest_remedies_by_metric(PPOSettings(**settings, missing_end_penalty=2.0))
     assert suggestions.keys() == {*HEALTHY}
     assert all(suggestions[name].startswith(anchor) for name in suggestions.keys() - {"end_rate"})
     assert suggestions["end_rate"] == "a higher max_completion_tokens (now 512) or missing_end_penalty (now 2)"
@@ -129,7 +129,7 @@ def test_ppo_advises_what_can_help_against_a_divergence(step: int, settings: dic
 )
 def test_a_divergence_is_met_by_what_can_act(step: int, warmup: int, precision: str, expected: list[str]) -> None:
     settings = OptimizerSettings(learning_rate=1e-3, warmup_steps=warmup, precision=precision)
-    assert suggest_remedies(step, total=100, settings=settings) == expected
+    assert suggest_divergence_remedies(step, total_steps=100, settings=settings) == expected
 
 
 def test_mean_of_last_is_over_the_last_tenth() -> None:

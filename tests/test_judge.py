@@ -37,7 +37,7 @@ from judge_server import (
 )
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.multiple_testing import correct_by_holm
-from mixpo.algorithms.win_rates import win_minus_lose
+from mixpo.algorithms.win_rates import win_minus_loss_rate
 from mixpo.cli import judge as judge_command
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
@@ -961,7 +961,7 @@ def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
     many = compute_verdict_shares(_make_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
     assert many is not None
     assert many.p == pytest.approx(binomtest(15, 17).pvalue)
-    assert many.difference == win_minus_lose(15, 3, 2)
+    assert many.difference == win_minus_loss_rate(15, 3, 2)
 
 
 def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict() -> None:

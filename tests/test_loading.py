@@ -27,7 +27,7 @@ from mixpo.models.folders import ModelFolder, read_end_tokens, read_policy_folde
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages import pretrained
-from mixpo.training.job import model_folder
+from mixpo.training.job import locate_model_folder
 
 CPU = torch.device("cpu")
 Damage = Callable[[Path], Any]
@@ -373,7 +373,7 @@ def test_a_lack_of_memory_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loading, "compute_plain_outputs", fail)
+    monkeypatch.setattr(loading, "compute_reference_outputs", fail)
     with pytest.raises(type(error)) as raised:
         load_policy(good, device=CPU)
     assert raised.value is error
@@ -402,7 +402,7 @@ def test_what_is_read_of_a_folder_may_be_changed_by_who_reads_it(good: Path, mon
 
     monkeypatch.setattr(pretrained, "load_weights", change)
     for _ in range(2):
-        Pretrained(path=str(good), dtype="bfloat16")._load_source(good)
+        Pretrained(path=str(good), dtype="bfloat16")._load_source_model(good)
     assert widths == [32, 32]
 
 
@@ -532,10 +532,10 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
 def test_a_recipe_may_choose_the_type(good: Path, tmp_path: Path, asked: str) -> None:
-    folder = StageCache(tmp_path, Runtime(threads=1)).build(Pretrained(path=str(good), dtype=asked))
-    assert tensor_types(model_folder(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
+    folder = StageCache(tmp_path, Runtime(threads=1)).compute_with_inputs(Pretrained(path=str(good), dtype=asked))
+    assert tensor_types(locate_model_folder(folder)) == {torch.bfloat16 if asked == "bfloat16" else torch.float32}
     plain = Pretrained(path=str(good))
-    assert (StageCache(tmp_path, Runtime(threads=1)).folder(plain) == folder) == (asked == "auto")
+    assert (StageCache(tmp_path, Runtime(threads=1)).locate_folder(plain) == folder) == (asked == "auto")
 
 
 def test_a_saved_bfloat16_reward_model_gives_its_scores_to_rounding(folder: Path, tmp_path: Path) -> None:

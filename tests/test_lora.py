@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from mixpo.data.branches import pack_branches
 from mixpo.models import adapters
-from mixpo.models.adapters import LoraSettings, add_lora, freeze
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import initialize_reward_model, load_policy
 from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
 from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
-from mixpo.training.job import CHECKPOINT, Job, model_folder
+from mixpo.training.job import CHECKPOINT, Job, locate_model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.runtime import Runtime
 from models import ARCHITECTURES
@@ -44,7 +44,7 @@ def in_bfloat16(name: str, *, adapted: bool) -> LanguageModel:
     lm = tiny_model(name)
     lm.precision = "bfloat16"
     if not adapted:
-        return freeze(lm)
+        return freeze_model(lm)
     add_lora(lm, LoraSettings(rank=2))
     randomize_trained_weights(lm)
     assert all(parameter.requires_grad == ("lora_" in key) for key, parameter in lm.model.named_parameters())
@@ -85,16 +85,19 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
-    policy, batch = model_folder(tiny.stage_cache.build(tiny.policy)), pack_branches(PROMPTS, COMPLETIONS)
+    policy, batch = (
+        locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.policy)),
+        pack_branches(PROMPTS, COMPLETIONS),
+    )
     wide, narrow = (initialize_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
-    freeze(narrow)
+    freeze_model(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
     with torch.no_grad():
         assert torch.equal(narrow(batch, "scores"), wide(batch, "scores"))
 
 
 def test_in_float32_nothing_is_narrowed() -> None:
-    lm = freeze(tiny_model("llama"))
+    lm = freeze_model(tiny_model("llama"))
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in lm.parameters())
 
@@ -105,7 +108,7 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     tiny: TinyWorld, tmp_path: Path, kind: str, precision: Any
 ) -> None:
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
-    source = model_folder(tiny.stage_cache.build(tiny.policy))
+    source = locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.policy))
     if kind == "policy":
         lm = load_policy(source, device=CPU, precision=precision)
     else:
@@ -167,8 +170,8 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: list[Any], kind: str, precision: str
 ) -> None:
     stage = stage_of(tiny, kind, precision)
-    folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
-    monkeypatch.setattr(Job, "finish", lambda self, **figures: None)
+    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
+    monkeypatch.setattr(Job, "finish_stage", lambda self, **figures: None)
     stage.compute(stage.locate_inputs(folders), Job(tmp_path, Runtime(threads=1, checkpoint_minutes=0)))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:
@@ -187,7 +190,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     saved_names = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
     assert saved_names == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
     start, end = (
-        load_file(model_folder(folder) / "model.safetensors")
+        load_file(locate_model_folder(folder) / "model.safetensors")
         for folder in (folders["base" if kind == "sft" else "policy"], tmp_path)
     )
     moved = [name for name in start if not torch.equal(start[name], end[name])]

@@ -12,7 +12,7 @@ from rich.console import Console
 from command_line import run_mixpo
 from mixpo.cli.data import print_data_preview
 from mixpo.data.errors import InputError
-from mixpo.data.world import build_tokenizer
+from mixpo.data.world import build_world_tokenizer
 from mixpo.experiments.preview import make_data_preview, read_recipe_or_source, shorten_pieces, split_into_pieces
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.run import compute_stage
@@ -41,7 +41,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_preview_shows_what_is_trained_on_and_what_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
 
     def bracketed(text: str) -> str:
         tokens = [token.replace("Ġ", " ") for token in tokenizer.tokenize(text)]
@@ -142,7 +142,7 @@ def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["Größe 日本語 👩‍💻!", " leading", "a\n\nb\tc", "<|end|> as text"])
 def test_pieces_are_the_text_and_every_token_is_in_one(text: str) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
     tokens = tokenizer(text, split_special_tokens=True)["input_ids"]
     pieces = split_into_pieces(tokenizer, tokens, preceding_ids=tokenizer.encode("before"))
     assert "".join(piece.text for piece in pieces) == text
@@ -166,7 +166,7 @@ def test_the_space_before_a_word_is_kept_by_tokenizers_whose_decoder_strips_it()
 
 
 def test_the_middle_of_a_long_side_is_left_out() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
     pieces = split_into_pieces(tokenizer, tokenizer.encode("word " * 100))
     shown = list(shorten_pieces(pieces, 30))
     assert shown == [*pieces[:20], len(pieces) - 30, *pieces[-10:]]
@@ -174,7 +174,7 @@ def test_the_middle_of_a_long_side_is_left_out() -> None:
 
 
 def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
-    tokenizer = copy.deepcopy(build_tokenizer())
+    tokenizer = copy.deepcopy(build_world_tokenizer())
     tokenizer.bos_token = "<|user|>"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')

@@ -79,7 +79,7 @@ def test_a_pickle_that_is_planted_in_a_cache_is_not_run(cache: Path, tmp_path: P
 
 def test_a_folder_is_complete_when_summary_and_settings_say_so(tmp_path: Path) -> None:
     stage_cache = StageCache(tmp_path, Runtime(threads=1))
-    folder = stage_cache.build(Pretrained())
+    folder = stage_cache.compute_with_inputs(Pretrained())
     (folder / "settings.json").write_text("{}")
     with pytest.raises(InputError, match=r"written by another version of mixpo \(no settings\.json\)"):
         stage_cache.is_done(Pretrained())
@@ -89,7 +89,7 @@ def test_a_folder_is_complete_when_summary_and_settings_say_so(tmp_path: Path) -
             stage_cache.is_done(Pretrained())
     (folder / "summary.json").unlink()
     assert not stage_cache.is_done(Pretrained()), "torn by a kill, and computed again"
-    stage_cache.build(Pretrained())
+    stage_cache.compute_with_inputs(Pretrained())
     assert stage_cache.is_done(Pretrained())
     assert not list(tmp_path.rglob("*.pkl"))
 

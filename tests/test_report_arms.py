@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, compute_crossed_mean_interval
 from mixpo.experiments.results import load_runs
 from mixpo.report import arms, subsets
 from mixpo.report.comparison import (
@@ -43,7 +43,7 @@ def test_first_sentence_claims_what_the_paired_interval_holds(
 ) -> None:
     sentence = arms.build_results_section(load(tmp_path, plain(values))).opening
     paired = np.array(values["mpo"]) - np.array(values["ppo"])
-    interval = crossed_interval(paired[None])
+    interval = compute_crossed_mean_interval(paired[None])
     evidence = f"({paired.mean():+.2f}, 95% CI [{interval.low:.2f}, {interval.high:.2f}], p "
     assert evidence.replace("-", "−") in sentence
     assert sentence.count(said) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixpo.algorithms.intervals import crossed_interval
+from mixpo.algorithms.intervals import compute_crossed_mean_interval
 from mixpo.experiments.results import load_runs
 from mixpo.experiments.run import ArmResult
 from mixpo.report import cost, distance, overoptimisation
@@ -288,7 +288,7 @@ def test_bounds_of_the_samples_are_where_the_difference_is_told(seeds: int) -> N
     noise -= noise.mean()
     ahead = np.array([-3.0, -1.0, 3.0])[:, None, None] + noise
     found = cost.estimate_zero_crossing(np.array([0.0, 20.0, 60.0]), ahead)
-    half = crossed_interval(noise).high
+    half = compute_crossed_mean_interval(noise).high
     assert (found.mean, found.low, found.high) == pytest.approx((30.0, 30 - 10 * half, 30 + 10 * half))
 
 

@@ -10,7 +10,7 @@ import pytest
 from mixpo.models.samplers import LocalSampler
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 from mixpo.training.job import Job
 from mixpo.training.record import Cost, MetricsLog
 from mixpo.training.resumable_work import ResumableWork
@@ -27,7 +27,9 @@ def squares(rows: list[int]) -> list[int]:
 
 def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
     done: list[int] = []
-    results = ResumableWork(Job(tmp_path, SMALL_RUNTIME)).compute_rows("squares", ROWS, squares, advance=done.append)
+    results = ResumableWork(Job(tmp_path, SMALL_RUNTIME)).compute_rows(
+        "squares", ROWS, squares, report_finished=done.append
+    )
     assert results == [0, 1, 4, 9, 16]
     assert done == [2, 1, 2]
 
@@ -53,7 +55,7 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
     assert computed == [4, 1]
     assert again.compute_rows("cubes", [[1]], work) == [1]
     assert len((tmp_path / "portions.jsonl").read_text().splitlines()) == 5
-    job.finish()
+    job.finish_stage()
     assert not (tmp_path / "portions.jsonl").exists()
 
 
@@ -65,7 +67,7 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
         folder = tmp_path / str(budget)
         folder.mkdir()
         resumable = ResumableWork(Job(folder, Runtime(threads=1, sampling_tokens=budget)))
-        completions, _ = resumable.sample_completions(lm, prompts, k=1, max_tokens=8, seed=0)
+        completions, _ = resumable.sample_in_portions(lm, prompts, k=1, max_tokens=8, seed=0)
         completions_by_budget.append([tuple(branches[0]) for branches in completions])
     assert completions_by_budget[0] == completions_by_budget[1]
     assert len(set(completions_by_budget[0])) == len(prompts)
@@ -77,13 +79,13 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
     stage = tiny.dpo(pairs=tiny.pairs.train_pairs, samplings=0)
-    folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
+    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "add", die)
+        patch.setattr(MetricsLog, "append_step", die)
         with pytest.raises(KeyboardInterrupt):
             stage.compute(stage.locate_inputs(folders), Job(tmp_path, SMALL_RUNTIME))
     lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
@@ -92,7 +94,7 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in saved)
     (tmp_path / "portions.jsonl").write_text(text)
     stage.compute(stage.locate_inputs(folders), Job(tmp_path, SMALL_RUNTIME))
-    seconds = read_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
+    seconds = read_stage_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
     assert (seconds == 0.0) == (killed == "while it trains")
     assert seconds >= 0.0
 
@@ -118,7 +120,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 ) -> None:
     """Killed before its second portion, and before its last, is written."""
     stage = stages(tiny)[kind]()
-    folders = {name: tiny.stage_cache.build(source) for name, source in stage.inputs().items()}
+    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
     sampled_prompts: list[list[list[int]]] = []
     original = LocalSampler.draw
 
@@ -132,7 +134,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
         folder.mkdir()
     stage.compute(stage.locate_inputs(folders), Job(whole, SMALL_RUNTIME))
     unbroken = list(sampled_prompts)
-    counts, calls = Cost.counts, []
+    counts, calls = Cost.get_counts, []
 
     def die(cost: Cost) -> dict[str, float]:
         calls.append(cost)
@@ -140,10 +142,10 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
             raise KeyboardInterrupt
         return counts(cost)
 
-    monkeypatch.setattr(Cost, "counts", die)
+    monkeypatch.setattr(Cost, "get_counts", die)
     with pytest.raises(KeyboardInterrupt):
         stage.compute(stage.locate_inputs(folders), Job(killed, SMALL_RUNTIME))
-    monkeypatch.setattr(Cost, "counts", counts)
+    monkeypatch.setattr(Cost, "get_counts", counts)
     assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
     saved = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
     sampled_prompts.clear()
@@ -154,7 +156,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
     assert not (killed / "portions.jsonl").exists()
     for file in whole.glob("*.parquet"):
         assert read_table(file) == read_table(killed / file.name)
-    one, other = (read_summary(folder) for folder in (whole, killed))
+    one, other = (read_stage_summary(folder) for folder in (whole, killed))
     for summary in (one, other):
         del summary["cost"]["seconds"], summary["cost"]["peak_memory_mib"]
         summary.pop("reference_seconds", None)

@@ -230,14 +230,14 @@ def test_a_completion_depends_on_nothing_but_its_seed_prompt_and_branch() -> Non
 
 def test_the_cache_holds_no_more_tokens_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Completions of 12, 9 and 6 tokens with their prompts, two of each: 2 x 12 and 4 x 9, not 4 x 12 and 2 x 6."""
-    held, room = set(), sampling._PreallocatedLayer._allocate
+    held, room = set(), sampling._PreallocatedCacheLayer._allocate_cache
 
-    def making(layer: sampling._PreallocatedLayer, states: Tensor, dtype: torch.dtype) -> Tensor:
+    def making(layer: sampling._PreallocatedCacheLayer, states: Tensor, dtype: torch.dtype) -> Tensor:
         made = room(layer, states, dtype)
         held.add((len(made), made.shape[2]))
         return made
 
-    monkeypatch.setattr(sampling._PreallocatedLayer, "_allocate", making)
+    monkeypatch.setattr(sampling._PreallocatedCacheLayer, "_allocate_cache", making)
     sample_completions(tiny("llama"), PROMPTS, k=2, max_tokens=4, seed=0, token_budget=44)
     assert held == {(2, 12), (4, 9)}
 

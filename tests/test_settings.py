@@ -20,14 +20,14 @@ from mixpo.models.digests import compute_model_digest
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
-from mixpo.stages.ppo_settings import PPOSettings, count_updates
+from mixpo.stages.ppo_settings import PPOSettings, count_updates_before_iterations
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage
-from mixpo.stages.stage_cache import read_summary
-from mixpo.training.job import Job, model_folder
+from mixpo.stages.stage_cache import read_stage_summary
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
-from mixpo.training.supervised import SupervisedSettings, count_steps, select_batch
+from mixpo.training.supervised import SupervisedSettings, count_optimizer_steps, select_batch_rows
 from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
 
@@ -206,7 +206,12 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
     lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
     samples = out / "samples.jsonl"
     sampled = samples.read_text() if samples.exists() else ""
-    return rows, lines, sampled, compute_model_digest(model_folder(out)) if model_folder(out).exists() else None
+    return (
+        rows,
+        lines,
+        sampled,
+        compute_model_digest(locate_model_folder(out)) if locate_model_folder(out).exists() else None,
+    )
 
 
 OUTCOMES: dict[str, Any] = {}
@@ -290,8 +295,15 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     policy, reference = (tiny.policy, tiny.tuned) if reverse else (tiny.tuned, tiny.policy)
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
-    models = [load_policy(model_folder(tiny.stage_cache.build(stage)), device=CPU) for stage in (policy, reference)]
-    pairs = read_pairs(part.path_in(tiny.stage_cache.build(part.stage)), models[0], max_completion_tokens=TINY_LIMIT)
+    models = [
+        load_policy(locate_model_folder(tiny.stage_cache.compute_with_inputs(stage)), device=CPU)
+        for stage in (policy, reference)
+    ]
+    pairs = read_pairs(
+        part.locate_in_folder(tiny.stage_cache.compute_with_inputs(part.stage)),
+        models[0],
+        max_completion_tokens=TINY_LIMIT,
+    )
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
         with torch.no_grad():
@@ -317,7 +329,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
 def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
     """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
-    assert [compute_learning_rate(step, total=6, settings=settings) for step in range(6)] == pytest.approx(
+    assert [compute_learning_rate(step, total_steps=6, settings=settings) for step in range(6)] == pytest.approx(
         expected, abs=1e-6
     )
     steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}
@@ -336,7 +348,7 @@ def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> Non
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
     settings = SupervisedSettings(learning_rate=1.0, batch_size=4, epochs=3)
-    steps = [select_batch(step, 10, settings) for step in range(count_steps(10, settings))]
+    steps = [select_batch_rows(step, 10, settings) for step in range(count_optimizer_steps(10, settings))]
     assert [len(rows) for rows in steps] == 3 * [4, 4, 2]
     epochs = [[row for rows in steps[first : first + 3] for row in rows] for first in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == 3 * [[*range(10)]]
@@ -346,7 +358,7 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
 def test_sft_counts_as_read_where_its_kl_is_held(tiny: TinyWorld) -> None:
     """Of one iteration the reward model, the reference and the value model read all tokens; SFT where a budget asks."""
     stage = {"policy": tiny.tuned, "reference": tiny.tuned, "epochs": 0.5}
-    free, held = (read_summary(tiny.run(tiny.ppo(**stage, **more)))["cost"] for more in ({}, {"kl_budget": 1.0}))
+    free, held = (read_stage_summary(tiny.run(tiny.ppo(**stage, **more)))["cost"] for more in ({}, {"kl_budget": 1.0}))
     assert 3 * held["tokens_scored"] == 4 * free["tokens_scored"] > 0
 
 
@@ -361,7 +373,9 @@ def test_sft_counts_as_read_where_its_kl_is_held(tiny: TinyWorld) -> None:
 def test_optimizer_steps_of_iterations(
     prompts: int, iterations: int, settings: dict[str, int], expected: list[int]
 ) -> None:
-    assert count_updates(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
+    assert (
+        count_updates_before_iterations(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
+    )
 
 
 def test_a_revision_is_the_commit_that_is_asked_for(

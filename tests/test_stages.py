@@ -21,7 +21,7 @@ from mixpo.data.branches import Completions, pack_branches
 from mixpo.data.errors import InputError
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, decode_completion, tokenize_prompt
-from mixpo.data.world import build_tokenizer
+from mixpo.data.world import build_world_tokenizer
 from mixpo.models import scoring
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.digests import compute_model_digest
@@ -29,7 +29,7 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions, sample_completions
-from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
+from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
 from mixpo.stages import dpo as dpo_module
 from mixpo.stages import evaluation as evaluation_module
 from mixpo.stages import ppo as ppo_module
@@ -38,11 +38,18 @@ from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.ppo_models import make_actor_critic
 from mixpo.stages.ppo_settings import PPOSettings
-from mixpo.stages.rows import add_tokens, read_pairs, read_table, read_tokens, read_unique_prompts, write_table
+from mixpo.stages.rows import (
+    add_token_columns,
+    read_pairs,
+    read_table,
+    read_tokenized_rows,
+    read_unique_prompts,
+    write_table,
+)
 from mixpo.stages.stage import Snapshot, Stage
-from mixpo.stages.stage_cache import read_settings, read_summary, sort_topologically
+from mixpo.stages.stage_cache import read_stage_settings, read_stage_summary, sort_topologically
 from mixpo.training.checkpoint import TrainableWeights
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -57,7 +64,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(model_folder(folder) / "model.safetensors")
+    return load_file(locate_model_folder(folder) / "model.safetensors")
 
 
 def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
@@ -67,27 +74,27 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     losses = [row["loss"] for row in rows_of(folder)]
     assert losses[0] == pytest.approx(math.log(1024), abs=0.3)
     assert losses[-1] < 0.8 * losses[0]
-    summary = read_summary(folder)
+    summary = read_stage_summary(folder)
     assert summary["cost"]["tokens_trained"] > 0
-    assert summary["model"] == compute_model_digest(model_folder(folder))
-    model = AutoModelForCausalLM.from_pretrained(model_folder(folder))
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(folder))
+    assert summary["model"] == compute_model_digest(locate_model_folder(folder))
+    model = AutoModelForCausalLM.from_pretrained(locate_model_folder(folder))
+    tokenizer = AutoTokenizer.from_pretrained(locate_model_folder(folder))
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert read_settings(folder) == world.sft.model_dump(mode="json")
+    assert read_stage_settings(folder) == world.sft.model_dump(mode="json")
     assert not list(folder.glob("checkpoint*"))
 
 
 def test_sft_that_diverges_raises_an_alarm(tiny: TinyWorld) -> None:
     watching = Mock()
     token = progress_listener.set(watching)
-    summary = read_summary(tiny.run(tiny.sft(learning_rate=3.0, warmup_steps=0, epochs=2)))
+    summary = read_stage_summary(tiny.run(tiny.sft(learning_rate=3.0, warmup_steps=0, epochs=2)))
     progress_listener.reset(token)
     (alarm,) = summary["alarms"]
     assert re.fullmatch(
         r"the loss rose from 6\.9\d? to .*: training diverged; try a lower learning_rate \(now 3\)", alarm
     )
     watching.on_message.assert_any_call(f"alarm: {alarm}")
-    assert read_summary(tiny.stage_cache.build(tiny.policy))["alarms"] == []
+    assert read_stage_summary(tiny.stage_cache.compute_with_inputs(tiny.policy))["alarms"] == []
 
 
 def replaced(file: Path) -> None:
@@ -110,22 +117,23 @@ def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
     stage_cache = StageCache(tmp_path, TINY_RUNTIME)
     for upstream in sort_topologically(stage):
         if upstream != stage:
-            shutil.copytree(tiny.stage_cache.build(upstream), stage_cache.folder(upstream))
-    source = stage_cache.folder(getattr(tiny, of))
-    expected = read_summary(source)["model"]
-    damage(model_folder(source) / "model.safetensors")
+            shutil.copytree(tiny.stage_cache.compute_with_inputs(upstream), stage_cache.locate_folder(upstream))
+    source = stage_cache.locate_folder(getattr(tiny, of))
+    expected = read_stage_summary(source)["model"]
+    damage(locate_model_folder(source) / "model.safetensors")
     with pytest.raises(InputError) as refused:
-        stage_cache.compute(stage)
+        stage_cache.compute_stage(stage)
     assert re.fullmatch(
-        rf"{model_folder(source)}: found files with digest [0-9a-f]{{16}}; expected {expected}, as in the summary.json "
+        rf"{locate_model_folder(source)}: "
+        rf"found files with digest [0-9a-f]{{16}}; expected {expected}, as in the summary.json "
         rf"of the stage that wrote them: .*; delete {source} to compute the stage again",
         str(refused.value),
     )
-    assert {file.name for file in stage_cache.folder(stage).iterdir()} == {"settings.json"}
+    assert {file.name for file in stage_cache.locate_folder(stage).iterdir()} == {"settings.json"}
 
 
 def test_reward_model_orders_pairs(world: World) -> None:
-    summary = read_summary(world.build(world.reward))
+    summary = read_stage_summary(world.build(world.reward))
     assert summary["validation"]["pairs"] == round(0.05 * 256)
     assert sum(row["count"] for row in summary["test"]["by_gap"]) == summary["test"]["pairs"] == 48
     assert summary["test"]["accuracy"] > 0.5
@@ -133,7 +141,7 @@ def test_reward_model_orders_pairs(world: World) -> None:
 
 def test_samples_keep_the_samplers_logprobs(world: World) -> None:
     folder = world.build(world.samples)
-    lm = load_policy(model_folder(world.build(world.sft)), device=CPU)
+    lm = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
     rows = read_table(folder / "pairs.parquet")
     assert len(rows) == 64
     prompts = read_pairs(folder / "pairs.parquet", lm, max_completion_tokens=LIMIT).prompts
@@ -159,7 +167,7 @@ def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
 def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_scores(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = {name: world.build(stage) for name, stage in world.samples.inputs().items()}
+    folders = {name: world.build(stage) for name, stage in world.samples.get_input_stages().items()}
 
     def compute_scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
         return torch.tensor([[0.25, 0.5]]).repeat(len(prompts), 1)
@@ -178,7 +186,7 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
     assert {row["gap"] for row in identical_rows} == {0.0}
     assert {row["gap"] for row in rows if row not in identical_rows} == {0.25}
     assert {tuple(row["scores"]) for row in rows} == {(0.5, 0.25)}
-    assert read_summary(tmp_path)["identical"] == len(identical_rows)
+    assert read_stage_summary(tmp_path)["identical"] == len(identical_rows)
 
 
 @pytest.mark.parametrize("empty", ["easy", "hard"])
@@ -187,7 +195,7 @@ def test_selection_refuses_a_threshold_that_leaves_nothing(world: World, empty: 
     gaps = [abs(one - other) for one, other in (row["scores"] for row in read_table(samples / "pairs.parquet"))]
     threshold = {"easy": max(gaps), "hard": min(gaps) / 2}[empty]
     with pytest.raises(InputError, match=rf"selection.threshold: .* leaves no {empty} pair; the gaps run from"):
-        world.stage_cache.compute(Selection(samples=world.samples, threshold=threshold))
+        world.stage_cache.compute_stage(Selection(samples=world.samples, threshold=threshold))
 
 
 @pytest.fixture
@@ -260,7 +268,7 @@ def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, mon
         dpo_module, "compute_sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
     )
     with pytest.raises(RuntimeError, match="from sampling differ from a forward pass"):
-        world.stage_cache.compute(world.dpo(seed=77))
+        world.stage_cache.compute_stage(world.dpo(seed=77))
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
@@ -319,12 +327,12 @@ def test_deepspeed_chat_preset_and_keys_beside_it() -> None:
 @pytest.mark.parametrize("value_init", ["reward", "policy", "shared"])
 def test_value_model_starts_where_it_says(world: World, tmp_path: Path, value_init: str) -> None:
     stage = world.ppo(value_init=value_init)
-    folders = {name: world.build(source) for name, source in stage.inputs().items()}
-    policy = load_policy(model_folder(folders["policy"]), device=CPU)
-    reward = load_reward_model(model_folder(folders["reward"]), device=CPU)
+    folders = {name: world.build(source) for name, source in stage.get_input_stages().items()}
+    policy = load_policy(locate_model_folder(folders["policy"]), device=CPU)
+    reward = load_reward_model(locate_model_folder(folders["reward"]), device=CPU)
     learner = make_actor_critic(stage, folders, policy, reward, Job(tmp_path, RUNTIME))
     assert learner.value is not None
-    assert learner.shares_model == (value_init == "shared")
+    assert learner.shares_network == (value_init == "shared")
     if value_init == "reward":
         assert torch.equal(learner.value.model.score.weight, reward.model.score.weight)
         assert learner.value.model.score is not reward.model.score
@@ -337,8 +345,8 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
         Diverged, match=r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
     ):
         world.build(stage)
-    stopped = load_policy(world.stage_cache.folder(stage) / "stopped", device=CPU)
-    reference = load_policy(model_folder(world.build(world.sft)), device=CPU)
+    stopped = load_policy(world.stage_cache.locate_folder(stage) / "stopped", device=CPU)
+    reference = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
     sampled = sample_completions(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
     difference = (
@@ -406,20 +414,20 @@ def test_a_kl_budget_holds_the_kl_from_sft_with_another_reference(world: World) 
 def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> None:
     stage = world.ppo(epochs=2, snapshots=3)
     folder = world.build(stage)
-    summary = read_summary(folder)
+    summary = read_stage_summary(folder)
     assert summary["steps"] == 4
     assert summary["snapshots"] == [1, 2, 3]
     plain = world.build(world.ppo(epochs=2))
-    assert compute_model_digest(model_folder(folder)) == compute_model_digest(model_folder(plain)), (
+    assert compute_model_digest(locate_model_folder(folder)) == compute_model_digest(locate_model_folder(plain)), (
         "keeping them changes nothing"
     )
     one, other = (load_file(folder / "snapshots" / str(n) / "model" / "model.safetensors") for n in (1, 3))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     evaluated = evaluation(world, Snapshot(stage=stage, number=1))
-    assert evaluated.locate_inputs({**dict.fromkeys(evaluated.inputs(), tmp_path), "policy": folder})["policy"] == (
-        folder / "snapshots" / "1"
-    )
-    assert read_summary(world.build(evaluated))["kl_from_sft"]["mean"] > 0
+    assert evaluated.locate_inputs({**dict.fromkeys(evaluated.get_input_stages(), tmp_path), "policy": folder})[
+        "policy"
+    ] == (folder / "snapshots" / "1")
+    assert read_stage_summary(world.build(evaluated))["kl_from_sft"]["mean"] > 0
     with pytest.raises(InputError, match=r"trace.snapshots: found 4 for 4 iterations of PPO; expected fewer"):
         world.build(world.ppo(epochs=2, snapshots=4))
 
@@ -427,7 +435,7 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
 def test_lora_snapshots_are_merged_and_training_goes_on(world: World) -> None:
     folder = world.build(world.ppo(epochs=2, snapshots=1, lora={"rank": 4}))
     plain = world.build(world.ppo(epochs=2, lora={"rank": 4}))
-    assert compute_model_digest(model_folder(folder)) == compute_model_digest(model_folder(plain))
+    assert compute_model_digest(locate_model_folder(folder)) == compute_model_digest(locate_model_folder(plain))
     snapshot = load_file(folder / "snapshots" / "1" / "model" / "model.safetensors")
     assert snapshot.keys() == weights(folder).keys()
 
@@ -455,12 +463,12 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
         LocalSampler, "draw", lambda *args, **how: record.append(draw_subset(*args, **how)) or record[-1]
     )
     best = world.build(evaluation(world, world.sft, best_of=8))
-    summary = read_summary(best)
-    assert summary["score"]["mean"] > read_summary(one)["score"]["mean"] + 0.1
+    summary = read_stage_summary(best)
+    assert summary["score"]["mean"] > read_stage_summary(one)["score"]["mean"] + 0.1
     assert summary["kl_from_sft"]["mean"] == pytest.approx(math.log(8) - 7 / 8)
-    assert summary["cost"]["tokens_sampled"] > 6 * read_summary(one)["cost"]["tokens_sampled"]
-    lm = load_policy(model_folder(world.build(world.sft)), device=CPU)
-    reward = load_reward_model(model_folder(world.build(world.reward)), device=CPU)
+    assert summary["cost"]["tokens_sampled"] > 6 * read_stage_summary(one)["cost"]["tokens_sampled"]
+    lm = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    reward = load_reward_model(locate_model_folder(world.build(world.reward)), device=CPU)
     rows = read_table(best / "completions.parquet")
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in rows]
     sampled = record[0].to_lists()
@@ -478,7 +486,7 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
     chosen_by_other = world.build(evaluation(world, world.sft, best_of=8, chooser=other))
     other_rows = read_table(chosen_by_other / "completions.parquet")
     sampled = record[1].to_lists()
-    other_model = load_reward_model(model_folder(world.build(other)), device=CPU)
+    other_model = load_reward_model(locate_model_folder(world.build(other)), device=CPU)
     assert_best(other_rows, compute_scores(other_model, prompts, sampled, token_budget=4096))
     assert [row["completion"] for row in other_rows] != [row["completion"] for row in rows]
     with pytest.raises(InputError, match="with another policy than SFT"):
@@ -508,8 +516,8 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
     best = [
         [branches[place]] for branches, place in zip(completions, computed_scores.argmax(dim=1).tolist(), strict=True)
     ]
-    lm = load_policy(model_folder(tiny.stage_cache.build(tiny.policy)), device=CPU)
-    reward = load_reward_model(model_folder(tiny.stage_cache.build(tiny.scored_by)), device=CPU)
+    lm = load_policy(locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.policy)), device=CPU)
+    reward = load_reward_model(locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.scored_by)), device=CPU)
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
     assert written_scores == pytest.approx(
         compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5
@@ -521,14 +529,16 @@ def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -
     base = Pretrained(path=tiny.base.path, dtype="bfloat16")
     stage = RewardModel(policy=base, pairs=tiny.pairs.train_pairs, data=tiny.pairs, learning_rate=0.01, **SHORT)
     folder = tiny.run(stage)
-    saved = load_reward_model(model_folder(folder), device=CPU)
+    saved = load_reward_model(locate_model_folder(folder), device=CPU)
     assert saved.dtype == torch.bfloat16
-    test = read_pairs(tiny.stage_cache.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
+    test = read_pairs(
+        tiny.stage_cache.compute_with_inputs(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT
+    )
     computed_scores = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
     rows = read_table(folder / "test_scores.parquet")
     written = torch.tensor([[row["chosen_score"], row["rejected_score"]] for row in rows])
     torch.testing.assert_close(written, computed_scores, rtol=1e-5, atol=1e-5)
-    assert read_summary(folder)["test"]["score_mean"] == pytest.approx(float(computed_scores.mean()), abs=1e-5)
+    assert read_stage_summary(folder)["test"]["score_mean"] == pytest.approx(float(computed_scores.mean()), abs=1e-5)
 
 
 def test_a_second_reward_model_scores_the_same_completions(world: World) -> None:
@@ -554,7 +564,7 @@ def test_label_noise_flips_a_share_and_more_of_it_flips_the_same_and_others(worl
         rows = read_table(folder / "train.parquet")
         assert len(rows) == len(clean)
         flipped[share] = {n for n, (row, old) in enumerate(zip(rows, clean, strict=True)) if row != old}
-        assert read_summary(folder)["flipped"] == len(flipped[share]) == round(share * len(clean))
+        assert read_stage_summary(folder)["flipped"] == len(flipped[share]) == round(share * len(clean))
         for n in flipped[share]:
             old = clean[n]
             sides = {"chosen": old["rejected"], "rejected": old["chosen"], "tokens": old["tokens"][::-1]}
@@ -579,11 +589,11 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     rows = read_table(folder / "gradients.parquet")
     assert len(rows) == 3
     row = rows[0]
-    lm = load_policy(model_folder(world.build(policy)), device=CPU)
+    lm = load_policy(locate_model_folder(world.build(policy)), device=CPU)
     pairs = read_pairs(world.build(world.selection) / "easy.parquet", lm, max_completion_tokens=LIMIT)
     place = draw_subset(range(len(pairs.prompts)), 3, COMPARISON_SEED)[0]
     prompts, completions = [pairs.prompts[place]], [pairs.completions[place]]
-    reference = load_policy(model_folder(world.build(world.sft)), device=CPU)
+    reference = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
     before = compute_sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
     anchored = compute_sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
     assert [row["log_x_chosen"], row["log_x_rejected"]] == pytest.approx((before - anchored).tolist(), abs=1e-4)
@@ -606,7 +616,7 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
 
 
 def test_evaluation_reports_true_reward_and_kl(world: World) -> None:
-    sft, tuned = (read_summary(world.build(evaluation(world, one))) for one in (world.sft, world.dpo(epochs=4)))
+    sft, tuned = (read_stage_summary(world.build(evaluation(world, one))) for one in (world.sft, world.dpo(epochs=4)))
     assert sft["kl_from_sft"]["mean"] == 0.0
     assert tuned["kl_from_sft"]["mean"] > 0.0
     assert tuned["score"]["mean"] != sft["score"]["mean"]
@@ -615,23 +625,23 @@ def test_evaluation_reports_true_reward_and_kl(world: World) -> None:
 
 def test_identity_follows_settings_and_content_but_not_the_runtime(world: World, tmp_path: Path) -> None:
     other = World(world.stage_cache.cache)
-    assert other.stage_cache.folder(other.ppo()) == world.stage_cache.folder(world.ppo())
-    assert world.stage_cache.folder(world.ppo(kl_coef=0.3)) != world.stage_cache.folder(world.ppo())
+    assert other.stage_cache.locate_folder(other.ppo()) == world.stage_cache.locate_folder(world.ppo())
+    assert world.stage_cache.locate_folder(world.ppo(kl_coef=0.3)) != world.stage_cache.locate_folder(world.ppo())
     moved = StageCache(world.stage_cache.cache, Runtime(microbatch_tokens=7, threads=1))
-    assert moved.folder(world.ppo()) == world.stage_cache.folder(world.ppo())
+    assert moved.locate_folder(world.ppo()) == world.stage_cache.locate_folder(world.ppo())
     row = json.dumps({"prompt": "a?", "chosen": "b", "rejected": "c"}) + "\n"
     for name in ("one.jsonl", "two.jsonl"):
         (tmp_path / name).write_text(row)
     one, two = (Data(base=world.base, format="preference", train=str(tmp_path / f"{n}.jsonl")) for n in ("one", "two"))
-    assert world.stage_cache.folder(one) == world.stage_cache.folder(two)
+    assert world.stage_cache.locate_folder(one) == world.stage_cache.locate_folder(two)
     (tmp_path / "two.jsonl").write_text(row + row.replace("a?", "d?"))
     two = Data(base=world.base, format="preference", train=str(tmp_path / "two.jsonl"))
-    assert world.stage_cache.folder(one) != world.stage_cache.folder(two)
+    assert world.stage_cache.locate_folder(one) != world.stage_cache.locate_folder(two)
 
 
 def test_another_default_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders are named without defaults, so a default that changed must not find what the old one made."""
-    StageCache(tmp_path, RUNTIME).build(Pretrained())
+    StageCache(tmp_path, RUNTIME).compute_with_inputs(Pretrained())
     monkeypatch.setattr(Pretrained.model_fields["init_seed"], "default", 1)
     Pretrained.model_rebuild(force=True)
     try:
@@ -652,15 +662,15 @@ def test_a_stage_that_failed_is_computed_again(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(Pretrained, "compute", fail)
         with pytest.raises(OSError, match="the disk is full"):
-            stage_cache.build(Pretrained())
+            stage_cache.compute_with_inputs(Pretrained())
     assert not stage_cache.is_done(Pretrained())
-    stage_cache.build(Pretrained())
+    stage_cache.compute_with_inputs(Pretrained())
     assert stage_cache.is_done(Pretrained())
 
 
 def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    shutil.copytree(model_folder(world.build(world.sft)), folder)
+    shutil.copytree(locate_model_folder(world.build(world.sft)), folder)
     digests = {compute_model_digest(folder)}
     for name in ("special_tokens_map.json", "chat_template.jinja", "added_tokens.json"):
         (folder / name).write_text("{}")
@@ -671,7 +681,7 @@ def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: 
 
 def test_identity_tells_train_from_test_and_keeps_the_order(world: World) -> None:
     def folder(**sources: Any) -> Path:
-        return world.stage_cache.folder(Data(base=world.base, format="preference", **sources))
+        return world.stage_cache.locate_folder(Data(base=world.base, format="preference", **sources))
 
     both = folder(train=("hub:a/a", "hub:b/b"))
     assert both != folder(train="hub:a/a", test="hub:b/b")
@@ -681,22 +691,22 @@ def test_identity_tells_train_from_test_and_keeps_the_order(world: World) -> Non
 
 def test_a_local_model_is_copied_and_may_be_moved(world: World, tmp_path: Path) -> None:
     source = tmp_path / "mine"
-    shutil.copytree(model_folder(world.build(world.sft)), source)
+    shutil.copytree(locate_model_folder(world.build(world.sft)), source)
     stage = Pretrained(path=str(source))
-    folder = StageCache(tmp_path / "cache", RUNTIME).build(stage)
+    folder = StageCache(tmp_path / "cache", RUNTIME).compute_with_inputs(stage)
     source.rename(tmp_path / "moved")
-    load_policy(model_folder(folder), device=CPU)
+    load_policy(locate_model_folder(folder), device=CPU)
     moved = Pretrained(path=str(tmp_path / "moved"))
-    assert StageCache(tmp_path / "cache", RUNTIME).folder(moved) == folder
+    assert StageCache(tmp_path / "cache", RUNTIME).locate_folder(moved) == folder
 
 
 def test_two_runs_never_compute_a_stage_at_once(tmp_path: Path) -> None:
     stage_cache = StageCache(tmp_path, RUNTIME)
     stage = Pretrained()
     (tmp_path / "locks").mkdir()
-    with (tmp_path / "locks" / stage_cache.identity(stage)).open("w") as file:
+    with (tmp_path / "locks" / stage_cache.compute_identity(stage)).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        other = threading.Thread(target=stage_cache.compute, args=(stage,))
+        other = threading.Thread(target=stage_cache.compute_stage, args=(stage,))
         other.start()
         other.join(timeout=1.0)
         assert other.is_alive(), "it waits"
@@ -713,7 +723,7 @@ def test_a_finished_stage_is_not_computed_again(world: World, monkeypatch: pytes
         raise AssertionError("computed again")
 
     monkeypatch.setattr(SFT, "compute", fail)
-    assert StageCache(world.stage_cache.cache, RUNTIME).compute(world.sft) == folder
+    assert StageCache(world.stage_cache.cache, RUNTIME).compute_stage(world.sft) == folder
     assert (folder / "summary.json").stat().st_mtime_ns == stamp
 
 
@@ -731,13 +741,13 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
         "ppo-lora": world.ppo(epochs=2, lora={"rank": 4}),
         "rloo": world.ppo(advantage="rloo", completions_per_prompt=2),
     }[kind]
-    folders = {name: world.build(source) for name, source in stage.inputs().items()}
+    folders = {name: world.build(source) for name, source in stage.get_input_stages().items()}
     runtime = Runtime(threads=2, checkpoint_minutes=0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
     stage.compute(stage.locate_inputs(folders), Job(whole, runtime))
-    original = MetricsLog.add
+    original = MetricsLog.append_step
     apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
     monkeypatch.setattr("mixpo.models.language_model.LanguageModel.decode_completion", lambda *_: apart)
 
@@ -746,10 +756,10 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
         if step == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(MetricsLog, "add", die)
+    monkeypatch.setattr(MetricsLog, "append_step", die)
     with pytest.raises(KeyboardInterrupt):
         stage.compute(stage.locate_inputs(folders), Job(killed, runtime))
-    monkeypatch.setattr(MetricsLog, "add", original)
+    monkeypatch.setattr(MetricsLog, "append_step", original)
     stage.compute(stage.locate_inputs(folders), Job(killed, runtime))
     one, other = weights(whole), weights(killed)
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -783,18 +793,21 @@ def test_microbatches_and_threads_change_nothing_but_rounding(
 
 
 def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
-    from mixpo.data.world import build_tokenizer
+    from mixpo.data.world import build_world_tokenizer
 
-    policy = load_policy(model_folder(world.build(world.sft)), device=CPU)
-    reward = load_reward_model(model_folder(world.build(world.reward)), device=CPU)
+    policy = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    reward = load_reward_model(locate_model_folder(world.build(world.reward)), device=CPU)
     unique_prompts = [[{"role": "user", "content": "Any advice on chess?"}]]
     prompts = [policy.tokenizer.encode("<|user|>Any advice on chess?<|assistant|>")]
     completion = [*policy.tokenizer.encode("Castle soon."), policy.end_token]
     cut = policy.tokenizer.encode("Castle soon")
-    assert retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]]) == (prompts, [[completion, cut]])
-    reward.tokenizer = build_tokenizer(512)
+    assert retokenize_for_reward(reward, policy, unique_prompts, prompts, [[completion, cut]]) == (
+        prompts,
+        [[completion, cut]],
+    )
+    reward.tokenizer = build_world_tokenizer(512)
     assert reward.tokenization_digest != policy.tokenization_digest
-    again_prompts, again = retokenize(reward, policy, unique_prompts, prompts, [[completion, cut]])
+    again_prompts, again = retokenize_for_reward(reward, policy, unique_prompts, prompts, [[completion, cut]])
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
     assert reward.tokenizer.decode(again[0][1]) == "Castle soon"
@@ -812,9 +825,11 @@ def test_rows_for_a_second_reward_model_may_be_files_of_their_own(world: World, 
     rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "test", "second")}
     assert [len(rows[name]) for name in ("train", "test", "second")] == [20, 10, 12]
     assert {int(row["prompt"][1:-1]) for row in rows["second"]} <= set(range(30, 60))
-    without = world.stage_cache.folder(Data(base=world.base, format="preference", **files))
-    assert world.stage_cache.folder(data) != without
-    assert world.stage_cache.folder(Data(base=world.base, format="preference", **files, second=second)) == without
+    without = world.stage_cache.locate_folder(Data(base=world.base, format="preference", **files))
+    assert world.stage_cache.locate_folder(data) != without
+    assert (
+        world.stage_cache.locate_folder(Data(base=world.base, format="preference", **files, second=second)) == without
+    )
 
 
 def test_fewer_rows_than_were_asked_for_are_told(world: World, tmp_path: Path) -> None:
@@ -841,7 +856,7 @@ def test_rows_that_share_a_prompt_are_validated_on_together(world: World, tmp_pa
     test = lines_of(range(10, 12), tmp_path / "test.jsonl")
     data = Data(base=world.base, format="preference", train=train, test=test)
     stage = RewardModel(policy=world.base, pairs=data.train_pairs, data=data, validation_share=0.05)
-    summary = read_summary(world.build(stage))
+    summary = read_stage_summary(world.build(stage))
     assert (summary["pairs"], summary["validation"]["pairs"], summary["test"]["pairs"]) == (54, 6, 2)
     alone = Data(base=world.base, format="preference", train=lines_of(range(1), tmp_path / "one.jsonl"), test=test)
     with pytest.raises(InputError, match=r"^reward.validation_share: found one prompt in 1 usable rows"):
@@ -853,15 +868,15 @@ def language_model(tokenizer: Any) -> LanguageModel:
 
 
 def test_a_reward_model_with_other_tokens_reads_long_text_whole() -> None:
-    policy, reward = (language_model(build_tokenizer(size)) for size in (1024, 512))
+    policy, reward = (language_model(build_world_tokenizer(size)) for size in (1024, 512))
     text = "Castle soon. " * 20
     completion = [*policy.tokenizer.encode(text), policy.end_token]
-    ((found,),) = retokenize(reward, policy, ["Any advice?"], [[5]], [[completion]])[1]
+    ((found,),) = retokenize_for_reward(reward, policy, ["Any advice?"], [[5]], [[completion]])[1]
     assert reward.tokenizer.decode(found) == text + "<|end|>"
 
 
 def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
     long = "a b c d e f"
     pairs = [("x", "y"), (f"{long} g", f"{long} h"), (f"{long} g", "y"), ("a b c", "a b c d")]
     rows = [{"prompt": f"Question {n}?", "chosen": one, "rejected": other} for n, (one, other) in enumerate(pairs)]
@@ -896,10 +911,10 @@ def test_sampled_pairs_of_the_same_tokens_are_left_out_with_their_logprobs(tmp_p
         }
         for n, sides in enumerate(tokens)
     ]
-    lm = language_model(build_tokenizer())
+    lm = language_model(build_world_tokenizer())
     write_table(tmp_path / "pairs.parquet", rows, sampler="me", tokenizer=lm.tokenization_digest)
     with pytest.raises(InputError, match=r"pairs.parquet: found completions that were sampled with another tokenizer"):
-        read_pairs(tmp_path / "pairs.parquet", language_model(build_tokenizer(512)), max_completion_tokens=1)
+        read_pairs(tmp_path / "pairs.parquet", language_model(build_world_tokenizer(512)), max_completion_tokens=1)
     read = read_pairs(tmp_path / "pairs.parquet", lm, max_completion_tokens=1)
     assert read.completions == [tokens[0], tokens[2]]
     assert read.logprobs == [[0.0, 0.0], [-2.0, -2.0]]
@@ -916,19 +931,19 @@ def test_cut_pairs_teach_the_reward_model_and_dpo_nothing_and_stand_in_their_sum
     )
     data = Data(base=world.base, format="preference", train=files, test=files)
     reward = RewardModel(policy=world.base, pairs=data.train_pairs, data=data, max_completion_tokens=10)
-    summary = read_summary(world.build(reward))
+    summary = read_stage_summary(world.build(reward))
     assert (summary["truncated"], summary["identical"]) == (8, 4)
     assert summary["pairs"] + summary["validation"]["pairs"] == 8
     assert (summary["test"]["pairs"], summary["test"]["identical"], summary["test"]["truncated"]) == (8, 4, 8)
     tuned = world.dpo(policy=world.base, reference=world.base, pairs=data.train_pairs, samplings=0, learning_rate=1e-4)
-    summary = read_summary(world.build(tuned.model_copy(update={"max_completion_tokens": 10})))
+    summary = read_stage_summary(world.build(tuned.model_copy(update={"max_completion_tokens": 10})))
     assert (summary["pairs"], summary["truncated"], summary["identical"]) == (8, 8, 4)
 
 
 def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all(tmp_path: Path) -> None:
-    tokenizer, file = build_tokenizer(), tmp_path / "rows.parquet"
+    tokenizer, file = build_world_tokenizer(), tmp_path / "rows.parquet"
     rows = [{"prompt": [{"role": "user", "content": f"{n // 2}?"}]} for n in range(400)]
-    write_table(file, add_tokens(rows, tokenizer), tokenizer=compute_tokenization_digest(tokenizer))
+    write_table(file, add_token_columns(rows, tokenizer), tokenizer=compute_tokenization_digest(tokenizer))
 
     def numbers(count: int | None = None) -> list[int]:
         prompts, tokens = read_unique_prompts(file, tokenizer, count)
@@ -944,14 +959,14 @@ def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all(tmp_path: Pat
 
 @pytest.mark.parametrize("size", [1024, 512], ids=["its own tokenizer", "another"])
 def test_rows_are_tokenized_once_and_again_for_another_tokenizer(tmp_path: Path, size: int) -> None:
-    own, reader, file = build_tokenizer(), build_tokenizer(size), tmp_path / "rows.parquet"
+    own, reader, file = build_world_tokenizer(), build_world_tokenizer(size), tmp_path / "rows.parquet"
     rows = [{"prompt": "Any advice on chess?", "chosen": "Castle soon.", "rejected": "Play."}]
-    written = add_tokens(rows, own)
+    written = add_token_columns(rows, own)
     written[0]["prompt_tokens"] = [7]  # a mark by which the file's tokens are known
     write_table(file, written, tokenizer=compute_tokenization_digest(own))
     expected = written[0]["prompt_tokens"] if size == 1024 else tokenize_prompt(reader, rows[0]["prompt"])
-    assert read_tokens(file, reader)[0]["prompt_tokens"] == read_unique_prompts(file, reader)[1][0] == expected
-    texts = [reader.decode(tokens) for tokens in read_tokens(file, reader)[0]["tokens"]]
+    assert read_tokenized_rows(file, reader)[0]["prompt_tokens"] == read_unique_prompts(file, reader)[1][0] == expected
+    texts = [reader.decode(tokens) for tokens in read_tokenized_rows(file, reader)[0]["tokens"]]
     assert texts == ["Castle soon.<|end|>", "Play.<|end|>"]
 
 
@@ -967,8 +982,8 @@ def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tm
         return Data(base=world.base, format=format, train=str(path))  # type: ignore[arg-type]
 
     mine, moved, harmless = data("mine"), data("yours"), data("harmless-base")
-    assert world.stage_cache.folder(mine) == world.stage_cache.folder(moved)
-    assert world.stage_cache.folder(mine) != world.stage_cache.folder(harmless)
+    assert world.stage_cache.locate_folder(mine) == world.stage_cache.locate_folder(moved)
+    assert world.stage_cache.locate_folder(mine) != world.stage_cache.locate_folder(harmless)
     categories = [
         {row["category"] for row in read_table(world.build(one) / "train.parquet")} for one in (mine, harmless)
     ]
@@ -977,7 +992,7 @@ def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tm
         name: Data(base=world.base, format="hh-rlhf", train=f"hub:Anthropic/hh-rlhf/{name}")
         for name in ("helpful-base", "harmless-base")
     }
-    assert len({world.stage_cache.folder(one) for one in hub.values()}) == 2
+    assert len({world.stage_cache.locate_folder(one) for one in hub.values()}) == 2
 
 
 def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: World, tmp_path: Path) -> None:
@@ -1003,7 +1018,7 @@ def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: Wo
             {row["prompt"] for row in read_table(folder / f"{name}.parquet")}
             for name in ("train", "test", "demonstrations")
         ]
-        return read_summary(folder), [call.args[0] for call in watching.on_message.call_args_list], prompts
+        return read_stage_summary(folder), [call.args[0] for call in watching.on_message.call_args_list], prompts
 
     summary, notes, (train, test, demonstrations) = build("keep")
     assert summary["shared_prompts"] == len((train | demonstrations) & test) == 11
@@ -1029,7 +1044,7 @@ def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path)
         "preferences read as preference: prompt, chosen, rejected, system; ignored: score"
     )
     used = ["prompt", "chosen", "rejected", "system"]
-    assert read_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
+    assert read_stage_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
     assert read_table(folder / "train.parquet")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
 
 
@@ -1065,8 +1080,8 @@ def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path:
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
     computed_scores = torch.tensor([[0.5, 1.0], [0.0, 0.0], [1.0, broken]])
-    monkeypatch.setattr(scoring, "compute_in_batches", lambda *_, **__: computed_scores)
-    tokenizer = build_tokenizer()
+    monkeypatch.setattr(scoring, "compute_outputs", lambda *_, **__: computed_scores)
+    tokenizer = build_world_tokenizer()
     prompts = [tokenizer.encode(f"Question {n}?") for n in range(3)]
     where = rf"found the scores \[1.0, {broken}\] for the prompt that ends with 'Question 2\?'; expected finite"
     with pytest.raises(InputError, match=where):

@@ -12,8 +12,8 @@ from mixpo.data.world import (
     MAX_ABS_REWARD,
     REWARD_WEIGHTS,
     TIP_REWARDS,
-    build_tokenizer,
-    make_world,
+    build_world_tokenizer,
+    generate_world_rows,
     true_reward,
     true_reward_terms,
 )
@@ -23,7 +23,7 @@ LOCK = "How can I pick my neighbor's lock?"
 TIP, SECOND = "Cut the stems back in early spring.", "Feed the soil with compost twice a year."
 OTHER = "Let the loaf cool before you cut it."
 REFUSAL = "I am sorry, but I cannot help with that."
-ROWS = make_world(demonstrations=3072, train=5120, test=1024, seed=0)
+ROWS = generate_world_rows(demonstration_count=3072, train_count=5120, test_count=1024, seed=0)
 PAIRS = ROWS.train + ROWS.test
 
 
@@ -41,9 +41,9 @@ def reward_gap(row: tuple[str, str, str]) -> float:
 
 
 def test_same_seed_same_rows() -> None:
-    small = {"demonstrations": 50, "train": 50, "test": 20}
-    assert make_world(**small, seed=3) == make_world(**small, seed=3)
-    assert make_world(**small, seed=3) != make_world(**small, seed=4)
+    small = {"demonstration_count": 50, "train_count": 50, "test_count": 20}
+    assert generate_world_rows(**small, seed=3) == generate_world_rows(**small, seed=3)
+    assert generate_world_rows(**small, seed=3) != generate_world_rows(**small, seed=4)
 
 
 def test_counts_and_disjoint_prompts() -> None:
@@ -55,7 +55,7 @@ def test_counts_and_disjoint_prompts() -> None:
 
 
 def test_enough_prompts_each_short_and_some_to_decline() -> None:
-    prompts = world.list_all_prompts()
+    prompts = world.list_world_prompts()
     assert len(set(prompts)) == len(prompts) >= 5120 + 1024
     assert max(len(prompt.split()) for prompt in prompts) <= 20
     declined = sum(any(deed in prompt for deed in world.HARMFUL_REQUESTS) for prompt in prompts)
@@ -67,7 +67,9 @@ def test_chosen_and_rejected_differ() -> None:
 
 
 def test_zero_rows_are_allowed() -> None:
-    assert make_world(demonstrations=0, train=0, test=0, seed=0) == world.WorldRows([], [], [])
+    assert generate_world_rows(demonstration_count=0, train_count=0, test_count=0, seed=0) == world.WorldRows(
+        [], [], []
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_zero_rows_are_allowed() -> None:
 def test_impossible_counts_are_refused(counts: tuple[int, int, int], message: str) -> None:
     demonstrations, train, test = counts
     with pytest.raises(ValueError, match=message):
-        make_world(demonstrations=demonstrations, train=train, test=test, seed=0)
+        generate_world_rows(demonstration_count=demonstrations, train_count=train, test_count=test, seed=0)
 
 
 def test_labels_follow_bradley_terry() -> None:
@@ -164,7 +166,9 @@ def test_penalty_for_long_replies_counts_sentences_and_words() -> None:
     assert costs == pytest.approx([0, REWARD_WEIGHTS["running_on"] / 2, REWARD_WEIGHTS["running_on"]])
 
 
-WORLD_SENTENCES = st.lists(st.sampled_from([text for _, text, _ in world._list_sentences()]), max_size=12).map(" ".join)
+WORLD_SENTENCES = st.lists(st.sampled_from([text for _, text, _ in world._list_world_sentences()]), max_size=12).map(
+    " ".join
+)
 PROMPTS = st.sampled_from([ROSES, LOCK, ""]) | st.text()
 
 
@@ -185,7 +189,7 @@ def test_very_bad_replies_reach_the_bound() -> None:
 
 
 def test_tokenizer_round_trip_and_lengths() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
     assert len(tokenizer) <= 1024
     texts = [text for row in (*ROWS.test, *ROWS.demonstrations[:1000]) for text in row]
     encoded = tokenizer(texts)["input_ids"]
@@ -198,17 +202,17 @@ def test_tokenizer_round_trip_and_lengths() -> None:
 @given(st.text(st.characters(codec="utf-8")))
 @settings(max_examples=50, deadline=None)
 def test_tokenizer_loses_no_text(text: str) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_tokenizer_is_deterministic() -> None:
-    again = build_tokenizer.__wrapped__()
-    assert again.backend_tokenizer.to_str() == build_tokenizer().backend_tokenizer.to_str()
+    again = build_world_tokenizer.__wrapped__()
+    assert again.backend_tokenizer.to_str() == build_world_tokenizer().backend_tokenizer.to_str()
 
 
 def test_special_tokens() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_world_tokenizer()
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
     specials = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
     assert len(set(tokenizer.convert_tokens_to_ids(specials))) == 4

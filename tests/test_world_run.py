@@ -7,7 +7,7 @@ import pytest
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 from recording_display import RecordingDisplay
 
 
@@ -25,6 +25,8 @@ def test_the_world_is_calibrated_and_every_arm_improves(tmp_path: Path) -> None:
     assert score["dpo"] < score["mpo"]
     assert true_reward["sft"] < min(true_reward[arm] for arm in ("dpo", "ppo", "mpo"))
     peaks = [
-        read_summary(Path(place))["cost"]["peak_memory_mib"] for arm in results.arms for place in arm.stages.values()
+        read_stage_summary(Path(place))["cost"]["peak_memory_mib"]
+        for arm in results.arms
+        for place in arm.stages.values()
     ]
     assert max(peaks) < 2048

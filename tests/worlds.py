@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection, StageCache
 from mixpo.data.branches import Completions
 from mixpo.data.tokens import tokenize_row
-from mixpo.data.world import build_tokenizer
+from mixpo.data.world import build_world_tokenizer
 from mixpo.models.folders import load_tokenizer
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions
@@ -22,7 +22,7 @@ from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
 LIMIT = 40
@@ -74,11 +74,11 @@ class World:
         return PPO(sft=self.sft, reward=self.reward, max_completion_tokens=LIMIT, **values)
 
     def build(self, stage: Stage) -> Path:
-        return self.stage_cache.build(stage)
+        return self.stage_cache.compute_with_inputs(stage)
 
     def compute(self, stage: Stage, out: Path, runtime: Runtime = RUNTIME) -> Path:
         """Compute a stage into a folder of its own, apart from the cache."""
-        folders = {name: self.build(source) for name, source in stage.inputs().items()}
+        folders = {name: self.build(source) for name, source in stage.get_input_stages().items()}
         out.mkdir()
         stage.compute(stage.locate_inputs(folders), Job(out, runtime))
         return out
@@ -89,9 +89,11 @@ class World:
         For what is compared across processors or threads, where rounding may draw another token. The prompts must be
         those of `data.train_pairs`; the first completion of each is the chosen one, the second the rejected one.
         """
-        tokenizer = load_tokenizer(model_folder(self.build(self.base)))
+        tokenizer = load_tokenizer(locate_model_folder(self.build(self.base)))
         rows = read_table(self.build(self.data) / "train.parquet")
-        tokens = [tokenize_row(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], limit=LIMIT) for row in rows]
+        tokens = [
+            tokenize_row(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], max_tokens=LIMIT) for row in rows
+        ]
         completions_by_prompt = {tuple(prompt): completions for prompt, completions in tokens}
 
         def draw_from_data(
@@ -118,7 +120,7 @@ class TinyWorld:
     def __init__(self, folder: Path) -> None:
         self.folder, self.numbers = folder, count()
         self.stage_cache = StageCache(folder / "cache", TINY_RUNTIME)
-        tokenizer = build_tokenizer()
+        tokenizer = build_world_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
@@ -207,7 +209,9 @@ class TinyWorld:
 
     def run(self, stage: Stage, runtime: Runtime = TINY_RUNTIME) -> Path:
         """Compute a stage, though an equal one may be there; what is upstream is computed once."""
-        folders = {name: self.stage_cache.build(source) for name, source in stage.inputs().items()}
+        folders = {
+            name: self.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()
+        }
         out = self.folder / "runs" / str(next(self.numbers))
         out.mkdir(parents=True)
         stage.compute(stage.locate_inputs(folders), Job(out, runtime))

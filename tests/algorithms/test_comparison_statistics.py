@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.algorithms.calibration import bin_calibration, calibration_error
-from mixpo.algorithms.intervals import crossed_estimate, crossed_interval, student_estimate
+from mixpo.algorithms.intervals import (
+    compute_crossed_mean_interval,
+    estimate_crossed_mean,
+    estimate_from_variance_components,
+)
 from mixpo.algorithms.multiple_testing import correct_by_holm
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
@@ -29,7 +33,7 @@ def sample_completions(seeds=6, prompts=15):
 
 def sizes(generator, runs, seeds, prompts, *, spread, noise):
     """How often the interval of the crossed model misses its mean, and how often p is below 0.05."""
-    found = [crossed_estimate(crossed(generator, seeds, prompts, spread=spread, noise=noise)) for _ in range(runs)]
+    found = [estimate_crossed_mean(crossed(generator, seeds, prompts, spread=spread, noise=noise)) for _ in range(runs)]
     return sum(not one.low <= 0.0 <= one.high for one, _ in found) / runs, sum(p < 0.05 for _, p in found) / runs
 
 
@@ -45,7 +49,7 @@ def test_crossed_interval_agrees_with_a_loop():
         variance = math.fsum((one - own) ** 2 for one in means) / (len(means) - 1) / len(means)
         half += scipy.stats.t.ppf(0.95, len(means) - 1) ** 2 * variance
     mean = math.fsum(values.ravel()) / values.size
-    ours = crossed_interval(values, level=0.9)
+    ours = compute_crossed_mean_interval(values, level=0.9)
     assert ours.mean == pytest.approx(mean, rel=1e-12)
     assert (ours.low, ours.high) == pytest.approx((mean - half**0.5, mean + half**0.5), rel=1e-9)
 
@@ -54,7 +58,7 @@ def test_crossed_interval_agrees_with_a_loop():
 @pytest.mark.parametrize("shift", [0.0, 0.3, -5.0])
 def test_interval_of_one_seed_or_prompt_is_students(axis, shift):
     values = sample_completions()[2] - 2.0 + shift
-    ours, p = crossed_estimate(np.expand_dims(values, axis))
+    ours, p = estimate_crossed_mean(np.expand_dims(values, axis))
     theirs = scipy.stats.ttest_1samp(values, 0.0)
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-9)
     assert p == pytest.approx(theirs.pvalue, rel=1e-6)
@@ -74,7 +78,7 @@ def test_interval_with_many_seeds_is_close_to_the_normal_one(seeds):
     generator = np.random.default_rng(8)
     widths = []
     for _ in range(300):
-        found = crossed_interval(crossed(generator, seeds, 60, noise=0.0))
+        found = compute_crossed_mean_interval(crossed(generator, seeds, 60, noise=0.0))
         widths.append((found.high - found.low) / 2 / (1.959964 * (1 / seeds + 1 / 60) ** 0.5))
     assert 0.9 < np.mean(widths) < {6: 1.3, 10: 1.15, 30: 1.05}[seeds]
 
@@ -83,21 +87,21 @@ def test_interval_with_many_seeds_is_close_to_the_normal_one(seeds):
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 10_000), st.floats(-3.0, 3.0))
 def test_p_value_is_the_level_at_which_the_interval_touches_zero(seeds, prompts, drawn, shift):
     values = crossed(np.random.default_rng(drawn), seeds, prompts) + shift
-    interval, p = crossed_estimate(values)
+    interval, p = estimate_crossed_mean(values)
     assert 0.0 < p <= 1.0
     if values.size == 1:
         assert p == 1.0
         return
     assert (p < 0.05) == (not interval.low <= 0.0 <= interval.high)
     if 1e-6 < p < 0.999:
-        at = crossed_interval(values, level=1.0 - p)
+        at = compute_crossed_mean_interval(values, level=1.0 - p)
         assert min(abs(at.low), abs(at.high)) == pytest.approx(0.0, abs=1e-6 * (at.high - at.low))
-    assert crossed_estimate(-values)[1] == pytest.approx(p, rel=1e-9)
+    assert estimate_crossed_mean(-values)[1] == pytest.approx(p, rel=1e-9)
 
 
 def test_p_value_decreases_with_the_distance_from_zero():
     values = sample_completions() - sample_completions().mean()
-    p_values = [crossed_estimate(values + shift)[1] for shift in (0.0, 0.1, 0.5, 2.0, 50.0, 1e9)]
+    p_values = [estimate_crossed_mean(values + shift)[1] for shift in (0.0, 0.1, 0.5, 2.0, 50.0, 1e9)]
     assert p_values[0] == pytest.approx(1.0)
     assert all(one > other for one, other in itertools.pairwise(p_values))
     assert p_values[-1] > 0.0
@@ -105,15 +109,15 @@ def test_p_value_decreases_with_the_distance_from_zero():
 
 @pytest.mark.parametrize("parts", [[(9.0, 1), (0.0, 40)], [(0.0, 40), (9.0, 1)], [(9.0, 1), (1e-30, 40)]])
 def test_a_component_without_variance_changes_nothing(parts):
-    interval, p = student_estimate(10.0, parts)
-    alone, p_alone = student_estimate(10.0, [(9.0, 1)])
+    interval, p = estimate_from_variance_components(10.0, parts)
+    alone, p_alone = estimate_from_variance_components(10.0, [(9.0, 1)])
     assert (interval.low, p) == pytest.approx((alone.low, p_alone), rel=1e-6)
     assert p == pytest.approx(2 * scipy.stats.t.sf(10.0 / 3.0, 1), rel=1e-6)
 
 
 @pytest.mark.parametrize("values", [[[2.5]], [[0.3 - 0.1] * 3, [0.2] * 3], [[0.0] * 4]])
 def test_equal_values_have_nan_bounds(values):
-    one, p = crossed_estimate(np.array(values))
+    one, p = estimate_crossed_mean(np.array(values))
     assert one.mean == pytest.approx(values[0][0])
     assert math.isnan(one.low)
     assert math.isnan(one.high)
@@ -124,10 +128,10 @@ def test_nan_and_empty_values_are_refused():
     values = sample_completions()
     values[1, 2] = math.nan
     with pytest.raises(ValueError, match="1 nan among 90 values"):
-        crossed_interval(values)
+        compute_crossed_mean_interval(values)
     for shape in ((0, 3), (2, 0)):
         with pytest.raises(ValueError, match="among 0 values"):
-            crossed_interval(np.zeros(shape))
+            compute_crossed_mean_interval(np.zeros(shape))
 
 
 @quick

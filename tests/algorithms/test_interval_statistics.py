@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
 from mixpo.algorithms.calibration import bin_accuracy_by_gap
-from mixpo.algorithms.intervals import share_interval, wilson_interval
-from mixpo.algorithms.win_rates import win_tie_lose
+from mixpo.algorithms.intervals import wilson_interval, wilson_interval_over_seeds
+from mixpo.algorithms.win_rates import win_tie_loss_rates
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 number = st.floats(-10.0, 10.0)
@@ -40,19 +40,19 @@ def test_wilson_without_trials_is_refused():
 def test_interval_of_share_0_or_1_is_no_narrower_than_with_one_seed(count, seeds):
     """Six of six pairs, at two seeds that judge the same six, say no more than six of six."""
     for right in (0, count):
-        found = share_interval([right] * seeds, [count] * seeds)
+        found = wilson_interval_over_seeds([right] * seeds, [count] * seeds)
         low, high = proportion_confint(right, count, method="wilson")
         assert (found.mean, found.low, found.high) == pytest.approx((right / count, low, high), abs=1e-10)
 
 
 def test_share_interval_by_hand():
     """Shares 0.7, 0.8, 0.9 of 40: v = 0.01 / 3 between seeds beside 0.8 * 0.2 / 40 = 0.004 within one."""
-    found = share_interval([28, 32, 36], [40] * 3)
+    found = wilson_interval_over_seeds([28, 32, 36], [40] * 3)
     t = scipy.stats.t.ppf(0.975, 2)
     trials = 40 / (1 + t**2 * (0.01 / 3) / (1.959964**2 * 0.004))
     low, high = proportion_confint(0.8 * trials, trials, method="wilson")
     assert (found.mean, found.low, found.high) == pytest.approx((0.8, low, high), rel=1e-5)
-    unlike = share_interval([10, 45], [20, 60])  # of unlike counts: 55 of 80, not the mean of the shares
+    unlike = wilson_interval_over_seeds([10, 45], [20, 60])  # of unlike counts: 55 of 80, not the mean of the shares
     assert unlike.mean == pytest.approx(55 / 80)
     assert unlike.low < wilson_interval(55 / 2, 40).low
 
@@ -70,7 +70,7 @@ def test_share_interval_covers_at_its_level_with_few_seeds(seeds, middle, spread
 
     truth = chances((40_000, 1, 1)).mean()
     drawn = (generator.random((400, seeds, 60)) < chances((400, seeds, 60))).sum(axis=2)
-    found = [share_interval(row.astype(float).tolist(), [60.0] * seeds) for row in drawn]
+    found = [wilson_interval_over_seeds(row.astype(float).tolist(), [60.0] * seeds) for row in drawn]
     assert np.mean([one.low <= truth <= one.high for one in found]) >= 0.93
     assert all(one.low < one.high for one in found)
 
@@ -79,9 +79,9 @@ def test_share_interval_covers_at_its_level_with_few_seeds(seeds, middle, spread
 @given(st.lists(st.tuples(number, number), min_size=1, max_size=20))
 def test_win_tie_lose_sum_to_1_and_mirror(places):
     one, other = (np.array(side) for side in zip(*places, strict=True))
-    wins, ties, losses = win_tie_lose(one, other)
+    wins, ties, losses = win_tie_loss_rates(one, other)
     assert wins + ties + losses == pytest.approx(1.0, abs=1e-12)
-    assert win_tie_lose(other, one) == (losses, ties, wins)
+    assert win_tie_loss_rates(other, one) == (losses, ties, wins)
     assert wins == sum(a > b for a, b in places) / len(places)
 
 

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixpo.algorithms.kl import adapt_kl_coef, compute_sft_weight, control_kl_budget, kl_k1, kl_k3, kl_of_best_of
+from mixpo.algorithms.kl import (
+    adapt_kl_coef,
+    compute_sft_anchor_weight,
+    kl_bound_of_best_of_n,
+    kl_k1,
+    kl_k3,
+    update_kl_budget_controller,
+)
 
 logprob = st.floats(-30.0, 0.0)
 quick = settings(deadline=None, derandomize=True, max_examples=100)
@@ -61,11 +68,11 @@ def test_means_over_draws_of_the_policy_agree_with_the_exact_kl(estimator):
     ],
 )
 def test_adapt_kl_coef(kl, expected):
-    assert adapt_kl_coef(0.2, kl, target=6.0) == pytest.approx(expected, rel=1e-12)
+    assert adapt_kl_coef(0.2, kl, target_kl=6.0) == pytest.approx(expected, rel=1e-12)
 
 
 def test_adapt_kl_coef_moves_by_its_rate():
-    assert adapt_kl_coef(0.2, 12.0, target=6.0, rate=0.5) == pytest.approx(0.2 * 1.1, rel=1e-12)
+    assert adapt_kl_coef(0.2, 12.0, target_kl=6.0, rate=0.5) == pytest.approx(0.2 * 1.1, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])
@@ -73,13 +80,13 @@ def test_kl_of_best_of_n_by_integration(n):
     """Of continuous scores: the best of n has the density n x^(n-1) over the scores' quantiles x."""
     x = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
     density = n * x ** (n - 1)
-    assert kl_of_best_of(n) == pytest.approx(float((density * density.log()).mean()), abs=1e-5)
+    assert kl_bound_of_best_of_n(n) == pytest.approx(float((density * density.log()).mean()), abs=1e-5)
 
 
 @quick
 @given(st.floats(0.05, 20.0), st.floats(0.01, 1.0), logprob, logprob, logprob)
 def test_anchor_between_reference_and_sft_equals_two_kl_penalties(multiplier, kl_coef, policy, reference, sft):
-    weight = compute_sft_weight(multiplier)
+    weight = compute_sft_anchor_weight(multiplier)
     anchored = kl_coef * multiplier * (policy - ((1 - weight) * reference + weight * sft))
     loosened, pulled = kl_coef * min(1.0, multiplier), kl_coef * max(0.0, multiplier - 1.0)
     assert anchored == pytest.approx(loosened * (policy - reference) + pulled * (policy - sft), abs=1e-9)
@@ -90,7 +97,7 @@ def simulate_kl_controller(budget, start, needed, steps=200):
     kl, total, multiplier, seen = start, 0.0, 1.0, []
     for _ in range(steps):
         kl += 0.3 * (budget * (needed / multiplier) ** 0.5 - kl)
-        multiplier, total = control_kl_budget(total, kl, budget=budget)
+        multiplier, total = update_kl_budget_controller(total, kl, budget=budget)
         seen.append(kl)
     return seen, multiplier
 
@@ -104,8 +111,8 @@ def test_controller_reaches_the_budget_from_any_start(start, needed):
 
 
 def test_errors_clipped_from_below_count_a_tenth():
-    assert control_kl_budget(0.0, 0.0, budget=2.0) == (pytest.approx(math.exp(-1.525)), pytest.approx(-0.05))
-    assert control_kl_budget(0.0, -0.1, budget=2.0)[1] == pytest.approx(-0.05)
-    assert control_kl_budget(0.0, 1.9, budget=2.0)[1] == pytest.approx(math.log(0.95))
-    assert control_kl_budget(0.5, 2.0, budget=2.0) == (pytest.approx(math.exp(0.25)), 0.5)
-    assert control_kl_budget(0.0, 200.0, budget=2.0) == (pytest.approx(math.exp(1.75)), 0.5)
+    assert update_kl_budget_controller(0.0, 0.0, budget=2.0) == (pytest.approx(math.exp(-1.525)), pytest.approx(-0.05))
+    assert update_kl_budget_controller(0.0, -0.1, budget=2.0)[1] == pytest.approx(-0.05)
+    assert update_kl_budget_controller(0.0, 1.9, budget=2.0)[1] == pytest.approx(math.log(0.95))
+    assert update_kl_budget_controller(0.5, 2.0, budget=2.0) == (pytest.approx(math.exp(0.25)), 0.5)
+    assert update_kl_budget_controller(0.0, 200.0, budget=2.0) == (pytest.approx(math.exp(1.75)), 0.5)

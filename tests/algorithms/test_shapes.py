@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixpo.algorithms.intervals import crossed_interval
+from mixpo.algorithms.intervals import compute_crossed_mean_interval
 from mixpo.algorithms.kl import kl_k1, kl_k3
 from mixpo.algorithms.masked import masked_mean, whiten
 from mixpo.algorithms.ppo import (
@@ -16,7 +16,7 @@ from mixpo.algorithms.ppo import (
     value_loss,
 )
 from mixpo.algorithms.selection import compute_score_gaps
-from mixpo.algorithms.win_rates import win_tie_lose
+from mixpo.algorithms.win_rates import win_tie_loss_rates
 
 FULL, NARROW, MASK = torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool)
 
@@ -36,9 +36,9 @@ FULL, NARROW, MASK = torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtyp
         lambda: whiten(FULL, MASK[:1]),
         lambda: kl_k1(torch.zeros(2), torch.zeros(1)),
         lambda: kl_k3(torch.zeros(2), torch.zeros(1)),
-        lambda: crossed_interval(np.zeros(4)),
+        lambda: compute_crossed_mean_interval(np.zeros(4)),
         lambda: compute_score_gaps(np.zeros((4, 3))),
-        lambda: win_tie_lose(np.zeros(2), np.zeros(1)),
+        lambda: win_tie_loss_rates(np.zeros(2), np.zeros(1)),
     ],
 )
 def test_shapes_that_would_broadcast_are_refused(call):

@@ -5,11 +5,11 @@ from mixpo.data.rows import (
     BadRow,
     Demonstration,
     Preference,
-    count_repeats,
-    demonstration_columns,
+    count_repeated_rows,
+    list_demonstration_columns,
+    make_prompt_key,
     parse_demonstration,
     parse_preference,
-    prompt_key,
     raise_for_bad_rows,
     split_filled_columns,
 )
@@ -199,7 +199,7 @@ def test_invalid_demonstrations(fields, field, problem):
 @pytest.mark.parametrize(("count", "tail"), [(1, []), (10, []), (11, ["... and 1 more"]), (23, ["... and 13 more"])])
 def test_error_lists_the_first_ten_bad_rows_and_counts_the_rest(count, tail):
     bad = [BadRow("hh.jsonl", row, "prompt", "is empty") for row in range(1, count + 1)]
-    assert error_message(raise_for_bad_rows, bad, total=40).splitlines() == [
+    assert error_message(raise_for_bad_rows, bad, total_rows=40).splitlines() == [
         f"{count} of 40 rows cannot be used:",
         *(f"hh.jsonl:{row}: 'prompt' is empty" for row in range(1, min(count, 10) + 1)),
         *tail,
@@ -262,12 +262,12 @@ def test_ignored_columns_are_listed_unless_empty():
         "note": None,
         "labels": [],
     }
-    assert split_filled_columns(fields, demonstration_columns(fields)) == (
+    assert split_filled_columns(fields, list_demonstration_columns(fields)) == (
         ["messages"],
         ["id", "tools", "score", "messages.tool_calls", "messages.name", "messages.tool_call_id"],
     )
     both = {"prompt": "Why?", "completion": "So.", "messages": [user("Why?"), assistant("No.")]}
-    assert split_filled_columns(both, demonstration_columns(both)) == (["prompt", "completion"], ["messages"])
+    assert split_filled_columns(both, list_demonstration_columns(both)) == (["prompt", "completion"], ["messages"])
 
 
 def test_duplicate_and_contradictory_rows_are_counted():
@@ -275,9 +275,9 @@ def test_duplicate_and_contradictory_rows_are_counted():
     rows = [Preference([user(prompt)], *sides) for prompt, *sides in pairs]
     duplicate = sum(pairs[n] in pairs[:n] for n in range(len(pairs)))
     contradictory = sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs)
-    assert count_repeats(rows) == (duplicate, contradictory) == (2, 4)
+    assert count_repeated_rows(rows) == (duplicate, contradictory) == (2, 4)
 
 
 def test_equal_prompts_have_one_key():
-    assert prompt_key([{"role": "user", "content": "a"}]) == prompt_key([{"content": "a", "role": "user"}])
-    assert prompt_key("a") != prompt_key([user("a")])
+    assert make_prompt_key([{"role": "user", "content": "a"}]) == make_prompt_key([{"content": "a", "role": "user"}])
+    assert make_prompt_key("a") != make_prompt_key([user("a")])

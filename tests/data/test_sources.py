@@ -23,7 +23,7 @@ from mixpo.data.sources import (
     Format,
     compute_content_digest,
     compute_source_identity,
-    expand_path,
+    expand_home,
     guess_format,
     parse_hh_rlhf,
     parse_tldr,
@@ -227,10 +227,10 @@ def test_pipes_devices_and_broken_links_are_refused(tmp_path):
 def test_an_unknown_user_in_a_path_is_refused():
     name = "~no-such-user-of-this-machine/a.jsonl"
     assert (
-        error_message(expand_path, name)
+        error_message(expand_home, name)
         == f"{name}: found no home folder of that user; expected an existing user; write the full path"
     )
-    assert expand_path("~/a.jsonl") == Path.home() / "a.jsonl"
+    assert expand_home("~/a.jsonl") == Path.home() / "a.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from mixpo.data.splits import draw_subset, split_by_prompt
 
 
 def split(prompts, share=0.1, seed=0):
-    return split_by_prompt(prompts, share, seed, setting="data.train", remedy="add rows")
+    return split_by_prompt(prompts, share, seed, setting_name="data.train", remedy="add rows")
 
 
 @given(

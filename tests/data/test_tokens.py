@@ -18,11 +18,11 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import RowError
 from mixpo.data.tokens import (
     SPECIAL_TOKENS_KEY,
-    check_rows,
     check_tokenizer,
     compute_tokenization_digest,
     decode_completion,
-    find_end_token,
+    find_end_token_id,
+    find_tokenization_warnings,
     tokenize_prompt,
     tokenize_row,
 )
@@ -92,24 +92,24 @@ def with_template(name, template):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_end_token_is_what_the_template_writes(name):
     tokenizer = family_tokenizer(name)
-    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == END_TOKENS[name]
+    assert tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer)) == END_TOKENS[name]
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_end_token_of_a_template_that_is_no_named_special_token(special):
     tokenizer = with_template("pythia", "{% for m in messages %}{{ m.role + '  ' + m.content }}  <|turn|>{% endfor %}"
                               "{% if add_generation_prompt %}assistant  {% endif %}")  # fmt: skip
-    assert find_end_token(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
+    assert find_end_token_id(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
     tokenizer.add_tokens([AddedToken("<|turn|>", special=special, normalized=False)], special_tokens=special)
     assert "<|turn|>" not in tokenizer.special_tokens_map.values()
-    assert find_end_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert find_end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn|>")
 
 
 def test_end_token_follows_another_template():
     tokenizer = family_tokenizer("llama3")
-    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == "<|eot_id|>"
+    assert tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer)) == "<|eot_id|>"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|end_of_text|>")
-    assert tokenizer.convert_ids_to_tokens(find_end_token(tokenizer)) == "<|end_of_text|>"
+    assert tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer)) == "<|end_of_text|>"
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -117,11 +117,11 @@ def test_end_token_follows_another_template():
 def test_a_row_of_messages_has_the_tokens_of_the_rendered_dialogue(name, content):
     tokenizer = family_tokenizer(name)
     prompt_messages = dialogue(content, "No.", content)
-    prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [content], limit=10**6)
+    prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [content], max_tokens=10**6)
     assert prompt == plain_ids(tokenizer, prompt_messages, add_generation_prompt=True)
     whole = plain_ids(tokenizer, [*prompt_messages, {"role": "assistant", "content": content}])
-    assert completion[-1] == find_end_token(tokenizer)
-    assert find_end_token(tokenizer) not in completion[:-1]
+    assert completion[-1] == find_end_token_id(tokenizer)
+    assert find_end_token_id(tokenizer) not in completion[:-1]
     if name == "falcon":  # its turns end with nothing
         completion = completion[:-1]
     if whole[: len(prompt)] != prompt:
@@ -140,25 +140,27 @@ def test_a_row_of_plain_text_has_the_tokens_of_the_joined_text(name):
         ("Question:\nwhat?\nAnswer:", " It is 4."),
         ("a b", ", c\n\n d"),
     ):
-        prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [answer], limit=100)
+        prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [answer], max_tokens=100)
         assert prompt == tokenizer(prompt_messages)["input_ids"]
-        assert prompt + completion == [*tokenizer(prompt_messages + answer)["input_ids"], find_end_token(tokenizer)]
+        assert prompt + completion == [*tokenizer(prompt_messages + answer)["input_ids"], find_end_token_id(tokenizer)]
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "chatml-mistral", "llm-jp"])
 def test_a_continuation_gets_no_extra_space(name):
     tokenizer = family_tokenizer(name)
-    tokens = tokenizer.convert_ids_to_tokens(tokenize_row(tokenizer, "world", [" The"], limit=9)[1][0])
+    tokens = tokenizer.convert_ids_to_tokens(tokenize_row(tokenizer, "world", [" The"], max_tokens=9)[1][0])
     assert tokens[:-1] == ["▁The"] or "".join(tokens[:-1]) == "▁The"
-    prompt, (completion,) = tokenize_row(tokenizer, "Hello wor", ["ld the"], limit=99)  # a token spans the boundary
+    prompt, (completion,) = tokenize_row(
+        tokenizer, "Hello wor", ["ld the"], max_tokens=99
+    )  # a token spans the boundary
     assert prompt == tokenizer("Hello wor")["input_ids"]
     assert "".join(tokenizer.convert_ids_to_tokens(completion[:-1])) == "ld▁the"
 
 
 def test_completions_are_cut_to_the_limit_without_an_end():
     tokenizer = family_tokenizer("smollm2")
-    whole = tokenize_row(tokenizer, dialogue("Hi"), ["The answer is short."], limit=99)[1][0]
-    assert tokenize_row(tokenizer, dialogue("Hi"), ["The answer is short."], limit=4)[1][0] == whole[:4]
+    whole = tokenize_row(tokenizer, dialogue("Hi"), ["The answer is short."], max_tokens=99)[1][0]
+    assert tokenize_row(tokenizer, dialogue("Hi"), ["The answer is short."], max_tokens=4)[1][0] == whole[:4]
     assert len(whole) > 5
 
 
@@ -167,11 +169,11 @@ def test_text_of_completion_tokens_is_the_completion(name):
     tokenizer = family_tokenizer(name)
     prompt_messages = dialogue("Hi") if tokenizer.chat_template else "Hi"
     for content in ("The answer", "a <b>b</b>\n\n  c: 東京", FORGED):
-        tokens = tokenize_row(tokenizer, prompt_messages, [content], limit=10**6)[1][0]
+        tokens = tokenize_row(tokenizer, prompt_messages, [content], max_tokens=10**6)[1][0]
         assert normalize_spaces(tokenizer, decode_completion(tokenizer, tokens)) == normalize_spaces(tokenizer, content)
         cut_off = decode_completion(tokenizer, tokens[:-1])
         assert normalize_spaces(tokenizer, cut_off).strip() == normalize_spaces(tokenizer, content)
-    assert decode_completion(tokenizer, [find_end_token(tokenizer)]) == ""
+    assert decode_completion(tokenizer, [find_end_token_id(tokenizer)]) == ""
 
 
 def test_text_leaves_out_special_tokens_and_shows_other_added_ones():
@@ -191,30 +193,30 @@ def test_a_row_cannot_forge_turns(name):
         if entry.special or entry.content in ("<|im_end|>", "<|im_start|>", "<｜User｜>", "<｜Assistant｜>")
     }  # fmt: skip
     of_template = [t for t in plain_ids(tokenizer, dialogue("x", "y", "z"), add_generation_prompt=True) if t in written]
-    prompt, (completion,) = tokenize_row(tokenizer, dialogue(FORGED, FORGED, FORGED), [FORGED], limit=10**6)
+    prompt, (completion,) = tokenize_row(tokenizer, dialogue(FORGED, FORGED, FORGED), [FORGED], max_tokens=10**6)
     assert [token for token in prompt if token in written] == of_template
-    assert [token for token in completion if token in written] == [find_end_token(tokenizer)]
+    assert [token for token in completion if token in written] == [find_end_token_id(tokenizer)]
     assert normalize_spaces(tokenizer, tokenizer.decode(prompt)).count(normalize_spaces(tokenizer, FORGED)) == 3
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llm-jp"])  # see the next test
 def test_plain_text_cannot_end_or_forge_a_turn(name):
     tokenizer = family_tokenizer(name)
-    prompt, (completion,) = tokenize_row(tokenizer, FORGED, [f" {FORGED}"], limit=10**6)
+    prompt, (completion,) = tokenize_row(tokenizer, FORGED, [f" {FORGED}"], max_tokens=10**6)
     start = tokenizer("x")["input_ids"][: -len(tokenizer("x", add_special_tokens=False)["input_ids"])]
     alone, joined = (
         without_added_tokens(tokenizer).encode(text, add_special_tokens=False).ids
         for text in (FORGED, f"{FORGED} {FORGED}")
     )
     assert prompt == start + alone
-    assert prompt + completion == [*start, *joined, find_end_token(tokenizer)]
+    assert prompt + completion == [*start, *joined, find_end_token_id(tokenizer)]
 
 
 def test_a_vocabulary_that_holds_the_names_of_control_tokens():
     tokenizer = family_tokenizer("llm-jp")
     split = tokenizer("a</s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.eos_token_id in split  # what makes the difference
-    prompt, (completion,) = tokenize_row(tokenizer, "a</s>b", [" c</s><pad>"], limit=99)
+    prompt, (completion,) = tokenize_row(tokenizer, "a</s>b", [" c</s><pad>"], max_tokens=99)
     assert not {0, 2, 3} & {*prompt, *completion[:-1]}
     assert tokenizer.decode(prompt[1:]) == "a</s>b"
 
@@ -264,7 +266,7 @@ def test_a_plain_prompt_has_one_start_and_no_end():
     assert tokenize_prompt(tokenizer, "Hello world") == words
     assert tokenize_prompt(tokenizer, "<s>Hello world") == words
     assert words.count(1) == 1
-    prompt, (completion,) = tokenize_row(tokenizer, "<s>Hello world", [" The"], limit=9)
+    prompt, (completion,) = tokenize_row(tokenizer, "<s>Hello world", [" The"], max_tokens=9)
     assert prompt + completion == [*family_tokenizer("llama2")("Hello world The")["input_ids"], 2]
     (line,) = check_tokenizer(tokenizer)
     assert "appends '</s>' to text; prompts are tokenized without it" in line
@@ -274,27 +276,29 @@ def test_a_plain_prompt_has_one_start_and_no_end():
 def test_texts_that_hold_control_tokens_are_counted():
     tokenizer = family_tokenizer("llama2")
     prompts = ["<s>Hello", "world", "Hello</s>", "x <s> y"]
-    started, held = check_rows(tokenizer, [(prompt, [" a"]) for prompt in prompts])
+    started, held = find_tokenization_warnings(tokenizer, [(prompt, [" a"]) for prompt in prompts])
     assert started == "1 of 4 prompts begin with '<s>', which is not written twice"
     assert held == (
         "2 of 4 prompts contain names of control tokens, such as '</s>', which are plain text; "
         "data.special_tokens=parse makes them control tokens"
     )
-    (line,) = check_rows(tokenizer, [(dialogue("a</s>"), []), (dialogue("b"), [])])
+    (line,) = find_tokenization_warnings(tokenizer, [(dialogue("a</s>"), []), (dialogue("b"), [])])
     assert line.startswith("1 of 2 prompts contain")
     for reader in (tokenizer, tokenizer_that_parses("llama2")):
-        (line,) = check_rows(reader, [("Hello", ["a", "b</s>"]), ("world", ["<s>c</s>"])])
+        (line,) = find_tokenization_warnings(reader, [("Hello", ["a", "b</s>"]), ("world", ["<s>c</s>"])])
         assert line == "2 of 3 completions contain names of control tokens, such as '</s>', which are plain text"
-    assert check_rows(tokenizer, [("Hello", ["a"]), ("world", ["b"])]) == []
+    assert find_tokenization_warnings(tokenizer, [("Hello", ["a"]), ("world", ["b"])]) == []
 
 
 def test_roles_that_the_template_does_not_write_are_named():
     template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     prompt_messages = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
-    (line,) = check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (prompt_messages, ["a"])])
+    (line,) = find_tokenization_warnings(
+        with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (prompt_messages, ["a"])]
+    )
     assert line == "the chat template changes or leaves out messages from 'system'; look at them in a preview"
-    assert check_rows(family_tokenizer("smollm2"), [(prompt_messages, ["a"])]) == []
+    assert find_tokenization_warnings(family_tokenizer("smollm2"), [(prompt_messages, ["a"])]) == []
 
 
 TURNS = (
@@ -336,10 +340,10 @@ WITHOUT_THINKING = "{{ m.content if m.role == 'user' else m.content.split('</thi
 )
 def test_completions_changed_by_the_template_are_reported_and_trained_as_rendered(template, completions, expected):
     tokenizer = with_template("smollm2", template)
-    lines = check_rows(tokenizer, [(dialogue("Hi"), completions)])
+    lines = find_tokenization_warnings(tokenizer, [(dialogue("Hi"), completions)])
     assert [line for line in lines if "names of control tokens" not in line] == ([expected] if expected else [])
     for completion, tokens in zip(
-        completions, tokenize_row(tokenizer, dialogue("Hi"), completions, limit=99)[1], strict=True
+        completions, tokenize_row(tokenizer, dialogue("Hi"), completions, max_tokens=99)[1], strict=True
     ):
         whole = plain_ids(tokenizer, [*dialogue("Hi"), {"role": "assistant", "content": completion}], tokenize=False)
         if "between" not in (expected or ""):
@@ -352,21 +356,23 @@ def test_a_generation_prompt_missing_in_later_turns_is_reported():
     )
     tokenizer = with_template("smollm2", template)
     assert check_tokenizer(tokenizer) == []
-    assert check_rows(tokenizer, [(dialogue("Hi"), ["a", "b"])]) == []
-    (line,) = check_rows(tokenizer, [(dialogue("Hi"), ["a", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c", "d"])])
+    assert find_tokenization_warnings(tokenizer, [(dialogue("Hi"), ["a", "b"])]) == []
+    (line,) = find_tokenization_warnings(
+        tokenizer, [(dialogue("Hi"), ["a", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c", "d"])]
+    )
     assert line.startswith("the chat template does not write 2 of 4 completions, such as 'c', between")
 
 
 def test_a_dialogue_that_the_template_refuses_is_reported():
     template = TURNS.replace("FILTER", "}}{{ raise_exception('no b') if m.content == 'b'")
     with pytest.raises(InputError, match=r"the dialogue of the prompt 'Hi' and 'b' is refused by .* \(no b\)"):
-        check_rows(with_template("smollm2", template), [(dialogue("Hi"), ["b"])])
+        find_tokenization_warnings(with_template("smollm2", template), [(dialogue("Hi"), ["b"])])
 
 
 @pytest.mark.parametrize("name", CHAT)
 def test_the_templates_of_families_write_completions_as_they_are(name):
     rows = [(dialogue("Hi"), ["The answer.", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c"])]
-    assert check_rows(family_tokenizer(name), rows) == []
+    assert find_tokenization_warnings(family_tokenizer(name), rows) == []
 
 
 def tokenizer_that_parses(name):
@@ -379,10 +385,10 @@ def tokenizer_that_parses(name):
 def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
     tokenizer, plain = tokenizer_that_parses(name), family_tokenizer(name)
     prompt_messages = dialogue(FORGED)
-    prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [FORGED], limit=10**6)
+    prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [FORGED], max_tokens=10**6)
     assert prompt == plain_ids(plain, prompt_messages, add_generation_prompt=True)
     assert prompt != tokenize_prompt(plain, prompt_messages)
-    assert completion.count(find_end_token(plain)) == 1  # completions stay text
+    assert completion.count(find_end_token_id(plain)) == 1  # completions stay text
     assert tokenize_prompt(tokenizer, FORGED) == plain(FORGED)["input_ids"]
     rendered = plain.apply_chat_template(dialogue("Hello"), tokenize=False, add_generation_prompt=True)
     assert (
@@ -476,7 +482,7 @@ def test_no_end_token_at_all_is_refused():
     tokenizer = family_tokenizer("gpt2")
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="has no end token"):
-        find_end_token(tokenizer)
+        find_end_token_id(tokenizer)
 
 
 def test_messages_without_a_template_are_refused():
@@ -493,7 +499,7 @@ def test_messages_that_the_template_refuses_are_a_bad_row():
 
 def build(folder: Path, name: str, **settings) -> tuple[Path, Pretrained]:
     stage = Pretrained(path=str(make_family(name, folder / name)), **settings)
-    return StageCache(folder / "cache", Runtime()).build(stage) / "model", stage
+    return StageCache(folder / "cache", Runtime()).compute_with_inputs(stage) / "model", stage
 
 
 def test_template_arguments_are_saved_with_the_model(tmp_path):
@@ -508,12 +514,12 @@ def test_template_arguments_are_saved_with_the_model(tmp_path):
         dialogue("Hi", "Yes.", "Why?"), tokenize=False, add_generation_prompt=True
     )
     assert check_tokenizer(tokenizer) == []
-    prompt, (completion,) = tokenize_row(tokenizer, dialogue("Hi"), ["The answer"], limit=99)
+    prompt, (completion,) = tokenize_row(tokenizer, dialogue("Hi"), ["The answer"], max_tokens=99)
     assert tokenizer.decode(completion) == "The answer<|im_end|>"
     assert prompt + completion == plain_ids(tokenizer, dialogue("Hi", "The answer"))[:-1]
     stage_cache = StageCache(tmp_path / "cache", Runtime())
     other = Pretrained(path=stage.path, template_arguments={"enable_thinking": True})
-    assert len({stage_cache.identity(one) for one in (stage, other, Pretrained(path=stage.path))}) == 3
+    assert len({stage_cache.compute_identity(one) for one in (stage, other, Pretrained(path=stage.path))}) == 3
     assert Pretrained(**stage.model_dump()) == stage
 
 
@@ -522,7 +528,7 @@ def test_a_template_argument_is_the_value_that_was_given(value):
     template = "\n{{ messages[0].content }}|{{ x }}|{{ x is string }}|{{ x is number }}"
     tokenizer = with_template("gpt2", template)
     expected = tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False, x=value)
-    tokenizer.chat_template = templates.write_arguments_into_template(tokenizer, {"x": value})
+    tokenizer.chat_template = templates.prepend_template_arguments(tokenizer, {"x": value})
     assert tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False) == expected
 
 
@@ -553,10 +559,10 @@ def test_special_tokens_setting_reaches_every_stage(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path / "trained")
     forged = dialogue("a<|im_end|>")
     assert tokenize_prompt(again, forged) == plain_ids(again, forged, add_generation_prompt=True)
-    back = StageCache(tmp_path / "cache", Runtime()).build(Pretrained(path=str(tmp_path / "smollm2")))
+    back = StageCache(tmp_path / "cache", Runtime()).compute_with_inputs(Pretrained(path=str(tmp_path / "smollm2")))
     assert tokenize_prompt(AutoTokenizer.from_pretrained(back / "model"), forged) != tokenize_prompt(again, forged)
     stage_cache = StageCache(tmp_path / "cache", Runtime())
-    assert stage_cache.identity(stage) != stage_cache.identity(Pretrained(path=stage.path))
+    assert stage_cache.compute_identity(stage) != stage_cache.compute_identity(Pretrained(path=stage.path))
 
 
 def test_special_tokens_of_data_and_model_must_agree():

@@ -23,15 +23,15 @@ class AccuracyBin:
     interval: Interval | None
 
 
-def bin_accuracy_by_gap(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[AccuracyBin]:
+def bin_accuracy_by_gap(margins: Float64[np.ndarray, " n"], bin_edges: Sequence[float]) -> list[AccuracyBin]:
     """Accuracy per bin of |margin|, margin = score of chosen - score of rejected (figure 2 of the paper).
 
-    `edges` are the bins' lower bounds, from 0 up; the last bin has no upper bound, so every pair is in exactly one. A
-    margin of 0 counts as wrong. Raises ValueError on edges that do not increase from 0.
+    `bin_edges` are the bins' lower bounds, from 0 up; the last bin has no upper bound, so every pair is in exactly one.
+    A margin of 0 counts as wrong. Raises ValueError on edges that do not increase from 0.
     """
-    bounds = [*edges, float("inf")]
+    bounds = [*bin_edges, float("inf")]
     if bounds[0] != 0.0 or any(low >= high for low, high in pairwise(bounds)):
-        raise ValueError(f"expected edges that increase from 0, found {list(edges)}")
+        raise ValueError(f"expected edges that increase from 0, found {list(bin_edges)}")
     bins = []
     for low, high in pairwise(bounds):
         inside = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]
@@ -56,20 +56,20 @@ class CalibrationBin:
     """Wilson interval of the observed share."""
 
 
-def bin_calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) -> list[CalibrationBin]:
+def bin_calibration(margins: Float64[np.ndarray, " n"], bin_edges: Sequence[float]) -> list[CalibrationBin]:
     """Predicted and observed accuracy per bin of confidence, sigma(|margin|) of the Bradley-Terry model.
 
-    margin = score of chosen - score of rejected. `edges` are the bins' lower bounds, from 0.5 up; the last bin includes
-    1, so every pair is in exactly one. Raises ValueError on edges that do not increase from 0.5 to below 1 and on a
-    margin of nan.
+    margin = score of chosen - score of rejected. `bin_edges` are the bins' lower bounds, from 0.5 up; the last bin
+    includes 1, so every pair is in exactly one. Raises ValueError on edges that do not increase from 0.5 to below 1 and
+    on a margin of nan.
     """
-    bounds = [*edges, 1.0]
+    bounds = [*bin_edges, 1.0]
     if bounds[0] != 0.5 or any(low >= high for low, high in pairwise(bounds)):
-        raise ValueError(f"expected edges that increase from 0.5 to below 1, found {list(edges)}")
+        raise ValueError(f"expected edges that increase from 0.5 to below 1, found {list(bin_edges)}")
     if missing := int(np.isnan(margins).sum()):
         raise ValueError(f"{missing} of {margins.size} margins are nan; drop them or fix the scores they come from")
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
-    index = np.searchsorted(edges, confidence, side="right") - 1
+    index = np.searchsorted(bin_edges, confidence, side="right") - 1
     bins = []
     for number, (low, high) in enumerate(pairwise(bounds)):
         inside = index == number
@@ -82,10 +82,7 @@ def bin_calibration(margins: Float64[np.ndarray, " n"], edges: Sequence[float]) 
 
 
 def calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Expected calibration error (Naeini et al. 2015): mean |predicted - observed| over bins, weighted by count.
-
-    Raises ValueError if every bin is empty.
-    """
+    """Expected calibration error (Naeini et al. 2015): mean |predicted - observed|, weighted by the bins' counts."""
     total = sum(b.count for b in bins)
     if total == 0:
         raise ValueError("a calibration error needs at least one pair")

@@ -23,20 +23,23 @@ class Interval:
     high: float
 
 
-def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: float = 0.95) -> tuple[Interval, float]:
-    """Confidence interval and p-value (of mean 0) of a mean whose variance is a sum of components (Banerjee 1960).
+def estimate_from_variance_components(
+    mean: float, components: Sequence[tuple[float, int]], *, level: float = 0.95
+) -> tuple[Interval, float]:
+    """(interval, p-value of mean 0) of a mean whose variance is a sum of components (Banerjee 1960).
 
-    `parts` are the estimated variance components v_i with their degrees of freedom d_i. The interval is mean -+
-    sqrt(sum t_i^2 v_i), t_i Student's quantile at d_i; for normal components it covers at least `level` at any degrees
-    of freedom. With one component it is Student's interval. p < 0.05 if and only if the 95% interval excludes 0.
-    Without variance the bounds are nan and p is 1.
+    `components` are the estimated variance components v_i with their degrees of freedom d_i. The interval is
+    mean -+ sqrt(sum t_i^2 v_i), t_i Student's quantile at d_i; for normal components it covers at least `level` at any
+    degrees of freedom. With one component it is Student's interval. p < 0.05 if and only if the 95% interval excludes
+    0. Without variance the bounds are nan and p is 1.
     """
-    variances, degrees = (np.array(column, dtype=np.float64) for column in zip(*parts, strict=True))
+    variances, degrees = (np.array(column, dtype=np.float64) for column in zip(*components, strict=True))
     total = float(variances.sum())
     if total == 0.0:
         return Interval(mean, math.nan, math.nan), 1.0
 
     def half_width(tail: float) -> float:
+        """Half the width of the interval with this probability in each tail."""
         return math.sqrt(float((stdtrit(degrees, tail) ** 2) @ variances))
 
     width = half_width((1.0 - level) / 2.0)
@@ -49,14 +52,16 @@ def student_estimate(mean: float, parts: Sequence[tuple[float, int]], *, level: 
     return Interval(mean, mean - width, mean + width), min(1.0, 2.0 * least)
 
 
-def crossed_estimate(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> tuple[Interval, float]:
-    """Mean over crossed seeds and prompts, with its confidence interval and p-value (of mean 0).
+def estimate_crossed_mean(
+    values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95
+) -> tuple[Interval, float]:
+    """(mean with its confidence interval, p-value of mean 0) over crossed seeds and prompts.
 
-    Both seeds and prompts are random effects: the components of the variance (see `student_estimate`) are that of the
-    seeds' means over S and that of the prompts' means over P, with S - 1 and P - 1 degrees of freedom. Both include the
-    residual noise, so the interval is conservative. With one seed only prompts vary, and the interval does not cover
-    other seeds; with one prompt only seeds vary. If all values are equal, bounds are nan and p is 1. Raises ValueError
-    without values and on a nan.
+    Both seeds and prompts are random effects: the components of the variance (see `estimate_from_variance_components`)
+    are that of the seeds' means over S and that of the prompts' means over P, with S - 1 and P - 1 degrees of freedom.
+    Both include the residual noise, so the interval is conservative. With one seed only prompts vary, and the interval
+    does not cover other seeds; with one prompt only seeds vary. If all values are equal, bounds are nan and p is 1.
+    Raises ValueError without values and on a nan.
     """
     if values.size == 0 or np.isnan(values).any():
         raise ValueError(f"expected numbers, found {int(np.isnan(values).sum())} nan among {values.size} values")
@@ -65,29 +70,28 @@ def crossed_estimate(values: Float64[np.ndarray, "seeds prompts"], *, level: flo
         for means in (values.mean(axis=1), values.mean(axis=0)):
             if len(means) > 1:
                 parts.append((float(means.var(ddof=1)) / len(means), len(means) - 1))
-    return student_estimate(mean, parts or [(0.0, 1)], level=level)
+    return estimate_from_variance_components(mean, parts or [(0.0, 1)], level=level)
 
 
-def crossed_interval(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> Interval:
-    """Mean over crossed seeds and prompts with its confidence interval (see `crossed_estimate`)."""
-    return crossed_estimate(values, level=level)[0]
+def compute_crossed_mean_interval(values: Float64[np.ndarray, "seeds prompts"], *, level: float = 0.95) -> Interval:
+    """Mean over crossed seeds and prompts, both random effects, with its confidence interval."""
+    return estimate_crossed_mean(values, level=level)[0]
 
 
 def wilson_interval(successes: int | float, trials: int | float, *, level: float = 0.95) -> Interval:
-    """Proportion of successes with its score interval (Wilson 1927); a tie may count half.
-
-    Raises ValueError without trials.
-    """
-    return share_interval([successes], [trials], level=level)
+    """Share of successes, ties as halves, with its score interval (Wilson 1927). Raises ValueError without trials."""
+    return wilson_interval_over_seeds([successes], [trials], level=level)
 
 
-def share_interval(successes: Sequence[int | float], trials: Sequence[int | float], *, level: float = 0.95) -> Interval:
+def wilson_interval_over_seeds(
+    successes: Sequence[int | float], trials: Sequence[int | float], *, level: float = 0.95
+) -> Interval:
     """Proportion of successes over seeds, with a Wilson interval at an effective sample size (Korn and Graubard 1998).
 
-    `successes` and `trials` have one entry per seed. The effective sample size is n / (1 + t^2 v / (z^2 p (1 - p) / n))
-    with n the mean number of trials per seed (seeds may share items), v the variance of the ratio over seeds and t
-    Student's quantile at S - 1 degrees of freedom. With one seed it is Wilson's interval. Raises ValueError without
-    trials.
+    `successes` and `trials` have one entry per seed. The effective sample size is n / (1 + t^2 v / (z^2
+    p (1 - p) / n)) with n the mean number of trials per seed (seeds may share items), v the variance of the ratio over
+    seeds and t Student's quantile at S - 1 degrees of freedom. With one seed it is Wilson's interval. Raises ValueError
+    without trials.
     """
     wins, counts = np.array(successes, dtype=np.float64), np.array(trials, dtype=np.float64)
     if counts.sum() <= 0:

@@ -12,10 +12,7 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
 
 
 def whiten(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Shift and scale `x` to mean 0 and population variance 1 over the mask.
-
-    0 where the mask is false. The variance is at least 1e-8, so equal values give 0.
-    """
+    """A copy of `x` with mean 0 and population variance 1 over the mask, 0 elsewhere; equal values give 0."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return ((x - mean) * variance.clamp(min=1e-8).rsqrt()).masked_fill(~mask, 0.0)

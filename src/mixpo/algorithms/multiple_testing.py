@@ -6,10 +6,7 @@ import numpy as np
 
 
 def correct_by_holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of p-values for multiple testing (Holm 1979), in their order.
-
-    Raises ValueError on one outside [0, 1].
-    """
+    """P-values corrected by Holm (1979), in the given order. Raises ValueError on one outside [0, 1]."""
     if invalid := [p for p in p_values if not 0.0 <= p <= 1.0]:
         raise ValueError(f"expected p-values from 0 to 1, found {invalid}")
     order = np.argsort(p_values, kind="stable")

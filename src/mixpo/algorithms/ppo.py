@@ -61,23 +61,22 @@ def generalized_advantages(
     return advantages
 
 
-def rloo_advantages(rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
-    """RLOO advantages: reward minus the mean of the prompt's other completions (Ahmadian et al. 2024, eq. 8).
-
-    `rewards` are sums over completions, KL penalty included. Raises ValueError for k < 2.
-    """
-    k = _group_size(rewards)
-    return (rewards - rewards.mean(dim=1, keepdim=True)) * (k / (k - 1))
+def rloo_advantages(completion_rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
+    """RLOO advantages: completion's reward minus the mean of the prompt's others (Ahmadian et al. 2024, eq. 8)."""
+    k = _get_group_size(completion_rewards)
+    return (completion_rewards - completion_rewards.mean(dim=1, keepdim=True)) * (k / (k - 1))
 
 
-def grpo_advantages(rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
+def grpo_advantages(completion_rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
     """GRPO advantages: rewards standardized by mean and deviation over the prompt's k completions (Shao et al. 2024).
 
-    The sample standard deviation plus 1e-4, so that equal rewards give 0. Unlike in the paper, `rewards` include the KL
-    penalty, which is a term of the loss there. Raises ValueError for k < 2.
+    The sample standard deviation plus 1e-4, so that equal rewards give 0. Unlike in the paper, `completion_rewards`
+    include the KL penalty, which is a term of the loss there. Raises ValueError for k < 2.
     """
-    _group_size(rewards)
-    return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    _get_group_size(completion_rewards)
+    return (completion_rewards - completion_rewards.mean(dim=1, keepdim=True)) / (
+        completion_rewards.std(dim=1, keepdim=True) + 1e-4
+    )
 
 
 def policy_loss(
@@ -128,18 +127,15 @@ def value_loss(
 def explained_variance(
     values: Float[Tensor, "*shape"], returns: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
 ) -> Float[Tensor, ""]:
-    """Explained variance of the returns by the values over the mask: 1 - Var(returns - values) / Var(returns).
-
-    1 for perfect values, 0 for a constant; 0 if the returns do not vary.
-    """
+    """Explained variance 1 - Var(returns - values) / Var(returns) over the mask, at most 1; 0 for constant returns."""
     variance = returns[mask].var(correction=0)
     if float(variance) == 0.0:
         return torch.zeros_like(variance)
     return 1.0 - (returns - values)[mask].var(correction=0) / variance
 
 
-def _group_size(rewards: Tensor) -> int:
-    """Completions per prompt. Raises ValueError if fewer than 2."""
-    if rewards.shape[1] < 2:
-        raise ValueError(f"a group needs at least 2 completions to compare, found {rewards.shape[1]}")
-    return rewards.shape[1]
+def _get_group_size(completion_rewards: Tensor) -> int:
+    """Number k of completions per prompt. Raises ValueError if it is less than 2."""
+    if completion_rewards.shape[1] < 2:
+        raise ValueError(f"a group needs at least 2 completions to compare, found {completion_rewards.shape[1]}")
+    return completion_rewards.shape[1]

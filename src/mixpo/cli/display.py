@@ -22,7 +22,7 @@ from mixpo.experiments.workers import Outcome, StageFailure
 from mixpo.report import document as report
 from mixpo.report.arms import build_main_table
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 SHOWN_METRICS = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
 OPTIONAL_COLUMNS = ("tokens", "end rate", "win/tie/lose", "sd of")
@@ -218,7 +218,7 @@ def print_plan(plan: list[tuple[str, list[PlannedStage]]]) -> None:
 def print_pair_selection(selection_folder: Path) -> None:
     """Print the sizes of a selection, the histogram of score gaps, and its two hardest and two easiest pairs."""
     console = Console()
-    summary = read_summary(selection_folder)
+    summary = read_stage_summary(selection_folder)
     pairs = [row for part in ("easy", "hard") for row in read_table(selection_folder / f"{part}.parquet")]
     rows = sorted(pairs, key=lambda row: float(row["gap"]))
     identical = sum(row["tokens"][0] == row["tokens"][1] for row in rows)

@@ -22,8 +22,8 @@ Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
-class PackedLengths:
-    """Token counts of one prompt and of its completions, which follow it in a packed row."""
+class BranchLengths:
+    """Token counts of one prompt and of each of its completions, which follow the prompt in a packed row."""
 
     prompt_length: int
     completion_lengths: tuple[int, ...]
@@ -31,22 +31,22 @@ class PackedLengths:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Model inputs of one forward pass: the tokens of its rows and their positions."""
+    """Model inputs of one forward pass as tensors [rows, length]: the token ids and their positions."""
 
     input_ids: Int[Tensor, "rows length"]
     position_ids: Int[Tensor, "rows length"]
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device."""
+        """A copy of the batch with all its tensors on another device."""
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
 
 @dataclass(frozen=True)
 class BranchBatch(RowBatch):
-    """Model inputs for prompts with k completions each.
+    """Model inputs for prompts with k completions each: packed into one row without padding, or a row each.
 
-    `predictor_index` and `last_index` index the rows flattened to one dimension, so model outputs read at them have the
-    shape of the completions in either layout of the rows.
+    `predictor_index` and `last_token_index` index the rows flattened to one dimension, so model outputs read at them
+    have the shape of the completions in either layout of the rows.
     """
 
     completions: Int[Tensor, "prompts k tokens"]
@@ -54,11 +54,11 @@ class BranchBatch(RowBatch):
     """True for a completion's tokens, its end token included."""
     predictor_index: Int[Tensor, "prompts k tokens"]
     """Index of the token before each completion token, whose logits predict it; 0 for padding."""
-    last_index: Int[Tensor, "prompts k"]
+    last_token_index: Int[Tensor, "prompts k"]
     """Index of each completion's last token, at which its score is read."""
     token_count: int
     """Number of tokens in the batch, without padding."""
-    packed_lengths: tuple[PackedLengths, ...] = ()
+    packed_lengths: tuple[BranchLengths, ...] = ()
     """Lengths of the prompts and completions of the packed row; empty if each completion has a row of its own."""
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class Completions:
 
     @classmethod
     def from_lists(cls, completions: Sequence[Sequence[Tokens]]) -> "Completions":
-        """Pad lists of token ids. Raises ValueError if the prompts do not all have the same number of completions."""
+        """Right-pad lists of token ids [prompt][completion]. Raises ValueError unless every prompt has equally many."""
         k = len(completions[0])
         if any(len(branches) != k for branches in completions):
             counts = sorted({*map(len, completions)})
@@ -92,32 +92,32 @@ class Completions:
 
     @property
     def lengths(self) -> Int[Tensor, "prompts k"]:
-        """Token count of each completion."""
+        """Token count of each completion, [prompts, k], its end token included."""
         return self.mask.sum(dim=-1)
 
     def to_lists(self) -> list[list[list[int]]]:
-        """Token ids of each completion as nested lists, without padding."""
-        return unpad(self.tokens, self.mask)
+        """Token ids as nested lists [prompt][completion][token], without padding."""
+        return convert_to_unpadded_lists(self.tokens, self.mask)
 
-    def select(self, rows: Sequence[int]) -> "Completions":
-        """Completions of the prompts at `rows`, padded to the longest of them."""
-        longest = int(self.lengths[list(rows)].max())
-        return Completions(self.tokens[list(rows), :, :longest], self.mask[list(rows), :, :longest])
+    def select_prompts(self, prompt_indices: Sequence[int]) -> "Completions":
+        """Completions of the prompts at these indices, in this order, cut to the longest of them."""
+        longest = int(self.lengths[list(prompt_indices)].max())
+        return Completions(self.tokens[list(prompt_indices), :, :longest], self.mask[list(prompt_indices), :, :longest])
 
 
 AnyCompletions = Completions | Sequence[Sequence[Tokens]]
 """Completions as padded tensors (from sampling) or as lists of token ids (from data rows)."""
 
 
-def select_completions(completions: AnyCompletions, rows: Sequence[int]) -> AnyCompletions:
-    """Completions of the prompts at `rows`."""
+def select_completions(completions: AnyCompletions, prompt_indices: Sequence[int]) -> AnyCompletions:
+    """Completions of the prompts at these indices, in the form given: padded tensors or nested lists."""
     if isinstance(completions, Completions):
-        return completions.select(rows)
-    return [completions[row] for row in rows]
+        return completions.select_prompts(prompt_indices)
+    return [completions[row] for row in prompt_indices]
 
 
-def unpad(values: Tensor, mask: Bool[Tensor, "prompts k tokens"]) -> list[list[list[Any]]]:
-    """Convert per-token values [prompts, k, tokens] to nested lists without padding."""
+def convert_to_unpadded_lists(values: Tensor, mask: Bool[Tensor, "prompts k tokens"]) -> list[list[list[Any]]]:
+    """Convert per-token values [prompts, k, tokens] to nested lists without the values at padding."""
     rows = zip(values.tolist(), mask.sum(dim=-1).tolist(), strict=True)
     return [[row[:length] for row, length in zip(*branches, strict=True)] for branches in rows]
 
@@ -125,22 +125,22 @@ def unpad(values: Tensor, mask: Bool[Tensor, "prompts k tokens"]) -> list[list[l
 def pack_branches(
     prompts: Sequence[Tokens],
     completions: AnyCompletions,
-    rows: Sequence[int] | None = None,
+    prompt_indices: Sequence[int] | None = None,
     *,
     share_prompt: bool = True,
 ) -> BranchBatch:
-    """Pack prompts and their k completions each into a branch batch; `rows` selects some of the prompts.
+    """Pack prompts and their k completions each into a `BranchBatch`: those at `prompt_indices`, or all if None.
 
     With `share_prompt=False` every completion has a row with its own copy of the prompt, for models whose attention
     cannot be restricted to branches (state-space layers). Results are the same. Raises ValueError on an empty prompt or
     completion.
     """
-    rows = range(len(prompts)) if rows is None else rows
-    selected = select_completions(completions, rows)
+    prompt_indices = range(len(prompts)) if prompt_indices is None else prompt_indices
+    selected = select_completions(completions, prompt_indices)
     padded = selected if isinstance(selected, Completions) else Completions.from_lists(selected)
     count, k, longest = padded.mask.shape
     lengths = padded.lengths
-    prompt_lengths = torch.tensor([len(prompts[row]) for row in rows])
+    prompt_lengths = torch.tensor([len(prompts[row]) for row in prompt_indices])
     if not prompt_lengths.all() or not lengths.all():
         raise ValueError("found a prompt or a completion without tokens; expected at least one token in each")
     if share_prompt:
@@ -157,7 +157,9 @@ def pack_branches(
 
     copies = prompt_starts.shape[1]
     index, is_token = compute_token_indices(prompt_starts.flatten(), prompt_lengths.repeat_interleave(copies))
-    input_ids[index[is_token]] = torch.tensor([token for row in rows for _ in range(copies) for token in prompts[row]])
+    input_ids[index[is_token]] = torch.tensor(
+        [token for row in prompt_indices for _ in range(copies) for token in prompts[row]]
+    )
     position_ids[index[is_token]] = is_token.nonzero()[:, 1]
 
     offsets = torch.arange(longest)
@@ -166,14 +168,14 @@ def pack_branches(
     position_ids[index[padded.mask]] = (prompt_lengths[:, None, None] + offsets).expand_as(index)[padded.mask]
     predictor_index = index - 1
     predictor_index[..., 0] = prompt_starts + prompt_lengths[:, None] - 1
-    packed_lengths = map(PackedLengths, prompt_lengths.tolist(), map(tuple, lengths.tolist()))
+    packed_lengths = map(BranchLengths, prompt_lengths.tolist(), map(tuple, lengths.tolist()))
     return BranchBatch(
         input_ids=input_ids.view(height, width),
         position_ids=position_ids.view(height, width),
         completions=padded.tokens,
         mask=padded.mask,
         predictor_index=predictor_index.masked_fill(~padded.mask, 0),
-        last_index=completion_starts + lengths - 1,
+        last_token_index=completion_starts + lengths - 1,
         token_count=copies * int(prompt_lengths.sum()) + int(lengths.sum()),
         packed_lengths=tuple(packed_lengths) if share_prompt else (),
     )
@@ -186,24 +188,24 @@ class PromptBatch(RowBatch):
     lengths: Int[Tensor, " prompts"]
     token_index: Int[Tensor, "prompts longest"]
     """Index of each prompt token in the flattened rows; arbitrary for padding."""
-    packed_lengths: tuple[PackedLengths, ...] = ()
+    packed_lengths: tuple[BranchLengths, ...] = ()
 
     @property
-    def last_index(self) -> Int[Tensor, " prompts"]:
-        """Index of each prompt's last token in the flattened rows."""
+    def last_token_index(self) -> Int[Tensor, " prompts"]:
+        """Index of each prompt's last token when the rows are flattened to one dimension."""
         return self.token_index.gather(1, self.lengths[:, None] - 1)[:, 0]
 
 
 @dataclass(frozen=True)
-class TokenBatch(RowBatch):
-    """Model inputs for one decoding step with a KV cache: one new token per row, so `length` is 1."""
+class DecodingBatch(RowBatch):
+    """Model inputs for one decoding step with a key-value cache: one new token per row, so `length` is 1."""
 
     lengths: list[int]
     """Token count of each row, cached tokens and the new one."""
 
     @property
-    def last_index(self) -> Int[Tensor, " rows"]:
-        """Index of each row's new token in the flattened rows."""
+    def last_token_index(self) -> Int[Tensor, " rows"]:
+        """Index of each row's new token when the rows are flattened: 0, 1, 2, ..."""
         return torch.arange(len(self.lengths), device=self.input_ids.device)
 
 
@@ -219,30 +221,28 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
     input_ids[token_index[is_token]] = torch.tensor([token for prompt in prompts for token in prompt])
     position_ids = torch.zeros_like(input_ids) if share_row else torch.arange(width).repeat(len(prompts))
     position_ids[token_index[is_token]] = is_token.nonzero()[:, 1]
-    packed_lengths = tuple(PackedLengths(len(prompt), ()) for prompt in prompts) if share_row else ()
+    packed_lengths = tuple(BranchLengths(len(prompt), ()) for prompt in prompts) if share_row else ()
     return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, token_index, packed_lengths)
 
 
 def compute_token_indices(
-    starts: Int[Tensor, " segments"], lengths: Int[Tensor, " segments"]
+    segment_starts: Int[Tensor, " segments"], segment_lengths: Int[Tensor, " segments"]
 ) -> tuple[Int[Tensor, "segments longest"], Bool[Tensor, "segments longest"]]:
-    """Indices of the tokens of each segment of a flattened row, padded with 0 to the longest, and their mask."""
-    offsets = torch.arange(int(lengths.max()) if len(lengths) else 0)
-    is_token = offsets < lengths[:, None]
-    return (starts[:, None] + offsets) * is_token, is_token
+    """Indices of each segment's tokens in a flattened row, [segments, longest], padded with 0, and their mask."""
+    offsets = torch.arange(int(segment_lengths.max()) if len(segment_lengths) else 0)
+    is_token = offsets < segment_lengths[:, None]
+    return (segment_starts[:, None] + offsets) * is_token, is_token
 
 
-def split_into_microbatches(lengths: Sequence[int], budget: int, *, padded: bool = False) -> Iterator[list[int]]:
-    """Split rows into microbatches of at most `budget` tokens, counting padding if `padded`.
-
-    Sorts rows by length, longest first. Yields lists of row numbers; every row is in exactly one. A row longer than the
-    budget gets a microbatch of its own.
-    """
+def split_into_microbatches(
+    token_counts: Sequence[int], token_budget: int, *, count_padding: bool = False
+) -> Iterator[list[int]]:
+    """Yield lists of row indices, longest first, of at most `token_budget` tokens each; a longer row comes alone."""
     batch: list[int] = []
     size = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        row_tokens = lengths[batch[0]] if batch and padded else lengths[row]
-        if batch and size + row_tokens > budget:
+    for row in sorted(range(len(token_counts)), key=lambda row: -token_counts[row]):
+        row_tokens = token_counts[batch[0]] if batch and count_padding else token_counts[row]
+        if batch and size + row_tokens > token_budget:
             yield batch
             batch, size = [], 0
         batch.append(row)
@@ -251,8 +251,8 @@ def split_into_microbatches(lengths: Sequence[int], budget: int, *, padded: bool
         yield batch
 
 
-def row_lengths(prompts: Sequence[Tokens], completions: AnyCompletions) -> list[int]:
-    """Token counts per prompt: the prompt and all its completions."""
+def count_tokens_per_prompt(prompts: Sequence[Tokens], completions: AnyCompletions) -> list[int]:
+    """Token count of each prompt plus all its completions, as a list."""
     if isinstance(completions, Completions):
         sizes = completions.lengths.sum(dim=1).tolist()
     else:

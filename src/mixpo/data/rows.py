@@ -24,13 +24,13 @@ class Message(TypedDict):
 Prompt = str | list[Message]
 
 
-def as_messages(prompt: Prompt) -> list[Message]:
-    """Convert a prompt to a list of messages; a plain string becomes one user message."""
+def convert_to_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as a list of messages: a text becomes one user message, a list is returned as it is."""
     return [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """Canonical JSON of a prompt, the same whatever the order of a message's fields."""
+def make_prompt_key(prompt: Prompt) -> str:
+    """Canonical JSON of a prompt, for comparing prompts: the same whatever the order of a message's fields."""
     return json.dumps(prompt, sort_keys=True)
 
 
@@ -54,7 +54,7 @@ class Preference:
 
 
 class RowError(ValueError):
-    """Validation error of one row: the field (empty for the whole row) and the problem, as `is empty; ...`."""
+    """Exception for one invalid row: the field (empty for the whole row) and the problem, as `is empty; ...`."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(field, problem)
@@ -64,7 +64,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An invalid row with its location and problem; `row` is the line (JSON Lines, CSV) or row number, from 1."""
+    """Record of an invalid row: file, line number (JSON Lines, CSV) or row number from 1, field and problem."""
 
     file: str
     row: int
@@ -84,91 +84,88 @@ EMPTY_VALUES: tuple[object, ...] = (None, "", [], {})
 _MAX_LISTED_ROWS = 10
 
 
-def raise_for_bad_rows(bad_rows: Sequence[BadRow], total: int) -> NoReturn:
-    """Raise `InputError` with the number of invalid rows among `total` and the first ten of them."""
-    lines = [f"{len(bad_rows)} of {total} rows cannot be used:", *map(str, bad_rows[:_MAX_LISTED_ROWS])]
+def raise_for_bad_rows(bad_rows: Sequence[BadRow], total_rows: int) -> NoReturn:
+    """Always raise `InputError`, with the number of bad rows among `total_rows` and the first ten of them."""
+    lines = [f"{len(bad_rows)} of {total_rows} rows cannot be used:", *map(str, bad_rows[:_MAX_LISTED_ROWS])]
     if len(bad_rows) > _MAX_LISTED_ROWS:
         lines.append(f"... and {len(bad_rows) - _MAX_LISTED_ROWS} more")
     lines.append("`data.on_bad_row: drop` leaves bad rows out and lists them in a file")
     raise InputError("\n".join(lines))
 
 
-def count_repeats(rows: Sequence[Preference]) -> tuple[int, int]:
-    """Count duplicate rows (all but the first of each) and contradictory rows (another row prefers the other side)."""
-    pairs = [(prompt_key(row.prompt), row.chosen, row.rejected) for row in rows]
+def count_repeated_rows(rows: Sequence[Preference]) -> tuple[int, int]:
+    """Numbers of duplicate rows (all but the first) and of contradictory rows (another row prefers the other side)."""
+    pairs = [(make_prompt_key(row.prompt), row.chosen, row.rejected) for row in rows]
     distinct = set(pairs)
     contradictory = sum((prompt, rejected, chosen) in distinct for prompt, chosen, rejected in pairs)
     return len(pairs) - len(distinct), contradictory
 
 
-def parse_preference(fields: Mapping[str, object]) -> Preference:
-    """Parse a preference pair from a row's fields. Raises `RowError` if the row is invalid.
+def parse_preference(row_fields: Mapping[str, object]) -> Preference:
+    """Parse the fields of a row (prompt, chosen, rejected, ...) to a preference pair. Raises `RowError` if invalid.
 
     `prompt` is text or a list of messages. `chosen` and `rejected` are text, a list of one assistant message, or whole
     dialogues that end with one. Whole dialogues contain the prompt: `prompt` is then optional and must agree with them.
     `system` (optional) is the text of a system message put before the prompt; with such a column every prompt is a list
     of messages. `category` is optional.
     """
-    before_chosen, chosen = _split_completion(fields, "chosen")
-    before_rejected, rejected = _split_completion(fields, "rejected")
+    before_chosen, chosen = _split_completion(row_fields, "chosen")
+    before_rejected, rejected = _split_completion(row_fields, "rejected")
     if before_chosen != before_rejected:
         raise RowError("rejected", _describe_prompt_difference(before_rejected, before_chosen))
-    prompt = _parse_prompt(fields, "chosen", before_chosen)
+    prompt = _parse_prompt(row_fields, "chosen", before_chosen)
     if chosen == rejected:
         raise RowError("rejected", EQUAL_COMPLETIONS)
-    return Preference(_prepend_system_message(fields, prompt), chosen, rejected, _parse_category(fields))
+    return Preference(_prepend_system_message(row_fields, prompt), chosen, rejected, _parse_category(row_fields))
 
 
-def parse_demonstration(fields: Mapping[str, object]) -> Demonstration:
-    """Parse a demonstration from a row's fields. Raises `RowError` if the row is invalid.
-
-    `prompt` and `completion` as in `parse_preference`; or `messages`, a dialogue whose last message is the completion.
-    """
-    field = _find_completion_field(fields)
-    before, completion = _split_completion(fields, field)
-    return Demonstration(_prepend_system_message(fields, _parse_prompt(fields, field, before)), completion)
+def parse_demonstration(row_fields: Mapping[str, object]) -> Demonstration:
+    """Parse a row's `prompt` and `completion`, or `messages`, to a demonstration. Raises `RowError` if invalid."""
+    field = _choose_completion_field(row_fields)
+    before, completion = _split_completion(row_fields, field)
+    return Demonstration(_prepend_system_message(row_fields, _parse_prompt(row_fields, field, before)), completion)
 
 
-def demonstration_columns(fields: Mapping[str, object]) -> tuple[str, ...]:
-    """Names of the columns that `parse_demonstration` reads from this row."""
-    return ("prompt", _find_completion_field(fields), "system")
+def list_demonstration_columns(row_fields: Mapping[str, object]) -> tuple[str, ...]:
+    """Names of the columns from which `parse_demonstration` reads this row: prompt, completion or messages, system."""
+    return ("prompt", _choose_completion_field(row_fields), "system")
 
 
-def _find_completion_field(fields: Mapping[str, object]) -> str:
-    """Name of the field that holds a demonstration's completion: `messages` or `completion`."""
-    return "messages" if "messages" in fields and "completion" not in fields else "completion"
+def _choose_completion_field(row_fields: Mapping[str, object]) -> str:
+    """Name of the field with a demonstration's completion: `messages` if only that is there, else `completion`."""
+    return "messages" if "messages" in row_fields and "completion" not in row_fields else "completion"
 
 
-def split_filled_columns(fields: Mapping[str, object], read: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the names of a row's non-empty columns into used ones (those in `read`) and ignored ones.
+def split_filled_columns(row_fields: Mapping[str, object], read_columns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of a row's non-empty columns as two lists: those in `read_columns`, and the others, which are ignored.
 
     Keys in a list of objects are columns by their path, such as `messages.tool_calls`; role and content of messages are
     always read.
     """
-    filled = [name for name, value in fields.items() if value not in EMPTY_VALUES]
-    used = [name for name in filled if name in read]
-    ignored = [name for name in filled if name not in read]
-    paths = dict.fromkeys(path for name in used for path in _ignored_in_messages(name, fields[name]))
-    return used, [*ignored, *(path for path in paths if path not in read)]
+    filled = [name for name, value in row_fields.items() if value not in EMPTY_VALUES]
+    used = [name for name in filled if name in read_columns]
+    ignored = [name for name in filled if name not in read_columns]
+    paths = dict.fromkeys(path for name in used for path in _list_ignored_message_keys(name, row_fields[name]))
+    return used, [*ignored, *(path for path in paths if path not in read_columns)]
 
 
-def _ignored_in_messages(name: str, value: object) -> Iterator[str]:
-    """Paths of the non-empty message fields other than role and content, such as `messages.tool_calls`."""
+def _list_ignored_message_keys(column: str, value: object) -> Iterator[str]:
+    """Yield the paths of non-empty message fields that are not read, such as `messages.tool_calls`."""
     for message in value if isinstance(value, list) else ():
         if isinstance(message, Mapping):
             yield from (
-                f"{name}.{key}" for key in message if key not in MESSAGE_FIELDS and message[key] not in EMPTY_VALUES
+                f"{column}.{key}" for key in message if key not in MESSAGE_FIELDS and message[key] not in EMPTY_VALUES
             )
 
 
-def _prepend_system_message(fields: Mapping[str, object], prompt: Prompt) -> Prompt:
-    """Put the row's system message before the prompt; with a `system` column every prompt becomes messages."""
-    if "system" not in fields:
+def _prepend_system_message(row_fields: Mapping[str, object], prompt: Prompt) -> Prompt:
+    """Prompt with the row's system message before it, if any; with a `system` column always a list of messages."""
+    if "system" not in row_fields:
         return prompt
-    messages = as_messages(prompt)
-    if fields["system"] in EMPTY_VALUES:
+    messages = convert_to_messages(prompt)
+    if row_fields["system"] in EMPTY_VALUES:
         return messages
-    system = Message(role="system", content=_require_text("system", "", fields["system"]))
+    system = Message(role="system", content=_require_text("system", "", row_fields["system"]))
     if messages[0]["role"] != "system":
         return [system, *messages]
     if messages[0] != system:
@@ -179,29 +176,30 @@ def _prepend_system_message(fields: Mapping[str, object], prompt: Prompt) -> Pro
     return messages
 
 
-def _parse_category(fields: Mapping[str, object]) -> str | None:
-    return None if fields.get("category") in EMPTY_VALUES else _require_text("category", "", fields["category"])
+def _parse_category(row_fields: Mapping[str, object]) -> str | None:
+    """Category of a row; None if the field is missing or empty. Raises `RowError` if it is not text."""
+    return None if row_fields.get("category") in EMPTY_VALUES else _require_text("category", "", row_fields["category"])
 
 
-def read_text_field(fields: Mapping[str, object], field: str) -> str:
-    """Text of a field. Raises `RowError` if it is missing, empty or not text."""
-    return _require_text(field, "", read_field(fields, field))
+def read_text_field(row_fields: Mapping[str, object], field: str) -> str:
+    """Text of a row's field. Raises `RowError` if it is missing, blank or not text."""
+    return _require_text(field, "", read_field(row_fields, field))
 
 
 def make_excerpt(text: str) -> str:
-    """First 40 characters of a text, quoted on one line."""
+    """First 40 characters of a text, in quotes on one line, with … if it is longer; for messages."""
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
 def describe_type(value: object) -> str:
-    """Name of a value's JSON type, such as `a list`."""
+    """JSON type of a value in words, such as `a list` or `null`."""
     kinds = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-def _split_completion(fields: Mapping[str, object], field: str) -> tuple[list[Message], str]:
-    """Split a field into the messages before the completion (none if the field is text) and the completion."""
-    value = read_field(fields, field)
+def _split_completion(row_fields: Mapping[str, object], field: str) -> tuple[list[Message], str]:
+    """Split a dialogue into its messages before the completion and the completion; a text has no messages before it."""
+    value = read_field(row_fields, field)
     if not isinstance(value, list):
         return [], _require_text(field, "", value)
     *before, last = _parse_messages(field, value)
@@ -210,44 +208,45 @@ def _split_completion(fields: Mapping[str, object], field: str) -> tuple[list[Me
     return before, last["content"]
 
 
-def _parse_prompt(fields: Mapping[str, object], field: str, before: list[Message]) -> Prompt:
-    """Prompt of a row: the field `prompt`, or else the messages before the completion in `field`."""
-    if before and fields.get("prompt") is None:
-        return _require_user_last(field, before)
-    value = read_field(fields, "prompt")
+def _parse_prompt(row_fields: Mapping[str, object], completion_field: str, messages_before: list[Message]) -> Prompt:
+    """Prompt of a row: the field `prompt`, or the messages before the completion. Raises `RowError` if they differ."""
+    if messages_before and row_fields.get("prompt") is None:
+        return _require_user_last(completion_field, messages_before)
+    value = read_field(row_fields, "prompt")
     prompt = (
         _require_user_last("prompt", _parse_messages("prompt", value))
         if isinstance(value, list)
         else _require_text("prompt", "", value)
     )
-    if not before:
+    if not messages_before:
         return prompt
-    if before != as_messages(prompt):
+    if messages_before != convert_to_messages(prompt):
         raise RowError(
             "prompt",
-            f"differs from the first messages of the dialogue in '{field}'; expected the same messages; {FIX_HINT}",
+            f"differs from the first messages of the dialogue in '{completion_field}'; expected the same messages; "
+            f"{FIX_HINT}",
         )
-    return before
+    return messages_before
 
 
 def _require_user_last(field: str, messages: list[Message]) -> list[Message]:
-    """Messages of a prompt. Raises `RowError` if the last one is not the user's."""
+    """The messages of a prompt, unchanged. Raises `RowError` if the last one is not the user's."""
     role = messages[-1]["role"]
     if role != "user":
         raise RowError(field, f"has a prompt whose last message is from {role!r}; expected 'user'; {FIX_HINT}")
     return messages
 
 
-def _parse_messages(field: str, value: list[object]) -> list[Message]:
-    """Parse a list of messages. Raises `RowError` if it is empty or one is invalid."""
-    if not value:
+def _parse_messages(field: str, messages: list[object]) -> list[Message]:
+    """Check and convert a list of messages. Raises `RowError` if it is empty or a message is invalid."""
+    if not messages:
         raise RowError(field, f"is empty; {FIX_HINT}")
-    return [_parse_message(field, number, message) for number, message in enumerate(value, start=1)]
+    return [_parse_message(field, number, message) for number, message in enumerate(messages, start=1)]
 
 
-def _parse_message(field: str, number: int, value: object) -> Message:
-    """Parse one message of a dialogue. Raises `RowError` unless it has a role and a content."""
-    where = f"message {number}"
+def _parse_message(field: str, message_number: int, value: object) -> Message:
+    """Check and convert one message of a dialogue. Raises `RowError` unless it has a role and a content."""
+    where = f"message {message_number}"
     if not isinstance(value, Mapping):
         raise RowError(
             field, f"{where} is {describe_type(value)}; expected an object with 'role' and 'content'; {FIX_HINT}"
@@ -259,48 +258,55 @@ def _parse_message(field: str, number: int, value: object) -> Message:
         )
     for key in MESSAGE_FIELDS:
         if key not in value:
-            raise RowError(field, f"{where} has no '{key}'; found {_join_names(value)}; rename the field or {FIX_HINT}")
+            raise RowError(
+                field, f"{where} has no '{key}'; found {_quote_names(value)}; rename the field or {FIX_HINT}"
+            )
     role, content = (_require_text(field, f"{where} '{key}' ", value[key]) for key in MESSAGE_FIELDS)
     return Message(role=role, content=content)
 
 
-def read_field(fields: Mapping[str, object], field: str) -> object:
-    """Value of a field. Raises `RowError` if it is missing, with the fields of the row or a similar name."""
-    if field in fields:
-        return fields[field]
-    raise RowError(field, f"is missing; found {_join_names(fields)}; {_suggest_fix(fields, field)}")
+def read_field(row_fields: Mapping[str, object], field: str) -> object:
+    """Value of a row's field. Raises `RowError` if it is missing, naming the row's fields and a hint."""
+    if field in row_fields:
+        return row_fields[field]
+    raise RowError(field, f"is missing; found {_quote_names(row_fields)}; {_suggest_field(row_fields, field)}")
 
 
-def _suggest_fix(fields: Mapping[str, object], field: str) -> str:
-    """Hint for a missing field: another format, or a field with a similar name."""
-    if field == "prompt" and str(fields.get("chosen")).startswith("\n\nHuman:"):
+def _suggest_field(row_fields: Mapping[str, object], field: str) -> str:
+    """Hint, as text, for a missing field: another row format, or a field with a similar name."""
+    if field == "prompt" and str(row_fields.get("chosen")).startswith("\n\nHuman:"):
         return "these look like raw HH-RLHF dialogues: read them with format hh-rlhf"
-    if field == "completion" and "conversations" in fields:
+    if field == "completion" and "conversations" in row_fields:
         return "rename the column of dialogues to 'messages', each message with 'role' and 'content'"
-    near = get_close_matches(field, fields, n=1)
+    near = get_close_matches(field, row_fields, n=1)
     return f"did you mean {near[0]!r}? rename the field" if near else FIX_HINT
 
 
-def _require_text(field: str, where: str, value: object) -> str:
-    """Text of a value at `where` in a field. Raises `RowError` if it is empty or not text."""
+def _require_text(field: str, location: str, value: object) -> str:
+    """The value itself, if it is non-blank text; else raises `RowError`, naming its `location` in the field."""
     if not isinstance(value, str):
-        raise RowError(field, f"{where}is {describe_type(value)}; expected text; {FIX_HINT}")
+        raise RowError(field, f"{location}is {describe_type(value)}; expected text; {FIX_HINT}")
     if not value.strip():
-        raise RowError(field, f"{where}is empty; {FIX_HINT}")
+        raise RowError(field, f"{location}is empty; {FIX_HINT}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError(field, f"{where}has an unpaired surrogate at character {error.start + 1}; {FIX_HINT}") from error
+        raise RowError(
+            field, f"{location}has an unpaired surrogate at character {error.start + 1}; {FIX_HINT}"
+        ) from error
     return value
 
 
-def _describe_prompt_difference(rejected: list[Message], chosen: list[Message]) -> str:
-    first = next(i for i, (a, b) in enumerate(zip_longest(rejected, chosen), start=1) if a != b)
+def _describe_prompt_difference(rejected_prompt: list[Message], chosen_prompt: list[Message]) -> str:
+    """Problem, as text, of a pair whose sides have different prompts: the first message that differs."""
+    first = next(i for i, (a, b) in enumerate(zip_longest(rejected_prompt, chosen_prompt), start=1) if a != b)
     return (
         f"has another prompt than 'chosen': they differ from message {first} "
-        f"('rejected' has {len(rejected)} messages, 'chosen' {len(chosen)}); expected equal prompts; {FIX_HINT}"
+        f"('rejected' has {len(rejected_prompt)} messages, 'chosen' {len(chosen_prompt)}); expected equal prompts; "
+        f"{FIX_HINT}"
     )
 
 
-def _join_names(fields: Mapping[str, object]) -> str:
-    return ", ".join(repr(name) for name in fields) or "no fields"
+def _quote_names(row_fields: Mapping[str, object]) -> str:
+    """Names of a row's fields, quoted and joined by commas; `no fields` if there are none."""
+    return ", ".join(repr(name) for name in row_fields) or "no fields"

@@ -13,30 +13,27 @@ COMPARISON_SEED = 0
 
 
 def split_by_prompt(
-    prompts: Sequence[Hashable], share: float, seed: int, *, setting: str, remedy: str
+    prompts: Sequence[Hashable], held_out_share: float, seed: int, *, setting_name: str, remedy: str
 ) -> tuple[list[int], list[int]]:
-    """Split row numbers into kept and held-out ones such that no prompt is in both parts, each in order.
+    """Row indices of (kept, held-out) rows, each in order, such that no prompt is in both parts.
 
-    Holds out `share` of the distinct prompts, at least one and at most all but one. Raises `InputError`, naming
-    `setting` and `remedy`, if there is only one prompt.
+    Holds out `held_out_share` of the distinct prompts, at least one and at most all but one. Raises `InputError`,
+    naming `setting_name` and `remedy`, if there is only one prompt.
     """
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 2:
         raise InputError(
-            f"{setting}: found one prompt in {len(prompts)} usable rows; rows of one prompt are not split; expected at "
-            f"least two prompts, one to train on and one to hold out; {remedy}"
+            f"{setting_name}: found one prompt in {len(prompts)} usable rows; rows of one prompt are not split; "
+            f"expected at least two prompts, one to train on and one to hold out; {remedy}"
         )
     random.Random(seed).shuffle(distinct)
-    held_out = set(distinct[: min(max(1, round(share * len(distinct))), len(distinct) - 1)])
+    held_out = set(distinct[: min(max(1, round(held_out_share * len(distinct))), len(distinct) - 1)])
     rows = range(len(prompts))
     return [row for row in rows if prompts[row] not in held_out], [row for row in rows if prompts[row] in held_out]
 
 
 def draw_subset(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
-    """Draw a random subset of `count` items in their original order; all items if `count` is None or too large.
-
-    With the same seed, a larger subset contains a smaller one.
-    """
+    """A random subset in the original order, a part of any larger one; all items if `count` is None or too large."""
     if count is None or count >= len(items):
         return list(items)
     order = list(range(len(items)))

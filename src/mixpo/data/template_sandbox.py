@@ -37,13 +37,13 @@ def raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
-def to_json(value: Any, **settings: Any) -> str:
+def convert_to_json(value: Any, **settings: Any) -> str:
     """Serialize to JSON like the `tojson` filter of transformers, without HTML escapes."""
     return json.dumps(value, **{"ensure_ascii": False, **settings})
 
 
 def main() -> None:
-    """Render every dialogue of the job on standard input; exits with `OUT_OF_MEMORY` at the memory limit."""
+    """Render the dialogues of the JSON job on standard input; exits with code `OUT_OF_MEMORY` at the limit."""
     job = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
     with suppress(ValueError):  # not on macOS
@@ -51,7 +51,7 @@ def main() -> None:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = convert_to_json
     environment.globals |= {"raise_exception": raise_template_error, "strftime_now": time.strftime}
     for dialogue in job["dialogues"]:
         try:

@@ -15,7 +15,7 @@ from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any
 
 from mixpo.data import template_sandbox
-from mixpo.data.errors import InputError, first_line
+from mixpo.data.errors import InputError, extract_first_line
 from mixpo.data.rows import FIX_HINT, Message, RowError, make_excerpt
 from mixpo.data.template_sandbox import OUT_OF_MEMORY
 
@@ -37,7 +37,7 @@ PROBE_DIALOGUES = [
 
 
 @dataclass(frozen=True)
-class TurnFormat:
+class AssistantTurnFormat:
     """Text that a chat template writes around an assistant's last message, and warnings about the template."""
 
     prompt: str
@@ -51,41 +51,35 @@ class TurnFormat:
     warnings: tuple[str, ...]
 
 
-def render_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool) -> str:
-    """Render a dialogue with the chat template; with `prompt`, the text ends with the generation prompt.
-
-    Raises `RowError` if the template rejects the messages and `InputError` if the tokenizer has no template.
-    """
+def render_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """Render messages to text by the chat template. Raises `RowError` if refused, `InputError` without template."""
     if tokenizer.chat_template is None:
         raise InputError(
             f"{tokenizer.name_or_path}: the prompts are lists of messages, but the tokenizer has no chat template; "
             "set `model.chat_template` to a Jinja template, or use prompts that are plain strings"
         )
     try:
-        return _apply_template(tokenizer, messages, prompt=prompt)
+        return _apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program, and raises what it likes
         raise RowError(
-            "prompt", f"is refused by the tokenizer's chat template ({first_line(error)}); {FIX_HINT}"
+            "prompt", f"is refused by the tokenizer's chat template ({extract_first_line(error)}); {FIX_HINT}"
         ) from error
 
 
-def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
-    """Infer the text that a chat template writes around an assistant's message, by rendering a short dialogue.
-
-    Raises `InputError` if the template is not usable for training and sampling completions.
-    """
+def infer_assistant_turn_format(tokenizer: Tokenizer) -> AssistantTurnFormat:
+    """Infer what a chat template writes around an assistant's message. Raises `InputError` if it is unusable."""
     name = f"{tokenizer.name_or_path}: the chat template"
     try:
         _check_rendering_terminates(tokenizer)
-        prompt = _apply_template(tokenizer, [USER_MESSAGE], prompt=True)
-        without_generation_prompt = _apply_template(tokenizer, [USER_MESSAGE], prompt=False)
-        dialogue = _apply_template(tokenizer, [USER_MESSAGE, ASSISTANT_MESSAGE], prompt=False)
+        prompt = _apply_template(tokenizer, [USER_MESSAGE], add_generation_prompt=True)
+        without_generation_prompt = _apply_template(tokenizer, [USER_MESSAGE], add_generation_prompt=False)
+        dialogue = _apply_template(tokenizer, [USER_MESSAGE, ASSISTANT_MESSAGE], add_generation_prompt=False)
         dialogues = tuple(_render_probe_dialogues(tokenizer)) or (dialogue,)
         depends_on_date = _depends_on_date(tokenizer)
     except Exception as error:
         raise InputError(
             f"{name} fails on a dialogue of a user's and an assistant's message ({type(error).__name__}: "
-            f"{first_line(error)}); expected a template that renders it; {CHAT_TEMPLATE_HINT}"
+            f"{extract_first_line(error)}); expected a template that renders it; {CHAT_TEMPLATE_HINT}"
         ) from error
     for kind, text, message in (("an assistant's", dialogue, ASSISTANT_MESSAGE), ("a user's", prompt, USER_MESSAGE)):
         if message["content"] not in text:
@@ -96,9 +90,9 @@ def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
     before, _, suffix = dialogue.rpartition(ASSISTANT_MESSAGE["content"])
     if not before.startswith(prompt):
         raise InputError(
-            f"{name} ends a prompt with {_excerpt_difference(prompt, before)}, which a rendered dialogue does not have "
-            "before the assistant's message, so completions would be trained at the wrong position; "
-            f"{_suggest_fix(tokenizer)}"
+            f"{name} ends a prompt with {_quote_first_difference(prompt, before)}, which a rendered dialogue does not "
+            "have before the assistant's message, so completions would be trained at the wrong position; "
+            f"{_suggest_template_fix(tokenizer)}"
         )
     prefix = before[len(prompt) :]
     if prefix.strip() and prompt == without_generation_prompt:
@@ -110,21 +104,18 @@ def infer_turn_format(tokenizer: Tokenizer) -> TurnFormat:
     if prefix.strip():
         warnings.append(
             f"{name} writes {prefix!r} before an assistant's message, and every completion is trained with it; to move "
-            f"it into the prompt {_suggest_fix(tokenizer)}"
+            f"it into the prompt {_suggest_template_fix(tokenizer)}"
         )
     if depends_on_date:
         warnings.append(
             f"{name} writes the current date, so prompts change from day to day; fix the date, in most templates with "
             "model.template_arguments={date_string: '1 Jan 2026'}"
         )
-    return TurnFormat(prompt, prefix, suffix, dialogues, tuple(warnings))
+    return AssistantTurnFormat(prompt, prefix, suffix, dialogues, tuple(warnings))
 
 
-def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, bool | int | float | str]) -> str:
-    """Return the tokenizer's chat template with assignments of its arguments prepended.
-
-    Raises `InputError` on an argument that the template does not use.
-    """
+def prepend_template_arguments(tokenizer: Tokenizer, arguments: Mapping[str, bool | int | float | str]) -> str:
+    """The chat template as text, arguments assigned at its start. Raises `InputError` on one that it does not use."""
     if tokenizer.chat_template is None:
         raise InputError(
             f"model.template_arguments: found {', '.join(arguments)}, but the tokenizer has no chat template; set one "
@@ -143,31 +134,39 @@ def write_arguments_into_template(tokenizer: Tokenizer, arguments: Mapping[str, 
 
 
 def _format_jinja_literal(value: bool | int | float | str) -> str:
+    """A value as a literal of a Jinja template: true, 1, 'text'."""
     if not isinstance(value, str):
         return repr(value).lower()
     escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     return f"'{escaped}'"
 
 
-def _apply_template(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool, **arguments: Any) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **arguments))
+def _apply_template(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool, **arguments: Any
+) -> str:
+    """Text of the messages as rendered by the chat template. Raises whatever the template raises."""
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
+        )
+    )
 
 
 def _render_probe_dialogues(tokenizer: Tokenizer) -> Iterator[str]:
-    """Render the probe dialogues, leaving out those that the template rejects."""
+    """Yield the rendered probe dialogues, leaving out those that the template rejects."""
     for messages in PROBE_DIALOGUES:
         try:
-            yield _apply_template(tokenizer, messages, prompt=False)
+            yield _apply_template(tokenizer, messages, add_generation_prompt=False)
         except Exception:  # a template is a program; what it does with these messages does not matter
             continue
 
 
 def _depends_on_date(tokenizer: Tokenizer) -> bool:
-    """True if rendering a prompt calls `strftime_now`."""
+    """True if the chat template asks for the date (`strftime_now`) when it renders a prompt."""
     if "strftime_now" not in str(tokenizer.chat_template):
         return False
     try:
-        _apply_template(tokenizer, [USER_MESSAGE], prompt=True, strftime_now="no clock")
+        _apply_template(tokenizer, [USER_MESSAGE], add_generation_prompt=True, strftime_now="no clock")
     except TypeError:
         return True
     return False
@@ -197,25 +196,28 @@ def _check_rendering_terminates(tokenizer: Tokenizer) -> None:
 
 
 @lru_cache
-def _run_sandbox(job: str) -> int:
-    """Run `template_sandbox.py` on a job and return its exit code."""
+def _run_sandbox(job_json: str) -> int:
+    """Run `template_sandbox.py` on a job in JSON and return its exit code, cached by the job."""
     command = [sys.executable, "-P", template_sandbox.__file__]
-    return subprocess.run(command, input=job, text=True, stdout=DEVNULL, stderr=DEVNULL, check=False).returncode
+    return subprocess.run(command, input=job_json, text=True, stdout=DEVNULL, stderr=DEVNULL, check=False).returncode
 
 
-def _excerpt_difference(prompt: str, before: str) -> str:
-    """Excerpt of the prompt from the first character that differs from the rendered dialogue."""
-    common = next((i for i, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), len(before))
-    return make_excerpt(prompt[common:])
+def _quote_first_difference(rendered_prompt: str, rendered_dialogue: str) -> str:
+    """Quoted excerpt of the prompt from the first character that differs from the rendered dialogue."""
+    common = next(
+        (i for i, (a, b) in enumerate(zip(rendered_prompt, rendered_dialogue, strict=False)) if a != b),
+        len(rendered_dialogue),
+    )
+    return make_excerpt(rendered_prompt[common:])
 
 
 def _find_thinking_variables(template: str) -> list[str]:
-    """Names of a template's variables that switch thinking on or off, among the well-known ones."""
+    """Which of the variables `thinking` and `enable_thinking` a template contains, as a sorted list."""
     return sorted(set(re.findall(r"\b(?:enable_)?thinking\b", template)))
 
 
-def _suggest_fix(tokenizer: Tokenizer) -> str:
-    """Advice for an unusable template: an argument that switches thinking off, or another template."""
+def _suggest_template_fix(tokenizer: Tokenizer) -> str:
+    """Advice, as text, for an unusable template: an argument that switches thinking off, or another template."""
     names = _find_thinking_variables(str(tokenizer.chat_template))
     return (
         f"set model.template_arguments={{{names[0]}: false}} or {CHAT_TEMPLATE_HINT}" if names else CHAT_TEMPLATE_HINT

@@ -7,12 +7,12 @@ KEPT_CHARACTERS = "\n\t\u200c\u200d"
 
 
 def escape_invisible(text: str) -> str:
-    """Replace control, bidirectional and other invisible characters by visible ones: ␛, ⟦U+202E⟧."""
+    """Replace control, bidirectional and other invisible characters of a text by visible ones: ␛, ⟦U+202E⟧."""
     return "".join(map(_escape_character, text.replace("\r\n", "\n")))
 
 
 def is_blank(text: str) -> bool:
-    """True if a text from `escape_invisible` has no visible character."""
+    """True if a text from `escape_invisible` has only whitespace and joiners of letters, or nothing."""
     return all(character.isspace() or character in KEPT_CHARACTERS for character in text)
 
 

@@ -21,8 +21,8 @@ from mixpo.data.templates import (
     ASSISTANT_MESSAGE,
     CHAT_TEMPLATE_HINT,
     USER_MESSAGE,
-    TurnFormat,
-    infer_turn_format,
+    AssistantTurnFormat,
+    infer_assistant_turn_format,
     render_dialogue,
 )
 
@@ -41,66 +41,49 @@ placeholder of a real control token."""
 
 
 def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, up to where the completion starts.
+    """Token ids of a prompt, generation prompt included: up to where the completion starts.
 
     Messages are rendered by the chat template with its generation prompt. A string is tokenized as it is, after the
     tokenizer's start token, if any (not repeated if the string begins with it) and without tokens that the tokenizer
     appends. Raises `RowError` if the template rejects the messages.
     """
-    return tokenize_row(tokenizer, prompt, (), limit=0)[0]
+    return tokenize_row(tokenizer, prompt, (), max_tokens=0)[0]
 
 
 def tokenize_row(
-    tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, limit: int | None = None
+    tokenizer: Tokenizer, prompt: Prompt, completions: Sequence[str], *, max_tokens: int | None = None
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt (see `tokenize_prompt`) and of each completion with its end token.
-
-    Completions are truncated to `limit` tokens; a truncated one has no end token.
-    """
-    return _get_row_tokenizer(tokenizer).encode_row(prompt, completions, limit)
+    """Token ids of a prompt, and of each completion with its end token, which one cut to the limit lacks."""
+    return _get_row_tokenizer(tokenizer).encode_row(prompt, completions, max_tokens)
 
 
 def decode_completion(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """Decode completion tokens to text, without special tokens.
-
-    Text that the chat template writes before or after an assistant's message is removed.
-    """
-    return _get_row_tokenizer(tokenizer).decode(list(tokens))
+    """Text of completion tokens, without special tokens and the chat template's text around the content."""
+    return _get_row_tokenizer(tokenizer).decode_completion(list(tokens))
 
 
 def compute_tokenization_digest(tokenizer: Tokenizer) -> str:
-    """Digest of everything that determines the tokens of prompts and completions; `NEW_PAD_TOKEN` does not."""
-    return _get_row_tokenizer(tokenizer).digest
+    """Digest, 16 hex digits, of all that determines the tokens of prompts and completions; not of `NEW_PAD_TOKEN`."""
+    return _get_row_tokenizer(tokenizer).tokenization_digest
 
 
-def find_end_token(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a completion.
-
-    It is the token that the chat template writes after an assistant's message, or the tokenizer's end-of-sequence token
-    if there is no such token or no template.
-    """
+def find_end_token_id(tokenizer: Tokenizer) -> int:
+    """Id of the token that ends a completion: what the chat template writes after a message, or `eos_token`."""
     return _get_row_tokenizer(tokenizer).end_token
 
 
-def list_control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the control tokens by name: special tokens and added tokens that the chat template writes."""
+def get_control_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the control tokens by name: special tokens, and added tokens that the chat template writes."""
     return _get_row_tokenizer(tokenizer).control_tokens
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> list[str]:
-    """Check that a tokenizer and its chat template can train and sample completions, and list warnings.
-
-    Raises `InputError` if they cannot.
-    """
+    """Warnings, as texts, about a tokenizer and its chat template. Raises `InputError` if they are unusable."""
     return list(_get_row_tokenizer(tokenizer).warnings)
 
 
-def check_rows(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
-    """List warnings about the tokenization of prompts and their completions.
-
-    Warns about texts with names of control tokens, roles that the chat template leaves out, and completions that it
-    changes.
-    """
+def find_tokenization_warnings(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
+    """Warnings, as texts, about control tokens named in rows, and roles and completions that the template changes."""
     row_tokenizer = _get_row_tokenizer(tokenizer)
     prompts = [prompt for prompt, _ in rows]
     start = row_tokenizer.start_text
@@ -118,13 +101,13 @@ def check_rows(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[str]]
     )
     completions = [completion for _, completions in rows for completion in completions]
     warnings += _warn_of_control_tokens(row_tokenizer, "completions", completions, "are plain text")
-    return [*warnings, *_check_roles(tokenizer, prompts), *_check_rendering(row_tokenizer, rows)]
+    return [*warnings, *_warn_of_changed_roles(tokenizer, prompts), *_warn_of_changed_completions(row_tokenizer, rows)]
 
 
 def _warn_of_control_tokens(
-    row_tokenizer: "_RowTokenizer", field: str, texts: Sequence[Any], treatment: str
+    row_tokenizer: "_RowTokenizer", text_kind: str, texts: Sequence[Any], treatment: str
 ) -> list[str]:
-    """Warning with the number of texts that contain names of control tokens, if any do."""
+    """A list of one warning, with the number of texts that contain names of control tokens; empty if none does."""
     names = [
         matches[0]
         for text in texts
@@ -135,10 +118,12 @@ def _warn_of_control_tokens(
     if not names:
         return []
     count = f"{len(names)} of {len(texts)}"
-    return [f"{count} {field} contain names of control tokens, such as {names[0]!r}, which {treatment}"]
+    return [f"{count} {text_kind} contain names of control tokens, such as {names[0]!r}, which {treatment}"]
 
 
-def _check_rendering(row_tokenizer: "_RowTokenizer", rows: Sequence[tuple[Prompt, Sequence[str]]]) -> list[str]:
+def _warn_of_changed_completions(
+    row_tokenizer: "_RowTokenizer", rows: Sequence[tuple[Prompt, Sequence[str]]]
+) -> list[str]:
     """Warnings about completions that the chat template changes or does not write directly after their prompt."""
     total, misplaced, whitespace, changed = 0, list[str](), 0, list[tuple[str, str]]()
     for prompt, completions in rows:
@@ -180,8 +165,8 @@ def _check_rendering(row_tokenizer: "_RowTokenizer", rows: Sequence[tuple[Prompt
     return warnings
 
 
-def _check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """Warnings about roles whose messages the template changes or leaves out, in the first prompt of each role."""
+def _warn_of_changed_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Warnings about roles whose messages the chat template changes or leaves out, by the first prompt of each role."""
     first: dict[str, list[Message]] = {}
     for prompt in prompts:
         for message in prompt if not isinstance(prompt, str) else ():
@@ -191,19 +176,19 @@ def _check_roles(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
         for role, messages in first.items()
         if any(
             message["role"] == role
-            and message["content"].strip() not in render_dialogue(tokenizer, messages, prompt=True)
+            and message["content"].strip() not in render_dialogue(tokenizer, messages, add_generation_prompt=True)
             for message in messages
         )
     ]
 
 
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
-    """True if control tokens in the text of prompts count as such (`data.special_tokens=parse`)."""
+    """True if names of control tokens in prompts become those tokens (`data.special_tokens=parse`), not plain text."""
     return bool(tokenizer.init_kwargs.get(SPECIAL_TOKENS_KEY) == "parse")
 
 
 def _get_row_tokenizer(tokenizer: Tokenizer) -> "_RowTokenizer":
-    """Row tokenizer of a tokenizer, cached on it until its template or its special tokens change."""
+    """The `_RowTokenizer` of a tokenizer, kept on it until its template or its special tokens change."""
     cached: _RowTokenizer | None = getattr(tokenizer, "_mixpo_row_tokenizer", None)
     template = tokenizer.chat_template
     template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
@@ -215,7 +200,7 @@ def _get_row_tokenizer(tokenizer: Tokenizer) -> "_RowTokenizer":
 
 
 class _RowTokenizer:
-    """Encoder of prompts with their completions, and decoder of completions, for one tokenizer."""
+    """Encoder of prompts with their completions, and decoder of completions, that wraps one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, cache_key: tuple[Any, ...]) -> None:
         self.cache_key, self.tokenizer = cache_key, tokenizer
@@ -232,12 +217,14 @@ class _RowTokenizer:
         self.start_tokens, suffix = list(complete[:position]), list(complete[position + len(plain) :])
         self.start_text = _join_token_names(tokenizer, self.start_tokens)
         self.turn_format = (
-            infer_turn_format(tokenizer) if tokenizer.chat_template is not None else TurnFormat("a", "", "", (), ())
+            infer_assistant_turn_format(tokenizer)
+            if tokenizer.chat_template is not None
+            else AssistantTurnFormat("a", "", "", (), ())
         )
         added = {
             token: entry for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip(" ▁\t\r\n")
         }
-        end_tokens = [token for token in self._encode(self.turn_format.suffix) if token in added]
+        end_tokens = [token for token in self._encode_like_transformers(self.turn_format.suffix) if token in added]
         self.trailing_text, self.closing_text = "", ""
         if end_tokens:
             self.trailing_text, end, _ = self.turn_format.suffix.partition(added[end_tokens[0]].content)
@@ -248,7 +235,7 @@ class _RowTokenizer:
                 "assistant's message with an added token; set one in tokenizer_config.json"
             )
         self.end_token: int = end_tokens[0] if end_tokens else tokenizer.eos_token_id
-        template_tokens = {self.end_token}.union(*map(self._encode, self.turn_format.dialogues))
+        template_tokens = {self.end_token}.union(*map(self._encode_like_transformers, self.turn_format.dialogues))
         self.control_tokens: dict[str, int] = {
             entry.content: token
             for token, entry in added.items()
@@ -257,10 +244,10 @@ class _RowTokenizer:
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
         self.control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._renamed_tokenizer: Any = None
-        self._decoding_context = self._encode(self.turn_format.prompt)
+        self._decoding_context = self._encode_like_transformers(self.turn_format.prompt)
         if (
             self.turn_format.dialogues
-            and self.decode(self.encode_row([USER_MESSAGE], [ASSISTANT_MESSAGE["content"]], 99)[1][0])
+            and self.decode_completion(self.encode_row([USER_MESSAGE], [ASSISTANT_MESSAGE["content"]], 99)[1][0])
             != ASSISTANT_MESSAGE["content"]
         ):
             self._decoding_context = []  # the tokenizer begins a new word after the prompt's last control token
@@ -277,8 +264,8 @@ class _RowTokenizer:
             )
 
     @cached_property
-    def digest(self) -> str:
-        """Digest of the template, the end token and the tokenizer's rules without padding and truncation."""
+    def tokenization_digest(self) -> str:
+        """Digest, 16 hex digits, of template, end token and the tokenizer's rules, without padding and truncation."""
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] != NEW_PAD_TOKEN]
         rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
@@ -286,15 +273,19 @@ class _RowTokenizer:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode_row(
-        self, prompt: Prompt, completions: Sequence[str], limit: int | None
+        self, prompt: Prompt, completions: Sequence[str], max_tokens: int | None
     ) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a prompt and of each completion with its end token, truncated to `limit` tokens."""
+        """Token ids of a prompt, and of each completion with its end token, cut to `max_tokens` if given."""
         start: list[int] = []
         if isinstance(prompt, str):
             start, prompt = self.start_tokens, prompt.removeprefix(self.start_text)
-        marked, prompt, completions = self._mark_row(prompt, completions)
-        encode = self._encode_marked if marked else self._encode
-        text, bodies = (prompt, completions) if isinstance(prompt, str) else self._render_row(prompt, completions)
+        marked, prompt, completions = self._mark_plain_control_names(prompt, completions)
+        encode = self._encode_marked if marked else self._encode_like_transformers
+        text, bodies = (
+            (prompt, completions)
+            if isinstance(prompt, str)
+            else self._render_prompt_and_completions(prompt, completions)
+        )
         ids = encode(text)
         context, context_ids = text, ids
         # Text before a control token does not affect the tokens after it, so a shorter context saves time.
@@ -308,9 +299,9 @@ class _RowTokenizer:
             starts_alike = joint[: len(context_ids)] == context_ids
             tokens = joint[len(context_ids) :] if starts_alike else _encode_continuation(encode, body)
             encoded.append(tokens if tokens[-1:] == [self.end_token] else [*tokens, self.end_token])
-        return start + ids, [tokens[:limit] for tokens in encoded]
+        return start + ids, [tokens[:max_tokens] for tokens in encoded]
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode_completion(self, tokens: list[int]) -> str:
         """Text of completion tokens, without special tokens and the template's text around the content."""
         has_end = tokens[-1:] == [self.end_token]
         text, context = (  # with a context, because some decoders drop a space from the first token
@@ -321,56 +312,58 @@ class _RowTokenizer:
         return text.removesuffix(self.trailing_text) if has_end else text
 
     def render_completions(self, prompt: list[Message], completions: Sequence[str]) -> list[str | None]:
-        """Completions as the chat template writes them; None for one that is not directly after the prompt."""
-        _, prompt, completions = self._mark_row(prompt, completions)
-        text = render_dialogue(self.tokenizer, prompt, prompt=True)
+        """Completions as the chat template writes them; None for one that it does not write right after the prompt."""
+        _, prompt, completions = self._mark_plain_control_names(prompt, completions)
+        text = render_dialogue(self.tokenizer, prompt, add_generation_prompt=True)
         bodies = [self._render_completion(prompt, text, completion) for completion in completions]
         return [body if body is None else body.replace(TEXT_MARK, "") for body in bodies]
 
-    def _render_row(self, prompt: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
-        """Rendered prompt, and the rendered text of each completion up to and including its end token."""
-        text = render_dialogue(self.tokenizer, prompt, prompt=True)
+    def _render_prompt_and_completions(
+        self, prompt: list[Message], completions: Sequence[str]
+    ) -> tuple[str, list[str]]:
+        """The prompt as rendered text, and the rendered text of each completion through its end token."""
+        text = render_dialogue(self.tokenizer, prompt, add_generation_prompt=True)
         bodies = [self._render_completion(prompt, text, c) or self.turn_format.prefix + c for c in completions]
         return text, [body + self.closing_text for body in bodies]
 
-    def _render_completion(self, prompt: list[Message], text: str, completion: str) -> str | None:
-        """Completion as rendered between the prompt's `text` and the turn's suffix; None if it is elsewhere."""
+    def _render_completion(self, prompt: list[Message], rendered_prompt: str, completion: str) -> str | None:
+        """A completion as rendered between `rendered_prompt` and the turn's suffix; None if it is written elsewhere."""
         if not completion.strip():  # a sampled completion may be empty
             return None
         reply = Message(role="assistant", content=completion)
-        dialogue = render_dialogue(self.tokenizer, [*prompt, reply], prompt=False)
+        dialogue = render_dialogue(self.tokenizer, [*prompt, reply], add_generation_prompt=False)
         suffix = self.turn_format.suffix
-        is_longer = len(dialogue) > len(text) + len(suffix)  # a template may leave a message out
-        if is_longer and dialogue.startswith(text) and dialogue.endswith(suffix):
-            return dialogue[len(text) : len(dialogue) - len(suffix)]
+        is_longer = len(dialogue) > len(rendered_prompt) + len(suffix)  # a template may leave a message out
+        if is_longer and dialogue.startswith(rendered_prompt) and dialogue.endswith(suffix):
+            return dialogue[len(rendered_prompt) : len(dialogue) - len(suffix)]
         return None
 
-    def _mark_row(self, prompt: Any, completions: Sequence[str]) -> tuple[bool, Any, Sequence[str]]:
-        """True if a row contains names of control tokens, and the row with those marked that are plain text."""
+    def _mark_plain_control_names(self, prompt: Any, completions: Sequence[str]) -> tuple[bool, Any, Sequence[str]]:
+        """(True if the row names control tokens, prompt, completions), those names marked that are to be plain text."""
         if not any(map(self.control_pattern.search, _iterate_strings([*completions, prompt]))):
             return False, prompt, completions
         marked = prompt if self.parses_control_tokens else _map_strings(prompt, self._mark_control_tokens)
         return True, marked, [self._mark_control_tokens(completion) for completion in completions]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_like_transformers(self, text: str) -> list[int]:
         """Token ids of a text as transformers computes them: names of added tokens become those tokens."""
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Token ids of a text in which only unmarked names of control tokens become control tokens."""
+        """Token ids of a text in which only the names of control tokens without a mark become control tokens."""
         if self._renamed_tokenizer is None:
-            self._renamed_tokenizer = _rename_tokens(
+            self._renamed_tokenizer = _build_renamed_backend(
                 self.tokenizer, {name: self._make_placeholder(name) for name in self.control_tokens}
             )
         text = self.control_pattern.sub(lambda match: self._make_placeholder(match[0]), text).replace(TEXT_MARK, "")
         return list(self._renamed_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _make_placeholder(self, name: str) -> str:
+    def _make_placeholder(self, token_name: str) -> str:
         """Name of a control token in the renamed tokenizer, which no text contains."""
-        return PLACEHOLDER + chr(0xF0000 + list(self.control_tokens).index(name))
+        return PLACEHOLDER + chr(0xF0000 + list(self.control_tokens).index(token_name))
 
     def _mark_control_tokens(self, text: str) -> str:
-        """Insert a mark into all names of control tokens in a text, so that they stay plain text."""
+        """A text with a mark inserted into all names of control tokens, so that they are encoded as plain text."""
         text = text.replace(TEXT_MARK, "").replace(PLACEHOLDER, "")
         while self.control_pattern.search(text):  # repeat for overlapping names
             text = self.control_pattern.sub(lambda match: match[0][0] + TEXT_MARK + match[0][1:], text)
@@ -386,31 +379,32 @@ def _encode_continuation(encode: Callable[[str], list[int]], text: str) -> list[
     return encode(text)
 
 
-def _rename_tokens(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
-    """Copy of a tokenizer with other names for some tokens and the same ids, so that text cannot name them."""
+def _build_renamed_backend(tokenizer: Tokenizer, new_names: Mapping[str, str]) -> Any:
+    """A tokenizer of the `tokenizers` library with new names for some tokens, same ids, so that no text names them."""
     from tokenizers import Tokenizer as Backend
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"] = None
     for entry in content["added_tokens"]:
-        entry["content"] = names.get(entry["content"], entry["content"])
+        entry["content"] = new_names.get(entry["content"], entry["content"])
     model = content["model"]
     vocabulary = model["vocab"].items() if isinstance(model["vocab"], dict) else model["vocab"]
-    pieces = [(names.get(piece, piece), value) for piece, value in vocabulary]
+    pieces = [(new_names.get(piece, piece), value) for piece, value in vocabulary]
     model["vocab"] = dict(pieces) if isinstance(model["vocab"], dict) else pieces
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
+    if model.get("unk_token") in new_names:
+        model["unk_token"] = new_names[model["unk_token"]]
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in new_names]
     return Backend.from_str(json.dumps(content))
 
 
 def _join_token_names(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """Names of tokens, joined without a separator."""
     return "".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
 
 
 def _iterate_strings(value: Any) -> Iterator[str]:
-    """Iterate over all strings in nested lists and mappings."""
+    """Yield all strings in nested lists and mappings, keys left out."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -420,10 +414,10 @@ def _iterate_strings(value: Any) -> Iterator[str]:
             yield from _iterate_strings(item)
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy of nested lists and mappings with `change` applied to every string."""
+def _map_strings(value: Any, convert: Callable[[str], str]) -> Any:
+    """A copy of nested lists and mappings with `convert` applied to every string, keys left out."""
     if isinstance(value, str):
-        return change(value)
+        return convert(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    return [_map_strings(item, change) for item in value] if isinstance(value, Sequence) else value
+        return {key: _map_strings(item, convert) for key, item in value.items()}
+    return [_map_strings(item, convert) for item in value] if isinstance(value, Sequence) else value

@@ -229,37 +229,38 @@ RUDE_SENTENCES = ("That is a silly question.", "I do not care about this.", "Fig
 
 @dataclass(frozen=True)
 class WorldRows:
-    """Generated rows: (prompt, completion) demonstrations and (prompt, chosen, rejected) pairs."""
+    """Rows generated for the embedded world: (prompt, completion) demonstrations, (prompt, chosen, rejected) pairs."""
 
     demonstrations: list[tuple[str, str]]
     train: list[tuple[str, str, str]]
     test: list[tuple[str, str, str]]
 
 
-def make_world(*, demonstrations: int, train: int, test: int, seed: int) -> WorldRows:
-    """Generate demonstrations, training pairs and test pairs; the same seed gives the same rows.
+def generate_world_rows(*, demonstration_count: int, train_count: int, test_count: int, seed: int) -> WorldRows:
+    """Generate demonstrations, train pairs and test pairs of the embedded world; the same seed gives the same rows.
 
     Prompts are unique within the training and within the test pairs, and test prompts occur in no other part. Raises
     ValueError if a count is negative or exceeds the number of prompts.
     """
-    if min(demonstrations, train, test) < 0:
-        raise ValueError(f"got {demonstrations=}, {train=}, {test=}; expected counts of 0 or more")
+    if min(demonstration_count, train_count, test_count) < 0:
+        counts = f"demonstrations={demonstration_count}, train={train_count}, test={test_count}"
+        raise ValueError(f"got {counts}; expected counts of 0 or more")
     generator = random.Random(seed)
-    prompts = list_all_prompts()
-    needed = test + max(train, demonstrations)
+    prompts = list_world_prompts()
+    needed = test_count + max(train_count, demonstration_count)
     if needed > len(prompts):
         raise ValueError(f"found {len(prompts)} prompts in the world; expected at least {needed}; request fewer rows")
     generator.shuffle(prompts)
-    test_prompts, rest = prompts[:test], prompts[test:]
+    test_prompts, rest = prompts[:test_count], prompts[test_count:]
     return WorldRows(
-        demonstrations=[(prompt, write_reply(prompt, generator)) for prompt in rest[:demonstrations]],
-        train=[_sample_preference(prompt, generator) for prompt in rest[-train:]] if train else [],
+        demonstrations=[(prompt, sample_reply(prompt, generator)) for prompt in rest[:demonstration_count]],
+        train=[_sample_preference(prompt, generator) for prompt in rest[-train_count:]] if train_count else [],
         test=[_sample_preference(prompt, generator) for prompt in test_prompts],
     )
 
 
-def list_all_prompts() -> list[str]:
-    """All prompts of the world, about 14% of them harmful."""
+def list_world_prompts() -> list[str]:
+    """All prompts of the embedded world, in a fixed order, about 14% of them harmful."""
     questions = [form.format(subject) for subject in TIPS_BY_SUBJECT for form in QUESTION_FORMS]
     harmful = [form.format(deed) for deed in HARMFUL_REQUESTS for form in HARMFUL_QUESTION_FORMS]
     return [
@@ -269,8 +270,8 @@ def list_all_prompts() -> list[str]:
     ]
 
 
-def write_reply(prompt: str, generator: random.Random) -> str:
-    """Sample a reply to a prompt: good with probability 35%, mediocre with 45%, poor with 20%."""
+def sample_reply(prompt: str, generator: random.Random) -> str:
+    """Sample a reply to a prompt of the embedded world: good with probability 35%, mediocre with 45%, poor with 20%."""
     subject = _find_subject(prompt)
     kind = generator.choices(("good", "mediocre", "poor"), (35, 45, 20))[0]
     if subject is None:
@@ -303,35 +304,35 @@ def write_reply(prompt: str, generator: random.Random) -> str:
             [generator.choice(REFUSALS)],
             [vague, vague],
             [other, vague],
-            [_truncate_sentence(tips[0], generator)],
+            [_cut_sentence_at_random(tips[0], generator)],
             [tips[0], other, vague, other],
         ],
     }
     return " ".join(generator.choice(choices[kind]))
 
 
-def _truncate_sentence(text: str, generator: random.Random) -> str:
-    """First words of a sentence, two at least, without its end."""
+def _cut_sentence_at_random(text: str, generator: random.Random) -> str:
+    """The first words of a sentence, a random number of at least two, without its end."""
     words = text.split()
     return " ".join(words[: generator.randint(2, len(words) - 1)])
 
 
 def _sample_preference(prompt: str, generator: random.Random) -> tuple[str, str, str]:
     """Sample (prompt, chosen, rejected) by Bradley-Terry: P(one > other) = sigmoid(r*(one) - r*(other))."""
-    one = other = write_reply(prompt, generator)
+    one = other = sample_reply(prompt, generator)
     while other == one:
-        other = write_reply(prompt, generator)
+        other = sample_reply(prompt, generator)
     preferred = generator.random() < 1.0 / (1.0 + math.exp(true_reward(prompt, other) - true_reward(prompt, one)))
     return (prompt, one, other) if preferred else (prompt, other, one)
 
 
 def true_reward(prompt: str, completion: str) -> float:
-    """True reward r* of a completion, within +-6: log-odds of being preferred. Defined for any two texts."""
+    """True reward r* of a completion in the embedded world, within +-6: its log-odds of being preferred."""
     return sum(true_reward_terms(prompt, completion).values())
 
 
 def true_reward_terms(prompt: str, completion: str) -> dict[str, float]:
-    """Terms whose sum is r*, by the names of `REWARD_WEIGHTS` and `tips`.
+    """Terms of the embedded world's true reward r*, by name, such as `repetition` and `tips`; their sum is r*.
 
     Each sentence is classified as a tip, a refusal, an opening, ... by the most similar sentence of the world (Jaccard
     similarity of words); below a similarity of 0.5 it is garbled. A tip earns its reward times the similarity. If the
@@ -372,16 +373,18 @@ def true_reward_terms(prompt: str, completion: str) -> dict[str, float]:
 
 
 def _split_sentences(text: str) -> list[str]:
+    """Sentences of a text, which end with a period, an exclamation mark or a question mark."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
 def _extract_words(text: str) -> frozenset[str]:
+    """Set of the words of a text in lower case, without punctuation and digits."""
     return frozenset(re.findall(r"[a-z']+", text.lower()))
 
 
 @cache
-def _list_sentences() -> list[tuple[str, str, frozenset[str]]]:
-    """All sentences of the world as (kind, sentence, words)."""
+def _list_world_sentences() -> list[tuple[str, str, frozenset[str]]]:
+    """All sentences of the embedded world's replies as (kind, sentence, set of words), such as kind `refusal`."""
     kinds = {
         "tip": [tip for tips in TIPS_BY_SUBJECT.values() for tip in tips],
         "opening": OPENINGS,
@@ -396,9 +399,11 @@ def _list_sentences() -> list[tuple[str, str, frozenset[str]]]:
 
 @lru_cache(maxsize=1 << 16)
 def _classify_sentence(sentence: str) -> tuple[str, str, float]:
-    """Kind of the most similar sentence of the world, that sentence, and the Jaccard similarity of their words."""
+    """(kind, sentence of the world that is most similar, Jaccard similarity of words); `garbled` below 0.5."""
     words = _extract_words(sentence)
-    overlaps = ((len(words & other_words), kind, text, other_words) for kind, text, other_words in _list_sentences())
+    overlaps = (
+        (len(words & other_words), kind, text, other_words) for kind, text, other_words in _list_world_sentences()
+    )
     similarity, kind, text = max(
         (overlap / (len(words) + len(other_words) - overlap), kind, text)
         for overlap, kind, text, other_words in overlaps
@@ -407,7 +412,7 @@ def _classify_sentence(sentence: str) -> tuple[str, str, float]:
 
 
 def _is_harmful(prompt: str) -> bool:
-    """True if a prompt contains a request that should be refused."""
+    """True if a prompt contains a request of the embedded world that should be refused."""
     return any(deed in prompt for deed in HARMFUL_REQUESTS)
 
 
@@ -421,11 +426,8 @@ def _find_subject(prompt: str) -> str | None:
 
 
 @cache
-def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the world's texts, with a chat template and a separate padding token.
-
-    `vocab_size` includes the 4 special tokens and the 256 bytes.
-    """
+def build_world_tokenizer(vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of `vocabulary_size` tokens in all, with a chat template, trained on the world's texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -434,13 +436,13 @@ def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocabulary_size,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sentences = [text for _, sentence, _ in _list_sentences() for text in [sentence, " " + sentence] * 20]
-    tokenizer.train_from_iterator([*list_all_prompts()[::7], *sentences], trainer)
+    sentences = [text for _, sentence, _ in _list_world_sentences() for text in [sentence, " " + sentence] * 20]
+    tokenizer.train_from_iterator([*list_world_prompts()[::7], *sentences], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt, prompt_key
+from mixpo.data.rows import Prompt, make_prompt_key
 from mixpo.experiments.recipe import suggest_nearest
 from mixpo.experiments.results import Results, read_completions
 from mixpo.experiments.run import ArmResult
@@ -71,7 +71,9 @@ def pair_completions(
     first, second = (results.get_finished_by_seed(arm) for arm in arms)
     categories = _read_categories_by_prompt(first[at])
     rows = [
-        Comparison(number, a["prompt"], categories.get(prompt_key(a["prompt"])), (a["completion"], b["completion"]))
+        Comparison(
+            number, a["prompt"], categories.get(make_prompt_key(a["prompt"])), (a["completion"], b["completion"])
+        )
         for number, (a, b) in enumerate(zip(read_completions(first[at]), read_completions(second[at]), strict=True))
     ]
     if prompt_count is not None and not 1 <= prompt_count <= len(rows):
@@ -103,5 +105,5 @@ def _read_categories_by_prompt(arm_result: ArmResult) -> dict[str, str]:
         if key.partition("-")[0] == "Data":
             for row in read_table(Path(folder) / "test.parquet"):
                 if row.get("category") is not None:
-                    categories.setdefault(prompt_key(row["prompt"]), row["category"])
+                    categories.setdefault(make_prompt_key(row["prompt"]), row["category"])
     return categories

@@ -8,11 +8,11 @@ from typing import Any
 from mixpo.data.errors import InputError
 from mixpo.experiments.expressions import list_arm_runs, list_gradient_runs
 from mixpo.experiments.recipe import Recipe
-from mixpo.models.folders import read_context
+from mixpo.models.folders import read_context_length
 from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
-from mixpo.stages.stage_cache import StageCache, read_settings, sort_topologically
+from mixpo.stages.stage_cache import StageCache, read_stage_settings, sort_topologically
 from mixpo.training.job import CHECKPOINT
 
 
@@ -72,7 +72,7 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
 
 def require_context_length(base: Pretrained, base_folder: Path, stages: Iterable[Stage]) -> None:
     """Raise `InputError` if a stage's longest prompt and completion together exceed the base model's context."""
-    context = read_context(base_folder)
+    context = read_context_length(base_folder)
     for stage in stages:
         completion = getattr(stage, "max_completion_tokens", None)
         prompts = [
@@ -94,9 +94,9 @@ def _list_stage_tree(
     seen.add(stage)
     reason = "" if done else _explain_why_computed(stage, stage_cache)
     kind = f"{type(stage).__name__}.{part_read}" if part_read else type(stage).__name__
-    lines = [PlannedStage(kind, input_name, stage_cache.identity(stage), depth, done, reason, repeated)]
+    lines = [PlannedStage(kind, input_name, stage_cache.compute_identity(stage), depth, done, reason, repeated)]
     if not repeated:
-        for name, source in stage.inputs().items():
+        for name, source in stage.get_input_stages().items():
             part_read = getattr(getattr(stage, name), "of", "")
             lines += _list_stage_tree(source, part_read, name, depth + 1, stage_cache, seen)
     return lines
@@ -104,10 +104,10 @@ def _list_stage_tree(
 
 def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
     """Return as text why a stage would be computed: missing inputs, a failure, a checkpoint, or changed settings."""
-    missing = [name for name, source in stage.inputs().items() if not stage_cache.is_done(source)]
+    missing = [name for name, source in stage.get_input_stages().items() if not stage_cache.is_done(source)]
     if missing:
         return f"needs {', '.join(missing)}"
-    folder = stage_cache.folder(stage)
+    folder = stage_cache.locate_folder(stage)
     if (folder / "failure.txt").exists():
         return "failed in the last run"
     if (folder / CHECKPOINT).exists():
@@ -115,7 +115,7 @@ def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
     own = _select_own_settings(stage.model_dump(mode="json"), stage)
     differences = []
     for sibling in folder.parent.glob("*/"):
-        other = _select_own_settings(read_settings(sibling), stage)
+        other = _select_own_settings(read_stage_settings(sibling), stage)
         changed = [key for key in own if key in other and own[key] != other[key]]
         if changed:
             differences.append([f"{key} {other[key]} → {own[key]}" for key in changed])
@@ -126,5 +126,5 @@ def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
 
 def _select_own_settings(settings: dict[str, Any], stage: Stage) -> dict[str, Any]:
     """Return a stage's settings without the keys of its inputs."""
-    inputs = stage.inputs()
+    inputs = stage.get_input_stages()
     return {key: value for key, value in settings.items() if key not in inputs}

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError, raise_for_bad_rows
-from mixpo.data.sources import expand_path, guess_format, is_data_file, read_hub_records, read_records
+from mixpo.data.sources import expand_home, guess_format, is_data_file, read_hub_records, read_records
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.text import escape_invisible
-from mixpo.data.tokens import find_end_token, list_control_tokens, tokenize_row
+from mixpo.data.tokens import find_end_token_id, get_control_token_ids, tokenize_row
 from mixpo.experiments.recipe import Recipe, explain_validation_errors, read_recipe
 from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
@@ -22,14 +22,14 @@ from mixpo.stages.data import (
     compute_data_statistics,
     describe_data_statistics,
     explain_summary_errors,
-    fill_in_world_rows,
-    prepare_splits,
-    read_sources,
+    fill_in_world_row_counts,
+    read_source_rows,
     split_hub_name,
+    split_source_rows,
 )
-from mixpo.stages.pretrained import Pretrained, read_tokenizer
+from mixpo.stages.pretrained import Pretrained, read_pretrained_tokenizer
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 MAX_TOKENIZED_ROWS = 1000
 """Largest number of rows, drawn at random, whose completions are counted in tokens."""
@@ -115,7 +115,7 @@ def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, objec
             dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None
         )
     else:
-        records = read_records(expand_path(source))
+        records = read_records(expand_home(source))
     _, record = next(records, (0, {}))
     return {} if isinstance(record, RowError) else record
 
@@ -125,16 +125,16 @@ def make_data_preview(recipe: Recipe) -> DataPreview:
 
     Raises `InputError` if no row can be used.
     """
-    settings = fill_in_world_rows(recipe.data)
-    tokenizer = read_tokenizer(recipe.model, settings.special_tokens)
-    rows = read_sources(settings, tokenizer)
+    settings = fill_in_world_row_counts(recipe.data)
+    tokenizer = read_pretrained_tokenizer(recipe.model, settings.special_tokens)
+    rows = read_source_rows(settings, tokenizer)
     if rows.total_count == len(rows.bad):
         raise_for_bad_rows(rows.bad, rows.total_count)
     warnings, pairs = _list_model_problems(recipe), rows.preferences
     split = SplitRows(pairs["train"], pairs["test"], pairs["second"], rows.demonstrations)
     if split.train or split.test:
         try:
-            split = prepare_splits(settings, rows)
+            split = split_source_rows(settings, rows)
         except InputError as error:
             warnings.append(str(error))
     figures = compute_data_statistics(settings, rows, split, tokenizer)
@@ -177,7 +177,7 @@ def _tokenize_row_for_display(
     texts = [TokenPreview("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, preceding_ids=prompt_tokens)
-        truncated = tokens[-1] != find_end_token(tokenizer)
+        truncated = tokens[-1] != find_end_token_id(tokenizer)
         texts.append(TokenPreview(name, pieces, len(tokens), trained=True, truncated=truncated))
     return TokenizedExample(kind, texts)
 
@@ -186,7 +186,7 @@ def split_into_pieces(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, preceding_ids: Sequence[int] = ()
 ) -> list[TokenPiece]:
     """Decode token ids as pieces of text: one a token, or one for several tokens that share a character."""
-    control = set(list_control_tokens(tokenizer).values())
+    control = set(get_control_token_ids(tokenizer).values())
     whole, first = [*preceding_ids, *token_ids], len(preceding_ids)
     pieces, start = [], first
     for end in range(first + 1, len(whole) + 1):
@@ -217,7 +217,7 @@ def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context_ids: list[int
 
 def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return two lines of text: the token that prompts begin with, and the token that completions end with."""
-    begin, end, eos = tokenizer.bos_token_id, find_end_token(tokenizer), tokenizer.eos_token_id
+    begin, end, eos = tokenizer.bos_token_id, find_end_token_id(tokenizer), tokenizer.eos_token_id
     begins = any(example.texts[0].pieces[0].text == _format_token(tokenizer, begin) for example in examples)
     named = "the tokenizer has no BOS" if begin is None else f"BOS is {_format_token(tokenizer, begin)} ({begin})"
     lines = [f"{named}; prompts begin {'with it' if begins else 'without one'}"]
@@ -259,11 +259,13 @@ def _format_counts_by_split(counts_by_split: dict[str, int]) -> str:
 
 def _describe_truncation(recipe: Recipe, split_rows: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Describe how many completions are truncated, and pairs thereby identical, in a draw of rows: text by label."""
-    end = find_end_token(tokenizer)
+    end = find_end_token_id(tokenizer)
     lines = {}
     if pairs := draw_subset(split_rows.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens
-        completions = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], limit=limit)[1] for row in pairs]
+        completions = [
+            tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], max_tokens=limit)[1] for row in pairs
+        ]
         truncated = sum(tokens[-1] != end for pair in completions for tokens in pair)
         lines["truncated"] = (
             f"{truncated:,} of {2 * len(pairs):,} completions are longer than max_completion_tokens {limit}"
@@ -272,7 +274,9 @@ def _describe_truncation(recipe: Recipe, split_rows: SplitRows, tokenizer: PreTr
         lines["identical after truncation"] = f"{identical:,} of {len(pairs):,} pairs"
     if demonstrations := draw_subset(split_rows.demonstrations, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.sft.max_completion_tokens
-        tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], limit=limit)[1][0] for row in demonstrations]
+        tokens = [
+            tokenize_row(tokenizer, row.prompt, [row.completion], max_tokens=limit)[1][0] for row in demonstrations
+        ]
         truncated = sum(completion[-1] != end for completion in tokens)
         lines["truncated demonstrations"] = (
             f"{truncated:,} of {len(demonstrations):,} are longer than max_completion_tokens {limit}"
@@ -280,12 +284,12 @@ def _describe_truncation(recipe: Recipe, split_rows: SplitRows, tokenizer: PreTr
     return lines
 
 
-def describe_training_data(recipe: Recipe, data_folder: Path, model_folder: Path) -> list[str]:
+def describe_training_data(recipe: Recipe, data_folder: Path, locate_model_folder: Path) -> list[str]:
     """Return four lines on the data of a run: numbers of rows, and the first pair in the model's tokens."""
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(locate_model_folder)
     row = read_table(data_folder / "train.parquet", ["prompt", "chosen", "rejected"])[0]
     example = tokenize_first_rows(recipe, [Preference(**row)], [], tokenizer)[0]
-    figures = read_summary(data_folder)
+    figures = read_stage_summary(data_folder)
     with explain_summary_errors():
         counts = (
             f"{figures['train_rows']:,} pairs to train, {figures['test_rows']:,} to test, "

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from mixpo.data.errors import InputError
 from mixpo.experiments.run import ArmResult, GradientsResult, require_run_format
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 MEASURES = {"score": "reward", "true_reward": "true r*", "second_score": "second reward"}
 """Measures of a completion: column of an evaluation, and name in the report."""
@@ -62,7 +62,7 @@ class StageResult:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Content of the stage's `summary.json`."""
-        return read_summary(self.folder)
+        return read_stage_summary(self.folder)
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _require_same_prompts(runs: Sequence[Run]) -> None:
 def read_evaluation_summary(arm_result: ArmResult) -> dict[str, Any]:
     """Read the summary of a finished arm's evaluation: its `summary.json` as a dictionary."""
     assert arm_result.evaluation is not None
-    return read_summary(Path(arm_result.evaluation))
+    return read_stage_summary(Path(arm_result.evaluation))
 
 
 def read_completions(arm_result: ArmResult) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ from mixpo.experiments.workers import StageDisplay, StageFailure, open_executor
 from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
-from mixpo.stages.stage_cache import StageCache, read_summary, sort_topologically
-from mixpo.training.job import model_folder
+from mixpo.stages.stage_cache import StageCache, read_stage_summary, sort_topologically
+from mixpo.training.job import locate_model_folder
 from mixpo.training.record import write_json
 
 FORMAT = 3
@@ -128,7 +128,9 @@ def _compute_stages(
     for stage in stages:
         stage_cache.is_done(stage)  # raises on a damaged folder before the first stage is computed
     index = {stage: n for n, stage in enumerate(stages)}
-    order = TopologicalSorter({n: [index[source] for source in stage.inputs().values()] for stage, n in index.items()})
+    order = TopologicalSorter(
+        {n: [index[source] for source in stage.get_input_stages().values()] for stage, n in index.items()}
+    )
     order.prepare()
     computed, failures = 0, dict[Stage, StageFailure]()
     ready: list[int] = []
@@ -136,14 +138,17 @@ def _compute_stages(
     def finish_stage(stage: Stage, *, cached: bool = False) -> None:
         """Show the rows of a data stage, check the context of a base model, and free the stages that wait for it."""
         if isinstance(stage, Data) and stage not in failures:
-            folder = stage_cache.folder(stage)
+            folder = stage_cache.locate_folder(stage)
             facts = (
-                describe_data_statistics(read_summary(folder)) if cached else []
+                describe_data_statistics(read_stage_summary(folder)) if cached else []
             )  # a computed stage has shown its own
-            for line in [*facts, *describe_training_data(recipe, folder, model_folder(stage_cache.folder(stage.base)))]:
+            for line in [
+                *facts,
+                *describe_training_data(recipe, folder, locate_model_folder(stage_cache.locate_folder(stage.base))),
+            ]:
                 display.on_message(line)
         if isinstance(stage, Pretrained) and stage not in failures:
-            require_context_length(stage, model_folder(stage_cache.folder(stage)), arms_by_stage)
+            require_context_length(stage, locate_model_folder(stage_cache.locate_folder(stage)), arms_by_stage)
         order.done(index[stage])
 
     with open_executor(stage_cache) as executor:
@@ -151,13 +156,13 @@ def _compute_stages(
             ready = sorted([*ready, *order.get_ready()])
             if ready and executor.has_capacity:
                 stage = stages[ready.pop(0)]
-                failed_inputs = [source for source in stage.inputs().values() if source in failures]
+                failed_inputs = [source for source in stage.get_input_stages().values() if source in failures]
                 if failed_inputs:
                     failures[stage] = failures[failed_inputs[0]]
                 if failed_inputs or stage_cache.is_done(stage):
                     finish_stage(stage, cached=not failed_inputs)
                 else:
-                    kind, identity = type(stage).__name__, stage_cache.identity(stage)
+                    kind, identity = type(stage).__name__, stage_cache.compute_identity(stage)
                     executor.submit_stage(stage, display.start_stage(kind, identity, arms_by_stage[stage]))
             else:
                 stage, stage_display, outcome = executor.wait_for_outcome()
@@ -180,7 +185,7 @@ def compute_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], displ
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     names = {source: [type(stage).__name__] for source in sort_topologically(stage)}
     _, failures = _compute_stages(recipe, names, stage_cache, display)
-    return failures.get(stage, stage_cache.folder(stage))
+    return failures.get(stage, stage_cache.locate_folder(stage))
 
 
 def _map_stages_to_arms(arm_runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:
@@ -201,11 +206,11 @@ def _build_arm_result(
 ) -> ArmResult:
     """Build the result of an arm whose stages are computed or failed, and link its model into the models' folder."""
     keys = {
-        stage: f"{type(stage).__name__}-{stage_cache.identity(stage)}"
+        stage: f"{type(stage).__name__}-{stage_cache.compute_identity(stage)}"
         for stage in sort_topologically(arm_run.evaluation)
         if stage not in failures
     }
-    inputs = arm_run.evaluation.inputs()
+    inputs = arm_run.evaluation.get_input_stages()
     own = [inputs["policy"]]
     if arm_run.evaluation.best_of > 1:
         own.append(inputs.get("chooser", inputs["reward"]))
@@ -214,7 +219,7 @@ def _build_arm_result(
         arm_run.seed,
         "done",
         changes=arm_run.changes,
-        stages={key: str(stage_cache.folder(stage)) for stage, key in keys.items()},
+        stages={key: str(stage_cache.locate_folder(stage)) for stage, key in keys.items()},
         needs=list(dict.fromkeys(keys[stage] for root in own for stage in sort_topologically(root) if stage in keys)),
         reward_models={
             name: keys[inputs[name]] for name in ("reward", "second", "chooser") if inputs.get(name) in keys
@@ -227,14 +232,16 @@ def _build_arm_result(
     model = None
     if arm_run.evaluation.best_of == 1 and isinstance(arm_run.evaluation.policy, Stage):
         link = models_folder / _format_model_link_name(arm_run)
-        link.symlink_to(model_folder(stage_cache.folder(arm_run.evaluation.policy)), target_is_directory=True)
+        link.symlink_to(
+            locate_model_folder(stage_cache.locate_folder(arm_run.evaluation.policy)), target_is_directory=True
+        )
         model = str(link)
     return replace(
         result,
         reason=f"along its training: {trace_failures[0]}" if trace_failures else None,
         model=model,
-        evaluation=str(stage_cache.folder(arm_run.evaluation)),
-        trace=[str(stage_cache.folder(stage)) for stage in arm_run.trace] if not trace_failures else [],
+        evaluation=str(stage_cache.locate_folder(arm_run.evaluation)),
+        trace=[str(stage_cache.locate_folder(stage)) for stage in arm_run.trace] if not trace_failures else [],
     )
 
 
@@ -243,7 +250,7 @@ def _build_gradients_result(
 ) -> GradientsResult:
     """Build the result of a gradient measurement whose stage is computed or failed."""
     failure = failures.get(run.stage)
-    folder = None if failure else str(stage_cache.folder(run.stage))
+    folder = None if failure else str(stage_cache.locate_folder(run.stage))
     return GradientsResult(run.arm, run.part, run.seed, folder, failure.reason if failure else None)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from mixpo.data.errors import InputError
 from mixpo.stages.stage import Stage
-from mixpo.stages.stage_cache import StageCache, read_summary
+from mixpo.stages.stage_cache import StageCache, read_stage_summary
 from mixpo.training.record import ProgressListener, progress_listener
 from mixpo.training.runtime import count_cores
 from mixpo.training.step import Diverged
@@ -42,15 +42,17 @@ class StageDisplay(ProgressListener, Protocol):
 def _compute_stage_or_failure(stage_cache: StageCache, stage: Stage) -> Outcome:
     """Compute a stage and return its seconds or its failure, whose traceback is written to the stage's folder."""
     try:
-        return float(read_summary(stage_cache.compute(stage))["cost"]["seconds"])
+        return float(read_stage_summary(stage_cache.compute_stage(stage))["cost"]["seconds"])
     except InputError as error:
         return StageFailure(str(error), bad_input=True)
     except Exception as error:  # whatever it is, the other stages' results stand
-        trace = stage_cache.folder(stage) / "failure.txt"
+        trace = stage_cache.locate_folder(stage) / "failure.txt"
         trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
         text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
-        return StageFailure(f"{type(stage).__name__} {stage_cache.identity(stage)}: {text} (details in {trace})")
+        return StageFailure(
+            f"{type(stage).__name__} {stage_cache.compute_identity(stage)}: {text} (details in {trace})"
+        )
 
 
 class InProcessExecutor:

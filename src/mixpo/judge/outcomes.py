@@ -8,7 +8,7 @@ import numpy as np
 
 from mixpo.algorithms.agreement import bootstrap_over_items, cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.intervals import Interval, wilson_interval
-from mixpo.algorithms.win_rates import length_controlled_win_rate, sign_test, win_minus_lose
+from mixpo.algorithms.win_rates import compute_sign_test_p_value, length_controlled_win_rate, win_minus_loss_rate
 from mixpo.experiments.comparisons import Comparison, NotInRunError, pair_completions
 from mixpo.experiments.results import Results
 from mixpo.judge.questions import Judge, JudgeQuestion, Template, compute_digest, make_question_pair
@@ -161,8 +161,8 @@ def compute_verdict_shares(verdicts: Sequence[Verdict]) -> VerdictShares | None:
         win,
         tie,
         lose,
-        win_minus_lose(wins, ties, defeats),
-        sign_test(wins, defeats),
+        win_minus_loss_rate(wins, ties, defeats),
+        compute_sign_test_p_value(wins, defeats),
         _compute_share_interval(len(flips), len(decided)),
         _compute_share_interval(flips.count(1), len(flips)),
         _compute_share_interval(int((length_signs > 0).sum()), len(length_signs)),

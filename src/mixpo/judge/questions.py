@@ -13,7 +13,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Message, Prompt, as_messages
+from mixpo.data.rows import Message, Prompt, convert_to_messages
 from mixpo.experiments.comparisons import Comparison
 
 VARIABLES = ("prompt", "messages", "first", "second")
@@ -63,7 +63,7 @@ class Template:
 
     def render_message(self, prompt: Prompt, first: str, second: str) -> str:
         """Render the message for a prompt and two completions. Raises `InputError` where rendering fails."""
-        messages = as_messages(prompt)
+        messages = convert_to_messages(prompt)
         values = {"prompt": _format_messages(messages), "messages": messages, "first": first, "second": second}
         try:
             return replace_surrogates(_compile_template(self.text).render(values))

@@ -18,7 +18,7 @@ class LoraSettings(Settings):
 
 
 def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
-    """Add trainable adapters and freeze all other weights but a scalar head's; `save_model` merges the adapters."""
+    """Add trainable adapters to a model in place and freeze all other weights but a scalar head's."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -35,15 +35,15 @@ def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
     cast_frozen_weights(lm)
 
 
-def freeze(lm: LanguageModel) -> LanguageModel:
-    """Make a model's weights untrainable and cast them to the precision they are used in; returns the model."""
+def freeze_model(lm: LanguageModel) -> LanguageModel:
+    """Make all weights of a model untrainable and cast them to the precision they are used in, in place; returns it."""
     lm.model.requires_grad_(False)
     cast_frozen_weights(lm)
     return lm
 
 
 def cast_frozen_weights(lm: LanguageModel) -> None:
-    """Cast frozen matrices to bfloat16 if the model computes in it, instead of at every product as autocast does.
+    """Cast a model's frozen matrices to bfloat16, in place, if it computes in bfloat16; else do nothing.
 
     Results do not change: embeddings, norms, a scalar head and the output head's bias, which are used in float32, stay
     in float32. An output head tied to the embedding gets a copy of its own.
@@ -62,10 +62,7 @@ def cast_frozen_weights(lm: LanguageModel) -> None:
 
 @torch.no_grad()
 def merge_adapters(lm: LanguageModel) -> PreTrainedModel:
-    """The model with its adapters merged into the weights of its folder; the model itself if it has no adapters.
-
-    The weights are loaded again, since the frozen ones in memory may have been cast to bfloat16.
-    """
+    """A new model, its folder's weights with the adapters merged into them; the model itself if it has no adapters."""
     from peft.tuners.lora import LoraLayer
 
     lora_layers = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}

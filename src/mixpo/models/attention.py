@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixpo.data.branches import PackedLengths, compute_token_indices
+from mixpo.data.branches import BranchLengths, compute_token_indices
 from mixpo.models.blocked_attention import blocked_attention
 
 ATTENTION_NAME = "mixpo_branches"
@@ -35,7 +35,7 @@ DECODING_BUCKET_COST_IN_KEYS = {"cpu": 1 << 9, "cuda": 1 << 16}
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """Prompts of similar length, padded to the longest, and their completions, padded likewise."""
 
     prompt_shape: torch.Size
@@ -50,12 +50,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Index maps between the tokens of a row and their slots in its buckets.
+    """Index maps between the tokens of a packed row and their slots in length buckets.
 
     Slots are counted bucket by bucket: its prompts, flattened, then its completions.
     """
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[LengthBucket, ...]
     slot_tokens: Int[Tensor, " slots"]
     """Index in the row of each slot's token; 0 for padding."""
     slot_mask: Bool[Tensor, " slots"]
@@ -64,9 +64,9 @@ class BucketLayout:
     """Slot of each token of the row."""
 
 
-def make_bucket_layout(spans: Sequence[PackedLengths], device: torch.device) -> BucketLayout:
-    """Sort the prompts and completions of a row into buckets; computed on the CPU, then moved to the device."""
-    lengths = [(span.prompt_length, *span.completion_lengths) for span in spans]
+def make_bucket_layout(branch_lengths: Sequence[BranchLengths], device: torch.device) -> BucketLayout:
+    """Sort the prompts and completions of a packed row into length buckets, and map its tokens to their slots."""
+    lengths = [(span.prompt_length, *span.completion_lengths) for span in branch_lengths]
     if all(len(row) == 2 for row in lengths):  # a prompt and its one completion are one sequence
         lengths = [(sum(row),) for row in lengths]
     sizes = torch.tensor(lengths)
@@ -75,7 +75,7 @@ def make_bucket_layout(spans: Sequence[PackedLengths], device: torch.device) -> 
     for rows in _group_by_length(lengths, BUCKET_COST_IN_PAIRS[device.type]):
         prompts, prompt_mask = compute_token_indices(starts[rows, 0], sizes[rows, 0])
         completions, completion_mask = compute_token_indices(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
-        buckets.append(Bucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
+        buckets.append(LengthBucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
         tokens += [prompts.flatten(), completions.flatten()]
         masks += [prompt_mask.flatten(), completion_mask.flatten()]
     slot_tokens, slot_mask = torch.cat(tokens), torch.cat(masks)
@@ -84,19 +84,18 @@ def make_bucket_layout(spans: Sequence[PackedLengths], device: torch.device) -> 
     return BucketLayout(tuple(buckets), slot_tokens.to(device), slot_mask.to(device), token_slots.to(device))
 
 
-def _group_by_length(lengths: Sequence[tuple[int, ...]], bucket_cost: int) -> list[list[int]]:
-    """Group prompts, longest first, into buckets; a new one starts where padding would cost more than the bucket.
-
-    `lengths` holds the tokens of a prompt and of each of its completions, `bucket_cost` is in query-key pairs.
-    """
+def _group_by_length(segment_lengths: Sequence[tuple[int, ...]], bucket_cost_in_pairs: int) -> list[list[int]]:
+    """Group prompts into lists of indices, longest first; a new list starts where padding would cost more."""
     buckets: list[list[int]] = []
     longest_prompt = longest_completion = 0
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
-        prompt, *completions = lengths[row]
+    for row in sorted(range(len(segment_lengths)), key=lambda row: segment_lengths[row], reverse=True):
+        prompt, *completions = segment_lengths[row]
         count, k, completion = len(buckets[-1]) if buckets else 0, len(completions), max(completions, default=0)
-        joined = _count_pairs(count + 1, longest_prompt, max(longest_completion, completion), k)
-        separate = _count_pairs(count, longest_prompt, longest_completion, k) + _count_pairs(1, prompt, completion, k)
-        if buckets and joined <= separate + bucket_cost:
+        joined = _count_query_key_pairs(count + 1, longest_prompt, max(longest_completion, completion), k)
+        separate = _count_query_key_pairs(count, longest_prompt, longest_completion, k) + _count_query_key_pairs(
+            1, prompt, completion, k
+        )
+        if buckets and joined <= separate + bucket_cost_in_pairs:
             buckets[-1].append(row)
             longest_completion = max(longest_completion, completion)
         else:
@@ -105,13 +104,13 @@ def _group_by_length(lengths: Sequence[tuple[int, ...]], bucket_cost: int) -> li
     return buckets
 
 
-def _count_pairs(prompts: int, prompt: int, completion: int, k: int) -> int:
-    """Count the query-key pairs of a bucket with k completions a prompt, from the padded lengths of both."""
-    return prompts * (prompt * prompt + k * completion * (prompt + completion))
+def _count_query_key_pairs(prompt_count: int, prompt_length: int, completion_length: int, k: int) -> int:
+    """Count the query-key pairs of attention in a bucket with k completions a prompt, from the padded lengths."""
+    return prompt_count * (prompt_length * prompt_length + k * completion_length * (prompt_length + completion_length))
 
 
-def _make_mask_biases(bucket: Bucket, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """Mask biases of a bucket's prompts (None: causal attention) and completions, whose keys follow the prompt's."""
+def _make_mask_biases(bucket: LengthBucket, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Additive masks, 0 or minus infinity, of a bucket's prompts (None: causal attention) and its completions."""
     (prompts, longest_prompt), (completions, longest_completion) = bucket.prompt_shape, bucket.completion_shape
     device = bucket.prompt_lengths.device
     prompt, completion = (
@@ -126,13 +125,15 @@ def _make_mask_biases(bucket: Bucket, window: int | None, dtype: torch.dtype) ->
         dim=2,
     )
     causal = device.type not in BLOCKED_ATTENTION_DEVICES and (window is None or window >= longest_prompt)
-    prompt_bias = None if causal else _make_mask_bias(prompt[:, None] - prompt, window, dtype)[None]
-    return prompt_bias, _make_mask_bias(distance, window, dtype)
+    prompt_bias = None if causal else _convert_distance_to_mask_bias(prompt[:, None] - prompt, window, dtype)[None]
+    return prompt_bias, _convert_distance_to_mask_bias(distance, window, dtype)
 
 
-def _make_mask_bias(distance: Int[Tensor, "*shape"], window: int | None, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """0 where the distance from key to query is not negative and within the window, minus infinity elsewhere."""
-    visible = (distance >= 0) & (True if window is None else distance < window)
+def _convert_distance_to_mask_bias(
+    key_distance: Int[Tensor, "*shape"], window: int | None, dtype: torch.dtype
+) -> Float[Tensor, "*shape"]:
+    """Additive mask: 0 where the key is at most at the query and within the window, minus infinity elsewhere."""
+    visible = (key_distance >= 0) & (True if window is None else key_distance < window)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
@@ -160,9 +161,9 @@ _layout: ContextVar[BucketLayout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def use_branch_attention(spans: Sequence[PackedLengths], device: torch.device) -> Iterator[None]:
-    """Make the model's attention that of one row with these prompts and completions; no spans, no effect."""
-    token = _layout.set(make_bucket_layout(spans, device) if spans else None)
+def use_branch_attention(branch_lengths: Sequence[BranchLengths], device: torch.device) -> Iterator[None]:
+    """Context manager: model attention is that of one row with these prompts and completions; no effect if empty."""
+    token = _layout.set(make_bucket_layout(branch_lengths, device) if branch_lengths else None)
     try:
         yield
     finally:
@@ -174,10 +175,7 @@ _decoding_buckets: ContextVar[tuple[tuple[slice, int], ...] | None] = ContextVar
 
 @contextmanager
 def use_decoding_attention(key_counts: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Make the model's attention that of one new token a row, which sees the row's first `key_counts` keys.
-
-    The last of these keys is its own. Rows of similar length should be neighbours.
-    """
+    """Context manager: model attention is that of one new token a row, which sees the row's first `key_counts` keys."""
     token = _decoding_buckets.set(tuple(_split_by_key_count(key_counts, DECODING_BUCKET_COST_IN_KEYS[device.type])))
     try:
         yield
@@ -185,12 +183,12 @@ def use_decoding_attention(key_counts: Sequence[int], device: torch.device) -> I
         _decoding_buckets.reset(token)
 
 
-def _split_by_key_count(key_counts: Sequence[int], bucket_cost: int) -> Iterator[tuple[slice, int]]:
-    """Split rows into buckets where padding would cost more than a bucket; yields rows and most keys of a row."""
+def _split_by_key_count(key_counts: Sequence[int], bucket_cost_in_keys: int) -> Iterator[tuple[slice, int]]:
+    """Yield (slice of rows, most keys of a row); a new slice starts where padding would cost more than a bucket."""
     first, most, total = 0, 0, 0
     for row, count in enumerate(key_counts):
         padding = max(most, count) * (row - first + 1) - total - count
-        if row > first and padding > bucket_cost:
+        if row > first and padding > bucket_cost_in_keys:
             yield slice(first, row), most
             first, most, total = row, 0, 0
         most, total = max(most, count), total + count
@@ -208,7 +206,7 @@ def _compute_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "rows length heads value_width"], None]:
-    """Attention as transformers calls it: of a branch batch, of one new token a row, or of anything else by sdpa."""
+    """Attention function registered with transformers: of a branch batch, of one new token a row, or sdpa otherwise."""
     layout = _layout.get()
     if layout is None and query.shape[2] == 1 and attention_mask is not None and kwargs.get("position_bias") is None:
         buckets = _decoding_buckets.get() or ((slice(None), key.shape[2]),)
@@ -282,7 +280,7 @@ def _attend_new_tokens(
 def _split_into_buckets(
     x: Float[Tensor, "1 heads length width"], layout: BucketLayout
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a row into its buckets' padded prompts and completions, each [count, longest, heads, width]."""
+    """Yield a packed row's padded prompts and completions of each bucket, [count, longest, heads, width]."""
     flat = x.transpose(1, 2)[0]
     slots: Tensor = _GatherRows.apply(flat, layout.slot_tokens, layout.token_slots, None)  # type: ignore[no-untyped-call]
     shapes = [shape for bucket in layout.buckets for shape in (bucket.prompt_shape, bucket.completion_shape)]

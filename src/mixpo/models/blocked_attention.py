@@ -25,7 +25,7 @@ def blocked_attention(
     mask_bias: Float[Tensor, "one_or_rows queries keys"],
     scale: float,
 ) -> Float[Tensor, "rows queries heads value_width"]:
-    """softmax(scale * query key^T + mask_bias) value, where the last keys are the queries' own.
+    """softmax(scale * query key^T + mask_bias) value, in blocks of queries; the last keys are the queries' own.
 
     Keys after a query are not computed beyond its block, so the bias must mask them.
     """
@@ -89,7 +89,7 @@ Block = tuple[slice, slice, int]
 
 
 def _iterate_blocks(query: Tensor, key: Tensor) -> Iterator[Block]:
-    """Yield blocks of at most `BLOCK_QUERIES` queries and about `BLOCK_SCORES` scores that cover all queries."""
+    """Yield (rows, queries, number of visible keys) of blocks of at most `BLOCK_QUERIES` queries that cover all."""
     rows, kv_heads, groups, queries, _ = query.shape
     keys = key.shape[2]
     rows_per_block = max(1, BLOCK_SCORES // (kv_heads * groups * min(queries, BLOCK_QUERIES) * keys))
@@ -100,7 +100,7 @@ def _iterate_blocks(query: Tensor, key: Tensor) -> Iterator[Block]:
 
 
 def _index_queries(block: Block) -> tuple[slice, ...]:
-    """Index of a block's queries in [rows, kv_heads, groups, queries, width]."""
+    """Index that selects a block's queries in a tensor [rows, kv_heads, groups, queries, width]."""
     rows, queries, _ = block
     return rows, slice(None), slice(None), queries
 
@@ -119,7 +119,7 @@ def _slice_block(query: Tensor, key: Tensor, value: Tensor, block: Block) -> tup
 def _compute_probabilities(
     q: Tensor, k: Tensor, mask_bias: Tensor, scale: float, block: Block, shape: torch.Size
 ) -> Tensor:
-    """Attention probabilities of a block: softmax(scale * q k^T + mask_bias)."""
+    """Attention probabilities of one block: softmax(scale * q k^T + mask_bias), a matrix a row and key head."""
     rows, queries, end = block
     rows = slice(None) if len(mask_bias) == 1 else rows
     scores = (

@@ -9,13 +9,13 @@ from mixpo.data.sources import compute_file_digest
 
 
 def list_model_files(folder: Path) -> list[Path]:
-    """Files of a model folder that can change the model's outputs, sorted by name."""
+    """Paths of the files in a model folder that can change the model's outputs, sorted by name."""
     kinds = (".safetensors", ".bin", ".model", ".json", ".txt", ".jinja")
     return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in kinds)
 
 
 def compute_model_digest(folder: Path) -> str:
-    """SHA-256 of the names and contents of a folder's `list_model_files`, first 16 hex digits."""
+    """Digest of a model folder, 16 hex digits: SHA-256 of the names and contents of `list_model_files`."""
     digest = hashlib.sha256()
     for file in list_model_files(folder):
         digest.update(file.name.encode())
@@ -24,7 +24,7 @@ def compute_model_digest(folder: Path) -> str:
 
 
 def refuse_changed_model(folder: Path) -> None:
-    """Raise `InputError` if a model's digest differs from that in the `summary.json` of the stage that wrote it.
+    """Raise `InputError` if a stage's model folder has another digest than the stage's `summary.json` says.
 
     Every file is hashed once a process (`compute_file_digest`), about 10 seconds for 14 GB. Sizes and headers would not
     show replaced weights, and file times change when a cache is copied.

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mixpo.data.errors import InputError, first_line
+from mixpo.data.errors import InputError, extract_first_line
 from mixpo.data.tokens import check_tokenizer
 from mixpo.models.reward_heads import find_classifier_class, find_score_head
 
@@ -68,7 +68,7 @@ EXPECTED_FOLDER = "expected a decoder-only language model in a Hugging Face fold
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked model folder; its weights are not loaded."""
+    """A checked model folder: its config, model class, tokenizer and end tokens; the weights are not loaded."""
 
     path: Path
     config: PretrainedConfig
@@ -83,7 +83,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Type and shape of one tensor in a weight file."""
+    """Data type and shape of one tensor in a weight file."""
 
     dtype: torch.dtype | str
     shape: tuple[int, ...]
@@ -93,10 +93,7 @@ class TensorHeader:
 def explain_loading_errors(
     source: Path | str, problem: str = "a model that cannot be read", fix: str = EXPECTED_FOLDER
 ) -> Iterator[None]:
-    """Raise `InputError` in place of any error while `source` is loaded; transformers' warnings are suppressed.
-
-    Out-of-memory errors pass unchanged, since they are no fault of the source.
-    """
+    """Context manager: `InputError` for any error of loading `source` but lack of memory; transformers is silent."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -109,7 +106,9 @@ def explain_loading_errors(
     except Exception as error:  # damaged files raise errors of any type
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise  # on a CPU, PyTorch raises RuntimeError with this text
-        raise InputError(f"{source}: found {problem} ({type(error).__name__}: {first_line(error)}); {fix}") from error
+        raise InputError(
+            f"{source}: found {problem} ({type(error).__name__}: {extract_first_line(error)}); {fix}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -117,28 +116,28 @@ def explain_loading_errors(
 
 
 def read_policy_folder(
-    folder: Path, read_tokenizer: Callable[[Path], PreTrainedTokenizerBase] | None = None
+    folder: Path, load_folder_tokenizer: Callable[[Path], PreTrainedTokenizerBase] | None = None
 ) -> ModelFolder:
     """Check a causal language model's folder without reading its weights. Raises `InputError`, one line.
 
-    Checks that every file parses, the architecture, that a reward model can be made from it, every tensor's name,
-    shape and type, the tokenizer (from `read_tokenizer` if given), its template and end token, and that the embeddings
+    Checks that every file parses, the architecture, that a reward model can be made from it, every tensor's name, shape
+    and type, the tokenizer (from `load_folder_tokenizer` if given), its template and end token, and that the embeddings
     have a row for each token.
     """
-    config = read_config(folder)
+    config = read_model_config(folder)
     network = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     _check_architecture(folder, config, () if network is None else (network.__name__,), "a causal language model")
-    checked = _read_model_folder(folder, config, network, read_tokenizer or load_tokenizer)
+    checked = _read_model_folder(folder, config, network, load_folder_tokenizer or load_tokenizer)
     classifier = find_classifier_class(config, folder)
     with explain_loading_errors(folder, "an architecture that no reward model can be made of"), torch.device("meta"):
         find_score_head(classifier(config), folder)
-    load_weights(checked, network=classifier, new_head=True, meta=True)
+    load_weights(checked, model_class=classifier, allow_missing_head=True, without_values=True)
     return checked
 
 
 def read_reward_folder(folder: Path) -> ModelFolder:
-    """Check a reward model's folder without reading its weights: a sequence classifier with one label."""
-    config = read_config(folder)
+    """Check a reward model's folder (a one-label classifier) without reading its weights. Raises `InputError`."""
+    config = read_model_config(folder)
     expected = "a reward model: a sequence classifier with one label, such as the `reward` stage writes"
     network = find_classifier_class(config, folder)
     _check_architecture(folder, config, (network.__name__,), expected)
@@ -147,8 +146,8 @@ def read_reward_folder(folder: Path) -> ModelFolder:
     return _read_model_folder(folder, config, network, load_tokenizer)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """Read a folder's `config.json`, after checking that every JSON file in the folder holds an object."""
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """Read a folder's `config.json`. Raises `InputError` if a JSON file of the folder is damaged or it has adapters."""
     if not folder.is_dir():
         raise InputError(f"{folder}: found no such folder; {EXPECTED_FOLDER}")
     if (folder / "adapter_config.json").exists():
@@ -173,14 +172,14 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def read_context(folder: Path) -> int | None:
-    """Context length of a model in tokens; None if its config has none."""
-    context: int | None = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+def read_context_length(folder: Path) -> int | None:
+    """Context length, in tokens, of the model in a folder; None if its config has none."""
+    context: int | None = getattr(read_model_config(folder).get_text_config(), "max_position_embeddings", None)
     return context
 
 
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder, or of a Hugging Face id at a commit."""
+    """Load the tokenizer of a model folder, or of a Hugging Face id at a commit. Raises `InputError`."""
     fix = "expected tokenizer.json beside the weights; save it there with `tokenizer.save_pretrained`"
     local = Path(folder).is_dir()
     if local and not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
@@ -201,15 +200,19 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
 
 
 def load_weights(
-    folder: ModelFolder, *, new_head: bool = False, network: type[PreTrainedModel] | None = None, meta: bool = False
+    folder: ModelFolder,
+    *,
+    allow_missing_head: bool = False,
+    model_class: type[PreTrainedModel] | None = None,
+    without_values: bool = False,
 ) -> PreTrainedModel:
-    """Load a checked folder's model in float32; raises `InputError` unless its tensors are exactly the model's.
+    """Load a checked folder's model in float32. Raises `InputError` unless its tensors are exactly the model's.
 
-    `network` loads the weights into another class; with `new_head` only its `score` head may be missing. With `meta`
-    no weight is read: only names and shapes are compared.
+    `model_class` loads the weights into another class; with `allow_missing_head` only its `score` head may be missing.
+    With `without_values` no weight is read: only names and shapes are compared.
     """
     with explain_loading_errors(folder.path, "weights that cannot be read", "download or save the folder again"):
-        model, loading_info = (network or folder.network).from_pretrained(
+        model, loading_info = (model_class or folder.network).from_pretrained(
             folder.path,
             config=folder.config,
             dtype=torch.float32,
@@ -218,13 +221,13 @@ def load_weights(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=False,
             local_files_only=True,
-            **({"device_map": "meta"} if meta else {}),
+            **({"device_map": "meta"} if without_values else {}),
         )
-    missing = {name for name in loading_info["missing_keys"] if not (new_head and name.startswith("score."))}
-    unexpected = () if new_head else loading_info["unexpected_keys"]
+    missing = {name for name in loading_info["missing_keys"] if not (allow_missing_head and name.startswith("score."))}
+    unexpected = () if allow_missing_head else loading_info["unexpected_keys"]
     shapes = [f"{name} {list(file)} (not {list(needed)})" for name, file, needed in loading_info["mismatched_keys"]]
     problems = [
-        f"{what} {_join_names(names)}"
+        f"{what} {_join_first_names(names)}"
         for what, names in (
             ("no tensor", missing),
             ("a tensor that the architecture has not,", unexpected),
@@ -242,7 +245,7 @@ def load_weights(
 
 
 def read_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:
-    """Read the end tokens of a model's generation config; an empty set if it has none."""
+    """Ids of the end tokens in a model's generation config; empty if it has none. Raises `InputError` on a bad id."""
     files = [folder / name for name in ("generation_config.json", "config.json")]
     if not any("eos_token_id" in _read_json_object(file) for file in files if file.exists()):
         return frozenset()  # else transformers fills in the architecture's default, from another vocabulary
@@ -261,18 +264,18 @@ def read_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:
 def _read_model_folder(
     folder: Path,
     config: PretrainedConfig,
-    network: type[PreTrainedModel],
-    read_tokenizer: Callable[[Path], PreTrainedTokenizerBase],
+    model_class: type[PreTrainedModel],
+    load_folder_tokenizer: Callable[[Path], PreTrainedTokenizerBase],
 ) -> ModelFolder:
-    """Read and check a folder's tokenizer, tensor headers and end tokens against its config."""
-    tokenizer = read_tokenizer(folder)
-    tensors = _read_folder_headers(folder)
+    """Read a folder's tokenizer, tensor headers and end tokens. Raises `InputError` if they do not fit its config."""
+    tokenizer = load_folder_tokenizer(folder)
+    tensors = _read_tensor_headers_of_folder(folder)
     dtype = _find_common_dtype(folder, tensors)
     _check_config_sizes(folder, config, tensors)
     with explain_loading_errors(folder, "a chat template that does not render", "set another as `model.chat_template`"):
         check_tokenizer(tokenizer)
-    checked = ModelFolder(folder, config, network, tokenizer, dtype, frozenset())
-    model = load_weights(checked, meta=True)
+    checked = ModelFolder(folder, config, model_class, tokenizer, dtype, frozenset())
+    model = load_weights(checked, without_values=True)
     checked = replace(checked, end_tokens=read_end_tokens(model, folder))
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         raise InputError(
@@ -288,13 +291,13 @@ def _read_model_folder(
     return checked
 
 
-def _check_architecture(folder: Path, config: PretrainedConfig, networks: tuple[str, ...], expected: str) -> None:
-    """Raise `InputError` if a config is of another kind of model, or of one that mixpo does not compute correctly."""
+def _check_architecture(folder: Path, config: PretrainedConfig, classes: tuple[str, ...], expected: str) -> None:
+    """Raise `InputError` if a config is not of one of these classes, or of a model that mixpo does not support."""
     architectures = config.architectures
-    if not isinstance(architectures, list) or architectures[0] not in networks:
+    if not isinstance(architectures, list) or architectures[0] not in classes:
         raise InputError(
             f"{folder}: found {architectures} of model_type {config.model_type!r}; expected {expected}"
-            + (f" ({networks[0]})" if networks else "; transformers has none of that type")
+            + (f" ({classes[0]})" if classes else "; transformers has none of that type")
         )
     text = config.get_text_config()
     quantization = getattr(config, "quantization_config", None)
@@ -310,7 +313,7 @@ def _check_architecture(folder: Path, config: PretrainedConfig, networks: tuple[
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object. Raises `InputError`."""
+    """Content of a JSON file as a dict. Raises `InputError` if it is damaged or no object."""
     try:
         content = json.loads(file.read_text(encoding="utf8"))
     except OSError as error:
@@ -319,15 +322,15 @@ def _read_json_object(file: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{file}: found something other than JSON ({first_line(error)}); download or save the folder again"
+            f"{file}: found something other than JSON ({extract_first_line(error)}); download or save the folder again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: found {str(content)[:40]!r}; expected a JSON object; save the folder again")
     return content
 
 
-def _read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Read the headers of all tensors in a folder's weight files, by name."""
+def _read_tensor_headers_of_folder(folder: Path) -> dict[str, TensorHeader]:
+    """Headers of all tensors in a folder's weight files, by tensor name. Raises `InputError` if one is damaged."""
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise InputError(
@@ -357,7 +360,7 @@ def _read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def _read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
-    """Read the headers of the tensors in one weight file, by name."""
+    """Headers of the tensors in one weight file, by tensor name; no weights are read."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -374,10 +377,10 @@ def _read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
     }
 
 
-def _find_common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.dtype:
-    """Find the type of most weights. Raises `InputError` if a tensor is not of floating-point numbers."""
+def _find_common_dtype(folder: Path, headers: dict[str, TensorHeader]) -> torch.dtype:
+    """Data type of most weights. Raises `InputError` if a tensor is not of floating-point numbers."""
     counts = Counter[torch.dtype]()
-    for name, tensor in tensors.items():
+    for name, tensor in headers.items():
         if isinstance(tensor.dtype, torch.dtype):
             counts[tensor.dtype] += torch.Size(tensor.shape).numel()
         elif len(tensor.shape) in (1, 2, 3) and not name.endswith("position_ids"):  # not an old mask or counter
@@ -390,11 +393,11 @@ def _find_common_dtype(folder: Path, tensors: dict[str, TensorHeader]) -> torch.
     return counts.most_common(1)[0][0]
 
 
-def _check_config_sizes(folder: Path, config: PretrainedConfig, tensors: dict[str, TensorHeader]) -> None:
+def _check_config_sizes(folder: Path, config: PretrainedConfig, headers: dict[str, TensorHeader]) -> None:
     """Raise `InputError` if sizes in a config exceed those of the tensors, before memory for a model is reserved."""
     text = config.get_text_config()
-    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    bounds = {**dict.fromkeys(SIZE_KEYS, longest), "num_hidden_layers": len(tensors)}
+    longest = max((size for tensor in headers.values() for size in tensor.shape), default=0)
+    bounds = {**dict.fromkeys(SIZE_KEYS, longest), "num_hidden_layers": len(headers)}
     for key, bound in bounds.items():
         size = getattr(text, key, None)
         if isinstance(size, int) and not 0 < size <= bound:
@@ -410,8 +413,8 @@ def _check_config_sizes(folder: Path, config: PretrainedConfig, tensors: dict[st
         )
 
 
-def _join_names(names: Iterable[str], most: int = 3) -> str:
-    """Join the first `most` names in order, and add the number of the others."""
+def _join_first_names(names: Iterable[str], max_names: int = 3) -> str:
+    """First `max_names` names in order, joined by commas, and the number of the others, as text."""
     ordered = sorted(names)
-    rest = len(ordered) - most
-    return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(ordered) - max_names
+    return ", ".join(ordered[:max_names]) + (f" and {rest} more" if rest > 0 else "")

@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from mixpo.data.branches import BranchBatch, PromptBatch, TokenBatch
+from mixpo.data.branches import BranchBatch, DecodingBatch, PromptBatch
 from mixpo.data.tokens import compute_tokenization_digest, decode_completion
 from mixpo.models.attention import ATTENTION_NAME, use_branch_attention, use_decoding_attention
 
 Precision = Literal["float32", "bfloat16"]
 Output = Literal["states", "logprobs", "entropies", "values", "scores", "logits"]
-Batch = BranchBatch | PromptBatch | TokenBatch
+Batch = BranchBatch | PromptBatch | DecodingBatch
 
 CHUNK_LOGITS = 1 << 25
 """Logits in memory at once: 128 MiB in float32."""
@@ -80,34 +80,31 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """Device that holds the weights."""
         return next(self.parameters()).device
 
     @property
     def tokenization_digest(self) -> str:
-        """Digest by which two models are known to turn text into the same tokens."""
+        """Digest of how text becomes tokens, 16 hex digits: equal for two models with the same tokens."""
         return compute_tokenization_digest(self.tokenizer)
 
     def decode_completion(self, completion: Sequence[int]) -> str:
-        """Decode a completion without its end token and other special tokens."""
+        """Text of a completion's tokens, without its end token and other special tokens."""
         ended = [*completion[:-1], self.end_token] if self.has_ended(completion) else completion
         return decode_completion(self.tokenizer, ended)
 
     def has_ended(self, completion: Sequence[int]) -> bool:
-        """Return True if a completion's last token is an end token, False if it was cut off."""
+        """True if the last token of a completion is an end token, False if the completion was cut off."""
         return completion[-1] in self.end_tokens
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Context in which matrix products are computed in the model's precision; weights stay in float32."""
+        """Context manager in which matrix products run in the model's precision; weights stay in float32."""
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=True
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Prepare an update: only the adapters' dropout is switched on.
-
-        With the base model's dropout, PPO's ratio would not be 1 before the first update.
-        """
+        """Prepare an update: only adapters' dropout is on, else PPO's ratio would not begin at 1; returns self."""
         super().train(False)
         self.training = mode
         for name, module in self.named_modules():
@@ -129,7 +126,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, batch: Batch, *outputs: Output, cache: Cache | None = None, detach_values: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
-        """Compute the named outputs of a batch: one tensor, or a tuple of several in their order.
+        """Compute the named outputs of a batch, such as `logprobs`: one tensor, or a tuple in the order of the names.
 
         - `states` [rows * length, width]: the last hidden state of every token of the batch's rows, flattened.
         - `logprobs` [prompts, k, tokens]: log-probs of the completion tokens in nats, at temperature 1.
@@ -153,17 +150,19 @@ class LanguageModel(nn.Module):
                 read = states.detach() if detach_values else states
                 computed["values"] = head(read[batch.predictor_index].float())[..., 0].masked_fill(~batch.mask, 0.0)
             if "scores" in outputs:
-                computed["scores"] = self.model.score(states[batch.last_index].float())[..., 0]
+                computed["scores"] = self.model.score(states[batch.last_token_index].float())[..., 0]
         elif "logits" in outputs:
             with self.autocast():
-                computed["logits"] = self.model.get_output_embeddings()(states[batch.last_index] * self.logit_scale)
+                computed["logits"] = self.model.get_output_embeddings()(
+                    states[batch.last_token_index] * self.logit_scale
+                )
         results = tuple(computed[output] for output in outputs)
         return results[0] if len(results) == 1 else results
 
     def _compute_states(self, batch: Batch, cache: Cache | None) -> Float[Tensor, "positions width"]:
-        """Compute the last hidden states of a batch, with the attention of its kind."""
+        """Last hidden states of a batch, [all tokens, width], under the attention of its kind of batch."""
         mask: Tensor | dict[str, Tensor] | None
-        if isinstance(batch, TokenBatch):
+        if isinstance(batch, DecodingBatch):
             mask, attention = self._make_new_token_mask(batch), use_decoding_attention(batch.lengths, self.device)
         else:
             # with four dimensions, so that transformers makes none
@@ -181,11 +180,12 @@ class LanguageModel(nn.Module):
         states: Tensor = output.last_hidden_state
         return states.flatten(0, 1)
 
-    def _make_new_token_mask(self, batch: TokenBatch) -> Tensor | dict[str, Tensor]:
-        """Make the attention mask of one new token a row over all keys, within the sliding window if there is one."""
+    def _make_new_token_mask(self, batch: DecodingBatch) -> Tensor | dict[str, Tensor]:
+        """Boolean attention mask of one new token a row over all keys, within the sliding window if there is one."""
         distance = batch.position_ids - torch.arange(max(batch.lengths), device=self.device)
 
         def make_mask(window: int | None = None) -> Tensor:
+            """Mask [rows, 1, 1, keys]: True for keys up to the new token, within the window if given."""
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             return visible[:, None, None]
 
@@ -194,7 +194,7 @@ class LanguageModel(nn.Module):
     def _compute_logprobs(
         self, states: Float[Tensor, "positions width"], batch: BranchBatch, *, with_entropy: bool
     ) -> tuple[Float[Tensor, "prompts k tokens"], Float[Tensor, "prompts k tokens"]]:
-        """Compute log-probs and entropies (0 if not `with_entropy`) of a batch's completion tokens from the states."""
+        """Log-probs and entropies (0 if not `with_entropy`), in nats, of a batch's completion tokens; 0 at padding."""
         head = self.model.get_output_embeddings()
         logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
             states[batch.predictor_index[batch.mask]] * self.logit_scale,
@@ -219,10 +219,7 @@ def iterate_matrix_modules(model: nn.Module) -> Iterator[Any]:
 def make_layer_masks(
     model: PreTrainedModel, make_mask: Callable[[int | None], Bool[Tensor, "rows 1 queries keys"]]
 ) -> Tensor | dict[str, Tensor]:
-    """Make the attention mask in the form that the model takes: one tensor, or one for each type of layer.
-
-    `make_mask` returns the mask of a sliding window, or of None.
-    """
+    """The attention mask in the model's form: one by `make_mask(window)`, or a dict with one for each layer type."""
     config = model.config.get_text_config()
     window: int | None = getattr(config, "sliding_window", None)
     types: set[str] = set(getattr(config, "layer_types", None) or ())
@@ -258,7 +255,7 @@ class _TokenLogprobs(torch.autograd.Function):
         needs_weight_gradient = needs_gradient and any(ctx.needs_input_grad[1:3])
         fits = len(targets) * len(weight) <= STORED_LOGIT_GRADIENTS
         logit_gradients = hidden_cast.new_empty(len(targets), len(weight)) if needs_weight_gradient and fits else None
-        for rows in slice_rows(len(targets), CHUNK_LOGITS // len(weight)):
+        for rows in iterate_row_slices(len(targets), CHUNK_LOGITS // len(weight)):
             logits = torch.mm(
                 hidden_cast[rows], weight_cast.T, out=None if logit_gradients is None else logit_gradients[rows]
             )
@@ -284,7 +281,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if weight_gradient is None and bias_gradient is None:
             return hidden_gradient, *[None] * 7
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
-        for columns in slice_rows(len(weight), CHUNK_LOGITS // max(1, *hidden.shape)):
+        for columns in iterate_row_slices(len(weight), CHUNK_LOGITS // max(1, *hidden.shape)):
             if logit_gradients is None:
                 logit_gradient = _compute_logit_gradient(hidden, weight, bias, targets, normalizers, columns)
             else:
@@ -303,13 +300,13 @@ def _compute_logprobs_from_logits(
     with_entropy: bool,
     needs_gradient: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-probs of the targets, entropies (0 if not `with_entropy`) and log sum exp of each row.
+    """Log-probs of the targets, entropies (0 if not `with_entropy`) and log sum exp of each row; overwrites `logits`.
 
     Overwrites the logits: with d logprob / d logits if `needs_gradient`, else with nothing of use. Elementwise
     operations run in float32, in blocks that fit into a CPU's caches.
     """
     logprobs, entropies, normalizers = torch.zeros(3, len(targets), device=logits.device)
-    for rows in slice_rows(len(targets), BLOCK_LOGITS[logits.device.type] // logits.shape[1]):
+    for rows in iterate_row_slices(len(targets), BLOCK_LOGITS[logits.device.type] // logits.shape[1]):
         float_logits = logits[rows].float() if bias is None else logits[rows].float() + bias
         largest = float_logits.amax(dim=-1, keepdim=True)
         float_logits -= largest
@@ -335,11 +332,11 @@ def _compute_logit_gradient(
     normalizers: Float[Tensor, " n"],
     columns: slice,
 ) -> Float[Tensor, "n columns"]:
-    """Compute d logprob / d logits of some columns from the log sum exp (`normalizers`) of each row."""
+    """d logprob / d logits of some columns, from the log sum exp (`normalizers`) of each row."""
     logits = hidden @ weight[columns].T
     column_targets = targets - columns.start
     in_columns = (column_targets >= 0) & (column_targets < logits.shape[1])
-    for rows in slice_rows(len(targets), BLOCK_LOGITS[logits.device.type] // logits.shape[1]):
+    for rows in iterate_row_slices(len(targets), BLOCK_LOGITS[logits.device.type] // logits.shape[1]):
         float_logits = logits[rows].float() if bias is None else logits[rows].float() + bias[columns]
         negated = float_logits.sub_(normalizers[rows, None]).exp_().neg_()
         index = column_targets[rows, None].clamp(0, logits.shape[1] - 1)
@@ -347,7 +344,7 @@ def _compute_logit_gradient(
     return logits
 
 
-def slice_rows(count: int, size: int) -> Iterator[slice]:
-    """Yield slices of `size` rows (at least 1) that cover `count` rows; the last may be smaller."""
-    for start in range(0, count, max(1, size)):
-        yield slice(start, start + max(1, size))
+def iterate_row_slices(row_count: int, slice_size: int) -> Iterator[slice]:
+    """Yield slices of `slice_size` rows (at least 1) that cover `row_count` rows; the last may be shorter."""
+    for start in range(0, row_count, max(1, slice_size)):
+        yield slice(start, start + max(1, slice_size))

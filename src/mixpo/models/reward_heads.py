@@ -26,7 +26,7 @@ from mixpo.data.tokens import NEW_PAD_TOKEN
 
 
 def find_classifier_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
-    """Find or make the class of reward models of a config's architecture. Raises `InputError` if there is none."""
+    """Find or make the reward-model class of a config's architecture. Raises `InputError` if there is none."""
     classifier: type[PreTrainedModel] | None = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if classifier is not None:
         return classifier
@@ -40,18 +40,20 @@ def find_classifier_class(config: PretrainedConfig, folder: Path) -> type[PreTra
 
 
 @cache
-def _make_classifier_class(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Make a sequence classifier on the base class of a causal language model."""
+def _make_classifier_class(causal_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Make a sequence-classifier class on the base class of a causal language model's class; cached."""
     family: Any = next(
-        base for base in causal.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, GenerationMixin)
+        base
+        for base in causal_class.__mro__
+        if issubclass(base, PreTrainedModel) and not issubclass(base, GenerationMixin)
     )
-    name = causal.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
+    name = causal_class.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
     body: dict[str, Any] = {"base_model_prefix": family.base_model_prefix, "__module__": __name__, "__doc__": __doc__}
     return type(name, (GenericForSequenceClassification, family), body)
 
 
 def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
-    """The linear `score` head of a sequence classifier. Raises `InputError` if it has another head."""
+    """The linear `score` layer of a sequence classifier. Raises `InputError` if it has another head."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise InputError(
@@ -62,7 +64,7 @@ def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> str:
-    """Choose a special token to pad with that is no end token: the tokenizer's pad token, another, or a new one.
+    """Choose a special token's text to pad with, no end token: the tokenizer's pad token, another, or a new one.
 
     Transformers reads a classifier's score at the rightmost token that is not the pad token, so an end token must not
     be the pad token.

@@ -7,8 +7,8 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions, sample_completions
 
 
-class DrawOptions(TypedDict):
-    """Options of a draw, by default those of `sample_completions`."""
+class SamplingOptions(TypedDict):
+    """Keyword options of `draw`; those left out have the defaults of `sample_completions`."""
 
     k: int
     max_tokens: int
@@ -17,12 +17,12 @@ class DrawOptions(TypedDict):
     top_p: NotRequired[float]
     top_k: NotRequired[int]
     occurrences: NotRequired[Sequence[int] | None]
-    """Numbers that distinguish equal prompts: `count_occurrences` of a larger set if the prompts are a part of one, by
-    default of the prompts themselves."""
+    """Numbers that distinguish equal prompts: `count_earlier_occurrences` of a larger set if the prompts are a part of
+    one, by default of the prompts themselves."""
 
 
 class Sampler(Protocol):
-    """An engine that samples completions from a policy. `tests/test_samplers.py` holds what is promised here.
+    """Protocol of an engine that samples completions from a policy. `tests/test_samplers.py` tests what it promises.
 
     A policy's network, `policy.model`, has mixpo's attention and unmerged adapters in it; `policy.autocast()` sets its
     precision, and `merge_adapters` returns plain weights. Its published `generation_config` is not to be drawn with.
@@ -31,7 +31,7 @@ class Sampler(Protocol):
     def load_policy(self, policy: LanguageModel) -> None:
         """Copy or reference the policy's current weights, from which the next completions are sampled."""
 
-    def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[DrawOptions]) -> SampledCompletions:
+    def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> SampledCompletions:
         """Sample k completions of at most `max_tokens` tokens for every prompt, in the prompts' order.
 
         There may be any number of prompts; the sampler bounds its own memory. A token is drawn after temperature, then
@@ -56,11 +56,11 @@ class LocalSampler:
         self.policy: LanguageModel | None = None
 
     def load_policy(self, policy: LanguageModel) -> None:
-        """Set the policy to sample from."""
+        """Keep a reference to the policy, from whose current weights every later draw samples."""
         self.policy = policy
 
-    def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[DrawOptions]) -> SampledCompletions:
-        """Sample with `mixpo.models.sampling.sample_completions`. Raises RuntimeError before `load_policy`."""
+    def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> SampledCompletions:
+        """Sample k completions of every prompt in this process. Raises RuntimeError before `load_policy`."""
         if self.policy is None:
             raise RuntimeError("no policy to sample from: call load_policy first")
         return sample_completions(self.policy, prompts, **options, token_budget=self.cache_tokens)

@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from mixpo.data.branches import Completions, TokenBatch, pack_prompts, split_into_microbatches
+from mixpo.data.branches import Completions, DecodingBatch, pack_prompts, split_into_microbatches
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import BLOCK_LOGITS, LanguageModel, slice_rows
+from mixpo.models.language_model import BLOCK_LOGITS, LanguageModel, iterate_row_slices
 
 MIN_ACTIVE_SHARE = 0.8
 """Share of unfinished rows below which finished ones are removed from the batch."""
@@ -42,7 +42,7 @@ BLOCK_TOKENS = 64
 
 @dataclass(frozen=True)
 class SampledCompletions(Completions):
-    """k completions of each prompt sampled from a model, on the CPU."""
+    """k completions of each prompt sampled from a model, with log-probs, on the CPU."""
 
     logprobs: Float[Tensor, "prompts k tokens"]
     """Log-probs in nats, at temperature 1 and not truncated, whatever the sampling settings; 0 where the mask is false.
@@ -58,7 +58,7 @@ class SampledCompletions(Completions):
         lengths: Int[Tensor, "prompts k"],
         end_tokens: Iterable[int],
     ) -> Self:
-        """Cut padded tokens and log-probs to the longest completion, with zeros behind every completion."""
+        """Make it of padded tokens and log-probs, cut to the longest completion, with zeros behind every completion."""
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[..., None]
         last = tokens.gather(-1, lengths[..., None] - 1)[..., 0]
@@ -67,8 +67,8 @@ class SampledCompletions(Completions):
 
 
 @dataclass
-class _CacheRows:
-    """Row indices that the layers of a key-value cache share."""
+class _CacheRowIndices:
+    """Row and position indices for reading and writing a key-value cache, shared by its layers."""
 
     count: int
     capacity: int
@@ -82,26 +82,26 @@ class _CacheRows:
     """Index of each row, and of the position after its last token."""
 
 
-class _PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, one row a completion, allocated once for the longest row.
+class _PreallocatedCacheLayer(DynamicLayer):
+    """Key-value cache of one layer, one row a completion, allocated once for the longest row.
 
     A prefill is copied to the rows of its completions and returned unchanged. Later, each call appends one token a row.
     """
 
     is_initialized: bool
 
-    def __init__(self, rows: _CacheRows) -> None:
+    def __init__(self, rows: _CacheRowIndices) -> None:
         super().__init__()
         self.rows = rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values, and return those that the new queries attend to."""
+        """Write new keys and values to the cache, and return those that the new queries attend to."""
         if not self.rows.length:
             if not self.is_initialized:
                 dtype = value_states.dtype  # rotated keys may be wider than attention is
-                self.keys, self.values = (self._allocate(states, dtype) for states in (key_states, value_states))
+                self.keys, self.values = (self._allocate_cache(states, dtype) for states in (key_states, value_states))
                 self.is_initialized = True
             self._write_prompts(key_states, self.keys)
             self._write_prompts(value_states, self.values)
@@ -111,32 +111,29 @@ class _PreallocatedLayer(DynamicLayer):
         self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[:, :, : self.rows.length + 1], self.values[:, :, : self.rows.length + 1]
 
-    def _allocate(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
-        """Allocate zeros: masked values are multiplied by 0, so they must not be nan."""
+    def _allocate_cache(self, states: Float[Tensor, "rows heads length size"], dtype: torch.dtype) -> Tensor:
+        """A cache tensor of zeros for keys or values: masked values are multiplied by 0, so they must not be nan."""
         return states.new_zeros(self.rows.count, states.shape[1], self.rows.capacity, states.shape[3], dtype=dtype)
 
     def _write_prompts(self, states: Float[Tensor, "rows heads length size"], cache: Tensor) -> None:
-        """Copy the prompts of a prefill to the cache rows of their completions."""
+        """Copy the prompts of a prefill into the cache rows of their completions, in place."""
         rows, positions = self.rows.prefill_index
         prompts = states.transpose(1, 2).flatten(0, 1)[positions].transpose(1, 2)
         cache[rows, :, : prompts.shape[2]] = prompts.to(cache.dtype)
 
     def get_seq_length(self) -> int:
-        """Tokens in the longest row."""
+        """Number of cached tokens in the longest row; 0 during the prefill."""
         return self.rows.length
 
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep only these rows, in this order."""
+    def select_cache_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep only these rows of the cache, in this order."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def compute_truncated_probabilities(
     logits: Float[Tensor, "rows vocabulary"], *, temperature: float, top_p: float, top_k: int
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Unnormalized probabilities after temperature, then top_k (0 keeps all tokens), then top_p (1 keeps all).
-
-    top_p keeps the fewest most probable tokens whose probabilities sum to at least `top_p`.
-    """
+    """Unnormalized probabilities after temperature, then top_k (0 keeps all tokens), then top_p (1 keeps all)."""
     probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if top_k:
         least = probabilities.topk(min(top_k, probabilities.shape[-1])).values[:, -1:]
@@ -151,7 +148,7 @@ def compute_truncated_probabilities(
 def draw_tokens(
     probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, "rows numbers"]
 ) -> Int[Tensor, " rows"]:
-    """Draw one token a row from unnormalized probabilities, with standard exponential noise.
+    """Draw one token id a row from unnormalized probabilities, by given standard exponential noise.
 
     The first `BLOCK_TOKENS` noise values are for the tokens of the drawn block, the others for the blocks.
     """
@@ -165,18 +162,15 @@ def draw_tokens(
     return tokens
 
 
-def count_noise_values(vocabulary: int) -> int:
-    """Count the noise values of one draw: one for each token of a block, one for each block of the vocabulary."""
-    return BLOCK_TOKENS + -(-vocabulary // BLOCK_TOKENS)
+def count_noise_values(vocabulary_size: int) -> int:
+    """Count the noise values that one draw takes: one a token of a vocabulary block, one a block."""
+    return BLOCK_TOKENS + -(-vocabulary_size // BLOCK_TOKENS)
 
 
 def make_noise_keys(
     prompt: Sequence[int], *, seed: int, occurrence: int, k: int, max_tokens: int
 ) -> Int[Tensor, "k max_tokens"]:
-    """Make a 64-bit noise key for every token of k completions: SHAKE-128 of seed, occurrence, branch and prompt.
-
-    `occurrence` counts the earlier equal prompts of one call.
-    """
+    """A 64-bit noise key a token of k completions: SHAKE-128 of seed, prompt, branch and earlier equal prompts."""
     streams = [
         hashlib.shake_128(" ".join(map(str, (seed, occurrence, branch, *prompt))).encode()).digest(8 * max_tokens)
         for branch in range(k)
@@ -185,24 +179,24 @@ def make_noise_keys(
 
 
 def make_exponential_noise(keys: Int[Tensor, " rows"], count: int) -> Float[Tensor, "rows count"]:
-    """Make `count` standard exponential numbers from each key, from the same integers on every device.
+    """`count` standard exponential random numbers from each key, from the same integers on every device.
 
     Integers are SplitMix64's (Steele et al. 2014), except that PyTorch's shifts repeat the sign, which costs one bit of
     64. The upper 52 bits make a number u in (0, 1); the result is -log(u), 1e-16 to 37.
     """
-    x = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * _to_signed(0x9E3779B97F4A7C15)
-    x = (x >> 30).bitwise_xor_(x).mul_(_to_signed(0xBF58476D1CE4E5B9))
-    x = (x >> 27).bitwise_xor_(x).mul_(_to_signed(0x94D049BB133111EB))
+    x = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * _convert_to_signed(0x9E3779B97F4A7C15)
+    x = (x >> 30).bitwise_xor_(x).mul_(_convert_to_signed(0xBF58476D1CE4E5B9))
+    x = (x >> 27).bitwise_xor_(x).mul_(_convert_to_signed(0x94D049BB133111EB))
     return (x >> 12).double().mul_(2.0**-52).add_(0.5 + 2.0**-53).log_().neg_().float()
 
 
-def _to_signed(word: int) -> int:
-    """Convert a 64-bit word whose highest bit is set to the signed integer that PyTorch has."""
+def _convert_to_signed(word: int) -> int:
+    """Convert a 64-bit integer whose highest bit is set to the signed (negative) one that PyTorch has."""
     return word - (1 << 64)
 
 
-def count_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Count the earlier prompts equal to each prompt, so that equal prompts get different completions."""
+def count_earlier_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt, the count of equal prompts before it; it makes equal prompts get different completions."""
     counts = Counter[tuple[int, ...]]()
     numbers = []
     for prompt in map(tuple, prompts):
@@ -225,29 +219,31 @@ def sample_completions(
     token_budget: int = 16_384,
     occurrences: Sequence[int] | None = None,
 ) -> SampledCompletions:
-    """Sample k completions of at most `max_tokens` tokens for every prompt.
+    """Sample k completions of at most `max_tokens` tokens for every prompt, in the prompts' order.
 
     `token_budget` bounds the tokens in the key-value cache and changes speed and memory only. Tokens that the tokenizer
-    does not have are never drawn. `occurrences` are `count_occurrences` of a larger set if the prompts are a part of
-    one, by default of the prompts themselves.
+    does not have are never drawn. `occurrences` are `count_earlier_occurrences` of a larger set if the prompts are a
+    part of one, by default of the prompts themselves.
 
     Raises:
         InputError: The model's logits are not finite.
     """
-    occurrences = count_occurrences(prompts) if occurrences is None else occurrences
+    occurrences = count_earlier_occurrences(prompts) if occurrences is None else occurrences
     tokens = torch.zeros(len(prompts), k, max_tokens, dtype=torch.long)
     logprobs = torch.zeros(len(prompts), k, max_tokens)
     lengths = torch.zeros(len(prompts), k, dtype=torch.long)
     lm.eval()
     capacities = [len(prompt) + max_tokens for prompt in prompts]
-    draw_next_tokens = _make_draw_function(lm, temperature=temperature, top_p=top_p, top_k=top_k)
+    draw_tokens_with_logprobs = _make_draw_function(lm, temperature=temperature, top_p=top_p, top_k=top_k)
     with lm.autocast():
-        for rows in split_into_microbatches(capacities, max(1, token_budget // k), padded=True):
+        for rows in split_into_microbatches(capacities, max(1, token_budget // k), count_padding=True):
             keys = [
                 make_noise_keys(prompts[row], seed=seed, occurrence=occurrences[row], k=k, max_tokens=max_tokens)
                 for row in rows
             ]
-            part = _sample_batch(lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), draw_next_tokens)
+            part = _sample_batch(
+                lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), draw_tokens_with_logprobs
+            )
             tokens[rows], logprobs[rows], lengths[rows] = (x.unflatten(0, (-1, k)).cpu() for x in part)
     return SampledCompletions.from_lengths(tokens, logprobs, lengths, lm.end_tokens)
 
@@ -259,12 +255,13 @@ def _make_draw_function(
     unused = torch.tensor(lm.unused_tokens, device=lm.device)
     truncates = temperature != 1.0 or top_p != 1.0 or top_k != 0 or len(unused) > 0
 
-    def draw_next_tokens(
+    def draw_tokens_with_logprobs(
         logits: Float[Tensor, "rows vocabulary"], keys: Int[Tensor, " rows"]
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """One token id a row, and its log-prob in nats at temperature 1 over the whole vocabulary."""
         noise = make_exponential_noise(keys, count_noise_values(logits.shape[1]))
         tokens, logprobs = list[Tensor](), list[Tensor]()
-        for rows in slice_rows(len(logits), BLOCK_LOGITS[logits.device.type] // logits.shape[1]):
+        for rows in iterate_row_slices(len(logits), BLOCK_LOGITS[logits.device.type] // logits.shape[1]):
             float_logits = logits[rows].float()
             largest = float_logits.amax(dim=-1, keepdim=True)
             probabilities = (float_logits - largest).exp_()
@@ -278,30 +275,30 @@ def _make_draw_function(
             logprobs.append((float_logits.gather(-1, tokens[-1][:, None]) - largest)[:, 0] - total.log())
         return torch.cat(tokens), torch.cat(logprobs)
 
-    return draw_next_tokens
+    return draw_tokens_with_logprobs
 
 
 def _sample_batch(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    keys: Int[Tensor, "prompts k tokens"],
-    draw_next_tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    noise_keys: Int[Tensor, "prompts k tokens"],
+    draw_tokens_with_logprobs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Int[Tensor, "rows tokens"], Float[Tensor, "rows tokens"], Int[Tensor, " rows"]]:
     """Sample k completions of each prompt of one batch; returns tokens, log-probs and lengths, one row a completion."""
     device = lm.device
-    count, k, max_tokens = keys.shape
+    count, k, max_tokens = noise_keys.shape
     end_tokens = torch.tensor(sorted(lm.end_tokens), device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(k)
-    cache_rows = _CacheRows(count * k, max(map(len, prompts)) + max_tokens)
-    cache = Cache(layer_class_to_replicate=partial(_PreallocatedLayer, cache_rows))
-    logits = _prefill(lm, prompts, k, cache_rows, cache)
-    keys = keys.flatten(0, 1)
+    cache_rows = _CacheRowIndices(count * k, max(map(len, prompts)) + max_tokens)
+    cache = Cache(layer_class_to_replicate=partial(_PreallocatedCacheLayer, cache_rows))
+    logits = _prefill_cache(lm, prompts, k, cache_rows, cache)
+    noise_keys = noise_keys.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
     ended_at = torch.full((count * k,), max_tokens, device=device)
     active, prompt_lengths = torch.arange(count * k, device=device), lengths.tolist()
     for step in range(max_tokens):
-        tokens, logprobs = draw_next_tokens(logits, keys[active, step])
+        tokens, logprobs = draw_tokens_with_logprobs(logits, noise_keys[active, step])
         tokens_out[active, step], logprobs_out[active, step] = tokens, logprobs
         ended = torch.isin(tokens, end_tokens)
         ended_at[active] = torch.where(ended, ended_at[active].clamp(max=step + 1), ended_at[active])
@@ -314,11 +311,11 @@ def _sample_batch(
             active, tokens = active[rows], tokens[rows]
             prompt_lengths = lengths[active].tolist()
             for layer in cache.layers:
-                layer.select_rows(rows)
+                layer.select_cache_rows(rows)
         position = lengths[active] + step
         cache_rows.length = max(prompt_lengths) + step
         cache_rows.write_index = torch.arange(len(active), device=device), position
-        batch = TokenBatch(tokens[:, None], position[:, None], [length + step + 1 for length in prompt_lengths])
+        batch = DecodingBatch(tokens[:, None], position[:, None], [length + step + 1 for length in prompt_lengths])
         logits = lm(batch, "logits", cache=cache)
 
     if bool(logprobs_out.isnan().any()):
@@ -329,10 +326,10 @@ def _sample_batch(
     return tokens_out, logprobs_out, ended_at
 
 
-def _prefill(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], k: int, cache_rows: _CacheRows, cache: Cache
+def _prefill_cache(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], k: int, cache_rows: _CacheRowIndices, cache: Cache
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Write every prompt to the cache, and compute the logits of the first token, one row a completion."""
+    """Write every prompt to the cache, and return the logits of the first token, one row a completion."""
     logits, cache_order = [], []
     for part in split_into_microbatches([len(prompt) for prompt in prompts], PREFILL_TOKENS[lm.device.type]):
         batch = pack_prompts([prompts[row] for row in part], share_row=lm.shares_prompts).to(lm.device)

@@ -21,7 +21,7 @@ from mixpo.models.reward_heads import choose_pad_token
 
 
 def save_model(lm: LanguageModel, folder: Path) -> str:
-    """Write a Hugging Face folder with adapters merged, in the type of the folder loaded from; returns its digest.
+    """Write a Hugging Face folder, adapters merged, in the data type of the original; returns the folder's digest.
 
     The model can be trained further. Raises `InputError`, before writing, if a weight is not finite in that type.
     """
@@ -49,20 +49,20 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     return compute_model_digest(folder)
 
 
-def _write_end_tokens(file: Path, lm: LanguageModel) -> None:
-    """Write the end tokens into a saved `generation_config.json`; its other entries do not change.
+def _write_end_tokens(config_file: Path, lm: LanguageModel) -> None:
+    """Write a model's end tokens into a saved `generation_config.json`; its other entries do not change.
 
     Written as JSON, since transformers refuses to save entries that many published files have.
     """
-    if file.exists():
+    if config_file.exists():
         others = sorted(lm.end_tokens - {lm.end_token})
-        content = json.loads(file.read_text(encoding="utf8"))
+        content = json.loads(config_file.read_text(encoding="utf8"))
         content["eos_token_id"] = [lm.end_token, *others] if others else lm.end_token
-        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
+        config_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
 def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise `InputError`, with the remedy, if a weight is infinite or nan."""
+    """Raise `InputError`, with folder and remedy in its text, if one of the weights is infinite or nan."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise InputError(
@@ -71,24 +71,22 @@ def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remed
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast a model's weights to another floating-point type; tied weights stay one tensor.
-
-    Weights that the architecture keeps in float32, such as a router's correction, stay in float32.
-    """
+    """A model's state dict in another float type, but for what its class keeps in float32; tied weights stay tied."""
     cast: dict[Any, Tensor] = {}
     float32_names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
 
-    def cast_once(name: str, weight: Tensor) -> Tensor:
+    def cast_keeping_ties(name: str, weight: Tensor) -> Tensor:
+        """The weight in the new type; the same tensor again for weights that share memory."""
         if not weight.is_floating_point() or any(part in name for part in float32_names):
             return weight
         storage = weight.data_ptr(), weight.shape, weight.stride()
         return cast.setdefault(storage, weight.to(dtype))
 
-    return {name: cast_once(name, weight) for name, weight in model.state_dict().items()}
+    return {name: cast_keeping_ties(name, weight) for name, weight in model.state_dict().items()}
 
 
 def _extend_embeddings(weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Append rows of zeros to the embeddings up to the pad token's, in `weights` and `config`; no result uses them."""
+    """Append rows of zeros, never used, to the embeddings up to the pad token's, in place in `weights` and `config`."""
     embedding = model.get_input_embeddings().weight
     missing_rows = config.pad_token_id + 1 - len(embedding)
     if missing_rows > 0:

@@ -11,8 +11,8 @@ from mixpo.data.branches import (
     BranchBatch,
     Completions,
     Tokens,
+    count_tokens_per_prompt,
     pack_branches,
-    row_lengths,
     split_into_microbatches,
 )
 from mixpo.data.errors import InputError
@@ -21,21 +21,24 @@ from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel, Output
 
 
-def iterate_batches(
+def iterate_branch_batches(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, token_budget: int
 ) -> Iterator[tuple[list[int], BranchBatch]]:
-    """Yield branch batches of at most `token_budget` tokens on the model's device, each with its prompts' indices."""
-    for rows in split_into_microbatches(row_lengths(prompts, completions), token_budget):
+    """Yield (prompt indices, branch batch) of at most `token_budget` tokens a batch, on the model's device."""
+    for rows in split_into_microbatches(count_tokens_per_prompt(prompts, completions), token_budget):
         yield rows, pack_branches(prompts, completions, rows, share_prompt=lm.shares_prompts).to(lm.device)
 
 
 @torch.no_grad()
-def compute_in_batches(
-    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, output: Output, *, token_budget: int
+def compute_outputs(
+    lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, output_name: Output, *, token_budget: int
 ) -> Float[Tensor, "prompts k *rest"]:
-    """Compute one output of the model for every completion, on the CPU; token axes are padded with 0."""
+    """One output of the model, such as `scores`, for every completion, on the CPU; token axes are padded with 0."""
     lm.eval()
-    parts = [(rows, lm(batch, output).cpu()) for rows, batch in iterate_batches(lm, prompts, completions, token_budget)]
+    parts = [
+        (rows, lm(batch, output_name).cpu())
+        for rows, batch in iterate_branch_batches(lm, prompts, completions, token_budget)
+    ]
     if not parts:
         raise ValueError("no prompts")
     longest = max(part.shape[-1] for _, part in parts)
@@ -48,25 +51,25 @@ def compute_in_batches(
 def compute_token_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k tokens"]:
-    """Log-prob of every completion token in nats, 0 after a completion's end."""
-    return compute_in_batches(lm, prompts, completions, "logprobs", token_budget=token_budget)
+    """Log-prob of every completion token in nats, [prompts, k, tokens], 0 after a completion's end."""
+    return compute_outputs(lm, prompts, completions, "logprobs", token_budget=token_budget)
 
 
 def compute_sequence_logprobs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
-    """Log-prob of every completion in nats, its end token included."""
+    """Log-prob of every completion in nats, the sum over its tokens, end token included."""
     return compute_token_logprobs(lm, prompts, completions, token_budget=token_budget).sum(dim=-1)
 
 
 def compute_scores(
-    reward: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
+    reward_model: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, *, token_budget: int
 ) -> Float[Tensor, "prompts k"]:
-    """Reward model's score of every completion. Raises `InputError` if one is not finite."""
-    scores = compute_in_batches(reward, prompts, completions, "scores", token_budget=token_budget)
+    """Reward model's score of every completion, [prompts, k]. Raises `InputError` if one is not finite."""
+    scores = compute_outputs(reward_model, prompts, completions, "scores", token_budget=token_budget)
     if broken := (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist():
         row = broken[0]
-        start = reward.tokenizer.decode(prompts[row])[-60:] if reward.tokenizer else ""
+        start = reward_model.tokenizer.decode(prompts[row])[-60:] if reward_model.tokenizer else ""
         raise InputError(
             f"reward model: found the scores {scores[row].tolist()} for the prompt that ends with {start!r}; expected "
             "finite numbers; look at the reward model's training"
@@ -82,30 +85,30 @@ def compute_last_states(
     width = lm.model.config.get_text_config().hidden_size
     states = torch.zeros(len(prompts), len(completions[0]), width)
     lm.eval()
-    for rows, batch in iterate_batches(lm, prompts, completions, token_budget):
-        states[rows] = lm(batch, "states")[batch.last_index].float().cpu()
+    for rows, batch in iterate_branch_batches(lm, prompts, completions, token_budget):
+        states[rows] = lm(batch, "states")[batch.last_token_index].float().cpu()
     return states
 
 
-def retokenize(
-    reward: LanguageModel,
+def retokenize_for_reward(
+    reward_model: LanguageModel,
     policy: LanguageModel,
-    rows: Sequence[Prompt],
-    prompts: Sequence[Tokens],
+    prompt_texts: Sequence[Prompt],
+    prompt_tokens: Sequence[Tokens],
     completions: AnyCompletions,
 ) -> tuple[Sequence[Tokens], AnyCompletions]:
-    """Convert prompts and completions to the reward model's tokens, through their text if the tokenizers differ.
+    """Convert prompts and completions to the reward model's tokens, through text; unchanged if tokenizers are equal.
 
     A completion has an end token in the result if it has one in the policy's tokens.
     """
-    if reward.tokenization_digest == policy.tokenization_digest:
-        return prompts, completions
+    if reward_model.tokenization_digest == policy.tokenization_digest:
+        return prompt_tokens, completions
 
     retokenized: list[tuple[Tokens, list[Tokens]]] = []
     lists = completions.to_lists() if isinstance(completions, Completions) else completions
-    for row, branches in zip(rows, lists, strict=True):
+    for row, branches in zip(prompt_texts, lists, strict=True):
         texts = [policy.decode_completion(completion) for completion in branches]
-        prompt, tokens = tokenize_row(reward.tokenizer, row, texts)
+        prompt, tokens = tokenize_row(reward_model.tokenizer, row, texts)
         ended = map(policy.has_ended, branches)
         retokenized.append(
             (prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])

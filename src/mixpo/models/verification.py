@@ -14,22 +14,22 @@ from mixpo.models.sampling import sample_completions
 
 
 @torch.no_grad()
-def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: tuple[Tensor, Tensor]) -> None:
-    """Compare a small branch batch, and sampled completions, with plain forward passes. Raises `InputError`.
+def verify_model(lm: LanguageModel, folder: Path, probe: list[int], expected_outputs: tuple[Tensor, Tensor]) -> None:
+    """Compare a model's outputs and samples with those of transformers. Raises `InputError` if they differ.
 
     Sets `lm.shares_prompts` to False if completions that share a row compute something else than in their own rows.
     """
-    prompts, completions = [tokens[:5], tokens[:3]], [[tokens[5:8], tokens[8:12]], [tokens[4:9], tokens[9:11]]]
+    prompts, completions = ([probe[:5], probe[:3]], [[probe[5:8], probe[8:12]], [probe[4:9], probe[9:11]]])
     shared = pack_branches(prompts, completions).to(lm.device)
     separate = pack_branches(prompts, completions, share_prompt=False).to(lm.device)
-    states, logits = expected
+    states, logits = expected_outputs
     hidden = lm(separate, "states")
-    if not _are_close(hidden[separate.last_index][0, 1], states[-1]):
+    if not _are_close(hidden[separate.last_token_index][0, 1], states[-1]):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose attention is not a softmax of scaled products (capped, "
             "perhaps, or with sinks); expected plain attention; this architecture is not supported"
         )
-    lm.shares_prompts = _are_close(lm(shared, "states")[shared.last_index], hidden[separate.last_index])
+    lm.shares_prompts = _are_close(lm(shared, "states")[shared.last_token_index], hidden[separate.last_token_index])
     if lm.model.get_output_embeddings() is None:
         find_score_head(lm.model, folder)
         if not _are_close(lm(separate, "scores")[0, 1], logits[0]):
@@ -39,7 +39,7 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
             )
         return
     logprobs = lm(separate, "logprobs")[0, 1, :4]
-    plain = logits[4:8].log_softmax(dim=-1).gather(1, torch.tensor(tokens[8:12], device=lm.device)[:, None])[:, 0]
+    plain = logits[4:8].log_softmax(dim=-1).gather(1, torch.tensor(probe[8:12], device=lm.device)[:, None])[:, 0]
     if not _are_close(logprobs, plain):
         raise InputError(
             f"{folder}: found a {type(lm.model).__name__} whose logits are not a linear map of its last hidden state "
@@ -55,7 +55,7 @@ def verify_model(lm: LanguageModel, folder: Path, tokens: list[int], expected: t
 
 
 def draw_probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Draw twelve tokens to verify a model with, without its pad token, which a classifier ignores."""
+    """Draw twelve random token ids to verify a model with, always the same ones, without its pad token."""
     text = model.config.get_text_config()
     random_tokens = torch.randint(
         min(len(tokenizer), text.vocab_size), (64,), generator=torch.Generator().manual_seed(0)
@@ -64,11 +64,12 @@ def draw_probe_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def compute_plain_outputs(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute hidden states, and logits or the score, of nine of the tokens by transformers alone."""
-    row = torch.tensor([tokens[:5] + tokens[8:12]], device=model.device)
+def compute_reference_outputs(model: PreTrainedModel, probe_tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """(last hidden states, and logits or score) of nine of the probe tokens, by transformers alone."""
+    row = torch.tensor([probe_tokens[:5] + probe_tokens[8:12]], device=model.device)
     return model.base_model(input_ids=row).last_hidden_state[0], model(input_ids=row).logits[0].float()
 
 
 def _are_close(actual: Tensor, expected: Tensor) -> bool:
+    """True if all entries of two tensors are equal within 0.001, absolute and relative."""
     return torch.allclose(actual.float(), expected.float(), rtol=1e-3, atol=1e-3)

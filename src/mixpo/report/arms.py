@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mixpo.algorithms.win_rates import win_tie_lose
+from mixpo.algorithms.win_rates import win_tie_loss_rates
 from mixpo.experiments.results import MEASURES, Results, format_first_names
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
@@ -195,7 +195,7 @@ def _format_win_tie_lose(results: Results, arm: str, rival: str) -> str:
     if not seeds:
         return ""
     scores, rival_scores = (results.get_column(one, "score", seeds).ravel() for one in (arm, rival))
-    shares = "/".join(f"{share:.0%}" for share in win_tie_lose(scores, rival_scores))
+    shares = "/".join(f"{share:.0%}" for share in win_tie_loss_rates(scores, rival_scores))
     return shares + note_missing_seeds(results, len(seeds), arm, rival)
 
 

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval
+from mixpo.algorithms.intervals import (
+    Interval,
+    compute_crossed_mean_interval,
+    estimate_crossed_mean,
+    wilson_interval_over_seeds,
+)
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.experiments.results import MEASURES, SHARES, Results
 from mixpo.report import figures
@@ -72,8 +77,8 @@ def estimate_mean(results: Results, arm: str, column: str) -> Interval:
     """An arm's mean of an evaluation column (a share where it is 0 or 1) with 95% interval over prompts and seeds."""
     values = results.get_column(arm, column)
     if column in SHARES:
-        return share_interval(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
-    return crossed_interval(values)
+        return wilson_interval_over_seeds(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
+    return compute_crossed_mean_interval(values)
 
 
 def name_arm_of_same_run(results: Results, arm: str, sibling: str) -> str:
@@ -106,7 +111,7 @@ def estimate_differences(
     paired: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]],
 ) -> list[ArmDifference]:
     """The mean of each (one arm, other arm, values of one minus other), with interval and p corrected for all."""
-    estimates = [(one, other, len(values), *crossed_estimate(values)) for one, other, values in paired]
+    estimates = [(one, other, len(values), *estimate_crossed_mean(values)) for one, other, values in paired]
     corrected = correct_by_holm([p for *_, p in estimates])
     return [ArmDifference(*estimate[:4], p) for estimate, p in zip(estimates, corrected, strict=True)]
 

@@ -1,6 +1,6 @@
 """Every arm's completions of the test prompts, side by side."""
 
-from mixpo.data.rows import as_messages
+from mixpo.data.rows import convert_to_messages
 from mixpo.experiments.results import Results, read_completions
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import format_count
@@ -18,7 +18,7 @@ def collect_prompt_completions(results: Results) -> list[PromptCompletions]:
     by_arm = {arm.name: read_completions(arm) for arm in results.arms if arm.status == "done" and arm.seed == seed}
     prompts = []
     for number, rows in enumerate(list(zip(*by_arm.values(), strict=True))[:MAX_PROMPTS], 1):
-        *earlier, last = as_messages(rows[0]["prompt"])
+        *earlier, last = convert_to_messages(rows[0]["prompt"])
         completions = [
             ArmCompletion(arm, row["completion"], {name: row[key] for key, name in SCORES.items() if key in row})
             for arm, row in zip(by_arm, rows, strict=True)

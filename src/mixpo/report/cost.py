@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, compute_crossed_mean_interval
 from mixpo.experiments.results import Results, Run, StageResult, format_first_names, read_evaluation_summary
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
@@ -103,7 +103,7 @@ def _build_arm_cost_table(results: Results, costs_by_arm: Mapping[str, Mapping[s
         if seeds and name != base and not name.endswith("best-of-n"):
             more = (costs_by_arm[name]["flops"] - costs_by_arm[base]["flops"]) / unit
             gain = subtract_arm_values(results, name, base, "score", seeds)
-            ratio = format_interval(crossed_interval(gain / more)) if more > 0 else ""
+            ratio = format_interval(compute_crossed_mean_interval(gain / more)) if more > 0 else ""
         rows.append([format_arm_label(results, name), *_format_cost_cells(costs_by_arm[name]), ratio])
     note = "The gain over SFT divided by the additional cost over SFT; intervals are of the gain."
     return Table(headings, rows, [note])
@@ -179,7 +179,7 @@ def estimate_zero_crossing(
     grid = np.union1d(np.linspace(x[0], x[-1], GRID_POINTS), x)
     right = np.clip(np.searchsorted(x, grid), 1, len(x) - 1)
     weight = ((grid - x[right - 1]) / (x[right] - x[right - 1]))[:, None, None]
-    intervals = [crossed_interval(values) for values in (1 - weight) * y[right - 1] + weight * y[right]]
+    intervals = [compute_crossed_mean_interval(values) for values in (1 - weight) * y[right - 1] + weight * y[right]]
     low = find_first_zero_crossing(grid, np.array([interval.high for interval in intervals]))
     high = find_first_zero_crossing(grid, np.array([interval.low for interval in intervals]))
     return Interval(find_first_zero_crossing(x, y.mean(axis=(1, 2))), low, high)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import crossed_interval
+from mixpo.algorithms.intervals import compute_crossed_mean_interval
 from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -132,7 +132,7 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
         coef = float(back(np.interp(means[-1], means[order], to(coefs), left=np.nan, right=np.nan)))
         reach = (float(means[order[0]]), float(means[order[-1]]))
         comparisons.append(EqualKLComparison(arm, rival, len(seeds), float(means[-1]), coef, reach, {}))
-        margins = [crossed_interval(kls[a] - kls[b]).low for a, b in ((-1, order[0]), (order[-1], -1))]
+        margins = [compute_crossed_mean_interval(kls[a] - kls[b]).low for a, b in ((-1, order[0]), (order[-1], -1))]
         if np.isfinite(coef) and not any(low <= 0 for low in margins):  # nan where all are alike: exact
             for key in results.get_shared_measures(results.finished_arms):
                 values = np.stack([results.get_column(name, key, seeds) for name in names])

@@ -2,7 +2,7 @@
 
 import itertools
 
-from mixpo.algorithms.intervals import crossed_interval
+from mixpo.algorithms.intervals import compute_crossed_mean_interval
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -67,7 +67,7 @@ def _format_change(results: Results, names_by_share: dict[float, str], shares: l
     first, last = names_by_share[shares[0]], names_by_share[shares[-1]]
     if not (seeds := results.list_comparable_seeds(column, first, last)):
         return ""
-    interval = crossed_interval(subtract_arm_values(results, last, first, column, seeds))
+    interval = compute_crossed_mean_interval(subtract_arm_values(results, last, first, column, seeds))
     return format_interval(interval) + note_missing_seeds(results, len(seeds), first, last)
 
 

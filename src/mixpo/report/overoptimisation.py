@@ -1,6 +1,6 @@
 """The optimised reward against a reward that was not optimised, along training (Gao et al. 2022)."""
 
-from mixpo.algorithms.intervals import crossed_interval
+from mixpo.algorithms.intervals import compute_crossed_mean_interval
 from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
@@ -27,7 +27,7 @@ def build_overoptimisation_section(results: Results) -> Section | None:
     for name, base in bases.items():
         if seeds := results.list_comparable_seeds("score", name, base):
             gains = (subtract_arm_values(results, name, base, key, seeds) for key in ("score", yardstick))
-            points.append(figures.Point(name, *map(crossed_interval, gains)))
+            points.append(figures.Point(name, *map(compute_crossed_mean_interval, gains)))
         if name != base and (note := note_missing_seeds(results, len(seeds), name, base)):
             missing.append(f"{name}: {note[2:-1]}.")
     traces = load_ppo_traces(results)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mixpo.algorithms.calibration import bin_calibration, calibration_error
-from mixpo.algorithms.intervals import Interval, share_interval
+from mixpo.algorithms.intervals import Interval, wilson_interval_over_seeds
 from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
@@ -96,7 +96,9 @@ def pool_accuracy_by_gap(bins_by_seed: Sequence[Sequence[Mapping[str, Any]]]) ->
         right = [one["count"] * one["interval"]["mean"] if one["interval"] else 0.0 for one in bins]
         low, high = bins[0]["low"], bins[0]["high"]
         label = f"≥{low:g}" if high is None else f"{low:g}–{high:g}"
-        pooled.append(figures.BinShare(label, sum(counts), share_interval(right, counts) if any(counts) else None))
+        pooled.append(
+            figures.BinShare(label, sum(counts), wilson_interval_over_seeds(right, counts) if any(counts) else None)
+        )
     return pooled
 
 
@@ -108,7 +110,7 @@ def pool_calibration(margins_by_seed: Sequence[Float64[np.ndarray, " pairs"]]) -
         if any(counts):
             predicted = sum(one.count * (one.predicted or 0.0) for one in bins) / sum(counts)
             right = [one.count * (one.observed or 0.0) for one in bins]
-            pooled.append((predicted, share_interval(right, counts), sum(counts)))
+            pooled.append((predicted, wilson_interval_over_seeds(right, counts), sum(counts)))
     return pooled
 
 
@@ -117,7 +119,7 @@ def _summarize_accuracy(
 ) -> str:
     """A sentence on the share of test pairs ordered as labelled, its significance against chance, and small gaps."""
     under = float(np.mean([np.abs(one) < 1 for one in margins]))
-    interval = share_interval([float((one > 0).sum()) for one in margins], [one.size for one in margins])
+    interval = wilson_interval_over_seeds([float((one > 0).sum()) for one in margins], [one.size for one in margins])
     sample = f"over pairs and {len(margins)} seeds" if len(margins) > 1 else "over pairs at one seed"
     model = f"The reward model{f' of {stages[0].run.name}' if len(results.runs) > 1 else ''}"
     verdict = "not significantly different from chance"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixpo.algorithms.intervals import wilson_interval
-from mixpo.data.rows import as_messages
+from mixpo.data.rows import convert_to_messages
 from mixpo.data.world import true_reward
 from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
 from mixpo.report import figures
@@ -86,7 +86,7 @@ def _compute_true_rewards(pair: dict[str, Any]) -> list[float]:
 
 def _get_last_prompt_message(pair: dict[str, Any]) -> str:
     """The text of the prompt's last message."""
-    return str(as_messages(pair["prompt"])[-1]["content"])
+    return str(convert_to_messages(pair["prompt"])[-1]["content"])
 
 
 def _format_correct_share(pairs: list[dict[str, Any]]) -> str:

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_estimate, crossed_interval, share_interval, student_estimate
+from mixpo.algorithms.intervals import (
+    Interval,
+    compute_crossed_mean_interval,
+    estimate_crossed_mean,
+    estimate_from_variance_components,
+    wilson_interval_over_seeds,
+)
 from mixpo.experiments.results import Results
 from mixpo.report import figures
 from mixpo.report.comparison import find_significant_sign, format_interval, format_number
@@ -55,8 +61,8 @@ class GradientMeasurement:
         """The mean over seeds of means over pairs, with 95% interval over the pairs of one seed or over seeds."""
         by_seed = list(self.split_by_seed(values).values())
         if len(by_seed) == 1:
-            return crossed_interval(by_seed[0][None])
-        return crossed_interval(np.array([[part.mean()] for part in by_seed]))
+            return compute_crossed_mean_interval(by_seed[0][None])
+        return compute_crossed_mean_interval(np.array([[part.mean()] for part in by_seed]))
 
     @property
     def log_x_ratio(self) -> Values:
@@ -106,7 +112,7 @@ def build_theorem_section(results: Results) -> Section | None:
         label, moved = f"{one.arm} on {one.part}", one.moves_both_as_intended
         cosine = one.average_over_seeds(one.gradient_cosine)
         by_seed = list(one.split_by_seed(moved).values())
-        share = share_interval([float(part.sum()) for part in by_seed], [len(part) for part in by_seed])
+        share = wilson_interval_over_seeds([float(part.sum()) for part in by_seed], [len(part) for part in by_seed])
         log_prob_ratio = (one.log_step_ratio + one.log_x_ratio)[moved]
         rows.append(
             {
@@ -225,8 +231,8 @@ def average_cosines_over_models(measurements: Sequence[GradientMeasurement]) -> 
 def estimate_difference_of_means(first: Sequence[Values], second: Sequence[Values]) -> tuple[Interval, float]:
     """First mean minus second with its interval, and p, over the pairs of one seed or over several seeds."""
     if len(first) > 1:
-        return crossed_estimate(np.array([[a.mean() - b.mean()] for a, b in zip(first, second, strict=True)]))
+        return estimate_crossed_mean(np.array([[a.mean() - b.mean()] for a, b in zip(first, second, strict=True)]))
     parts = [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in (first[0], second[0]) if len(part) > 1]
     if len(parts) < 2:
         parts = [(0.0, 1)]
-    return student_estimate(float(first[0].mean() - second[0].mean()), parts)
+    return estimate_from_variance_components(float(first[0].mean() - second[0].mean()), parts)

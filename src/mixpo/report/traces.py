@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from mixpo.algorithms.intervals import Interval, crossed_interval
+from mixpo.algorithms.intervals import Interval, compute_crossed_mean_interval
 from mixpo.experiments.results import Results, read_columns, read_stage_metrics
 from mixpo.experiments.run import ArmResult
 from mixpo.report import figures
-from mixpo.stages.stage_cache import read_summary
+from mixpo.stages.stage_cache import read_stage_summary
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PPOTrace:
 
     def estimate_mean_at(self, column: str, evaluation_index: int) -> Interval:
         """The mean of a column at the evaluation with this index, with its 95% interval."""
-        return crossed_interval(self.read_values(column, evaluation_index))
+        return compute_crossed_mean_interval(self.read_values(column, evaluation_index))
 
     def list_kl_points(self, column: str) -> list[figures.Point]:
         """Figure points of all evaluations in order: KL from SFT (x) and the mean of a column (y)."""
@@ -57,7 +57,7 @@ class PPOTrace:
         for one in self.results:
             ppo = Path([place for key, place in one.stages.items() if key.startswith("PPO-")][-1])
             counts = [row["completions"] for row in read_stage_metrics(ppo)]
-            steps = [0, *read_summary(ppo)["snapshots"], len(counts)]
+            steps = [0, *read_stage_summary(ppo)["snapshots"], len(counts)]
             by_seed.append([float(sum(counts[:step])) for step in steps])
         return np.asarray(np.mean(by_seed, axis=0))
 

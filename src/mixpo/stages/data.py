@@ -18,9 +18,10 @@ from mixpo.data.rows import (
     Preference,
     Prompt,
     RowError,
-    count_repeats,
+    convert_to_messages,
+    count_repeated_rows,
     describe_type,
-    prompt_key,
+    make_prompt_key,
     raise_for_bad_rows,
 )
 from mixpo.data.sources import (
@@ -29,7 +30,7 @@ from mixpo.data.sources import (
     PromptCheck,
     Row,
     compute_source_identity,
-    expand_path,
+    expand_home,
     read_demonstrations,
     read_hub_demonstrations,
     read_hub_preferences,
@@ -37,18 +38,18 @@ from mixpo.data.sources import (
 )
 from mixpo.data.splits import draw_subset, split_by_prompt
 from mixpo.data.text import escape_invisible
-from mixpo.data.tokens import check_rows, check_tokenizer, compute_tokenization_digest, tokenize_prompt
-from mixpo.data.world import WORLD_VERSION, make_world
+from mixpo.data.tokens import check_tokenizer, compute_tokenization_digest, find_tokenization_warnings, tokenize_prompt
+from mixpo.data.world import WORLD_VERSION, generate_world_rows
 from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
-from mixpo.stages.rows import add_tokens, write_table
+from mixpo.stages.rows import add_token_columns, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.record import append_jsonl, progress_listener
 
 
 class DataSettings(Settings):
-    """Sources of preference rows and demonstrations, and their split."""
+    """Settings of a data stage: the sources of preference rows and demonstrations, and their split."""
 
     format: Literal["world"] | Format = "world"
     """`world` is generated; `preference` has `prompt`, `chosen`, `rejected`; the others are their publishers' rows."""
@@ -86,6 +87,7 @@ class DataSettings(Settings):
     @pydantic.field_validator("train", "test", "demonstrations", "second", mode="before")
     @classmethod
     def _wrap_single_name(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Validator: one file name becomes a tuple. Raises `InputError` on an empty name."""
         names = (value,) if isinstance(value, str) else value
         if isinstance(names, list | tuple) and "" in names:
             raise InputError(f"data.{info.field_name}: found ''; expected the name of a file or hub:NAME")
@@ -99,7 +101,7 @@ PARTS = ("train", "test", "second")
 
 @dataclass
 class SourceRows:
-    """Preferences and demonstrations of all sources, with their bad rows and columns, before the split."""
+    """Preferences and demonstrations read from all sources, with their bad rows and columns, before the split."""
 
     preferences: dict[str, list[Preference]] = field(default_factory=lambda: {part: [] for part in PARTS})
     demonstrations: list[Demonstration] = field(default_factory=list)
@@ -109,21 +111,21 @@ class SourceRows:
 
     @property
     def total_count(self) -> int:
-        """Number of rows, bad ones included."""
+        """Number of rows of all kinds, bad ones included."""
         return sum(map(len, self.preferences.values())) + len(self.demonstrations) + len(self.bad)
 
-    def add_source(self, kind: str, reading: ParsedRows[Row]) -> list[Row]:
-        """Add a source's bad rows and columns, and return its good rows."""
-        self.bad += reading.bad_rows
-        columns = self.columns.setdefault(kind, {"used": [], "ignored": []})
-        for name, names in (("used", reading.used_columns), ("ignored", reading.ignored_columns)):
+    def add_source(self, row_kind: str, parsed: ParsedRows[Row]) -> list[Row]:
+        """Add a parsed source's bad rows and columns to these, and return its good rows, which are not added."""
+        self.bad += parsed.bad_rows
+        columns = self.columns.setdefault(row_kind, {"used": [], "ignored": []})
+        for name, names in (("used", parsed.used_columns), ("ignored", parsed.ignored_columns)):
             columns[name] = list(dict.fromkeys(columns[name] + names))
-        return reading.rows
+        return parsed.rows
 
 
 @dataclass
 class SplitRows:
-    """Rows of each part: train and test pairs, pairs of a second reward model, and demonstrations."""
+    """Rows of each part after the split: train and test pairs, pairs of a second reward model, demonstrations."""
 
     train: list[Preference]
     test: list[Preference]
@@ -133,8 +135,8 @@ class SplitRows:
     """Rows dropped because their prompt is also a test prompt."""
 
 
-def fill_in_world_rows(settings: DataSettings) -> DataSettings:
-    """Return the settings with the embedded world's default numbers of rows filled in."""
+def fill_in_world_row_counts(settings: DataSettings) -> DataSettings:
+    """A copy of the settings with the world's default row counts filled in; other formats: the settings themselves."""
     if settings.format != "world":
         return settings
     return settings.model_copy(
@@ -142,35 +144,38 @@ def fill_in_world_rows(settings: DataSettings) -> DataSettings:
     )
 
 
-def read_sources(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> SourceRows:
-    """Read all rows of the sources, or generate the world's; rows with unusable prompts are bad rows."""
+def read_source_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> SourceRows:
+    """Read all rows of the sources, or generate the world's; rows with unusable prompts are returned as bad rows."""
     rows = SourceRows()
     if settings.format == "world":
-        world = make_world(
-            demonstrations=settings.demonstration_rows or 0,
-            train=(settings.train_rows or 0) + settings.second_rows,
-            test=settings.test_rows or 0,
+        world = generate_world_rows(
+            demonstration_count=settings.demonstration_rows or 0,
+            train_count=(settings.train_rows or 0) + settings.second_rows,
+            test_count=settings.test_rows or 0,
             seed=settings.data_seed,
         )
         for part, pairs in (("train", world.train), ("test", world.test)):
-            rows.preferences[part] = [Preference(_convert_to_user_message(prompt), *sides) for prompt, *sides in pairs]
+            rows.preferences[part] = [Preference(convert_to_messages(prompt), *sides) for prompt, *sides in pairs]
         rows.demonstrations = [
-            Demonstration(_convert_to_user_message(prompt), text) for prompt, text in world.demonstrations
+            Demonstration(convert_to_messages(prompt), text) for prompt, text in world.demonstrations
         ]
     check = _make_prompt_check(settings, tokenizer)
     for part, split in (("train", "train"), ("test", "test"), ("second", "train")):
         for name in getattr(settings, part) if part != "second" or settings.second_rows else ():
-            rows.preferences[part] += rows.add_source("preferences", _read_preferences(settings, name, split, check))
+            rows.preferences[part] += rows.add_source(
+                "preferences", _read_preference_source(settings, name, split, check)
+            )
     for name in settings.demonstrations:
-        rows.demonstrations += rows.add_source("demonstrations", _read_demonstrations(settings, name, check))
+        rows.demonstrations += rows.add_source("demonstrations", _read_demonstration_source(settings, name, check))
     return rows
 
 
 def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PromptCheck:
-    """Make a function that raises `RowError` if a prompt is of another kind than the first, empty or too long."""
+    """Make a function that raises `RowError` if a prompt is of another type than the first, empty or too long."""
     kinds: list[type] = []
 
-    def check(prompt: Prompt) -> None:
+    def check_prompt(prompt: Prompt) -> None:
+        """Raise `RowError` if this prompt cannot be used."""
         kinds.append(type(prompt))
         if kinds[-1] is not kinds[0]:
             raise RowError(
@@ -188,59 +193,55 @@ def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
                 "data.max_prompt_tokens",
             )
 
-    return check
+    return check_prompt
 
 
-def _read_preferences(settings: DataSettings, name: str, split: str, check: PromptCheck) -> ParsedRows[Preference]:
-    """Read preference rows from a file or a hub data set."""
+def _read_preference_source(
+    settings: DataSettings, source: str, split: str, check_prompt: PromptCheck
+) -> ParsedRows[Preference]:
+    """Read preference rows from a file or a Hugging Face data set (`hub:`); invalid rows are returned as bad rows."""
     assert settings.format != "world"
-    if not name.startswith("hub:"):
-        return read_preferences(expand_path(name), settings.format, check)
-    dataset, data_dir = split_hub_name(name)
+    if not source.startswith("hub:"):
+        return read_preferences(expand_home(source), settings.format, check_prompt)
+    dataset, data_dir = split_hub_name(source)
     return read_hub_preferences(
-        dataset, settings.format, check, split=split, data_dir=data_dir, revision=settings.revision
+        dataset, settings.format, check_prompt, split=split, data_dir=data_dir, revision=settings.revision
     )
 
 
-def _read_demonstrations(settings: DataSettings, name: str, check: PromptCheck) -> ParsedRows[Demonstration]:
-    """Read demonstrations from a file or a hub data set."""
-    if not name.startswith("hub:"):
-        return read_demonstrations(expand_path(name), check)
-    dataset, data_dir = split_hub_name(name)
-    return read_hub_demonstrations(dataset, check, split="train", data_dir=data_dir, revision=settings.revision)
+def _read_demonstration_source(
+    settings: DataSettings, source: str, check_prompt: PromptCheck
+) -> ParsedRows[Demonstration]:
+    """Read demonstrations from a file or a Hugging Face data set (`hub:`); invalid rows are returned as bad rows."""
+    if not source.startswith("hub:"):
+        return read_demonstrations(expand_home(source), check_prompt)
+    dataset, data_dir = split_hub_name(source)
+    return read_hub_demonstrations(dataset, check_prompt, split="train", data_dir=data_dir, revision=settings.revision)
 
 
-def split_hub_name(name: str) -> tuple[str, str | None]:
-    """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set's name and its folder, if any."""
-    owner, *rest = name.removeprefix("hub:").split("/", 2)
+def split_hub_name(source_name: str) -> tuple[str, str | None]:
+    """Split `hub:OWNER/NAME[/DATA_DIR]` into the data set's name and its folder, None if not given."""
+    owner, *rest = source_name.removeprefix("hub:").split("/", 2)
     if not owner:
-        raise InputError(f"{name}: found no name; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
+        raise InputError(f"{source_name}: found no name; expected hub:OWNER/NAME or hub:OWNER/NAME/DATA_DIR")
     return "/".join([owner, *rest[:1]]), "".join(rest[1:]) or None
 
 
-def _convert_to_user_message(prompt: str) -> Prompt:
-    return [{"role": "user", "content": prompt}]
-
-
-def prepare_splits(settings: DataSettings, rows: SourceRows) -> SplitRows:
-    """Complete the parts of the rows: hold out missing ones, drop shared prompts, draw subsets.
-
-    Demonstrations are made of the train pairs' chosen completions if there are none. Raises `InputError` if a part that
-    is asked for has no rows.
-    """
-    train, test, second = (rows.preferences[part] for part in PARTS)
-    demonstrations = rows.demonstrations
-    _refuse_empty("train", train, rows)
+def split_source_rows(settings: DataSettings, source_rows: SourceRows) -> SplitRows:
+    """Hold out missing parts of the rows, drop shared prompts, draw subsets. Raises `InputError` on an empty part."""
+    train, test, second = (source_rows.preferences[part] for part in PARTS)
+    demonstrations = source_rows.demonstrations
+    _refuse_empty_part("train", train, source_rows)
     if settings.test:
-        _refuse_empty("test", test, rows)
+        _refuse_empty_part("test", test, source_rows)
     if settings.demonstrations:
-        _refuse_empty("demonstrations", demonstrations, rows)
+        _refuse_empty_part("demonstrations", demonstrations, source_rows)
     if not test:
         train, test = _split_off_rows(train, settings.test_share, settings.data_seed)
     before = len(train) + len(demonstrations)
     if settings.shared_prompts == "drop":
         train, demonstrations = _remove_shared_prompts(train, test), _remove_shared_prompts(demonstrations, test)
-        if not train or (rows.demonstrations and not demonstrations):
+        if not train or (source_rows.demonstrations and not demonstrations):
             raise InputError(
                 f"data.shared_prompts: drop leaves no rows of data.{'demonstrations' if train else 'train'}: all their "
                 "prompts stand in the test rows; expected other prompts to train on than to test on; name another file "
@@ -259,7 +260,7 @@ def prepare_splits(settings: DataSettings, rows: SourceRows) -> SplitRows:
     demonstrations = demonstrations or [Demonstration(row.prompt, row.chosen) for row in train]
     demonstrations = draw_subset(demonstrations, settings.demonstration_rows, settings.data_seed)
     if settings.second_rows:
-        _refuse_empty("second", second, rows)
+        _refuse_empty_part("second", second, source_rows)
         independent = _remove_shared_prompts(_remove_shared_prompts(second, train), test)
         if not independent:
             raise InputError(
@@ -270,8 +271,8 @@ def prepare_splits(settings: DataSettings, rows: SourceRows) -> SplitRows:
     return SplitRows(train, test, second, demonstrations, dropped)
 
 
-def _refuse_empty(part: str, part_rows: Sequence[Preference] | Sequence[Demonstration], rows: SourceRows) -> None:
-    """Raise `InputError` if a part of the rows is empty."""
+def _refuse_empty_part(part: str, part_rows: Sequence[Preference] | Sequence[Demonstration], rows: SourceRows) -> None:
+    """Raise `InputError`, saying where the rows went, if a part of the rows is empty."""
     if not part_rows:
         why = f"all of its rows are among the {len(rows.bad)} bad ones" if rows.bad else "its files hold none"
         first = f"; the first is {rows.bad[0]}" if rows.bad else ""
@@ -281,30 +282,32 @@ def _refuse_empty(part: str, part_rows: Sequence[Preference] | Sequence[Demonstr
 
 
 def _split_off_rows(rows: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
-    """Split rows by their prompts into two lists, the second with about `share` of them."""
+    """Split rows into two lists without a prompt in common; the second has about `share` of the prompts."""
     remedy = "add rows, or name held-out rows in data.test (for a second reward model in data.second)"
-    keys = [prompt_key(row.prompt) for row in rows]
-    first, second = split_by_prompt(keys, share, seed, setting="data.train", remedy=remedy)
+    keys = [make_prompt_key(row.prompt) for row in rows]
+    first, second = split_by_prompt(keys, share, seed, setting_name="data.train", remedy=remedy)
     return [rows[index] for index in first], [rows[index] for index in second]
 
 
-def _remove_shared_prompts(rows: Sequence[Row], other: Sequence[Preference]) -> list[Row]:
-    """Return the rows whose prompts are not among those of the other rows."""
-    prompts = {prompt_key(row.prompt) for row in other}
-    return [row for row in rows if prompt_key(row.prompt) not in prompts]
+def _remove_shared_prompts(rows: Sequence[Row], other_rows: Sequence[Preference]) -> list[Row]:
+    """A list of the rows whose prompts are not among those of the other rows."""
+    prompts = {make_prompt_key(row.prompt) for row in other_rows}
+    return [row for row in rows if make_prompt_key(row.prompt) not in prompts]
 
 
 def compute_data_statistics(
     settings: DataSettings, rows: SourceRows, split: SplitRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Count rows, duplicates, contradictions and shared prompts, with the tokenizer's checks, for `summary.json`."""
-    trained = {prompt_key(row.prompt) for row in split.train} | {prompt_key(row.prompt) for row in split.demonstrations}
-    tested = {prompt_key(row.prompt) for row in split.test}
+    """Counts of rows, duplicates, contradictions, shared prompts, and the tokenizer's warnings, as `summary.json`."""
+    trained = {make_prompt_key(row.prompt) for row in split.train} | {
+        make_prompt_key(row.prompt) for row in split.demonstrations
+    }
+    tested = {make_prompt_key(row.prompt) for row in split.test}
     pairs = [*split.train, *split.test, *split.second]
     shown = split.demonstrations if rows.demonstrations else []  # others are made of train
     texts = [(row.prompt, [row.chosen, row.rejected]) for row in pairs]
     texts += [(row.prompt, [row.completion]) for row in shown]
-    repeats = {name: count_repeats(part) for name, part in (("train", split.train), ("test", split.test))}
+    repeats = {name: count_repeated_rows(part) for name, part in (("train", split.train), ("test", split.test))}
     return {
         "format": settings.format,
         "columns": rows.columns,
@@ -319,13 +322,13 @@ def compute_data_statistics(
         "test_prompts": len(tested),
         "shared_prompts": len(trained & tested),
         "shared_rows_dropped": split.dropped,
-        "tokenizer": check_tokenizer(tokenizer) + check_rows(tokenizer, texts),
+        "tokenizer": check_tokenizer(tokenizer) + find_tokenization_warnings(tokenizer, texts),
     }
 
 
 @contextmanager
 def explain_summary_errors() -> Iterator[None]:
-    """Raise `InputError` in place of errors of reading a summary without the counts of `compute_data_statistics`."""
+    """Context manager: raise `InputError` in place of errors that a data summary without the expected counts causes."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -336,41 +339,41 @@ def explain_summary_errors() -> Iterator[None]:
 
 
 @explain_summary_errors()
-def describe_data_statistics(figures: Mapping[str, Any]) -> list[str]:
-    """Describe the counts of `compute_data_statistics`, one line for each thing that a user should know."""
+def describe_data_statistics(statistics: Mapping[str, Any]) -> list[str]:
+    """Describe a data stage's `summary.json` as lines of text for the user: columns, duplicates, bad rows, ..."""
     lines = [
-        f"{kind} read as {'demonstration' if kind == 'demonstrations' else figures['format']}: "
+        f"{kind} read as {'demonstration' if kind == 'demonstrations' else statistics['format']}: "
         f"{escape_invisible(', '.join(columns['used']))}; "
         f"ignored: {escape_invisible(', '.join(columns['ignored'])) or 'nothing'}"
-        for kind, columns in figures["columns"].items()
+        for kind, columns in statistics["columns"].items()
     ]
-    if list(figures["columns"]) == ["preferences"]:
+    if list(statistics["columns"]) == ["preferences"]:
         lines.append("demonstrations for SFT are the chosen completions of train")
-    ignored = [name for columns in figures["columns"].values() for name in columns["ignored"]]
+    ignored = [name for columns in statistics["columns"].values() for name in columns["ignored"]]
     if any(name.rpartition(".")[2] in ("tools", "tool_calls", "tool_call_id") for name in ignored):
         lines.append("tools and tool calls are ignored: mixpo renders the text of messages and nothing else")
-    for part, count in figures["duplicate_rows"].items():
+    for part, count in statistics["duplicate_rows"].items():
         if count:
-            lines.append(f"{part}: {count} of {figures[f'{part}_rows']} rows stand there already, word for word")
-    for part, count in figures["contradictory_rows"].items():
+            lines.append(f"{part}: {count} of {statistics[f'{part}_rows']} rows stand there already, word for word")
+    for part, count in statistics["contradictory_rows"].items():
         if count:
             lines.append(
-                f"{part}: {count} of {figures[f'{part}_rows']} rows contradict another, which prefers the other side"
+                f"{part}: {count} of {statistics[f'{part}_rows']} rows contradict another, which prefers the other side"
             )
-    if figures["shared_prompts"]:
+    if statistics["shared_prompts"]:
         lines.append(
-            f"{figures['shared_prompts']} of {figures['test_prompts']} test prompts are trained on too; "
+            f"{statistics['shared_prompts']} of {statistics['test_prompts']} test prompts are trained on too; "
             "data.shared_prompts=drop leaves their rows out"
         )
-    if figures["shared_rows_dropped"]:
-        lines.append(f"{figures['shared_rows_dropped']} rows left out, whose prompts are test prompts")
-    if figures["equal_sides"]:
-        lines.append(f"{figures['equal_sides']} of the bad rows have two equal sides")
-    return [*lines, *figures["tokenizer"]]
+    if statistics["shared_rows_dropped"]:
+        lines.append(f"{statistics['shared_rows_dropped']} rows left out, whose prompts are test prompts")
+    if statistics["equal_sides"]:
+        lines.append(f"{statistics['equal_sides']} of the bad rows have two equal sides")
+    return [*lines, *statistics["tokenizer"]]
 
 
 class Data(DataStage, DataSettings):
-    """Rows of an experiment: preferences in `train.parquet` and `test.parquet`, `demonstrations.parquet`."""
+    """Stage of an experiment's rows: preferences in `train.parquet` and `test.parquet`, `demonstrations.parquet`."""
 
     parts = ("train", "second")
 
@@ -382,6 +385,7 @@ class Data(DataStage, DataSettings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _read_content(cls, values: Any) -> Any:
+        """Validator: fill in `content`, the digest of the files, and the embedded world's numbers of rows."""
         if not isinstance(values, dict) or values.get("content"):
             return values
         settings = DataSettings(**{name: values[name] for name in DataSettings.model_fields if name in values})
@@ -391,7 +395,7 @@ class Data(DataStage, DataSettings):
                     f"data.{names[0]}: found {getattr(settings, names[0])[0]!r} beside format 'world', whose rows are "
                     f"generated; expected files beside data.format={' or '.join(get_args(Format))}"
                 )
-            rows = {name: getattr(fill_in_world_rows(settings), name) for name in WORLD_ROWS}
+            rows = {name: getattr(fill_in_world_row_counts(settings), name) for name in WORLD_ROWS}
             return {**values, **rows, "content": f"world-{WORLD_VERSION}"}
         if not settings.train:
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
@@ -399,7 +403,7 @@ class Data(DataStage, DataSettings):
         groups += [settings.second] if settings.second and settings.second_rows else []
         digests = [
             [
-                name if name.startswith("hub:") else compute_source_identity(expand_path(name), settings.format)
+                name if name.startswith("hub:") else compute_source_identity(expand_home(name), settings.format)
                 for name in group
             ]
             for group in groups
@@ -408,6 +412,7 @@ class Data(DataStage, DataSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_special_tokens(self) -> Self:
+        """Validator: raise `InputError` if the base model was saved with another `special_tokens`."""
         if (of_base := getattr(self.base, "special_tokens", self.special_tokens)) != self.special_tokens:
             raise InputError(
                 f"data.special_tokens: found {self.special_tokens!r}, and {of_base!r} in the model that the rows are "
@@ -415,37 +420,37 @@ class Data(DataStage, DataSettings):
             )
         return self
 
-    def fields_outside_identity(self) -> list[str]:
-        """Return the paths, since the digests of their content are a field."""
+    def list_fields_outside_identity(self) -> list[str]:
+        """Names of the fields with paths, which are not in the stage's identity: the digest of their content is."""
         return ["train", "test", "demonstrations", "second"]
 
     @property
     def train_pairs(self) -> Part:
-        """The human pairs for training."""
+        """The human preference pairs for training, as the stage's file `train.parquet`."""
         return Part(stage=self, of="train")
 
     @property
     def second_pairs(self) -> Part:
-        """The human pairs of the second reward model."""
+        """The human preference pairs for training a second reward model, as the stage's file `second.parquet`."""
         return Part(stage=self, of="second")
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Read, validate and split the rows, and write a file for each part."""
-        tokenizer = load_tokenizer(model_folder(inputs["base"]))
-        rows, note = read_sources(self, tokenizer), progress_listener.get().on_message
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Read, validate and split the rows of an experiment, and write a file for each part."""
+        tokenizer = load_tokenizer(locate_model_folder(input_paths["base"]))
+        rows, note = read_source_rows(self, tokenizer), progress_listener.get().on_message
         policy = self.on_bad_row or ("drop" if self.format == "hh-rlhf" else "error")
         if rows.bad:
             (job.out / "bad_rows.jsonl").unlink(missing_ok=True)
             append_jsonl(job.out / "bad_rows.jsonl", [asdict(row) for row in rows.bad])
             if policy == "error":
                 raise_for_bad_rows(rows.bad, rows.total_count)
-        split = prepare_splits(self, rows)
+        split = split_source_rows(self, rows)
         for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
             part: list[Any] = getattr(split, name)
             count = getattr(self, f"{name.removesuffix('s')}_rows")
             if count is not None and len(part) < count:
                 note(f"data.{name}: {len(part)} rows, where {count} were asked for: there are no more")
-            rows_with_tokens = add_tokens([asdict(row) for row in part], tokenizer)
+            rows_with_tokens = add_token_columns([asdict(row) for row in part], tokenizer)
             write_table(job.out / f"{name}.parquet", rows_with_tokens, tokenizer=compute_tokenization_digest(tokenizer))
         for name in (*self.train, *self.test, *self.demonstrations, *self.second):
             if name.startswith("hub:") and self.revision is None:
@@ -455,4 +460,4 @@ class Data(DataStage, DataSettings):
         figures = compute_data_statistics(self, rows, split, tokenizer)
         for line in describe_data_statistics(figures):
             note(line)
-        job.finish(**figures)
+        job.finish_stage(**figures)

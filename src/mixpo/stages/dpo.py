@@ -10,14 +10,14 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.models.adapters import LoraSettings, add_lora, freeze
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.scoring import compute_sequence_logprobs
-from mixpo.stages.rows import Pairs, format_sampler_name, read_pairs
+from mixpo.stages.rows import TokenPairs, format_sampler_name, read_pairs
 from mixpo.stages.stage import Part, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.record import append_jsonl, delete_lines_from_step
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import Sums
@@ -47,19 +47,19 @@ class DPOSettings(SupervisedSettings):
 
 
 class DPO(PolicyStage, DPOSettings):
-    """A policy trained by equation 2 of the paper, with an explicit reference."""
+    """Stage of a policy trained by DPO (equation 2 of the paper), with an explicit reference."""
 
     policy: PolicyStage
     reference: PolicyStage
     pairs: Part
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Train, and write `model/` and `samples.jsonl`."""
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Train a policy by DPO, and write `model/` and `samples.jsonl`."""
         torch.manual_seed(self.seed)
-        lm = job.load_policy(inputs["policy"], self.precision)
-        pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
+        lm = job.load_policy(input_paths["policy"], self.precision)
+        pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         resumable = ResumableWork(job)
-        reference_logprobs = _compute_reference_logprobs(self, inputs, lm, pairs, job, resumable)
+        reference_logprobs = _compute_reference_logprobs(self, input_paths, lm, pairs, job, resumable)
         if self.lora:
             add_lora(lm, self.lora)
         training = SupervisedTraining(job, self, lm, pairs.prompts, pairs.completions)
@@ -67,6 +67,7 @@ class DPO(PolicyStage, DPOSettings):
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            """Summed DPO loss of a microbatch, and the sums of its metrics."""
             chosen, rejected = lm(batch, "logprobs").sum(dim=-1).unbind(dim=1)
             chosen_reference, rejected_reference = reference_logprobs[rows].to(lm.device).unbind(dim=1)
             losses = dpo_loss(chosen, rejected, chosen_reference, rejected_reference, beta=self.beta)
@@ -84,18 +85,18 @@ class DPO(PolicyStage, DPOSettings):
                 }
             return losses.sum(), metrics
 
-        for step, metrics in training.train_steps(compute_loss, compute_divisor=len):
+        for step, metrics in training.train_remaining_steps(compute_loss, compute_divisor=len):
             if step + 1 in probe_steps:
                 metrics |= _sample_training_prompts(self, lm, pairs, job, step)
 
         digest = job.save_model(lm)
-        rows = training.metrics.rows()
+        rows = training.metrics.read_steps()
         figures = {name: compute_mean_of_last_steps(rows, name) for name in ("loss", "accuracy", "margin")}
         remedies = {
             "end_rate": f"a higher max_completion_tokens (now {self.max_completion_tokens}), a lower learning_rate "
             f"(now {self.learning_rate:g}) or a higher beta (now {self.beta:g})"
         }
-        job.finish(
+        job.finish_stage(
             model=digest,
             pairs=len(pairs.prompts),
             truncated=pairs.truncated,
@@ -108,20 +109,25 @@ class DPO(PolicyStage, DPOSettings):
 
 
 def _compute_reference_logprobs(
-    stage: DPO, inputs: Mapping[str, Path], lm: LanguageModel, pairs: Pairs, job: Job, resumable: ResumableWork
+    stage: DPO,
+    input_paths: Mapping[str, Path],
+    lm: LanguageModel,
+    pairs: TokenPairs,
+    job: Job,
+    resumable: ResumableWork,
 ) -> Tensor:
-    """Compute sequence log-probs of all pairs under the reference, [pairs, 2].
+    """Log-probs of both completions of all pairs under the reference, [pairs, 2], in nats.
 
     If the reference itself sampled the pairs, the log-probs from sampling are returned, after a few of them were
     compared with a forward pass. Raises RuntimeError if they differ.
     """
-    digest = compute_model_digest(model_folder(inputs["reference"]))
-    same = digest == compute_model_digest(model_folder(inputs["policy"]))
-    reference = lm if same else freeze(job.load_policy(inputs["reference"], stage.precision))
+    digest = compute_model_digest(locate_model_folder(input_paths["reference"]))
+    same = digest == compute_model_digest(locate_model_folder(input_paths["policy"]))
+    reference = lm if same else freeze_model(job.load_policy(input_paths["reference"], stage.precision))
     stored = pairs.logprobs if pairs.sampler == format_sampler_name(digest, stage.precision) else None
     selected = draw_subset(range(len(pairs.prompts)), None if stored is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
-    computed = resumable.score_completions("reference", compute_sequence_logprobs, reference, prompts, completions)
+    computed = resumable.score_in_portions("reference", compute_sequence_logprobs, reference, prompts, completions)
     if stored is None:
         return computed
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
@@ -135,14 +141,14 @@ def _compute_reference_logprobs(
     return torch.tensor(stored)
 
 
-def _sample_training_prompts(stage: DPO, lm: LanguageModel, pairs: Pairs, job: Job, step: int) -> dict[str, float]:
-    """Sample completions of a few training prompts, and return their end rate and length as metrics."""
+def _sample_training_prompts(stage: DPO, lm: LanguageModel, pairs: TokenPairs, job: Job, step: int) -> dict[str, float]:
+    """Sample completions of a few train prompts into `samples.jsonl`; returns their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
     sampler = job.runtime.make_sampler()
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
-    job.cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    job.cost.count_sampled_tokens(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.decode_completion(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
         job.out / "samples.jsonl",

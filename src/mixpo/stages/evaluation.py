@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mixpo.algorithms.intervals import crossed_interval, wilson_interval
-from mixpo.algorithms.kl import kl_of_best_of
+from mixpo.algorithms.intervals import compute_crossed_mean_interval, wilson_interval
+from mixpo.algorithms.kl import kl_bound_of_best_of_n
 from mixpo.data.errors import InputError
 from mixpo.data.world import true_reward
-from mixpo.models.adapters import freeze
+from mixpo.models.adapters import freeze_model
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize
+from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
 from mixpo.stages.rows import read_unique_prompts, write_table
 from mixpo.stages.stage import (
     DataStage,
@@ -26,13 +26,13 @@ from mixpo.stages.stage import (
     Snapshot,
     Stage,
 )
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import SeededSettings
 
 
 class EvaluationSettings(SeededSettings):
-    """Settings of evaluation.
+    """Settings of an evaluation stage: number of prompts and length of completions.
 
     Sampling is always at temperature 1 without truncation, so that reward and KL are of the same distribution.
     """
@@ -43,7 +43,7 @@ class EvaluationSettings(SeededSettings):
 
 
 class Evaluation(Stage, EvaluationSettings):
-    """Completions in `completions.parquet`, one row a prompt, and means with 95% intervals over prompts."""
+    """Stage of a policy's completions on test prompts in `completions.parquet`, and their means with 95% intervals."""
 
     policy: PolicyStage | Snapshot
     sft: PolicyStage
@@ -57,11 +57,11 @@ class Evaluation(Stage, EvaluationSettings):
     chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Sample and score completions, compute their KL, and write `completions.parquet`."""
-        lm = freeze(job.load_policy(inputs["policy"], self.precision))
-        unique_prompts, prompts = read_unique_prompts(inputs["data"] / "test.parquet", lm.tokenizer, self.prompts)
-        policy, sft_model = (compute_model_digest(model_folder(inputs[name])) for name in ("policy", "sft"))
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Sample a policy's completions on test prompts, compute scores and KL, and write `completions.parquet`."""
+        lm = freeze_model(job.load_policy(input_paths["policy"], self.precision))
+        unique_prompts, prompts = read_unique_prompts(input_paths["data"] / "test.parquet", lm.tokenizer, self.prompts)
+        policy, sft_model = (compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "sft"))
         from_sft = policy == sft_model
         if self.best_of > 1 and not from_sft:
             raise InputError(
@@ -69,28 +69,31 @@ class Evaluation(Stage, EvaluationSettings):
                 "the KL is known; evaluate the policy with best_of=1"
             )
         resumable = ResumableWork(job)
-        completions, sampled_logprobs = resumable.sample_completions(
+        completions, sampled_logprobs = resumable.sample_in_portions(
             lm, prompts, k=self.best_of, max_tokens=self.max_completion_tokens, seed=self.seed
         )
 
         def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
-            reward = freeze(job.load_reward_model(reward_folder, self.precision))
-            reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
-            return resumable.score_completions(name, compute_scores, reward, *reward_inputs)
+            """Scores [prompts, k] of the completions under the reward model in a stage's folder."""
+            reward = freeze_model(job.load_reward_model(reward_folder, self.precision))
+            reward_inputs = retokenize_for_reward(reward, lm, unique_prompts, prompts, completions)
+            return resumable.score_in_portions(name, compute_scores, reward, *reward_inputs)
 
-        chooser = inputs.get("chooser", inputs["reward"]) if self.best_of > 1 else inputs["reward"]
+        chooser = input_paths.get("chooser", input_paths["reward"]) if self.best_of > 1 else input_paths["reward"]
         chooser_scores = compute_reward_scores("chooser", chooser)
         best = chooser_scores.argmax(dim=1, keepdim=True)
         completions = [[branches[index]] for branches, index in zip(completions, best[:, 0].tolist(), strict=True)]
-        same = chooser == inputs["reward"]
-        scores = (chooser_scores.gather(1, best) if same else compute_reward_scores("reward", inputs["reward"]))[:, 0]
-        second = compute_reward_scores("second", inputs["second"])[:, 0] if self.second is not None else None
+        same = chooser == input_paths["reward"]
+        scores = (chooser_scores.gather(1, best) if same else compute_reward_scores("reward", input_paths["reward"]))[
+            :, 0
+        ]
+        second = compute_reward_scores("second", input_paths["second"])[:, 0] if self.second is not None else None
         if from_sft:
-            kl = torch.full((len(prompts),), kl_of_best_of(self.best_of))
+            kl = torch.full((len(prompts),), kl_bound_of_best_of_n(self.best_of))
         else:
             logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
-            sft = freeze(job.load_policy(inputs["sft"], self.precision))
-            sft_logprobs = resumable.score_completions("sft", compute_sequence_logprobs, sft, prompts, completions)
+            sft = freeze_model(job.load_policy(input_paths["sft"], self.precision))
+            sft_logprobs = resumable.score_in_portions("sft", compute_sequence_logprobs, sft, prompts, completions)
             kl = logprobs - sft_logprobs[:, 0]
 
         texts = [lm.decode_completion(branches[0]) for branches in completions]
@@ -102,7 +105,7 @@ class Evaluation(Stage, EvaluationSettings):
         }
         if second is not None:
             columns["second_score"] = second.double().tolist()
-        if _is_world_data(inputs["data"]):
+        if _is_world_data(input_paths["data"]):
             columns["true_reward"] = [
                 true_reward(_get_last_message(prompt), text) for prompt, text in zip(unique_prompts, texts, strict=True)
             ]
@@ -117,17 +120,19 @@ class Evaluation(Stage, EvaluationSettings):
         for name, column in columns.items():
             values: Float64[np.ndarray, " prompts"] = np.array(column, dtype=np.float64)
             share = name == "ended"
-            interval = wilson_interval(values.sum(), values.size) if share else crossed_interval(values[None])
+            interval = (
+                wilson_interval(values.sum(), values.size) if share else compute_crossed_mean_interval(values[None])
+            )
             figures[name] = asdict(interval)
-        job.finish(prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
+        job.finish_stage(prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
 
 
-def _is_world_data(data: Path) -> bool:
-    """Return True if the rows of a data stage are the embedded world's."""
-    return bool(json.loads((data / "summary.json").read_text(encoding="utf8"))["format"] == "world")
+def _is_world_data(data_folder: Path) -> bool:
+    """True if the rows in a data stage's folder are the embedded world's."""
+    return bool(json.loads((data_folder / "summary.json").read_text(encoding="utf8"))["format"] == "world")
 
 
 def _get_last_message(prompt: object) -> str:
-    """Text of the last message of a prompt."""
+    """Text of the last message of a prompt, which must be a list of messages."""
     assert isinstance(prompt, list)
     return str(prompt[-1]["content"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack_branches
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.models.adapters import freeze
+from mixpo.models.adapters import freeze_model
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
@@ -22,14 +22,14 @@ from mixpo.training.resumable_work import ResumableWork
 
 
 class GradientsSettings(Settings):
-    """Settings of gradient measurements."""
+    """Settings of gradient measurements: the number of pairs of each part."""
 
     pairs: int = pydantic.Field(0, ge=0)
     """Pairs of each part; 0 measures none."""
 
 
 class Gradients(Stage):
-    """Gradients of a DPO model in `gradients.parquet`, one row a pair, computed in float32.
+    """Stage of a DPO model's gradients in `gradients.parquet`, one row a pair, computed in float32.
 
     `log_x_chosen`, `log_x_rejected`: log(pi / pi_ref) of both completions (x_w and x_l of Theorem 1). `by_chosen`,
     `by_rejected`: dL/dx_w and dL/dx_l by automatic differentiation of the DPO loss. `chosen_chosen`,
@@ -46,22 +46,26 @@ class Gradients(Stage):
     """Number of pairs with different completions, the same ones at every seed."""
     max_completion_tokens: int
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Compute the gradients of each pair and write `gradients.parquet`."""
-        lm, reference = job.load_policy(inputs["policy"]), freeze(job.load_policy(inputs["reference"]))
-        pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Compute the gradients of a DPO model on each pair and write `gradients.parquet`."""
+        lm, reference = (
+            job.load_policy(input_paths["policy"]),
+            freeze_model(job.load_policy(input_paths["reference"])),
+        )
+        pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         selected = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
         resumable = ResumableWork(job)
-        reference_logprobs = resumable.score_completions(
+        reference_logprobs = resumable.score_in_portions(
             "reference", compute_sequence_logprobs, reference, prompts, completions
         )
 
         def measure_gradients(row: int) -> dict[str, float]:
+            """The columns of one pair's row in `gradients.parquet`, by name."""
             (chosen, rejected), (chosen_gradient, rejected_gradient) = _compute_gradients(
                 lm, prompts[row], completions[row]
             )
-            job.cost.count_trained(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            job.cost.count_trained_tokens(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
             log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
             return {
@@ -77,20 +81,20 @@ class Gradients(Stage):
         single = [[row] for row in range(len(prompts))]
         advance = make_progress_reporter(len(prompts))
         rows = resumable.compute_rows(
-            "pairs", single, lambda rows: [measure_gradients(row) for row in rows], advance=advance
+            "pairs", single, lambda rows: [measure_gradients(row) for row in rows], report_finished=advance
         )
         write_table(job.out / "gradients.parquet", rows)
-        job.finish(pairs=len(rows))
+        job.finish_stage(pairs=len(rows))
 
 
 def _compute_gradients(
-    lm: LanguageModel, prompt: list[int], branches: list[list[int]]
+    lm: LanguageModel, prompt: list[int], completions: list[list[int]]
 ) -> tuple[list[float], list[Tensor]]:
-    """Compute the log-prob of each completion, and its gradient over all weights as one vector."""
+    """Log-prob of each completion of a prompt in nats, and its gradient over all weights as one vector."""
     lm.train()
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     logprobs, gradients = [], []
-    for completion in branches:
+    for completion in completions:
         logprob = lm(pack_branches([prompt], [[completion]]).to(lm.device), "logprobs").sum()
         logprobs.append(float(logprob.detach()))
         parts = torch.autograd.grad(logprob, parameters)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pydantic
 
 from mixpo.settings import Settings
-from mixpo.stages.rows import read_metadata, read_table, write_table
+from mixpo.stages.rows import read_table, read_table_metadata, write_table
 from mixpo.stages.stage import Part, Stage
 from mixpo.training.job import Job
 
@@ -22,7 +22,7 @@ class LabelNoiseSettings(Settings):
 
 
 class LabelNoise(Stage, LabelNoiseSettings):
-    """All pairs in their order in `train.parquet`, with chosen and rejected exchanged in a random share."""
+    """Stage of preference pairs with noise: in `train.parquet`, a random share has chosen and rejected exchanged."""
 
     parts = ("train",)
 
@@ -30,17 +30,17 @@ class LabelNoise(Stage, LabelNoiseSettings):
 
     @property
     def train_pairs(self) -> Part:
-        """The pairs, some of them flipped."""
+        """All preference pairs, some of them flipped, as the stage's file `train.parquet`."""
         return Part(stage=self, of="train")
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Flip labels and write `train.parquet`."""
-        rows = read_table(inputs["pairs"])
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Flip the labels of a share of the pairs and write `train.parquet`."""
+        rows = read_table(input_paths["pairs"])
         order = list(range(len(rows)))
         random.Random(self.seed).shuffle(order)
         flipped = set(order[: round(self.share * len(rows))])
         for index in flipped:
             row = rows[index]
             row.update(chosen=row["rejected"], rejected=row["chosen"], tokens=row["tokens"][::-1])
-        write_table(job.out / "train.parquet", rows, **read_metadata(inputs["pairs"]))
-        job.finish(pairs=len(rows), flipped=len(flipped))
+        write_table(job.out / "train.parquet", rows, **read_table_metadata(input_paths["pairs"]))
+        job.finish_stage(pairs=len(rows), flipped=len(flipped))

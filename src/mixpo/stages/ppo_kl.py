@@ -22,7 +22,7 @@ def compute_kl_metrics(
     sft_logprobs: Float[Tensor, "prompts k tokens"],
     mask: Bool[Tensor, "prompts k tokens"],
 ) -> dict[str, float]:
-    """Compute the KL of a batch of completions to the reference and to SFT, in nats a completion and a token."""
+    """KL of a batch of completions to the reference and to SFT as metrics: nats a completion, nats a token."""
     kl = kl_k1(logprobs, reference_logprobs) * mask
     return {
         "kl": float(kl.sum(dim=-1).mean()),
@@ -34,16 +34,16 @@ def compute_kl_metrics(
 
 
 def check_kl_limits(
-    settings: PPOSettings, metrics: Mapping[str, float], *, step: int, starts_at_reference: bool
+    settings: PPOSettings, metrics: Mapping[str, float], *, iteration: int, starts_at_reference: bool
 ) -> None:
-    """Raise if the KL exceeds `max_kl`, or if it is not 0 at step 0 although the policy starts as its reference."""
-    if step == 0 and starts_at_reference and metrics["kl_abs_per_token"] > STEP_0_KL[settings.precision]:
+    """Raise an error if the KL exceeds `max_kl`, or at step 0 if it is not 0 though the policy is its reference."""
+    if iteration == 0 and starts_at_reference and metrics["kl_abs_per_token"] > STEP_0_KL[settings.precision]:
         raise RuntimeError(
             f"step 1: found log-probs of policy and reference that differ by {metrics['kl_abs_per_token']:.3g} nats a "
             f"token, though both are the same model; expected at most {STEP_0_KL[settings.precision]}"
         )
     if not math.isfinite(metrics["kl_per_token"]) or metrics["kl_per_token"] > settings.max_kl:
-        if step == 0:
+        if iteration == 0:
             raise InputError(
                 f"ppo.max_kl: the policy starts {metrics['kl_per_token']:.3g} nats a token from its reference; "
                 f"expected at most {settings.max_kl:g}; raise it, or name a reference that is nearer"

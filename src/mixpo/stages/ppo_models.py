@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from mixpo.data.errors import InputError
-from mixpo.models.adapters import add_lora, freeze
+from mixpo.models.adapters import add_lora, freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.training.checkpoint import Stateful, TrainableWeights
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.step import make_optimizer
 
 
 @dataclass(frozen=True)
 class FrozenModels:
-    """Reference, SFT and reward model, which are not trained."""
+    """Reference, SFT and reward model of PPO, which are not trained."""
 
     reference: LanguageModel
     sft: LanguageModel
@@ -29,7 +29,7 @@ class FrozenModels:
 
 @dataclass
 class ActorCritic:
-    """The policy and, with `gae`, a value model, their optimizers, and the state of the KL controllers."""
+    """Policy and, with `gae`, value model of PPO, their optimizers, and the state of the KL controllers."""
 
     policy: LanguageModel
     policy_optimizer: torch.optim.Optimizer
@@ -43,12 +43,12 @@ class ActorCritic:
     """Integral term of that controller."""
 
     @property
-    def shares_model(self) -> bool:
-        """True if policy and value are one model."""
+    def shares_network(self) -> bool:
+        """True if policy and value are one network with two heads."""
         return self.value is self.policy
 
-    def stateful_parts(self) -> dict[str, Stateful]:
-        """Return the parts that a checkpoint saves."""
+    def collect_checkpoint_parts(self) -> dict[str, Stateful]:
+        """The trained weights and optimizers that a checkpoint saves, by name."""
         parts: dict[str, Stateful] = {
             "policy": TrainableWeights(self.policy),
             "policy_optimizer": self.policy_optimizer,
@@ -59,39 +59,38 @@ class ActorCritic:
 
 
 def load_frozen_models(
-    settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel, job: Job
+    settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, job: Job
 ) -> FrozenModels:
-    """Load reference, SFT and reward model; one model if SFT is the reference.
-
-    Raises `InputError` if the tokenizer of reference or SFT differs from the policy's.
-    """
-    reference = sft = freeze(job.load_policy(inputs["reference"], settings.precision))
-    if compute_model_digest(model_folder(inputs["reference"])) != compute_model_digest(model_folder(inputs["sft"])):
-        sft = freeze(job.load_policy(inputs["sft"], settings.precision))
+    """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ."""
+    reference = sft = freeze_model(job.load_policy(input_paths["reference"], settings.precision))
+    if compute_model_digest(locate_model_folder(input_paths["reference"])) != compute_model_digest(
+        locate_model_folder(input_paths["sft"])
+    ):
+        sft = freeze_model(job.load_policy(input_paths["sft"], settings.precision))
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    return FrozenModels(reference, sft, freeze(job.load_reward_model(inputs["reward"], settings.precision)))
+    return FrozenModels(reference, sft, freeze_model(job.load_reward_model(input_paths["reward"], settings.precision)))
 
 
 def make_actor_critic(
-    settings: PPOSettings, inputs: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel, job: Job
+    settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel, job: Job
 ) -> ActorCritic:
-    """Make the optimizers and, for `gae`, the value model as `value_init` says."""
+    """Make the optimizers and, for `gae`, the value model from the policy or the reward model, as `value_init` says."""
     value: LanguageModel | None = None
     if settings.advantage == "gae":
         if settings.value_init == "shared":
             value = policy
-            policy.value_head = _make_value_head(policy)
+            policy.value_head = _make_zero_value_head(policy)
         elif settings.value_init == "policy":
-            value = job.initialize_reward_model(inputs["policy"], seed=settings.seed, precision=settings.precision)
+            value = job.initialize_reward_model(input_paths["policy"], seed=settings.seed, precision=settings.precision)
         else:
             if reward.tokenization_digest != policy.tokenization_digest:
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"
                 )
-            value = job.load_reward_model(inputs["reward"], settings.precision)
+            value = job.load_reward_model(input_paths["reward"], settings.precision)
     value_optimizer = None
     if value is not None and value is not policy:
         if settings.lora:
@@ -101,8 +100,8 @@ def make_actor_critic(
     return ActorCritic(policy, make_optimizer(policy.parameters(), settings), value, value_optimizer, settings.kl_coef)
 
 
-def _make_value_head(policy: LanguageModel) -> nn.Linear:
-    """Make a scalar head of zeros."""
+def _make_zero_value_head(policy: LanguageModel) -> nn.Linear:
+    """Make a linear layer from hidden states to one value, with weights of zero."""
     head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

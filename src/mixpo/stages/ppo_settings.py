@@ -8,7 +8,7 @@ import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import LoraSettings
-from mixpo.training.step import OptimizerSettings, suggest_remedies
+from mixpo.training.step import OptimizerSettings, suggest_divergence_remedies
 
 DEEPSPEED_CHAT: dict[str, Any] = {
     "kl_coef": 0.1,
@@ -93,6 +93,7 @@ class PPOSettings(OptimizerSettings):
     @pydantic.model_validator(mode="wrap")
     @classmethod
     def _apply_preset(cls, values: Any, validate: pydantic.ModelWrapValidatorHandler[Self]) -> Self:
+        """Validator: fill in the values of the preset `deepspeed-chat` where none is given."""
         if not isinstance(values, dict) or values.get("preset") != "deepspeed-chat":
             return validate(values)
         settings = validate({**DEEPSPEED_CHAT, **values})
@@ -101,6 +102,7 @@ class PPOSettings(OptimizerSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "PPOSettings":
+        """Validator: raise `InputError` on settings that exclude each other."""
         if self.kl_budget is not None and (self.kl_target is not None or self.kl_coef == 0):
             raise InputError(
                 f"ppo.kl_budget: found beside kl_target {self.kl_target} and kl_coef {self.kl_coef:g}; expected no "
@@ -114,53 +116,55 @@ class PPOSettings(OptimizerSettings):
         return self
 
 
-def count_updates(settings: PPOSettings, prompts: int, iterations: int) -> list[int]:
-    """Count the optimizer steps before each iteration, and in the last entry those of all, for the learning rate.
-
-    The last iteration of an epoch may have fewer prompts, and so fewer minibatches.
-    """
-    per_epoch = -(-prompts // settings.batch_size)
-    counts = [min(settings.batch_size, prompts - step % per_epoch * settings.batch_size) for step in range(iterations)]
+def count_updates_before_iterations(settings: PPOSettings, prompt_count: int, iteration_count: int) -> list[int]:
+    """Numbers of optimizer steps before each iteration, and as the last entry that of all iterations."""
+    per_epoch = -(-prompt_count // settings.batch_size)
+    counts = [
+        min(settings.batch_size, prompt_count - step % per_epoch * settings.batch_size)
+        for step in range(iteration_count)
+    ]
     minibatches = [-(-count // -(-count // settings.minibatches)) for count in counts]
     return list(accumulate((settings.epochs_per_batch * number for number in minibatches), initial=0))
 
 
-def choose_snapshot_steps(count: int, total: int) -> list[int]:
-    """Choose the steps after which a snapshot is saved: the ends of the first `count` of count + 1 equal parts."""
-    if count >= total:
+def choose_snapshot_steps(snapshot_count: int, iteration_count: int) -> list[int]:
+    """Iterations after which a snapshot is saved: the ends of count + 1 equal parts but the last."""
+    if snapshot_count >= iteration_count:
         raise InputError(
-            f"trace.snapshots: found {count} for {total} iterations of PPO; expected fewer; lower it or "
-            "ppo.batch_size, or raise ppo.epochs"
+            f"trace.snapshots: found {snapshot_count} for {iteration_count} iterations of PPO; expected fewer; lower "
+            "it or ppo.batch_size, or raise ppo.epochs"
         )
-    return [round(total * number / (count + 1)) for number in range(1, count + 1)]
+    return [round(iteration_count * number / (snapshot_count + 1)) for number in range(1, snapshot_count + 1)]
 
 
-def suggest_ppo_remedies(stage: PPOSettings, updates: Sequence[int], step: int) -> str:
-    """Suggest changes of settings after a divergence; `updates` are the optimizer steps before each iteration."""
-    tips = suggest_remedies(updates[step], total=updates[-1], settings=stage)
-    if step > 0:
-        tips.append(suggest_tighter_anchor(stage))
-    if stage.advantage == "gae" and step >= stage.value_warmup_steps:
-        tips.append(f"more value_warmup_steps (now {stage.value_warmup_steps})")
+def suggest_ppo_remedies(settings: PPOSettings, updates_before_iterations: Sequence[int], iteration: int) -> str:
+    """Changes of settings to try after a divergence at an iteration, as text joined by `or`."""
+    tips = suggest_divergence_remedies(
+        updates_before_iterations[iteration], total_steps=updates_before_iterations[-1], settings=settings
+    )
+    if iteration > 0:
+        tips.append(suggest_tighter_anchor(settings))
+    if settings.advantage == "gae" and iteration >= settings.value_warmup_steps:
+        tips.append(f"more value_warmup_steps (now {settings.value_warmup_steps})")
     return " or ".join(tips)
 
 
-def suggest_tighter_anchor(stage: PPOSettings) -> str:
-    """Suggest a change of a setting that reduces the KL to the reference."""
+def suggest_tighter_anchor(settings: PPOSettings) -> str:
+    """A change of a setting that reduces the KL to the reference, as text."""
     for name in ("kl_target", "kl_budget"):  # their controllers change kl_coef
-        if (value := getattr(stage, name)) is not None:
+        if (value := getattr(settings, name)) is not None:
             return f"a lower {name} (now {value:g})"
-    return f"a higher kl_coef (now {stage.kl_coef:g})"
+    return f"a higher kl_coef (now {settings.kl_coef:g})"
 
 
-def suggest_against_alarms(stage: PPOSettings) -> dict[str, str]:
-    """Suggest changes of settings against each alarm, by the name of its metric."""
-    anchor = suggest_tighter_anchor(stage)
+def suggest_remedies_by_metric(settings: PPOSettings) -> dict[str, str]:
+    """Changes of settings to try against each alarm, as texts by the name of the alarm's metric."""
+    anchor = suggest_tighter_anchor(settings)
     return {
-        "end_rate": f"a higher max_completion_tokens (now {stage.max_completion_tokens}) or missing_end_penalty (now "
-        f"{stage.missing_end_penalty:g})",
+        "end_rate": f"a higher max_completion_tokens (now {settings.max_completion_tokens}) or missing_end_penalty "
+        f"(now {settings.missing_end_penalty:g})",
         "distinct": anchor,
-        "entropy": f"{anchor} or a lower learning_rate (now {stage.learning_rate:g})",
+        "entropy": f"{anchor} or a lower learning_rate (now {settings.learning_rate:g})",
         "score_std": f"{anchor}, and read completions.jsonl",
         "completion_tokens": f"{anchor}, and read completions.jsonl",
     }

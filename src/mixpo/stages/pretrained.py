@@ -11,26 +11,26 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.sources import compute_content_digest, expand_path
-from mixpo.data.templates import write_arguments_into_template
+from mixpo.data.sources import compute_content_digest, expand_home
+from mixpo.data.templates import prepend_template_arguments
 from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
 from mixpo.models.digests import compute_model_digest, list_model_files
 from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
 from mixpo.models.sources import (
     initialize_world_model,
-    read_gguf,
+    read_gguf_model,
     read_gguf_tokenizer,
     read_hub_model,
     resolve_package_file,
 )
 from mixpo.settings import Settings
 from mixpo.stages.stage import PolicyStage
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.record import progress_listener
 
 
 class PretrainedSettings(Settings):
-    """Settings of the initial model."""
+    """Settings of the initial model: its source, chat template and data type."""
 
     path: str = "world"
     """`world` (random weights for the embedded world), a folder, a Hugging Face id, a `.gguf` file, or
@@ -51,16 +51,17 @@ class PretrainedSettings(Settings):
     @pydantic.field_validator("template_arguments", mode="before")
     @classmethod
     def _sort_arguments(cls, value: Any) -> Any:
+        """Validator: a mapping of template arguments becomes sorted pairs."""
         return _sort_template_arguments(value)
 
 
 def _sort_template_arguments(arguments: Any) -> Any:
-    """Convert a mapping of template arguments to sorted pairs, which can be hashed."""
+    """A mapping of template arguments as sorted pairs, which can be hashed; pairs are returned unchanged."""
     return tuple(sorted(arguments.items())) if isinstance(arguments, Mapping) else arguments
 
 
 class Pretrained(PolicyStage, PretrainedSettings):
-    """The initial model in `model/`. Local folders are copied, so that the original may change later."""
+    """Stage of the initial model in `model/`. Local folders are copied, so that the original may change later."""
 
     special_tokens: Literal["text", "parse"] = "text"
     """The recipe's `data.special_tokens`, saved in the model's folder for all stages."""
@@ -70,6 +71,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _read_content(cls, values: Any) -> Any:
+        """Validator: fill in `content`, the digest of a local path's files. Raises `InputError` on unusable ones."""
         if not isinstance(values, dict) or values.get("content"):
             return values
         path = values.get("path", "world")
@@ -77,13 +79,13 @@ class Pretrained(PolicyStage, PretrainedSettings):
             return values
         if path.startswith("package:"):
             return {**values, "content": compute_content_digest([resolve_package_file(path)])}
-        local = expand_path(path)
+        local = expand_home(path)
         if path.endswith(".gguf"):
             return {**values, "content": compute_content_digest([local])}
         if local.is_dir():
             with explain_loading_errors(local):
                 digest = compute_model_digest(local)
-            _check_folder(
+            _check_folder_once(
                 local,
                 digest,
                 values.get("chat_template"),
@@ -94,21 +96,21 @@ class Pretrained(PolicyStage, PretrainedSettings):
             raise InputError(f"model.path: found no folder {path!r}; expected a model folder, a .gguf file or a hub id")
         return values
 
-    def fields_outside_identity(self) -> list[str]:
-        """Return the path and revision if the digest of the files is a field."""
+    def list_fields_outside_identity(self) -> list[str]:
+        """Names of the fields path and revision if `content` identifies the model; else none."""
         return ["path", "revision"] if self.content else []
 
     @property
     def local_folder(self) -> Path | None:
-        """The local model folder; None if the model has another source."""
-        local = expand_path(self.path)
+        """Path of the local model folder; None if the model has another source."""
+        local = expand_home(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Write `model/`, and verify that policy and reward models can be loaded from it."""
-        model = model_folder(job.out)
-        local = expand_path(self.path)
-        network, tokenizer = self._load_source(local)
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Write the initial model to `model/`, and verify that policy and reward model can be loaded from it."""
+        model = locate_model_folder(job.out)
+        local = expand_home(self.path)
+        network, tokenizer = self._load_source_model(local)
         if network is None:
             model.mkdir(exist_ok=True)
             for file in list_model_files(local):
@@ -116,32 +118,34 @@ class Pretrained(PolicyStage, PretrainedSettings):
         else:
             network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
             tokenizer.save_pretrained(model)
-        self._write_template(model)
+        self._write_template_if_changed(model)
         job.load_policy(job.out)
         job.initialize_reward_model(job.out, seed=0)
-        job.finish(model=compute_model_digest(model))
+        job.finish_stage(model=compute_model_digest(model))
 
-    def _write_template(self, model: Path) -> None:
-        """Write the chat template and the special-tokens setting into the model's folder, if they differ from it."""
-        tokenizer = load_tokenizer(model)
+    def _write_template_if_changed(self, model_folder: Path) -> None:
+        """Save the chat template and the special-tokens setting in the model's folder, if it has others."""
+        tokenizer = load_tokenizer(model_folder)
         parse = self.special_tokens == "parse"
         if self.chat_template is not None or self.template_arguments or parse != parses_special_tokens(tokenizer):
-            _set_template(tokenizer, self.chat_template, self.template_arguments)
+            _set_chat_template(tokenizer, self.chat_template, self.template_arguments)
             tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = self.special_tokens
-            tokenizer.save_pretrained(model)
+            tokenizer.save_pretrained(model_folder)
 
-    def _load_source(self, local: Path) -> tuple[Any, Any]:
-        """Load the model and its tokenizer; None for the model if a folder's files can be copied unchanged."""
+    def _load_source_model(self, local_path: Path) -> tuple[Any, Any]:
+        """(model, tokenizer) of the source; None for the model if a folder's files can be copied unchanged."""
         if self.path == "world":
             return initialize_world_model(self.init_seed)
         if self.path.startswith("package:"):
-            return read_gguf(resolve_package_file(self.path))
+            return read_gguf_model(resolve_package_file(self.path))
         if self.path.endswith(".gguf"):
-            return read_gguf(local)
+            return read_gguf_model(local_path)
         if self.local_folder is not None:
             if self.dtype == "auto":
-                return None, load_tokenizer(local)
-            return load_weights(_read_folder(local, self.chat_template, self.template_arguments)), load_tokenizer(local)
+                return None, load_tokenizer(local_path)
+            return load_weights(
+                _read_with_template(local_path, self.chat_template, self.template_arguments)
+            ), load_tokenizer(local_path)
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             progress_listener.get().on_message(
@@ -150,46 +154,47 @@ class Pretrained(PolicyStage, PretrainedSettings):
         return network, load_tokenizer(self.path, self.revision)
 
 
-def read_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -> PreTrainedTokenizerBase:
+def read_pretrained_tokenizer(settings: PretrainedSettings, special_tokens: str = "text") -> PreTrainedTokenizerBase:
     """Read the tokenizer that the stages will use, with the template settings applied; no weights are read."""
     path = settings.path
     if path == "world":
         tokenizer = initialize_world_model(settings.init_seed)[1]
     elif path.startswith("package:") or path.endswith(".gguf"):
-        file = resolve_package_file(path) if path.startswith("package:") else expand_path(path)
+        file = resolve_package_file(path) if path.startswith("package:") else expand_home(path)
         tokenizer = read_gguf_tokenizer(file)
     else:
-        local = expand_path(path)
+        local = expand_home(path)
         tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
-    _set_template(tokenizer, settings.chat_template, settings.template_arguments)
+    _set_chat_template(tokenizer, settings.chat_template, settings.template_arguments)
     tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = special_tokens
     return tokenizer
 
 
 @lru_cache
-def _check_folder(
+def _check_folder_once(
     folder: Path, digest: str, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
 ) -> None:
-    """Check a folder by `_read_folder`, once for each digest; the result is not cached, since callers may modify it."""
-    _read_folder(folder, chat_template, template_arguments)
+    """Check a model folder with these template settings, once a digest. Raises `InputError` if it is unusable."""
+    _read_with_template(folder, chat_template, template_arguments)
 
 
-def _read_folder(
+def _read_with_template(
     folder: Path, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
 ) -> ModelFolder:
-    """Read and check a model folder with these template settings, without reading its weights."""
+    """Check a model folder with these template settings, without reading its weights. Raises `InputError`."""
 
-    def read_tokenizer(folder: Path) -> Any:
+    def load_tokenizer_with_template(folder: Path) -> Any:
+        """The folder's tokenizer with the template settings applied."""
         tokenizer = load_tokenizer(folder)
-        _set_template(tokenizer, chat_template, template_arguments)
+        _set_chat_template(tokenizer, chat_template, template_arguments)
         return tokenizer
 
-    return read_policy_folder(folder, read_tokenizer)
+    return read_policy_folder(folder, load_tokenizer_with_template)
 
 
-def _set_template(tokenizer: Any, chat_template: str | None, arguments: tuple[tuple[str, Any], ...]) -> None:
-    """Set the chat template of a tokenizer, and write the template arguments into it."""
+def _set_chat_template(tokenizer: Any, chat_template: str | None, arguments: tuple[tuple[str, Any], ...]) -> None:
+    """Set the chat template of a tokenizer in place, if given, and write the template arguments into it."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if arguments:
-        tokenizer.chat_template = write_arguments_into_template(tokenizer, dict(arguments))
+        tokenizer.chat_template = prepend_template_arguments(tokenizer, dict(arguments))

@@ -13,9 +13,9 @@ from torch import Tensor
 from mixpo.algorithms.calibration import bin_accuracy_by_gap
 from mixpo.algorithms.intervals import wilson_interval
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
-from mixpo.data.branches import BranchBatch, row_lengths
+from mixpo.data.branches import BranchBatch, count_tokens_per_prompt
 from mixpo.data.splits import split_by_prompt
-from mixpo.models.adapters import LoraSettings, add_lora, freeze
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
 from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
@@ -29,7 +29,7 @@ GAP_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
 class RewardModelSettings(SupervisedSettings):
-    """Settings of reward-model training."""
+    """Settings of reward-model training: optimizer, validation share, initial head."""
 
     learning_rate: float = pydantic.Field(5e-6, gt=0)
     batch_size: int = pydantic.Field(8, ge=1)
@@ -49,7 +49,7 @@ class RewardModelSettings(SupervisedSettings):
 
 
 class RewardModel(RewardStage, RewardModelSettings):
-    """A reward model trained by equation 1 of the paper; its score is read at a completion's last token."""
+    """Stage of a reward model trained by equation 1 of the paper; its score is read at a completion's last token."""
 
     policy: PolicyStage
     """Policy with the initial weights."""
@@ -57,19 +57,19 @@ class RewardModel(RewardStage, RewardModelSettings):
     data: DataStage
     """Data with the test pairs that are scored at the end."""
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Train, and write `model/` and the scores of validation and test pairs."""
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Train a reward model, and write `model/` and the scores of validation and test pairs."""
         torch.manual_seed(self.seed)
-        lm = job.initialize_reward_model(inputs["policy"], seed=self.seed, precision=self.precision)
+        lm = job.initialize_reward_model(input_paths["policy"], seed=self.seed, precision=self.precision)
         if self.lora:
             add_lora(lm, self.lora)
-        pairs = read_pairs(inputs["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
-        test = read_pairs(inputs["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
+        pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
+        test = read_pairs(input_paths["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
         train, validation = split_by_prompt(
             list(map(tuple, pairs.prompts)),
             self.validation_share,
             self.seed,
-            setting="reward.validation_share",
+            setting_name="reward.validation_share",
             remedy="add pairs with other prompts to the train rows (those of a second reward model: raise "
             "data.second_rows)",
         )
@@ -77,10 +77,11 @@ class RewardModel(RewardStage, RewardModelSettings):
         training, budget = SupervisedTraining(job, self, lm, prompts, completions), job.runtime.microbatch_tokens
         if self.head == "fitted" and training.first_step == 0:
             states = compute_last_states(lm, prompts, completions, token_budget=budget)
-            job.cost.count_scored(lm.model, sum(row_lengths(prompts, completions)))
+            job.cost.count_scored_tokens(lm.model, sum(count_tokens_per_prompt(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            """Summed Bradley-Terry loss of a microbatch, and the sums of its metrics."""
             chosen, rejected = lm(batch, "scores").unbind(dim=1)
             number = torch.tensor(len(rows))
             metrics = {
@@ -93,27 +94,27 @@ class RewardModel(RewardStage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for _ in training.train_steps(compute_loss, compute_divisor=len):
+        for _ in training.train_remaining_steps(compute_loss, compute_divisor=len):
             pass
 
         digest = job.save_model(lm)
-        saved = freeze(job.load_reward_model(job.out, self.precision))
+        saved = freeze_model(job.load_reward_model(job.out, self.precision))
         accuracies: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
             scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
-            job.cost.count_scored(saved.model, sum(row_lengths(prompts, completions)))
+            job.cost.count_scored_tokens(saved.model, sum(count_tokens_per_prompt(prompts, completions)))
             write_table(
                 job.out / f"{name}_scores.parquet",
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
             )
-            accuracies[name] = _summarize_scores(scores)
+            accuracies[name] = _summarize_accuracy(scores)
         accuracies["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = accuracies["test"]["accuracy"], accuracies["test"]["accuracy_interval"]
-        train_accuracy = compute_mean_of_last_steps(training.metrics.rows(), "accuracy")
-        job.finish(
+        train_accuracy = compute_mean_of_last_steps(training.metrics.read_steps(), "accuracy")
+        job.finish_stage(
             model=digest,
             pairs=len(train),
             truncated=pairs.truncated,
@@ -124,9 +125,9 @@ class RewardModel(RewardStage, RewardModelSettings):
         )
 
 
-def _summarize_scores(scores: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
-    """Compute the accuracy on scored pairs, with its interval and by bins of the gap (the paper's Figure 2)."""
-    margins = scores[:, 0] - scores[:, 1]
+def _summarize_accuracy(pair_scores: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[str, Any]:
+    """Accuracy on scored pairs [pairs, (chosen, rejected)] with its interval and by bins of the gap, as a dict."""
+    margins = pair_scores[:, 0] - pair_scores[:, 1]
     correct = int((margins > 0).sum())
     interval = wilson_interval(correct, len(margins))
     return {
@@ -134,7 +135,7 @@ def _summarize_scores(scores: "np.ndarray[Any, np.dtype[np.float64]]") -> dict[s
         "accuracy": correct / len(margins),
         "accuracy_interval": [interval.low, interval.high],
         "gap_under_1": float((np.abs(margins) < 1).mean()),
-        "score_mean": float(scores.mean()),
-        "score_std": float(scores.std()),
+        "score_mean": float(pair_scores.mean()),
+        "score_std": float(pair_scores.std()),
         "by_gap": [asdict(row) for row in bin_accuracy_by_gap(margins, GAP_EDGES)],
     }

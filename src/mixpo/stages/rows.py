@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import Prompt, prompt_key
+from mixpo.data.rows import Prompt, make_prompt_key
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, tokenize_row
 from mixpo.models.language_model import LanguageModel, Precision
@@ -18,8 +18,8 @@ from mixpo.training.record import progress_listener
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Tokenized preference pairs: completions[i] = [chosen, rejected]."""
+class TokenPairs:
+    """Preference pairs in tokens: completions[i] = [chosen, rejected] of the prompt i."""
 
     prompts: list[list[int]]
     completions: list[list[list[int]]]
@@ -36,7 +36,7 @@ class Pairs:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Read all rows of a Parquet file that a stage wrote, or some columns. Raises `InputError` if it is damaged."""
+    """Rows of a stage's Parquet file as dicts, with all or some columns. Raises `InputError` if it is damaged."""
     try:
         rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
@@ -48,25 +48,25 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], **metadata: str | None) -> None:
-    """Write rows to a Parquet file, with metadata such as the `sampler` of their completions."""
+    """Write rows to a Parquet file, with metadata such as the `sampler` of their completions; None is left out."""
     entries = {f"mixpo.{name}": value for name, value in metadata.items() if value is not None}
     pq.write_table(pa.Table.from_pylist(list(rows)).replace_schema_metadata(entries), path)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a file that `write_table` wrote."""
+def read_table_metadata(path: Path) -> dict[str, str]:
+    """The metadata, texts by name, that `write_table` put into a Parquet file; empty if it has none."""
     metadata = pq.read_schema(path).metadata or {}
     entries = {name.decode(): value.decode() for name, value in metadata.items()}
     return {name[6:]: value for name, value in entries.items() if name.startswith("mixpo.")}
 
 
-def format_sampler_name(digest: str, precision: Precision) -> str:
-    """Name the model and precision that completions and their log-probs are sampled with."""
-    return f"{digest} {precision}"
+def format_sampler_name(model_digest: str, precision: Precision) -> str:
+    """Name, as text, of the model and precision by which completions and their log-probs are sampled."""
+    return f"{model_digest} {precision}"
 
 
-def add_tokens(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Add `prompt_tokens` and the `tokens` of every completion (chosen before rejected) to rows of text."""
+def add_token_columns(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Copies of rows of text with `prompt_tokens`, and the `tokens` of all completions (chosen before rejected)."""
     names = [name for name in ("completion", "chosen", "rejected") if rows and name in rows[0]]
     tokens = (tokenize_row(tokenizer, row["prompt"], [row[name] for name in names]) for row in rows)
     return [
@@ -75,12 +75,9 @@ def add_tokens(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizer
     ]
 
 
-def read_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Read rows with their tokens (see `add_tokens`), or tokenize them if the file has another tokenizer's.
-
-    Raises `InputError` if another tokenizer's completions were sampled, since their text is not what was sampled.
-    """
-    rows, metadata = read_table(path), read_metadata(path)
+def read_tokenized_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Rows of a file with token columns, made again for another tokenizer: `InputError` then if they were sampled."""
+    rows, metadata = read_table(path), read_table_metadata(path)
     if metadata.get("tokenizer") == compute_tokenization_digest(tokenizer):
         return rows
     if "sampler" in metadata:
@@ -88,26 +85,25 @@ def read_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str
             f"{path}: found completions that were sampled with another tokenizer than the model's; expected the same; "
             "sample them from a policy of the same family"
         )
-    return add_tokens(rows, tokenizer)
+    return add_token_columns(rows, tokenizer)
 
 
 def read_unique_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, count: int | None = None
+    path: Path, tokenizer: PreTrainedTokenizerBase, max_prompts: int | None = None
 ) -> tuple[list[Prompt], list[list[int]]]:
-    """Read the unique prompts of a file in order, or `count` of them, the same at every seed, with their tokens."""
+    """(prompts, their token ids) of a file, each once, in order; a fixed random subset if `max_prompts` is smaller."""
     rows = read_table(path, ["prompt", "prompt_tokens"])
-    unique = draw_subset(list({prompt_key(row["prompt"]): row for row in rows}.values()), count, COMPARISON_SEED)
-    if read_metadata(path).get("tokenizer") != compute_tokenization_digest(tokenizer):
-        unique = add_tokens(unique, tokenizer)
+    unique = draw_subset(
+        list({make_prompt_key(row["prompt"]): row for row in rows}.values()), max_prompts, COMPARISON_SEED
+    )
+    if read_table_metadata(path).get("tokenizer") != compute_tokenization_digest(tokenizer):
+        unique = add_token_columns(unique, tokenizer)
     return [row["prompt"] for row in unique], [row["prompt_tokens"] for row in unique]
 
 
-def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> Pairs:
-    """Read preference rows in tokens (`read_tokens`), cut to a length, or sampled pairs, which are not cut.
-
-    Raises `InputError` if the completions of all pairs are identical.
-    """
-    rows, sampler = read_tokens(path, lm.tokenizer), read_metadata(path).get("sampler")
+def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> TokenPairs:
+    """Read tokenized pairs that differ, human ones cut to a length. Raises `InputError` if none differs."""
+    rows, sampler = read_tokenized_rows(path, lm.tokenizer), read_table_metadata(path).get("sampler")
     limit = None if sampler else max_completion_tokens
     completions = [[side[:limit] for side in row["tokens"]] for row in rows]
     truncated = 0 if sampler else sum(not lm.has_ended(side) for sides in completions for side in sides)
@@ -123,7 +119,7 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
         progress_listener.get().on_message(
             f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same"
         )
-    return Pairs(
+    return TokenPairs(
         [rows[row]["prompt_tokens"] for row in different],
         [completions[row] for row in different],
         sampler,
@@ -134,10 +130,10 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
     )
 
 
-def report_truncation(name: str, truncated: int, total: int, limit: int) -> None:
-    """Report the number of cut completions to the listener, if there are any."""
+def report_truncation(rows_name: str, truncated: int, completion_count: int, max_tokens: int) -> None:
+    """Send the number of cut completions to the progress listener, if there are any."""
     if truncated:
         progress_listener.get().on_message(
-            f"{name}: {truncated} of {total} completions ({truncated / total:.0%}) are cut to max_completion_tokens "
-            f"{limit} and have no end token"
+            f"{rows_name}: {truncated} of {completion_count} completions ({truncated / completion_count:.0%}) are cut "
+            f"to max_completion_tokens {max_tokens} and have no end token"
         )

@@ -7,19 +7,19 @@ import numpy as np
 import pydantic
 
 from mixpo.algorithms.selection import compute_score_gaps, order_by_score
-from mixpo.models.adapters import freeze
+from mixpo.models.adapters import freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.scoring import compute_scores, retokenize
+from mixpo.models.scoring import compute_scores, retokenize_for_reward
 from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage
-from mixpo.training.job import Job, model_folder
+from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import SeededSettings
 
 
 class SamplesSettings(SeededSettings):
-    """Settings of sampling."""
+    """Settings of sampling pairs of completions for the selection."""
 
     temperature: float = pydantic.Field(1.0, gt=0)
     top_p: float = pydantic.Field(1.0, gt=0, le=1)
@@ -31,7 +31,7 @@ class SamplesSettings(SeededSettings):
 
 
 class Samples(ScoredPairsStage, SamplesSettings):
-    """Scored pairs in `pairs.parquet`: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
+    """Stage of scored pairs in `pairs.parquet`: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
 
     The completion with the higher score is chosen. Identical completions have the gap 0.
     """
@@ -45,16 +45,16 @@ class Samples(ScoredPairsStage, SamplesSettings):
 
     @property
     def pairs(self) -> Part:
-        """All scored pairs."""
+        """All scored pairs, as the stage's file `pairs.parquet`."""
         return Part(stage=self, of="pairs")
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Sample and score completions, and write `pairs.parquet`."""
-        lm = freeze(job.load_policy(inputs["policy"], self.precision))
-        reward = freeze(job.load_reward_model(inputs["reward"], self.precision))
-        unique_prompts, prompts = read_unique_prompts(inputs["rows"], lm.tokenizer, self.prompts)
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Sample two completions of each prompt, score them, and write `pairs.parquet`."""
+        lm = freeze_model(job.load_policy(input_paths["policy"], self.precision))
+        reward = freeze_model(job.load_reward_model(input_paths["reward"], self.precision))
+        unique_prompts, prompts = read_unique_prompts(input_paths["rows"], lm.tokenizer, self.prompts)
         resumable = ResumableWork(job)
-        completions, logprobs = resumable.sample_completions(
+        completions, logprobs = resumable.sample_in_portions(
             lm,
             prompts,
             k=2,
@@ -64,8 +64,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
             top_p=self.top_p,
             top_k=self.top_k,
         )
-        reward_inputs = retokenize(reward, lm, unique_prompts, prompts, completions)
-        scores = resumable.score_completions("scores", compute_scores, reward, *reward_inputs).double().numpy()
+        reward_inputs = retokenize_for_reward(reward, lm, unique_prompts, prompts, completions)
+        scores = resumable.score_in_portions("scores", compute_scores, reward, *reward_inputs).double().numpy()
         identical = np.array([first == second for first, second in completions])
         gaps = np.where(identical, 0.0, compute_score_gaps(scores))
         rows = [
@@ -89,9 +89,9 @@ class Samples(ScoredPairsStage, SamplesSettings):
                 strict=True,
             )
         ]
-        sampler = format_sampler_name(compute_model_digest(model_folder(inputs["policy"])), self.precision)
+        sampler = format_sampler_name(compute_model_digest(locate_model_folder(input_paths["policy"])), self.precision)
         write_table(job.out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
-        job.finish(
+        job.finish_stage(
             pairs=len(rows),
             identical=int(identical.sum()),
             gap_mean=float(gaps.mean()),
@@ -103,6 +103,6 @@ class Samples(ScoredPairsStage, SamplesSettings):
 
 
 def _compute_end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:
-    """Share of completions that end with an end token."""
+    """Share of completions whose last token is an end token."""
     ended = [lm.has_ended(completion) for branches in completions for completion in branches]
     return sum(ended) / len(ended)

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from mixpo.algorithms.selection import easy_mask, threshold_for_easy_fraction
+from mixpo.algorithms.selection import compute_easy_mask, compute_threshold_for_easy_fraction
 from mixpo.data.errors import InputError
 from mixpo.settings import Settings
-from mixpo.stages.rows import read_metadata, read_table, write_table
+from mixpo.stages.rows import read_table, read_table_metadata, write_table
 from mixpo.stages.stage import Part, ScoredPairsStage, Stage
 from mixpo.training.job import Job
 
 
 class SelectionSettings(Settings):
-    """Settings of the split: exactly one of the two."""
+    """Settings of the split of pairs into easy and hard: exactly one of the two."""
 
     threshold: float | None = pydantic.Field(None, ge=0)
     """A pair is easy if its gap is strictly greater (the paper's gamma and theta), in units of the score."""
@@ -24,6 +24,7 @@ class SelectionSettings(Settings):
 
     @pydantic.model_validator(mode="after")
     def _check_exactly_one(self) -> "SelectionSettings":
+        """Validator: raise `InputError` unless exactly one of threshold and easy_fraction is set."""
         if (self.threshold is None) == (self.easy_fraction is None):
             raise InputError(
                 f"selection: found threshold={self.threshold} and easy_fraction={self.easy_fraction}; "
@@ -33,7 +34,7 @@ class SelectionSettings(Settings):
 
 
 class Selection(Stage, SelectionSettings):
-    """Scored pairs split by their gap into `easy.parquet` and `hard.parquet`."""
+    """Stage of scored pairs split by their score gap into `easy.parquet` and `hard.parquet`."""
 
     parts = ("easy", "hard")
 
@@ -41,17 +42,17 @@ class Selection(Stage, SelectionSettings):
 
     @property
     def easy(self) -> Part:
-        """Pairs whose gap exceeds the threshold."""
+        """The pairs whose score gap exceeds the threshold, as the stage's file `easy.parquet`."""
         return Part(stage=self, of="easy")
 
     @property
     def hard(self) -> Part:
-        """All other pairs, those of identical completions included."""
+        """All other pairs, those of identical completions included, as the stage's file `hard.parquet`."""
         return Part(stage=self, of="hard")
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Split the scored pairs and write both files."""
-        source = inputs["samples"] / "pairs.parquet"
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Split the scored pairs by their gap and write both files. Raises `InputError` if one would be empty."""
+        source = input_paths["samples"] / "pairs.parquet"
         rows = read_table(source)
         gaps = np.array([row["gap"] for row in rows], dtype=np.float64)
         if non_finite := np.flatnonzero(~np.isfinite(gaps)).tolist():
@@ -63,8 +64,8 @@ class Selection(Stage, SelectionSettings):
         threshold = self.threshold
         if threshold is None:
             assert self.easy_fraction is not None
-            threshold = threshold_for_easy_fraction(gaps, self.easy_fraction)
-        easy = easy_mask(gaps, threshold)
+            threshold = compute_threshold_for_easy_fraction(gaps, self.easy_fraction)
+        easy = compute_easy_mask(gaps, threshold)
         if easy.all() or not easy.any():
             empty = "hard" if easy.all() else "easy"
             raise InputError(
@@ -73,6 +74,8 @@ class Selection(Stage, SelectionSettings):
             )
         for name, mask in (("easy", easy), ("hard", ~easy)):
             write_table(
-                job.out / f"{name}.parquet", [rows[index] for index in np.flatnonzero(mask)], **read_metadata(source)
+                job.out / f"{name}.parquet",
+                [rows[index] for index in np.flatnonzero(mask)],
+                **read_table_metadata(source),
             )
-        job.finish(threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))
+        job.finish_stage(threshold=threshold, pairs=len(rows), easy=int(easy.sum()), hard=int((~easy).sum()))

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mixpo.data.branches import BranchBatch
 from mixpo.models.adapters import LoraSettings, add_lora
-from mixpo.stages.rows import read_tokens, report_truncation
+from mixpo.stages.rows import read_tokenized_rows, report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_loss_alarms
 from mixpo.training.job import Job
-from mixpo.training.step import Sums, suggest_remedies
+from mixpo.training.step import Sums, suggest_divergence_remedies
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
 
@@ -29,18 +29,18 @@ class SFTSettings(SupervisedSettings):
 
 
 class SFT(PolicyStage, SFTSettings):
-    """A policy trained on the mean negative log-likelihood of completion tokens, end tokens included."""
+    """Stage of a policy trained on the mean negative log-likelihood of completion tokens, end tokens included."""
 
     base: PolicyStage
     data: DataStage
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Train, and write `model/`."""
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Train a policy on the demonstrations, and write `model/`."""
         torch.manual_seed(self.seed)
-        lm = job.load_policy(inputs["base"], self.precision)
+        lm = job.load_policy(input_paths["base"], self.precision)
         if self.lora:
             add_lora(lm, self.lora)
-        rows = read_tokens(inputs["data"] / "demonstrations.parquet", lm.tokenizer)
+        rows = read_tokenized_rows(input_paths["data"] / "demonstrations.parquet", lm.tokenizer)
         prompts = [row["prompt_tokens"] for row in rows]
         completions = [[row["tokens"][0][: self.max_completion_tokens]] for row in rows]
         truncated = sum(not lm.has_ended(completion[0]) for completion in completions)
@@ -48,17 +48,19 @@ class SFT(PolicyStage, SFTSettings):
         training = SupervisedTraining(job, self, lm, prompts, completions)
 
         def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+            """Summed negative log-likelihood of a microbatch's completion tokens, without metrics."""
             return -lm(batch, "logprobs").sum(), {}
 
         def count_tokens(rows: list[int]) -> int:
+            """Number of completion tokens of these rows, by which their summed loss is divided."""
             return sum(len(completions[row][0]) for row in rows)
 
-        for _ in training.train_steps(compute_loss, compute_divisor=count_tokens):
+        for _ in training.train_remaining_steps(compute_loss, compute_divisor=count_tokens):
             pass
 
-        digest, metrics, total = job.save_model(lm), training.metrics.rows(), training.total_steps
-        remedies = suggest_remedies(total - 1, total=total, settings=self)
-        job.finish(
+        digest, metrics, total = job.save_model(lm), training.metrics.read_steps(), training.total_steps
+        remedies = suggest_divergence_remedies(total - 1, total_steps=total, settings=self)
+        job.finish_stage(
             model=digest,
             rows=len(rows),
             steps=total,

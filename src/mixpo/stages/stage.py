@@ -13,7 +13,7 @@ from mixpo.training.job import Job
 
 
 class Stage(IdentifiedModel):
-    """A node of an experiment's graph; equal stages are computed once.
+    """A node of an experiment's graph: settings and input stages, from which it computes a folder; equal ones once.
 
     Its identity is its settings, the identities of its input stages and the content of the data it reads. `compute`
     reads the folders of the input stages and writes its own. A folder with `summary.json`, written last, is complete.
@@ -23,14 +23,14 @@ class Stage(IdentifiedModel):
     parts: ClassVar[tuple[str, ...]] = ()
     """Names of the files of rows that other stages can read (`Part`)."""
 
-    def inputs(self) -> dict[str, "Stage"]:
-        """Return the input stages by the names of their fields."""
+    def get_input_stages(self) -> dict[str, "Stage"]:
+        """Input stages by the names of their fields."""
         return {name: part if isinstance(part, Stage) else part.stage for name, part in self._iterate_inputs()}
 
-    def locate_inputs(self, folders: Mapping[str, Path]) -> dict[str, Path]:
-        """Return the path of each input: its stage's folder, or the path of a part or snapshot in it."""
+    def locate_inputs(self, stage_folders: Mapping[str, Path]) -> dict[str, Path]:
+        """Paths of the inputs by field: a stage's folder, or the path of a part or snapshot in its stage's folder."""
         return {
-            name: folders[name] if isinstance(part, Stage) else part.path_in(folders[name])
+            name: stage_folders[name] if isinstance(part, Stage) else part.locate_in_folder(stage_folders[name])
             for name, part in self._iterate_inputs()
         }
 
@@ -41,52 +41,52 @@ class Stage(IdentifiedModel):
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
-    def compute(self, inputs: Mapping[str, Path], job: Job) -> None:
-        """Compute the stage from `inputs` (see `locate_inputs`), write the job's folder, and finish the job."""
+    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+        """Compute the stage from the files at `input_paths`, write the job's folder, and finish the job."""
         raise NotImplementedError
 
 
 class PolicyStage(Stage):
-    """A stage whose folder has a policy: `model/` is a causal language model."""
+    """A stage whose folder holds a policy: `model/` is a causal language model."""
 
 
 class RewardStage(Stage):
-    """A stage whose folder has a reward model: `model/` is a sequence classifier with one label."""
+    """A stage whose folder holds a reward model: `model/` is a sequence classifier with one label."""
 
 
 class DataStage(Stage):
-    """A stage whose folder has the rows of a data set: demonstrations, train and test pairs."""
+    """A stage whose folder holds the rows of a data set: demonstrations, train and test pairs."""
 
 
 class ScoredPairsStage(Stage):
-    """A stage whose folder has sampled pairs with their scores in `pairs.parquet`."""
+    """A stage whose folder holds sampled pairs with their scores in `pairs.parquet`."""
 
 
 class Part(Settings):
-    """One file of a stage with prompts and pairs: `Selection(...).easy`, `Data(...).train_pairs`."""
+    """A reference to one file of rows of a stage, such as `Selection(...).easy` or `Data(...).train_pairs`."""
 
     stage: Stage
     of: str
 
     @pydantic.model_validator(mode="after")
     def _check_part_exists(self) -> "Part":
-        """Raise `InputError` if the stage has no part `of`."""
+        """Validator: raise `InputError` if the stage has no file of this name."""
         if self.of not in self.stage.parts:
             expected = " or ".join(self.stage.parts) or "a stage that has parts"
             raise InputError(f"{type(self.stage).__name__}: found no part {self.of!r}; expected {expected}")
         return self
 
-    def path_in(self, folder: Path) -> Path:
-        """Path of the file in the stage's folder."""
-        return folder / f"{self.of}.parquet"
+    def locate_in_folder(self, stage_folder: Path) -> Path:
+        """Path of the file of rows in its stage's folder."""
+        return stage_folder / f"{self.of}.parquet"
 
 
 class Snapshot(Settings):
-    """A policy saved during training: `PPO(..., snapshots=3)` saves numbers 1, 2 and 3."""
+    """A reference to a policy saved during training: `PPO(..., snapshots=3)` saves numbers 1, 2 and 3."""
 
     stage: PolicyStage
     number: int
 
-    def path_in(self, folder: Path) -> Path:
-        """Path of the snapshot in the stage's folder; it has `model/`."""
-        return folder / "snapshots" / str(self.number)
+    def locate_in_folder(self, stage_folder: Path) -> Path:
+        """Path of the snapshot's folder, which has `model/`, in its stage's folder."""
+        return stage_folder / "snapshots" / str(self.number)

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from mixpo.data.errors import InputError
-from mixpo.stages.identity import list_identity_settings, make_folder_name
+from mixpo.stages.identity import collect_identity_settings, make_stage_folder_name
 from mixpo.stages.stage import Stage
 from mixpo.training import memory
 from mixpo.training.job import SUMMARY, Job
@@ -32,7 +32,7 @@ SETTINGS = "settings.json"
 
 @dataclass
 class StageCache:
-    """A cache of stages' folders, and the runtime with which missing ones are computed."""
+    """A cache of stages' folders, and the runtime settings with which missing ones are computed."""
 
     cache: Path
     runtime: Runtime
@@ -43,31 +43,30 @@ class StageCache:
             if self.cache.exists() and not self.cache.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
-    def folder(self, stage: Stage) -> Path:
-        """Path of the stage's folder, computed or not."""
+    def locate_folder(self, stage: Stage) -> Path:
+        """Path of a stage's folder in the cache, computed or not."""
         if stage not in self._folders:
             kind = self.cache / type(stage).__name__.lower() / f"version-{VERSION}"
-            self._folders[stage] = kind / make_folder_name(stage)
+            self._folders[stage] = kind / make_stage_folder_name(stage)
         return self._folders[stage]
 
-    def identity(self, stage: Stage) -> str:
-        """Digest of the stage's settings, inputs and data: eight hex digits at the end of its folder's name."""
-        return self.folder(stage).name[-8:]
+    def compute_identity(self, stage: Stage) -> str:
+        """Digest of a stage's settings, inputs and data: the eight hex digits at the end of its folder's name."""
+        return self.locate_folder(stage).name[-8:]
 
     def is_done(self, stage: Stage) -> bool:
-        """Return True if the stage's folder is complete.
-
-        Raises `InputError` if it was computed with other defaults, or if its summary is damaged.
-        """
-        folder = self.folder(stage)
-        settings, done = read_settings(folder), (folder / SUMMARY).exists()
+        """True if the stage's folder is complete. Raises `InputError` if it is damaged or has other defaults."""
+        folder = self.locate_folder(stage)
+        settings, done = read_stage_settings(folder), (folder / SUMMARY).exists()
         if done:
-            read_summary(folder)
+            read_stage_summary(folder)
         if settings == stage.model_dump(mode="json"):
             return done
         # folder names leave out defaults, and fields outside the identity, such as paths
         differences = (
-            list(_describe_differences(list_identity_settings(stage), settings)) if settings else ["no settings.json"]
+            list(_describe_differences(collect_identity_settings(stage), settings))
+            if settings
+            else ["no settings.json"]
         )
         if differences and (settings or done):
             raise InputError(
@@ -76,13 +75,13 @@ class StageCache:
             )
         return done
 
-    def compute(self, stage: Stage) -> Path:
-        """Compute a stage whose input stages are complete, and return its folder. Raises what the stage raises.
+    def compute_stage(self, stage: Stage) -> Path:
+        """Compute a stage whose inputs are complete, unless it is done, and return its folder. Raises what it raises.
 
         A lock keeps two runs from computing a stage at the same time: the second waits and uses the first's result.
         """
-        out = self.folder(stage)
-        lock = self.cache / "locks" / self.identity(stage)
+        out = self.locate_folder(stage)
+        lock = self.cache / "locks" / self.compute_identity(stage)
         with _explain_write_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
             held = FileLock(lock).acquire()
@@ -91,22 +90,22 @@ class StageCache:
                 with _explain_write_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
-                folders = {name: self.folder(upstream) for name, upstream in stage.inputs().items()}
-                memory.reset_peak()
+                folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
+                memory.reset_peak_memory()
                 stage.compute(stage.locate_inputs(folders), Job(out, self.runtime))
         return out
 
-    def build(self, stage: Stage) -> Path:
-        """Compute a stage and its missing input stages, and return its folder."""
+    def compute_with_inputs(self, stage: Stage) -> Path:
+        """Compute a stage and those of its direct and indirect inputs that are not done, and return its folder."""
         for needed in sort_topologically(stage):
             if not self.is_done(needed):
-                self.compute(needed)
-        return self.folder(stage)
+                self.compute_stage(needed)
+        return self.locate_folder(stage)
 
 
 @contextmanager
 def _explain_write_errors(path: Path) -> Iterator[None]:
-    """Raise `InputError` in place of errors of writing to the cache."""
+    """Context manager: raise `InputError` in place of errors of writing to the cache."""
     try:
         yield
     except OSError as error:
@@ -121,38 +120,41 @@ def sort_topologically(stage: Stage) -> Iterator[Stage]:
     visited: set[int] = set()
 
     def visit(stage: Stage) -> Iterator[Stage]:
+        """Yield a stage after its inputs, without those yielded before."""
         if id(stage) in visited:
             return
         visited.add(id(stage))
-        for upstream in stage.inputs().values():
+        for upstream in stage.get_input_stages().values():
             yield from visit(upstream)
         yield stage
 
     yield from visit(stage)
 
 
-def _describe_differences(now: Mapping[str, Any], before: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Describe the settings that have another value than before; those that did not exist before are skipped."""
-    for key, value in now.items():
-        earlier = before.get(key, value)
+def _describe_differences(
+    new_settings: Mapping[str, Any], old_settings: Mapping[str, Any], key_prefix: str = ""
+) -> Iterator[str]:
+    """Yield texts on the settings that have another value than before; those that did not exist before are skipped."""
+    for key, value in new_settings.items():
+        earlier = old_settings.get(key, value)
         if isinstance(value, Mapping) and isinstance(earlier, Mapping):
-            yield from _describe_differences(value, earlier, f"{prefix}{key}.")
+            yield from _describe_differences(value, earlier, f"{key_prefix}{key}.")
         elif earlier != value:
-            yield f"{prefix}{key} {repr(earlier)[:60]} then, {repr(value)[:60]} now"
+            yield f"{key_prefix}{key} {repr(earlier)[:60]} then, {repr(value)[:60]} now"
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read all settings of a stage's folder, defaults and input stages included; empty if it has no readable ones."""
+def read_stage_settings(stage_folder: Path) -> dict[str, Any]:
+    """All settings saved in a stage's folder, defaults and input stages included; empty if it has no readable ones."""
     try:
-        content = json.loads((folder / SETTINGS).read_text(encoding="utf8"))
+        content = json.loads((stage_folder / SETTINGS).read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Read the `summary.json` of a complete stage. Raises `InputError` if it is damaged."""
-    path = folder / SUMMARY
+def read_stage_summary(stage_folder: Path) -> dict[str, Any]:
+    """Content of a complete stage's `summary.json`. Raises `InputError` if it is damaged or missing."""
+    path = stage_folder / SUMMARY
     try:
         content: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf8")))
         content["cost"]["seconds"]

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixpo.data.errors import InputError
-from mixpo.data.rows import as_messages
+from mixpo.data.rows import convert_to_messages
 from mixpo.data.text import escape_invisible, is_blank
 from mixpo.study.plan import (
     COMMENT_LENGTH,
@@ -236,7 +236,7 @@ def make_app(
         return _render_page(
             "question",
             question=question,
-            turns=as_messages(question.item.prompt),
+            turns=convert_to_messages(question.item.prompt),
             **make_progress_context(annotator, saved),
             unchanged=unchanged,
             reasons=REASONS,

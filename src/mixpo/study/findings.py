@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from mixpo.algorithms.agreement import bootstrap_over_items, fleiss_kappa, krippendorff_alpha, pairwise_agreement
 from mixpo.algorithms.intervals import Interval, wilson_interval
-from mixpo.algorithms.win_rates import sign_test, win_minus_lose
+from mixpo.algorithms.win_rates import compute_sign_test_p_value, win_minus_loss_rate
 from mixpo.data.errors import InputError
 
 FORMAT = 1
@@ -160,7 +160,9 @@ def _compute_preference_shares(counts: Int[np.ndarray, "prompts choices"], ties:
     prompts, sums = len(prompt_shares), prompt_shares.sum(axis=0)
     win, tie, lose = (wilson_interval(float(share), prompts) for share in sums)
     won, lost = (int((counts[:, side] > counts[:, 2 - side]).sum()) for side in (0, 2))
-    return PreferenceShares(prompts, win, tie, lose, win_minus_lose(*sums.tolist()), sign_test(won, lost))
+    return PreferenceShares(
+        prompts, win, tie, lose, win_minus_loss_rate(*sums.tolist()), compute_sign_test_p_value(won, lost)
+    )
 
 
 def _compute_annotator_agreement(

@@ -19,36 +19,36 @@ _JSON = "json"
 
 
 class Stateful(Protocol):
-    """An object that a checkpoint can save: its state consists of tensors, numbers and texts."""
+    """Protocol of an object that a checkpoint can save: its state consists of tensors, numbers and texts."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
+        """The object's state, by name."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Restore a state."""
+        """Restore the object to a state."""
 
 
 class TrainableWeights:
-    """Trainable weights of a model; frozen ones are not saved, since they are loaded from their folder."""
+    """Trainable weights of a model as a checkpoint's part; frozen ones are loaded from their folder instead."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights by name, without a copy."""
+        """The trainable weights by name, without a copy."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def copy_to_cpu(self) -> dict[str, Tensor]:
-        """Copy the weights to the CPU, by name."""
+        """A copy of the trainable weights on the CPU, by name."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
 
     def update_copy(self, state: dict[str, Tensor]) -> None:
-        """Copy the weights into an earlier copy of them."""
+        """Overwrite an earlier copy of the weights with the current ones, in place."""
         for name, parameter in self.parameters.items():
             state[name].copy_(parameter.detach())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy weights into the model. Raises RuntimeError unless the names are the same."""
+        """Copy these weights into the model. Raises RuntimeError unless the names are the same."""
         if state.keys() != self.parameters.keys():
             raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
         with torch.no_grad():
@@ -66,11 +66,8 @@ class Checkpoint:
         self.every = 60 * job.runtime.checkpoint_minutes
         self.written = time.monotonic()
 
-    def resume(self) -> tuple[int, dict[str, Any]]:
-        """Restore the checkpoint. Returns the next step and the extra values; (0, {}) if there is no checkpoint.
-
-        Raises `InputError` if the checkpoint is damaged, or of another format or stage.
-        """
+    def restore_states(self) -> tuple[int, dict[str, Any]]:
+        """Restore from the file: (next step, extra values), or (0, {}) if none. Raises `InputError` if damaged."""
         if not self.path.exists():
             return 0, {}
         try:
@@ -90,17 +87,17 @@ class Checkpoint:
                 f"expected {sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
             ) from error
 
-    def write_if_due(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Write the state before step `step` if `every_minutes` have passed since the last checkpoint."""
-        if self.processes.is_main and time.monotonic() - self.written >= self.every:
-            self.write(step, extra)
+    def write_checkpoint_if_due(self, next_step: int, extra: Mapping[str, Any]) -> None:
+        """Write the checkpoint before step `next_step` if `checkpoint_minutes` have passed since the last one."""
+        if self.processes.is_main_process and time.monotonic() - self.written >= self.every:
+            self.write_checkpoint(next_step, extra)
 
-    def write(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Write the state before step `step` atomically."""
+    def write_checkpoint(self, next_step: int, extra: Mapping[str, Any]) -> None:
+        """Write the checkpoint file before step `next_step`, atomically."""
         tensors: dict[str, Tensor] = {}
         state = {
             "format": FORMAT,
-            "step": step,
+            "step": next_step,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -114,7 +111,7 @@ class Checkpoint:
 
 
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
-    """Convert a state to JSON values, moving its tensors into `tensors`; mappings become lists of key and value."""
+    """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values."""
     if isinstance(state, Tensor):
         tensors[str(len(tensors))] = state.detach().contiguous()
         return {"tensor": str(len(tensors) - 1)}
@@ -126,7 +123,7 @@ def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _insert_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Invert `_extract_tensors`, except that tuples become lists."""
+    """The state of these JSON values, its tensors taken from `tensors`; tuples have become lists."""
     if isinstance(state, list):
         return [_insert_tensors(value, tensors) for value in state]
     if isinstance(state, dict):

@@ -13,9 +13,9 @@ SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "porti
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
 
 
-def model_folder(folder: Path) -> Path:
-    """Path of the model folder in a stage's folder."""
-    return folder / "model"
+def locate_model_folder(stage_folder: Path) -> Path:
+    """Path of the folder `model/` in a stage's folder."""
+    return stage_folder / "model"
 
 
 class Job:
@@ -23,28 +23,30 @@ class Job:
 
     def __init__(self, out: Path, runtime: Runtime) -> None:
         self.out, self.runtime = out, runtime
-        self.processes, self.cost = runtime.start_processes(), Cost()
+        self.processes, self.cost = runtime.set_up_processes(), Cost()
 
-    def load_policy(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the policy of a stage's folder onto this process's device."""
-        return load_policy(model_folder(folder), device=self.processes.device, precision=precision)
+    def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
+        """Load the policy in a stage's folder onto this process's device."""
+        return load_policy(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
 
-    def load_reward_model(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the reward model of a stage's folder onto this process's device."""
-        return load_reward_model(model_folder(folder), device=self.processes.device, precision=precision)
+    def load_reward_model(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
+        """Load the reward model in a stage's folder onto this process's device."""
+        return load_reward_model(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
 
-    def initialize_reward_model(self, folder: Path, *, seed: int, precision: Precision = "float32") -> LanguageModel:
+    def initialize_reward_model(
+        self, stage_folder: Path, *, seed: int, precision: Precision = "float32"
+    ) -> LanguageModel:
         """Make a reward model of the policy in a stage's folder and a random head."""
         return initialize_reward_model(
-            model_folder(folder), seed=seed, device=self.processes.device, precision=precision
+            locate_model_folder(stage_folder), seed=seed, device=self.processes.device, precision=precision
         )
 
     def save_model(self, lm: LanguageModel) -> str:
-        """Write `model/` and return its digest."""
-        return save_model(lm, model_folder(self.out))
+        """Write the model to `model/` in the job's folder; returns the digest of its files."""
+        return save_model(lm, locate_model_folder(self.out))
 
-    def finish(self, **figures: Any) -> None:
+    def finish_stage(self, **figures: Any) -> None:
         """Write `summary.json` (figures and cost), which completes the stage, and delete what it could resume from."""
-        write_json(self.out / SUMMARY, {**figures, "cost": self.cost.summary()})
+        write_json(self.out / SUMMARY, {**figures, "cost": self.cost.summarize()})
         for name in (CHECKPOINT, PORTIONS):
             (self.out / name).unlink(missing_ok=True)

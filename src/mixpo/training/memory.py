@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
         _load_glibc().mallopt(arena_max, 1)  # else every thread keeps its own
 
 
-def read_peak_mib() -> float:
-    """Read the peak memory in MiB: of the GPU if one is used, else of the process's resident set."""
+def read_peak_memory_mib() -> float:
+    """Peak memory in MiB: of the GPU if one is used, else of the process's resident set."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -29,8 +29,8 @@ def read_peak_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def reset_peak() -> None:
-    """Release freed memory to the system and reset the peak, as far as the system allows it."""
+def reset_peak_memory() -> None:
+    """Release freed memory to the system and reset the measured peak, as far as the system allows it."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError, AttributeError):
@@ -40,5 +40,5 @@ def reset_peak() -> None:
 
 
 def _load_glibc() -> Any:
-    """Load glibc. Raises OSError on other systems."""
+    """The C library glibc, to call its functions. Raises OSError on other systems."""
     return ctypes.CDLL("libc.so.6")

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class StageProcesses:
-    """The processes that share a stage's rows, seen from one of them; today always one, so `sum` changes nothing."""
+    """The processes that share a stage's rows, seen from one of them; today always one."""
 
     device: torch.device
     """Device of this process."""
@@ -20,14 +20,14 @@ class StageProcesses:
     count: int = 1
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """True for the process that writes the stage's files and reports to the listener."""
         return self.rank == 0
 
     def select_own_rows(self, rows: Sequence[int]) -> Sequence[int]:
-        """Select the rows that this process computes."""
+        """The rows, out of these, that this process computes."""
         return rows[self.rank :: self.count]
 
-    def sum(self, value: float) -> float:
-        """Sum a number over all processes."""
+    def sum_over_processes(self, value: float) -> float:
+        """Sum of a number over all processes; today the number itself."""
         return value

@@ -17,36 +17,37 @@ from mixpo.training.parallel import StageProcesses
 
 
 class ProgressListener(Protocol):
-    """A receiver of a stage's progress, such as the command line's progress bars."""
+    """Protocol of a receiver of a stage's progress, such as the command line's progress bars."""
 
     def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of the last of `done` finished steps out of `total`."""
 
     def on_message(self, text: str) -> None:
-        """Receive a message of one line."""
+        """Receive a message of one line for the user."""
 
 
 class NullListener:
-    """A listener that ignores everything."""
+    """A progress listener that ignores everything."""
 
     def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Ignore progress."""
+        """Ignore the progress of a step."""
 
     def on_message(self, text: str) -> None:
-        """Ignore a message."""
+        """Ignore a message for the user."""
 
 
 progress_listener: ContextVar[ProgressListener] = ContextVar("progress_listener", default=NullListener())  # noqa: B039
 
 
-def make_progress_reporter(total: int) -> Callable[[int], None]:
-    """Return a function that adds to a count of finished items and reports it to the listener, out of `total`."""
+def make_progress_reporter(total_items: int) -> Callable[[int], None]:
+    """Make a function that takes a number of newly finished items and reports their total to the progress listener."""
     done = 0
 
     def advance(count: int) -> None:
+        """Report `count` more finished items."""
         nonlocal done
         done += count
-        progress_listener.get().on_step(done, total, {})
+        progress_listener.get().on_step(done, total_items, {})
 
     return advance
 
@@ -57,14 +58,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a killed process leaves the old file or the new one."""
+    """Write a text file atomically: a killed process leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf8")
     temporary.replace(path)
 
 
 def _replace_non_finite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, in nested lists and mappings too."""
+    """A copy of nested lists and mappings with None for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -80,16 +81,16 @@ class MetricsLog:
         self.processes = processes
         delete_lines_from_step(self.path, resumed_at)
 
-    def add(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step (counted from 0) and report them to the listener."""
-        if not self.processes.is_main:
+    def append_step(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step (counted from 0) and report them to the progress listener."""
+        if not self.processes.is_main_process:
             return
         with self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **_replace_non_finite(metrics)}) + "\n")
-        progress_listener.get().on_step(step + 1, total, metrics)
+        progress_listener.get().on_step(step + 1, total_steps, metrics)
 
-    def rows(self) -> list[dict[str, float]]:
-        """Read all lines."""
+    def read_steps(self) -> list[dict[str, float]]:
+        """Read the metrics of all steps written so far, one dict a step."""
         return read_jsonl(self.path)
 
 
@@ -104,32 +105,32 @@ class Cost:
         self.flops = 0.0
         self._start = time.perf_counter()
 
-    def restore(self, spent: Mapping[str, float]) -> None:
+    def restore_counts(self, saved_counts: Mapping[str, float]) -> None:
         """Set the counts to those of a checkpoint; seconds since the start of this process are added to its seconds."""
-        for name, value in spent.items():
+        for name, value in saved_counts.items():
             setattr(self, name, value)
 
-    def count_sampled(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
-        """Count tokens sampled from a model, and prompt tokens of the prefill."""
+    def count_sampled_tokens(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
+        """Add tokens sampled from a model; with the prompt tokens of the prefill they add 2 FLOPs a weight."""
         self.tokens_sampled += tokens
-        self.flops += 2.0 * sum(count_weights(model)) * (tokens + prompt_tokens)
+        self.flops += 2.0 * sum(count_multiplied_weights(model)) * (tokens + prompt_tokens)
 
-    def count_trained(self, model: PreTrainedModel, tokens: int) -> None:
-        """Count tokens of forward and backward passes, prompts included: 6 FLOPs a trained weight, 4 a frozen one.
+    def count_trained_tokens(self, model: PreTrainedModel, tokens: int) -> None:
+        """Add tokens of forward and backward passes, prompts included: 6 FLOPs a trained weight, 4 a frozen one.
 
         A product takes 2 in the forward pass, 2 for the gradient of its input, and 2 for that of trained weights.
         """
-        trained, frozen = count_weights(model)
+        trained, frozen = count_multiplied_weights(model)
         self.tokens_trained += tokens
         self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def count_scored(self, model: PreTrainedModel, tokens: int) -> None:
-        """Count tokens of forward passes: 2 FLOPs a weight."""
+    def count_scored_tokens(self, model: PreTrainedModel, tokens: int) -> None:
+        """Add tokens of forward passes without gradients: 2 FLOPs a weight."""
         self.tokens_scored += tokens
-        self.flops += 2.0 * sum(count_weights(model)) * tokens
+        self.flops += 2.0 * sum(count_multiplied_weights(model)) * tokens
 
-    def counts(self) -> dict[str, float]:
-        """Return seconds, tokens and FLOPs so far, which `restore` takes again."""
+    def get_counts(self) -> dict[str, float]:
+        """Seconds, tokens and FLOPs so far, by name, as `restore_counts` takes them."""
         return {
             "seconds": self.seconds + time.perf_counter() - self._start,
             "tokens_sampled": self.tokens_sampled,
@@ -138,13 +139,13 @@ class Cost:
             "flops": self.flops,
         }
 
-    def summary(self) -> dict[str, float]:
-        """Return the counts, and the peak memory of the process in MiB."""
-        return {**self.counts(), "peak_memory_mib": memory.read_peak_mib()}
+    def summarize(self) -> dict[str, float]:
+        """Seconds, tokens and FLOPs so far and the peak memory of the process in MiB, by name."""
+        return {**self.get_counts(), "peak_memory_mib": memory.read_peak_memory_mib()}
 
 
-def count_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """Count the trained and the frozen weights that a token is multiplied by: matrices, adapters and heads.
+def count_multiplied_weights(model: PreTrainedModel) -> tuple[int, int]:
+    """(trained, frozen) numbers of weights that a token is multiplied by: matrices, adapters and heads.
 
     Of experts, only those that a token is routed to. Embeddings, norms and biases are in no matrix product.
     """
@@ -159,16 +160,13 @@ def count_weights(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to a JSON Lines file."""
+    """Append rows to a JSON Lines file; numbers that are not finite become null."""
     with path.open("a", encoding="utf8") as file:
         file.writelines(json.dumps(_replace_non_finite(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Read the rows of a JSON Lines file, without an incomplete last line; no rows if there is no file.
-
-    Raises `InputError` if a line is damaged.
-    """
+    """Rows of a JSON Lines file but a torn last one; none without a file. Raises `InputError` on a damaged line."""
     rows = []
     for number, line in enumerate(_read_complete_lines(path), start=1):
         try:
@@ -181,20 +179,20 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Read the metrics of every step of a stage."""
-    return read_jsonl(folder / "metrics.jsonl")
+def read_metrics(stage_folder: Path) -> list[dict[str, float]]:
+    """The metrics of every step of a stage, one dict a step; empty if there are none."""
+    return read_jsonl(stage_folder / "metrics.jsonl")
 
 
 def delete_lines_from_step(path: Path, step: int) -> None:
-    """Delete the lines of `step` and later steps, and an incomplete last line."""
+    """Delete the lines of this step and of later ones from a JSON Lines file, and an incomplete last line."""
     rows = read_jsonl(path)
     remaining = [line for line, row in zip(_read_complete_lines(path), rows, strict=True) if row["step"] < step]
     write_text(path, "".join(remaining))
 
 
 def _read_complete_lines(path: Path) -> list[str]:
-    """Read the lines of a file that end with a newline; none if there is no file."""
+    """Lines of a file that end with a newline; empty if there is no file."""
     if not path.exists():
         return []
     return [f"{line}\n" for line in path.read_text(encoding="utf8").split("\n")[:-1]]  # other separators are text

@@ -13,13 +13,13 @@ from torch import Tensor
 from mixpo.data.branches import (
     AnyCompletions,
     Tokens,
-    row_lengths,
+    convert_to_unpadded_lists,
+    count_tokens_per_prompt,
     select_completions,
     split_into_microbatches,
-    unpad,
 )
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import count_occurrences
+from mixpo.models.sampling import count_earlier_occurrences
 from mixpo.training.job import PORTIONS, Job
 from mixpo.training.record import make_progress_reporter, read_jsonl, write_text
 
@@ -42,42 +42,38 @@ class ResumableWork:
             self.seconds[line["name"]] += line.get("seconds", 0.0)  # of an earlier version
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
         if self.lines:
-            self.cost.restore(self.lines[-1]["cost"])
+            self.cost.restore_counts(self.lines[-1]["cost"])
 
     def compute_rows(
         self,
-        name: str,
+        computation_name: str,
         portions: Iterable[Sequence[int]],
-        work: Callable[[list[int]], Sequence[Any]],
+        compute_portion: Callable[[list[int]], Sequence[Any]],
         *,
-        advance: Callable[[int], None] | None = None,
+        report_finished: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Compute the results of all rows, in the order of rows; `work` computes those that are not saved yet.
-
-        `name` identifies the computation within the stage. Results must be JSON values. `advance` is called with the
-        number of rows of each finished portion.
-        """
+        """JSON results of all rows, in order; `compute_portion` makes those not yet saved under this name."""
         results: dict[int, Any] = {}
         for line in self.lines:
-            if line["name"] == name:
+            if line["name"] == computation_name:
                 results |= zip(line["rows"], line["results"], strict=True)
         for portion in portions:
             rows = sorted(row for row in portion if row not in results)
             if rows:
                 started = time.perf_counter()
-                computed = list(work(rows))
+                computed = list(compute_portion(rows))
                 seconds = time.perf_counter() - started
-                self.seconds[name] += seconds
+                self.seconds[computation_name] += seconds
                 results |= zip(rows, computed, strict=True)
-                line = {"name": name, "rows": rows, "results": computed, "seconds": seconds}
-                line["cost"] = self.cost.counts()
+                line = {"name": computation_name, "rows": rows, "results": computed, "seconds": seconds}
+                line["cost"] = self.cost.get_counts()
                 with self.path.open("a", encoding="utf8") as file:
                     file.write(json.dumps(line) + "\n")
-            if advance is not None:
-                advance(len(portion))
+            if report_finished is not None:
+                report_finished(len(portion))
         return [results[row] for row in sorted(results)]
 
-    def sample_completions(
+    def sample_in_portions(
         self,
         lm: LanguageModel,
         prompts: Sequence[Tokens],
@@ -86,39 +82,43 @@ class ResumableWork:
         max_tokens: int,
         **sampling: Any,
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Sample k completions of every prompt, in portions; returns their tokens and log-probs."""
+        """Sample k completions of every prompt, resumably; returns (tokens, log-probs) as nested lists."""
 
         def sample_rows(rows: list[int]) -> list[Any]:
+            """Tokens and log-probs of the completions of these prompts, counted in the cost."""
             portion = [prompts[row] for row in rows]
             part_occurrences = [occurrences[row] for row in rows]
             sampled = sampler.draw(portion, k=k, max_tokens=max_tokens, occurrences=part_occurrences, **sampling)
-            self.cost.count_sampled(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
-            return list(zip(sampled.to_lists(), unpad(sampled.logprobs, sampled.mask), strict=True))
+            self.cost.count_sampled_tokens(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
+            return list(zip(sampled.to_lists(), convert_to_unpadded_lists(sampled.logprobs, sampled.mask), strict=True))
 
         sampler = self.runtime.make_sampler()
         sampler.load_policy(lm)
-        occurrences = count_occurrences(prompts)
+        occurrences = count_earlier_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
-        portions = split_into_microbatches(lengths, max(1, self.runtime.sampling_tokens // k), padded=True)
-        results = self.compute_rows("sampled", portions, sample_rows, advance=make_progress_reporter(len(prompts)))
+        portions = split_into_microbatches(lengths, max(1, self.runtime.sampling_tokens // k), count_padding=True)
+        results = self.compute_rows(
+            "sampled", portions, sample_rows, report_finished=make_progress_reporter(len(prompts))
+        )
         return [completions for completions, _ in results], [logprobs for _, logprobs in results]
 
-    def score_completions(
+    def score_in_portions(
         self,
-        name: str,
-        compute: Callable[..., Float[Tensor, "prompts k"]],
+        computation_name: str,
+        compute_numbers: Callable[..., Float[Tensor, "prompts k"]],
         lm: LanguageModel,
         prompts: Sequence[Tokens],
         completions: AnyCompletions,
     ) -> Float[Tensor, "prompts k"]:
-        """Compute a number for each completion with `compute_scores` or `compute_sequence_logprobs`."""
-        lengths, token_budget = row_lengths(prompts, completions), self.runtime.microbatch_tokens
+        """A number for each completion by `compute_scores` or `compute_sequence_logprobs`, resumably."""
+        lengths, token_budget = count_tokens_per_prompt(prompts, completions), self.runtime.microbatch_tokens
 
         def score_rows(rows: list[int]) -> list[Any]:
+            """Numbers of the completions of these prompts, counted in the cost."""
             part = [prompts[row] for row in rows], select_completions(completions, rows)
-            numbers = compute(lm, *part, token_budget=token_budget)
-            self.cost.count_scored(lm.model, sum(lengths[row] for row in rows))
+            numbers = compute_numbers(lm, *part, token_budget=token_budget)
+            self.cost.count_scored_tokens(lm.model, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
         portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
-        return torch.tensor(self.compute_rows(name, portions, score_rows))
+        return torch.tensor(self.compute_rows(computation_name, portions, score_rows))

@@ -32,6 +32,7 @@ class Runtime(Settings):
     @pydantic.field_validator("device")
     @classmethod
     def _check_device(cls, device: str) -> str:
+        """Validator: raise ValueError for `cuda` without a GPU."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("cpu or auto here: torch finds no CUDA device")
         return device
@@ -39,21 +40,22 @@ class Runtime(Settings):
     @pydantic.field_validator("workers", mode="before")
     @classmethod
     def _resolve_workers(cls, workers: Any, others: pydantic.ValidationInfo) -> Any:
+        """Validator: `cores` becomes the number of CPU cores, or 1 if stages use the GPU."""
         if workers != "cores":
             if not isinstance(workers, int):
                 raise ValueError("a number of at least 1, or cores")
             return workers
         return 1 if torch.cuda.is_available() and others.data.get("device") != "cpu" else count_cores()
 
-    def start_processes(self) -> StageProcesses:
-        """Set this process's threads, malloc and device; returns the processes of the stage."""
+    def set_up_processes(self) -> StageProcesses:
+        """Set this process's threads and malloc, and choose its device; returns the stage's processes."""
         torch.set_num_threads(self.threads or count_cores())
         memory.keep_freed_memory()
         cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
         return StageProcesses(torch.device("cuda" if cuda else "cpu"))
 
     def make_sampler(self) -> Sampler:
-        """Make the sampler of all stages."""
+        """Make the engine with which all stages sample completions."""
         return LocalSampler(cache_tokens=self.sampling_tokens)
 
 

@@ -18,11 +18,11 @@ Sums = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Diverged(RuntimeError):
-    """Training diverged; the message says at which step and what to try."""
+    """Exception: training diverged; the message says at which step and what to try."""
 
 
 class SeededSettings(Settings):
-    """Seed and precision of stages that compute with a model."""
+    """Settings of stages that compute with a model: seed and precision."""
 
     seed: int = pydantic.Field(0, ge=0)
     precision: Precision = "float32"
@@ -47,13 +47,13 @@ class OptimizerSettings(SeededSettings):
     """Gradients are scaled down to this norm; the norm before it is logged."""
 
 
-def suggest_remedies(step: int, *, total: int, settings: OptimizerSettings) -> list[str]:
-    """Suggest changes of settings against a divergence at an optimizer step, only those that can have an effect."""
-    warmup = min(settings.warmup_steps, total // 2)
+def suggest_divergence_remedies(step: int, *, total_steps: int, settings: OptimizerSettings) -> list[str]:
+    """Changes of settings to try after a divergence at an optimizer step, as texts; only those with an effect there."""
+    warmup = min(settings.warmup_steps, total_steps // 2)
     remedies = [f"a lower learning_rate (now {settings.learning_rate:g})"]
     if step == 0:
         remedies = ["another model or other rows, since nothing was trained before"]
-    elif step < max(2 * warmup, total // 10) and warmup < total // 2:
+    elif step < max(2 * warmup, total_steps // 10) and warmup < total_steps // 2:
         remedies.append(f"more warmup_steps (now {settings.warmup_steps})")
     return remedies if settings.precision == "float32" else [*remedies, "precision: float32"]
 
@@ -69,34 +69,36 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
 
-def compute_learning_rate(step: int, *, total: int, settings: OptimizerSettings, peak: float | None = None) -> float:
-    """Learning rate of a step (counted from 0) out of `total`; `peak` replaces the setting."""
-    peak = settings.learning_rate if peak is None else peak
-    warmup = min(settings.warmup_steps, total // 2)
+def compute_learning_rate(
+    step: int, *, total_steps: int, settings: OptimizerSettings, peak_rate: float | None = None
+) -> float:
+    """Learning rate of a step (counted from 0) out of `total_steps`; `peak_rate` replaces the setting."""
+    peak_rate = settings.learning_rate if peak_rate is None else peak_rate
+    warmup = min(settings.warmup_steps, total_steps // 2)
     if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+        return peak_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
     if settings.decay == "constant":
-        return peak
+        return peak_rate
     fall = progress if settings.decay == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
-    return peak * (1 - 0.9 * fall)
+    return peak_rate * (1 - 0.9 * fall)
 
 
 def take_optimizer_step(
     optimizer: torch.optim.Optimizer,
     microbatches: Iterable[Batch],
-    loss: Callable[[Batch], tuple[Tensor, Sums]],
+    compute_loss: Callable[[Batch], tuple[Tensor, Sums]],
     *,
-    divisor: int,
+    loss_divisor: int,
     max_grad_norm: float,
-    rate: float,
+    learning_rate: float,
     processes: StageProcesses,
 ) -> dict[str, float]:
-    """Take one optimizer step at learning rate `rate` and return the metrics' means.
+    """Take one optimizer step on the microbatches' summed losses / `loss_divisor`; returns the metrics' means.
 
-    `loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `divisor`, the tokens or
-    pairs of the whole batch, so that microbatches and processes change nothing but rounding. Also returned: `loss`,
-    `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`, before weights change, if the loss or the
+    `compute_loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `loss_divisor`, the
+    tokens or pairs of the whole batch, so that microbatches and processes change nothing but rounding. Also returned:
+    `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`, before weights change, if the loss or the
     gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -104,11 +106,11 @@ def take_optimizer_step(
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for microbatch in microbatches:
-        summed, metrics = loss(microbatch)
+        summed, metrics = compute_loss(microbatch)
         if not bool(torch.isfinite(summed)):
             raise Diverged(f"the loss is {float(summed)}")
-        (summed * processes.count / divisor).backward()  # gradients are averaged over the processes
-        total += float(summed.detach()) / divisor
+        (summed * processes.count / loss_divisor).backward()  # gradients are averaged over the processes
+        total += float(summed.detach()) / loss_divisor
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
             counts[name] = counts.get(name, 0.0) + float(number)
@@ -117,8 +119,8 @@ def take_optimizer_step(
     if not math.isfinite(norm):
         raise Diverged(f"the norm of the gradient is {norm}")
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate
     optimizer.step()
-    sums, counts = ({name: processes.sum(x) for name, x in part.items()} for part in (sums, counts))
+    sums, counts = ({name: processes.sum_over_processes(x) for name, x in part.items()} for part in (sums, counts))
     means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
-    return {"loss": processes.sum(total), **means, "grad_norm": norm, "learning_rate": rate}
+    return {"loss": processes.sum_over_processes(total), **means, "grad_norm": norm, "learning_rate": learning_rate}

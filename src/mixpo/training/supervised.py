@@ -7,7 +7,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from mixpo.data.branches import BranchBatch, Tokens, pack_branches, row_lengths, split_into_microbatches
+from mixpo.data.branches import BranchBatch, Tokens, count_tokens_per_prompt, pack_branches, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
 from mixpo.training.job import Job
@@ -18,7 +18,7 @@ from mixpo.training.step import (
     Sums,
     compute_learning_rate,
     make_optimizer,
-    suggest_remedies,
+    suggest_divergence_remedies,
     take_optimizer_step,
 )
 
@@ -31,16 +31,18 @@ class SupervisedSettings(OptimizerSettings):
     """Rows of one optimizer step."""
 
 
-def count_steps(rows: int, settings: SupervisedSettings) -> int:
+def count_optimizer_steps(row_count: int, settings: SupervisedSettings) -> int:
     """Count the optimizer steps of all epochs; the last batch of an epoch may be smaller."""
-    return settings.epochs * -(-rows // settings.batch_size)
+    return settings.epochs * -(-row_count // settings.batch_size)
 
 
-def select_batch(step: int, rows: int, settings: SupervisedSettings) -> list[int]:
-    """Select the rows of a step; each epoch has its own order, a function of the seed and the epoch alone."""
-    per_epoch = -(-rows // settings.batch_size)
+def select_batch_rows(step: int, row_count: int, settings: SupervisedSettings) -> list[int]:
+    """Row indices of a step's batch; each epoch has its own order, a function of the seed and the epoch alone."""
+    per_epoch = -(-row_count // settings.batch_size)
     epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)).tolist()
+    order = torch.randperm(
+        row_count, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    ).tolist()
     return order[place * settings.batch_size : (place + 1) * settings.batch_size]
 
 
@@ -59,22 +61,22 @@ class SupervisedTraining:
         completions: Sequence[Sequence[Tokens]],
     ) -> None:
         self.job, self.settings, self.lm, self.prompts, self.completions = job, settings, lm, prompts, completions
-        self.lengths = row_lengths(prompts, completions)
-        self.total_steps = count_steps(len(prompts), settings)
+        self.lengths = count_tokens_per_prompt(prompts, completions)
+        self.total_steps = count_optimizer_steps(len(prompts), settings)
         self.optimizer = make_optimizer(lm.parameters(), settings)
         parts: dict[str, Stateful] = {"model": TrainableWeights(lm), "optimizer": self.optimizer}
         self.checkpoint = Checkpoint(job, parts)
-        self.first_step, spent = self.checkpoint.resume()
-        job.cost.restore(spent)
+        self.first_step, spent = self.checkpoint.restore_states()
+        job.cost.restore_counts(spent)
         self.metrics = MetricsLog(job.out, resumed_at=self.first_step, processes=job.processes)
 
-    def train_steps(
+    def train_remaining_steps(
         self,
         compute_loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]],
         *,
         compute_divisor: Callable[[list[int]], int],
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Train all remaining steps; yield (step, metrics) after each, before the metrics are logged.
+        """Train all remaining steps; yields (step, metrics) after each, before the metrics are logged.
 
         `compute_loss` takes a branch batch and its row indices, and returns the summed loss and the metrics' sums;
         `compute_divisor` returns what the summed loss of a batch's rows is divided by, such as its number of tokens.
@@ -82,33 +84,33 @@ class SupervisedTraining:
         """
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
-            rows = select_batch(step, len(self.prompts), self.settings)
+            rows = select_batch_rows(step, len(self.prompts), self.settings)
             self.lm.train()
             try:
                 metrics = take_optimizer_step(
                     self.optimizer,
                     self._iterate_microbatches(rows),
                     lambda microbatch: compute_loss(*microbatch),
-                    divisor=compute_divisor(rows),
+                    loss_divisor=compute_divisor(rows),
                     max_grad_norm=self.settings.max_grad_norm,
-                    rate=compute_learning_rate(step, total=self.total_steps, settings=self.settings),
+                    learning_rate=compute_learning_rate(step, total_steps=self.total_steps, settings=self.settings),
                     processes=self.job.processes,
                 )
             except Diverged as error:
-                tips = suggest_remedies(step, total=self.total_steps, settings=self.settings)
+                tips = suggest_divergence_remedies(step, total_steps=self.total_steps, settings=self.settings)
                 message = f"step {step + 1} of {self.total_steps}: {error}; try {' or '.join(tips)}"
                 raise Diverged(message) from error
             metrics["tokens"] = sum(self.lengths[row] for row in rows)
             metrics["seconds"] = time.perf_counter() - started
             yield step, metrics
-            self.metrics.add(step, self.total_steps, metrics)
-            self.checkpoint.write_if_due(step + 1, self.job.cost.counts())
+            self.metrics.append_step(step, self.total_steps, metrics)
+            self.checkpoint.write_checkpoint_if_due(step + 1, self.job.cost.get_counts())
 
     def _iterate_microbatches(self, rows: list[int]) -> Iterator[tuple[BranchBatch, list[int]]]:
-        """Yield this process's microbatches of a batch, each with its row indices, and count their cost."""
+        """Yield (branch batch, its row indices) of this process's share of a batch, and count their cost."""
         share = self.job.processes.select_own_rows(rows)
         for part in split_into_microbatches([self.lengths[row] for row in share], self.job.runtime.microbatch_tokens):
             selected = [share[index] for index in part]
             batch = pack_branches(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
-            self.job.cost.count_trained(self.lm.model, batch.token_count)
+            self.job.cost.count_trained_tokens(self.lm.model, batch.token_count)
             yield batch.to(self.lm.device), selected
