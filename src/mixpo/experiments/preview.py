@@ -173,7 +173,9 @@ def _tokenize_row_for_display(
     kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> TokenizedExample:
     """Tokenize a prompt and its completions (text by name) as training does, truncated to the maximum."""
-    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, list(completions.values()), max_tokens=max_tokens)
+    prompt_tokens, completion_tokens = tokenize_row(
+        tokenizer, prompt, list(completions.values()), max_tokens=max_tokens
+    )
     texts = [TokenPreview("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, preceding_ids=prompt_tokens)
