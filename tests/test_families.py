@@ -13,7 +13,7 @@ from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runt
 from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import find_end_token_id
-from mixpo.experiments.preview import make_preview, read_recipe_or_source
+from mixpo.experiments.preview import make_data_preview, read_recipe_or_source
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.rows import read_table
@@ -121,7 +121,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     model = family_folder(folders, name)
     files = [str(write_rows_of(name, tmp_path / f"{part}.jsonl", first, 8)) for part, first in (("a", 0), ("b", 8))]
 
-    shown = make_preview(read_recipe_or_source(files[0], model=str(model)))
+    shown = make_data_preview(read_recipe_or_source(files[0], model=str(model)))
     chosen = next(side for side in shown.examples[0].texts if side.name == "chosen")
     assert "The world is round. 0" in chosen.text
     assert chosen.pieces[-1].control

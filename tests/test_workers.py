@@ -16,6 +16,7 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
+from mixpo.training.record import progress_listener
 from mixpo.training.runtime import Runtime, count_cores
 from recording_display import RecordingDisplay
 
@@ -61,8 +62,9 @@ def test_two_workers_find_what_one_finds(side_by_side: tuple[Path, RecordingDisp
 
 
 def test_alone_an_arm_is_finished_before_the_next_begins(tmp_path: Path) -> None:
-    display = RecordingDisplay()
+    display, listener = RecordingDisplay(), progress_listener.get()
     run_recipe(tiny_recipe(tmp_path, 1, "seeds=[0]", "arms=[dpo,ppo]"), display)
+    assert progress_listener.get() is listener, "a display that has ended is told nothing more"
     assert display.started[-4:] == ["DPO for dpo", "Evaluation for dpo", "PPO for ppo", "Evaluation for ppo"]
 
 

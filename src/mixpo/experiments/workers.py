@@ -69,8 +69,11 @@ class InProcessExecutor:
 
     def submit_stage(self, stage: Stage, display: StageDisplay) -> None:
         """Compute the stage to its end, then return; `wait_for_outcome` gives its outcome."""
-        progress_listener.set(display)
-        self.last = stage, display, _compute_stage_or_failure(self.stage_cache, stage)
+        token = progress_listener.set(display)
+        try:
+            self.last = stage, display, _compute_stage_or_failure(self.stage_cache, stage)
+        finally:
+            progress_listener.reset(token)
 
     def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
         """Return the stage that was computed, its display, and its seconds or its failure."""
