@@ -101,13 +101,12 @@ def retokenize_for_reward(
     if reward_model.tokenization_digest == policy.tokenization_digest:
         return prompt_tokens, completions
 
-    retokenized: list[tuple[Tokens, list[Tokens]]] = []
+    new_prompts, new_completions = list[Tokens](), list[list[Tokens]]()
     lists = completions.to_lists() if isinstance(completions, Completions) else completions
     for row, branches in zip(prompt_texts, lists, strict=True):
         texts = [policy.decode_completion(completion) for completion in branches]
         prompt, tokens = tokenize_row(reward_model.tokenizer, row, texts)
         ended = map(policy.has_ended, branches)
-        retokenized.append(
-            (prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])
-        )
-    return [prompt for prompt, _ in retokenized], [branches for _, branches in retokenized]
+        new_prompts.append(prompt)
+        new_completions.append([t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])
+    return new_prompts, new_completions
