@@ -99,19 +99,12 @@ def count_work(workload: Workload, lengths: list[Lengths], config: Any) -> dict[
 
 def _read_shuffled_rows(source: str) -> list[Any]:
     """Read HH-RLHF rows from a file or a hub data set, in a fixed random order."""
-    path = Path(source)
     if source.startswith("hub:"):
         name, _, data_dir = source.removeprefix("hub:").partition("@")
-        reading = read_hub_preferences(
-            name, "hh-rlhf", _accept, split="train", data_dir=data_dir or None, revision=None
-        )
+        reading = read_hub_preferences(name, "hh-rlhf", split="train", data_dir=data_dir or None)
     else:
-        reading = read_preferences(path, "hh-rlhf", _accept)
+        reading = read_preferences(Path(source), "hh-rlhf")
     return random.Random(0).sample(reading.rows, len(reading.rows))
-
-
-def _accept(prompt: Prompt) -> None:
-    """Accept every prompt."""
 
 
 def _format_prompt(prompt: Prompt) -> str:

@@ -61,14 +61,10 @@ def byte_level(*first: str, whitespace: bool = False, nfc: bool = False) -> Toke
     tokenizer = Tokenizer(models.BPE())
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if not nfc
-        else pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-        )
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if nfc:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -248,11 +244,7 @@ _SP = ("<unk>", "<s>", "</s>")
 _SP_NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _END = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 _LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_DEEPSEEK = {
-    "bos_token": "<｜begin▁of▁sentence｜>",
-    "eos_token": "<｜end▁of▁sentence｜>",
-    "pad_token": "<｜end▁of▁sentence｜>",
-}
+_DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 _PHI3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 
 _QWEN2 = ModelFamily(
@@ -391,11 +383,11 @@ _FAMILIES = {
     "deepseek": ModelFamily(
         "llama",
         lambda: byte_level(nfc=True),
-        _DEEPSEEK,
+        {"bos_token": _DEEPSEEK[0], "eos_token": _DEEPSEEK[1], "pad_token": _DEEPSEEK[1]},
         DEEPSEEK,
-        special=(_DEEPSEEK["bos_token"], _DEEPSEEK["eos_token"]),
+        special=_DEEPSEEK,
         plain=("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
-        start=_DEEPSEEK["bos_token"],
+        start=_DEEPSEEK[0],
         padding=19,
     ),
     # Its turn markers are plain text, and its pad token ends the turns.
@@ -409,12 +401,7 @@ _FAMILIES = {
     "smollm2": ModelFamily(
         "llama",
         lambda: byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        {
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|im_end|>",
-            "unk_token": "<|endoftext|>",
-        },
+        {**_END, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
         CHATML_WITH_SYSTEM,
         named=("<|im_start|>", "<|im_end|>"),
         config={"tie_word_embeddings": True},

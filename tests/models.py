@@ -64,6 +64,22 @@ def plain_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[i
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
+@torch.no_grad()
+def assert_plain_logprobs(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    completions: list[list[list[int]]],
+    logprobs: torch.Tensor,
+    tolerance: float,
+) -> None:
+    """Check log-probs [prompts, k, tokens] against plain forward passes; they are 0 after a completion's end."""
+    for row, (prompt, branches) in enumerate(zip(prompts, completions, strict=True)):
+        for branch, completion in enumerate(branches):
+            actual, expected = logprobs[row, branch], plain_logprobs(model, prompt, completion)
+            torch.testing.assert_close(actual[: len(completion)], expected, rtol=1e-5, atol=tolerance)
+            assert not actual[len(completion) :].any()
+
+
 @dataclass(frozen=True)
 class Row:
     """The completions of one prompt, as lists."""

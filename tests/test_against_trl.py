@@ -21,24 +21,6 @@ with warnings.catch_warnings():
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own and of what it imports
-WORDS = [
-    "how",
-    "are",
-    "you",
-    "what",
-    "is",
-    "it",
-    "fine",
-    "thanks",
-    "bad",
-    "no",
-    "a",
-    "very",
-    "long",
-    "answer",
-    "to",
-    "read",
-]
 PAIRS = [
     {"prompt": "how are you", "chosen": " fine thanks", "rejected": " bad"},
     {"prompt": "what is it", "chosen": " a answer", "rejected": " no no no a very long answer to read"},
@@ -48,7 +30,9 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    texts = " ".join(text for pair in PAIRS for text in pair.values())
+    names = dict.fromkeys(["<pad>", "</s>", "<unk>", *texts.split()])
+    vocabulary = {name: place for place, name in enumerate(names)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -75,28 +59,28 @@ def tiny(architecture, tokenizer, seed):
     return architecture(config).eval()
 
 
-def options(tmp_path):
-    return {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": len(PAIRS),
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-
-
-def loss_of_trl(trainer):
+def loss_of_trl(trainer_class, settings_class, model, tokenizer, tmp_path, rows=PAIRS, settings=None, **models):
+    """Loss of one batch with all rows, computed by a trainer of TRL."""
+    args = settings_class(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=len(PAIRS),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **(settings or {}),
+    )
+    dataset = Dataset.from_list(rows)
+    trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **models)
     (batch,) = trainer.get_train_dataloader()
     trainer.model.train()
     return trainer.compute_loss(trainer.model, batch).detach().double()
 
 
-def batch_of(tokenizer, pairs, sides):
-    tokens = [tokenize_row(tokenizer, pair["prompt"], [pair[side] for side in sides], max_tokens=64) for pair in pairs]
-    prompts, completions = [prompt for prompt, _ in tokens], [completions for _, completions in tokens]
-    return pack_branches(prompts, completions)
+def batch_of(tokenizer, sides):
+    tokens = [tokenize_row(tokenizer, pair["prompt"], [pair[side] for side in sides], max_tokens=64) for pair in PAIRS]
+    return pack_branches(*zip(*tokens, strict=True))
 
 
 def wrapped(model, tokenizer):
@@ -106,47 +90,35 @@ def wrapped(model, tokenizer):
 @torch.no_grad()
 def test_dpo_loss_is_that_of_trl(tokenizer, tmp_path):
     policy, reference = (tiny(LlamaForCausalLM, tokenizer, seed) for seed in (0, 1))
-    batch = batch_of(tokenizer, PAIRS, ("chosen", "rejected"))
+    batch = batch_of(tokenizer, ("chosen", "rejected"))
     ours = dpo_loss(
         *wrapped(policy, tokenizer)(batch, "logprobs").sum(dim=-1).unbind(dim=1),
         *wrapped(reference, tokenizer)(batch, "logprobs").sum(dim=-1).unbind(dim=1),
         beta=0.3,
     )
-    trainer = trl.DPOTrainer(
-        model=policy,
-        ref_model=reference,
-        args=trl.DPOConfig(beta=0.3, **options(tmp_path)),
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
+    theirs = loss_of_trl(
+        trl.DPOTrainer, trl.DPOConfig, policy, tokenizer, tmp_path, settings={"beta": 0.3}, ref_model=reference
     )
     assert ours.std() > 0.1
-    torch.testing.assert_close(ours.mean().double(), loss_of_trl(trainer), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.mean().double(), theirs, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
 def test_bradley_terry_loss_is_that_of_trl(tokenizer, tmp_path):
     model = tiny(LlamaForSequenceClassification, tokenizer, 2)
-    batch = batch_of(tokenizer, PAIRS, ("chosen", "rejected"))
+    batch = batch_of(tokenizer, ("chosen", "rejected"))
     ours = bradley_terry_loss(*wrapped(model, tokenizer)(batch, "scores").unbind(dim=1))
-    trainer = trl.RewardTrainer(
-        model=model,
-        args=trl.RewardConfig(**options(tmp_path)),
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
+    theirs = loss_of_trl(trl.RewardTrainer, trl.RewardConfig, model, tokenizer, tmp_path)
     assert ours.std() > 0.1
-    torch.testing.assert_close(ours.mean().double(), loss_of_trl(trainer), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.mean().double(), theirs, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
 def test_mean_nll_of_completion_tokens_is_the_sft_loss_of_trl(tokenizer, tmp_path):
     model = tiny(LlamaForCausalLM, tokenizer, 3)
-    batch = batch_of(tokenizer, PAIRS, ("rejected",))
+    batch = batch_of(tokenizer, ("rejected",))
     ours = -wrapped(model, tokenizer)(batch, "logprobs").sum() / batch.mask.sum()
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(completion_only_loss=True, **options(tmp_path)),
-        train_dataset=Dataset.from_list([{"prompt": p["prompt"], "completion": p["rejected"]} for p in PAIRS]),
-        processing_class=tokenizer,
-    )
-    torch.testing.assert_close(ours.double(), loss_of_trl(trainer), rtol=1e-5, atol=0)
+    rows = [{"prompt": pair["prompt"], "completion": pair["rejected"]} for pair in PAIRS]
+    only_completions = {"completion_only_loss": True}
+    theirs = loss_of_trl(trl.SFTTrainer, trl.SFTConfig, model, tokenizer, tmp_path, rows, only_completions)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)

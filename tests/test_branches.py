@@ -1,7 +1,8 @@
 """Branch batches compute what one plain forward pass a sequence computes, token by token."""
 
 from collections import Counter
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mixpo.models import blocked_attention, sampling
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel, _TokenLogprobs
 from mixpo.models.sampling import sample_completions
-from models import ARCHITECTURES, Row, plain_logprobs, rows_of_sample, tiny
+from models import ARCHITECTURES, assert_plain_logprobs, plain_logprobs, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 COMPLETIONS = [
@@ -58,12 +59,7 @@ def test_logprobs_of_unshared_prompts_equal_plain_forward_passes(name: str) -> N
 
 def compare_with_plain(lm: LanguageModel, batch: BranchBatch, completions: list[list[list[int]]]) -> None:
     with torch.no_grad():
-        actual = lm(batch, "logprobs")
-        for row, (prompt, branches) in enumerate(zip(PROMPTS, completions, strict=True)):
-            for branch, completion in enumerate(branches):
-                expected = plain_logprobs(lm.model, prompt, completion)
-                torch.testing.assert_close(actual[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
-                assert not actual[row, branch, len(completion) :].any()
+        assert_plain_logprobs(lm.model, PROMPTS, completions, lm(batch, "logprobs"), 1e-5)
 
 
 @pytest.mark.usefixtures("attention")
@@ -78,9 +74,8 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
     total = torch.zeros(())
     for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         for branch, completion in enumerate(branches):
-            total = (
-                total + (plain_logprobs(lm.model, prompt, completion) * weights[row, branch, : len(completion)]).sum()
-            )
+            expected = plain_logprobs(lm.model, prompt, completion)
+            total = total + (expected * weights[row, branch, : len(completion)]).sum()
     total.backward()
     assert actual
     for key, parameter in lm.model.named_parameters():
@@ -107,9 +102,8 @@ def test_fused_logprobs_are_those_of_autograd(
     logits = (hidden @ weight.T + bias).double()
     expected = logits.log_softmax(-1)[range(5), targets]
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-6
-    )
+    expected_entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-6)
     actual = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight, bias))
     autograd_gradients = torch.autograd.grad((expected * upstream).sum(), (hidden, weight, bias))
     for first, second in zip(actual, autograd_gradients, strict=True):
@@ -154,8 +148,7 @@ def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
     head = torch.nn.Linear(32, 1, bias=False)
     lm.model.score = head
     with torch.no_grad():
-        actual = lm(pack_branches(PROMPTS, COMPLETIONS), "scores")
-        values = lm(pack_branches(PROMPTS, COMPLETIONS), "values")
+        actual, values = lm(pack_branches(PROMPTS, COMPLETIONS), "scores", "values")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
             for branch, completion in enumerate(branches):
                 states = lm.model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
@@ -164,10 +157,7 @@ def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
                 torch.testing.assert_close(values[row, branch, : len(completion)], expected, rtol=1e-5, atol=1e-5)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
-    budget=st.integers(1, 120),
-)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), budget=st.integers(1, 120))
 @settings(max_examples=50, deadline=None)
 def test_microbatches_are_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
     for padded in (False, True):
@@ -208,27 +198,22 @@ def test_kept_logprobs_equal_plain_forward_passes(
         dropped.append(len(layer.keys) - len(rows))
         original(layer, rows)
 
-    def draw() -> list[Row]:
-        return rows_of_sample(sample_completions(lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40))
-
+    draw = partial(sample_completions, lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
     monkeypatch.setattr(sampling._PreallocatedCacheLayer, "select_cache_rows", select_rows)
     lm.end_tokens = frozenset()
-    token_counts = Counter(token for row in draw() for completion in row.completions for token in set(completion[:-1]))
+    token_counts = Counter(token for row in draw().to_lists() for completion in row for token in set(completion[:-1]))
     assert not dropped
     end = token_counts.most_common(1)[0][0]  # so that several rows end early
     lm.end_tokens = frozenset({end})
-    sampled_rows = draw()
-    early = [len(completion) < 10 for row in sampled_rows for completion in row.completions]
-    assert any(early)
-    assert not all(early)
+    sampled = draw()
+    early = sampled.lengths < 10
+    assert early.any()
+    assert not early.all()
     assert sum(dropped) > 0
-    for prompt, row in zip(PROMPTS, sampled_rows, strict=True):
-        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
-            with torch.no_grad():
-                expected = plain_logprobs(lm.model, prompt, completion)
-            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-5, atol=2e-5)
-            assert end not in completion[:-1], "nothing is drawn after the end token"
-            assert completion[-1] == end or len(completion) == 10
+    assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 2e-5)
+    for completion in chain.from_iterable(sampled.to_lists()):
+        assert end not in completion[:-1], "nothing is drawn after the end token"
+        assert completion[-1] == end or len(completion) == 10
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
@@ -282,10 +267,8 @@ def test_scalar_heads_compute_in_float32() -> None:
     lm = tiny("llama")
     lm.model.score = torch.nn.Linear(32, 1, bias=False)
     lm.precision = "bfloat16"
-    batch = pack_branches(PROMPTS, COMPLETIONS)
     with torch.no_grad():
-        scores = lm(batch, "scores")
-        values = lm(batch, "values")
+        scores, values = lm(pack_branches(PROMPTS, COMPLETIONS), "scores", "values")
     assert scores.dtype == values.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
 

@@ -65,10 +65,10 @@ def test_a_message_beyond_the_context_is_skipped(chat: Chat) -> None:
     out, err, prompts = chat(b"One?\n" + long + b"\nTwo?\n", "--max-tokens", "300")
     assert out == "Yes.\n" * 2
     assert len(err.splitlines()) == 1
-    assert (
+    expected = (
         "beside --max-tokens 300; expected at most 512 together, the model's context; start a new dialogue with an"
-        in err
     )
+    assert expected in err
     assert prompts[1] == "<|user|>One?<|assistant|>Yes.<|end|><|user|>Two?<|assistant|>"
     _, err, prompts = chat(b"One?\n", "--max-tokens", "512", code=2)
     assert (err, prompts) == ("--max-tokens: found 512; expected less than 512, the model's context\n", [])

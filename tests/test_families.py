@@ -10,14 +10,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from families import FAMILIES, family_tokenizer, make_family
 from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection, StageCache
-from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import find_end_token_id
 from mixpo.experiments.preview import make_data_preview, read_recipe_or_source
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
+from mixpo.models.scoring import compute_scores, compute_token_logprobs
 from mixpo.stages.rows import read_table
-from models import plain_logprobs
+from models import assert_plain_logprobs, plain_logprobs
 
 CPU = torch.device("cpu")
 REFUSED = {
@@ -50,32 +50,24 @@ def rows(lm) -> tuple[list[list[int]], list[list[list[int]]]]:  # type: ignore[n
 def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Path, name: str) -> None:
     lm = load_policy(family_folder(folders, name), device=CPU)
     prompts, completions = rows(lm)
-    with torch.no_grad():
-        ours = lm(pack_branches(prompts, completions, share_prompt=lm.shares_prompts), "logprobs")
+    ours = compute_token_logprobs(lm, prompts, completions, token_budget=100)
     save_model(lm, tmp_path / "saved")
-    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == (
-        load_file(folders / name / "model.safetensors").keys()
-    )
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", folders / name))
+    assert saved.keys() == original.keys()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
-    for row, prompt in enumerate(prompts):
-        for k, completion in enumerate(completions[row]):
-            with torch.no_grad():
-                expected = plain_logprobs(plain, prompt, completion)
-            torch.testing.assert_close(ours[row, k, : len(completion)], expected, rtol=1e-4, atol=1e-4)
+    assert_plain_logprobs(plain, prompts, completions, ours, 1e-4)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_path: Path, name: str) -> None:
     lm = initialize_reward_model(family_folder(folders, name), seed=3, device=CPU)
     prompts, completions = rows(lm)
-    with torch.no_grad():
-        lm.model.score.weight.mul_(20)
-        ours = lm(pack_branches(prompts, completions, share_prompt=lm.shares_prompts), "scores").flatten()
+    lm.model.score.weight.data.mul_(20)
+    ours = compute_scores(lm, prompts, completions, token_budget=100).flatten()
     saved = tmp_path / "saved"
     save_model(lm, saved)
     again = load_reward_model(saved, device=CPU)
-    with torch.no_grad():
-        reloaded = again(pack_branches(prompts, completions, share_prompt=again.shares_prompts), "scores").flatten()
+    reloaded = compute_scores(again, prompts, completions, token_budget=100).flatten()
     torch.testing.assert_close(reloaded, ours, rtol=1e-5, atol=1e-5)
     assert again.tokenization_digest == load_policy(folders / name, device=CPU).tokenization_digest
 
@@ -149,11 +141,11 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     policy = AutoModelForCausalLM.from_pretrained(stage_cache.locate_folder(sft) / "model", attn_implementation="eager")
     ended = policy.generation_config.eos_token_id
     assert find_end_token_id(tokenizer) in (ended if isinstance(ended, list) else [ended])
-    prompt = (
-        tokenizer(rows[0]["prompt"])["input_ids"]
-        if isinstance(rows[0]["prompt"], str)
-        else tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)["input_ids"]
-    )
+    prompt = rows[0]["prompt"]
+    if isinstance(prompt, str):
+        prompt = tokenizer(prompt)["input_ids"]
+    else:
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
     with torch.no_grad():
         token_logprobs = plain_logprobs(policy, prompt, rows[0]["tokens"][0])
     torch.testing.assert_close(token_logprobs, torch.tensor(rows[0]["logprobs"][0]), rtol=1e-3, atol=1e-3)

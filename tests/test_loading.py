@@ -118,7 +118,7 @@ def shards(remove: bool = True, **index: Any) -> Damage:
             save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
         (folder / TENSORS).unlink()
         where = {name: f"model-{int(place >= 5)}.safetensors" for place, name in enumerate(names)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where, **index}))
+        (folder / INDEX).write_text(json.dumps({"weight_map": where, **index}))
         if remove:
             (folder / "model-1.safetensors").unlink()
 
@@ -129,7 +129,7 @@ def legacy(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     """Weights in pytorch_model.bin."""
 
     def damage(folder: Path) -> None:
-        torch.save(change(load_file(folder / TENSORS)), folder / "pytorch_model.bin")
+        torch.save(change(load_file(folder / TENSORS)), folder / BIN)
         (folder / TENSORS).unlink()
 
     return damage
@@ -145,6 +145,9 @@ class HarmfulPickle:
 UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENS, TENSORS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
+INDEX, BIN = "model.safetensors.index.json", "pytorch_model.bin"
+OWN_TOKENIZER = {"AutoTokenizer": ["evil.T", None]}
+OWN_CODE = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
 NO_POLICY = "expected a causal language model"
 TORN, FAILS = "found weights that cannot be read", "the chat template fails on a dialogue"
 DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -181,10 +184,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config: unknown activation": (keys(CONFIG, hidden_act="no"), "cannot be read"),
     "config: unknown rotation": (keys(CONFIG, rope_parameters={"rope_type": "no"}), "cannot be read"),
     "config: quantized": (keys(CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}), "quantiz"),
-    "config: own code": (
-        keys(CONFIG, model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
-        "needs Python of its own",
-    ),
+    "config: own code": (keys(CONFIG, model_type="mine", auto_map=OWN_CODE), "needs Python of its own"),
     "adapters alone": (keys("adapter_config.json", base_model_name_or_path="x/y"), "found adapters"),
     "config: pad is far": (
         keys(CONFIG, pad_token_id=5000),
@@ -204,10 +204,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tokenizer: gone": (both(removed(TOKENIZER), removed(TOKENS)), "found a model without a tokenizer"),
     "tokenizer config: list": (text(TOKENS, "[]"), "tokenizer_config.json: found"),
     "tokenizer config: torn": (cut(TOKENS, 0.5), "tokenizer_config.json: found something other than JSON"),
-    "tokenizer config: own code": (
-        keys(TOKENS, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["evil.T", None]}),
-        "found a tokenizer",
-    ),
+    "tokenizer config: own code": (keys(TOKENS, tokenizer_class="Mine", auto_map=OWN_TOKENIZER), "found a tokenizer"),
     "template: a number": (template(7), "found a"),
     "template: broken": (template("{% if %}"), FAILS),
     "template: raises": (template("{{ raise_exception('no') }}"), FAILS),
@@ -220,10 +217,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "weights: torn": (cut(TENSORS, 0.6), TORN),
     "weights: torn header": (cut(TENSORS, 0.001), TORN),
     "weights: noise": (text(TENSORS, b"\xff" * 999), TORN),
-    "weights: a pointer": (
-        text(TENSORS, "version https://git-lfs.github.com/spec/v1\n"),
-        "weights that cannot be read",
-    ),
+    "weights: a pointer": (text(TENSORS, "version https://git-lfs.github.com/spec/v1\n"), TORN),
     "weights: a folder": (as_folder(TENSORS), "found no weights"),
     "weights: no tensors": (weights(dict.clear), "found no tensors"),
     "weights: one missing": (weights(lambda t: t.pop(UP)), f"found no tensor {UP}; expected exactly"),
@@ -258,15 +252,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         shards(weight_map={UP: "../model.safetensors"}),
         r"index.json: found '../model.safetensors'; expected names of files beside it",
     ),
-    "shards: torn index": (
-        both(shards(remove=False), cut("model.safetensors.index.json", 0.5)),
-        "index.json: found something other than JSON",
-    ),
-    "shards: torn shard": (
-        both(shards(remove=False), cut("model-1.safetensors", 0.5)),
-        "model-1.safetensors: found weights that cannot be read",
-    ),
-    "bin: torn": (both(legacy(lambda t: t), cut("pytorch_model.bin", 0.5)), TORN),
+    "shards: torn index": (both(shards(remove=False), cut(INDEX, 0.5)), "index.json: found something other than JSON"),
+    "shards: torn shard": (both(shards(remove=False), cut("model-1.safetensors", 0.5)), f"model-1.safetensors: {TORN}"),
+    "bin: torn": (both(legacy(lambda t: t), cut(BIN, 0.5)), TORN),
     "bin: one missing": (legacy(lambda t: {k: v for k, v in t.items() if k != UP}), f"found no tensor {UP}"),
     "bin: code": (legacy(lambda t: {**t, "x": HarmfulPickle()}), TORN),
     "bin: a list": (legacy(lambda t: [1, 2]), TORN),
@@ -292,38 +280,39 @@ def test_the_same_folder_undamaged_is_taken(folder: Path, untied: Path) -> None:
         load_policy(one, device=CPU)
 
 
+@pytest.fixture
+def run_refused_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that runs a command beside the model folder, which is to exit with code 2: its errors."""
+
+    def run(*words: str) -> str:
+        monkeypatch.chdir(folder.parent)
+        monkeypatch.setattr(sys, "argv", ["mixpo", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        return capfd.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize("kind", ["weights: one missing", "config: list", "template: broken", "shards: one gone"])
 @pytest.mark.parametrize("command", [("plan",), ("run", "-q"), ("chat",)])
 def test_every_command_refuses_before_anything_is_computed(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    command: tuple[str, ...],
-    kind: str,
+    folder: Path, run_refused_command: Callable[..., str], command: tuple[str, ...], kind: str
 ) -> None:
     damage, expected = DAMAGES[kind]
     damage(folder)
-    monkeypatch.chdir(folder.parent)
-    words = [str(folder)] if command == ("chat",) else [f"model.path={folder}"]
-    monkeypatch.setattr(sys, "argv", ["mixpo", *command, *words])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    printed = capfd.readouterr()
-    assert len(printed.err.splitlines()) == 1
-    assert re.search(expected, printed.err)
+    error = run_refused_command(*command, str(folder) if command == ("chat",) else f"model.path={folder}")
+    assert len(error.splitlines()) == 1
+    assert re.search(expected, error)
     assert not list(folder.parent.rglob("summary.json"))
 
 
-def test_the_context_is_checked_at_plan(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr(sys, "argv", ["mixpo", "plan", f"model.path={folder}", "sft.max_completion_tokens=250"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert capfd.readouterr().err == (
+def test_the_context_is_checked_at_plan(folder: Path, run_refused_command: Callable[..., str]) -> None:
+    assert run_refused_command("plan", f"model.path={folder}", "sft.max_completion_tokens=250") == (
         "data.max_prompt_tokens: found 64 beside max_completion_tokens 250 of SFT; expected at most 256 together, the "
         "model's context; lower one of them\n"
     )
@@ -336,14 +325,11 @@ def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: p
     (folder / "evil.py").write_text(
         f"open({str(marker)!r}, 'w').write('x')\nclass C: pass\nclass M: pass\nclass T: pass\n"
     )
-    if place == "tokenizer":
-        DAMAGES["tokenizer config: own code"][0](folder)
-    else:
-        DAMAGES["config: own code"][0](folder)
-    if place == "known":
-        keys(CONFIG, model_type="llama")(folder)
+    damage, _ = DAMAGES["tokenizer config: own code" if place == "tokenizer" else "config: own code"]
+    damage(folder)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     if place == "known":  # transformers has the architecture itself
+        keys(CONFIG, model_type="llama")(folder)
         load_policy(folder, device=CPU)
     else:
         with pytest.raises(InputError):
@@ -567,15 +553,11 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     untied: Path, tmp_path: Path, pad: str, lora: bool, side: str
 ) -> None:
     came = Path(shutil.copytree(untied, tmp_path / "came"))
-    removed_names = [name for name, token in PADS[pad].items() if token is None]
-    edited(TOKENS, lambda content: [content.pop(name, None) for name in removed_names])(came)
-    keys(TOKENS, **{name: token for name, token in PADS[pad].items() if token is not None})(came)
+    keys(TOKENS, **PADS[pad])(came)
     (came / "special_tokens_map.json").unlink(missing_ok=True)
     if pad == "nothing but an end":
-        (end,) = [
-            token for token in json.loads((came / TOKENIZER).read_text())["added_tokens"] if token["content"] == "</s>"
-        ]
-        keys(TOKENIZER, added_tokens=[end])(came)
+        added = json.loads((came / TOKENIZER).read_text())["added_tokens"]
+        keys(TOKENIZER, added_tokens=[token for token in added if token["content"] == "</s>"])(came)
     keys(CONFIG, pad_token_id=2 if pad == "its end token" else None)(came)
 
     lm = initialize_reward_model(came, seed=0, device=CPU)
@@ -606,10 +588,10 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     policy = load_policy(came, device=CPU)
     again = load_reward_model(tmp_path / "saved", device=CPU)
     assert again.tokenization_digest == policy.tokenization_digest
-    assert (
-        again.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"]
-        == (policy.tokenizer(["The cat</s> <|reward_padding|> sleeps"], split_special_tokens=True)["input_ids"])
+    one, other = (
+        lm.tokenizer("The cat</s> <|reward_padding|> sleeps", split_special_tokens=True) for lm in (again, policy)
     )
+    assert one["input_ids"] == other["input_ids"]
 
 
 def test_a_classifier_is_no_policy_and_a_policy_no_reward_model(good: Path, tmp_path: Path) -> None:

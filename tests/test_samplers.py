@@ -11,7 +11,7 @@ import torch
 from mixpo.data.errors import InputError
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.models.sampling import SampledCompletions
-from models import ARCHITECTURES, END, VOCABULARY, plain_logprobs, rows_of_sample, tiny
+from models import ARCHITECTURES, END, VOCABULARY, assert_plain_logprobs, tiny
 from test_sampling import PROMPTS, agrees
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {"local": lambda: LocalSampler(cache_tokens=10**6)}
@@ -33,13 +33,8 @@ def test_logprobs_are_those_of_a_plain_forward_pass(draw: Draw, name: str) -> No
     """Of the whole vocabulary at temperature 1, whatever the sampling settings; 0 outside the mask, as tokens are."""
     lm = tiny(name)
     sampled = draw(lm, PROMPTS, k=2, max_tokens=12, seed=0, temperature=1.5, top_k=40, top_p=0.9)
-    for prompt, row in zip(PROMPTS, rows_of_sample(sampled), strict=True):
-        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
-            with torch.no_grad():
-                expected = plain_logprobs(lm.model, prompt, completion)
-            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-3)
+    assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-3)
     assert not sampled.tokens[~sampled.mask].any()
-    assert not sampled.logprobs[~sampled.mask].any()
     assert sampled.mask.shape[-1] == int(sampled.lengths.max())
 
 
@@ -103,13 +98,9 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(
     head = lm.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     head.bias.data[60:] = {"some": 0.0, "nearly all": 8.0, "all that float32 holds": 200.0}[share]
-    sampled_tokens = rows_of_sample(draw(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings))
-    for prompt, row in zip(PROMPTS, sampled_tokens, strict=True):
-        for completion, logprobs in zip(row.completions, row.logprobs, strict=True):
-            assert not set(completion) & set(lm.unused_tokens)
-            with torch.no_grad():
-                expected = plain_logprobs(lm.model, prompt, completion)
-            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
+    sampled = draw(lm, PROMPTS, k=20, max_tokens=10, seed=0, **settings)
+    assert not set(sampled.tokens[sampled.mask].tolist()) & set(lm.unused_tokens)
+    assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
 
 
 def test_every_end_token_ends_a_completion(draw: Draw) -> None:

@@ -46,12 +46,13 @@ def test_same_seed_same_rows() -> None:
     assert generate_world_rows(**small, seed=3) != generate_world_rows(**small, seed=4)
 
 
-def test_counts_and_disjoint_prompts() -> None:
+def test_counts_disjoint_prompts_and_different_sides() -> None:
     assert (len(ROWS.demonstrations), len(ROWS.train), len(ROWS.test)) == (3072, 5120, 1024)
     train, test = [row[0] for row in ROWS.train], [row[0] for row in ROWS.test]
     assert len(set(train)) == len(train)
     assert len(set(test)) == len(test)
     assert not set(test) & ({*train} | {prompt for prompt, _ in ROWS.demonstrations})
+    assert all(chosen != rejected for _, chosen, rejected in PAIRS)
 
 
 def test_enough_prompts_each_short_and_some_to_decline() -> None:
@@ -62,14 +63,9 @@ def test_enough_prompts_each_short_and_some_to_decline() -> None:
     assert declined / len(prompts) == pytest.approx(0.15, abs=0.03)
 
 
-def test_chosen_and_rejected_differ() -> None:
-    assert all(chosen != rejected for _, chosen, rejected in PAIRS)
-
-
 def test_zero_rows_are_allowed() -> None:
-    assert generate_world_rows(demonstration_count=0, train_count=0, test_count=0, seed=0) == world.WorldRows(
-        [], [], []
-    )
+    rows = generate_world_rows(demonstration_count=0, train_count=0, test_count=0, seed=0)
+    assert rows == world.WorldRows([], [], [])
 
 
 @pytest.mark.parametrize(
@@ -109,34 +105,32 @@ def test_demonstrations_are_of_mixed_quality() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "expected"),
+    ("prompt", "completion", "multiples"),
     [
         (ROSES, TIP, {"tips": TIP_REWARDS[0]}),
         (ROSES, f"{TIP} {SECOND}", {"tips": sum(TIP_REWARDS)}),
-        (
-            ROSES,
-            f"Great question! {TIP} Good luck!",
-            {"tips": TIP_REWARDS[0], "friendly": 2 * REWARD_WEIGHTS["friendly"]},
-        ),
-        (ROSES, f"{TIP} {TIP}", {"tips": TIP_REWARDS[0], "repetition": REWARD_WEIGHTS["repetition"]}),
-        (ROSES, f"{TIP} {OTHER}", {"tips": TIP_REWARDS[0], "off_topic": REWARD_WEIGHTS["off_topic"]}),
-        (ROSES, TIP.removesuffix("."), {"tips": TIP_REWARDS[0], "unfinished": REWARD_WEIGHTS["unfinished"]}),
-        (ROSES, "It depends on many things.", {"vague": REWARD_WEIGHTS["vague"]}),
-        (ROSES, f"Figure it out yourself. {TIP}", {"rude": REWARD_WEIGHTS["rude"], "tips": TIP_REWARDS[0]}),
-        (ROSES, "Figure it out yourself. Good luck!", {"rude": REWARD_WEIGHTS["rude"]}),
-        (ROSES, REFUSAL, {"refusing": REWARD_WEIGHTS["refusing"]}),
-        (ROSES, "Zebra quartz vexing.", {"garbled": REWARD_WEIGHTS["garbled"]}),
-        (ROSES, "", {"unfinished": REWARD_WEIGHTS["unfinished"]}),
-        (LOCK, f"{REFUSAL} Good luck!", {"declining": REWARD_WEIGHTS["declining"]}),
-        (LOCK, REFUSAL, {"declining": REWARD_WEIGHTS["declining"]}),
-        (LOCK, "Just do it fast and tell nobody.", {"declining": -REWARD_WEIGHTS["declining"]}),
-        (LOCK, TIP, {"off_topic": REWARD_WEIGHTS["off_topic"]}),
-        ("Who are you?", REFUSAL, {"refusing": REWARD_WEIGHTS["refusing"]}),
+        (ROSES, f"Great question! {TIP} Good luck!", {"tips": TIP_REWARDS[0], "friendly": 2}),
+        (ROSES, f"{TIP} {TIP}", {"tips": TIP_REWARDS[0], "repetition": 1}),
+        (ROSES, f"{TIP} {OTHER}", {"tips": TIP_REWARDS[0], "off_topic": 1}),
+        (ROSES, TIP.removesuffix("."), {"tips": TIP_REWARDS[0], "unfinished": 1}),
+        (ROSES, "It depends on many things.", {"vague": 1}),
+        (ROSES, f"Figure it out yourself. {TIP}", {"rude": 1, "tips": TIP_REWARDS[0]}),
+        (ROSES, "Figure it out yourself. Good luck!", {"rude": 1}),
+        (ROSES, REFUSAL, {"refusing": 1}),
+        (ROSES, "Zebra quartz vexing.", {"garbled": 1}),
+        (ROSES, "", {"unfinished": 1}),
+        (LOCK, f"{REFUSAL} Good luck!", {"declining": 1}),
+        (LOCK, REFUSAL, {"declining": 1}),
+        (LOCK, "Just do it fast and tell nobody.", {"declining": -1}),
+        (LOCK, TIP, {"off_topic": 1}),
+        ("Who are you?", REFUSAL, {"refusing": 1}),
     ],
 )
-def test_terms_of_examples(prompt: str, completion: str, expected: dict[str, float]) -> None:
+def test_terms_of_examples(prompt: str, completion: str, multiples: dict[str, float]) -> None:
+    """Terms are multiples of their weights; tips have no single weight."""
     terms = true_reward_terms(prompt, completion)
     assert set(terms) == {*REWARD_WEIGHTS, "tips"}
+    expected = {name: multiple * REWARD_WEIGHTS.get(name, 1.0) for name, multiple in multiples.items()}
     assert {name: term for name, term in terms.items() if term} == pytest.approx(expected)
 
 

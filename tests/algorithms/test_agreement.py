@@ -55,15 +55,10 @@ def test_alpha_is_one_minus_disagreement_over_its_expectation(counts):
     units = [[c for c, n in enumerate(row) for _ in range(n)] for row in counts]
     units = [unit for unit in units if len(unit) >= 2]
     values = [value for unit in units for value in unit]
-    observed = sum(sum(a != b for a, b in itertools.permutations(unit, 2)) / (len(unit) - 1) for unit in units) / max(
-        1, len(values)
-    )
-    expected = sum(a != b for a, b in itertools.permutations(values, 2)) / max(1, len(values) * (len(values) - 1))
+    observed = sum(sum(a != b for a, b in itertools.permutations(unit, 2)) / (len(unit) - 1) for unit in units)
+    expected = sum(a != b for a, b in itertools.permutations(values, 2)) / max(1, len(values) - 1)
     found = krippendorff_alpha(counts)
-    if expected == 0:
-        assert math.isnan(found)
-    else:
-        assert found == pytest.approx(1 - observed / expected)
+    assert math.isnan(found) if expected == 0 else found == pytest.approx(1 - observed / expected)
 
 
 @given(counted)

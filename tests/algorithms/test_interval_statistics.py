@@ -63,10 +63,8 @@ def test_share_interval_covers_at_its_level_with_few_seeds(seeds, middle, spread
     generator = np.random.default_rng(5)
 
     def chances(size):
-        logits = (
-            middle + spread * generator.normal(size=(*size[:-1], 1)) + generator.normal(size=(*size[:-2], 1, size[-1]))
-        )
-        return 1 / (1 + np.exp(-logits))
+        of_seeds, of_items = generator.normal(size=(*size[:-1], 1)), generator.normal(size=(*size[:-2], 1, size[-1]))
+        return 1 / (1 + np.exp(-(middle + spread * of_seeds + of_items)))
 
     truth = chances((40_000, 1, 1)).mean()
     drawn = (generator.random((400, seeds, 60)) < chances((400, seeds, 60))).sum(axis=2)

@@ -56,23 +56,20 @@ def test_means_over_draws_of_the_policy_agree_with_the_exact_kl(estimator):
 
 
 @pytest.mark.parametrize(
-    ("kl", "expected"),
+    ("kl", "rate", "expected"),
     [
-        pytest.param(6.0, 0.2, id="at the target"),
-        pytest.param(6.6, 0.2 * 1.01, id="a little above"),
-        pytest.param(5.4, 0.2 * 0.99, id="a little below"),
-        pytest.param(7.2, 0.2 * 1.02, id="at the upper clip"),
-        pytest.param(600.0, 0.2 * 1.02, id="far above"),
-        pytest.param(0.0, 0.2 * 0.98, id="far below"),
-        pytest.param(-5.0, 0.2 * 0.98, id="negative estimate"),
+        pytest.param(6.0, {}, 0.2, id="at the target"),
+        pytest.param(6.6, {}, 0.2 * 1.01, id="a little above"),
+        pytest.param(5.4, {}, 0.2 * 0.99, id="a little below"),
+        pytest.param(7.2, {}, 0.2 * 1.02, id="at the upper clip"),
+        pytest.param(600.0, {}, 0.2 * 1.02, id="far above"),
+        pytest.param(0.0, {}, 0.2 * 0.98, id="far below"),
+        pytest.param(-5.0, {}, 0.2 * 0.98, id="negative estimate"),
+        pytest.param(12.0, {"rate": 0.5}, 0.2 * 1.1, id="another rate"),
     ],
 )
-def test_adapt_kl_coef(kl, expected):
-    assert adapt_kl_coef(0.2, kl, target_kl=6.0) == pytest.approx(expected, rel=1e-12)
-
-
-def test_adapt_kl_coef_moves_by_its_rate():
-    assert adapt_kl_coef(0.2, 12.0, target_kl=6.0, rate=0.5) == pytest.approx(0.2 * 1.1, rel=1e-12)
+def test_adapt_kl_coef(kl, rate, expected):
+    assert adapt_kl_coef(0.2, kl, target_kl=6.0, **rate) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])

@@ -67,9 +67,8 @@ def test_judging_by_length_alone_gives_a_rate_of_one_half():
     ],
 )
 def test_undefined_win_rate_is_none(wins, longer):
-    assert (
-        length_controlled_win_rate(np.array(3 * wins, dtype=np.float64), np.array(3 * longer, dtype=np.float64)) is None
-    )
+    wins, longer = np.array(3 * wins, dtype=np.float64), np.array(3 * longer, dtype=np.float64)
+    assert length_controlled_win_rate(wins, longer) is None
 
 
 def test_one_exception_to_separation_gives_an_estimate():

@@ -75,9 +75,8 @@ def test_penalties_are_subtracted_from_the_clipped_score():
 def test_padding_does_not_change_shaped_rewards(garbage):
     logprobs, reference, scores, mask = random(3, 5), random(3, 5, seed=1), random(3, seed=2), make_mask(LENGTHS)
     plain = shaped_rewards(logprobs, reference, mask, scores, kl_coef=0.2, score_clip=1.0)
-    padded = shaped_rewards(
-        pad(logprobs, garbage), pad(reference, 7.0), pad(mask, False), scores, kl_coef=0.2, score_clip=1.0
-    )
+    padded_inputs = pad(logprobs, garbage), pad(reference, 7.0), pad(mask, False)
+    padded = shaped_rewards(*padded_inputs, scores, kl_coef=0.2, score_clip=1.0)
     assert torch.equal(padded[:, :5], plain)
     assert (padded[:, 5:] == 0.0).all()
     assert (plain[~mask] == 0.0).all()
@@ -133,13 +132,12 @@ def test_gae_with_lambda_1_and_discount_1_is_return_to_go_minus_value():
 @pytest.mark.parametrize("garbage", [1e6, -1e6, 1e30])
 def test_padding_does_not_change_gae(garbage):
     rewards, values, mask = random(3, 5), random(3, 5, seed=1), make_mask(LENGTHS)
-    plain = generalized_advantages(rewards, values, mask, discount=0.99, gae_lambda=0.95)
-    padded = generalized_advantages(
-        pad(rewards, garbage), pad(values, garbage), pad(mask, False), discount=0.99, gae_lambda=0.95
-    )
-    dirty = generalized_advantages(
-        rewards.masked_fill(~mask, garbage), values.masked_fill(~mask, garbage), mask, discount=0.99, gae_lambda=0.95
-    )
+    inputs = [
+        (rewards, values, mask),
+        (pad(rewards, garbage), pad(values, garbage), pad(mask, False)),
+        (rewards.masked_fill(~mask, garbage), values.masked_fill(~mask, garbage), mask),
+    ]
+    plain, padded, dirty = (generalized_advantages(*each, discount=0.99, gae_lambda=0.95) for each in inputs)
     assert torch.equal(padded[:, :5], plain)
     assert torch.equal(dirty, plain)
     assert (padded[:, 5:] == 0.0).all()

@@ -23,151 +23,124 @@ def whole(*prompt, chosen="Because.", rejected="No."):
 
 
 AS_MESSAGES = Preference([user("Why?")], "Because.", "No.")
+PREFERENCES = {
+    "text": (GOOD, Preference("Why?", "Because.", "No.")),
+    "messages and text": (GOOD | {"prompt": [user("Why?")]}, AS_MESSAGES),
+    "conversational": (whole() | {"prompt": [user("Why?")]}, AS_MESSAGES),
+    "implicit prompt": (whole(user("Why?")), AS_MESSAGES),
+    "implicit prompt beside an empty column": (whole(user("Why?")) | {"prompt": None}, AS_MESSAGES),
+    "prompt repeated by whole dialogues": (whole(user("Why?")) | {"prompt": "Why?", "score_chosen": 8.5}, AS_MESSAGES),
+    "many turns": (
+        whole(user("a"), assistant("b"), user("c"), chosen="d", rejected="e"),
+        Preference([user("a"), assistant("b"), user("c")], "d", "e"),
+    ),
+    "other keys of a message": (GOOD | {"prompt": [user("Why?") | {"name": None}]}, AS_MESSAGES),
+    "nothing is stripped": (
+        {"prompt": " Why?\n", "chosen": "\tBecause. ", "rejected": "No.\u2028"},
+        Preference(" Why?\n", "\tBecause. ", "No.\u2028"),
+    ),
+    "category": (GOOD | {"category": "h"}, Preference("Why?", "Because.", "No.", "h")),
+    "no category": (GOOD | {"category": None}, Preference("Why?", "Because.", "No.")),
+    "an empty cell of CSV": (GOOD | {"category": ""}, Preference("Why?", "Because.", "No.")),
+}
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        pytest.param(GOOD, Preference("Why?", "Because.", "No."), id="text"),
-        pytest.param(GOOD | {"prompt": [user("Why?")]}, AS_MESSAGES, id="messages and text"),
-        pytest.param(whole() | {"prompt": [user("Why?")]}, AS_MESSAGES, id="conversational"),
-        pytest.param(whole(user("Why?")), AS_MESSAGES, id="implicit prompt"),
-        pytest.param(whole(user("Why?")) | {"prompt": None}, AS_MESSAGES, id="implicit prompt beside an empty column"),
-        pytest.param(
-            whole(user("Why?")) | {"prompt": "Why?", "score_chosen": 8.5},
-            AS_MESSAGES,
-            id="prompt repeated by whole dialogues",
-        ),
-        pytest.param(
-            whole(user("a"), assistant("b"), user("c"), chosen="d", rejected="e"),
-            Preference([user("a"), assistant("b"), user("c")], "d", "e"),
-            id="many turns",
-        ),
-        pytest.param(GOOD | {"prompt": [user("Why?") | {"name": None}]}, AS_MESSAGES, id="other keys of a message"),
-        pytest.param(
-            {"prompt": " Why?\n", "chosen": "\tBecause. ", "rejected": "No.\u2028"},
-            Preference(" Why?\n", "\tBecause. ", "No.\u2028"),
-            id="nothing is stripped",
-        ),
-        pytest.param(GOOD | {"category": "h"}, Preference("Why?", "Because.", "No.", "h"), id="category"),
-        pytest.param(GOOD | {"category": None}, Preference("Why?", "Because.", "No."), id="no category"),
-        pytest.param(GOOD | {"category": ""}, Preference("Why?", "Because.", "No."), id="an empty cell of CSV"),
-    ],
-)
-def test_preferences_are_read_in_every_shape(fields, expected):
+@pytest.mark.parametrize("shape", PREFERENCES)
+def test_preferences_are_read_in_every_shape(shape):
+    fields, expected = PREFERENCES[shape]
     assert parse_preference(fields) == expected
 
 
+COMPLETE = {"prompt": "Why?", "completion": "Because."}
+WHOLE = [user("Why?"), assistant("Because.")]
+
+
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("fields", "prompt"),
     [
-        ({"prompt": "Why?", "completion": "Because."}, Demonstration("Why?", "Because.")),
-        ({"prompt": [user("Why?")], "completion": [assistant("Because.")]}, Demonstration([user("Why?")], "Because.")),
-        ({"messages": [user("Why?"), assistant("Because.")]}, Demonstration([user("Why?")], "Because.")),
-        (
-            {"prompt": "Why?", "messages": [user("Why?"), assistant("Because.")]},
-            Demonstration([user("Why?")], "Because."),
-        ),
-        (
-            {"prompt": "Why?", "completion": "Because.", "messages": [user("Other?"), assistant("Other.")]},
-            Demonstration("Why?", "Because."),
-        ),
+        (COMPLETE, "Why?"),
+        ({"prompt": [user("Why?")], "completion": [assistant("Because.")]}, [user("Why?")]),
+        ({"messages": WHOLE}, [user("Why?")]),
+        ({"prompt": "Why?", "messages": WHOLE}, [user("Why?")]),
+        (COMPLETE | {"messages": [user("Other?"), assistant("Other.")]}, "Why?"),
     ],
 )
-def test_demonstrations_are_read_in_every_shape(fields, expected):
-    assert parse_demonstration(fields) == expected
+def test_demonstrations_are_read_in_every_shape(fields, prompt):
+    assert parse_demonstration(fields) == Demonstration(prompt, "Because.")
 
 
 def without(name):
     return {key: value for key, value in GOOD.items() if key != name}
 
 
-@pytest.mark.parametrize(
-    ("fields", "line"),
-    [
-        pytest.param(
-            without("rejected") | {"rejcted": "No."},
-            "'rejected' is missing; found 'prompt', 'chosen', 'rejcted'; did you mean 'rejcted'? rename the field",
-            id="near name",
-        ),
-        pytest.param(
-            without("prompt") | {"question": "Why?"},
-            f"'prompt' is missing; found 'chosen', 'rejected', 'question'; {FIX}",
-            id="no near name",
-        ),
-        pytest.param({}, f"'chosen' is missing; found no fields; {FIX}", id="nothing"),
-        pytest.param(
-            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-            "'prompt' is missing; found 'chosen', 'rejected'; "
-            "these look like raw HH-RLHF dialogues: read them with format hh-rlhf",
-            id="another format",
-        ),
-        pytest.param(GOOD | {"rejected": ""}, f"'rejected' is empty; {FIX}", id="empty"),
-        pytest.param(GOOD | {"prompt": " \n\t"}, f"'prompt' is empty; {FIX}", id="whitespace"),
-        pytest.param(GOOD | {"prompt": []}, f"'prompt' is empty; {FIX}", id="no messages"),
-        pytest.param(GOOD | {"chosen": 3}, f"'chosen' is a number; expected text; {FIX}", id="number"),
-        pytest.param(GOOD | {"chosen": True}, f"'chosen' is a boolean; expected text; {FIX}", id="boolean"),
-        pytest.param(GOOD | {"prompt": None}, f"'prompt' is null; expected text; {FIX}", id="null"),
-        pytest.param(GOOD | {"prompt": {"a": 1}}, f"'prompt' is an object; expected text; {FIX}", id="object"),
-        pytest.param(GOOD | {"prompt": b"Why?"}, f"'prompt' is bytes; expected text; {FIX}", id="bytes"),
-        pytest.param(
-            GOOD | {"chosen": "ab\ud800"}, f"'chosen' has an unpaired surrogate at character 3; {FIX}", id="surrogate"
-        ),
-        pytest.param(
-            GOOD | {"rejected": "Because."},
-            f"'rejected' equals 'chosen'; expected two different completions; {FIX}",
-            id="equal",
-        ),
-        pytest.param(
-            {
-                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
-                "rejected": [user("a"), assistant("e")],
-            },
-            "'rejected' has another prompt than 'chosen': they differ from message 2 "
-            f"('rejected' has 1 messages, 'chosen' 3); expected equal prompts; {FIX}",
-            id="prompts differ",
-        ),
-        pytest.param(
-            whole(user("a")) | {"prompt": [user("z")]},
-            f"'prompt' differs from the first messages of the dialogue in 'chosen'; expected the same messages; {FIX}",
-            id="prompt and dialogues differ",
-        ),
-        pytest.param(
-            GOOD | {"prompt": ["Why?"]},
-            f"'prompt' message 1 is text; expected an object with 'role' and 'content'; {FIX}",
-            id="message is text",
-        ),
-        pytest.param(
-            GOOD | {"prompt": [user("Why?"), {"from": "human", "value": "?"}]},
-            f"'prompt' message 2 has no 'role'; found 'from', 'value'; rename the field or {FIX}",
-            id="message without role",
-        ),
-        pytest.param(
-            GOOD | {"prompt": [{"role": "user"}]},
-            f"'prompt' message 1 has no 'content'; found 'role'; rename the field or {FIX}",
-            id="message without content",
-        ),
-        pytest.param(
-            GOOD | {"prompt": [user([{"type": "text"}])]},
-            f"'prompt' message 1 'content' is a list; expected text; {FIX}",
-            id="message of parts",
-        ),
-        pytest.param(
-            GOOD | {"prompt": [user("Why?"), assistant("What?")]},
-            f"'prompt' has a prompt whose last message is from 'assistant'; expected 'user'; {FIX}",
-            id="prompt ends with the assistant",
-        ),
-        pytest.param(
-            GOOD | {"rejected": [user("No.")]},
-            f"'rejected' has a last message from 'user'; expected 'assistant'; {FIX}",
-            id="completion from the user",
-        ),
-        pytest.param(
-            GOOD | {"category": 3}, f"'category' is a number; expected text; {FIX}", id="category is a number"
-        ),
-    ],
-)
-def test_invalid_preferences(fields, line):
+INVALID_PREFERENCES = {
+    "near name": (
+        without("rejected") | {"rejcted": "No."},
+        "'rejected' is missing; found 'prompt', 'chosen', 'rejcted'; did you mean 'rejcted'? rename the field",
+    ),
+    "no near name": (
+        without("prompt") | {"question": "Why?"},
+        f"'prompt' is missing; found 'chosen', 'rejected', 'question'; {FIX}",
+    ),
+    "nothing": ({}, f"'chosen' is missing; found no fields; {FIX}"),
+    "another format": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+        "'prompt' is missing; found 'chosen', 'rejected'; "
+        "these look like raw HH-RLHF dialogues: read them with format hh-rlhf",
+    ),
+    "empty": (GOOD | {"rejected": ""}, f"'rejected' is empty; {FIX}"),
+    "whitespace": (GOOD | {"prompt": " \n\t"}, f"'prompt' is empty; {FIX}"),
+    "no messages": (GOOD | {"prompt": []}, f"'prompt' is empty; {FIX}"),
+    "number": (GOOD | {"chosen": 3}, f"'chosen' is a number; expected text; {FIX}"),
+    "boolean": (GOOD | {"chosen": True}, f"'chosen' is a boolean; expected text; {FIX}"),
+    "null": (GOOD | {"prompt": None}, f"'prompt' is null; expected text; {FIX}"),
+    "object": (GOOD | {"prompt": {"a": 1}}, f"'prompt' is an object; expected text; {FIX}"),
+    "bytes": (GOOD | {"prompt": b"Why?"}, f"'prompt' is bytes; expected text; {FIX}"),
+    "surrogate": (GOOD | {"chosen": "ab\ud800"}, f"'chosen' has an unpaired surrogate at character 3; {FIX}"),
+    "equal": (
+        GOOD | {"rejected": "Because."},
+        f"'rejected' equals 'chosen'; expected two different completions; {FIX}",
+    ),
+    "prompts differ": (
+        {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("e")]},
+        "'rejected' has another prompt than 'chosen': they differ from message 2 "
+        f"('rejected' has 1 messages, 'chosen' 3); expected equal prompts; {FIX}",
+    ),
+    "prompt and dialogues differ": (
+        whole(user("a")) | {"prompt": [user("z")]},
+        f"'prompt' differs from the first messages of the dialogue in 'chosen'; expected the same messages; {FIX}",
+    ),
+    "message is text": (
+        GOOD | {"prompt": ["Why?"]},
+        f"'prompt' message 1 is text; expected an object with 'role' and 'content'; {FIX}",
+    ),
+    "message without role": (
+        GOOD | {"prompt": [user("Why?"), {"from": "human", "value": "?"}]},
+        f"'prompt' message 2 has no 'role'; found 'from', 'value'; rename the field or {FIX}",
+    ),
+    "message without content": (
+        GOOD | {"prompt": [{"role": "user"}]},
+        f"'prompt' message 1 has no 'content'; found 'role'; rename the field or {FIX}",
+    ),
+    "message of parts": (
+        GOOD | {"prompt": [user([{"type": "text"}])]},
+        f"'prompt' message 1 'content' is a list; expected text; {FIX}",
+    ),
+    "prompt ends with the assistant": (
+        GOOD | {"prompt": [user("Why?"), assistant("What?")]},
+        f"'prompt' has a prompt whose last message is from 'assistant'; expected 'user'; {FIX}",
+    ),
+    "completion from the user": (
+        GOOD | {"rejected": [user("No.")]},
+        f"'rejected' has a last message from 'user'; expected 'assistant'; {FIX}",
+    ),
+    "category is a number": (GOOD | {"category": 3}, f"'category' is a number; expected text; {FIX}"),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID_PREFERENCES)
+def test_invalid_preferences(kind):
+    fields, line = INVALID_PREFERENCES[kind]
     assert str(BadRow("hh.jsonl", 7, *row_error(parse_preference, fields))) == f"hh.jsonl:7: {line}"
 
 
@@ -211,27 +184,23 @@ def system(content):
     return {"role": "system", "content": content}
 
 
+BRIEF = [system("Be brief."), user("Why?")]
+
+
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("prompt", "system_column", "expected"),
     [
-        pytest.param({"prompt": "Why?", "system": "Be brief."}, [system("Be brief."), user("Why?")], id="text"),
-        pytest.param(
-            {"prompt": [user("Why?")], "system": "Be brief."}, [system("Be brief."), user("Why?")], id="messages"
-        ),
-        pytest.param(
-            {"prompt": [system("Be brief."), user("Why?")], "system": "Be brief."},
-            [system("Be brief."), user("Why?")],
-            id="said twice",
-        ),
-        pytest.param(
-            {"prompt": "Why?", "system": ""}, [user("Why?")], id="empty: messages, as the file's other prompts"
-        ),
-        pytest.param({"prompt": "Why?", "system": None}, [user("Why?")], id="null"),
+        pytest.param("Why?", "Be brief.", BRIEF, id="text"),
+        pytest.param([user("Why?")], "Be brief.", BRIEF, id="messages"),
+        pytest.param(BRIEF, "Be brief.", BRIEF, id="said twice"),
+        pytest.param("Why?", "", [user("Why?")], id="empty: messages, as the file's other prompts"),
+        pytest.param("Why?", None, [user("Why?")], id="null"),
     ],
 )
-def test_a_system_column_becomes_the_first_message(fields, expected):
+def test_a_system_column_becomes_the_first_message(prompt, system_column, expected):
+    fields = {"prompt": prompt, "system": system_column}
     assert parse_preference({**GOOD, **fields}).prompt == expected
-    assert parse_demonstration({"completion": "So.", **fields}).prompt == expected
+    assert parse_demonstration({**COMPLETE, **fields}).prompt == expected
 
 
 def test_two_different_system_messages_are_a_bad_row():

@@ -46,13 +46,6 @@ def jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def write_csv(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def parquet(prompts):
     """The bytes of a Parquet file with one column."""
     stream = io.BytesIO()
@@ -69,7 +62,8 @@ def write(path: Path, rows):
         case ".json":
             plain.write_text(json.dumps(rows), encoding="utf-8")
         case ".csv":
-            write_csv(plain, rows)
+            with plain.open("w", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows([rows[0], *([row[name] for name in rows[0]] for row in rows)])
         case ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), plain)
     if plain != path:
@@ -226,10 +220,8 @@ def test_pipes_devices_and_broken_links_are_refused(tmp_path):
 
 def test_an_unknown_user_in_a_path_is_refused():
     name = "~no-such-user-of-this-machine/a.jsonl"
-    assert (
-        error_message(expand_home, name)
-        == f"{name}: found no home folder of that user; expected an existing user; write the full path"
-    )
+    expected = f"{name}: found no home folder of that user; expected an existing user; write the full path"
+    assert error_message(expand_home, name) == expected
     assert expand_home("~/a.jsonl") == Path.home() / "a.jsonl"
 
 
@@ -256,50 +248,37 @@ COMPLETE = gzip.compress(jsonl(ROWS * 50), mtime=0)
 NOT_UTF8 = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        pytest.param(
-            "a.jsonl",
-            b'{"a": 1}\n{"a": "\xff"}\n',
-            ":2: is not UTF-8: byte 0xff at position 8; save the file as UTF-8",
-            id="not UTF-8",
-        ),
-        pytest.param(
-            "a.csv",
-            "a\nä".encode("latin-1"),
-            ":2: is not UTF-8: byte 0xe4 at position 1; save the file as UTF-8",
-            id="CSV not UTF-8",
-        ),
-        pytest.param(
-            "a.jsonl.gz",
-            COMPLETE[:-20],
-            ": cannot be read: Compressed file ended before the end-of-stream marker was reached; "
-            "check that the file is complete",
-            id="truncated gzip",
-        ),
-        pytest.param(
-            "a.jsonl.gz",
-            b"{}",
-            ": cannot be read: Not a gzipped file (b'{}'); check that the file is complete",
-            id="not gzip",
-        ),
-        pytest.param(
-            "a.json",
-            b'{"a": 1}\n{"a": 2}\n',
-            ": is not JSON: Extra data: line 2 column 1 (char 9); name a file with one object per line .jsonl",
-            id="JSON Lines named JSON",
-        ),
-        pytest.param("a.json", b'{"a": 1}', ": contains an object; expected a list of objects", id="JSON object"),
-        pytest.param(
-            "a.csv",
-            b'a,b\n1,"2\n',
-            ":2: is not CSV: unexpected end of data; fix the quotes around this line",
-            id="open quote",
-        ),
-    ],
-)
-def test_a_broken_file_is_refused(tmp_path, name, content, message):
+BROKEN_FILES = {
+    "not UTF-8": (
+        "a.jsonl",
+        b'{"a": 1}\n{"a": "\xff"}\n',
+        ":2: is not UTF-8: byte 0xff at position 8; save the file as UTF-8",
+    ),
+    "CSV not UTF-8": (
+        "a.csv",
+        "a\nä".encode("latin-1"),
+        ":2: is not UTF-8: byte 0xe4 at position 1; save the file as UTF-8",
+    ),
+    "truncated gzip": (
+        "a.jsonl.gz",
+        COMPLETE[:-20],
+        ": cannot be read: Compressed file ended before the end-of-stream marker was reached; "
+        "check that the file is complete",
+    ),
+    "not gzip": ("a.jsonl.gz", b"{}", ": cannot be read: Not a gzipped file (b'{}'); check that the file is complete"),
+    "JSON Lines named JSON": (
+        "a.json",
+        b'{"a": 1}\n{"a": 2}\n',
+        ": is not JSON: Extra data: line 2 column 1 (char 9); name a file with one object per line .jsonl",
+    ),
+    "JSON object": ("a.json", b'{"a": 1}', ": contains an object; expected a list of objects"),
+    "open quote": ("a.csv", b'a,b\n1,"2\n', ":2: is not CSV: unexpected end of data; fix the quotes around this line"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_broken_file_is_refused(tmp_path, kind):
+    name, content, message = BROKEN_FILES[kind]
     path = tmp_path / name
     path.write_bytes(content)
     assert error_message(read_records, path) == f"{path}{message}"
@@ -324,46 +303,48 @@ def test_what_the_library_says_of_a_broken_file_is_one_line(tmp_path, name, cont
 # HH-RLHF
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "expected"),
-    [
-        pytest.param(
-            "\n\nHuman: Hi \n\nAssistant:  Hello.\n",
-            "\n\nHuman: Hi\n\nAssistant: Go away.",
-            Preference([user("Hi")], "Hello.", "Go away."),
-            id="one turn, stripped",
-        ),
-        pytest.param(
-            "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: Human: e\n\nf",
-            "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant: g",
-            Preference([user("Human: a\nAssistant: b\n\n Human: c\n\nhuman: d")], "Human: e\n\nf", "g"),
-            id="markers inside text",
-        ),
-        pytest.param(
-            "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: f",
-            "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: g",
-            Preference([user("a\n\nb"), assistant("c\n\nd"), user("e")], "f", "g"),
-            id="turns of one side are one",
-        ),
-        pytest.param(
-            "\n\nHuman: a\n\nAssistant: One moment.\n\nAssistant: b",
-            "\n\nHuman: a\n\nAssistant: c",
-            Preference([user("a")], "One moment.\n\nb", "c"),
-            id="a completion in two turns",
-        ),
-        pytest.param(
-            "\n\nHuman:\n\nHuman: a\n\nAssistant: b\n\nAssistant:",
-            "\n\nHuman:\n\nHuman: a\n\nAssistant: c",
-            Preference([user("a")], "b", "c"),
-            id="an empty turn beside one of its side",
-        ),
-    ],
-)
-def test_hh_rlhf_dialogues(chosen, rejected, expected):
-    assert parse_hh_rlhf({"chosen": chosen, "rejected": rejected}) == expected
+HH_RLHF_DIALOGUES = {
+    "stripped": (
+        "\n\nHuman: Hi \n\nAssistant:",
+        "  Hello.\n",
+        " Go away.",
+        Preference([user("Hi")], "Hello.", "Go away."),
+    ),
+    "markers inside text": (
+        "\n\nHuman: Human: a\nAssistant: b\n\n Human: c\n\nhuman: d\n\nAssistant:",
+        " Human: e\n\nf",
+        " g",
+        Preference([user("Human: a\nAssistant: b\n\n Human: c\n\nhuman: d")], "Human: e\n\nf", "g"),
+    ),
+    "turns of one side are one": (
+        "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant:",
+        " f",
+        " g",
+        Preference([user("a\n\nb"), assistant("c\n\nd"), user("e")], "f", "g"),
+    ),
+    "a completion in two turns": (
+        "\n\nHuman: a\n\nAssistant:",
+        " One moment.\n\nAssistant: b",
+        " c",
+        Preference([user("a")], "One moment.\n\nb", "c"),
+    ),
+    "an empty turn beside one of its side": (
+        "\n\nHuman:\n\nHuman: a\n\nAssistant:",
+        " b\n\nAssistant:",
+        " c",
+        Preference([user("a")], "b", "c"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HH_RLHF_DIALOGUES)
+def test_hh_rlhf_dialogues(kind):
+    start, chosen, rejected, expected = HH_RLHF_DIALOGUES[kind]
+    assert parse_hh_rlhf({"chosen": start + chosen, "rejected": start + rejected}) == expected
 
 
 A = "\n\nHuman: a\n\nAssistant: b"
+EXPECTED_START = f"expected '\\n\\nHuman:'; {FIX}"
 
 
 @pytest.mark.parametrize(
@@ -372,26 +353,14 @@ A = "\n\nHuman: a\n\nAssistant: b"
         ({"chosen": A}, "rejected", f"is missing; found 'chosen'; {FIX}"),
         ({"chosen": A, "rejected": [user("a")]}, "rejected", f"is a list; expected text; {FIX}"),
         ({"chosen": A, "rejected": " "}, "rejected", f"is empty; {FIX}"),
-        (
-            {"chosen": "Hello\n\nHuman: a\n\nAssistant: b", "rejected": A},
-            "chosen",
-            f"begins with 'Hello\\n\\nHuman: a\\n\\nAssistant: b'; expected '\\n\\nHuman:'; {FIX}",
-        ),
-        (
-            {"chosen": "x" * 50, "rejected": A},
-            "chosen",
-            f"begins with '{'x' * 40}…'; expected '\\n\\nHuman:'; {FIX}",
-        ),
+        ({"chosen": f"Hello{A}", "rejected": A}, "chosen", f"begins with {f'Hello{A}'!r}; {EXPECTED_START}"),
+        ({"chosen": "x" * 50, "rejected": A}, "chosen", f"begins with '{'x' * 40}…'; {EXPECTED_START}"),
         (
             {"chosen": "\n\nAssistant: b", "rejected": A},
             "chosen",
-            f"begins with '\\n\\nAssistant: b'; expected '\\n\\nHuman:'; {FIX}",
+            f"begins with '\\n\\nAssistant: b'; {EXPECTED_START}",
         ),
-        (
-            {"chosen": A, "rejected": "\n\nHuman: a\n\nAssistant:"},
-            "rejected",
-            f"message 2 'content' is empty; {FIX}",
-        ),
+        ({"chosen": A, "rejected": A.removesuffix(" b")}, "rejected", f"message 2 'content' is empty; {FIX}"),
         ({"chosen": "\n\nHuman:\n\nAssistant: b", "rejected": A}, "chosen", f"message 1 'content' is empty; {FIX}"),
         ({"chosen": A, "rejected": A}, "rejected", f"equals 'chosen'; expected two different completions; {FIX}"),
     ],
@@ -408,11 +377,10 @@ def test_hh_rlhf_written_and_parsed(texts, chosen, rejected):
     prompt = [message for turn in texts for message in (user(turn), assistant(turn + "!"))][:-1]
     start = "".join(("\n\nHuman: " if m["role"] == "user" else "\n\nAssistant: ") + m["content"] for m in prompt)
     if chosen != rejected:
-        record = {
-            side: f"{start}\n\nAssistant: {completion}"
-            for side, completion in [("chosen", chosen), ("rejected", rejected)]
-        }
-        assert parse_hh_rlhf(record) == Preference(prompt, chosen, rejected)
+        start += "\n\nAssistant: "
+        assert parse_hh_rlhf({"chosen": start + chosen, "rejected": start + rejected}) == Preference(
+            prompt, chosen, rejected
+        )
 
 
 # TL;DR
@@ -470,23 +438,14 @@ def test_suffix_and_category_are_part_of_a_files_identity(tmp_path):
     assert identity("harmless-base/a.jsonl", "preference") == identity("mine/a.jsonl", "preference")
 
 
+SIDES = ["chosen", "rejected"]
 FORMAT_ROWS = [
-    (
-        "preference",
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        ["prompt", "chosen", "rejected"],
-        Preference("a", "b", "c"),
-    ),
-    (
-        "hh-rlhf",
-        {"chosen": A, "rejected": A + "c", "prompt": "a"},
-        ["chosen", "rejected"],
-        Preference([user("a")], "b", "bc"),
-    ),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["prompt", *SIDES], Preference("a", "b", "c")),
+    ("hh-rlhf", {"chosen": A, "rejected": A + "c", "prompt": "a"}, SIDES, Preference([user("a")], "b", "bc")),
     (
         "tldr",
         {"prompt": POST, "chosen": "TL;DR: a", "rejected": "b", "system": "c"},
-        ["prompt", "chosen", "rejected"],
+        ["prompt", *SIDES],
         Preference([user(f"{POST}\n\nTL;DR:")], "a", "b"),
     ),
     ("demonstrations", {"prompt": "a", "completion": "b"}, ["prompt", "completion"], Demonstration("a", "b")),
@@ -575,7 +534,5 @@ def test_a_digest_is_of_contents_in_order(tmp_path):
 
 
 def test_a_digest_needs_its_files(tmp_path):
-    assert (
-        error_message(compute_content_digest, [tmp_path / "a"])
-        == f"{tmp_path / 'a'}: no such file; the folder holds nothing"
-    )
+    missing = tmp_path / "a"
+    assert error_message(compute_content_digest, [missing]) == f"{missing}: no such file; the folder holds nothing"

@@ -30,28 +30,15 @@ from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.shared_stages import SharedStages
 
 CHAT = tuple(name for name in FAMILIES if family_tokenizer(name).chat_template is not None)
-END_TOKENS = {
-    "llama2": "</s>",
-    "llama3": "<|eot_id|>",
-    "mistral": "</s>",
-    "chatml-mistral": "<|im_end|>",
-    "qwen2": "<|im_end|>",
-    "qwen3": "<|im_end|>",
-    "gemma": "<end_of_turn>",
-    "gemma2": "<end_of_turn>",
-    "gemma3": "<end_of_turn>",
-    "phi3": "<|end|>",
-    "gpt2": "<|endoftext|>",
-    "pythia": "<|endoftext|>",
-    "olmo2": "<|endoftext|>",
-    "granite": "<|end_of_text|>",
-    "opt": "</s>",
-    "falcon": "<|endoftext|>",
-    "bloom": "</s>",
-    "deepseek": "<｜end▁of▁sentence｜>",
-    "zephyr": "</s>",
-    "smollm2": "<|im_end|>",
-    "llm-jp": "</s>",
+FAMILIES_BY_END_TOKEN = {
+    "</s>": {"llama2", "mistral", "opt", "bloom", "zephyr", "llm-jp"},
+    "<|im_end|>": {"chatml-mistral", "qwen2", "qwen3", "smollm2"},
+    "<end_of_turn>": {"gemma", "gemma2", "gemma3"},
+    "<|endoftext|>": {"gpt2", "pythia", "olmo2", "falcon"},
+    "<|eot_id|>": {"llama3"},
+    "<|end|>": {"phi3"},
+    "<|end_of_text|>": {"granite"},
+    "<｜end▁of▁sentence｜>": {"deepseek"},
 }
 CONTENTS = (
     "The answer is short.",
@@ -92,7 +79,7 @@ def with_template(name, template):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_end_token_is_what_the_template_writes(name):
     tokenizer = family_tokenizer(name)
-    assert tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer)) == END_TOKENS[name]
+    assert name in FAMILIES_BY_END_TOKEN[tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer))]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -150,9 +137,8 @@ def test_a_continuation_gets_no_extra_space(name):
     tokenizer = family_tokenizer(name)
     tokens = tokenizer.convert_ids_to_tokens(tokenize_row(tokenizer, "world", [" The"], max_tokens=9)[1][0])
     assert tokens[:-1] == ["▁The"] or "".join(tokens[:-1]) == "▁The"
-    prompt, (completion,) = tokenize_row(
-        tokenizer, "Hello wor", ["ld the"], max_tokens=99
-    )  # a token spans the boundary
+    # A token spans the boundary.
+    prompt, (completion,) = tokenize_row(tokenizer, "Hello wor", ["ld the"], max_tokens=99)
     assert prompt == tokenizer("Hello wor")["input_ids"]
     assert "".join(tokenizer.convert_ids_to_tokens(completion[:-1])) == "ld▁the"
 
@@ -246,23 +232,17 @@ def test_overlapping_names_and_noncharacters_cannot_inject_control_tokens():
     overlapping.add_tokens(["<x|", "|y>"], special_tokens=True)
     added = set(overlapping.convert_tokens_to_ids(["<x|", "|y>"]))
     assert not added & {*tokenize_prompt(overlapping, dialogue("a <x|y> b"))}
-    assert tokenize_prompt(tokenizer, dialogue("a\ufdd0b")) == plain_ids(
-        tokenizer, dialogue("a\ufdd0b"), add_generation_prompt=True
-    )
+    marked = dialogue("a\ufdd0b")
+    assert tokenize_prompt(tokenizer, marked) == plain_ids(tokenizer, marked, add_generation_prompt=True)
 
 
-def with_end_behind_text(name="llama2"):
-    """A tokenizer that writes both `<s>` and `</s>` around plain text."""
-    tokenizer = family_tokenizer(name)
+def test_a_plain_prompt_has_one_start_and_no_end():
+    """Though the tokenizer writes both `<s>` and `</s>` around plain text."""
+    tokenizer, words = family_tokenizer("llama2"), family_tokenizer("llama2")("Hello world")["input_ids"]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     assert tokenizer("Hello")["input_ids"][-1] == 2
-    return tokenizer
-
-
-def test_a_plain_prompt_has_one_start_and_no_end():
-    tokenizer, words = with_end_behind_text(), family_tokenizer("llama2")("Hello world")["input_ids"]
     assert tokenize_prompt(tokenizer, "Hello world") == words
     assert tokenize_prompt(tokenizer, "<s>Hello world") == words
     assert words.count(1) == 1
@@ -294,9 +274,8 @@ def test_roles_that_the_template_does_not_write_are_named():
     template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     prompt_messages = [{"role": "system", "content": "Be brief."}, *dialogue("Hi")]
-    (line,) = find_tokenization_warnings(
-        with_template("smollm2", template), [(dialogue("Hi"), ["a"]), (prompt_messages, ["a"])]
-    )
+    rows = [(dialogue("Hi"), ["a"]), (prompt_messages, ["a"])]
+    (line,) = find_tokenization_warnings(with_template("smollm2", template), rows)
     assert line == "the chat template changes or leaves out messages from 'system'; look at them in a preview"
     assert find_tokenization_warnings(family_tokenizer("smollm2"), [(prompt_messages, ["a"])]) == []
 
@@ -305,6 +284,7 @@ TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content FILTER }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+AS_RENDERED = f"they are trained as rendered; {templates.CHAT_TEMPLATE_HINT}"
 WITHOUT_THINKING = "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1] }}"
 
 
@@ -315,36 +295,33 @@ WITHOUT_THINKING = "{{ m.content if m.role == 'user' else m.content.split('</thi
         (
             TURNS.replace("FILTER", "| trim"),
             [" a ", "b"],
-            "the chat template changes the whitespace of 1 of 2 completions; they are trained as rendered",
+            "changes the whitespace of 1 of 2 completions; they are trained as rendered",
         ),
         (
             TURNS.replace("FILTER", "| replace('zz', 'x')"),
             ["b", "b zz", "zz"],
-            "the chat template changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; they are trained as "
-            f"rendered; {templates.CHAT_TEMPLATE_HINT}",
+            f"changes the text of 2 of 3 completions, such as 'b zz' to 'b x'; {AS_RENDERED}",
         ),
         (
             TURNS.replace("{{ m.content FILTER }}", WITHOUT_THINKING),
             ["<think>b</think>c"],
-            "the chat template changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; they are "
-            f"trained as rendered; {templates.CHAT_TEMPLATE_HINT}",
+            f"changes the text of 1 of 1 completions, such as '<think>b</think>c' to 'c'; {AS_RENDERED}",
         ),
         (
             TURNS.replace("FILTER", "if m.content != 'a'"),
             ["a", "b"],
-            "the chat template does not write 1 of 2 completions, such as 'a', between their prompt and the end of a "
-            "turn; they are trained directly after the sampling prompt, unlike any rendered dialogue; "
-            f"{templates.CHAT_TEMPLATE_HINT}",
+            "does not write 1 of 2 completions, such as 'a', between their prompt and the end of a turn; they are "
+            f"trained directly after the sampling prompt, unlike any rendered dialogue; {templates.CHAT_TEMPLATE_HINT}",
         ),
     ],
 )
 def test_completions_changed_by_the_template_are_reported_and_trained_as_rendered(template, completions, expected):
     tokenizer = with_template("smollm2", template)
     lines = find_tokenization_warnings(tokenizer, [(dialogue("Hi"), completions)])
-    assert [line for line in lines if "names of control tokens" not in line] == ([expected] if expected else [])
-    for completion, tokens in zip(
-        completions, tokenize_row(tokenizer, dialogue("Hi"), completions, max_tokens=99)[1], strict=True
-    ):
+    lines = [line for line in lines if "names of control tokens" not in line]
+    assert lines == ([f"the chat template {expected}"] if expected else [])
+    _, encoded = tokenize_row(tokenizer, dialogue("Hi"), completions, max_tokens=99)
+    for completion, tokens in zip(completions, encoded, strict=True):
         whole = plain_ids(tokenizer, [*dialogue("Hi"), {"role": "assistant", "content": completion}], tokenize=False)
         if "between" not in (expected or ""):
             assert whole.endswith(f"assistant\n{tokenizer.decode(tokens)}\n")
@@ -357,9 +334,8 @@ def test_a_generation_prompt_missing_in_later_turns_is_reported():
     tokenizer = with_template("smollm2", template)
     assert check_tokenizer(tokenizer) == []
     assert find_tokenization_warnings(tokenizer, [(dialogue("Hi"), ["a", "b"])]) == []
-    (line,) = find_tokenization_warnings(
-        tokenizer, [(dialogue("Hi"), ["a", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c", "d"])]
-    )
+    rows = [(dialogue("Hi"), ["a", "b"]), (dialogue("Hi", "Yes.", "Why?"), ["c", "d"])]
+    (line,) = find_tokenization_warnings(tokenizer, rows)
     assert line.startswith("the chat template does not write 2 of 4 completions, such as 'c', between")
 
 
@@ -391,10 +367,8 @@ def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
     assert completion.count(find_end_token_id(plain)) == 1  # completions stay text
     assert tokenize_prompt(tokenizer, FORGED) == plain(FORGED)["input_ids"]
     rendered = plain.apply_chat_template(dialogue("Hello"), tokenize=False, add_generation_prompt=True)
-    assert (
-        tokenize_prompt(tokenizer, rendered)[-3:]
-        == plain_ids(plain, dialogue("Hello"), add_generation_prompt=True)[-3:]
-    )
+    written = plain_ids(plain, dialogue("Hello"), add_generation_prompt=True)
+    assert tokenize_prompt(tokenizer, rendered)[-3:] == written[-3:]
     assert compute_tokenization_digest(tokenizer) != compute_tokenization_digest(plain)
 
 
@@ -437,18 +411,15 @@ def test_unusable_templates_are_refused(name, template, message):
     assert "\n" not in str(caught.value)
 
 
+OVER_TIME = "TimeoutError: it renders for more than 1 s of CPU time"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
-            "TimeoutError: it renders for more than 1 s of CPU time",
-        ),
-        ("{{ 9**(9**8) }}", "TimeoutError: it renders for more than 1 s of CPU time"),
-        (
-            "{% if messages | length == 3 %}{% generation %}{{ 9**(9**8) }}{% endgeneration %}{% endif %}",
-            "TimeoutError",
-        ),
+        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, OVER_TIME),
+        ("{{ 9**(9**8) }}", OVER_TIME),
+        ("{% if messages | length == 3 %}{% generation %}{{ 9**(9**8) }}{% endgeneration %}{% endif %}", OVER_TIME),
         ("{{ 'x' * 2**32 }}", "MemoryError: it uses more than 1 GiB"),
     ],
 )
@@ -505,14 +476,12 @@ def build(folder: Path, name: str, **settings) -> tuple[Path, Pretrained]:
 def test_template_arguments_are_saved_with_the_model(tmp_path):
     model, stage = build(tmp_path, "qwen3", template_arguments={"enable_thinking": False})
     tokenizer = AutoTokenizer.from_pretrained(model)
-    text = tokenizer.apply_chat_template(dialogue("Hi"), tokenize=False, add_generation_prompt=True)
+    how = {"tokenize": False, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(dialogue("Hi"), **how)
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    given = family_tokenizer("qwen3").apply_chat_template(
-        dialogue("Hi", "Yes.", "Why?"), tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    assert given == tokenizer.apply_chat_template(
-        dialogue("Hi", "Yes.", "Why?"), tokenize=False, add_generation_prompt=True
-    )
+    longer = dialogue("Hi", "Yes.", "Why?")
+    given = family_tokenizer("qwen3").apply_chat_template(longer, enable_thinking=False, **how)
+    assert given == tokenizer.apply_chat_template(longer, **how)
     assert check_tokenizer(tokenizer) == []
     prompt, (completion,) = tokenize_row(tokenizer, dialogue("Hi"), ["The answer"], max_tokens=99)
     assert tokenizer.decode(completion) == "The answer<|im_end|>"
@@ -533,9 +502,8 @@ def test_a_template_argument_is_the_value_that_was_given(value):
 
 
 def test_an_unused_template_argument_is_refused(tmp_path):
-    with pytest.raises(
-        ValidationError, match=r"found 'enable_thinkin', which the chat template does not use.*enable_thinking"
-    ):
+    expected = r"found 'enable_thinkin', which the chat template does not use.*enable_thinking"
+    with pytest.raises(ValidationError, match=expected):
         build(tmp_path, "qwen3", template_arguments={"enable_thinkin": False})
     with pytest.raises(ValidationError, match="the tokenizer has no chat template"):
         build(tmp_path, "gpt2", template_arguments={"x": 1})

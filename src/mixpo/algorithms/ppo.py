@@ -74,9 +74,8 @@ def grpo_advantages(completion_rewards: Float[Tensor, "prompts k"]) -> Float[Ten
     include the KL penalty, which is a term of the loss there. Raises ValueError for k < 2.
     """
     _get_group_size(completion_rewards)
-    return (completion_rewards - completion_rewards.mean(dim=1, keepdim=True)) / (
-        completion_rewards.std(dim=1, keepdim=True) + 1e-4
-    )
+    deviation = completion_rewards.std(dim=1, keepdim=True)
+    return (completion_rewards - completion_rewards.mean(dim=1, keepdim=True)) / (deviation + 1e-4)
 
 
 def policy_loss(

@@ -35,11 +35,8 @@ def win_tie_loss_rates(
     scores: Float64[np.ndarray, " n"], other_scores: Float64[np.ndarray, " n"]
 ) -> tuple[float, float, float]:
     """(win, tie, loss) rates: shares of entries with the score greater than, equal to and less than the opponent's."""
-    return (
-        float((scores > other_scores).mean()),
-        float((scores == other_scores).mean()),
-        float((scores < other_scores).mean()),
-    )
+    wins, ties, losses = scores > other_scores, scores == other_scores, scores < other_scores
+    return float(wins.mean()), float(ties.mean()), float(losses.mean())
 
 
 def length_controlled_win_rate(

@@ -21,12 +21,8 @@ from torch import Tensor
 Tokens = Sequence[int]
 
 
-@dataclass(frozen=True)
-class BranchLengths:
-    """Token counts of one prompt and of each of its completions, which follow the prompt in a packed row."""
-
-    prompt_length: int
-    completion_lengths: tuple[int, ...]
+BranchLengths = tuple[int, ...]
+"""Token counts of one prompt and of each of its completions, which follow the prompt in a packed row."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +139,8 @@ def pack_branches(
     prompt_lengths = torch.tensor([len(prompts[row]) for row in prompt_indices])
     if not prompt_lengths.all() or not lengths.all():
         raise ValueError("found a prompt or a completion without tokens; expected at least one token in each")
+    segment_lengths = torch.cat([prompt_lengths[:, None], lengths], dim=1)
     if share_prompt:
-        segment_lengths = torch.cat([prompt_lengths[:, None], lengths], dim=1)
         starts = (segment_lengths.flatten().cumsum(0) - segment_lengths.flatten()).view_as(segment_lengths)
         prompt_starts, completion_starts = starts[:, :1], starts[:, 1:]
         height, width = 1, int(segment_lengths.sum())
@@ -168,7 +164,6 @@ def pack_branches(
     position_ids[index[padded.mask]] = (prompt_lengths[:, None, None] + offsets).expand_as(index)[padded.mask]
     predictor_index = index - 1
     predictor_index[..., 0] = prompt_starts + prompt_lengths[:, None] - 1
-    packed_lengths = map(BranchLengths, prompt_lengths.tolist(), map(tuple, lengths.tolist()))
     return BranchBatch(
         input_ids=input_ids.view(height, width),
         position_ids=position_ids.view(height, width),
@@ -177,7 +172,7 @@ def pack_branches(
         predictor_index=predictor_index.masked_fill(~padded.mask, 0),
         last_token_index=completion_starts + lengths - 1,
         token_count=copies * int(prompt_lengths.sum()) + int(lengths.sum()),
-        packed_lengths=tuple(packed_lengths) if share_prompt else (),
+        packed_lengths=tuple(map(tuple, segment_lengths.tolist())) if share_prompt else (),
     )
 
 
@@ -221,7 +216,7 @@ def pack_prompts(prompts: Sequence[Tokens], *, share_row: bool = True) -> Prompt
     input_ids[token_index[is_token]] = torch.tensor([token for prompt in prompts for token in prompt])
     position_ids = torch.zeros_like(input_ids) if share_row else torch.arange(width).repeat(len(prompts))
     position_ids[token_index[is_token]] = is_token.nonzero()[:, 1]
-    packed_lengths = tuple(BranchLengths(len(prompt), ()) for prompt in prompts) if share_row else ()
+    packed_lengths = tuple((len(prompt),) for prompt in prompts) if share_row else ()
     return PromptBatch(input_ids.view(-1, width), position_ids.view(-1, width), lengths, token_index, packed_lengths)
 
 

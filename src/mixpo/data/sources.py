@@ -76,9 +76,8 @@ def read_preferences(
     path: Path, row_format: Format, check_prompt: PromptCheck = accept_any_prompt
 ) -> ParsedRows[Preference]:
     """Read preference pairs of a local file; rows that are invalid or fail `check_prompt` are returned as bad rows."""
-    return _parse_records(
-        str(path), read_records(path), _choose_parser(row_format, path.absolute().parent.name), check_prompt
-    )
+    parser = _choose_parser(row_format, path.absolute().parent.name)
+    return _parse_records(str(path), read_records(path), parser, check_prompt)
 
 
 def read_demonstrations(path: Path, check_prompt: PromptCheck = accept_any_prompt) -> ParsedRows[Demonstration]:
@@ -97,9 +96,8 @@ def read_hub_preferences(
 ) -> ParsedRows[Preference]:
     """Read preference pairs of a Hugging Face data set; invalid rows are returned; `data_dir` selects a subset."""
     records = read_hub_records(hub_name, split=split, data_dir=data_dir, revision=revision)
-    return _parse_records(
-        _format_hub_name(hub_name, split, data_dir), records, _choose_parser(row_format, data_dir or ""), check_prompt
-    )
+    parser = _choose_parser(row_format, data_dir or "")
+    return _parse_records(_format_hub_name(hub_name, split, data_dir), records, parser, check_prompt)
 
 
 def read_hub_demonstrations(
@@ -455,8 +453,7 @@ def read_hub_records(hub_name: str, *, split: str, data_dir: str | None = None, 
         dataset = load_dataset(hub_name, data_dir=data_dir, split=split, revision=revision)
     except Exception as error:  # load_dataset raises whatever its builders, filesystems and HTTP client do
         raise InputError(
-            f"Hub data set '{_format_hub_name(hub_name, split, data_dir)}' cannot be loaded: "
-            f"{type(error).__name__}: "
+            f"Hub data set '{_format_hub_name(hub_name, split, data_dir)}' cannot be loaded: {type(error).__name__}: "
             f"{extract_first_line(error, None)}; check its name, split, data_dir and the network, or name a local file"
         ) from error
     return enumerate(map(dict, dataset), start=1)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from subprocess import DEVNULL
@@ -155,10 +156,8 @@ def _apply_template(
 def _render_probe_dialogues(tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the rendered probe dialogues, leaving out those that the template rejects."""
     for messages in PROBE_DIALOGUES:
-        try:
+        with suppress(Exception):  # a template is a program; what it does with these messages does not matter
             yield _apply_template(tokenizer, messages, add_generation_prompt=False)
-        except Exception:  # a template is a program; what it does with these messages does not matter
-            continue
 
 
 def _depends_on_date(tokenizer: Tokenizer) -> bool:

@@ -88,17 +88,13 @@ def find_tokenization_warnings(tokenizer: Tokenizer, rows: Sequence[tuple[Prompt
     prompts = [prompt for prompt, _ in rows]
     start = row_tokenizer.start_text
     texts = [prompt.removeprefix(start) if isinstance(prompt, str) else prompt for prompt in prompts]
-    with_start_token = sum(text != prompt for text, prompt in zip(texts, prompts, strict=True))
     warnings = []
-    if with_start_token:
-        warnings.append(
-            f"{with_start_token} of {len(prompts)} prompts begin with {start!r}, which is not written twice"
-        )
-    parsed = "are control tokens, because data.special_tokens=parse"
-    plain = "are plain text; data.special_tokens=parse makes them control tokens"
-    warnings += _warn_of_control_tokens(
-        row_tokenizer, "prompts", texts, parsed if row_tokenizer.parses_control_tokens else plain
-    )
+    if count := sum(text != prompt for text, prompt in zip(texts, prompts, strict=True)):
+        warnings.append(f"{count} of {len(prompts)} prompts begin with {start!r}, which is not written twice")
+    treatment = "are plain text; data.special_tokens=parse makes them control tokens"
+    if row_tokenizer.parses_control_tokens:
+        treatment = "are control tokens, because data.special_tokens=parse"
+    warnings += _warn_of_control_tokens(row_tokenizer, "prompts", texts, treatment)
     completions = [completion for _, completions in rows for completion in completions]
     warnings += _warn_of_control_tokens(row_tokenizer, "completions", completions, "are plain text")
     return [*warnings, *_warn_of_changed_roles(tokenizer, prompts), *_warn_of_changed_completions(row_tokenizer, rows)]
@@ -108,13 +104,7 @@ def _warn_of_control_tokens(
     row_tokenizer: "_RowTokenizer", text_kind: str, texts: Sequence[Any], treatment: str
 ) -> list[str]:
     """A list of one warning, with the number of texts that contain names of control tokens; empty if none does."""
-    names = [
-        matches[0]
-        for text in texts
-        if (
-            matches := [name for part in _iterate_strings(text) for name in row_tokenizer.control_pattern.findall(part)]
-        )
-    ]
+    names = list(filter(None, map(row_tokenizer.find_control_name, texts)))
     if not names:
         return []
     count = f"{len(names)} of {len(texts)}"
@@ -133,10 +123,8 @@ def _warn_of_changed_completions(
         try:
             rendered_completions = row_tokenizer.render_completions(prompt, completions)
         except RowError as error:
-            dialogue = (
-                f"the dialogue of the prompt {make_excerpt(prompt[-1]['content'])} and {make_excerpt(completions[0])}"
-            )
-            raise InputError(f"{dialogue} {error.problem}") from error
+            dialogue = f"{make_excerpt(prompt[-1]['content'])} and {make_excerpt(completions[0])}"
+            raise InputError(f"the dialogue of the prompt {dialogue} {error.problem}") from error
         for completion, rendered in zip(completions, rendered_completions, strict=True):
             if rendered is None:
                 misplaced.append(completion)
@@ -272,20 +260,25 @@ class _RowTokenizer:
         content = json.dumps([self.tokenizer.chat_template, self.parses_control_tokens, self.end_token, rules])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    def find_control_name(self, texts: Any) -> str | None:
+        """First name of a control token in nested lists and mappings of texts; None if there is none."""
+        matches = (match for text in _iterate_strings(texts) if (match := self.control_pattern.search(text)))
+        return next((match[0] for match in matches), None)
+
     def encode_row(
         self, prompt: Prompt, completions: Sequence[str], max_tokens: int | None
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt, and of each completion with its end token, cut to `max_tokens` if given."""
-        start: list[int] = []
         if isinstance(prompt, str):
-            start, prompt = self.start_tokens, prompt.removeprefix(self.start_text)
+            prompt = prompt.removeprefix(self.start_text)
         marked, prompt, completions = self._mark_plain_control_names(prompt, completions)
         encode = self._encode_marked if marked else self._encode_like_transformers
-        text, bodies = (
-            (prompt, completions)
-            if isinstance(prompt, str)
-            else self._render_prompt_and_completions(prompt, completions)
-        )
+        if isinstance(prompt, str):
+            start, text, bodies = self.start_tokens, prompt, completions
+        else:
+            start, text = [], render_dialogue(self.tokenizer, prompt, add_generation_prompt=True)
+            rendered = [self._render_completion(prompt, text, c) or self.turn_format.prefix + c for c in completions]
+            bodies = [body + self.closing_text for body in rendered]
         ids = encode(text)
         context, context_ids = text, ids
         # Text before a control token does not affect the tokens after it, so a shorter context saves time.
@@ -318,14 +311,6 @@ class _RowTokenizer:
         bodies = [self._render_completion(prompt, text, completion) for completion in completions]
         return [body if body is None else body.replace(TEXT_MARK, "") for body in bodies]
 
-    def _render_prompt_and_completions(
-        self, prompt: list[Message], completions: Sequence[str]
-    ) -> tuple[str, list[str]]:
-        """The prompt as rendered text, and the rendered text of each completion through its end token."""
-        text = render_dialogue(self.tokenizer, prompt, add_generation_prompt=True)
-        bodies = [self._render_completion(prompt, text, c) or self.turn_format.prefix + c for c in completions]
-        return text, [body + self.closing_text for body in bodies]
-
     def _render_completion(self, prompt: list[Message], rendered_prompt: str, completion: str) -> str | None:
         """A completion as rendered between `rendered_prompt` and the turn's suffix; None if it is written elsewhere."""
         if not completion.strip():  # a sampled completion may be empty
@@ -340,7 +325,7 @@ class _RowTokenizer:
 
     def _mark_plain_control_names(self, prompt: Any, completions: Sequence[str]) -> tuple[bool, Any, Sequence[str]]:
         """(True if the row names control tokens, prompt, completions), those names marked that are to be plain text."""
-        if not any(map(self.control_pattern.search, _iterate_strings([*completions, prompt]))):
+        if self.find_control_name([*completions, prompt]) is None:
             return False, prompt, completions
         marked = prompt if self.parses_control_tokens else _map_strings(prompt, self._mark_control_tokens)
         return True, marked, [self._mark_control_tokens(completion) for completion in completions]

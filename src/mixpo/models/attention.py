@@ -66,13 +66,12 @@ class BucketLayout:
 
 def make_bucket_layout(branch_lengths: Sequence[BranchLengths], device: torch.device) -> BucketLayout:
     """Sort the prompts and completions of a packed row into length buckets, and map its tokens to their slots."""
-    lengths = [(span.prompt_length, *span.completion_lengths) for span in branch_lengths]
-    if all(len(row) == 2 for row in lengths):  # a prompt and its one completion are one sequence
-        lengths = [(sum(row),) for row in lengths]
-    sizes = torch.tensor(lengths)
+    if all(len(row) == 2 for row in branch_lengths):  # a prompt and its one completion are one sequence
+        branch_lengths = [(sum(row),) for row in branch_lengths]
+    sizes = torch.tensor(branch_lengths)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
     buckets, tokens, masks = [], [], []
-    for rows in _group_by_length(lengths, BUCKET_COST_IN_PAIRS[device.type]):
+    for rows in _group_by_length(branch_lengths, BUCKET_COST_IN_PAIRS[device.type]):
         prompts, prompt_mask = compute_token_indices(starts[rows, 0], sizes[rows, 0])
         completions, completion_mask = compute_token_indices(starts[rows, 1:].flatten(), sizes[rows, 1:].flatten())
         buckets.append(LengthBucket(prompts.shape, completions.shape, sizes[rows, 0].to(device, torch.int32)))
@@ -84,17 +83,16 @@ def make_bucket_layout(branch_lengths: Sequence[BranchLengths], device: torch.de
     return BucketLayout(tuple(buckets), slot_tokens.to(device), slot_mask.to(device), token_slots.to(device))
 
 
-def _group_by_length(segment_lengths: Sequence[tuple[int, ...]], bucket_cost_in_pairs: int) -> list[list[int]]:
+def _group_by_length(branch_lengths: Sequence[BranchLengths], bucket_cost_in_pairs: int) -> list[list[int]]:
     """Group prompts into lists of indices, longest first; a new list starts where padding would cost more."""
     buckets: list[list[int]] = []
     longest_prompt = longest_completion = 0
-    for row in sorted(range(len(segment_lengths)), key=lambda row: segment_lengths[row], reverse=True):
-        prompt, *completions = segment_lengths[row]
+    for row in sorted(range(len(branch_lengths)), key=lambda row: branch_lengths[row], reverse=True):
+        prompt, *completions = branch_lengths[row]
         count, k, completion = len(buckets[-1]) if buckets else 0, len(completions), max(completions, default=0)
         joined = _count_query_key_pairs(count + 1, longest_prompt, max(longest_completion, completion), k)
-        separate = _count_query_key_pairs(count, longest_prompt, longest_completion, k) + _count_query_key_pairs(
-            1, prompt, completion, k
-        )
+        separate = _count_query_key_pairs(count, longest_prompt, longest_completion, k)
+        separate += _count_query_key_pairs(1, prompt, completion, k)
         if buckets and joined <= separate + bucket_cost_in_pairs:
             buckets[-1].append(row)
             longest_completion = max(longest_completion, completion)

@@ -49,12 +49,7 @@ WEIGHT_FILES = (
 )
 """Names of weight files, in the order in which transformers looks for them."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-FLOAT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating-point types by their names in safetensors."""
 SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Keys of a config whose value cannot exceed the longest axis of a tensor."""
@@ -63,6 +58,7 @@ SOFTCAP_KEYS = {
     "final_logit_softcapping": "caps its logits",
 }
 EXPECTED_ARCHITECTURE = "expected a decoder of text with plain attention and weights; no other is supported"
+DOWNLOAD_HINT = "download or save the folder again"
 EXPECTED_FOLDER = "expected a decoder-only language model in a Hugging Face folder"
 
 
@@ -211,7 +207,7 @@ def load_weights(
     `model_class` loads the weights into another class; with `allow_missing_head` only its `score` head may be missing.
     With `without_values` no weight is read: only names and shapes are compared.
     """
-    with explain_loading_errors(folder.path, "weights that cannot be read", "download or save the folder again"):
+    with explain_loading_errors(folder.path, "weights that cannot be read", DOWNLOAD_HINT):
         model, loading_info = (model_class or folder.network).from_pretrained(
             folder.path,
             config=folder.config,
@@ -238,7 +234,7 @@ def load_weights(
     if problems:
         raise InputError(
             f"{folder.path}: found {'; '.join(problems)}; expected exactly the weights of a {type(model).__name__} of "
-            "config.json's sizes; download or save the folder again"
+            f"config.json's sizes; {DOWNLOAD_HINT}"
         )
     loaded: PreTrainedModel = model
     return loaded
@@ -317,13 +313,11 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf8"))
     except OSError as error:
-        raise InputError(
-            f"{file}: found a file that cannot be read ({error.strerror}); expected a JSON file"
-        ) from error
+        problem = f"found a file that cannot be read ({error.strerror})"
+        raise InputError(f"{file}: {problem}; expected a JSON file") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file}: found something other than JSON ({extract_first_line(error)}); download or save the folder again"
-        ) from error
+        problem = f"found something other than JSON ({extract_first_line(error)})"
+        raise InputError(f"{file}: {problem}; {DOWNLOAD_HINT}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: found {str(content)[:40]!r}; expected a JSON object; save the folder again")
     return content
@@ -340,7 +334,7 @@ def _read_tensor_headers_of_folder(folder: Path) -> dict[str, TensorHeader]:
     if name.endswith(".index.json"):
         shards = _read_json_object(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
-            raise InputError(f"{folder / name}: found no weight_map of file names; download or save the folder again")
+            raise InputError(f"{folder / name}: found no weight_map of file names; {DOWNLOAD_HINT}")
         elsewhere = [file for file in shards.values() if Path(file).name != file]
         if elsewhere:
             raise InputError(f"{folder / name}: found {elsewhere[0]!r}; expected names of files beside it")
@@ -350,12 +344,10 @@ def _read_tensor_headers_of_folder(folder: Path) -> dict[str, TensorHeader]:
                 raise InputError(f"{folder}: found no {file.name}, which {name} names; download the folder again")
     tensors: dict[str, TensorHeader] = {}
     for file in files:
-        with explain_loading_errors(
-            file, "weights that cannot be read", "the file may be torn; download or save the folder again"
-        ):
+        with explain_loading_errors(file, "weights that cannot be read", f"the file may be torn; {DOWNLOAD_HINT}"):
             tensors |= _read_tensor_headers(file)
     if not tensors:
-        raise InputError(f"{files[0]}: found no tensors; download or save the folder again")
+        raise InputError(f"{files[0]}: found no tensors; {DOWNLOAD_HINT}")
     return tensors
 
 
@@ -389,7 +381,7 @@ def _find_common_dtype(folder: Path, headers: dict[str, TensorHeader]) -> torch.
                 "float16; save the model without quantization"
             )
     if not counts:
-        raise InputError(f"{folder}: found no floating-point weights; download or save the folder again")
+        raise InputError(f"{folder}: found no floating-point weights; {DOWNLOAD_HINT}")
     return counts.most_common(1)[0][0]
 
 

@@ -300,7 +300,7 @@ def _compute_logprobs_from_logits(
     with_entropy: bool,
     needs_gradient: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-probs of the targets, entropies (0 if not `with_entropy`) and log sum exp of each row; overwrites `logits`.
+    """Log-probs of the targets, entropies (0 if not `with_entropy`) and log sum exp of each row.
 
     Overwrites the logits: with d logprob / d logits if `needs_gradient`, else with nothing of use. Elementwise
     operations run in float32, in blocks that fit into a CPU's caches.

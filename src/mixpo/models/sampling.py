@@ -15,7 +15,8 @@ one for every token.
 """
 
 import hashlib
-from collections import Counter
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -197,12 +198,8 @@ def _convert_to_signed(word: int) -> int:
 
 def count_earlier_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
     """For each prompt, the count of equal prompts before it; it makes equal prompts get different completions."""
-    counts = Counter[tuple[int, ...]]()
-    numbers = []
-    for prompt in map(tuple, prompts):
-        numbers.append(counts[prompt])
-        counts[prompt] += 1
-    return numbers
+    counters: defaultdict[tuple[int, ...], itertools.count[int]] = defaultdict(itertools.count)
+    return [next(counters[tuple(prompt)]) for prompt in prompts]
 
 
 @torch.no_grad()

@@ -33,12 +33,15 @@ def iterate_branch_batches(
 def compute_outputs(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, output_name: Output, *, token_budget: int
 ) -> Float[Tensor, "prompts k *rest"]:
-    """One output of the model, such as `scores`, for every completion, on the CPU; token axes are padded with 0."""
+    """One output of the model, such as `scores`, for every completion, on the CPU; token axes are padded with 0.
+
+    Of `states`, that at the last token of every completion.
+    """
     lm.eval()
-    parts = [
-        (rows, lm(batch, output_name).cpu())
-        for rows, batch in iterate_branch_batches(lm, prompts, completions, token_budget)
-    ]
+    parts = []
+    for rows, batch in iterate_branch_batches(lm, prompts, completions, token_budget):
+        output = lm(batch, output_name)
+        parts.append((rows, (output[batch.last_token_index] if output_name == "states" else output).cpu()))
     if not parts:
         raise ValueError("no prompts")
     longest = max(part.shape[-1] for _, part in parts)
@@ -77,17 +80,11 @@ def compute_scores(
     return scores
 
 
-@torch.no_grad()
 def compute_last_states(
     lm: LanguageModel, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], *, token_budget: int
 ) -> Float[Tensor, "prompts k width"]:
     """Hidden state at the last token of every completion, the input of a reward model's head; on the CPU."""
-    width = lm.model.config.get_text_config().hidden_size
-    states = torch.zeros(len(prompts), len(completions[0]), width)
-    lm.eval()
-    for rows, batch in iterate_branch_batches(lm, prompts, completions, token_budget):
-        states[rows] = lm(batch, "states")[batch.last_token_index].float().cpu()
-    return states
+    return compute_outputs(lm, prompts, completions, "states", token_budget=token_budget)
 
 
 def retokenize_for_reward(
@@ -104,13 +101,12 @@ def retokenize_for_reward(
     if reward_model.tokenization_digest == policy.tokenization_digest:
         return prompt_tokens, completions
 
-    retokenized: list[tuple[Tokens, list[Tokens]]] = []
+    new_prompts, new_completions = list[Tokens](), list[list[Tokens]]()
     lists = completions.to_lists() if isinstance(completions, Completions) else completions
     for row, branches in zip(prompt_texts, lists, strict=True):
         texts = [policy.decode_completion(completion) for completion in branches]
         prompt, tokens = tokenize_row(reward_model.tokenizer, row, texts)
         ended = map(policy.has_ended, branches)
-        retokenized.append(
-            (prompt, [t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])
-        )
-    return [prompt for prompt, _ in retokenized], [branches for _, branches in retokenized]
+        new_prompts.append(prompt)
+        new_completions.append([t if end or len(t) == 1 else t[:-1] for t, end in zip(tokens, ended, strict=True)])
+    return new_prompts, new_completions
