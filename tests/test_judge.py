@@ -38,7 +38,7 @@ from judge_server import (
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.algorithms.win_rates import win_minus_loss_rate
-from mixpo.cli import judge as judge_command
+from mixpo.cli import display
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
@@ -748,7 +748,7 @@ def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Serv
 
 
 def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_command, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
     progress_lines = re.findall(r"judging: (\d)/4, (\d) requests, ([\d,]+) tokens", study.judge("--prompts", "2").out)
     assert progress_lines[-1][:2] == ("4", "4")
     assert int(progress_lines[-1][2]) > 0

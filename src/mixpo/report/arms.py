@@ -302,9 +302,8 @@ def _describe_two_arms(results: Results, differences: Differences) -> list[str]:
             continue
         difference = differences.get(key, {}).get(pair) or compare_arm_pairs(results, [pair], key)[pair]
         texts.append(describe_difference(name, one, other, difference.interval, difference.p))
-    sample = (
-        f"Intervals are {describe_sample(results, len(seeds))}{note_missing_seeds(results, len(seeds), one, other)}"
-    )
+    missing = note_missing_seeds(results, len(seeds), one, other)
+    sample = f"Intervals are {describe_sample(results, len(seeds))}{missing}"
     if any(pair in by_pair for by_pair in differences.values()):
         sample += "; p is corrected for all differences below (Holm)"
     sentence = re.sub("^no ", "No ", "; ".join(texts))
