@@ -63,10 +63,8 @@ def judge_arms(
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
     prompt_template, address = read_template(template), normalize_endpoint(endpoint)
     settings = (_parse_number("--temperature", temperature, 0.0), _parse_number("--reply-tokens", reply_tokens, 1))
-    assignments = [
-        make_assignment(one, prompt_template, order, at, rows)
-        for one in make_judges(model, address, *settings, prompt_template)
-    ]
+    judges = make_judges(model, address, *settings, prompt_template)
+    assignments = [make_assignment(judge, prompt_template, order, at, rows) for judge in judges]
     by_id = {question.id: question for _, questions_of_judge in assignments for question in questions_of_judge}
     if dry_run:
         answered = before.scores.keys() & by_id.keys()

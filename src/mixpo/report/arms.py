@@ -170,10 +170,8 @@ def _list_main_table_notes(results: Results, measures: Sequence[Measure]) -> lis
     if "second_score" in keys:
         reward += " Second reward: a reward model trained on other pairs, which no arm optimised."
     bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.find_finished_name("best-of-n") else ""
-    notes = [
-        reward,
-        f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance.",
-    ]
+    kl = f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance."
+    notes = [reward, kl]
     if len(results.seeds) > 1:
         notes.append(
             "Intervals: 95% over test prompts and seeds, Student's for both (Banerjee 1960), so wide with two or three "

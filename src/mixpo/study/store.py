@@ -164,16 +164,12 @@ class StudyStore:
                 .where(*conditions)
                 .order_by(AnnotatorRow.id, QuestionRow.number)
             ).all()
-            return [
-                AnnotatorQuestion(
-                    name,
-                    question.number,
-                    _make_comparison(item),
-                    question.swapped,
-                    _make_answer(judgement) if judgement else None,
-                )
-                for name, question, item, judgement in rows
-            ]
+            questions = []
+            for name, question, item, judgement in rows:
+                comparison = _make_comparison(item)
+                answer = _make_answer(judgement) if judgement else None
+                questions.append(AnnotatorQuestion(name, question.number, comparison, question.swapped, answer))
+            return questions
 
     def find_unanswered_question(self, annotator_id: int, after: int = 0) -> int | None:
         """Return the first unanswered question's number, preferably one after `after`; None if all are answered."""
