@@ -62,9 +62,7 @@ class JudgeRequest:
     @property
     def prompt(self) -> int:
         """The number of the prompt that it shows."""
-        match = re.match(r"answer (\d)", self.completions[0])
-        assert match
-        return int(match[1])
+        return int(re.match(r"answer (\d)", self.completions[0])[1])
 
     @property
     def model(self) -> str:
@@ -108,9 +106,8 @@ def run_server() -> Iterator[Server]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                request = JudgeRequest(
-                    body, self.headers.get("Authorization", ""), len(server.requests), dict(self.headers)
-                )
+                key = self.headers.get("Authorization", "")
+                request = JudgeRequest(body, key, len(server.requests), dict(self.headers))
                 server.requests.append(request)
                 active.add(request.number)
                 server.max_concurrent = max(server.max_concurrent, len(active))

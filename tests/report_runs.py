@@ -232,12 +232,15 @@ class Writer:
         asked = [*earlier, {"role": "user", "content": f"question {number} & <b>more</b>"}]
         return asked if self.prompts is None else self.prompts[number]
 
+    def completion(self, arm: str, number: int) -> str:
+        return HOSTILE if number == 0 else f"answer {number} of {arm}"
+
     def evaluation(self, key: str, arm: str, columns: Columns) -> dict[str, str]:
         made = self.stage(key)
         rows = [
             {
                 "prompt": self.prompt(number),
-                "completion": HOSTILE if number == 0 else f"answer {number} of {arm}",
+                "completion": self.completion(arm, number),
                 "tokens": 3.0,
                 "ended": float(number % 2 == 0),
                 **{name: float(values[number]) for name, values in columns.items()},

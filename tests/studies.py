@@ -11,8 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from mixpo.experiments.results import Results, load_runs
-from mixpo.stages.rows import write_table
+from mixpo.experiments.results import load_runs
 from mixpo.study.app import make_app
 from mixpo.study.files import write_closed_study
 from mixpo.study.findings import StudyFindings, load_study_findings
@@ -37,16 +36,9 @@ class FruitWriter(Writer):
     texts: Mapping[tuple[str, int], str] = field(default_factory=dict)
     """Other completions, by arm and prompt."""
 
-    def evaluation(self, key: str, arm: str, columns: Any) -> dict[str, str]:
-        stages = super().evaluation(key, arm, columns)
-        rows = []
-        for number in range(len(columns["score"])):
-            text = f"{FRUITS[arm]} {number}" + (f" {HOSTILE}" if number == 0 else "")
-            text = self.texts.get((arm, number), "the same" if number == 5 else text)
-            row = {"prompt": self.prompt(number), "completion": text, "tokens": 3.0}
-            rows.append({**row, "ended": 1.0, "score": 0.0, "kl_from_sft": 0.0})
-        write_table(Path(stages[key]) / "completions.parquet", rows)
-        return stages
+    def completion(self, arm: str, number: int) -> str:
+        text = f"{FRUITS[arm]} {number}" + (f" {HOSTILE}" if number == 0 else "")
+        return self.texts.get((arm, number), "the same" if number == 5 else text)
 
 
 def write_fruit_run(
@@ -66,9 +58,8 @@ def list_choices(store: StudyStore) -> dict[tuple[str, int], str]:
 def list_replaced_choices(store: StudyStore) -> dict[tuple[str, int], list[str]]:
     """List replaced choices, the oldest first, by annotator and question number."""
     choices: dict[tuple[str, int], list[str]] = {}
-    rows = select(AnnotatorRow.name, ReplacedJudgementRow).join(
-        ReplacedJudgementRow, ReplacedJudgementRow.annotator == AnnotatorRow.id
-    )
+    is_by = ReplacedJudgementRow.annotator == AnnotatorRow.id
+    rows = select(AnnotatorRow.name, ReplacedJudgementRow).join(ReplacedJudgementRow, is_by)
     with Session(store.engine) as session:
         for name, row in session.execute(rows.order_by(ReplacedJudgementRow.id)):
             choices.setdefault((name, row.number), []).append(row.choice)
@@ -99,17 +90,13 @@ class Study:
         self.clock = Clock()
         self.store = StudyStore(parse_store_url(self.run, self.url))
         try:
-            self.row: StudyRow = load_or_create_study(self.results, self.store, self.options)
+            self.row: StudyRow = load_or_create_study(load_runs(self.run), self.store, self.options)
             self.tokens, self.lost = load_or_issue_link_tokens(self.store, self.run / "study")
         except BaseException:
             self.store.close_connections()
             raise
         settings = {"hosts": [HOST], "clock": self.clock, **self.settings}
         self.app = make_app(self.store, self.row, **settings)
-
-    @property
-    def results(self) -> Results:
-        return load_runs(self.run)
 
     def open_browser(self) -> TestClient:
         """Open a browser without cookies."""
@@ -129,9 +116,7 @@ class Study:
         """Close the study and load its results."""
         self.row.closed = self.store.close_study()
         write_closed_study(self.store, self.row, self.run / "study")
-        findings = load_study_findings(self.run)
-        assert findings is not None
-        return findings
+        return load_study_findings(self.run)
 
 
 @dataclass
@@ -175,6 +160,4 @@ def parse_sides(page: str) -> Sequence[str]:
 
 
 def parse_csrf_token(page: str) -> str:
-    match = re.search(r'name="form" value="([^"]+)"', page)
-    assert match is not None
-    return match[1]
+    return re.search(r'name="form" value="([^"]+)"', page)[1]

@@ -58,16 +58,13 @@ def read_error(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> Read
         ("ppo.advantage=rloo", "ppo.completions_per_prompt: found 1 with advantage: rloo; expected at least 2"),
         ("data.format=preference", "data.train: found nothing; format 'preference' expects a file"),
         ("data.train=pairs.jsonl", "data.train: found 'pairs.jsonl' beside format 'world', whose rows are generated"),
-        (
-            "arms=[sft,dpo,dpo]",
-            "world: arms: found ['sft', 'dpo', 'dpo']; expected each only once; 'dpo' is repeated",
-        ),
+        ("arms=[sft,dpo,dpo]", "world: arms: found ['sft', 'dpo', 'dpo']; expected each only once; 'dpo' is repeated"),
         ("seeds=[0,0]", "world: seeds: found [0, 0]; expected each only once; 0 is repeated"),
         ("model.path=./nowhere", "world: model.path: found './nowhere', which does not exist here"),
         ("model.path=package:no_such_package/x.gguf", "no package 'no_such_package' is installed"),
     ],
 )
-def test_bad_keys_and_values(read_error: ReadError, override: str, expected: str) -> None:
+def test_bad_keys_and_values(read_error, override, expected):
     assert expected in read_error("plan", override)
 
 
@@ -89,26 +86,26 @@ def test_bad_keys_and_values(read_error: ReadError, override: str, expected: str
         ("data preview ", "'': found neither a recipe file nor a recipe of that name; expected a .yaml file"),
     ],
 )
-def test_a_hasty_command_line_is_one_line(read_error: ReadError, words: str, expected: str) -> None:
+def test_a_hasty_command_line_is_one_line(read_error, words, expected):
     (line,) = read_error(*words.split(" ")).splitlines()
     assert line.startswith(expected)
 
 
-def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_at_all_shows_the_help(capsys):
     for words, code in (([], 2), (["-h"], 0), (["data"], 2), (["chat", "-h"], 0)):
         result = run_mixpo(capsys, *words)
         assert result.code == code
         assert "Usage: mixpo" in result.out + result.err
 
 
-def test_what_a_recipe_leaves_open_must_be_given(read_error: ReadError) -> None:
+def test_what_a_recipe_leaves_open_must_be_given(read_error):
     assert read_error("plan", "pairs").splitlines() == [
         "pairs: data.train: not given; expected for example data.train=PATH",
         "pairs: model.path: not given; expected for example model.path=PATH",
     ]
 
 
-def test_several_problems_at_once(read_error: ReadError) -> None:
+def test_several_problems_at_once(read_error):
     assert len(read_error("run", "ppo.clipp=1", "dpo.beta=0", "sft.epochs=0").splitlines()) == 3
 
 
@@ -182,9 +179,7 @@ READ_ROWS = "run -q data.format=preference data.train=rows.jsonl"
         ({}, "chat .", "found no config.json"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told(
-    working_folder: Path, read_error: ReadError, files: dict[str, str], words: str, expected: str
-) -> None:
+def test_what_is_wrong_with_a_file_is_told(working_folder, read_error, files, words, expected):
     for name, text in files.items():
         (working_folder / name).parent.mkdir(exist_ok=True)
         (working_folder / name).write_text(text)
@@ -203,9 +198,7 @@ def test_what_is_wrong_with_a_file_is_told(
         ({**GOOD, "prompt": "word " * 200}, "rows.jsonl:2: 'prompt' has"),
     ],
 )
-def test_bad_rows_end_the_run_before_anything_trains(
-    working_folder: Path, read_error: ReadError, row: object, expected: str
-) -> None:
+def test_bad_rows_end_the_run_before_anything_trains(working_folder, read_error, row, expected):
     (working_folder / "rows.jsonl").write_text(format_rows(GOOD, row))
     printed = read_error(*READ_ROWS.split())
     assert expected in printed
@@ -214,7 +207,7 @@ def test_bad_rows_end_the_run_before_anything_trains(
     assert not list(working_folder.glob("runs/cache/sft"))
 
 
-def test_lengths_beyond_the_models_context(working_folder: Path, read_error: ReadError) -> None:
+def test_lengths_beyond_the_models_context(working_folder, read_error):
     for setting, tokens, stage in (
         ("max_completion_tokens=500", 500, "SFT"),
         ("sweep={ppo.max_completion_tokens: [501]}", 501, "PPO"),
@@ -224,7 +217,7 @@ def test_lengths_beyond_the_models_context(working_folder: Path, read_error: Rea
     assert not list(working_folder.glob("runs/cache/sft"))
 
 
-def test_a_cache_that_cannot_be_written(working_folder: Path, read_error: ReadError) -> None:
+def test_a_cache_that_cannot_be_written(working_folder, read_error):
     (working_folder / "cache").write_text("mine")
     for command in (["run", "-q"], ["plan"], ["select", "-q"]):
         (line,) = read_error(*command, "cache=cache").splitlines()
@@ -234,7 +227,7 @@ def test_a_cache_that_cannot_be_written(working_folder: Path, read_error: ReadEr
     assert (working_folder / "cache").read_text() == "mine"
 
 
-def test_a_damaged_cache_is_one_line(working_folder: Path, read_error: ReadError) -> None:
+def test_a_damaged_cache_is_one_line(working_folder, read_error):
     """A file where the stage's folder, that of all locks, or its lock is to be; nothing of it is lost."""
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     folder, locks = stage_cache.locate_folder(Pretrained()), working_folder / "cache" / "locks"
@@ -251,9 +244,7 @@ def test_a_damaged_cache_is_one_line(working_folder: Path, read_error: ReadError
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "[1]", '{"cost": {"sec', "", None], ids=repr)
-def test_a_damaged_summary_is_told_before_anything_computes(
-    working_folder: Path, read_error: ReadError, content: str | None
-) -> None:
+def test_a_damaged_summary_is_told_before_anything_computes(working_folder, read_error, content):
     stage_cache = StageCache((working_folder / "cache").resolve(), Runtime(threads=1))
     recipe = read_recipe("world", ["cache=cache"])
     last = list_arm_runs(recipe)[-1].evaluation
@@ -273,9 +264,7 @@ def test_a_damaged_summary_is_told_before_anything_computes(
 
 
 @pytest.mark.parametrize("name", ["models", "models/sft-0", "recipe.yaml", "report.html", "results.json"])
-def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(
-    working_folder: Path, read_error: ReadError, name: str
-) -> None:
+def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(working_folder, read_error, name):
     place = working_folder / "runs" / "world" / name
     if name == "models":
         place.parent.mkdir(parents=True)
@@ -288,9 +277,7 @@ def test_what_stands_in_the_way_of_results_is_told_before_anything_computes(
     assert place.exists()
 
 
-def test_ctrl_c_says_that_nothing_is_lost(
-    working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_says_that_nothing_is_lost(working_folder, capsys, monkeypatch):
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
@@ -299,12 +286,12 @@ def test_ctrl_c_says_that_nothing_is_lost(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
-def test_a_device_that_is_not_there(read_error: ReadError) -> None:
+def test_a_device_that_is_not_there(read_error):
     printed = read_error("run", "-q", "runtime.device=cuda")
     assert "world: runtime.device: found 'cuda'; expected cpu or auto here: torch finds no CUDA device" in printed
 
 
-def test_every_shipped_recipe_is_valid() -> None:
+def test_every_shipped_recipe_is_valid():
     import mixpo.recipes
 
     names = [path.stem for path in Path(mixpo.recipes.__path__[0]).glob("*.yaml")]
@@ -318,7 +305,7 @@ def test_every_shipped_recipe_is_valid() -> None:
         assert any(run.changes for run in runs) == bool(recipe.sweep)
 
 
-def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(working_folder: Path) -> None:
+def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(working_folder):
     def identities(*overrides: str) -> dict[tuple[str, str, str], str]:
         planned = list_plan(read_recipe("world", overrides))
         return {(arm, line.kind, line.field): line.identity for arm, lines in planned for line in lines}
@@ -329,12 +316,12 @@ def test_a_changed_kl_coef_changes_ppo_and_its_evaluation_only(working_folder: P
     assert {arm for arm, _, _ in changed} == {"ppo (seed 0)", "mpo (seed 0)"}
 
 
-def test_importing_the_command_line_does_not_import_torch() -> None:
+def test_importing_the_command_line_does_not_import_torch():
     code = "import sys, mixpo.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 
-def test_plan_shows_sweeps_traces_and_gradients(working_folder: Path) -> None:
+def test_plan_shows_sweeps_traces_and_gradients(working_folder):
     overrides = [
         "arms=[sft,mpo]",
         "sweep={ppo.kl_coef: [0.2]}",

@@ -38,9 +38,7 @@ def read_hidden_columns(lines: list[str]) -> str:
         (62, "tokens, end rate, win/tie/lose vs ppo, sd of reward, sd of second reward"),
     ],
 )
-def test_no_cell_is_cut_at_any_width(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], width: int, missing: str
-) -> None:
+def test_no_cell_is_cut_at_any_width(tmp_path, capsys, width, missing):
     lines = printed(tmp_path, capsys, width)
     assert read_hidden_columns(lines) == missing
     end = next(place for place, line in enumerate(lines) if line.startswith(("Hidden", "Reward")))

@@ -11,7 +11,7 @@ import pytest
 from mixpo.algorithms.intervals import Interval
 from mixpo.report import figures
 from mixpo.report.document import Figure
-from mixpo.report.figures import BinShare, Point, plane
+from mixpo.report.figures import BinShare, Point, exact_interval, plane
 from mixpo.report.figures.style import COLOURS, get_colour, get_marker
 
 HOSTILE = "</svg><script>alert(1)</script>--> ]]> \"'&\n$x_1$ 漢 #010203"
@@ -19,17 +19,14 @@ NAN = math.nan
 POINT = Point(HOSTILE, Interval(1.0, 0.5, 1.5), Interval(2.0, 1.75, 2.25))
 BARE = Point("_bare", Interval(0.0, NAN, NAN), Interval(1.0, NAN, NAN))
 SHARE = Interval(0.75, 0.5, 0.9)
+NAMES = {"name": "a", "xlabel": "x", "ylabel": "y"}
 
 
 def every() -> dict[str, Callable[[], Figure]]:
     return {
         "plane": lambda: figures.plot_points([POINT, BARE], name="a", xlabel=HOSTILE, ylabel="y"),
         "paths": lambda: figures.plot_paths(
-            {f"ppo, {HOSTILE}": [BARE, POINT], "ppo, r*": [POINT], "none": []},
-            name="a",
-            xlabel="x",
-            ylabel="y",
-            dashed={"ppo, r*"},
+            {f"ppo, {HOSTILE}": [BARE, POINT], "ppo, r*": [POINT], "none": []}, dashed={"ppo, r*"}, **NAMES
         ),
         "dots": lambda: figures.plot_grouped_intervals({HOSTILE: [POINT, BARE], "PPO": [BARE]}, name="a", ylabel="y"),
         "forest": lambda: figures.plot_forest(
@@ -38,10 +35,8 @@ def every() -> dict[str, Callable[[], Figure]]:
         "shares": lambda: figures.plot_shares_by_bin(
             [BinShare(HOSTILE, 3, SHARE), BinShare("2", 0, None)],
             {HOSTILE: [BinShare("1", 2, SHARE), BinShare("2", 0, None)]},
-            name="a",
             title=HOSTILE,
-            xlabel="x",
-            ylabel="y",
+            **NAMES,
         ),
         "calibration": lambda: figures.plot_calibration(
             [(0.6, SHARE, 9), (0.9, BARE.y, 0)], {HOSTILE: [(0.6, SHARE, 9)]}, name="a", title=HOSTILE
@@ -135,17 +130,15 @@ def test_lines_of_many_steps_are_averaged() -> None:
 
 def test_paths_of_a_stem_share_a_colour_and_only_the_dashed_are_dashed() -> None:
     series = {"ppo, reward": [BARE, POINT], "ppo, r*": [BARE, POINT], "mpo, reward": [BARE, POINT]}
-    plain = figures.plot_paths(series, name="a", xlabel="x", ylabel="y").svg
-    dashed = figures.plot_paths(series, name="a", xlabel="x", ylabel="y", dashed={"ppo, r*"}).svg
+    plain = figures.plot_paths(series, **NAMES).svg
+    dashed = figures.plot_paths(series, **NAMES, dashed={"ppo, r*"}).svg
     assert "stroke-dasharray" not in plain
     assert "stroke-dasharray" in dashed
     assert [colour in plain for colour in COLOURS[:3]] == [True, True, False]
 
 
 def test_a_scatter_shows_and_names_every_group() -> None:
-    figure = figures.plot_scatter(
-        {"easy": [(1.0, 1.0), (2.0, 2.5)], "hard": [(3.0, 2.0)]}, name="a", xlabel="x", ylabel="y"
-    )
+    figure = figures.plot_scatter({"easy": [(1.0, 1.0), (2.0, 2.5)], "hard": [(3.0, 2.0)]}, **NAMES)
     assert figure.rows == [("easy", 1.0, 1.0), ("easy", 2.0, 2.5), ("hard", 3.0, 2.0)]
     assert {"easy", "hard"} <= set(texts(figure))
     assert all(colour in figure.svg for colour in COLOURS[:2])
@@ -154,7 +147,7 @@ def test_a_scatter_shows_and_names_every_group() -> None:
 def test_no_bar_is_drawn_without_bounds() -> None:
     def bars(low: float, high: float) -> int:
         point = Point("a", BARE.x, Interval(1.0, low, high))
-        return figures.plot_points([point], name="a", xlabel="x", ylabel="y").svg.count("stroke-opacity: 0.5")
+        return figures.plot_points([point], **NAMES).svg.count("stroke-opacity: 0.5")
 
     assert bars(NAN, NAN) == 0
     assert bars(0.5, 1.5) == 1
@@ -167,10 +160,8 @@ def texts(figure: Figure) -> list[str]:
 
 def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() -> None:
     def named(count: int) -> list[str]:
-        points = [
-            Point(f"arm-{place}", figures.exact_interval(0.0), figures.exact_interval(0.0)) for place in range(count)
-        ]
-        return texts(figures.plot_points(points, name="a", xlabel="x", ylabel="y"))
+        points = [Point(f"arm-{place}", exact_interval(0.0), exact_interval(0.0)) for place in range(count)]
+        return texts(figures.plot_points(points, **NAMES))
 
     few, many = named(4), named(200)
     assert [few.count(f"arm-{place}") for place in range(4)] == [1] * 4
@@ -180,13 +171,9 @@ def test_a_plane_names_its_points_and_numbers_them_where_names_find_no_room() ->
 
 
 def test_numbers_stand_beside_their_points() -> None:
-    alone = [
-        Point(f"{place}", figures.exact_interval(place), figures.exact_interval(place)) for place in (5.0, 10.0, 20.0)
-    ]
-    crowd = [Point("long " * 20, figures.exact_interval(0.0), figures.exact_interval(0.0))] * 30
-    tree = ElementTree.fromstring(
-        figures.plot_points([*alone, *crowd], name="a", xlabel="x", ylabel="y", sqrt_x=True).svg
-    )
+    alone = [Point(f"{place}", exact_interval(place), exact_interval(place)) for place in (5.0, 10.0, 20.0)]
+    crowd = [Point("long " * 20, exact_interval(0.0), exact_interval(0.0))] * 30
+    tree = ElementTree.fromstring(figures.plot_points([*alone, *crowd], **NAMES, sqrt_x=True).svg)
     for number, colour in zip("123", COLOURS, strict=False):
         look = f"fill: {colour}"
         mark = next(one for one in tree.iterfind(".//{*}use") if look in one.get("style", ""))
@@ -197,8 +184,8 @@ def test_numbers_stand_beside_their_points() -> None:
 
 
 def test_a_root_axis_has_round_ticks_that_stand_apart() -> None:
-    points = [Point("near", figures.exact_interval(0.5), POINT.y), Point("far", figures.exact_interval(20.0), POINT.y)]
-    found = texts(figures.plot_points(points, name="a", xlabel="x", ylabel="y", sqrt_x=True))
+    points = [Point("near", exact_interval(0.5), POINT.y), Point("far", exact_interval(20.0), POINT.y)]
+    found = texts(figures.plot_points(points, **NAMES, sqrt_x=True))
     assert [tick for tick in ("0", "0.2", "1", "2", "5", "10", "20") if tick not in found] == []
     ticks = plane._compute_signed_root(np.array(plane._choose_root_ticks(0.0, 100.0)))
     assert np.diff(ticks).min() > 0.07 * 10
@@ -213,12 +200,12 @@ def placed_x(figure: Figure, colour: str) -> list[float]:
 def test_paths_with_the_same_exact_x_stand_apart_and_their_rows_do_not_move() -> None:
     def drawn(*x: Interval) -> tuple[list[float], list[float]]:
         points = [Point("", one, POINT.y) for one in x]
-        figure = figures.plot_paths({"a": points, "b": points}, name="a", xlabel="x", ylabel="y")
+        figure = figures.plot_paths({"a": points, "b": points}, **NAMES)
         assert [row[2] for row in figure.rows] == [one.mean for one in x] * 2
         one, other = (placed_x(figure, colour) for colour in COLOURS[:2])
         return one, other
 
-    one, other = drawn(*map(figures.exact_interval, (0.0, 0.1, 0.3)))
+    one, other = drawn(*map(exact_interval, (0.0, 0.1, 0.3)))
     assert all(left < right for left, right in zip(one, other, strict=True))
     one, other = drawn(POINT.x, Interval(2.0, 1.5, 2.5))
     assert one == other
@@ -246,8 +233,8 @@ def test_every_arm_of_many_has_its_own_look() -> None:
 @pytest.mark.parametrize("count", [0, 1, 25])
 def test_any_number_of_arms_draws_without_warnings(count: int) -> None:
     points = [Point(f"{place} of a long name that goes on and on and on", POINT.x, POINT.y) for place in range(count)]
-    assert len(figures.plot_points(points, name="a", xlabel="x", ylabel="y").rows) == count
-    assert len(figures.plot_paths({"a": points}, name="a", xlabel="x", ylabel="y").rows) == count
+    assert len(figures.plot_points(points, **NAMES).rows) == count
+    assert len(figures.plot_paths({"a": points}, **NAMES).rows) == count
     assert len(figures.plot_forest({"r": {point.name: point.y for point in points}}, name="a").rows) == count
     assert len(figures.plot_grouped_intervals({"a": points[:5]}, name="a", ylabel="y").rows) == min(5, count)
     assert not figures.plot_calibration([], {}, name="a", title="t").rows

@@ -38,7 +38,7 @@ from judge_server import (
 from mixpo.algorithms.agreement import cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.multiple_testing import correct_by_holm
 from mixpo.algorithms.win_rates import win_minus_loss_rate
-from mixpo.cli import judge as judge_command
+from mixpo.cli import display
 from mixpo.data.errors import InputError
 from mixpo.experiments.comparisons import Comparison
 from mixpo.experiments.results import load_runs
@@ -51,7 +51,7 @@ from mixpo.judge.verdicts import FILE, open_verdicts_for_append, read_verdicts
 from mixpo.report import judges, page
 from mixpo.report.document import Section
 from mixpo.stages.rows import read_table, write_table
-from report_runs import SFT_SCORES, Arm, Writer, plain, rows, table
+from report_runs import SFT_SCORES, Writer, plain, rows, table
 
 KINDS = ["helpful", None, "harmless", "helpful", None, "harmless"]
 KEY = "sk-very-secret-0123456789"
@@ -101,9 +101,7 @@ class Study:
         return [line for line in lines if "question" in line]
 
     def section(self) -> Section:
-        section = judges.build_judges_section(load_runs(self.run))
-        assert section is not None
-        return section
+        return judges.build_judges_section(load_runs(self.run))
 
     def rows(self, title: str = "tiny") -> dict[str, list[str]]:
         return rows(table(self.section(), title))
@@ -153,13 +151,11 @@ def study(written: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureF
         ("", None),
     ],
 )
-def test_scores_are_those_that_the_papers_prompt_asks_for_or_none(
-    text: str, expected: tuple[float, float] | None
-) -> None:
+def test_scores_are_those_that_the_papers_prompt_asks_for_or_none(text, expected):
     assert parse_scores(JudgeReply(text)) == expected
 
 
-def test_a_number_that_was_cut_is_no_score() -> None:
+def test_a_number_that_was_cut_is_no_score():
     whole = "Response 1 Quality Score: 9\nExplanation: a\nResponse 2 Quality Score: 10"
     assert parse_scores(JudgeReply(whole)) == (9.0, 10.0)
     assert parse_scores(JudgeReply(whole[:-1], truncated=True)) is None
@@ -170,7 +166,7 @@ def test_a_number_that_was_cut_is_no_score() -> None:
 # What is asked, and what it says
 
 
-def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server: Server) -> None:
+def test_both_orders_of_every_pair_are_asked_once_and_kept(study, server):
     result = study.judge()
     assert result.code == 0
     pairs = {tuple(request.completions) for request in server.requests}
@@ -218,9 +214,7 @@ def test_both_orders_of_every_pair_are_asked_once_and_kept(study: Study, server:
     ],
     ids=["always the first", "mostly the second", "a win in one order and a tie in the other", "the longer"],
 )
-def test_what_a_judge_prefers_is_what_the_table_says(
-    study: Study, server: Server, prefers_first: Any, other: str, expected: dict[str, str]
-) -> None:
+def test_what_a_judge_prefers_is_what_the_table_says(study, server, prefers_first, other, expected):
     server.prefer(prefers_first)
     assert study.judge(arms=("mpo", other)).means(*expected) == list(expected.values())
     if expected.get("flips to the first") == "1.00":
@@ -228,20 +222,7 @@ def test_what_a_judge_prefers_is_what_the_table_says(
         assert flips in study.section().opening
 
 
-def test_scores_out_of_range_and_swapped_are_no_verdict(study: Study, server: Server) -> None:
-    swapped = "Response 2 Quality Score: 4\nExplanation: a.\n\nResponse 1 Quality Score: 9\nExplanation: b."
-    bad = {
-        1: make_completion(format_scores(11, 5)),
-        2: make_completion(swapped),
-        3: make_completion(format_scores(-1, 5)),
-    }
-    server.override(lambda request: bad.get(request.prompt))
-    result = study.judge()
-    assert "no verdict on 3 prompts, because a reply could not be parsed" in result.out
-    assert result.means("prompts", "win") == ["2", "1.00"]  # two wins; of one same text two fifths, which is none
-
-
-def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
+def test_only_the_prompts_asked_for_count(study, server):
     result = study.judge("--prompts", "2", "--draw", "1")
     numbers = {request.prompt for request in server.requests}
     same = "the same text on 1 prompt" in result.out
@@ -251,7 +232,7 @@ def test_only_the_prompts_asked_for_count(study: Study, server: Server) -> None:
     assert len(server.requests) <= 10
 
 
-def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp_path: Path) -> None:
+def test_categories_and_a_template_of_ones_own(study, server, tmp_path):
     own = tmp_path / "own.j2"
     own.write_text("{{ messages[-1].content }}\n\nResponse 1: {{ first }}\n\nResponse 2: {{ second }}")
     server.prefer(lambda request: ("of mpo" in request.completions[0]) == (request.prompt in (2, 5)))
@@ -271,7 +252,7 @@ def test_categories_and_a_template_of_ones_own(study: Study, server: Server, tmp
     assert len(server.requests) == 20  # other words, other questions
 
 
-def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
+def test_two_judges_and_their_agreement(study, server):
     server.prefer(
         lambda request: ("of mpo" in request.completions[0]) == (request.model == "one" or request.prompt < 4)
     )
@@ -289,7 +270,7 @@ def test_two_judges_and_their_agreement(study: Study, server: Server) -> None:
     assert [study.rows(name)["mpo vs ppo"][2].split()[0] for name in ("one", "two")] == ["0.83", "0.50"]
 
 
-def test_p_is_corrected_for_every_row_of_every_judge(study: Study, server: Server) -> None:
+def test_p_is_corrected_for_every_row_of_every_judge(study, server):
     def load_verdict_rows() -> list[judges.VerdictRow]:
         return judges.compute_verdict_rows(judges.load_judge_verdicts(load_runs(study.run)))
 
@@ -325,9 +306,7 @@ BAD: dict[str, Response | str] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
-    study: Study, server: Server, waits: list[float], kind: str
-) -> None:
+def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(study, server, waits, kind):
     server.override(lambda request: BAD[kind] if request.number < 2 else None)
     result = study.judge("--concurrency", "1", "--timeout", "1" if kind == "slow" else "20")
     assert (result.code, len(server.requests), result.means("win")) == (0, 12, ["0.83"])
@@ -340,16 +319,14 @@ def test_a_server_that_fails_is_asked_again_and_nothing_is_unparsed(
     [None, [{"type": "text", "text": format_scores(8, 5)}], 8, ""],
     ids=["null", "parts", "a number", "empty"],
 )
-def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(
-    study: Study, server: Server, waits: list[float], content: object
-) -> None:
-    server.override(lambda request: make_completion(content) if request.prompt == 2 else None)
+def test_a_reply_without_text_is_asked_again_once_and_is_no_failure(study, server, waits, content):
+    server.override(lambda request: make_completion(content) if request.prompt in (2, 4) else None)
     result = study.judge()
-    assert (result.code, len(server.requests), waits) == (0, 10 + 2, [])
-    assert "no verdict on 1 prompt, because a reply could not be parsed" in result.out
+    assert (result.code, len(server.requests), waits) == (0, 10 + 4, [])
+    assert "no verdict on 2 prompts, because a reply could not be parsed" in result.out
 
 
-def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch):
     monkeypatch.undo()
 
     async def measure_waits() -> list[float]:
@@ -367,7 +344,7 @@ def test_a_real_pause_ends_early_where_nothing_more_is_asked(monkeypatch: pytest
     assert early < 5
 
 
-def test_no_more_at_once_than_were_asked_for(study: Study, server: Server) -> None:
+def test_no_more_at_once_than_were_asked_for(study, server):
     together = threading.Barrier(3)
 
     def wait_for_others(request: JudgeRequest) -> None:
@@ -382,12 +359,10 @@ def test_no_more_at_once_than_were_asked_for(study: Study, server: Server) -> No
     assert len(server.requests) == 20
 
 
-def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: list[float]) -> None:
+def test_a_server_says_how_long_to_wait(study, server, waits):
     date = datetime.now(UTC) + timedelta(seconds=90)
-    bad = [
-        make_error(429, "slow down", Retry_After=after)
-        for after in ("20", format_datetime(date, usegmt=True), "100000", "soon")
-    ]
+    headers = ("20", format_datetime(date, usegmt=True), "100000", "soon")
+    bad = [make_error(429, "slow down", Retry_After=header) for header in headers]
     server.override(lambda request: bad[request.number] if request.number < 4 else None)
     assert study.judge("--concurrency", "1").code == 0
     limits = [(20, 30), (80, 135), (300, 450), (8, 12)]  # the fourth in turn: 2 ** 3
@@ -396,7 +371,7 @@ def test_a_server_says_how_long_to_wait(study: Study, server: Server, waits: lis
     assert client.parse_retry_after("-3") == 0.0
 
 
-def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(study: Study, server: Server) -> None:
+def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(study, server):
     respond_well = server.respond
     bad = {2: make_error(500, "no <memory>\n on \x1b[31mthe device"), 4: make_error(400, "too long")}
     server.override(lambda request: bad.get(request.prompt))
@@ -414,9 +389,7 @@ def test_questions_that_fail_are_counted_by_kind_and_asked_by_the_next_call(stud
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_run_of_refusals_stops_with_one_line(
-    study: Study, server: Server, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_refusals_stops_with_one_line(study, server, status, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.respond = lambda request: make_error(status, "The model `tiny` does not exist")
     result = study.judge("--concurrency", "1")
@@ -427,7 +400,7 @@ def test_a_run_of_refusals_stops_with_one_line(
     )
 
 
-def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: Server) -> None:
+def test_questions_that_always_fail_stand_in_nobodys_way(study, server):
     server.override(lambda request: make_error(400, "too long") if request.prompt != 5 else None)
     for _ in range(2):  # nothing was ever replied: the fault may be the call's
         result = study.judge("--concurrency", "1")
@@ -441,16 +414,14 @@ def test_questions_that_always_fail_stand_in_nobodys_way(study: Study, server: S
     assert [line["prompt"] for line in study.scored()] == [5, 5]
 
 
-def test_a_question_that_fails_once_others_have_replies_stops_nothing(study: Study, server: Server) -> None:
+def test_a_question_that_fails_once_others_have_replies_stops_nothing(study, server):
     server.override(lambda request: make_error(413, "too long") if request.prompt != 1 else None)
     assert study.judge("--concurrency", "1").err == "8 questions failed: HTTP 413: too long\n"
     server.respond = lambda request: make_error(500, "down")
     assert "stopped: tiny: 8 questions in a row failed" in study.judge("--concurrency", "1", "--attempts", "1").err
 
 
-def test_prompts_come_in_another_order_at_every_call(
-    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_come_in_another_order_at_every_call(study, server, monkeypatch):
     monkeypatch.undo()
     orders = set()
     for seed in range(3):
@@ -464,7 +435,7 @@ def test_prompts_come_in_another_order_at_every_call(
     assert len(orders) > 1
 
 
-def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study: Study, server: Server) -> None:
+def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study, server):
     server.override(lambda request: make_error(404, "no such model") if request.model == "wrong" else None)
     result = study.judge("--model", "tiny", "--concurrency", "1", model="wrong")
     assert (result.code, result.means("win")) == (1, ["0.83"])
@@ -475,7 +446,7 @@ def test_a_wrong_name_of_a_judge_does_not_stop_the_others(study: Study, server: 
     )
 
 
-def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, server: Server) -> None:
+def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study, server):
     def dislike_numbers(request: JudgeRequest) -> Response | None:
         is_first = sum(one.body == request.body for one in server.requests) == 1
         is_bad = request.prompt == 2 or (request.prompt == 3 and is_first)
@@ -495,7 +466,7 @@ def test_what_cannot_be_parsed_is_asked_again_once_and_counted(study: Study, ser
     assert len(server.requests) == 14
 
 
-def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> None:
+def test_half_a_surrogate_pair_crashes_nothing(study, server):
     bad = {1: make_error(400, "half \ud800"), 2: make_completion(format_scores(8, 5) + "\ud83d")}
     server.override(lambda request: bad.get(request.prompt))
     result = study.judge()
@@ -508,7 +479,7 @@ def test_half_a_surrogate_pair_crashes_nothing(study: Study, server: Server) -> 
 # Servers that mean harm
 
 
-def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: Server) -> None:
+def test_a_reply_without_end_is_read_no_further_than_any(study, server):
     """Neither where it never ends nor where it says how long it is; the file keeps nothing of it."""
     server.respond = lambda request: ENDLESS
     result = study.judge("--concurrency", "1", "--prompts", "2")
@@ -522,7 +493,7 @@ def test_a_reply_without_end_is_read_no_further_than_any(study: Study, server: S
     assert study.file.stat().st_size < 10_000
 
 
-def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, server: Server) -> None:
+def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study, server):
     def trickle() -> Iterator[bytes]:
         while not server.closing.wait(0.02):
             yield b" "
@@ -532,7 +503,7 @@ def test_a_reply_that_trickles_ends_with_the_time_for_a_request(study: Study, se
     assert "questions failed: timeout: no reply within 0.3 s\n" in result.err
 
 
-def test_a_packed_reply_is_not_unpacked(study: Study, server: Server) -> None:
+def test_a_packed_reply_is_not_unpacked(study, server):
     bomb = make_response(gzip.compress(bytes(20_000_000)), Content_Encoding="gzip")
     server.respond = lambda request: bomb
     result = study.judge("--attempts", "1")
@@ -541,9 +512,7 @@ def test_a_packed_reply_is_not_unpacked(study: Study, server: Server) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_takes_no_prompt_elsewhere(
-    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
+def test_a_redirect_takes_no_prompt_elsewhere(study, server, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with run_server() as other:
         place = other.url.removeprefix("http://").removesuffix("/v1")
@@ -555,7 +524,7 @@ def test_a_redirect_takes_no_prompt_elsewhere(
     assert "secret" not in result.err
 
 
-def test_a_long_reply_is_judged_and_kept_in_part(study: Study, server: Server) -> None:
+def test_a_long_reply_is_judged_and_kept_in_part(study, server):
     server.respond = lambda request: make_completion(format_scores(8, 5) + "!" * 1_000_000)
     assert study.judge("--prompts", "2").code == 0
     for row in study.scored():
@@ -582,17 +551,13 @@ HARMFUL: dict[str, Response] = {
     "a zone": make_error(503, "later", Retry_After="Mon, 01 Jan 0001 00:00:00 +2359"),
     "a header without end": make_error(503, "later", X_Much="x" * 200_000),
     "a redirect": make_response(b"", 302),
-    **{
-        f"a redirect to {place}": make_response(b"", 302, Location=place)
-        for place in ("/elsewhere", "http://[", "//:x", "\xff")
-    },
 }
+for place in ("/elsewhere", "http://[", "//:x", "\xff"):
+    HARMFUL[f"a redirect to {place}"] = make_response(b"", 302, Location=place)
 
 
 @pytest.mark.parametrize("kind", HARMFUL)
-def test_what_a_server_may_send_is_a_failure_in_one_line(
-    study: Study, server: Server, waits: list[float], kind: str
-) -> None:
+def test_what_a_server_may_send_is_a_failure_in_one_line(study, server, waits, kind):
     server.respond = lambda request: HARMFUL[kind]
     result = study.judge("--concurrency", "1", "--attempts", "2")
     assert (result.code, len(server.requests)) == (1, 8 if "redirect" in kind else 16)
@@ -601,7 +566,7 @@ def test_what_a_server_may_send_is_a_failure_in_one_line(
     assert study.scored() == []
 
 
-def test_tokens_that_nobody_can_have_used_are_not_counted(study: Study, server: Server) -> None:
+def test_tokens_that_nobody_can_have_used_are_not_counted(study, server):
     for tokens in ("9" * 4_299, "1e999", "-1", "true", '"5"', str(10**9 + 1)):
         body = COMPLETION.replace(b'"prompt_tokens": 10', f'"prompt_tokens": {tokens}'.encode())
         assert parse_reply(body) == JudgeReply(format_scores(8, 5))
@@ -609,12 +574,12 @@ def test_tokens_that_nobody_can_have_used_are_not_counted(study: Study, server: 
 
 
 @pytest.mark.parametrize("score", [DIGITS, f"0{DIGITS}", f"7.{DIGITS}", "9" * 400, "0" * 400 + "7"])
-def test_a_score_of_thousands_of_digits_is_none(score: str) -> None:
+def test_a_score_of_thousands_of_digits_is_none(score):
     assert parse_scores(JudgeReply(format_scores(score, 5))) is None
     assert parse_scores(JudgeReply(format_scores("7.3333333333333333", 5))) == (7.3333333333333333, 5.0)
 
 
-def test_reading_a_reply_takes_time_in_proportion_to_its_length() -> None:
+def test_reading_a_reply_takes_time_in_proportion_to_its_length():
     """A million characters of every kind that makes a careless expression start again from each of them.
 
     In a process that is ended where it takes a hundred times as long as it should.
@@ -634,14 +599,11 @@ for text in ("x" * n, " " * n, "x " * n, label + " " * n, label + "9" * n, label
 # Keys
 
 
-def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent_and_stands_nowhere(study, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for this machine
-    server.respond = lambda request: (
-        make_error(401, f"{'x' * 190}{KEY} is wrong")
-        if request.prompt == 1
-        else make_completion(f"{format_scores(8, 5)} {request.key}")
-    )
+    server.respond = lambda request: make_completion(f"{format_scores(8, 5)} {request.key}")
+    server.override(lambda request: make_error(401, f"{'x' * 190}{KEY} is wrong") if request.prompt == 1 else None)
     result = study.judge()
     assert {request.key for request in server.requests} == {f"Bearer {KEY}"}
     written = "".join(path.read_text(errors="replace") for path in study.run.rglob("*") if path.is_file())
@@ -652,7 +614,7 @@ def test_the_key_is_sent_and_stands_nowhere(study: Study, server: Server, monkey
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}é", f"a {KEY}"])
-def test_a_key_that_is_none_is_refused_and_not_shown(study: Study, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_is_none_is_refused_and_not_shown(study, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     assert study.read_refusal() == (
         "OPENAI_API_KEY: found a line break, a space or a character that no key has; expected the bare key "
@@ -676,19 +638,19 @@ def test_a_key_that_is_none_is_refused_and_not_shown(study: Study, monkeypatch: 
         ("http://a.example/v 1", "found 'http://a.example/v 1'"),
     ],
 )
-def test_endpoints_that_are_refused(endpoint: str, message: str) -> None:
+def test_endpoints_that_are_refused(endpoint, message):
     with pytest.raises(InputError, match=f"^--endpoint: {re.escape(message)}") as refused:
         normalize_endpoint(endpoint)
     assert "secret" not in str(refused.value)
 
 
-def test_which_endpoints_are_this_machine() -> None:
+def test_which_endpoints_are_this_machine():
     assert normalize_endpoint("http://localhost:8000/v1/") == "http://localhost:8000/v1"
     assert [is_loopback_endpoint(f"http://{host}/v1") for host in ("localhost:1", "127.3.0.1", "[::1]:2")] == [True] * 3
     assert not is_loopback_endpoint("http://192.168.0.1/v1")
 
 
-def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Server) -> None:
+def test_a_server_that_asks_for_a_key_that_is_not_set(study, server):
     server.respond = lambda request: make_error(401, "no key")
     result = study.judge("--concurrency", "1")
     assert (result.code, len(server.requests)) == (1, 1)
@@ -699,7 +661,7 @@ def test_a_server_that_asks_for_a_key_that_is_not_set(study: Study, server: Serv
     )
 
 
-def test_a_key_in_the_clear_is_warned_of(study: Study, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_in_the_clear_is_warned_of(study, server, monkeypatch):
     assert is_unencrypted_endpoint("http://192.168.0.1/v1")
     assert not any(map(is_unencrypted_endpoint, ("https://192.168.0.1/v1", "http://127.0.0.1/v1")))
     monkeypatch.setattr("mixpo.judge.endpoint.is_loopback_endpoint", lambda endpoint: False)
@@ -708,9 +670,7 @@ def test_a_key_in_the_clear_is_warned_of(study: Study, server: Server, monkeypat
     assert study.judge().err == f"--endpoint: {server.url} gets the key in the clear; expected https://\n"
 
 
-def test_a_key_too_short_for_a_secret_is_left_in_texts(
-    study: Study, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_too_short_for_a_secret_is_left_in_texts(study, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "e")
     study.judge()
     assert study.scored()[0]["replies"] == [format_scores(*map(int, study.scored()[0]["scores"]))]
@@ -730,11 +690,11 @@ def test_a_key_too_short_for_a_secret_is_left_in_texts(
         (["--timeout", "inf"], "--timeout: found inf; expected a finite number"),
     ],
 )
-def test_options_that_are_refused(study: Study, words: list[str], message: str) -> None:
+def test_options_that_are_refused(study, words, message):
     assert study.read_refusal(*words).startswith(message)
 
 
-def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Server) -> None:
+def test_models_that_refuse_a_temperature_and_a_limit(study, server):
     study.judge("--temperature", "none", "--reply-tokens", "none")
     assert {frozenset(request.body) for request in server.requests} == {frozenset({"model", "messages"})}
     settings = "the model's default temperature, no limit on the length of replies"
@@ -747,8 +707,8 @@ def test_models_that_refuse_a_temperature_and_a_limit(study: Study, server: Serv
 # Stops, limits, and going on
 
 
-def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_command, "PLAIN_SECONDS", 0.0)
+def test_progress_is_told_in_lines_and_in_a_bar(study, monkeypatch):
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
     progress_lines = re.findall(r"judging: (\d)/4, (\d) requests, ([\d,]+) tokens", study.judge("--prompts", "2").out)
     assert progress_lines[-1][:2] == ("4", "4")
     assert int(progress_lines[-1][2]) > 0
@@ -760,7 +720,7 @@ def test_progress_is_told_in_lines_and_in_a_bar(study: Study, monkeypatch: pytes
     assert "judging:" in study.judge("--prompts", "5", "--quiet").out
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study: Study, server: Server) -> None:
+def test_ctrl_c_keeps_what_is_done_and_the_next_call_asks_the_rest(study, server):
     respond_well = server.respond
 
     def interrupt(request: JudgeRequest) -> str | None:
@@ -813,9 +773,7 @@ NO_COUNTS = "--max-tokens: the server reports no token counts; use --max-request
         (ENDLESS, "--max-tokens 150 --reply-tokens 100", 2, 0, "--max-tokens: 200 tokens were spent"),
     ],
 )
-def test_spending_stops_where_it_is_told_to(
-    study: Study, server: Server, response: Response | str | None, words: str, requests: int, done: int, why: str
-) -> None:
+def test_spending_stops_where_it_is_told_to(study, server, response, words, requests, done, why):
     server.override(lambda request: response)
     result = study.judge("--concurrency", "1", *words.split())
     assert (len(server.requests), len(study.scored())) == (requests, done)
@@ -826,7 +784,7 @@ def test_spending_stops_where_it_is_told_to(
     assert result.err.splitlines()[bool(failures) :] == ([stopped] if why else [])
 
 
-def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> None:
+def test_a_dry_run_needs_no_key_and_no_network(study, tmp_path):
     result = study.judge("--dry-run", "--endpoint", "https://api.example/v1", "--model", "other")
     assert result.code == 0
     assert "Response 1: answer 1 of mpo\n\nResponse 2: answer 1 of ppo\n" in result.out
@@ -840,7 +798,7 @@ def test_a_dry_run_needs_no_key_and_no_network(study: Study, tmp_path: Path) -> 
     assert study.judge("--dry-run").out.endswith("10 questions, 3 of them asked before: 7 calls\n")
 
 
-def test_one_writes_at_a_time(study: Study) -> None:
+def test_one_writes_at_a_time(study):
     with open_verdicts_for_append(study.file):
         assert "found another `mixpo judge` writing it; wait until it ends" in study.read_refusal()
 
@@ -857,7 +815,7 @@ BAD_SCORES = ["[1e999, 1]", "[NaN, 1]", "[1, NaN]", "[11, 5]", "[-1, 5]", f"[{'9
     ],
     ids=range(10),
 )
-def test_a_line_that_is_no_verdict_is_named(study: Study, text: str, place: str) -> None:
+def test_a_line_that_is_no_verdict_is_named(study, text, place):
     study.file.parent.mkdir()
     study.file.write_text(f"{text}\n")
     message = study.read_refusal()
@@ -865,7 +823,7 @@ def test_a_line_that_is_no_verdict_is_named(study: Study, text: str, place: str)
     assert len(message) < 600
 
 
-def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Server) -> None:
+def test_a_full_disk_is_one_line_and_leaves_whole_lines(study, server):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk(request: JudgeRequest) -> None:
@@ -885,7 +843,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_lines(study: Study, server: Se
     assert len({line["question"] for line in study.scored()}) == len(study.scored()) == 10
 
 
-def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_locked_is_named(study, monkeypatch):
     def lock(*args: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -908,13 +866,13 @@ def test_a_file_that_cannot_be_locked_is_named(study: Study, monkeypatch: pytest
         (None, "--template: found no readable file"),
     ],
 )
-def test_templates_that_are_refused(study: Study, tmp_path: Path, text: str | None, message: str) -> None:
+def test_templates_that_are_refused(study, tmp_path, text, message):
     if text is not None:
         (tmp_path / "own.j2").write_text(text)
     assert message in study.read_refusal("--template", str(tmp_path / "own.j2"))
 
 
-def test_the_papers_prompt() -> None:
+def test_the_papers_prompt():
     rendered = read_template(None).render_message("Why?", "{{ one }}", "two")
     assert rendered.startswith("Please evaluate the quality of the response according to the given instructions.")
     assert rendered.endswith("Instruction: Why?\n\nResponse 1: {{ one }}\n\nResponse 2: two")
@@ -924,7 +882,7 @@ def test_the_papers_prompt() -> None:
 # The report
 
 
-def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) -> None:
+def test_the_report_says_what_the_verdicts_hold(study, server):
     assert judges.build_judges_section(load_runs(study.run)) is None
     study.judge()
     results = load_runs(study.run)
@@ -936,10 +894,8 @@ def test_the_report_says_what_the_verdicts_hold(study: Study, server: Server) ->
     assert row[6] == "0.19"  # 2 / 2^5, three rows
     assert "(+0.83, 95% CI [" in section.opening
     assert ", p 0.19)" in section.opening
-    assert (
-        "tiny prefers mpo on 83% of 6 prompts and ppo on 0%: no significant difference between mpo and ppo"
-        in section.opening
-    )
+    said = "tiny prefers mpo on 83% of 6 prompts and ppo on 0%: no significant difference between mpo and ppo"
+    assert said in section.opening
     assert "0% of the verdicts flip with the order" in section.opening
     assert ">LLM judges<" in page.render_report(results, "html")
     assert "mpo vs ppo" in page.render_report(results, "md")
@@ -951,36 +907,30 @@ def _make_verdicts(outcomes: Sequence[int | None], *, same: int = 0) -> list[Ver
     return [*map(Verdict, pairs, outcomes), *(Verdict(pair, 0) for pair in alike)]
 
 
-def test_shares_are_wilsons_and_few_wins_prove_nothing() -> None:
+def test_shares_are_wilsons_and_few_wins_prove_nothing():
     two = compute_verdict_shares(_make_verdicts([1, 1]))
-    assert two is not None
     assert (two.win.mean, two.p) == (1.0, 0.5)
     assert two.win.low == pytest.approx(2 / (2 + 1.959964**2), rel=1e-6)
     assert two.tie.high > 0.5
     assert two.difference.low < 0
     many = compute_verdict_shares(_make_verdicts([1] * 15 + [0] * 3 + [-1] * 2))
-    assert many is not None
     assert many.p == pytest.approx(binomtest(15, 17).pvalue)
     assert many.difference == win_minus_loss_rate(15, 3, 2)
 
 
-def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict() -> None:
+def test_the_same_text_is_a_tie_in_the_proportion_in_which_the_others_have_a_verdict():
     """A call that was stopped at a tenth leans to nothing."""
-    counts = {
-        known: compute_verdict_shares(_make_verdicts([1] * known + [None] * (20 - known), same=10))
-        for known in (0, 2, 10, 20)
-    }
-    assert counts.pop(0) is None
-    found = {known: (one.prompts, one.win.mean) for known, one in counts.items() if one is not None}
-    assert found == {known: (known * 3 // 2, pytest.approx(2 / 3)) for known in (2, 10, 20)}
+    assert compute_verdict_shares(_make_verdicts([None] * 20, same=10)) is None
+    for known in (2, 10, 20):
+        found = compute_verdict_shares(_make_verdicts([1] * known + [None] * (20 - known), same=10))
+        assert (found.prompts, found.win.mean) == (known * 3 // 2, pytest.approx(2 / 3))
+    rounded = compute_verdict_shares(_make_verdicts([1, 1, None, None, None], same=1))
+    assert rounded.prompts == 2  # two fifths of one same text are none
     alone = compute_verdict_shares(_make_verdicts([], same=3))
-    assert alone is not None
     assert (alone.prompts, alone.tie.mean, alone.flips) == (3, 1.0, None)
 
 
-def test_verdicts_of_other_completions_are_left_out_and_counted(
-    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verdicts_of_other_completions_are_left_out_and_counted(tmp_path, server, capsys):
     study = Study(write_run(tmp_path), server, capsys)
     study.judge()
     (evaluated,) = (arm.evaluation for arm in load_runs(study.run).arms if arm.arm == "ppo")
@@ -1001,15 +951,12 @@ def test_verdicts_of_other_completions_are_left_out_and_counted(
     assert "after judging" not in page.render_report(load_runs(study.run), "md")
 
 
-def test_an_arm_that_is_there_no_more_and_several_runs(study: Study, tmp_path: Path) -> None:
+def test_an_arm_that_is_there_no_more_and_several_runs(study, tmp_path):
     study.judge()
-    other = Writer(tmp_path / "other", name="other", cache="others").run(
-        [Arm("sft", {0: plain({"sft": SFT_SCORES})[0].done[0]})]
-    )
+    other = Writer(tmp_path / "other", name="other", cache="others").run(plain({"sft": SFT_SCORES}))
     (other / "judge").mkdir()
     (other / FILE).write_bytes(study.file.read_bytes())
     alone = judges.build_judges_section(load_runs(other))
-    assert alone is not None
     assert alone.opening == "No verdicts on the current completions: those of 6 prompts changed after judging."
     both = judges.build_judges_section(load_runs(study.run, other))
     assert next(iter(rows(table(both, "tiny")))) == "tiny: mpo vs tiny: ppo"

@@ -24,13 +24,11 @@ def test_names_cover_no_point_and_no_other_name(points: list[tuple[float, float]
 
 def test_a_name_stands_on_the_free_side() -> None:
     (left,) = place_labels([(299.0, 100.0)], [(40.0, 9.0)], frame=FRAME)
-    assert left is not None
     assert left.side == -1
     assert left.box.right < 299.0
     assert left.leader is None
     line = Box(105.0, 99.5, 300.0, 100.5)
     (free,) = place_labels([(100.0, 100.0)], [(40.0, 9.0)], frame=FRAME, error_bars=[line])
-    assert free is not None
     assert not free.box.overlaps_box(line)
 
 

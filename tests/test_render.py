@@ -43,11 +43,8 @@ def asked(number: int) -> PromptCompletions:
 
 
 def document(prompts: int = 30) -> Document:
-    table = Table(
-        ["arm", "reward", HOSTILE],
-        [[HOSTILE, "-1.50 [-2.00, -1.00]", "a|b"], [FORMULA, "2.00", "a long text " * 20]],
-        [HOSTILE],
-    )
+    rows = [[HOSTILE, "-1.50 [-2.00, -1.00]", "a|b"], [FORMULA, "2.00", "a long text " * 20]]
+    table = Table(["arm", "reward", HOSTILE], rows, [HOSTILE])
     sections = [
         Section("results", HOSTILE, HOSTILE, [SectionGroup(HOSTILE, [figure("plane", 3)], table, [HOSTILE])]),
         Section("training", "Training", "Trained.", [SectionGroup("", [figure(f"lines-{n}", 20) for n in range(4)])]),
@@ -96,7 +93,6 @@ def page(text: str) -> Page:
 
 def decoded(address: str | None) -> list[list[str]]:
     start = "data:text/csv;charset=utf-8,"
-    assert address is not None
     assert address.startswith(start)
     return list(csv.reader(io.StringIO(unquote(address.removeprefix(start)), newline="")))
 
@@ -137,8 +133,6 @@ def test_downloads_hold_exactly_the_rows(page: Page) -> None:
     for one in figures:
         assert decoded(found.pop(f"{one.name}.csv")) == as_text(one.columns, one.rows)
     ((name, address),) = found.items()
-    table = document().sections[0].groups[0].table
-    assert table is not None
     assert decoded(address) == [
         ["arm", "reward", "reward, low", "reward, high", HOSTILE],
         [HOSTILE, "-1.50", "-2.00", "-1.00", "a|b"],
@@ -233,9 +227,8 @@ def test_markdown_tables_keep_their_columns() -> None:
     tables = [line for line in lines if line.startswith("|")]
     assert [cells(line) for line in tables] == [4] * 5 + [3] * 4
     assert [line for line in tables if "---" in line] == ["| --- | ---: | ---: | ---: |", "| --- | ---: | --- |"]
-    assert [line for line in lines if line.startswith("(figure")] == [
-        f"(figure lines-{number}, 20 points: in the HTML report)" for number in range(4)
-    ]
+    large = [f"(figure lines-{number}, 20 points: in the HTML report)" for number in range(4)]
+    assert [line for line in lines if line.startswith("(figure")] == large
 
 
 def test_markdown_of_hostile_text_is_only_text() -> None:
@@ -244,12 +237,8 @@ def test_markdown_of_hostile_text_is_only_text() -> None:
     assert not re.search(r"<|(?<!\\)[`*]|(?<!\\)\](?=[(\[:])", loose)
     assert "&lt;script&gt;" in loose
     headings = [line for line in loose.splitlines() if line.startswith("#")]
-    assert [line for line in headings if line.startswith("## ")][1:] == [
-        "## Training",
-        "## Completions",
-        "## Failed",
-        "## Reproduce",
-    ]
+    titles = [line for line in headings if line.startswith("## ")]
+    assert titles[1:] == ["## Training", "## Completions", "## Failed", "## Reproduce"]
     assert len(headings) == 1 + 5 + 1 + 5
 
 
@@ -278,9 +267,8 @@ def test_markdown_holds_the_pair_of_the_first_prompts() -> None:
     ],
 )
 def test_markdown_words(given: str, expected: str) -> None:
-    assert f"\n\n{expected}\n\n" in render_markdown(
-        Document("t", [], [Section("a", "A", given)], "None.", [], None, [])
-    )
+    made = Document("t", [], [Section("a", "A", given)], "None.", [], None, [])
+    assert f"\n\n{expected}\n\n" in render_markdown(made)
 
 
 @pytest.fixture(scope="module")

@@ -184,14 +184,6 @@ def test_numbers_of_a_failed_seed_are_empty(tmp_path: Path) -> None:
     assert read[3]["score"] == 1.0
 
 
-def test_load_refuses_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"found no results\.json"):
-        load_runs(tmp_path)
-    (tmp_path / "results.json").write_text('{"format": -1}', encoding="utf8")
-    with pytest.raises(InputError, match="format -1"):
-        load_runs(tmp_path)
-
-
 def test_load_refuses_a_run_twice_and_one_whose_stages_were_deleted(tmp_path: Path) -> None:
     folder = Writer(tmp_path / "run").run(plain(CLEAR))
     with pytest.raises(InputError, match="found this run twice"):

@@ -154,9 +154,8 @@ def path(*points: tuple[float, float, float]) -> list[Columns]:
 def test_over_optimisation_by_hand(tmp_path: Path) -> None:
     points = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.5, 3.0, 0.6)]
     *way, end = path(*points)
-    section = overoptimisation.build_overoptimisation_section(
-        load(tmp_path, [Arm("sft", {0: way[0]}), Arm("ppo", {0: end}, trace={0: way})])
-    )
+    arms = [Arm("sft", {0: way[0]}), Arm("ppo", {0: end}, trace={0: way})]
+    section = overoptimisation.build_overoptimisation_section(load(tmp_path, arms))
     assert [row[:3] for row in table(section, "Along training").rows] == [
         ["ppo", "start", "0"],
         ["ppo", "snapshot 1", "20"],  # after 2 of 4 iterations of 10 completions
@@ -200,15 +199,11 @@ def test_a_fall_within_the_noise_is_counted_but_not_told(tmp_path: Path) -> None
     assert section.opening.endswith(", 0 of them significantly in both.")
 
 
-def over_training(
-    reward: Sequence[float], true: Sequence[float]
-) -> tuple[dict[int, list[Columns]], dict[int, Columns]]:
-    """A PPO whose reward and r* change by so much from its last snapshot to its end, seed by seed."""
-    traces, ends = dict[int, list[Columns]](), dict[int, Columns]()
-    for seed, (one, other) in enumerate(zip(reward, true, strict=True)):
-        traces[seed] = path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        (ends[seed],) = path((1.0 + one, 3.0, 1.0 + other))
-    return traces, ends
+def describe_ppo(folder: Path, reward: Sequence[float], true: Sequence[float]) -> str:
+    """What is said of a PPO whose reward and r* change by so much from its last snapshot to its end, seed by seed."""
+    ends = dict(enumerate(path(*((1.0 + one, 3.0, 1.0 + other) for one, other in zip(reward, true, strict=True)))))
+    ppo = Arm("ppo", ends, trace=dict.fromkeys(ends, path((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
+    return overoptimisation.build_overoptimisation_section(load(folder, [ppo])).opening
 
 
 @pytest.mark.parametrize(
@@ -226,12 +221,10 @@ def over_training(
 def test_hacking_is_told_by_what_the_seeds_hold(
     tmp_path: Path, rises: list[float], falls: list[float], told: bool
 ) -> None:
-    way, ends = over_training(rises, falls)
-    section = overoptimisation.build_overoptimisation_section(load(tmp_path, [Arm("ppo", ends, trace=way)]))
-    assert ("the reward rises significantly while true r* falls" in section.opening) == told
-    way, ends = over_training(rises, [-fall for fall in falls])
-    both = overoptimisation.build_overoptimisation_section(load(tmp_path / "both", [Arm("ppo", ends, trace=way)]))
-    assert ("both still rise significantly" in both.opening) == told
+    opening = describe_ppo(tmp_path, rises, falls)
+    assert ("the reward rises significantly while true r* falls" in opening) == told
+    both = describe_ppo(tmp_path / "both", rises, [-fall for fall in falls])
+    assert ("both still rise significantly" in both) == told
 
 
 def test_without_a_yardstick_there_is_no_over_optimisation(tmp_path: Path) -> None:
@@ -245,9 +238,8 @@ def test_gains_of_two_runs_are_over_their_own_sft(tmp_path: Path) -> None:
         arms = [Arm("sft", {0: around(base, true_reward=0.0)}), Arm("ppo", {0: around(7.0, true_reward=0.5)})]
         folders.append(Writer(tmp_path / name, name=name, cache=f"{name}-cache").run(arms))
     drawn = figure_rows(overoptimisation.build_overoptimisation_section(load_runs(*folders)), "gains")
-    assert {row[0]: row[1] for row in drawn} == pytest.approx(
-        {"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0}
-    )
+    gains = {"a: sft": 0.0, "a: ppo": 7.0, "b: sft": 0.0, "b: ppo": 2.0}
+    assert {row[0]: row[1] for row in drawn} == pytest.approx(gains)
 
 
 def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:

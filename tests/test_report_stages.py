@@ -144,14 +144,9 @@ def test_elsewhere_no_label_is_called_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "shown"), [(2, [1, 2]), (5, [5, 4, 1, 2, 3]), (9, [9, 8, 7, 1, 2, 3])])
 def test_pairs_from_both_ends_each_once(tmp_path: Path, count: int, shown: list[int]) -> None:
     pairs = [], pairs_of([0.0, *(n / 10 for n in range(1, count + 1))])
-    results = load(tmp_path, plain(ARMS), pairs=pairs)
-    found = [
-        float(row[0])
-        for row in table(
-            selection.build_selection_section(results), "Pairs with the largest and the smallest gaps (seed 0)"
-        ).rows
-    ]
-    assert found == pytest.approx([n / 10 for n in shown])
+    section = selection.build_selection_section(load(tmp_path, plain(ARMS), pairs=pairs))
+    found = table(section, "Pairs with the largest and the smallest gaps (seed 0)").rows
+    assert [float(row[0]) for row in found] == pytest.approx([n / 10 for n in shown])
 
 
 def test_runs_that_share_samples_have_selections_of_their_own(tmp_path: Path) -> None:
@@ -246,11 +241,9 @@ TOGETHER = gradients((2.0, 0.0), (1.0, 0.0), x=(1.0, 1.5))
 
 def measured(folder: Path, *parts: tuple[str, str, int, list[dict[str, float]] | str]) -> Section:
     """The section of measurements: arm, part, seed, and rows of gradients or the reason why there are none."""
-    writer = Writer(folder / "run")
-    seeds = sorted({0, *(seed for _, _, seed, _ in parts)})
-    return theorem.build_theorem_section(
-        writer.load(plain(ARMS, seeds=seeds), [writer.gradients(*one) for one in parts])
-    )
+    writer, seeds = Writer(folder / "run"), sorted({0, *(seed for _, _, seed, _ in parts)})
+    results = writer.load(plain(ARMS, seeds=seeds), [writer.gradients(*one) for one in parts])
+    return theorem.build_theorem_section(results)
 
 
 def test_gradients_by_hand(tmp_path: Path) -> None:
@@ -312,8 +305,9 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
     said = f"{np.mean(apart):.2f} [{expected.low:.2f}, {expected.high:.2f}] (95% interval over 3 seeds)"
     said = said.replace("-", "\u2212")
     assert section.opening.endswith(f"a difference of {said}, not significant.")
-    assert collect_rows(section, "dpo", "hard")[6].startswith(f"{0.2 + np.mean(apart):.2f} [{expected.low + 0.2:.2f}")
-    assert collect_rows(section, "dpo", "hard")[2:4] == ["3", "90"]
+    row = next(row for row in table(section).rows if row[:2] == ["dpo", "hard"])
+    assert row[6].startswith(f"{0.2 + np.mean(apart):.2f} [{expected.low + 0.2:.2f}")
+    assert row[2:4] == ["3", "90"]
 
 
 @pytest.mark.parametrize(
@@ -327,17 +321,12 @@ def test_several_seeds_are_held_apart_by_students_t(tmp_path: Path) -> None:
 def test_one_seed_is_told_apart_by_its_pairs(tmp_path: Path, hard: list[float], said: str) -> None:
     """Each part's variance with Student's quantile of its own pairs."""
     easy = [0.1, 0.2, 0.15]
-    section = measured(
-        tmp_path, *(("dpo", part, 0, list(map(cosine, values))) for part, values in (("easy", easy), ("hard", hard)))
-    )
+    parts = ("dpo", "easy", 0, list(map(cosine, easy))), ("dpo", "hard", 0, list(map(cosine, hard)))
+    section = measured(tmp_path, *parts)
     half = sum((scipy.stats.t.ppf(0.975, len(part) - 1) * scipy.stats.sem(part)) ** 2 for part in (easy, hard)) ** 0.5
     mean = np.mean(hard) - np.mean(easy)
     text = f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}] (95% interval over pairs at one seed), {said}."
     assert section.opening.endswith("a difference of " + text.replace("-", "\u2212", text.split("(")[0].count("-")))
-
-
-def collect_rows(section: object, arm: str, part: str) -> list[str]:
-    return next(list(row) for row in table(section).rows if row[:2] == [arm, part])  # type: ignore[arg-type]
 
 
 def test_models_measured_on_one_part_only_do_not_move_the_difference(tmp_path: Path) -> None:
@@ -402,9 +391,8 @@ def test_a_step_moves_x_against_the_corollary_where_gradients_are_alike(tmp_path
     """Orthogonal gradients of one length move both log-probs alike, so x_w rises by x_w / x_l of the fall of x_l."""
     pairs = [gradients((1.0, 0.0), (0.0, 1.0), x=(w, 1.0)) for w in (0.5, 2.0, 8.0)]
     section = measured(tmp_path, ("dpo", "easy", 0, pairs))
-    assert [(row[1], row[2]) for row in figure_rows(section, "corollary-1-step")] == [
-        (pytest.approx(-math.log(w)), pytest.approx(math.log(w))) for w in (0.5, 2.0, 8.0)
-    ]
+    for row, w in zip(figure_rows(section, "corollary-1-step"), (0.5, 2.0, 8.0), strict=True):
+        assert row[1:] == pytest.approx((-math.log(w), math.log(w)))
     assert any("Over 3 pairs" in note and "correlation of −1.00" in note for note in table(section).notes)
 
 

@@ -516,7 +516,6 @@ def test_a_study_knows_the_seed_that_it_is_of(tmp_path):
     study.store.close_connections()
     assert findings.seed == 3
     report = build_human_study_section(load_runs(run))
-    assert report is not None
     assert any("at seed 3;" in note for note in report.groups[0].table.notes)
 
 
@@ -525,7 +524,6 @@ def test_a_study_of_completions_that_have_changed_is_left_out_of_the_report(stud
     study.close()
     write_fruit_run(study.run.parent, texts={("yak", 3): "plums"})
     report = build_human_study_section(load_runs(study.run))
-    assert report is not None
     assert re.fullmatch(r"The study closed at 20\S+ is excluded: the completions have changed since\.", report.opening)
     assert report.groups == []
     assert mixpo("agreement", str(study.run)) == (0, f"{report.opening}\n")
@@ -552,9 +550,8 @@ def test_lost_links_are_made_anew(study, make):
 @pytest.mark.parametrize("text", ["[]", "null", "{", '"x"'])
 def test_links_that_cannot_be_read_are_one_line(study, make, text):
     (study.run / "study" / "links.json").write_text(text)
-    with pytest.raises(
-        InputError, match=r"^\S+links.json: found no readable links \(.*\); expected names and links; d"
-    ):
+    expected = r"^\S+links.json: found no readable links \(.*\); expected names and links; d"
+    with pytest.raises(InputError, match=expected):
         make()
     assert study.store.load_annotators()[0].token
 
@@ -833,17 +830,14 @@ def test_no_cell_of_an_export_is_a_formula(study, tmp_path):
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
 
 
+DIFFERS = "anna, question 2: found {} in the store, {} in the file; expected the same"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"choice": "left"},
-            "anna, question 2: found choice 'tie' in the store, 'left' in the file; expected the same",
-        ),
-        (
-            {"comment": "other"},
-            "anna, question 2: found comment '+x' in the store, 'other' in the file; expected the same",
-        ),
+        ({"choice": "left"}, DIFFERS.format("choice 'tie'", "'left'")),
+        ({"comment": "other"}, DIFFERS.format("comment '+x'", "'other'")),
         ({"digest": "0" * 32}, f"found digest '{'0' * 32}'; expected "),
         ({"annotator": "dora"}, "found question 2 of 'dora'; expected one of this study"),
         ({"question": "99"}, "found question 99 of 'anna'; expected one of this study"),
@@ -947,9 +941,7 @@ def write_closed_study(
     closed |= {"prompts": prompts, "annotators": list(choices)}
     (folder / "study" / "closed.json").write_text(json.dumps(closed))
     write_lines(folder / "study" / "judgements.jsonl", lines)
-    findings = load_study_findings(folder)
-    assert findings is not None
-    return findings
+    return load_study_findings(folder)
 
 
 PATTERNS = {
@@ -1063,9 +1055,8 @@ def test_kappa_of_those_who_always_say_the_same_cannot_be_told(tmp_path):
     assert rows(build_study_tables(alone)["Agreement"])["all prompts"][1:3] == ["not estimable", "0"]
     assert describe_study(alone).startswith("One person judged blindly")
     assert write_closed_study(tmp_path, {"anna": list("----")}).annotators_with_judgements == []
-    assert describe_study(write_closed_study(tmp_path, {"anna": list("SS--")})).startswith(
-        "Nobody judged a prompt of mpo and ppo"
-    )
+    skipped = write_closed_study(tmp_path, {"anna": list("SS--")})
+    assert describe_study(skipped).startswith("Nobody judged a prompt of mpo and ppo")
 
 
 def test_nothing_is_claimed_that_the_interval_does_not_hold(tmp_path):
@@ -1115,7 +1106,6 @@ def test_the_report_has_closed_studies(make):
     findings = study.close()
     results = load_runs(study.run)
     made = build_human_study_section(results)
-    assert made is not None
     assert made.opening == describe_study(findings)
     assert [group.title for group in made.groups] == list(build_study_tables(findings))
     assert "people" in [one.id for one in build_document(results).sections]
@@ -1143,7 +1133,6 @@ def start_server(run: Path, port: int, folder: Path, *arguments: str) -> tuple[s
         command += ["--arms", *ARMS, "--annotators", "50"]
     with (folder / "errors.txt").open("a") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    assert process.stdout is not None
     links: dict[str, str] = {}
     for line in process.stdout:
         if match := re.match(r"  (annotator \d+): (\S+)", line):

@@ -1,12 +1,13 @@
 """Win rates of two arms on the same prompts, with tests and confidence intervals."""
 
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float64
 from scipy.special import bdtr, expit
 
-from mixpo.algorithms.intervals import Interval
+from mixpo.algorithms.intervals import Interval, wilson_interval
 
 MIN_DECIDED = 10
 """Minimum number of wins and defeats for a length-controlled win rate, whose standard error is asymptotic."""
@@ -29,6 +30,30 @@ def win_minus_loss_rate(wins: int | float, ties: int | float, defeats: int | flo
     n, decided, lead = wins + ties + defeats + 2.0, wins + defeats + 1.0, wins - defeats
     half = NormalDist().inv_cdf(0.5 + level / 2.0) * (decided - lead * lead / n) ** 0.5 / n
     return Interval(lead / (n - 2.0), max(-1.0, lead / n - half), min(1.0, lead / n + half))
+
+
+@dataclass(frozen=True)
+class PreferenceShares:
+    """Shares of prompts on which the first of two arms wins, ties or loses, with 95% intervals over prompts."""
+
+    prompts: int
+    win: Interval
+    tie: Interval
+    lose: Interval
+    difference: Interval
+    """Win minus lose."""
+    p: float
+    """P-value of no difference, by the sign test over prompts on which one arm is preferred more often."""
+
+
+def estimate_preference_shares(
+    wins: int | float, ties: int | float, defeats: int | float, *, won: int, lost: int
+) -> PreferenceShares:
+    """Shares of wins, ties and defeats, which may be fractional, and p of the numbers of prompts won and lost."""
+    prompts = round(wins + ties + defeats)
+    win, tie, lose = (wilson_interval(count, prompts) for count in (wins, ties, defeats))
+    difference = win_minus_loss_rate(wins, ties, defeats)
+    return PreferenceShares(prompts, win, tie, lose, difference, compute_sign_test_p_value(won, lost))
 
 
 def win_tie_loss_rates(

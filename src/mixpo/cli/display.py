@@ -1,9 +1,11 @@
-"""Terminal output: progress of a run, its main table, the plan of a run, and a selection."""
+"""Terminal output: progress of a run and of judging, tables, the plan of a run, and a selection."""
 
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -24,13 +26,16 @@ from mixpo.report.arms import build_main_table
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage_cache import read_stage_summary
 
+if TYPE_CHECKING:
+    from mixpo.judge.client import JudgingProgress
+
 SHOWN_METRICS = ("loss", "accuracy", "score", "kl", "end_rate", "sampled_end_rate")
 OPTIONAL_COLUMNS = ("tokens", "end rate", "win/tie/lose", "sd of")
 """First words of the headings of columns that are hidden in a narrow terminal, in this order."""
 NAME_WIDTH = 24
 """Smallest width, in characters, of the column of arms' names, unless hiding all optional columns is not enough."""
 PLAIN_SECONDS = 10.0
-"""Seconds between two plain lines of progress of one stage."""
+"""Seconds between two plain lines of progress, of one stage or of judging."""
 
 
 class TerminalRunDisplay:
@@ -98,6 +103,49 @@ def open_run_display(*, plain: bool) -> Iterator[RunDisplay]:
         raise
 
 
+@contextmanager
+def open_judging_display(total: int, file: Path, *, plain: bool) -> Iterator[Callable[["JudgingProgress"], None]]:
+    """Context manager that yields a function that shows progress as a bar or lines; Ctrl-C prints what is saved."""
+    console, done = Console(), 0
+    columns = (TextColumn("judging"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    plain = plain or not console.is_terminal
+    bars = Progress(*columns, TextColumn("{task.fields[spent]}"), console=console, disable=plain)
+    task, printed = bars.add_task("", total=total, spent=""), time.monotonic()
+
+    def show_progress(progress: "JudgingProgress") -> None:
+        nonlocal done, printed
+        done = progress.done
+        over = progress.questions - progress.remaining_questions
+        spent = f"{progress.requests} requests, {progress.tokens:,} tokens"
+        bars.update(task, completed=over, spent=spent)
+        if plain and time.monotonic() - printed >= PLAIN_SECONDS:
+            printed = time.monotonic()
+            print_line(f"judging: {over}/{total}, {spent}")
+
+    try:
+        with bars:
+            yield show_progress
+    except KeyboardInterrupt:
+        print_line(f"stopped; {done} of {total} questions are done and kept in {file}; rerun to resume")
+        raise
+
+
+def print_judging_totals(progress: "JudgingProgress") -> None:
+    """Print the requests and tokens spent, failures and questions left."""
+    print_line(
+        f"{progress.requests} requests, {progress.tokens:,} tokens, "
+        f"{progress.done} of {progress.questions} questions done"
+    )
+    for kind, messages in progress.failures.items():
+        print(f"{len(messages)} questions failed: {kind}: {messages[-1]}", file=sys.stderr)
+    if progress.stop_reasons:
+        reasons = "; ".join(progress.stop_reasons)
+        print(
+            f"stopped: {reasons}; {progress.remaining_questions} questions are left; the same command asks them",
+            file=sys.stderr,
+        )
+
+
 def print_line(text: str, console: Console | None = None) -> None:
     """Print a text as it is, without markup, colours or line breaks at the terminal's width."""
     (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
@@ -158,11 +206,8 @@ def print_report_table(table: report.Table, title: str) -> None:
     if Measurement.get(console, console.options.update_width(10_000), parts[0]).maximum > console.width:
         first, *others = (max(map(cell_len, line)) for line in lines)
         columns = max(1, (console.width - first) // (max(others, default=0) + 3))
-        starts = range(1, len(lines), columns)
-        parts = [
-            _build_terminal_table(title, list(zip(lines[0], *lines[start : start + columns], strict=True)))
-            for start in starts
-        ]
+        chunks = [lines[start : start + columns] for start in range(1, len(lines), columns)]
+        parts = [_build_terminal_table(title, list(zip(lines[0], *chunk, strict=True))) for chunk in chunks]
     for part in parts:
         console.print(part)
     for note in table.notes:
@@ -201,15 +246,9 @@ def print_plan(plan: list[tuple[str, list[PlannedStage]]]) -> None:
         branches = [root]
         for stage in stages:
             name = f"{stage.field}: {stage.kind}" if stage.field else stage.kind
-            state = "cached" if stage.done else stage.reason
-            text = Text.assemble(
-                name,
-                " ",
-                (stage.identity, "cyan"),
-                "  ",
-                (state, "green" if stage.done else "yellow"),
-                ("  (above)" if stage.is_repeated else "", "dim"),
-            )
+            state = ("cached", "green") if stage.done else (stage.reason, "yellow")
+            above = ("  (above)" if stage.is_repeated else "", "dim")
+            text = Text.assemble(name, " ", (stage.identity, "cyan"), "  ", state, above)
             del branches[stage.depth + 1 :]
             branches.append(branches[stage.depth].add(text))
         console.print(root)

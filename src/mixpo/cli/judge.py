@@ -2,23 +2,15 @@
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
 from mixpo.data.errors import InputError
 
-if TYPE_CHECKING:
-    from mixpo.judge.client import JudgingProgress
-
 Number = TypeVar("Number", int, float)
-
-PLAIN_SECONDS = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
 
 
 def judge_arms(
@@ -52,7 +44,7 @@ def judge_arms(
 
     No question is asked twice: after an interruption run the same command again.
     """
-    from mixpo.cli.display import print_line, print_report_table
+    from mixpo.cli.display import open_judging_display, print_judging_totals, print_line, print_report_table
     from mixpo.data.text import escape_invisible
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
@@ -71,10 +63,8 @@ def judge_arms(
         raise InputError(f"--timeout: found {timeout}; expected a finite number")
     prompt_template, address = read_template(template), normalize_endpoint(endpoint)
     settings = (_parse_number("--temperature", temperature, 0.0), _parse_number("--reply-tokens", reply_tokens, 1))
-    assignments = [
-        make_assignment(one, prompt_template, order, at, rows)
-        for one in make_judges(model, address, *settings, prompt_template)
-    ]
+    judges = make_judges(model, address, *settings, prompt_template)
+    assignments = [make_assignment(judge, prompt_template, order, at, rows) for judge in judges]
     by_id = {question.id: question for _, questions_of_judge in assignments for question in questions_of_judge}
     if dry_run:
         answered = before.scores.keys() & by_id.keys()
@@ -97,7 +87,7 @@ def judge_arms(
         if missing:
             limits = RequestLimits(concurrency, attempts, timeout, max_requests, max_tokens)
             working_judges = {question.judge for number, question in by_id.items() if number in saved.scores}
-            with _open_judging_display(len(missing), run / FILE, plain=quiet) as show_progress:
+            with open_judging_display(len(missing), run / FILE, plain=quiet) as show_progress:
                 progress = ask_questions(missing, key, limits, keep, show_progress, working_judges=working_judges)
     scores = read_verdicts(run / FILE).scores
     judgements = [decide_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
@@ -109,7 +99,9 @@ def judge_arms(
             print_line(note)
     print_line(f"{len(by_id) - len(missing)} of {len(by_id)} questions were asked before; verdicts: {run / FILE}")
     if progress is not None:
-        _print_judging_totals(progress)
+        print_judging_totals(progress)
+        if progress.failures:
+            raise typer.Exit(1)
 
 
 def _parse_number(option: str, text: str, minimum: Number) -> Number | None:
@@ -122,57 +114,3 @@ def _parse_number(option: str, text: str, minimum: Number) -> Number | None:
             return number
     whole = "a whole number" if isinstance(minimum, int) else "a number"
     raise InputError(f"{option}: found {text!r}; expected {whole} from {minimum:g}, or none")
-
-
-@contextmanager
-def _open_judging_display(total: int, file: Path, *, plain: bool) -> "Iterator[Callable[[JudgingProgress], None]]":
-    """Context manager that yields a function that shows progress as a bar or lines; Ctrl-C prints what is saved."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    from mixpo.cli.display import print_line
-
-    console, done = Console(), 0
-    columns = (TextColumn("judging"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    plain = plain or not console.is_terminal
-    bars = Bars(*columns, TextColumn("{task.fields[spent]}"), console=console, disable=plain)
-    task, printed = bars.add_task("", total=total, spent=""), time.monotonic()
-
-    def show_progress(progress: "JudgingProgress") -> None:
-        """Update the bar, or print a line if the last one is old enough."""
-        nonlocal done, printed
-        done = progress.done
-        over = progress.questions - progress.remaining_questions
-        spent = f"{progress.requests} requests, {progress.tokens:,} tokens"
-        bars.update(task, completed=over, spent=spent)
-        if plain and time.monotonic() - printed >= PLAIN_SECONDS:
-            printed = time.monotonic()
-            print_line(f"judging: {over}/{total}, {spent}")
-
-    try:
-        with bars:
-            yield show_progress
-    except KeyboardInterrupt:
-        print_line(f"stopped; {done} of {total} questions are done and kept in {file}; rerun to resume")
-        raise
-
-
-def _print_judging_totals(progress: "JudgingProgress") -> None:
-    """Print the requests and tokens spent, failures and questions left; exit with code 1 if questions failed."""
-    from mixpo.cli.display import print_line
-
-    print_line(
-        f"{progress.requests} requests, {progress.tokens:,} tokens, "
-        f"{progress.done} of {progress.questions} questions done"
-    )
-    for kind, messages in progress.failures.items():
-        print(f"{len(messages)} questions failed: {kind}: {messages[-1]}", file=sys.stderr)
-    if progress.stop_reasons:
-        reasons = "; ".join(progress.stop_reasons)
-        print(
-            f"stopped: {reasons}; {progress.remaining_questions} questions are left; the same command asks them",
-            file=sys.stderr,
-        )
-    if progress.failures:
-        raise typer.Exit(1)

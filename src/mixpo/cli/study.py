@@ -71,14 +71,8 @@ def annotate_completions(
 
     server.require_certificate(tls_cert, tls_key)
     results = load_runs(run)
-    wanted = StudyOptions(
-        arms,
-        prompts,
-        parse_annotator_names(annotators) if annotators is not None else None,
-        seed,
-        draw,
-        _read_guidelines(guidelines),
-    )
+    names = parse_annotator_names(annotators) if annotators is not None else None
+    wanted = StudyOptions(arms, prompts, names, seed, draw, _read_guidelines(guidelines))
     with server.open_listening_socket(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
         at, hosts = server.build_base_url(host, bound, address, tls=tls)
@@ -115,13 +109,11 @@ def show_agreement(run: RunFolder, store: StoreOption = None) -> None:
         _require_study_packages()
         with _open_existing_study(run, store) as (opened, study):
             _print_judgement_counts(opened)
+            command = f"`mixpo annotate {run} --close`"
             if study.closed:
-                print(
-                    f"closed at {study.closed}, but its files are missing: `mixpo annotate {run} --close` writes them "
-                    "again"
-                )
+                print(f"closed at {study.closed}, but its files are missing: {command} writes them again")
             else:
-                print(f"results are shown once the study is closed: `mixpo annotate {run} --close`")
+                print(f"results are shown once the study is closed: {command}")
         return
     print(results.opening)
     for group in results.groups:
@@ -199,7 +191,6 @@ def _read_guidelines(path: Path | None) -> str | None:
 
 
 def _require_study_packages() -> None:
-    """Raise `InputError` unless the packages of the extra `study` are installed."""
     for name in REQUIRED_PACKAGES:
         if find_spec(name) is None:
             raise InputError(f"mixpo annotate: found no package {name}; a study needs it: `pip install 'mixpo[study]'`")

@@ -137,7 +137,6 @@ class _JudgeClient:
             pending = iter(shuffle_by_prompt(self.questions))
 
             async def ask_pending() -> None:
-                """Ask questions of the shared iterator until it is empty."""
                 for question in pending:
                     await self._ask_until_scored(question)
 
@@ -206,31 +205,26 @@ class _JudgeClient:
             self._count_max_reply_tokens(judge)
             raise _RequestError("reply too long", f"more than {MAX_REPLY_BYTES:,} bytes", is_retryable=False)
         if response.is_error:
-            is_retryable = response.status_code >= 500 or response.status_code in RETRYABLE_STATUSES
+            status = response.status_code
+            is_retryable = status >= 500 or status in RETRYABLE_STATUSES
             retry_after = parse_retry_after(response.headers.get("retry-after"))
             message = self._sanitize_line(parse_error_message(body)) or "no message"
-            raise _RequestError(
-                f"HTTP {response.status_code}", message, is_retryable=is_retryable, retry_after=retry_after
-            )
+            raise _RequestError(f"HTTP {status}", message, is_retryable=is_retryable, retry_after=retry_after)
         reply = parse_reply(body)
         self._count_tokens(None if reply.tokens is None else sum(reply.tokens))
         if reply.text is None:
-            raise _RequestError(
-                "no chat completion", self._sanitize_line(body.decode(errors="replace")) or "an empty reply"
-            )
+            message = self._sanitize_line(body.decode(errors="replace")) or "an empty reply"
+            raise _RequestError("no chat completion", message)
         return reply
 
     async def _read_body(self, response: httpx2.Response) -> bytes | None:
         """Read a reply's body; None if it is too long. Raises `_RequestError` on redirects and compressed replies."""
-        if 300 <= response.status_code < 400:
+        if 300 <= (status := response.status_code) < 400:
             host = self._sanitize_line(_parse_host(response.headers.get("location", "")))
-            raise _RequestError(
-                f"HTTP {response.status_code}", f"a redirect to {host}, not followed", is_retryable=False
-            )
+            raise _RequestError(f"HTTP {status}", f"a redirect to {host}, not followed", is_retryable=False)
         if (encoding := response.headers.get("content-encoding", "identity").lower()) != "identity":
-            raise _RequestError(
-                "no chat completion", self._sanitize_line(f"a reply encoded as {encoding}; expected plain JSON")
-            )
+            message = self._sanitize_line(f"a reply encoded as {encoding}; expected plain JSON")
+            raise _RequestError("no chat completion", message)
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixpo.algorithms.agreement import bootstrap_over_items, cohen_kappa, krippendorff_alpha
 from mixpo.algorithms.intervals import Interval, wilson_interval
-from mixpo.algorithms.win_rates import compute_sign_test_p_value, length_controlled_win_rate, win_minus_loss_rate
+from mixpo.algorithms.win_rates import PreferenceShares, estimate_preference_shares, length_controlled_win_rate
 from mixpo.experiments.comparisons import Comparison, NotInRunError, pair_completions
 from mixpo.experiments.results import Results
 from mixpo.judge.questions import Judge, JudgeQuestion, Template, compute_digest, make_question_pair
@@ -47,10 +47,6 @@ class JudgeVerdicts:
     def swap_arms(self) -> "JudgeVerdicts":
         """Return a copy with the two arms exchanged, so that wins are defeats."""
         return replace(self, arms=self.arms[::-1], verdicts=[one.swap_arms() for one in self.verdicts])
-
-    def list_verdicts_of_category(self, category: str | None) -> list[Verdict]:
-        """List the verdicts on prompts of a category, or all if None."""
-        return [one for one in self.verdicts if category in (None, one.pair.category)]
 
 
 def make_assignment(
@@ -115,17 +111,9 @@ def load_judge_verdicts(results: Results) -> list[JudgeVerdicts]:
 
 
 @dataclass(frozen=True)
-class VerdictShares:
+class VerdictShares(PreferenceShares):
     """Shares of wins, ties and defeats, and of biases of the judge, with 95% intervals."""
 
-    prompts: int
-    win: Interval
-    tie: Interval
-    lose: Interval
-    difference: Interval
-    """Win minus lose."""
-    p: float
-    """P-value of no difference, by the sign test."""
     flips: Interval | None
     """Share of flips among pairs with scores; None without any."""
     first: Interval | None
@@ -149,29 +137,21 @@ def compute_verdict_shares(verdicts: Sequence[Verdict]) -> VerdictShares | None:
     if not counted:
         return None
     outcomes = np.array([one.outcome for one in counted], dtype=np.float64)
-    length_differences = np.array(
-        [len(one.pair.completions[0]) - len(one.pair.completions[1]) for one in counted], np.float64
-    )
+    lengths = np.array([[len(text) for text in one.pair.completions] for one in counted], np.float64)
+    length_differences = lengths[:, 0] - lengths[:, 1]
     length_signs = (outcomes * length_differences)[outcomes * length_differences != 0]
     wins, ties, defeats = (int((outcomes == value).sum()) for value in (1, 0, -1))
     flips = [one.flip for one in decided if one.flip]
-    win, tie, lose = (wilson_interval(count, len(counted)) for count in (wins, ties, defeats))
     return VerdictShares(
-        len(counted),
-        win,
-        tie,
-        lose,
-        win_minus_loss_rate(wins, ties, defeats),
-        compute_sign_test_p_value(wins, defeats),
-        _compute_share_interval(len(flips), len(decided)),
-        _compute_share_interval(flips.count(1), len(flips)),
-        _compute_share_interval(int((length_signs > 0).sum()), len(length_signs)),
-        length_controlled_win_rate((outcomes + 1.0) / 2.0, length_differences),
+        **vars(estimate_preference_shares(wins, ties, defeats, won=wins, lost=defeats)),
+        flips=_compute_share_interval(len(flips), len(decided)),
+        first=_compute_share_interval(flips.count(1), len(flips)),
+        longer=_compute_share_interval(int((length_signs > 0).sum()), len(length_signs)),
+        equal_length=length_controlled_win_rate((outcomes + 1.0) / 2.0, length_differences),
     )
 
 
 def _compute_share_interval(count: int, total: int) -> Interval | None:
-    """Return a share with its 95% Wilson interval; None if the total is 0."""
     return wilson_interval(count, total) if total else None
 
 
@@ -203,10 +183,7 @@ def compute_judge_agreement(judge_verdicts: Sequence[JudgeVerdicts]) -> JudgeAgr
         pair = [np.array([rated[number] for number in common], dtype=np.int64) for rated in (first, second)]
         kappas.append((one.judge, other.judge, len(common), cohen_kappa(*pair)))
     numbers = sorted({number for rated in ratings for number in rated})
-    counts = np.zeros((len(numbers), 3), dtype=np.int64)
-    for rated in ratings:
-        for index, number in enumerate(numbers):
-            if number in rated:
-                counts[index, rated[number]] += 1
-    counts = counts[counts.sum(axis=1) >= 2]
+    by_pair = [[rated[number] for rated in ratings if number in rated] for number in numbers]
+    tallies = [np.bincount(outcomes, minlength=3) for outcomes in by_pair if len(outcomes) > 1]
+    counts = np.array(tallies, dtype=np.int64).reshape(-1, 3)
     return JudgeAgreement(kappas, len(counts), bootstrap_over_items(krippendorff_alpha, counts))

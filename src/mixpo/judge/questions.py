@@ -111,14 +111,11 @@ def make_question_pair(
     """Return a pair's questions to a judge, one for each order of completions; none if these are identical."""
     if pair.is_identical:
         return ()
-    first_completion, second_completion = pair.completions
-    orders = ((arms, first_completion, second_completion), (arms[::-1], second_completion, first_completion))
-    return tuple(
-        JudgeQuestion(
-            judge, template.render_message(pair.prompt, first, second), shown_arms, seed, pair.number, pair.category
-        )
-        for shown_arms, first, second in orders
-    )
+    questions = []
+    for shown_arms, completions in ((arms, pair.completions), (arms[::-1], pair.completions[::-1])):
+        text = template.render_message(pair.prompt, *completions)
+        questions.append(JudgeQuestion(judge, text, shown_arms, seed, pair.number, pair.category))
+    return tuple(questions)
 
 
 def compute_digest(*parts: object) -> str:
@@ -133,7 +130,6 @@ def replace_surrogates(text: str) -> str:
 
 @lru_cache
 def _compile_template(template_text: str) -> jinja2.Template:
-    """Compile the text of a Jinja2 template in the sandbox; cached."""
     return _ENVIRONMENT.from_string(template_text)
 
 

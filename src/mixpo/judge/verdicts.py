@@ -82,7 +82,6 @@ class VerdictLog:
 def _parse_assignment(
     judge: dict[str, Any], arms: list[str], seed: int, pairs: dict[str, dict[str, Any]]
 ) -> Assignment:
-    """Build an assignment from the JSON values of its line."""
     first, second = arms
     assigned = {
         int(number): AssignedPair(str(pair["digest"]), tuple(pair["questions"])) for number, pair in pairs.items()

@@ -170,10 +170,8 @@ def _list_main_table_notes(results: Results, measures: Sequence[Measure]) -> lis
     if "second_score" in keys:
         reward += " Second reward: a reward model trained on other pairs, which no arm optimised."
     bound = ", of best-of-n its upper bound log n − (n − 1) / n" if results.find_finished_name("best-of-n") else ""
-    notes = [
-        reward,
-        f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance.",
-    ]
+    kl = f"KL from SFT: in nats per completion{bound}. Rewards at different KL are compared under Distance."
+    notes = [reward, kl]
     if len(results.seeds) > 1:
         notes.append(
             "Intervals: 95% over test prompts and seeds, Student's for both (Banerjee 1960), so wide with two or three "
@@ -302,9 +300,8 @@ def _describe_two_arms(results: Results, differences: Differences) -> list[str]:
             continue
         difference = differences.get(key, {}).get(pair) or compare_arm_pairs(results, [pair], key)[pair]
         texts.append(describe_difference(name, one, other, difference.interval, difference.p))
-    sample = (
-        f"Intervals are {describe_sample(results, len(seeds))}{note_missing_seeds(results, len(seeds), one, other)}"
-    )
+    missing = note_missing_seeds(results, len(seeds), one, other)
+    sample = f"Intervals are {describe_sample(results, len(seeds))}{missing}"
     if any(pair in by_pair for by_pair in differences.values()):
         sample += "; p is corrected for all differences below (Holm)"
     sentence = re.sub("^no ", "No ", "; ".join(texts))

@@ -19,6 +19,7 @@ from mixpo.report import figures
 
 Pair = tuple[str, str]
 """The names of two arms."""
+SeedsByPrompts = Float64[np.ndarray, "seeds prompts"]
 LEVEL = 0.05
 NOT_ESTIMABLE = "not estimable"
 """In a cell whose value too few or too uniform data leave open."""
@@ -91,9 +92,7 @@ def estimate_kl_and_mean(results: Results, arm: str, column: str, label: str) ->
     return figures.Point(label, estimate_mean(results, arm, "kl_from_sft"), estimate_mean(results, arm, column))
 
 
-def subtract_arm_values(
-    results: Results, one: str, other: str, column: str, seeds: Sequence[int]
-) -> Float64[np.ndarray, "seeds prompts"]:
+def subtract_arm_values(results: Results, one: str, other: str, column: str, seeds: Sequence[int]) -> SeedsByPrompts:
     """Evaluation column of arm `one` minus that of arm `other`, an array of seeds by prompts."""
     return np.asarray(results.get_column(one, column, seeds) - results.get_column(other, column, seeds))
 
@@ -107,9 +106,7 @@ def compare_arm_pairs(results: Results, arm_pairs: Sequence[Pair], column: str) 
     return {(each.one, each.other): each for each in estimate_differences(paired)}
 
 
-def estimate_differences(
-    paired: Sequence[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]],
-) -> list[ArmDifference]:
+def estimate_differences(paired: Sequence[tuple[str, str, SeedsByPrompts]]) -> list[ArmDifference]:
     """The mean of each (one arm, other arm, values of one minus other), with interval and p corrected for all."""
     estimates = [(one, other, len(values), *estimate_crossed_mean(values)) for one, other, values in paired]
     corrected = correct_by_holm([p for *_, p in estimates])

@@ -29,10 +29,8 @@ def collect_prompt_completions(results: Results) -> list[PromptCompletions]:
 
 def _choose_completions_seed(results: Results) -> int:
     """The first of the seeds at which most arms finished."""
-    return max(
-        results.seeds,
-        key=lambda seed: sum(seed in results.get_finished_by_seed(name) for name in results.finished_arms),
-    )
+    finished = [results.get_finished_by_seed(name) for name in results.finished_arms]
+    return max(results.seeds, key=lambda seed: sum(seed in by_seed for by_seed in finished))
 
 
 def describe_shown_completions(results: Results, prompts: list[PromptCompletions]) -> str:

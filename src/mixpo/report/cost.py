@@ -137,12 +137,8 @@ def _compare_samples_to_reach_ppo(results: Results, run: Run) -> tuple[str, Sect
     ahead = np.stack([mpo.read_values("score", n) - ppo.read_values("score", -1) for n in range(mpo.num_evaluations)])
     reached = estimate_zero_crossing(mpo.completions_sampled, ahead)
     completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.list_stages_of_kind("Samples")}
-    pairs = np.mean(
-        [
-            sum(completions_by_stage.get(key, 0) for key in results.get_finished_by_seed(one)[seed].needs)
-            for seed in seeds
-        ]
-    )
+    by_seed = results.get_finished_by_seed(one)
+    pairs = np.mean([sum(completions_by_stage.get(key, 0) for key in by_seed[seed].needs) for seed in seeds])
     missing = note_missing_seeds(results, len(seeds), one, other)
     text = f"{other} samples {ppo.completions_sampled[-1]:,.0f} completions{missing}; {one}'s PPO "
     if np.isfinite(reached.mean):

@@ -12,6 +12,7 @@ from mixpo.experiments.results import MEASURES, Results
 from mixpo.report import figures
 from mixpo.report.comparison import (
     ArmDifference,
+    SeedsByPrompts,
     compare_arm_pairs,
     describe_difference,
     describe_sample,
@@ -116,7 +117,7 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
     a seed at which they and all points of the sweep finished are left out.
     """
     comparisons = []
-    paired: dict[str, list[tuple[str, str, Float64[np.ndarray, "seeds prompts"]]]] = {}
+    paired: dict[str, list[tuple[str, str, SeedsByPrompts]]] = {}
     for arm in results.unswept_arms:
         rival = name_arm_of_same_run(results, arm, "ppo")
         curve = list_finished_sweep_points(results, rival, KL_COEF)
@@ -146,7 +147,7 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
 
 def _linearize_difference_at_equal_kl(
     kls: Float64[np.ndarray, "items seeds prompts"], values: Float64[np.ndarray, "items seeds prompts"]
-) -> Float64[np.ndarray, "seeds prompts"]:
+) -> SeedsByPrompts:
     """The last item's values minus the others' interpolated at its KL, to first order, an array of seeds by prompts."""
     x, y = kls.mean(axis=(1, 2)), values.mean(axis=(1, 2))
     order = np.argsort(x[:-1])
@@ -222,11 +223,9 @@ def _describe_equal_kl(results: Results, comparisons: list[EqualKLComparison]) -
         if near == far:
             return f"{far} ends {kls[far]:.2f} nats from SFT."
         points = [list_sweep_points(results, results.qualify_arm_name(run, "ppo"), KL_COEF) for run in results.runs]
-        why = (
-            "PPO's sweep of kl_coef has too few finished points to compare them at the same KL"
-            if any(len(each) > 1 for each in points)
-            else "a sweep of ppo.kl_coef would compare them at the same KL"
-        )
+        why = "a sweep of ppo.kl_coef would compare them at the same KL"
+        if any(len(each) > 1 for each in points):
+            why = "PPO's sweep of kl_coef has too few finished points to compare them at the same KL"
         return (
             "The arms ended at different KL, so their rewards are not directly comparable: between "
             f"{kls[near]:.2f} ({near}) and {kls[far]:.2f} ({far}) nats from SFT; {why}."

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from mixpo.algorithms.intervals import Interval
 from mixpo.algorithms.multiple_testing import correct_by_holm
+from mixpo.algorithms.win_rates import PreferenceShares
 from mixpo.experiments.comparisons import list_categories
 from mixpo.experiments.results import Results, format_first_names
 from mixpo.judge.outcomes import (
@@ -19,7 +20,6 @@ from mixpo.judge.questions import Judge
 from mixpo.report.arms import choose_compared_arms
 from mixpo.report.comparison import describe_difference, format_count, format_estimate, format_interval, format_p_value
 from mixpo.report.document import Section, SectionGroup, Table
-from mixpo.study.findings import PreferenceShares
 
 SHARE_HEADINGS = ("win", "tie", "lose", "win − lose", "p")
 
@@ -58,7 +58,8 @@ def compute_verdict_rows(verdicts: Sequence[JudgeVerdicts]) -> list[VerdictRow]:
     tallies = []
     for one in verdicts:
         for category in (None, *list_categories([each.pair for each in one.verdicts])):
-            if (counts := compute_verdict_shares(one.list_verdicts_of_category(category))) is not None:
+            of_category = [each for each in one.verdicts if category in (None, each.pair.category)]
+            if (counts := compute_verdict_shares(of_category)) is not None:
                 tallies.append((one, category, counts))
     corrected = correct_by_holm([counts.p for *_, counts in tallies])
     return [VerdictRow(*each, p) for each, p in zip(tallies, corrected, strict=True)]
@@ -123,7 +124,7 @@ def _build_judge_group(
     return SectionGroup(label, table=Table(headings, lines) if lines else None, notes=notes)
 
 
-def format_share_cells(shares: VerdictShares | PreferenceShares, corrected_p: float) -> list[str]:
+def format_share_cells(shares: PreferenceShares, corrected_p: float) -> list[str]:
     """Table cells of the number of prompts, the shares won, tied and lost, win minus lose, and p."""
     intervals = (shares.win, shares.tie, shares.lose, shares.difference)
     return [str(shares.prompts), *map(format_interval, intervals), format_p_value(corrected_p)]
@@ -172,10 +173,10 @@ def _summarize_verdicts(results: Results, verdicts: Sequence[JudgeVerdicts], row
     whole = [row for row in rows if row.category is None]
     stale = sum(one.stale for one in verdicts)
     if not whole:
+        if not stale:
+            return "No reply of the judges could be read as a verdict."
         return (
             f"No verdicts on the current completions: those of {format_count(stale, 'prompt')} changed after judging."
-            if stale
-            else "No reply of the judges could be read as a verdict."
         )
     pair = choose_compared_arms(results)
     first = next((row for row in whole if row.judged.arms == pair), whole[0]).judged

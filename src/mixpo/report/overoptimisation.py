@@ -12,6 +12,7 @@ from mixpo.report.comparison import (
     note_missing_seeds,
     subtract_arm_values,
 )
+from mixpo.report.distance import KL_AXIS
 from mixpo.report.document import Section, SectionGroup, Table
 from mixpo.report.traces import PPOTrace, load_ppo_traces
 
@@ -37,16 +38,10 @@ def build_overoptimisation_section(results: Results) -> Section | None:
         plane = figures.plot_points(points, name="gains", xlabel=xlabel, ylabel=ylabel)
         groups.append(SectionGroup("Both rewards of every arm", [plane], notes=missing))
     if traces:
-        paths = {
-            f"{one.arm}, {MEASURES[key]}": one.list_kl_points(key) for one in traces for key in ("score", yardstick)
-        }
-        figure = figures.plot_paths(
-            paths,
-            name="over-optimisation",
-            xlabel="KL from SFT (nats per completion)",
-            ylabel="reward",
-            dashed=[path for path in paths if path.endswith(label)],
-        )
+        keys = ("score", yardstick)
+        paths = {f"{one.arm}, {MEASURES[key]}": one.list_kl_points(key) for one in traces for key in keys}
+        dashed = [path for path in paths if path.endswith(label)]
+        figure = figures.plot_paths(paths, name="over-optimisation", xlabel=KL_AXIS, ylabel="reward", dashed=dashed)
         groups.append(SectionGroup("Along training", [figure], _build_trace_table(results, traces, yardstick)))
     risen, significant, diverging = _list_reward_divergences(results, yardstick)
     if diverging:
@@ -71,12 +66,10 @@ def _list_reward_divergences(results: Results, unoptimised: str) -> tuple[int, i
         if name != (base := name_arm_of_same_run(results, name, "sft"))
         for seed in results.list_comparable_seeds("score", name, base)
     ]
-    gains = [
-        estimate_differences(
-            [(name, base, subtract_arm_values(results, name, base, key, [seed])) for name, base, seed in cases]
-        )
-        for key in ("score", unoptimised)
-    ]
+    gains = []
+    for key in ("score", unoptimised):
+        paired = [(arm, base, subtract_arm_values(results, arm, base, key, [seed])) for arm, base, seed in cases]
+        gains.append(estimate_differences(paired))
     risen, significant, rows = 0, 0, []
     for (name, _, seed), reward, real in zip(cases, *gains, strict=True):
         risen += reward.interval.mean > 0

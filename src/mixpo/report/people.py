@@ -36,14 +36,11 @@ def build_human_study_section(results: Results) -> Section | None:
 def describe_study(findings: StudyFindings) -> str:
     """A study's preferences, their significance and Fleiss' kappa in one or two sentences."""
     one, other = findings.arms
-    if not findings.annotators_with_judgements:
+    judges = len(findings.annotators_with_judgements)
+    if not judges:
         return f"Nobody judged a prompt of {one} and {other} before the study was closed."
     shares, agreement = findings.shares[None], findings.agreement[None]
-    people = (
-        "One person"
-        if len(findings.annotators_with_judgements) == 1
-        else f"{len(findings.annotators_with_judgements)} people"
-    )
+    people = "One person" if judges == 1 else f"{judges} people"
     p = _correct_p_by_category(findings)[None]
     difference = describe_difference("win rate", one, other, shares.difference, p)
     kappa = f"Fleiss' κ {format_estimate(agreement.kappa)}"
@@ -90,17 +87,10 @@ def _build_preferences_table(findings: StudyFindings) -> Table:
 
 def _build_agreement_table(findings: StudyFindings) -> Table:
     """A row for all prompts and for every category: Fleiss' kappa, Krippendorff's alpha, pairs that agree."""
-    rows = [
-        [
-            name or ALL,
-            format_estimate(each.kappa),
-            str(each.common),
-            format_estimate(each.alpha),
-            format_estimate(each.pairs),
-            str(each.several),
-        ]
-        for name, each in findings.agreement.items()
-    ]
+    rows = []
+    for name, each in findings.agreement.items():
+        kappa, alpha, pairs = map(format_estimate, (each.kappa, each.alpha, each.pairs))
+        rows.append([name or ALL, kappa, str(each.common), alpha, pairs, str(each.several)])
     notes = [
         "κ: over prompts that every annotator judged; α and pairs: over prompts that two or more judged. "
         f"{NOT_ESTIMABLE.capitalize()}: too few judgements, or all the same."
@@ -112,17 +102,11 @@ def _build_agreement_table(findings: StudyFindings) -> Table:
 
 def _build_annotators_table(findings: StudyFindings) -> Table:
     """A row for every annotator: prompts judged and skipped, median time, share of the left side."""
-    rows = [
-        [
-            one.name,
-            f"{one.judged} of {one.questions}",
-            str(one.skipped),
-            "" if one.seconds is None else f"{one.seconds:.0f} s",
-            str(one.idle),
-            "" if one.left is None else format_interval(one.left),
-        ]
-        for one in findings.annotators
-    ]
+    rows = []
+    for one in findings.annotators:
+        seconds = "" if one.seconds is None else f"{one.seconds:.0f} s"
+        left = "" if one.left is None else format_interval(one.left)
+        rows.append([one.name, f"{one.judged} of {one.questions}", str(one.skipped), seconds, str(one.idle), left])
     note = (
         "Idle: judgements of more than ten minutes, counted as ten. Left side: share of preferences for the left "
         "completion, without ties; both arms stand there equally often, so 0.50 shows no position bias (95% intervals, "

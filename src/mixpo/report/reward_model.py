@@ -14,6 +14,8 @@ from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Section, SectionGroup, Table
 from mixpo.stages.rows import read_table
 
+Margins = Float64[np.ndarray, " pairs"]
+"""Score of chosen minus score of rejected."""
 CONFIDENCE_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -82,7 +84,7 @@ def build_reward_model_section(results: Results) -> Section | None:
     return Section("reward-model", "Reward model", _summarize_accuracy(results, stages, list(tested.values())), groups)
 
 
-def load_margins(stage: StageResult, split: str) -> Float64[np.ndarray, " pairs"]:
+def load_margins(stage: StageResult, split: str) -> Margins:
     """Score of chosen minus score of rejected, an array over the reward model's `validation` or `test` pairs."""
     rows = read_table(stage.folder / f"{split}_scores.parquet")
     return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], dtype=np.float64)
@@ -96,13 +98,12 @@ def pool_accuracy_by_gap(bins_by_seed: Sequence[Sequence[Mapping[str, Any]]]) ->
         right = [one["count"] * one["interval"]["mean"] if one["interval"] else 0.0 for one in bins]
         low, high = bins[0]["low"], bins[0]["high"]
         label = f"≥{low:g}" if high is None else f"{low:g}–{high:g}"
-        pooled.append(
-            figures.BinShare(label, sum(counts), wilson_interval_over_seeds(right, counts) if any(counts) else None)
-        )
+        share = wilson_interval_over_seeds(right, counts) if any(counts) else None
+        pooled.append(figures.BinShare(label, sum(counts), share))
     return pooled
 
 
-def pool_calibration(margins_by_seed: Sequence[Float64[np.ndarray, " pairs"]]) -> list[figures.Bin]:
+def pool_calibration(margins_by_seed: Sequence[Margins]) -> list[figures.Bin]:
     """Non-empty bins of predicted confidence: the share of pairs in the model's order, over several seeds together."""
     pooled = []
     for bins in zip(*(bin_calibration(values, CONFIDENCE_EDGES) for values in margins_by_seed), strict=True):
@@ -114,9 +115,7 @@ def pool_calibration(margins_by_seed: Sequence[Float64[np.ndarray, " pairs"]]) -
     return pooled
 
 
-def _summarize_accuracy(
-    results: Results, stages: list[StageResult], margins: Sequence[Float64[np.ndarray, " pairs"]]
-) -> str:
+def _summarize_accuracy(results: Results, stages: list[StageResult], margins: Sequence[Margins]) -> str:
     """A sentence on the share of test pairs ordered as labelled, its significance against chance, and small gaps."""
     under = float(np.mean([np.abs(one) < 1 for one in margins]))
     interval = wilson_interval_over_seeds([float((one > 0).sum()) for one in margins], [one.size for one in margins])

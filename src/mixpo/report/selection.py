@@ -85,7 +85,6 @@ def _compute_true_rewards(pair: dict[str, Any]) -> list[float]:
 
 
 def _get_last_prompt_message(pair: dict[str, Any]) -> str:
-    """The text of the prompt's last message."""
     return str(convert_to_messages(pair["prompt"])[-1]["content"])
 
 

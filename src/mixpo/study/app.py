@@ -203,9 +203,7 @@ def make_app(
         find_annotator(token)
         response = RedirectResponse("/start", 303)
         secure = scheme == "https"
-        response.set_cookie(
-            cookie, token, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", secure=secure, path="/"
-        )
+        response.set_cookie(cookie, token, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", secure=secure)
         return response
 
     @app.get("/start")
@@ -220,14 +218,12 @@ def make_app(
 
     @app.get("/done")
     def show_thanks(annotator: AuthenticatedAnnotator, saved: SavedNumber = None) -> Response:
-        """Show the last page: thanks and progress."""
         return _render_page("done", closed=store.is_study_closed(), **make_progress_context(annotator, saved))
 
     @app.get("/q/{number}")
     def show_question(
         annotator: AuthenticatedAnnotator, number: QuestionNumber, saved: SavedNumber = None, unchanged: bool = False
     ) -> Response:
-        """Show a question with its form."""
         question = store.load_question(annotator.id, number)
         if question is None:
             raise HTTPException(404)
@@ -267,26 +263,18 @@ def make_app(
             raise HTTPException(413)
         nonce, served = verified
         seconds = max(0.0, clock() - served)
-        answer = Answer(
-            choice,
-            reason,
-            comment,
-            round(min(seconds, IDLE_SECONDS), 1),
-            idle=seconds > IDLE_SECONDS,
-            at=format_current_time(),
-        )
+        idle = seconds > IDLE_SECONDS
+        answer = Answer(choice, reason, comment, round(min(seconds, IDLE_SECONDS), 1), idle, format_current_time())
         try:
             is_current = store.save_answer(annotator.id, number, answer, nonce)
         except StudyClosedError:
             return _render_message(
                 403, "The study is closed", "It accepts no more judgements. Thank you for your help."
             )
+        if is_current:
+            return _redirect_to_next_question(store, annotator.id, number)
         # a form that was used before with another answer: the page marks the current one
-        return (
-            _redirect_to_next_question(store, annotator.id, number)
-            if is_current
-            else RedirectResponse(f"/q/{number}?unchanged=1#question", 303)
-        )
+        return RedirectResponse(f"/q/{number}?unchanged=1#question", 303)
 
     @app.exception_handler(StarletteHTTPException)
     def render_http_error(_: Request, error: Any) -> Response:
@@ -316,7 +304,6 @@ def _redirect_to_next_question(store: StudyStore, annotator_id: int, judged_numb
 
 
 def _render_page(template_name: str, status: int = 200, **template_values: Any) -> Response:
-    """Render a page of a template as a response."""
     return HTMLResponse(templates.get_template(f"{template_name}.html.j2").render(**template_values), status)
 
 

@@ -184,7 +184,6 @@ def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows as JSON Lines text."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -13,25 +13,11 @@ from jaxtyping import Int
 
 from mixpo.algorithms.agreement import bootstrap_over_items, fleiss_kappa, krippendorff_alpha, pairwise_agreement
 from mixpo.algorithms.intervals import Interval, wilson_interval
-from mixpo.algorithms.win_rates import compute_sign_test_p_value, win_minus_loss_rate
+from mixpo.algorithms.win_rates import PreferenceShares, estimate_preference_shares
 from mixpo.data.errors import InputError
 
 FORMAT = 1
 """Version of `closed.json`."""
-
-
-@dataclass(frozen=True)
-class PreferenceShares:
-    """Shares of prompts that the first arm wins, ties or loses; a prompt counts as the mean over its annotators."""
-
-    prompts: int
-    win: Interval
-    tie: Interval
-    lose: Interval
-    difference: Interval
-    """Win minus lose."""
-    p: float
-    """P-value of no difference, by the sign test over prompts on which one arm is preferred more often."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ class StudyFindings:
     same: int
     """Number of prompts with identical completions, which count as ties."""
     shares: Mapping[str | None, PreferenceShares]
-    """By category, where there are any; those of all prompts under None."""
+    """By category, where there are any; those of all prompts under None. A prompt counts as its annotators' mean."""
     agreement: Mapping[str | None, AnnotatorAgreement]
     annotators: Sequence[AnnotatorSummary]
 
@@ -157,12 +143,8 @@ def _compute_findings(closed: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 def _compute_preference_shares(counts: Int[np.ndarray, "prompts choices"], ties: int) -> PreferenceShares:
     """Compute win, tie and lose shares from choices counted by prompt, and from prompts that are ties without any."""
     prompt_shares = np.concatenate([counts / counts.sum(axis=1, keepdims=True), np.tile([0.0, 1.0, 0.0], (ties, 1))])
-    prompts, sums = len(prompt_shares), prompt_shares.sum(axis=0)
-    win, tie, lose = (wilson_interval(float(share), prompts) for share in sums)
     won, lost = (int((counts[:, side] > counts[:, 2 - side]).sum()) for side in (0, 2))
-    return PreferenceShares(
-        prompts, win, tie, lose, win_minus_loss_rate(*sums.tolist()), compute_sign_test_p_value(won, lost)
-    )
+    return estimate_preference_shares(*prompt_shares.sum(axis=0).tolist(), won=won, lost=lost)
 
 
 def _compute_annotator_agreement(

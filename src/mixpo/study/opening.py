@@ -160,10 +160,9 @@ def _require_matching_options(results: Results, store: StudyStore, study: StudyR
     problems = []
     for option, requested, stored in pairs:
         if requested is not None and requested != stored:
-            found, expected = _format_option_value(requested), _format_option_value(stored)
-            difference = (
-                "other text; expected that" if option == "--guidelines" else f"{found}; expected {expected}, that"
-            )
+            difference = f"{_format_option_value(requested)}; expected {_format_option_value(stored)}, that"
+            if option == "--guidelines":
+                difference = "other text; expected that"
             fix = f"leave it out, or {_format_new_study_hint(results, store)}"
             problems.append(f"{option}: found {difference} of the existing study; {fix}")
     if problems:
@@ -171,5 +170,4 @@ def _require_matching_options(results: Results, store: StudyStore, study: StudyR
 
 
 def _format_option_value(value: object) -> str:
-    """Format the value of an option for a message, a tuple with commas."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -89,5 +89,4 @@ def verify_csrf_token(csrf_token: str, secret: str, annotator_id: int, number: i
 
 
 def _sign_nonce(secret: str, annotator_id: int, number: int, nonce: str) -> str:
-    """Return the HMAC of a form's nonce for one annotator and one question."""
     return hmac.new(secret.encode(), f"form {annotator_id} {number} {nonce}".encode(), hashlib.sha256).hexdigest()

@@ -66,9 +66,8 @@ def build_base_url(
                 f"that annotators open, such as {scheme}://192.168.1.7:{port}"
             )
         names = [host.lower(), "localhost", "127.0.0.1"] if is_loopback_host(bound[0]) else [host.lower()]
-    port_suffix = (
-        "" if port in (None, 443 if scheme == "https" else 80) else f":{port}"
-    )  # browsers leave the usual one out
+    usual_port = 443 if scheme == "https" else 80  # which browsers leave out
+    port_suffix = "" if port in (None, usual_port) else f":{port}"
     hosts = [f"[{name}]{port_suffix}" if ":" in name else f"{name}{port_suffix}" for name in names]
     return f"{scheme}://{hosts[0]}", hosts
 

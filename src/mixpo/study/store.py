@@ -164,16 +164,12 @@ class StudyStore:
                 .where(*conditions)
                 .order_by(AnnotatorRow.id, QuestionRow.number)
             ).all()
-            return [
-                AnnotatorQuestion(
-                    name,
-                    question.number,
-                    _make_comparison(item),
-                    question.swapped,
-                    _make_answer(judgement) if judgement else None,
-                )
-                for name, question, item, judgement in rows
-            ]
+            questions = []
+            for name, question, item, judgement in rows:
+                comparison = _make_comparison(item)
+                answer = _make_answer(judgement) if judgement else None
+                questions.append(AnnotatorQuestion(name, question.number, comparison, question.swapped, answer))
+            return questions
 
     def find_unanswered_question(self, annotator_id: int, after: int = 0) -> int | None:
         """Return the first unanswered question's number, preferably one after `after`; None if all are answered."""
@@ -255,11 +251,9 @@ class StudyStore:
         except (SQLAlchemyError, sqlite3.Error) as error:
             reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
             reason = reason.replace(self.password, "***") if self.password else reason
-            fix = (
-                "try again when the other process is done"
-                if "locked" in reason
-                else "check that it exists and that you may write it"
-            )
+            fix = "check that it exists and that you may write it"
+            if "locked" in reason:
+                fix = "try again when the other process is done"
             raise InputError(f"{self.name}: found an unusable store ({reason}); {fix}") from None
 
 
@@ -297,14 +291,12 @@ def _create_engine(url: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure_connection(connection: Any, _: object) -> None:
-        """Set up a new SQLite connection: explicit transactions, full sync, foreign keys."""
         connection.isolation_level = None  # transactions begin where we say, with the lock that they need
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin_transaction(connection: Connection) -> None:
-        """Begin a SQLite transaction, with a write lock if the engine's option `write` is set."""
         write = connection.get_execution_options().get("write")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
@@ -323,25 +315,19 @@ def _record_answer(session: Session, annotator_id: int, number: int, answer: Ans
     The time of a change is added to the time of the answer that it replaces.
     """
     row = session.get(JudgementRow, (annotator_id, number))
-    is_current = row is not None and (row.choice, row.reason, row.comment) == (
-        answer.choice,
-        answer.reason,
-        answer.comment,
+    is_current = row is not None and all(
+        getattr(row, name) == getattr(answer, name) for name in ("choice", "reason", "comment")
     )
-    is_nonce_used = any(
-        session.scalar(select(table.nonce).where(table.nonce == nonce))
-        for table in (JudgementRow, ReplacedJudgementRow)
-    )
+    forms = [select(table.nonce).where(table.nonce == nonce) for table in (JudgementRow, ReplacedJudgementRow)]
+    is_nonce_used = any(map(session.scalar, forms))
     if is_current or is_nonce_used:
         return is_current
     if row is None:
         row = JudgementRow(annotator=annotator_id, number=number)
         session.add(row)
     else:
-        replaced = ReplacedJudgementRow(
-            annotator=annotator_id, number=number, nonce=row.nonce, **vars(_make_answer(row))
-        )
-        session.add(replaced)
+        replaced = vars(_make_answer(row))
+        session.add(ReplacedJudgementRow(annotator=annotator_id, number=number, nonce=row.nonce, **replaced))
         seconds = round(row.seconds + answer.seconds, 1)
         idle = row.idle or answer.idle or seconds > IDLE_SECONDS
         answer = replace(answer, seconds=min(seconds, IDLE_SECONDS), idle=idle)
@@ -352,12 +338,10 @@ def _record_answer(session: Session, annotator_id: int, number: int, answer: Ans
 
 
 def _make_answer(row: JudgementRow) -> Answer:
-    """Convert a judgement's row to an answer."""
     return Answer(row.choice, row.reason, row.comment, row.seconds, row.idle, row.at)
 
 
 def _make_comparison(row: ItemRow) -> Comparison:
-    """Convert an item's row to a comparison."""
     content = json.loads(row.content)
     first, second = content["completions"]
     return Comparison(row.prompt, content["prompt"], row.category, (first, second))
