@@ -28,7 +28,7 @@ portable: export OMP_NUM_THREADS = 2
 portable: .venv/installed
 	$(BIN)/pytest -n auto --dist loadfile tests/algorithms tests/test_branches.py tests/test_sampling.py tests/test_samplers.py \
 		tests/test_golden.py tests/test_world.py \
-		tests/test_stages.py::test_microbatches_and_threads_change_nothing_but_rounding \
+		tests/test_settings.py::test_the_runtime_changes_nothing_but_rounding \
 		tests/test_stages.py::test_samples_keep_the_samplers_logprobs \
 		tests/test_stages.py::test_reward_model_orders_pairs \
 		tests/test_stages.py::test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling \

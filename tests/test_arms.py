@@ -13,12 +13,8 @@ def test_every_arm_is_its_expression() -> None:
     shared = SharedStages(read_recipe("world"), 0)
     easy, hard, everything = shared.selection.easy, shared.selection.hard, shared.samples.pairs
     made = {name: arm(shared) for name, arm in ARMS.items()}
-    assert [made[name].pairs for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard")] == [
-        shared.data.train_pairs,
-        everything,
-        easy,
-        hard,
-    ]
+    pairs = [made[name].pairs for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard")]
+    assert pairs == [shared.data.train_pairs, everything, easy, hard]
     assert [made[name].prompts for name in ("ppo", "ppo-easy", "ppo-hard")] == [everything, easy, hard]
     for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard", "ppo", "ppo-easy", "ppo-hard"):
         assert made[name].policy == made[name].reference == shared.sft

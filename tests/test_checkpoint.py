@@ -67,11 +67,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.95), fused=True)
-        return (
-            model,
-            optimizer,
-            Checkpoint(job, {"m": TrainableWeights(model), "o": optimizer}),
-        )
+        return model, optimizer, Checkpoint(job, {"m": TrainableWeights(model), "o": optimizer})
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):

@@ -39,18 +39,11 @@ def test_each_alarm(end: dict[str, float], expected: str) -> None:
     (name,) = end
     (alarm,) = find_policy_alarms(course(**end), {name: "what the stage has against it"})
     assert alarm.startswith(expected)
-    assert alarm.endswith("; try what the stage has against it") or alarm.endswith(
-        ": try what the stage has against it"
-    )
+    assert alarm.endswith(("; try what the stage has against it", ": try what the stage has against it"))
 
 
 def test_dpo_draws_samples_at_some_steps_only() -> None:
-    rows = [
-        {"loss": 0.6},
-        {"loss": 0.5, "sampled_end_rate": 1.0},
-        {"loss": 0.4, "sampled_end_rate": 0.1},
-        {"loss": 0.3},
-    ]
+    rows = [{"loss": 0.6}, {"sampled_end_rate": 1.0}, {"sampled_end_rate": 0.1}, {"loss": 0.3}]
     (alarm,) = find_policy_alarms(rows, {"end_rate": "a higher beta"})
     assert alarm == "only 10% of the completions end by themselves: try a higher beta"
 
@@ -61,7 +54,7 @@ def test_a_loss_that_ends_above_its_beginning() -> None:
 
     assert find_loss_alarms([], []) == find_loss_alarms(rows(2.0, 9.0, 2.9), []) == []
     (alarm,) = find_loss_alarms(rows(2.0, 1.5, 3.1), ["a lower learning_rate", "precision: float32"])
-    assert alarm == ("the loss rose from 2 to 3.1: training diverged; try a lower learning_rate or precision: float32")
+    assert alarm == "the loss rose from 2 to 3.1: training diverged; try a lower learning_rate or precision: float32"
 
 
 @pytest.mark.parametrize(
@@ -75,9 +68,8 @@ def test_a_loss_that_ends_above_its_beginning() -> None:
 )
 def test_a_reward_model_at_chance(accuracy: float, low: float, train_accuracy: float | None, remedy: str) -> None:
     (alarm,) = find_reward_model_alarms(accuracy, low, train_accuracy=train_accuracy)
-    assert alarm.startswith(
-        f"the reward model may be no better than chance (test accuracy {accuracy:.0%}, 95% CI from {low:.0%})"
-    )
+    figures = f"(test accuracy {accuracy:.0%}, 95% CI from {low:.0%})"
+    assert alarm.startswith(f"the reward model may be no better than chance {figures}")
     assert alarm.endswith(f"; try {remedy}")
 
 

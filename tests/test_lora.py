@@ -66,10 +66,8 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
     assert {p.dtype for p in wide.model.parameters()} == {torch.float32}
     assert narrow.model.get_input_embeddings().weight.dtype == torch.float32
     assert narrow.model.get_output_embeddings().weight.dtype == torch.bfloat16
-    share = sum(p.numel() for p in frozen.values() if p.dtype == torch.bfloat16) / sum(
-        p.numel() for p in frozen.values()
-    )
-    assert share > 0.6
+    narrowed = sum(p.numel() for p in frozen.values() if p.dtype == torch.bfloat16)
+    assert narrowed > 0.6 * sum(p.numel() for p in frozen.values())
     batch = pack_branches(PROMPTS, COMPLETIONS)
     results = []
     for lm in (narrow, wide):
@@ -85,10 +83,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
-    policy, batch = (
-        locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.policy)),
-        pack_branches(PROMPTS, COMPLETIONS),
-    )
+    policy, batch = locate_model_folder(tiny.build(tiny.policy)), pack_branches(PROMPTS, COMPLETIONS)
     wide, narrow = (initialize_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
     freeze_model(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
@@ -108,7 +103,7 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     tiny: TinyWorld, tmp_path: Path, kind: str, precision: Any
 ) -> None:
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
-    source = locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.policy))
+    source = locate_model_folder(tiny.build(tiny.policy))
     if kind == "policy":
         lm = load_policy(source, device=CPU, precision=precision)
     else:
@@ -170,9 +165,9 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: list[Any], kind: str, precision: str
 ) -> None:
     stage = stage_of(tiny, kind, precision)
-    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
+    folders = {name: tiny.build(source) for name, source in stage.get_input_stages().items()}
     monkeypatch.setattr(Job, "finish_stage", lambda self, **figures: None)
-    stage.compute(stage.locate_inputs(folders), Job(tmp_path, Runtime(threads=1, checkpoint_minutes=0)))
+    tiny.compute(stage, tmp_path, Runtime(threads=1, checkpoint_minutes=0))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:
         trained = {name for name, p in lm.model.named_parameters() if p.requires_grad}
@@ -201,9 +196,8 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
 @pytest.mark.parametrize(("kind", "least"), [("sft", 0.005), ("reward", 0.03), ("dpo", 0.03)])
 def test_the_loss_falls(tiny: TinyWorld, kind: str, least: float) -> None:
     """From the first epoch to the last; SFT's start is random embeddings, which stay as they are."""
-    out = tiny.run(
-        stage_of(tiny, kind, epochs=8, learning_rate=0.01, **({"base": tiny.policy} if kind == "sft" else {}))
-    )
+    start = {"base": tiny.policy} if kind == "sft" else {}
+    out = tiny.run(stage_of(tiny, kind, epochs=8, learning_rate=0.01, **start))
     losses = [row["loss"] for row in read_metrics(out)]
     part = len(losses) // 8
     assert sum(losses[-part:]) < (1 - least) * sum(losses[:part])

@@ -17,17 +17,13 @@ from mixpo.experiments.preview import make_data_preview, read_recipe_or_source, 
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.run import compute_stage
 from recording_display import RecordingDisplay
+from worlds import write_jsonl
 
 ROW = {"prompt": [{"role": "user", "content": "How?"}], "chosen": "So.", "rejected": "No."}
 
 
 def rows(prompts: range, **fields: Any) -> list[dict[str, Any]]:
     return [{**ROW, "prompt": [{"role": "user", "content": f"How {number}?"}], **fields} for number in prompts]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -47,8 +43,10 @@ def test_a_preview_shows_what_is_trained_on_and_what_is_read(
         tokens = [token.replace("Ġ", " ") for token in tokenizer.tokenize(text)]
         return "".join(f"«{token}»" if token in tokenizer.all_special_tokens else f"[{token}]" for token in tokens)
 
-    train = write(tmp_path / "rows.jsonl", rows(range(10), id=3, tools=[{"name": "f"}]))
-    lines = printed(capsys, train, f"data.test={write(tmp_path / 'test.jsonl', rows(range(10, 12)))}").splitlines()
+    train = write_jsonl(tmp_path / "rows.jsonl", rows(range(10), id=3, tools=[{"name": "f"}]))
+    lines = printed(
+        capsys, train, f"data.test={write_jsonl(tmp_path / 'test.jsonl', rows(range(10, 12)))}"
+    ).splitlines()
     before, chosen, rejected = map(bracketed, ("<|user|>How 0?<|assistant|>", "So.<|end|>", "No.<|end|>"))
     assert before == "«<|user|>»[How][ ][0][?]«<|assistant|>»"
     assert [line.strip() for line in lines[:7]] == [
@@ -78,9 +76,9 @@ def test_everything_wrong_with_rows_is_counted(tmp_path: Path) -> None:
         *rows(range(40, 41), rejected="So."),  # equal sides
         *rows(range(41, 42), rejected=None),
     ]
-    test = write(tmp_path / "test.jsonl", rows(range(5, 12)))
+    test = write_jsonl(tmp_path / "test.jsonl", rows(range(5, 12)))
     words = [f"data.test={test}", "max_completion_tokens=20"]
-    source = write(tmp_path / "train.jsonl", train)
+    source = write_jsonl(tmp_path / "train.jsonl", train)
     recipe = read_recipe_or_source(source, words)
     preview = make_data_preview(recipe)
     assert preview.counts == {
@@ -108,7 +106,7 @@ def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> No
     (world,) = make_data_preview(read_recipe("world", ["data.train_rows=32", "data.test_rows=8"])).examples[:1]
     assert world.kind == "preference"
     assert world.texts[1].text.endswith("<|end|>")
-    path = write(tmp_path / "a.jsonl", [{"prompt": "How?", "completion": "So.", "score": 1}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "How?", "completion": "So.", "score": 1}])
     preview = make_data_preview(read_recipe_or_source(path))
     assert [example.kind for example in preview.examples] == ["demonstration"]
     assert [side.text for side in preview.examples[0].texts] == ["How?", "So.<|end|>"]
@@ -116,18 +114,18 @@ def test_the_rows_of_a_recipe_and_a_file_of_demonstrations(tmp_path: Path) -> No
 
 
 def test_a_row_alone_is_shown_with_what_would_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, write(tmp_path / "a.jsonl", [ROW]))
+    text = printed(capsys, write_jsonl(tmp_path / "a.jsonl", [ROW]))
     assert "tokens, trained on" in text
     assert "warning: data.train: found one prompt in 1 usable rows" in text
     assert "nor.jsonl: no such file" in printed(capsys, str(tmp_path / "nor.jsonl"))
-    bad = write(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": ""}])
+    bad = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": ""}])
     assert "1 of 1 rows cannot be used:" in printed(capsys, bad)
     assert "expected a .yaml file or one of" in printed(capsys, "wrld")
 
 
 def test_nothing_in_a_row_reaches_the_terminal_raw(tmp_path: Path) -> None:
     hostile = {"chosen": "\x1b[2JSo.\u202e", "rejected": "[bold]No.[/bold]", "\x1b[31mred": 1}
-    preview = make_data_preview(read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4), **hostile))))
+    preview = make_data_preview(read_recipe_or_source(write_jsonl(tmp_path / "a.jsonl", rows(range(4), **hostile))))
     for color in (None, "256"):
         file = io.StringIO()
         print_data_preview(preview, Console(file=file, width=200, force_terminal=color is not None, color_system=color))
@@ -178,9 +176,8 @@ def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
     tokenizer.bos_token = "<|user|>"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 1000}')
-    preview = make_data_preview(
-        read_recipe_or_source(write(tmp_path / "a.jsonl", rows(range(4))), model=str(tmp_path / "model"))
-    )
+    path = write_jsonl(tmp_path / "a.jsonl", rows(range(4)))
+    preview = make_data_preview(read_recipe_or_source(path, model=str(tmp_path / "model")))
     assert preview.warnings == [
         f"{tmp_path}/model: found no config.json that names an architecture; expected a decoder-only language model in "
         "a Hugging Face folder",
@@ -189,29 +186,28 @@ def test_a_model_that_no_run_could_start_from(tmp_path: Path) -> None:
 
 
 def test_names_of_control_tokens_in_texts_are_counted_once_a_row(tmp_path: Path) -> None:
-    given = [*rows(range(3), chosen="So.<|end|>"), *rows(range(3, 4), prompt="a<|user|>b"), *rows(range(4, 6))]
-    path = write(
-        tmp_path / "a.jsonl", [{**row, "prompt": [{"role": "user", "content": str(row["prompt"])}]} for row in given]
-    )
-    facts = make_data_preview(read_recipe_or_source(path)).facts
-    assert [line for line in facts if "names of control tokens" in line] == [
+
+    def find_lines(path: str) -> list[str]:
+        facts = make_data_preview(read_recipe_or_source(path)).facts
+        return [line for line in facts if "names of control tokens" in line]
+
+    forged = [{"role": "user", "content": "a<|user|>b"}]
+    given = [*rows(range(3), chosen="So.<|end|>"), {**ROW, "prompt": forged}, *rows(range(4, 6))]
+    assert find_lines(write_jsonl(tmp_path / "a.jsonl", given)) == [
         "1 of 6 prompts contain names of control tokens, such as '<|user|>', which are plain text; "
         "data.special_tokens=parse makes them control tokens",
         "3 of 12 completions contain names of control tokens, such as '<|end|>', which are plain text",
     ]
-    path = write(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2)
-    (line,) = [
-        line for line in make_data_preview(read_recipe_or_source(path)).facts if "names of control tokens" in line
-    ]
+    (line,) = find_lines(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "How?", "completion": "So.<|end|>"}] * 2))
     assert line.startswith("2 of 2 completions contain")
 
 
 def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", rows(range(4)))
+    path = write_jsonl(tmp_path / "a.jsonl", rows(range(4)))
     assert read_recipe_or_source(path).data.format == "preference"
     with pytest.raises(InputError, match="4 of 4 rows cannot be used"):
         make_data_preview(read_recipe_or_source(path, ["data.format=tldr"]))
-    path = write(tmp_path / "b.jsonl", [{"instruction": "How?"}])
+    path = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "How?"}])
     assert not read_recipe_or_source(path).data.train, "without two sides it is a demonstration"
     assert read_recipe_or_source(path, ["data.format=tldr"]).data.train == (path,)
 
@@ -226,8 +222,8 @@ def test_a_run_begins_with_what_it_learns_from_whether_rows_are_read_or_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train = write(tmp_path / "rows.jsonl", rows(range(10), id=3))
-    test = write(tmp_path / "test.jsonl", rows(range(10, 12)))
+    train = write_jsonl(tmp_path / "rows.jsonl", rows(range(10), id=3))
+    test = write_jsonl(tmp_path / "test.jsonl", rows(range(10, 12)))
     recipe = read_recipe_or_source(train, [f"data.test={test}"])
     expected = [
         "preferences read as preference: prompt, chosen, rejected; ignored: id",
@@ -258,7 +254,7 @@ def test_a_cache_without_the_counts_of_its_rows_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: dict[str, Any], found: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = read_recipe_or_source(write(tmp_path / "rows.jsonl", rows(range(10))))
+    recipe = read_recipe_or_source(write_jsonl(tmp_path / "rows.jsonl", rows(range(10))))
     compute_stage(recipe, lambda setup: setup.data, RecordingDisplay())
     (summary,) = [path for path in tmp_path.rglob("summary.json") if "columns" in json.loads(path.read_text())]
     figures = json.loads(summary.read_text()) | damage

@@ -126,11 +126,13 @@ def list_number_keys() -> list[tuple[str, bool]]:
     """The dotted key of every setting that is a number, or several, and whether it is whole."""
     sections = {f"{name}.": section for name, section in _get_section_types().items()}
     groups = {"": Recipe, "ppo.lora.": LoraSettings, **sections}
-    kinds = {
-        start + key: str(one.annotation) for start, group in groups.items() for key, one in group.model_fields.items()
-    }
-    found = {key: kind for key, kind in kinds.items() if re.search(r"\b(int|float)\b", kind) and "bool" not in kind}
-    return [(key, "float" not in kind) for key, kind in found.items()]
+    found = []
+    for start, group in groups.items():
+        for key, field in group.model_fields.items():
+            kind = str(field.annotation)
+            if re.search(r"\b(int|float)\b", kind) and "bool" not in kind:
+                found.append((start + key, "float" not in kind))
+    return found
 
 
 def read_error(*overrides: str) -> str:
@@ -234,7 +236,7 @@ def test_a_shared_lora_is_every_sections_but_where_one_has_its_own() -> None:
     assert Recipe(**recipe.dump_settings()) == recipe.with_changes({})
 
 
-def test_no_name_at_all_is_no_name_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_name_at_all_is_no_name_of_a_recipe() -> None:
     with pytest.raises(InputError, match="'': found neither a recipe file nor a recipe of that name"):
         read_recipe("")
 

@@ -1,6 +1,5 @@
 """Resumable work: a killed stage computes only the missing rows, and ends with the same rows."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
 from mixpo.training.job import Job
-from mixpo.training.record import Cost, MetricsLog
+from mixpo.training.record import Cost, MetricsLog, read_jsonl
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
 from models import tiny as tiny_model
-from worlds import TinyWorld
+from worlds import TinyWorld, write_jsonl
 
 ROWS = [[0, 3], [1], [2, 4]]
 
@@ -79,7 +78,7 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
     stage = tiny.dpo(pairs=tiny.pairs.train_pairs, samplings=0)
-    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
+    tiny.build(tiny.policy)
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -87,13 +86,12 @@ def test_the_seconds_of_the_reference_are_those_of_all_processes(
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "append_step", die)
         with pytest.raises(KeyboardInterrupt):
-            stage.compute(stage.locate_inputs(folders), Job(tmp_path, SMALL_RUNTIME))
-    lines = [json.loads(line) for line in (tmp_path / "portions.jsonl").read_text().splitlines()]
+            tiny.compute(stage, tmp_path, SMALL_RUNTIME)
+    lines = read_jsonl(tmp_path / "portions.jsonl")
     assert all(line["seconds"] > 0 for line in lines)
     saved = lines[: len(lines) - (killed != "while it trains")]
-    text = "".join(json.dumps({**line, "seconds": 1000.0}) + "\n" for line in saved)
-    (tmp_path / "portions.jsonl").write_text(text)
-    stage.compute(stage.locate_inputs(folders), Job(tmp_path, SMALL_RUNTIME))
+    write_jsonl(tmp_path / "portions.jsonl", [{**line, "seconds": 1000.0} for line in saved])
+    tiny.compute(stage, tmp_path, SMALL_RUNTIME)
     seconds = read_stage_summary(tmp_path)["reference_seconds"] - 1000.0 * len(saved)
     assert (seconds == 0.0) == (killed == "while it trains")
     assert seconds >= 0.0
@@ -120,7 +118,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 ) -> None:
     """Killed before its second portion, and before its last, is written."""
     stage = stages(tiny)[kind]()
-    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
+    for source in stage.get_input_stages().values():
+        tiny.build(source)
     sampled_prompts: list[list[list[int]]] = []
     original = LocalSampler.draw
 
@@ -129,10 +128,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
         return original(sampler, prompts, **settings)
 
     monkeypatch.setattr(LocalSampler, "draw", sampling)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    stage.compute(stage.locate_inputs(folders), Job(whole, SMALL_RUNTIME))
+    whole, killed = tiny.compute(stage, tmp_path / "whole", SMALL_RUNTIME), tmp_path / "killed"
     unbroken = list(sampled_prompts)
     counts, calls = Cost.get_counts, []
 
@@ -144,15 +140,14 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_rows(
 
     monkeypatch.setattr(Cost, "get_counts", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.compute(stage.locate_inputs(folders), Job(killed, SMALL_RUNTIME))
+        tiny.compute(stage, killed, SMALL_RUNTIME)
     monkeypatch.setattr(Cost, "get_counts", counts)
-    assert len((killed / "portions.jsonl").read_text().splitlines()) == killed_at - 1
-    saved = [json.loads(line) for line in (killed / "portions.jsonl").read_text().splitlines()]
+    saved = read_jsonl(killed / "portions.jsonl")
+    assert len(saved) == killed_at - 1
     sampled_prompts.clear()
-    stage.compute(stage.locate_inputs(folders), Job(killed, SMALL_RUNTIME))
-    assert sampled_prompts == unbroken[sum(line["name"] == "sampled" for line in saved) :], (
-        "only what is missing is drawn"
-    )
+    tiny.compute(stage, killed, SMALL_RUNTIME)
+    missing = unbroken[sum(line["name"] == "sampled" for line in saved) :]
+    assert sampled_prompts == missing, "only what is missing is drawn"
     assert not (killed / "portions.jsonl").exists()
     for file in whole.glob("*.parquet"):
         assert read_table(file) == read_table(killed / file.name)

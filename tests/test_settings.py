@@ -17,7 +17,6 @@ from mixpo import Pretrained
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import _get_section_types
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler
 from mixpo.settings import Settings
 from mixpo.stages.ppo_settings import PPOSettings, count_updates_before_iterations
@@ -25,13 +24,11 @@ from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
 from mixpo.training.job import Job, locate_model_folder
-from mixpo.training.record import read_metrics
-from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate
-from mixpo.training.supervised import SupervisedSettings, count_optimizer_steps, select_batch_rows
+from mixpo.training.record import read_jsonl, read_metrics
+from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate, select_batch_rows
+from mixpo.training.supervised import SupervisedSettings, count_optimizer_steps
 from models import Row, plain_logprobs, rows_of_sample, sample_of_rows
 from worlds import TINY_LIMIT, TINY_RUNTIME, TinyWorld
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ SUPERVISED = {
     "batch_size": OtherValue(3),
     "max_completion_tokens": OtherValue(4),
 }
+RUNTIMES = {"device": "auto", "threads": 2, "microbatch_tokens": 60, "sampling_tokens": 100, "checkpoint_minutes": 0}
 
 TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
     "model": {
@@ -156,8 +154,7 @@ TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
         "dropout": OtherValue(0.5, {"rank": 2}),
     },
     "runtime": {
-        name: CoveredBy("test_settings.py", "test_the_runtime_changes_nothing_but_rounding")
-        for name in ("device", "threads", "microbatch_tokens", "sampling_tokens", "checkpoint_minutes")
+        name: CoveredBy("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
     }
     | {"workers": CoveredBy("test_workers.py", "test_two_workers_find_what_one_finds")},
 }
@@ -204,14 +201,8 @@ def outcome(tiny: TinyWorld, stage: Callable[[], Stage]) -> Any:
         return str(error)
     rows = {file.name: read_table(file) for file in out.glob("*.parquet")}
     lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out)]
-    samples = out / "samples.jsonl"
-    sampled = samples.read_text() if samples.exists() else ""
-    return (
-        rows,
-        lines,
-        sampled,
-        compute_model_digest(locate_model_folder(out)) if locate_model_folder(out).exists() else None,
-    )
+    samples, model = read_jsonl(out / "samples.jsonl"), locate_model_folder(out)
+    return rows, lines, samples, compute_model_digest(model) if model.exists() else None
 
 
 OUTCOMES: dict[str, Any] = {}
@@ -245,22 +236,23 @@ def test_the_same_settings_give_the_same(tiny: TinyWorld, section: str) -> None:
     assert outcome_of(tiny, section, {}) == outcome(tiny, getattr(tiny, section))
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return read_metrics(folder)
-
-
-RUNTIMES = {
-    "device": {"device": "auto"},
-    "threads": {"threads": 2},
-    "microbatch_tokens": {"microbatch_tokens": 60},
-    "sampling_tokens": {"sampling_tokens": 100},
-    "checkpoint_minutes": {"checkpoint_minutes": 0},
-}
-
-
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "samples", "evaluation"])
-def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {"epochs": 2}) for kind in ("sft", "reward", "dpo", "ppo")),
+        ("ppo", {"value_init": "shared"}),
+        ("ppo", {"advantage": "rloo", "completions_per_prompt": 2}),
+        ("samples", {}),
+        ("evaluation", {}),
+    ],
+)
+def test_the_runtime_changes_nothing_but_rounding(
+    tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, Any]
+) -> None:
     """Completions are drawn once, by the first run, since rounding may draw others; all runs read the same ones."""
+    stage = getattr(tiny, kind)(**settings)
+    for source in stage.get_input_stages().values():
+        tiny.build(source)
     sampled: dict[Any, Row] = {}
     draw = LocalSampler.draw
 
@@ -272,12 +264,12 @@ def test_the_runtime_changes_nothing_but_rounding(tiny: TinyWorld, monkeypatch: 
         return sample_of_rows([sampled[how["seed"], *prompt] for prompt in prompts], sampler.policy.end_tokens)
 
     monkeypatch.setattr(LocalSampler, "draw", draw_once)
-    settings = {"evaluation": {}, "samples": {}}.get(kind, {"epochs": 2})
-    runs = [tiny.run(getattr(tiny, kind)(**settings))]
-    runs += [tiny.run(getattr(tiny, kind)(**settings), TINY_RUNTIME.model_copy(update=u)) for u in RUNTIMES.values()]
+    runs = [tiny.run(stage)]
+    for name, value in RUNTIMES.items():
+        runs.append(tiny.run(stage, TINY_RUNTIME.model_copy(update={name: value})))
     rounding = {"rel": 2e-3, "abs": 5e-4}
     for name, out in zip(RUNTIMES, runs[1:], strict=True):
-        for one, other in zip(metrics(runs[0]), metrics(out), strict=True):
+        for one, other in zip(read_metrics(runs[0]), read_metrics(out), strict=True):
             decided_by_rounding = {"accuracy"} if kind == "dpo" else set()  # while policy and reference are one
             for key in one.keys() - TIMES - decided_by_rounding:
                 assert one[key] == pytest.approx(other[key], **rounding), (name, key, one["step"])
@@ -295,15 +287,9 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     policy, reference = (tiny.policy, tiny.tuned) if reverse else (tiny.tuned, tiny.policy)
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
-    models = [
-        load_policy(locate_model_folder(tiny.stage_cache.compute_with_inputs(stage)), device=CPU)
-        for stage in (policy, reference)
-    ]
-    pairs = read_pairs(
-        part.locate_in_folder(tiny.stage_cache.compute_with_inputs(part.stage)),
-        models[0],
-        max_completion_tokens=TINY_LIMIT,
-    )
+    models = [tiny.load(stage) for stage in (policy, reference)]
+    rows = part.locate_in_folder(tiny.build(part.stage))
+    pairs = read_pairs(rows, models[0], max_completion_tokens=TINY_LIMIT)
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):
         with torch.no_grad():
@@ -313,7 +299,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
             )
         margins.append(0.3 * ((chosen - chosen_reference) - (rejected - rejected_reference)))
     assert np.abs(margins).max() > 0.1, "policy and reference differ"
-    row = metrics(out)[0]
+    row = read_metrics(out)[0]
     assert row["margin"] == pytest.approx(np.mean(margins), abs=1e-3)
     assert row["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-np.array(margins)))), abs=1e-3)
 
@@ -329,18 +315,17 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
 def test_the_learning_rate_rises_and_falls_as_it_says(tiny: TinyWorld, decay: str, expected: list[float]) -> None:
     """Two steps up, four steps towards a tenth; 0.868198 = 1 - 0.9 (1 - cos(pi / 4)) / 2."""
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=2, decay=decay)
-    assert [compute_learning_rate(step, total_steps=6, settings=settings) for step in range(6)] == pytest.approx(
-        expected, abs=1e-6
-    )
+    rates = [compute_learning_rate(step, total_steps=6, settings=settings) for step in range(6)]
+    assert rates == pytest.approx(expected, abs=1e-6)
     steps = {"decay": decay, "warmup_steps": 2, "learning_rate": 1e-3}
-    rows = metrics(tiny.run(tiny.dpo(**steps, batch_size=16, epochs=6)))
+    rows = read_metrics(tiny.run(tiny.dpo(**steps, batch_size=16, epochs=6)))
     assert [1e3 * row["learning_rate"] for row in rows] == pytest.approx(expected, abs=1e-6)
 
 
 def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> None:
     """Two iterations of 2 x 2 steps: four up, four down, logged by their means; the value's follow the same course."""
     steps = {"decay": "linear", "warmup_steps": 4, "minibatches": 2, "epochs_per_batch": 2}
-    rows = metrics(tiny.run(tiny.ppo(**steps, learning_rate=1e-3, value_learning_rate=2e-3)))
+    rows = read_metrics(tiny.run(tiny.ppo(**steps, learning_rate=1e-3, value_learning_rate=2e-3)))
     expected = [np.mean([0.25, 0.5, 0.75, 1.0]), np.mean([1.0, 0.775, 0.55, 0.325])]
     assert [1e3 * row["learning_rate"] for row in rows] == pytest.approx(expected)
     assert [5e2 * row["value_learning_rate"] for row in rows] == pytest.approx(expected)
@@ -348,7 +333,8 @@ def test_ppo_counts_its_optimizer_steps_as_the_others_do(tiny: TinyWorld) -> Non
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
     settings = SupervisedSettings(learning_rate=1.0, batch_size=4, epochs=3)
-    steps = [select_batch_rows(step, 10, settings) for step in range(count_optimizer_steps(10, settings))]
+    total = count_optimizer_steps(10, settings)
+    steps = [select_batch_rows(step, 10, batch_size=4, seed=0) for step in range(total)]
     assert [len(rows) for rows in steps] == 3 * [4, 4, 2]
     epochs = [[row for rows in steps[first : first + 3] for row in rows] for first in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == 3 * [[*range(10)]]
@@ -373,9 +359,8 @@ def test_sft_counts_as_read_where_its_kl_is_held(tiny: TinyWorld) -> None:
 def test_optimizer_steps_of_iterations(
     prompts: int, iterations: int, settings: dict[str, int], expected: list[int]
 ) -> None:
-    assert (
-        count_updates_before_iterations(PPOSettings(**{"batch_size": 8, **settings}), prompts, iterations) == expected
-    )
+    ppo = PPOSettings(**{"batch_size": 8, **settings})
+    assert count_updates_before_iterations(ppo, prompts, iterations) == expected
 
 
 def test_a_revision_is_the_commit_that_is_asked_for(

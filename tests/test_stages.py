@@ -1,12 +1,11 @@
 """The stages on a small world: what they leave behind, that nothing is computed twice, and exact resume."""
 
 import fcntl
-import json
 import math
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,7 +22,6 @@ from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, decode_completion, tokenize_prompt
 from mixpo.data.world import build_world_tokenizer
 from mixpo.models import scoring
-from mixpo.models.adapters import LoraSettings
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy, load_reward_model
@@ -54,13 +52,16 @@ from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
 from models import Row, sample_of_rows
-from worlds import LIMIT, RUNTIME, SHORT, TINY_LIMIT, TINY_RUNTIME, TinyWorld, World
-
-CPU = torch.device("cpu")
+from worlds import CPU, HH, LIMIT, RUNTIME, SHORT, TINY_LIMIT, TINY_RUNTIME, TinyWorld, World, write_jsonl
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture
+def watching() -> Iterator[Mock]:
+    """The listener to the progress of the test's stages."""
+    listener = Mock()
+    token = progress_listener.set(listener)
+    yield listener
+    progress_listener.reset(token)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = world.build(world.sft)
-    losses = [row["loss"] for row in rows_of(folder)]
+    losses = [row["loss"] for row in read_metrics(folder)]
     assert losses[0] == pytest.approx(math.log(1024), abs=0.3)
     assert losses[-1] < 0.8 * losses[0]
     summary = read_stage_summary(folder)
@@ -84,17 +85,13 @@ def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
     assert not list(folder.glob("checkpoint*"))
 
 
-def test_sft_that_diverges_raises_an_alarm(tiny: TinyWorld) -> None:
-    watching = Mock()
-    token = progress_listener.set(watching)
+def test_sft_that_diverges_raises_an_alarm(tiny: TinyWorld, watching: Mock) -> None:
     summary = read_stage_summary(tiny.run(tiny.sft(learning_rate=3.0, warmup_steps=0, epochs=2)))
-    progress_listener.reset(token)
     (alarm,) = summary["alarms"]
-    assert re.fullmatch(
-        r"the loss rose from 6\.9\d? to .*: training diverged; try a lower learning_rate \(now 3\)", alarm
-    )
+    expected = r"the loss rose from 6\.9\d? to .*: training diverged; try a lower learning_rate \(now 3\)"
+    assert re.fullmatch(expected, alarm)
     watching.on_message.assert_any_call(f"alarm: {alarm}")
-    assert read_stage_summary(tiny.stage_cache.compute_with_inputs(tiny.policy))["alarms"] == []
+    assert read_stage_summary(tiny.build(tiny.policy))["alarms"] == []
 
 
 def replaced(file: Path) -> None:
@@ -117,7 +114,7 @@ def test_a_cached_model_that_is_not_what_its_stage_wrote_is_refused(
     stage_cache = StageCache(tmp_path, TINY_RUNTIME)
     for upstream in sort_topologically(stage):
         if upstream != stage:
-            shutil.copytree(tiny.stage_cache.compute_with_inputs(upstream), stage_cache.locate_folder(upstream))
+            shutil.copytree(tiny.build(upstream), stage_cache.locate_folder(upstream))
     source = stage_cache.locate_folder(getattr(tiny, of))
     expected = read_stage_summary(source)["model"]
     damage(locate_model_folder(source) / "model.safetensors")
@@ -141,7 +138,7 @@ def test_reward_model_orders_pairs(world: World) -> None:
 
 def test_samples_keep_the_samplers_logprobs(world: World) -> None:
     folder = world.build(world.samples)
-    lm = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    lm = world.load(world.sft)
     rows = read_table(folder / "pairs.parquet")
     assert len(rows) == 64
     prompts = read_pairs(folder / "pairs.parquet", lm, max_completion_tokens=LIMIT).prompts
@@ -167,7 +164,7 @@ def test_selection_is_a_partition_with_the_chosen_first(world: World) -> None:
 def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_scores(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = {name: world.build(stage) for name, stage in world.samples.get_input_stages().items()}
+    world.build(world.reward)
 
     def compute_scores(reward: Any, prompts: list[Any], completions: list[Any], **_: Any) -> torch.Tensor:
         return torch.tensor([[0.25, 0.5]]).repeat(len(prompts), 1)
@@ -179,7 +176,7 @@ def test_identical_completions_have_no_gap_whatever_rounding_made_of_their_score
 
     monkeypatch.setattr(samples_module, "compute_scores", compute_scores)
     monkeypatch.setattr(LocalSampler, "draw", draw_subset)
-    world.samples.compute(world.samples.locate_inputs(folders), Job(tmp_path, RUNTIME))
+    world.compute(world.samples, tmp_path)
     rows = read_table(tmp_path / "pairs.parquet")
     identical_rows = [row for row in rows if row["tokens"][0] == row["tokens"][1]]
     assert (len(identical_rows), len(rows)) == (22, 64)
@@ -215,7 +212,7 @@ def counted(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(world: World, counted: list[int]) -> None:
     folder = world.build(world.dpo(epochs=4))
-    rows = rows_of(folder)
+    rows = read_metrics(folder)
     assert counted == [dpo_module.CHECKED_PAIRS], "only a few pairs are checked, the rest is free"
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
     assert rows[0]["margin"] == pytest.approx(0.0, abs=0.01)
@@ -225,21 +222,10 @@ def test_dpo_prefers_the_chosen_and_takes_reference_logprobs_from_sampling(world
     assert (folder / "samples.jsonl").exists()
 
 
-def test_dpo_computes_reference_logprobs_where_the_reference_did_not_sample(world: World) -> None:
-    rows = rows_of(world.build(world.dpo(epochs=1, pairs=world.data.train_pairs)))
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-
-
 def test_dpo_computes_reference_logprobs_that_were_kept_in_another_precision(world: World, counted: list[int]) -> None:
-    rows = rows_of(world.build(world.dpo(precision="bfloat16")))
+    rows = read_metrics(world.build(world.dpo(precision="bfloat16")))
     assert counted == [len(read_table(world.build(world.selection) / "easy.parquet"))]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
-
-
-def test_dpo_with_lora_starts_at_its_reference_and_moves(world: World) -> None:
-    rows = rows_of(world.build(world.dpo(epochs=4, lora={"rank": 4})))
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
-    assert rows[-1]["margin"] > rows[0]["margin"] + 0.01
 
 
 def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> None:
@@ -253,19 +239,10 @@ def test_a_fitted_head_starts_where_a_random_one_has_to_come(world: World) -> No
     assert fitted < first_losses(head="fitted", head_ridge=1e4) == pytest.approx(math.log(2), abs=0.01)
 
 
-def test_sft_and_the_reward_model_learn_with_lora(world: World) -> None:
-    sft = world.sft.model_copy(update={"lora": LoraSettings(rank=8), "epochs": 1, "base": world.sft})
-    reward = world.reward.model_copy(update={"lora": LoraSettings(rank=8)})
-    for stage, base in ((sft, world.sft), (reward, world.reward)):
-        assert weights(world.build(stage)).keys() == weights(world.build(base)).keys(), "adapters are merged"
-    losses = [row["loss"] for row in rows_of(world.build(reward))]
-    assert losses[-1] != losses[0]
-
-
 def test_dpo_refuses_kept_logprobs_that_are_not_the_references(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.build(world.selection)
     monkeypatch.setattr(
-        dpo_module, "compute_sequence_logprobs", lambda lm, prompts, completions, **_: torch.zeros(len(prompts), 2)
+        dpo_module, "compute_sequence_logprobs", lambda lm, prompts, *_, **__: torch.zeros(len(prompts), 2)
     )
     with pytest.raises(RuntimeError, match="from sampling differ from a forward pass"):
         world.stage_cache.compute_stage(world.dpo(seed=77))
@@ -284,7 +261,7 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(
     group = {} if advantage == "gae" else {"completions_per_prompt": 4, "batch_size": 8}
     steps = {"epochs": 4, "learning_rate": 6e-4, "kl_coef": 0.0, "max_kl": 100.0}
     stage = world.ppo(advantage=advantage, prompts=world.samples.pairs, **steps, **group)
-    rows = rows_of(world.compute(stage, tmp_path / "ppo"))
+    rows = read_metrics(world.compute(stage, tmp_path / "ppo"))
     assert rows[0]["kl_abs_per_token"] < 1e-4
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert rows[0]["clip_fraction"] == 0.0
@@ -295,7 +272,7 @@ def test_ppo_starts_at_its_reference_and_raises_the_score(
 
 
 def test_the_reward_that_is_trained_on_is_the_score_minus_the_logged_kl(world: World) -> None:
-    rows = rows_of(world.build(world.ppo(score_clip=None, kl_coef=0.3, seed=5, epochs=4)))
+    rows = read_metrics(world.build(world.ppo(score_clip=None, kl_coef=0.3, seed=5, epochs=4)))
     assert abs(rows[-1]["kl"]) > 0.05
     for row in rows:
         assert row["reward"] == pytest.approx(row["score"] - 0.3 * row["kl"], abs=1e-4)
@@ -304,7 +281,7 @@ def test_the_reward_that_is_trained_on_is_the_score_minus_the_logged_kl(world: W
 def test_a_completion_without_its_end_is_penalised(world: World) -> None:
     stage = world.ppo(score_clip=None, missing_end_penalty=4.0, seed=6)
     cut = stage.model_copy(update={"max_completion_tokens": 12})
-    for row in rows_of(world.build(cut)):
+    for row in read_metrics(world.build(cut)):
         assert row["end_rate"] < 1.0
         expected = row["score"] - row["kl_coef"] * row["kl"] - 4.0 * (1.0 - row["end_rate"])
         assert row["reward"] == pytest.approx(expected, abs=1e-4)
@@ -315,7 +292,7 @@ def test_only_the_value_model_learns_while_it_warms_up(world: World, value_init:
     stage = world.ppo(value_init=value_init, value_warmup_steps=99, seed=7)
     before, after = weights(world.build(world.sft)), weights(world.build(stage))
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert len({row["value_loss"] for row in rows_of(world.build(stage))}) > 1
+    assert len({row["value_loss"] for row in read_metrics(world.build(stage))}) > 1
 
 
 def test_deepspeed_chat_preset_and_keys_beside_it() -> None:
@@ -341,18 +318,16 @@ def test_value_model_starts_where_it_says(world: World, tmp_path: Path, value_in
 
 def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World) -> None:
     stage = world.ppo(learning_rate=0.03, kl_coef=0.0, epochs=8, max_kl=0.3)
-    with pytest.raises(
-        Diverged, match=r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
-    ):
+    expected = r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
+    with pytest.raises(Diverged, match=expected):
         world.build(stage)
     stopped = load_policy(world.stage_cache.locate_folder(stage) / "stopped", device=CPU)
-    reference = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    reference = world.load(world.sft)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
     sampled = sample_completions(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
-    difference = (
-        sampled.logprobs.sum() - compute_sequence_logprobs(reference, prompts, sampled, token_budget=4096).sum()
-    )
-    assert difference / sampled.mask.sum() < 0.3, "the last policy within max_kl"
+    reference_logprobs = compute_sequence_logprobs(reference, prompts, sampled, token_budget=4096)
+    kl = sampled.logprobs.sum() - reference_logprobs.sum()
+    assert kl / sampled.mask.sum() < 0.3, "the last policy within max_kl"
     assert not world.stage_cache.is_done(stage)
 
 
@@ -381,7 +356,7 @@ def test_ppo_with_lora_keeps_the_reference_it_was_given(world: World) -> None:
     """The start is a DPO model: with adapters on top, the KL at step 0 is 0 to the DPO model and not to its base."""
     anchor = world.dpo(epochs=4)
     stage = world.ppo(policy=anchor, reference=anchor, lora={"rank": 4})
-    rows = rows_of(world.build(stage))
+    rows = read_metrics(world.build(stage))
     assert rows[0]["kl_abs_per_token"] < 1e-4
     before, after = weights(world.build(anchor)), weights(world.build(stage))
     assert before.keys() == after.keys(), "adapters are merged"
@@ -390,7 +365,7 @@ def test_ppo_with_lora_keeps_the_reference_it_was_given(world: World) -> None:
 
 def test_kl_from_sft_is_measured_from_sft_whatever_the_reference_is(world: World) -> None:
     anchor = world.dpo(epochs=4)
-    one, other = (rows_of(world.build(world.ppo(policy=anchor, reference=r))) for r in (anchor, world.sft))
+    one, other = (read_metrics(world.build(world.ppo(policy=anchor, reference=r))) for r in (anchor, world.sft))
     assert abs(one[0]["kl"]) < 0.01
     assert one[0]["kl_from_sft"] == pytest.approx(other[0]["kl_from_sft"], abs=1e-4) == other[0]["kl"]
     assert one[0]["kl_from_sft"] > 0.05
@@ -400,8 +375,8 @@ def test_kl_from_sft_is_measured_from_sft_whatever_the_reference_is(world: World
 def test_a_kl_budget_holds_the_kl_from_sft_with_another_reference(world: World) -> None:
     anchor = world.dpo(epochs=4)
     common = {"epochs": 12, "kl_coef": 0.01, "learning_rate": 3e-4, "score_clip": None, "prompts": world.samples.pairs}
-    free = rows_of(world.build(world.ppo(**common, policy=anchor, reference=anchor)))
-    held = rows_of(world.build(world.ppo(**common, kl_budget=1.0, policy=anchor, reference=anchor)))
+    free = read_metrics(world.build(world.ppo(**common, policy=anchor, reference=anchor)))
+    held = read_metrics(world.build(world.ppo(**common, kl_budget=1.0, policy=anchor, reference=anchor)))
 
     def end(rows: list[dict[str, Any]]) -> float:
         return sum(row["kl_from_sft"] for row in rows[-12:]) / 12
@@ -417,16 +392,13 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
     summary = read_stage_summary(folder)
     assert summary["steps"] == 4
     assert summary["snapshots"] == [1, 2, 3]
-    plain = world.build(world.ppo(epochs=2))
-    assert compute_model_digest(locate_model_folder(folder)) == compute_model_digest(locate_model_folder(plain)), (
-        "keeping them changes nothing"
-    )
+    plain = read_stage_summary(world.build(world.ppo(epochs=2)))
+    assert summary["model"] == plain["model"], "keeping them changes nothing"
     one, other = (load_file(folder / "snapshots" / str(n) / "model" / "model.safetensors") for n in (1, 3))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     evaluated = evaluation(world, Snapshot(stage=stage, number=1))
-    assert evaluated.locate_inputs({**dict.fromkeys(evaluated.get_input_stages(), tmp_path), "policy": folder})[
-        "policy"
-    ] == (folder / "snapshots" / "1")
+    folders = {**dict.fromkeys(evaluated.get_input_stages(), tmp_path), "policy": folder}
+    assert evaluated.locate_inputs(folders)["policy"] == folder / "snapshots" / "1"
     assert read_stage_summary(world.build(evaluated))["kl_from_sft"]["mean"] > 0
     with pytest.raises(InputError, match=r"trace.snapshots: found 4 for 4 iterations of PPO; expected fewer"):
         world.build(world.ppo(epochs=2, snapshots=4))
@@ -435,13 +407,13 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
 def test_lora_snapshots_are_merged_and_training_goes_on(world: World) -> None:
     folder = world.build(world.ppo(epochs=2, snapshots=1, lora={"rank": 4}))
     plain = world.build(world.ppo(epochs=2, lora={"rank": 4}))
-    assert compute_model_digest(locate_model_folder(folder)) == compute_model_digest(locate_model_folder(plain))
+    assert read_stage_summary(folder)["model"] == read_stage_summary(plain)["model"]
     snapshot = load_file(folder / "snapshots" / "1" / "model" / "model.safetensors")
     assert snapshot.keys() == weights(folder).keys()
 
 
 def test_a_part_of_an_epoch(world: World) -> None:
-    rows = rows_of(world.build(world.ppo(epochs=1.5)))
+    rows = read_metrics(world.build(world.ppo(epochs=1.5)))
     assert len(rows) == 3
 
 
@@ -458,17 +430,15 @@ def evaluation(world: World, policy: Stage | Snapshot, **settings: Any) -> Evalu
 
 def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = world.build(evaluation(world, world.sft))
-    record, draw_subset = list[SampledCompletions](), LocalSampler.draw
-    monkeypatch.setattr(
-        LocalSampler, "draw", lambda *args, **how: record.append(draw_subset(*args, **how)) or record[-1]
-    )
+    record, draw = list[SampledCompletions](), LocalSampler.draw
+    monkeypatch.setattr(LocalSampler, "draw", lambda *args, **how: record.append(draw(*args, **how)) or record[-1])
     best = world.build(evaluation(world, world.sft, best_of=8))
     summary = read_stage_summary(best)
     assert summary["score"]["mean"] > read_stage_summary(one)["score"]["mean"] + 0.1
     assert summary["kl_from_sft"]["mean"] == pytest.approx(math.log(8) - 7 / 8)
     assert summary["cost"]["tokens_sampled"] > 6 * read_stage_summary(one)["cost"]["tokens_sampled"]
-    lm = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
-    reward = load_reward_model(locate_model_folder(world.build(world.reward)), device=CPU)
+    lm = world.load(world.sft)
+    reward = world.load(world.reward)
     rows = read_table(best / "completions.parquet")
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in rows]
     sampled = record[0].to_lists()
@@ -486,7 +456,7 @@ def test_best_of_n_is_the_best_of_n(world: World, monkeypatch: pytest.MonkeyPatc
     chosen_by_other = world.build(evaluation(world, world.sft, best_of=8, chooser=other))
     other_rows = read_table(chosen_by_other / "completions.parquet")
     sampled = record[1].to_lists()
-    other_model = load_reward_model(locate_model_folder(world.build(other)), device=CPU)
+    other_model = world.load(other)
     assert_best(other_rows, compute_scores(other_model, prompts, sampled, token_budget=4096))
     assert [row["completion"] for row in other_rows] != [row["completion"] for row in rows]
     with pytest.raises(InputError, match="with another policy than SFT"):
@@ -503,25 +473,19 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
         return calls[-1][1]
 
     monkeypatch.setattr(evaluation_module, "compute_scores", scoring)
-    choosers = {
-        "the reward model": {},
-        "itself": {"chooser": tiny.scored_by},
-        "another": {"chooser": tiny.reward(seed=5)},
-    }
-    folder = tiny.run(tiny.evaluation(policy=tiny.policy, best_of=3, **choosers[chosen_by]))
+    choosers = {"the reward model": None, "itself": tiny.scored_by, "another": tiny.reward(seed=5)}
+    folder = tiny.run(tiny.evaluation(policy=tiny.policy, best_of=3, chooser=choosers[chosen_by]))
     sides = [len(branches) for completions, _ in calls for branches in completions]
     assert sides == [3] * 8 + ([1] * 8 if chosen_by == "another" else [])
     written_scores = [row["score"] for row in read_table(folder / "completions.parquet")]
     completions, computed_scores = calls[0]
-    best = [
-        [branches[place]] for branches, place in zip(completions, computed_scores.argmax(dim=1).tolist(), strict=True)
-    ]
-    lm = load_policy(locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.policy)), device=CPU)
-    reward = load_reward_model(locate_model_folder(tiny.stage_cache.compute_with_inputs(tiny.scored_by)), device=CPU)
+    places = computed_scores.argmax(dim=1).tolist()
+    best = [[branches[place]] for branches, place in zip(completions, places, strict=True)]
+    lm = tiny.load(tiny.policy)
+    reward = tiny.load(tiny.scored_by)
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
-    assert written_scores == pytest.approx(
-        compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist(), abs=1e-5
-    )
+    alone = compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist()
+    assert written_scores == pytest.approx(alone, abs=1e-5)
 
 
 def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -> None:
@@ -531,9 +495,7 @@ def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -
     folder = tiny.run(stage)
     saved = load_reward_model(locate_model_folder(folder), device=CPU)
     assert saved.dtype == torch.bfloat16
-    test = read_pairs(
-        tiny.stage_cache.compute_with_inputs(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT
-    )
+    test = read_pairs(tiny.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
     computed_scores = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
     rows = read_table(folder / "test_scores.parquet")
     written = torch.tensor([[row["chosen_score"], row["rejected_score"]] for row in rows])
@@ -577,23 +539,16 @@ def test_label_noise_flips_a_share_and_more_of_it_flips_the_same_and_others(worl
 def test_gradients_are_those_of_a_step(world: World) -> None:
     """A small step of plain gradient descent moves both log-probs as the kept inner products say."""
     policy = world.dpo(epochs=4)
-    stage = Gradients(
-        policy=policy,
-        reference=world.sft,
-        pairs=world.selection.easy,
-        beta=0.1,
-        count=3,
-        max_completion_tokens=LIMIT,
-    )
-    folder = world.build(stage)
+    settings = {"pairs": world.selection.easy, "beta": 0.1, "count": 3, "max_completion_tokens": LIMIT}
+    folder = world.build(Gradients(policy=policy, reference=world.sft, **settings))
     rows = read_table(folder / "gradients.parquet")
     assert len(rows) == 3
     row = rows[0]
-    lm = load_policy(locate_model_folder(world.build(policy)), device=CPU)
+    lm = world.load(policy)
     pairs = read_pairs(world.build(world.selection) / "easy.parquet", lm, max_completion_tokens=LIMIT)
     place = draw_subset(range(len(pairs.prompts)), 3, COMPARISON_SEED)[0]
     prompts, completions = [pairs.prompts[place]], [pairs.completions[place]]
-    reference = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    reference = world.load(world.sft)
     before = compute_sequence_logprobs(lm, prompts, completions, token_budget=4096)[0]
     anchored = compute_sequence_logprobs(reference, prompts, completions, token_budget=4096)[0]
     assert [row["log_x_chosen"], row["log_x_rejected"]] == pytest.approx((before - anchored).tolist(), abs=1e-4)
@@ -629,14 +584,12 @@ def test_identity_follows_settings_and_content_but_not_the_runtime(world: World,
     assert world.stage_cache.locate_folder(world.ppo(kl_coef=0.3)) != world.stage_cache.locate_folder(world.ppo())
     moved = StageCache(world.stage_cache.cache, Runtime(microbatch_tokens=7, threads=1))
     assert moved.locate_folder(world.ppo()) == world.stage_cache.locate_folder(world.ppo())
-    row = json.dumps({"prompt": "a?", "chosen": "b", "rejected": "c"}) + "\n"
-    for name in ("one.jsonl", "two.jsonl"):
-        (tmp_path / name).write_text(row)
-    one, two = (Data(base=world.base, format="preference", train=str(tmp_path / f"{n}.jsonl")) for n in ("one", "two"))
-    assert world.stage_cache.locate_folder(one) == world.stage_cache.locate_folder(two)
-    (tmp_path / "two.jsonl").write_text(row + row.replace("a?", "d?"))
-    two = Data(base=world.base, format="preference", train=str(tmp_path / "two.jsonl"))
-    assert world.stage_cache.locate_folder(one) != world.stage_cache.locate_folder(two)
+
+    def folder(file: str, prompts: range) -> Path:
+        data = Data(base=world.base, format="preference", train=lines_of(prompts, tmp_path / file))
+        return world.stage_cache.locate_folder(data)
+
+    assert folder("one.jsonl", range(1)) == folder("two.jsonl", range(1)) != folder("two.jsonl", range(2))
 
 
 def test_another_default_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,21 +604,6 @@ def test_another_default_is_another_result(tmp_path: Path, monkeypatch: pytest.M
     finally:
         monkeypatch.undo()
         Pretrained.model_rebuild(force=True)
-
-
-def test_a_stage_that_failed_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage_cache = StageCache(tmp_path, RUNTIME)
-
-    def fail(*args: object) -> None:
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pretrained, "compute", fail)
-        with pytest.raises(OSError, match="the disk is full"):
-            stage_cache.compute_with_inputs(Pretrained())
-    assert not stage_cache.is_done(Pretrained())
-    stage_cache.compute_with_inputs(Pretrained())
-    assert stage_cache.is_done(Pretrained())
 
 
 def test_a_model_is_known_by_every_file_that_changes_it(world: World, tmp_path: Path) -> None:
@@ -741,12 +679,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
         "ppo-lora": world.ppo(epochs=2, lora={"rank": 4}),
         "rloo": world.ppo(advantage="rloo", completions_per_prompt=2),
     }[kind]
-    folders = {name: world.build(source) for name, source in stage.get_input_stages().items()}
     runtime = Runtime(threads=2, checkpoint_minutes=0)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    stage.compute(stage.locate_inputs(folders), Job(whole, runtime))
+    whole, killed = world.compute(stage, tmp_path / "whole", runtime), tmp_path / "killed"
     original = MetricsLog.append_step
     apart = "a\u2028b\x85c"  # separators of lines, but not of JSON Lines
     monkeypatch.setattr("mixpo.models.language_model.LanguageModel.decode_completion", lambda *_: apart)
@@ -758,94 +692,56 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(
 
     monkeypatch.setattr(MetricsLog, "append_step", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.compute(stage.locate_inputs(folders), Job(killed, runtime))
+        world.compute(stage, killed, runtime)
     monkeypatch.setattr(MetricsLog, "append_step", original)
-    stage.compute(stage.locate_inputs(folders), Job(killed, runtime))
+    world.compute(stage, killed, runtime)
     one, other = weights(whole), weights(killed)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert [row["loss"] for row in rows_of(whole)] == [row["loss"] for row in rows_of(killed)]
-
-
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo", "shared", "rloo"])
-def test_microbatches_and_threads_change_nothing_but_rounding(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """With completions that are given, since two thread counts may draw another token; and but for the accuracy, since
-    rounding decides a pair whose margin is 0, as all of DPO's are at first."""
-    common = {"prompts": world.data.train_pairs, "epochs": 0.25}
-    stage: Stage = {
-        "sft": world.sft.model_copy(update={"epochs": 1}),
-        "reward": world.reward,
-        "dpo": world.dpo(epochs=1, pairs=world.data.train_pairs),
-        "ppo": world.ppo(**common),
-        "shared": world.ppo(**common, value_init="shared"),
-        "rloo": world.ppo(**common, advantage="rloo", completions_per_prompt=2),
-    }[kind]
-    world.force_completions(monkeypatch)
-    runs = [
-        rows_of(world.compute(stage, tmp_path / str(threads), Runtime(threads=threads, microbatch_tokens=tokens)))
-        for tokens, threads in ((64, 1), (100_000, 2))
-    ]
-    for one, other in zip(*runs, strict=True):
-        unlike = {"seconds", "sampling_seconds", "updating_seconds", "accuracy"}
-        for name in one.keys() - unlike:
-            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=5e-4), (name, one["step"])
+    assert [row["loss"] for row in read_metrics(whole)] == [row["loss"] for row in read_metrics(killed)]
 
 
 def test_a_reward_model_with_other_tokens_reads_the_text(world: World) -> None:
-    from mixpo.data.world import build_world_tokenizer
-
-    policy = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
-    reward = load_reward_model(locate_model_folder(world.build(world.reward)), device=CPU)
+    policy = world.load(world.sft)
+    reward = world.load(world.reward)
     unique_prompts = [[{"role": "user", "content": "Any advice on chess?"}]]
     prompts = [policy.tokenizer.encode("<|user|>Any advice on chess?<|assistant|>")]
     completion = [*policy.tokenizer.encode("Castle soon."), policy.end_token]
     cut = policy.tokenizer.encode("Castle soon")
-    assert retokenize_for_reward(reward, policy, unique_prompts, prompts, [[completion, cut]]) == (
-        prompts,
-        [[completion, cut]],
-    )
+    completions = [[completion, cut]]
+    assert retokenize_for_reward(reward, policy, unique_prompts, prompts, completions) == (prompts, completions)
     reward.tokenizer = build_world_tokenizer(512)
     assert reward.tokenization_digest != policy.tokenization_digest
-    again_prompts, again = retokenize_for_reward(reward, policy, unique_prompts, prompts, [[completion, cut]])
+    again_prompts, again = retokenize_for_reward(reward, policy, unique_prompts, prompts, completions)
     assert reward.tokenizer.decode(again_prompts[0]) == "<|user|>Any advice on chess?<|assistant|>"
     assert reward.tokenizer.decode(again[0][0]) == "Castle soon.<|end|>"
     assert reward.tokenizer.decode(again[0][1]) == "Castle soon"
 
 
 def test_rows_for_a_second_reward_model_may_be_files_of_their_own(world: World, tmp_path: Path) -> None:
-    def write(name: str, prompts: range) -> str:
-        rows = [{"prompt": f"Q{n}?", "chosen": "a", "rejected": "b"} for n in prompts]
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(tmp_path / name)
-
-    files = {"train": write("train.jsonl", range(20)), "test": write("test.jsonl", range(20, 30))}
-    second = write("second.jsonl", range(15, 60))
+    files = {
+        "train": lines_of(range(20), tmp_path / "train.jsonl"),
+        "test": lines_of(range(20, 30), tmp_path / "test.jsonl"),
+    }
+    second = lines_of(range(15, 60), tmp_path / "second.jsonl")
     data = Data(base=world.base, format="preference", **files, second=second, second_rows=12)
     rows = {name: read_table(world.build(data) / f"{name}.parquet") for name in ("train", "test", "second")}
     assert [len(rows[name]) for name in ("train", "test", "second")] == [20, 10, 12]
-    assert {int(row["prompt"][1:-1]) for row in rows["second"]} <= set(range(30, 60))
-    without = world.stage_cache.locate_folder(Data(base=world.base, format="preference", **files))
-    assert world.stage_cache.locate_folder(data) != without
-    assert (
-        world.stage_cache.locate_folder(Data(base=world.base, format="preference", **files, second=second)) == without
-    )
+    assert {row["prompt"] for row in rows["second"]} <= {f"Question {n}?" for n in range(30, 60)}
+    without = Data(base=world.base, format="preference", **files)
+    unread = Data(base=world.base, format="preference", **files, second=second)
+    locate = world.stage_cache.locate_folder
+    assert locate(data) != locate(without) == locate(unread)
 
 
-def test_fewer_rows_than_were_asked_for_are_told(world: World, tmp_path: Path) -> None:
-    rows = [{"prompt": f"Q{n}?", "chosen": "a", "rejected": "b"} for n in range(20)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    watching = Mock()
-    token = progress_listener.set(watching)
-    world.build(Data(base=world.base, format="preference", train=str(tmp_path / "train.jsonl"), train_rows=30))
-    progress_listener.reset(token)
+def test_fewer_rows_than_were_asked_for_are_told(world: World, tmp_path: Path, watching: Mock) -> None:
+    train = lines_of(range(20), tmp_path / "train.jsonl")
+    world.build(Data(base=world.base, format="preference", train=train, train_rows=30))
     watching.on_message.assert_any_call("data.train: 18 rows, where 30 were asked for: there are no more")
 
 
-def lines_of(prompts: range, name: Path, **sides: str) -> str:
-    rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No.", **sides} for n in prompts]
-    name.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(name)
+def lines_of(prompts: range, file: Path, **sides: str) -> str:
+    rows = ({"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No.", **sides} for n in prompts)
+    return write_jsonl(file, rows)
 
 
 def test_rows_that_share_a_prompt_are_validated_on_together(world: World, tmp_path: Path) -> None:
@@ -875,7 +771,7 @@ def test_a_reward_model_with_other_tokens_reads_long_text_whole() -> None:
     assert reward.tokenizer.decode(found) == text + "<|end|>"
 
 
-def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: Path, watching: Mock) -> None:
     tokenizer = build_world_tokenizer()
     long = "a b c d e f"
     pairs = [("x", "y"), (f"{long} g", f"{long} h"), (f"{long} g", "y"), ("a b c", "a b c d")]
@@ -883,10 +779,7 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
     write_table(tmp_path / "train.parquet", rows)
     ids = [[[*tokenizer(side)["input_ids"], tokenizer.eos_token_id] for side in sides] for sides in pairs]
     limit = len(tokenizer(long)["input_ids"])
-    watching = Mock()
-    token = progress_listener.set(watching)
     read = read_pairs(tmp_path / "train.parquet", language_model(tokenizer), max_completion_tokens=limit)
-    progress_listener.reset(token)
     assert read.completions == [[side[:limit] for side in ids[n]] for n in (0, 2, 3)]
     assert read.prompt_texts == [f"Question {n}?" for n in (0, 2, 3)]
     assert read.prompts == [tokenizer(f"Question {n}?")["input_ids"] for n in (0, 2, 3)]
@@ -902,15 +795,10 @@ def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: P
 
 def test_sampled_pairs_of_the_same_tokens_are_left_out_with_their_logprobs(tmp_path: Path) -> None:
     tokens = [[[5, 6], [5, 7]], [[8], [8]], [[9], [5]]]
-    rows = [
-        {
-            "prompt": f"Question {n}?",
-            "prompt_tokens": [n],
-            "tokens": sides,
-            "logprobs": [[-float(n)] * len(side) for side in sides],
-        }
-        for n, sides in enumerate(tokens)
-    ]
+    rows = []
+    for n, sides in enumerate(tokens):
+        logprobs = [[-float(n)] * len(side) for side in sides]
+        rows.append({"prompt": f"Question {n}?", "prompt_tokens": [n], "tokens": sides, "logprobs": logprobs})
     lm = language_model(build_world_tokenizer())
     write_table(tmp_path / "pairs.parquet", rows, sampler="me", tokenizer=lm.tokenization_digest)
     with pytest.raises(InputError, match=r"pairs.parquet: found completions that were sampled with another tokenizer"):
@@ -971,78 +859,57 @@ def test_rows_are_tokenized_once_and_again_for_another_tokenizer(tmp_path: Path,
 
 
 def test_what_is_read_from_a_path_is_part_of_the_datas_identity(world: World, tmp_path: Path) -> None:
-    def data(folder: str, format: str = "hh-rlhf") -> Data:
+    def data(folder: str) -> Data:
         (tmp_path / folder).mkdir(exist_ok=True)
-        rows = [
-            {"chosen": f"\n\nHuman: {n}?\n\nAssistant: Yes.", "rejected": f"\n\nHuman: {n}?\n\nAssistant: No."}
-            for n in range(8)
-        ]
-        path = tmp_path / folder / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return Data(base=world.base, format=format, train=str(path))  # type: ignore[arg-type]
+        rows = [{"chosen": HH.format(f"{n}?", "Yes."), "rejected": HH.format(f"{n}?", "No.")} for n in range(8)]
+        path = write_jsonl(tmp_path / folder / "rows.jsonl", rows)
+        return Data(base=world.base, format="hh-rlhf", train=path)
 
     mine, moved, harmless = data("mine"), data("yours"), data("harmless-base")
     assert world.stage_cache.locate_folder(mine) == world.stage_cache.locate_folder(moved)
     assert world.stage_cache.locate_folder(mine) != world.stage_cache.locate_folder(harmless)
-    categories = [
-        {row["category"] for row in read_table(world.build(one) / "train.parquet")} for one in (mine, harmless)
-    ]
-    assert categories == [{None}, {"harmless"}]
-    hub = {
-        name: Data(base=world.base, format="hh-rlhf", train=f"hub:Anthropic/hh-rlhf/{name}")
-        for name in ("helpful-base", "harmless-base")
-    }
-    assert len({world.stage_cache.locate_folder(one) for one in hub.values()}) == 2
+    for one, categories in ((mine, {None}), (harmless, {"harmless"})):
+        assert {row["category"] for row in read_table(world.build(one) / "train.parquet")} == categories
+    names = ("helpful-base", "harmless-base")
+    hub = [Data(base=world.base, format="hh-rlhf", train=f"hub:Anthropic/hh-rlhf/{name}") for name in names]
+    assert len(set(map(world.stage_cache.locate_folder, hub))) == 2
 
 
-def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(world: World, tmp_path: Path) -> None:
+def test_prompts_of_train_and_test_are_counted_and_left_out_on_request(
+    world: World, tmp_path: Path, watching: Mock
+) -> None:
     shared = lines_of(range(30), tmp_path / "train.jsonl"), lines_of(range(20, 50), tmp_path / "test.jsonl")
-    shown = tmp_path / "shown.jsonl"
-    shown.write_text("".join(json.dumps({"prompt": f"Question {n}?", "completion": "x"}) + "\n" for n in (0, 45, 60)))
+    demonstrations = [{"prompt": f"Question {n}?", "completion": "x"} for n in (0, 45, 60)]
+    shown = write_jsonl(tmp_path / "shown.jsonl", demonstrations)
 
-    def build(shared_prompts: str) -> tuple[dict[str, Any], list[str], list[set[str]]]:
-        watching = Mock()
-        token = progress_listener.set(watching)
-        folder = world.build(
-            Data(
-                base=world.base,
-                format="preference",
-                train=shared[0],
-                test=shared[1],
-                demonstrations=str(shown),
-                shared_prompts=shared_prompts,  # type: ignore[arg-type]
-            )
-        )
-        progress_listener.reset(token)
-        prompts = [
-            {row["prompt"] for row in read_table(folder / f"{name}.parquet")}
-            for name in ("train", "test", "demonstrations")
-        ]
-        return read_stage_summary(folder), [call.args[0] for call in watching.on_message.call_args_list], prompts
+    def build(shared_prompts: str) -> tuple[dict[str, Any], list[set[str]]]:
+        settings = {"train": shared[0], "test": shared[1], "demonstrations": shown, "shared_prompts": shared_prompts}
+        folder = world.build(Data(base=world.base, format="preference", **settings))
+        names = ("train", "test", "demonstrations")
+        prompts = [{row["prompt"] for row in read_table(folder / f"{name}.parquet")} for name in names]
+        return read_stage_summary(folder), prompts
 
-    summary, notes, (train, test, demonstrations) = build("keep")
+    summary, (train, test, demonstrations) = build("keep")
     assert summary["shared_prompts"] == len((train | demonstrations) & test) == 11
-    assert "11 of 30 test prompts are trained on too; data.shared_prompts=drop leaves their rows out" in notes
-    summary, notes, (train, test, demonstrations) = build("drop")
+    watching.on_message.assert_any_call(
+        "11 of 30 test prompts are trained on too; data.shared_prompts=drop leaves their rows out"
+    )
+    summary, (train, test, demonstrations) = build("drop")
     assert train == {f"Question {n}?" for n in range(20)}
     assert demonstrations == {"Question 0?", "Question 60?"}
     assert test == {f"Question {n}?" for n in range(20, 50)}
     assert (summary["shared_prompts"], summary["shared_rows_dropped"]) == (0, 11)
-    assert "11 rows left out, whose prompts are test prompts" in notes
-    settings = {"train": shared[0], "test": shared[0], "shared_prompts": "drop"}
+    watching.on_message.assert_any_call("11 rows left out, whose prompts are test prompts")
+    shared = shared[0], shared[0]
     with pytest.raises(InputError, match=r"^data.shared_prompts: drop leaves no rows of data.train"):
-        world.build(Data(base=world.base, format="preference", **settings))
+        build("drop")
 
 
-def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path) -> None:
+def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path, watching: Mock) -> None:
     path = lines_of(range(20), tmp_path / "train.jsonl", score="5", system="Be brief.")
-    watching = Mock()
-    token = progress_listener.set(watching)
     folder = world.build(Data(base=world.base, format="preference", train=path))
-    progress_listener.reset(token)
-    watching.on_message.assert_any_call(
-        "preferences read as preference: prompt, chosen, rejected, system; ignored: score"
-    )
+    expected = "preferences read as preference: prompt, chosen, rejected, system; ignored: score"
+    watching.on_message.assert_any_call(expected)
     used = ["prompt", "chosen", "rejected", "system"]
     assert read_stage_summary(folder)["columns"] == {"preferences": {"used": used, "ignored": ["score"]}}
     assert read_table(folder / "train.parquet")[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
@@ -1055,18 +922,17 @@ def test_the_columns_of_a_source_are_told_and_kept(world: World, tmp_path: Path)
         ({"train": 4, "test": 0}, r"^data.test: nothing is left of 5 rows: all of its rows are among the 1 bad ones"),
         ({"train": 0}, r"^data.train: nothing is left of 1 rows.*; the first is .*train.jsonl:1: 'chosen' is empty"),
         ({"train": 4, "demonstrations": 0}, r"^data.demonstrations: nothing is left of 5 rows"),
-        ({"train": 4, "second": 4, "second_rows": 2}, r"^data.second: all 4 rows have prompts of train or test rows"),
+        ({"train": 4, "second": 4}, r"^data.second: all 4 rows have prompts of train or test rows"),
     ],
 )
 def test_a_part_without_rows_is_named(world: World, tmp_path: Path, sources: dict[str, int], expected: str) -> None:
     """0 stands for a file whose only row is bad."""
-    files: dict[str, Any] = {name: count for name, count in sources.items() if name == "second_rows"}
+    settings: dict[str, Any] = {"second_rows": 2 if "second" in sources else 0}
     for name, count in sources.items():
-        if name != "second_rows":
-            path = tmp_path / f"{name}.jsonl"
-            files[name] = lines_of(range(max(count, 1)), path, **({} if count else {"chosen": "", "completion": ""}))
+        bad = {} if count else {"chosen": "", "completion": ""}
+        settings[name] = lines_of(range(max(count, 1)), tmp_path / f"{name}.jsonl", **bad)
     with pytest.raises(InputError, match=expected):
-        world.build(Data(base=world.base, format="preference", on_bad_row="drop", **files))
+        world.build(Data(base=world.base, format="preference", on_bad_row="drop", **settings))
 
 
 def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path: Path) -> None:
@@ -1087,6 +953,5 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(monkeypatch: pytest.M
     with pytest.raises(InputError, match=where):
         scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
     computed_scores[2, 1] = 2.0
-    assert torch.equal(
-        scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64), computed_scores
-    )
+    scores = scoring.compute_scores(language_model(tokenizer), prompts, [[[1], [2]]] * 3, token_budget=64)
+    assert torch.equal(scores, computed_scores)

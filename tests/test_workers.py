@@ -96,9 +96,8 @@ def test_a_process_that_is_killed_stops_the_run_with_one_line(
     recipe = tiny_recipe(home, 2, "ppo.kl_coef=0.3", f"out={tmp_path / 'run'}")
     with pytest.raises(InputError, match=r"runtime\.workers: found 2, and one of the processes was killed"):
         run_recipe(recipe, KillingDisplay())
-    assert run_recipe(recipe, RecordingDisplay()).computed == 4, (
-        "the same command goes on: PPO and its evaluation at two seeds"
-    )
+    again = run_recipe(recipe, RecordingDisplay())
+    assert again.computed == 4, "the same command goes on: PPO and its evaluation at two seeds"
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])

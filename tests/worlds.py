@@ -1,7 +1,7 @@
 """A small world's stages, for the tests that compute some."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,54 @@ from mixpo.data.branches import Completions
 from mixpo.data.tokens import tokenize_row
 from mixpo.data.world import build_world_tokenizer
 from mixpo.models.folders import load_tokenizer
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy, load_reward_model
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.scoring import compute_token_logprobs
 from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.rows import read_table
-from mixpo.stages.stage import Stage
+from mixpo.stages.stage import RewardStage, Stage
 from mixpo.training.job import Job, locate_model_folder
 
+CPU = torch.device("cpu")
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
 LIMIT = 40
 
 
-class World:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write rows to a JSON Lines file, and return its name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class CachedStages:
+    """Stages that are computed once, in a cache that tests share."""
+
+    def __init__(self, cache: Path, runtime: Runtime) -> None:
+        self.stage_cache = StageCache(cache, runtime)
+
+    def build(self, stage: Stage) -> Path:
+        return self.stage_cache.compute_with_inputs(stage)
+
+    def compute(self, stage: Stage, out: Path, runtime: Runtime | None = None) -> Path:
+        """Compute a stage into a folder of its own, apart from the cache, or go on with what is in the folder."""
+        folders = {name: self.build(source) for name, source in stage.get_input_stages().items()}
+        out.mkdir(parents=True, exist_ok=True)
+        stage.compute(stage.locate_inputs(folders), Job(out, runtime or self.stage_cache.runtime))
+        return out
+
+    def load(self, stage: Stage) -> LanguageModel:
+        load_model = load_reward_model if isinstance(stage, RewardStage) else load_policy
+        return load_model(locate_model_folder(self.build(stage)), device=CPU)
+
+
+class World(CachedStages):
     """Stages on 256 pairs, and DPO and PPO with settings that move in a few steps."""
 
     def __init__(self, cache: Path) -> None:
-        self.stage_cache = StageCache(cache, RUNTIME)
+        super().__init__(cache, RUNTIME)
         self.base = Pretrained()
         self.data = Data(base=self.base, train_rows=256, test_rows=48, demonstration_rows=256)
         self.sft = SFT(
@@ -73,16 +103,6 @@ class World:
         values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard, **common, **settings}
         return PPO(sft=self.sft, reward=self.reward, max_completion_tokens=LIMIT, **values)
 
-    def build(self, stage: Stage) -> Path:
-        return self.stage_cache.compute_with_inputs(stage)
-
-    def compute(self, stage: Stage, out: Path, runtime: Runtime = RUNTIME) -> Path:
-        """Compute a stage into a folder of its own, apart from the cache."""
-        folders = {name: self.build(source) for name, source in stage.get_input_stages().items()}
-        out.mkdir()
-        stage.compute(stage.locate_inputs(folders), Job(out, runtime))
-        return out
-
     def force_completions(self, patch: pytest.MonkeyPatch) -> None:
         """Give DPO and PPO the data's own completions instead of drawn ones, with the log-probs they have.
 
@@ -90,11 +110,11 @@ class World:
         those of `data.train_pairs`; the first completion of each is the chosen one, the second the rejected one.
         """
         tokenizer = load_tokenizer(locate_model_folder(self.build(self.base)))
-        rows = read_table(self.build(self.data) / "train.parquet")
-        tokens = [
-            tokenize_row(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], max_tokens=LIMIT) for row in rows
-        ]
-        completions_by_prompt = {tuple(prompt): completions for prompt, completions in tokens}
+        completions_by_prompt = {}
+        for row in read_table(self.build(self.data) / "train.parquet"):
+            sides = [row["chosen"], row["rejected"]]
+            prompt, completions = tokenize_row(tokenizer, row["prompt"], sides, max_tokens=LIMIT)
+            completions_by_prompt[tuple(prompt)] = completions
 
         def draw_from_data(
             sampler: LocalSampler, prompts: Sequence[list[int]], *, k: int, **_: Any
@@ -114,12 +134,12 @@ SHORT = {"max_completion_tokens": TINY_LIMIT, "warmup_steps": 0}
 HH = "\n\nHuman: {0}\n\nAssistant: {1}"
 
 
-class TinyWorld:
+class TinyWorld(CachedStages):
     """The stages of the embedded world on a model of two layers, and on few rows."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "cache", TINY_RUNTIME)
         self.folder, self.numbers = folder, count()
-        self.stage_cache = StageCache(folder / "cache", TINY_RUNTIME)
         tokenizer = build_world_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -149,20 +169,14 @@ class TinyWorld:
         """Rows that both formats read, and one whose chosen completion is empty."""
         rows = {"train": range(20), "test": range(20, 26), "more": range(26, 40)}
         for name, numbers in rows.items():
-            text = "".join(json.dumps(self._row(number)) + "\n" for number in numbers)
-            (self.folder / f"{name}.jsonl").write_text(text)
-        bad = {**self._row(99), "chosen": ""}
-        (self.folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (self._row(1), bad)))
-        shown = {"prompt": "Q?", "completion": "Shown."}
-        (self.folder / "shown.jsonl").write_text(json.dumps(shown) + "\n")
+            write_jsonl(self.folder / f"{name}.jsonl", map(self._row, numbers))
+        write_jsonl(self.folder / "bad.jsonl", [self._row(1), {**self._row(99), "chosen": ""}])
+        write_jsonl(self.folder / "shown.jsonl", [{"prompt": "Q?", "completion": "Shown."}])
 
     def _row(self, number: int) -> dict[str, str]:
         question = "Why" + number * " so" + "?"
         sides = {side: HH.format(question, f"{side} {number}") for side in ("chosen", "rejected")}
         return {"prompt": question, **sides}
-
-    def file(self, name: str) -> str:
-        return str(self.folder / f"{name}.jsonl")
 
     def sft(self, **settings: Any) -> Stage:
         common = {"base": self.base, "learning_rate": 0.01, "batch_size": 16, **SHORT, **settings}
@@ -194,8 +208,7 @@ class TinyWorld:
         return Evaluation(**{**read, "prompts": 8, "max_completion_tokens": TINY_LIMIT, **settings})
 
     def data(self, **settings: Any) -> Stage:
-        files = {} if settings.get("format") == "world" else {"format": "preference", "train": self.file("train")}
-        return Data(base=self.base, **{**files, **settings})
+        return Data(base=self.base, **{"format": "preference", "train": f"{self.folder}/train.jsonl", **settings})
 
     def model(self, **settings: Any) -> Stage:
         return Pretrained(**settings)
@@ -209,10 +222,4 @@ class TinyWorld:
 
     def run(self, stage: Stage, runtime: Runtime = TINY_RUNTIME) -> Path:
         """Compute a stage, though an equal one may be there; what is upstream is computed once."""
-        folders = {
-            name: self.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()
-        }
-        out = self.folder / "runs" / str(next(self.numbers))
-        out.mkdir(parents=True)
-        stage.compute(stage.locate_inputs(folders), Job(out, runtime))
-        return out
+        return self.compute(stage, self.folder / "runs" / str(next(self.numbers)), runtime)

@@ -70,12 +70,10 @@ def pair_completions(
     at = choose_compared_seed(results, arms, seed)
     first, second = (results.get_finished_by_seed(arm) for arm in arms)
     categories = _read_categories_by_prompt(first[at])
-    rows = [
-        Comparison(
-            number, a["prompt"], categories.get(make_prompt_key(a["prompt"])), (a["completion"], b["completion"])
-        )
-        for number, (a, b) in enumerate(zip(read_completions(first[at]), read_completions(second[at]), strict=True))
-    ]
+    rows: list[Comparison] = []
+    for a, b in zip(read_completions(first[at]), read_completions(second[at]), strict=True):
+        category = categories.get(make_prompt_key(a["prompt"]))
+        rows.append(Comparison(len(rows), a["prompt"], category, (a["completion"], b["completion"])))
     if prompt_count is not None and not 1 <= prompt_count <= len(rows):
         raise NotInRunError(f"--prompts: found {prompt_count}; expected 1 to {len(rows)}, the test prompts of this run")
     count = prompt_count or min(max_prompts or len(rows), len(rows))

@@ -40,34 +40,24 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     """
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
-    roots: list[tuple[str, dict[str, Stage]]] = [
-        (
-            f"{run.name} (seed {run.seed})",
-            {"": run.evaluation, **{f"trace {n}": one for n, one in enumerate(run.trace)}},
-        )
-        for run in list_arm_runs(recipe)
-    ]
-    roots += [
-        (f"gradients of {run.arm} on {run.part} (seed {run.seed})", {"": run.stage})
-        for run in list_gradient_runs(recipe)
-    ]
+    roots: dict[str, dict[str, Stage]] = {}
+    for run in list_arm_runs(recipe):
+        trace = {f"trace {n}": one for n, one in enumerate(run.trace)}
+        roots[f"{run.name} (seed {run.seed})"] = {"": run.evaluation, **trace}
+    for gradients in list_gradient_runs(recipe):
+        name = f"gradients of {gradients.arm} on {gradients.part} (seed {gradients.seed})"
+        roots[name] = {"": gradients.stage}
     needed = dict.fromkeys(
-        stage for _, stages in roots for root in stages.values() for stage in sort_topologically(root)
+        stage for stages in roots.values() for root in stages.values() for stage in sort_topologically(root)
     )
     for stage in needed:
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             require_context_length(stage, folder, needed)
-    return [
-        (
-            name,
-            [
-                line
-                for field, stage in stages.items()
-                for line in _list_stage_tree(stage, "", field, 0, stage_cache, seen)
-            ],
-        )
-        for name, stages in roots
-    ]
+    trees: dict[str, list[PlannedStage]] = {name: [] for name in roots}
+    for name, stages in roots.items():
+        for field, stage in stages.items():
+            trees[name] += _list_stage_tree(stage, "", field, 0, stage_cache, seen)
+    return list(trees.items())
 
 
 def require_context_length(base: Pretrained, base_folder: Path, stages: Iterable[Stage]) -> None:

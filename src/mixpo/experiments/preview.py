@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,9 @@ def _read_first_record(source: str, overrides: Sequence[str]) -> dict[str, objec
     """Read the first row of a file or of a Hub data set; an empty dictionary if there is none or it is unreadable."""
     if source.startswith("hub:"):
         dataset, data_dir = split_hub_name(source)
-        revision = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
-        records = read_hub_records(
-            dataset, split="train", data_dir=data_dir, revision=revision[-1] if revision else None
-        )
+        revisions = [word.partition("=")[2] for word in overrides if word.startswith("data.revision=")]
+        revision = revisions[-1] if revisions else None
+        records = read_hub_records(dataset, split="train", data_dir=data_dir, revision=revision)
     else:
         records = read_records(expand_home(source))
     _, record = next(records, (0, {}))
@@ -140,14 +140,8 @@ def make_data_preview(recipe: Recipe) -> DataPreview:
     figures = compute_data_statistics(settings, rows, split, tokenizer)
     examples = tokenize_first_rows(recipe, split.train, split.demonstrations, tokenizer)
     counts = _format_row_counts(rows, figures) | _describe_truncation(recipe, split, tokenizer)
-    return DataPreview(
-        examples,
-        _describe_special_tokens(examples, tokenizer),
-        counts,
-        describe_data_statistics(figures),
-        warnings,
-        rows.bad,
-    )
+    token_lines, facts = _describe_special_tokens(examples, tokenizer), describe_data_statistics(figures)
+    return DataPreview(examples, token_lines, counts, facts, warnings, rows.bad)
 
 
 def tokenize_first_rows(
@@ -173,9 +167,7 @@ def _tokenize_row_for_display(
     kind: str, prompt: Prompt, completions: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> TokenizedExample:
     """Tokenize a prompt and its completions (text by name) as training does, truncated to the maximum."""
-    prompt_tokens, completion_tokens = tokenize_row(
-        tokenizer, prompt, list(completions.values()), max_tokens=max_tokens
-    )
+    prompt_tokens, completion_tokens = tokenize_row(tokenizer, prompt, [*completions.values()], max_tokens=max_tokens)
     texts = [TokenPreview("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, preceding_ids=prompt_tokens)
@@ -193,9 +185,7 @@ def split_into_pieces(
     pieces, start = [], first
     for end in range(first + 1, len(whole) + 1):
         if whole[end - 1] in control:
-            pieces.append(
-                TokenPiece(escape_invisible(str(tokenizer.convert_ids_to_tokens(whole[end - 1]))), control=True)
-            )
+            pieces.append(TokenPiece(_format_token(tokenizer, whole[end - 1]), control=True))
             start = end
             continue
         text = _decode_added_text(tokenizer, whole[max(0, start - CONTEXT_TOKENS) : start], whole[start:end])
@@ -208,13 +198,9 @@ def split_into_pieces(
 
 def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context_ids: list[int], token_ids: list[int]) -> str:
     """Decode token ids as the text that they add after the text of the context's token ids."""
-    with_context, alone = (
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for ids in ([*context_ids, *token_ids], context_ids)
-    )
-    if with_context.startswith(alone):
-        return str(with_context[len(alone) :])
-    return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    with_context, alone = decode([*context_ids, *token_ids]), decode(context_ids)
+    return str(with_context[len(alone) :] if with_context.startswith(alone) else decode(token_ids))
 
 
 def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -265,30 +251,26 @@ def _describe_truncation(recipe: Recipe, split_rows: SplitRows, tokenizer: PreTr
     lines = {}
     if pairs := draw_subset(split_rows.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens
-        completions = [
-            tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], max_tokens=limit)[1] for row in pairs
-        ]
-        truncated = sum(tokens[-1] != end for pair in completions for tokens in pair)
+        tokens = [tokenize_row(tokenizer, row.prompt, [row.chosen, row.rejected], max_tokens=limit)[1] for row in pairs]
+        truncated = sum(side[-1] != end for sides in tokens for side in sides)
         lines["truncated"] = (
             f"{truncated:,} of {2 * len(pairs):,} completions are longer than max_completion_tokens {limit}"
         )
-        identical = sum(chosen == rejected for chosen, rejected in completions)
+        identical = sum(chosen == rejected for chosen, rejected in tokens)
         lines["identical after truncation"] = f"{identical:,} of {len(pairs):,} pairs"
     if demonstrations := draw_subset(split_rows.demonstrations, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.sft.max_completion_tokens
-        tokens = [
-            tokenize_row(tokenizer, row.prompt, [row.completion], max_tokens=limit)[1][0] for row in demonstrations
-        ]
-        truncated = sum(completion[-1] != end for completion in tokens)
+        tokens = [tokenize_row(tokenizer, row.prompt, [row.completion], max_tokens=limit)[1] for row in demonstrations]
+        truncated = sum(completion[-1] != end for (completion,) in tokens)
         lines["truncated demonstrations"] = (
             f"{truncated:,} of {len(demonstrations):,} are longer than max_completion_tokens {limit}"
         )
     return lines
 
 
-def describe_training_data(recipe: Recipe, data_folder: Path, locate_model_folder: Path) -> list[str]:
+def describe_training_data(recipe: Recipe, data_folder: Path, model_folder: Path) -> list[str]:
     """Return four lines on the data of a run: numbers of rows, and the first pair in the model's tokens."""
-    tokenizer = load_tokenizer(locate_model_folder)
+    tokenizer = load_tokenizer(model_folder)
     row = read_table(data_folder / "train.parquet", ["prompt", "chosen", "rejected"])[0]
     example = tokenize_first_rows(recipe, [Preference(**row)], [], tokenizer)[0]
     figures = read_stage_summary(data_folder)

@@ -14,6 +14,7 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.run import ArmResult, GradientsResult, require_run_format
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage_cache import read_stage_summary
+from mixpo.training.record import read_metrics
 
 MEASURES = {"score": "reward", "true_reward": "true r*", "second_score": "second reward"}
 """Measures of a completion: column of an evaluation, and name in the report."""
@@ -108,11 +109,8 @@ class Results:
 
     def have_column(self, arm_names: Sequence[str], column: str) -> bool:
         """Return True if every evaluation of these finished arms has this column."""
-        return all(
-            column in read_columns(arm.evaluation)
-            for name in arm_names
-            for arm in self.get_finished_by_seed(name).values()
-        )
+        finished = [arm for name in arm_names for arm in self.get_finished_by_seed(name).values()]
+        return all(column in read_columns(arm.evaluation) for arm in finished)
 
     def get_column(
         self, arm: str, column: str, seeds: Sequence[int] | None = None
@@ -127,11 +125,8 @@ class Results:
 
     def list_run_seeds(self, *arm_names: str) -> list[int]:
         """List the seeds at which all these arms were run, finished or failed."""
-        return [
-            seed
-            for seed in self.seeds
-            if all(any(arm.seed == seed for arm in self.list_arm_results(name)) for name in arm_names)
-        ]
+        run_seeds = [{arm.seed for arm in self.list_arm_results(name)} for name in arm_names]
+        return [seed for seed in self.seeds if all(seed in seeds for seeds in run_seeds)]
 
     def list_comparable_seeds(self, column: str, *arm_names: str) -> list[int]:
         """List the seeds at which arms can be compared by a column: all finished, and the same model scored them.
@@ -178,8 +173,10 @@ class Results:
                         label = ", ".join([*parts, "second"] if key in second else parts)
                         plain = not arm.changes and key not in second
                         stages[key] = StageResult(key, Path(place), label, plain, [], [], run)
-                    _append_if_absent(stages[key].arms, arm.name)
-                    _append_if_absent(stages[key].seeds, arm.seed)
+                    if arm.name not in stages[key].arms:
+                        stages[key].arms.append(arm.name)
+                    if arm.seed not in stages[key].seeds:
+                        stages[key].seeds.append(arm.seed)
         return list(stages.values())
 
     def list_stages_of_kind(self, stage_kind: str) -> list[StageResult]:
@@ -201,19 +198,12 @@ def format_first_names(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
-def _append_if_absent(items: list[Any], item: Any) -> None:
-    """Append an item to a list, in place, unless the list has it."""
-    if item not in items:
-        items.append(item)
-
-
 def load_runs(*run_folders: Path) -> Results:
     """Load finished runs as one `Results`. Raises `InputError` on unfinished runs or different test prompts."""
-    duplicate = next(
-        (folder for folder in run_folders if sum(one.resolve() == folder.resolve() for one in run_folders) > 1), None
-    )
-    if duplicate is not None:
-        raise InputError(f"{duplicate}: found this run twice; expected different ones")
+    places = [folder.resolve() for folder in run_folders]
+    for folder in run_folders:
+        if places.count(folder.resolve()) > 1:
+            raise InputError(f"{folder}: found this run twice; expected different ones")
     runs = [_load_run(folder) for folder in run_folders]
     _require_same_prompts(runs)
     if len(runs) == 1:
@@ -297,7 +287,6 @@ def read_columns(folder: str | None) -> dict[str, Float64[np.ndarray, " prompts"
     return columns
 
 
-def read_stage_metrics(stage_folder: Path) -> list[dict[str, Any]]:
+def read_stage_metrics(stage_folder: Path) -> list[dict[str, float]]:
     """Read the metrics that a training stage logged, a dictionary a step; empty if it logged none."""
-    file = stage_folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()] if file.exists() else []
+    return read_metrics(stage_folder)

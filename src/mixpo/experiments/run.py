@@ -139,13 +139,9 @@ def _compute_stages(
         """Show the rows of a data stage, check the context of a base model, and free the stages that wait for it."""
         if isinstance(stage, Data) and stage not in failures:
             folder = stage_cache.locate_folder(stage)
-            facts = (
-                describe_data_statistics(read_stage_summary(folder)) if cached else []
-            )  # a computed stage has shown its own
-            for line in [
-                *facts,
-                *describe_training_data(recipe, folder, locate_model_folder(stage_cache.locate_folder(stage.base))),
-            ]:
+            base_model = locate_model_folder(stage_cache.locate_folder(stage.base))
+            lines = describe_data_statistics(read_stage_summary(folder)) if cached else []  # else it has shown them
+            for line in [*lines, *describe_training_data(recipe, folder, base_model)]:
                 display.on_message(line)
         if isinstance(stage, Pretrained) and stage not in failures:
             require_context_length(stage, locate_model_folder(stage_cache.locate_folder(stage)), arms_by_stage)
@@ -225,16 +221,14 @@ def _build_arm_result(
             name: keys[inputs[name]] for name in ("reward", "second", "chooser") if inputs.get(name) in keys
         },
     )
-    if arm_run.evaluation in failures:
-        failure = failures[arm_run.evaluation]
+    if failure := failures.get(arm_run.evaluation):
         return replace(result, status="failed", reason=failure.reason, bad_input=failure.bad_input)
     trace_failures = [failures[stage].reason for stage in arm_run.trace if stage in failures]
     model = None
     if arm_run.evaluation.best_of == 1 and isinstance(arm_run.evaluation.policy, Stage):
         link = models_folder / _format_model_link_name(arm_run)
-        link.symlink_to(
-            locate_model_folder(stage_cache.locate_folder(arm_run.evaluation.policy)), target_is_directory=True
-        )
+        target = locate_model_folder(stage_cache.locate_folder(arm_run.evaluation.policy))
+        link.symlink_to(target, target_is_directory=True)
         model = str(link)
     return replace(
         result,
@@ -249,9 +243,9 @@ def _build_gradients_result(
     run: GradientsRun, stage_cache: StageCache, failures: Mapping[Stage, StageFailure]
 ) -> GradientsResult:
     """Build the result of a gradient measurement whose stage is computed or failed."""
-    failure = failures.get(run.stage)
-    folder = None if failure else str(stage_cache.locate_folder(run.stage))
-    return GradientsResult(run.arm, run.part, run.seed, folder, failure.reason if failure else None)
+    if failure := failures.get(run.stage):
+        return GradientsResult(run.arm, run.part, run.seed, None, failure.reason)
+    return GradientsResult(run.arm, run.part, run.seed, str(stage_cache.locate_folder(run.stage)))
 
 
 def _format_model_link_name(arm_run: ArmRun) -> str:

@@ -139,9 +139,7 @@ def fill_in_world_row_counts(settings: DataSettings) -> DataSettings:
     """A copy of the settings with the world's default row counts filled in; other formats: the settings themselves."""
     if settings.format != "world":
         return settings
-    return settings.model_copy(
-        update={name: getattr(settings, name) or rows for name, rows in WORLD_ROWS.items()},
-    )
+    return settings.model_copy(update={name: getattr(settings, name) or rows for name, rows in WORLD_ROWS.items()})
 
 
 def read_source_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> SourceRows:
@@ -162,9 +160,8 @@ def read_source_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase)
     check = _make_prompt_check(settings, tokenizer)
     for part, split in (("train", "train"), ("test", "test"), ("second", "train")):
         for name in getattr(settings, part) if part != "second" or settings.second_rows else ():
-            rows.preferences[part] += rows.add_source(
-                "preferences", _read_preference_source(settings, name, split, check)
-            )
+            parsed = _read_preference_source(settings, name, split, check)
+            rows.preferences[part] += rows.add_source("preferences", parsed)
     for name in settings.demonstrations:
         rows.demonstrations += rows.add_source("demonstrations", _read_demonstration_source(settings, name, check))
     return rows
@@ -178,20 +175,14 @@ def _make_prompt_check(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
         """Raise `RowError` if this prompt cannot be used."""
         kinds.append(type(prompt))
         if kinds[-1] is not kinds[0]:
-            raise RowError(
-                "prompt", f"is {describe_type(prompt)}, the first row's is not; expected one kind; {FIX_HINT}"
-            )
-        length = len(tokenize_prompt(tokenizer, prompt))
-        if not length:
-            raise RowError(
-                "prompt", f"has no tokens; expected at least one, to predict the first token from; {FIX_HINT}"
-            )
-        if length > settings.max_prompt_tokens:
-            raise RowError(
-                "prompt",
-                f"has {length} tokens; expected at most {settings.max_prompt_tokens}; drop the row or raise "
-                "data.max_prompt_tokens",
-            )
+            problem = f"is {describe_type(prompt)}, the first row's is not; expected one kind; {FIX_HINT}"
+        elif not (length := len(tokenize_prompt(tokenizer, prompt))):
+            problem = f"has no tokens; expected at least one, to predict the first token from; {FIX_HINT}"
+        elif length > (most := settings.max_prompt_tokens):
+            problem = f"has {length} tokens; expected at most {most}; drop the row or raise data.max_prompt_tokens"
+        else:
+            return
+        raise RowError("prompt", problem)
 
     return check_prompt
 
@@ -299,9 +290,8 @@ def compute_data_statistics(
     settings: DataSettings, rows: SourceRows, split: SplitRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Counts of rows, duplicates, contradictions, shared prompts, and the tokenizer's warnings, as `summary.json`."""
-    trained = {make_prompt_key(row.prompt) for row in split.train} | {
-        make_prompt_key(row.prompt) for row in split.demonstrations
-    }
+    trained_rows: list[Preference | Demonstration] = [*split.train, *split.demonstrations]
+    trained = {make_prompt_key(row.prompt) for row in trained_rows}
     tested = {make_prompt_key(row.prompt) for row in split.test}
     pairs = [*split.train, *split.test, *split.second]
     shown = split.demonstrations if rows.demonstrations else []  # others are made of train
@@ -352,14 +342,13 @@ def describe_data_statistics(statistics: Mapping[str, Any]) -> list[str]:
     ignored = [name for columns in statistics["columns"].values() for name in columns["ignored"]]
     if any(name.rpartition(".")[2] in ("tools", "tool_calls", "tool_call_id") for name in ignored):
         lines.append("tools and tool calls are ignored: mixpo renders the text of messages and nothing else")
-    for part, count in statistics["duplicate_rows"].items():
-        if count:
-            lines.append(f"{part}: {count} of {statistics[f'{part}_rows']} rows stand there already, word for word")
-    for part, count in statistics["contradictory_rows"].items():
-        if count:
-            lines.append(
-                f"{part}: {count} of {statistics[f'{part}_rows']} rows contradict another, which prefers the other side"
-            )
+    for name, problem in (
+        ("duplicate_rows", "stand there already, word for word"),
+        ("contradictory_rows", "contradict another, which prefers the other side"),
+    ):
+        for part, count in statistics[name].items():
+            if count:
+                lines.append(f"{part}: {count} of {statistics[f'{part}_rows']} rows {problem}")
     if statistics["shared_prompts"]:
         lines.append(
             f"{statistics['shared_prompts']} of {statistics['test_prompts']} test prompts are trained on too; "
@@ -401,14 +390,12 @@ class Data(DataStage, DataSettings):
             raise InputError(f"data.train: found nothing; format {settings.format!r} expects a file or hub:NAME")
         groups = [settings.train, settings.test, settings.demonstrations]
         groups += [settings.second] if settings.second and settings.second_rows else []
-        digests = [
-            [
-                name if name.startswith("hub:") else compute_source_identity(expand_home(name), settings.format)
-                for name in group
-            ]
+        sources = {
+            name: name if name.startswith("hub:") else compute_source_identity(expand_home(name), settings.format)
             for group in groups
-        ]
-        return {**values, "content": " | ".join(" ".join(group) for group in digests)}
+            for name in group
+        }
+        return {**values, "content": " | ".join(" ".join(sources[name] for name in group) for group in groups)}
 
     @pydantic.model_validator(mode="after")
     def _check_special_tokens(self) -> Self:

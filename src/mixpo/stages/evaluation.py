@@ -1,9 +1,10 @@
 """Evaluation: completions of a policy on held-out prompts, with their scores and their KL from SFT."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -19,13 +20,7 @@ from mixpo.models.adapters import freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
 from mixpo.stages.rows import read_unique_prompts, write_table
-from mixpo.stages.stage import (
-    DataStage,
-    PolicyStage,
-    RewardStage,
-    Snapshot,
-    Stage,
-)
+from mixpo.stages.stage import DataStage, PolicyStage, RewardStage, Snapshot, Stage
 from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import SeededSettings
@@ -81,13 +76,11 @@ class Evaluation(Stage, EvaluationSettings):
 
         chooser = input_paths.get("chooser", input_paths["reward"]) if self.best_of > 1 else input_paths["reward"]
         chooser_scores = compute_reward_scores("chooser", chooser)
-        best = chooser_scores.argmax(dim=1, keepdim=True)
-        completions = [[branches[index]] for branches, index in zip(completions, best[:, 0].tolist(), strict=True)]
-        same = chooser == input_paths["reward"]
-        scores = (chooser_scores.gather(1, best) if same else compute_reward_scores("reward", input_paths["reward"]))[
-            :, 0
-        ]
-        second = compute_reward_scores("second", input_paths["second"])[:, 0] if self.second is not None else None
+        best = chooser_scores.argmax(dim=1).tolist()
+        completions = [[branches[index]] for branches, index in zip(completions, best, strict=True)]
+        scores = chooser_scores.amax(dim=1)
+        if chooser != input_paths["reward"]:
+            scores = compute_reward_scores("reward", input_paths["reward"])[:, 0]
         if from_sft:
             kl = torch.full((len(prompts),), kl_bound_of_best_of_n(self.best_of))
         else:
@@ -103,27 +96,23 @@ class Evaluation(Stage, EvaluationSettings):
             "tokens": [float(len(branches[0])) for branches in completions],
             "ended": [float(lm.has_ended(branches[0])) for branches in completions],
         }
-        if second is not None:
-            columns["second_score"] = second.double().tolist()
+        if self.second is not None:
+            second_scores = compute_reward_scores("second", input_paths["second"])
+            columns["second_score"] = second_scores[:, 0].double().tolist()
         if _is_world_data(input_paths["data"]):
             columns["true_reward"] = [
                 true_reward(_get_last_message(prompt), text) for prompt, text in zip(unique_prompts, texts, strict=True)
             ]
-        write_table(
-            job.out / "completions.parquet",
-            [
-                {"prompt": prompt, "completion": text, **{name: column[row] for name, column in columns.items()}}
-                for row, (prompt, text) in enumerate(zip(unique_prompts, texts, strict=True))
-            ],
-        )
+        table: dict[str, Sequence[Any]] = {"prompt": unique_prompts, "completion": texts, **columns}
+        rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        write_table(job.out / "completions.parquet", rows)
         figures = {}
         for name, column in columns.items():
             values: Float64[np.ndarray, " prompts"] = np.array(column, dtype=np.float64)
-            share = name == "ended"
-            interval = (
-                wilson_interval(values.sum(), values.size) if share else compute_crossed_mean_interval(values[None])
-            )
-            figures[name] = asdict(interval)
+            if name == "ended":
+                figures[name] = asdict(wilson_interval(values.sum(), values.size))
+            else:
+                figures[name] = asdict(compute_crossed_mean_interval(values[None]))
         job.finish_stage(prompts=len(prompts), distinct=len(set(texts)) / len(texts), **figures)
 
 

@@ -48,10 +48,8 @@ class Gradients(Stage):
 
     def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
         """Compute the gradients of a DPO model on each pair and write `gradients.parquet`."""
-        lm, reference = (
-            job.load_policy(input_paths["policy"]),
-            freeze_model(job.load_policy(input_paths["reference"])),
-        )
+        lm = job.load_policy(input_paths["policy"])
+        reference = freeze_model(job.load_policy(input_paths["reference"]))
         pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         selected = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
@@ -60,15 +58,14 @@ class Gradients(Stage):
             "reference", compute_sequence_logprobs, reference, prompts, completions
         )
 
-        def measure_gradients(row: int) -> dict[str, float]:
-            """The columns of one pair's row in `gradients.parquet`, by name."""
-            (chosen, rejected), (chosen_gradient, rejected_gradient) = _compute_gradients(
-                lm, prompts[row], completions[row]
-            )
+        def measure_gradients(rows: list[int]) -> list[dict[str, float]]:
+            """The row in `gradients.parquet`, as columns by name, of the one pair in a portion."""
+            (row,) = rows
+            logprobs, (chosen_gradient, rejected_gradient) = _compute_gradients(lm, prompts[row], completions[row])
             job.cost.count_trained_tokens(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
-            log_x = torch.tensor([chosen, rejected], dtype=torch.float64) - reference_logprobs[row]
+            log_x = torch.tensor(logprobs, dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
-            return {
+            columns = {
                 "log_x_chosen": float(log_x[0]),
                 "log_x_rejected": float(log_x[1]),
                 "by_chosen": by_chosen,
@@ -77,12 +74,10 @@ class Gradients(Stage):
                 "rejected_rejected": float(rejected_gradient @ rejected_gradient),
                 "chosen_rejected": float(chosen_gradient @ rejected_gradient),
             }
+            return [columns]
 
-        single = [[row] for row in range(len(prompts))]
-        advance = make_progress_reporter(len(prompts))
-        rows = resumable.compute_rows(
-            "pairs", single, lambda rows: [measure_gradients(row) for row in rows], report_finished=advance
-        )
+        single, advance = [[row] for row in range(len(prompts))], make_progress_reporter(len(prompts))
+        rows = resumable.compute_rows("pairs", single, measure_gradients, report_finished=advance)
         write_table(job.out / "gradients.parquet", rows)
         job.finish_stage(pairs=len(rows))
 

@@ -5,8 +5,9 @@ An iteration is `PPOTraining.roll_out` (sample, score, shape rewards, compute ad
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pydantic
@@ -26,7 +27,7 @@ from mixpo.algorithms.ppo import (
     shaped_rewards,
     value_loss,
 )
-from mixpo.data.branches import BranchBatch, count_tokens_per_prompt, pack_branches, split_into_microbatches
+from mixpo.data.branches import BranchBatch
 from mixpo.data.rows import Prompt
 from mixpo.models.adapters import add_lora
 from mixpo.models.digests import compute_model_digest
@@ -49,9 +50,14 @@ from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import Job, locate_model_folder
 from mixpo.training.record import MetricsLog, append_jsonl, delete_lines_from_step
-from mixpo.training.step import Diverged, Sums, compute_learning_rate, take_optimizer_step
-
-Loss = Callable[[tuple[BranchBatch, list[int]]], tuple[Tensor, Sums]]
+from mixpo.training.step import (
+    Diverged,
+    Sums,
+    compute_learning_rate,
+    iterate_microbatches,
+    select_batch_rows,
+    take_optimizer_step,
+)
 
 
 class PPO(PolicyStage, PPOSettings):
@@ -91,7 +97,7 @@ class PPO(PolicyStage, PPOSettings):
         last_good_weights = weights.copy_to_cpu()
 
         for step in range(first_step, total):
-            rows = training.select_prompt_rows(step)
+            rows = select_batch_rows(step, len(prompts), batch_size=self.batch_size, seed=self.seed)
             try:
                 rollout, metrics = training.roll_out(step, rows)
                 check_kl_limits(self, metrics, iteration=step, starts_at_reference=digests[0] == digests[1])
@@ -156,17 +162,8 @@ class PPOTraining:
         self.job, self.settings, self.models, self.frozen = job, settings, models, frozen
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.sampler, self.cost = job.runtime.make_sampler(), job.cost
-        self.steps_per_epoch = -(-len(prompts) // settings.batch_size)
-        self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.total_steps = max(1, round(settings.epochs * -(-len(prompts) // settings.batch_size)))
         self.updates_before = count_updates_before_iterations(settings, len(prompts), self.total_steps)
-
-    def select_prompt_rows(self, iteration: int) -> list[int]:
-        """Indices of an iteration's prompts; each epoch has its own order, a function of the seed and the epoch."""
-        epoch, place = divmod(iteration, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.prompts), generator=generator)
-        rows: list[int] = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size].tolist()
-        return rows
 
     @torch.no_grad()
     def roll_out(self, iteration: int, prompt_indices: Sequence[int]) -> tuple[Rollout, dict[str, float]]:
@@ -259,13 +256,18 @@ class PPOTraining:
             order: list[int] = torch.randperm(count, generator=generator).tolist()
             for first in range(0, count, minibatch_size):
                 rows = order[first : first + minibatch_size]
-                number = self.updates_before[iteration] + len(updates)
+                take_step = partial(
+                    self._take_optimizer_step, rollout, rows, self.updates_before[iteration] + len(updates)
+                )
                 metrics: dict[str, float] = {}
-                if models.value_optimizer is not None:
-                    value_metrics = self._update_value(rollout, rows, number)
+                if models.value is not None and models.value_optimizer is not None:
+                    value_metrics = take_step(
+                        models.value, models.value_optimizer, self._compute_value_loss, settings.value_learning_rate
+                    )
                     metrics |= {f"value_{name}": value for name, value in value_metrics.items()}
                 if not value_only or models.shares_network:
-                    metrics |= self._update_policy(rollout, rows, number, value_only=value_only)
+                    compute_loss = partial(self._compute_policy_loss, value_only=value_only)
+                    metrics |= take_step(models.policy, models.policy_optimizer, compute_loss, settings.learning_rate)
                 updates.append(metrics)
         names = {name for metrics in updates for name in metrics}
         means = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in sorted(names)}
@@ -281,67 +283,46 @@ class PPOTraining:
                 models.kl_error_sum, metrics["kl_from_sft"], budget=settings.kl_budget
             )
 
-    def _update_policy(
-        self, rollout: Rollout, prompt_indices: Sequence[int], update_number: int, *, value_only: bool
-    ) -> dict[str, float]:
-        """Take one step on the policy loss; on a network shared with the value, plus the value loss, or that alone."""
+    def _compute_policy_loss(
+        self, rollout: Rollout, batch: BranchBatch, prompt_indices: list[int], *, value_only: bool
+    ) -> tuple[Tensor, Sums]:
+        """Summed policy loss of a microbatch, with its metrics' sums; on a network shared with the value, plus the
+        value loss, or that alone."""
         settings, policy, shares_network = self.settings, self.models.policy, self.models.shares_network
+        count_tokens = self.cost.count_scored_tokens if value_only else self.cost.count_trained_tokens
+        count_tokens(policy.model, batch.token_count)
+        if shares_network:
+            logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
+        else:
+            logprobs, entropies = policy(batch, "logprobs", "entropies")
+        mask, number = batch.mask, batch.mask.sum()
+        old_logprobs = _select_prompt_values(rollout.completions.logprobs, prompt_indices, mask)
+        advantages = _select_prompt_values(rollout.advantages, prompt_indices, mask)
+        summed = (policy_loss(logprobs, old_logprobs, advantages, clip=settings.clip) * mask).sum()
+        with torch.no_grad():
+            clipped = clip_fraction(logprobs, old_logprobs, advantages, mask, clip=settings.clip)
+            metrics = {
+                "policy_loss": (summed.detach(), number),
+                "entropy": (entropies.sum(), number),
+                "approx_kl": ((kl_k3(old_logprobs, logprobs) * mask).sum(), number),
+                "ratio": (((logprobs - old_logprobs).exp() * mask).sum(), number),
+                "clip_fraction": (clipped * number, number),
+            }
+        if shares_network:
+            summed_value = self._sum_value_loss(values, rollout, prompt_indices, mask)
+            metrics["value_loss"] = (summed_value.detach(), number)
+            summed_value = settings.shared_value_coef * summed_value
+            summed = summed_value if value_only else summed + summed_value
+        return summed, metrics
 
-        def compute_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
-            """Summed policy loss (and value loss) of a microbatch, and the sums of its metrics."""
-            batch, selected = microbatch
-            (self.cost.count_scored_tokens if value_only else self.cost.count_trained_tokens)(
-                policy.model, batch.token_count
-            )
-            if shares_network:
-                logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
-            else:
-                logprobs, entropies = policy(batch, "logprobs", "entropies")
-            mask, update_number = batch.mask, batch.mask.sum()
-            old_logprobs = _select_prompt_values(rollout.completions.logprobs, selected, mask)
-            advantages = _select_prompt_values(rollout.advantages, selected, mask)
-            summed = (policy_loss(logprobs, old_logprobs, advantages, clip=settings.clip) * mask).sum()
-            with torch.no_grad():
-                clipped = clip_fraction(logprobs, old_logprobs, advantages, mask, clip=settings.clip)
-                metrics = {
-                    "policy_loss": (summed.detach(), update_number),
-                    "entropy": (entropies.sum(), update_number),
-                    "approx_kl": ((kl_k3(old_logprobs, logprobs) * mask).sum(), update_number),
-                    "ratio": (((logprobs - old_logprobs).exp() * mask).sum(), update_number),
-                    "clip_fraction": (clipped * update_number, update_number),
-                }
-            if shares_network:
-                summed_value = self._sum_value_loss(values, rollout, selected, mask)
-                metrics["value_loss"] = (summed_value.detach(), update_number)
-                summed_value = settings.shared_value_coef * summed_value
-                summed = summed_value if value_only else summed + summed_value
-            return summed, metrics
-
-        return self._take_optimizer_step(
-            policy,
-            self.models.policy_optimizer,
-            rollout,
-            prompt_indices,
-            compute_loss,
-            update_number,
-            settings.learning_rate,
-        )
-
-    def _update_value(self, rollout: Rollout, prompt_indices: Sequence[int], update_number: int) -> dict[str, float]:
-        """Take one optimizer step of the separate value model; returns its metrics."""
-        value, optimizer = self.models.value, self.models.value_optimizer
+    def _compute_value_loss(
+        self, rollout: Rollout, batch: BranchBatch, prompt_indices: list[int]
+    ) -> tuple[Tensor, Sums]:
+        """Summed value loss of a microbatch under the separate value model, without metrics."""
+        value = self.models.value
         assert value is not None
-        assert optimizer is not None
-
-        def compute_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
-            """Summed value loss of a microbatch, without metrics."""
-            batch, selected = microbatch
-            self.cost.count_trained_tokens(value.model, batch.token_count)
-            return self._sum_value_loss(value(batch, "values"), rollout, selected, batch.mask), {}
-
-        return self._take_optimizer_step(
-            value, optimizer, rollout, prompt_indices, compute_loss, update_number, self.settings.value_learning_rate
-        )
+        self.cost.count_trained_tokens(value.model, batch.token_count)
+        return self._sum_value_loss(value(batch, "values"), rollout, prompt_indices, batch.mask), {}
 
     def _sum_value_loss(
         self, values: Tensor, rollout: Rollout, prompt_indices: list[int], mask: Bool[Tensor, "prompts k tokens"]
@@ -349,27 +330,26 @@ class PPOTraining:
         """Sum of the clipped value loss over the tokens of a microbatch."""
         assert rollout.values is not None
         assert rollout.returns is not None
-        old_values, returns = (
-            _select_prompt_values(x, prompt_indices, mask) for x in (rollout.values, rollout.returns)
-        )
+        old_values = _select_prompt_values(rollout.values, prompt_indices, mask)
+        returns = _select_prompt_values(rollout.returns, prompt_indices, mask)
         return (value_loss(values, old_values, returns, clip=self.settings.value_clip) * mask).sum()
 
     def _take_optimizer_step(
         self,
-        lm: LanguageModel,
-        optimizer: torch.optim.Optimizer,
         rollout: Rollout,
         prompt_indices: Sequence[int],
-        compute_loss: Loss,
         update_number: int,
+        lm: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        compute_loss: Callable[[Rollout, BranchBatch, list[int]], tuple[Tensor, Sums]],
         peak_rate: float,
     ) -> dict[str, float]:
         """Take one optimizer step on the mean loss a token of some prompts; returns the mean metrics."""
         lm.train()
         return take_optimizer_step(
             optimizer,
-            self._iterate_microbatches(lm, rollout, self.job.processes.select_own_rows(prompt_indices)),
-            compute_loss,
+            iterate_microbatches(self.job, lm, rollout.prompts, rollout.completions, prompt_indices),
+            lambda microbatch: compute_loss(rollout, *microbatch),
             loss_divisor=int(rollout.completions.mask[list(prompt_indices)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
             learning_rate=compute_learning_rate(
@@ -377,18 +357,6 @@ class PPOTraining:
             ),
             processes=self.job.processes,
         )
-
-    def _iterate_microbatches(
-        self, lm: LanguageModel, rollout: Rollout, prompt_indices: Sequence[int]
-    ) -> Iterator[tuple[BranchBatch, list[int]]]:
-        """Yield (branch batch, indices of its prompts) of these prompts of a rollout, on the model's device."""
-        lengths = count_tokens_per_prompt(rollout.prompts, rollout.completions)
-        for part in split_into_microbatches(
-            [lengths[row] for row in prompt_indices], self.job.runtime.microbatch_tokens
-        ):
-            selected = [prompt_indices[index] for index in part]
-            batch = pack_branches(rollout.prompts, rollout.completions, selected, share_prompt=lm.shares_prompts)
-            yield batch.to(lm.device), selected
 
 
 def _select_prompt_values(values: Tensor, prompt_indices: list[int], mask: Tensor) -> Tensor:

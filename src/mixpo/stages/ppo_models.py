@@ -49,10 +49,8 @@ class ActorCritic:
 
     def collect_checkpoint_parts(self) -> dict[str, Stateful]:
         """The trained weights and optimizers that a checkpoint saves, by name."""
-        parts: dict[str, Stateful] = {
-            "policy": TrainableWeights(self.policy),
-            "policy_optimizer": self.policy_optimizer,
-        }
+        weights = TrainableWeights(self.policy)
+        parts: dict[str, Stateful] = {"policy": weights, "policy_optimizer": self.policy_optimizer}
         if self.value is not None and self.value_optimizer is not None:
             parts |= {"value": TrainableWeights(self.value), "value_optimizer": self.value_optimizer}
         return parts
@@ -63,9 +61,8 @@ def load_frozen_models(
 ) -> FrozenModels:
     """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ."""
     reference = sft = freeze_model(job.load_policy(input_paths["reference"], settings.precision))
-    if compute_model_digest(locate_model_folder(input_paths["reference"])) != compute_model_digest(
-        locate_model_folder(input_paths["sft"])
-    ):
+    folders = (locate_model_folder(input_paths[name]) for name in ("reference", "sft"))
+    if len(set(map(compute_model_digest, folders))) == 2:
         sft = freeze_model(job.load_policy(input_paths["sft"], settings.precision))
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:

@@ -118,11 +118,9 @@ class PPOSettings(OptimizerSettings):
 
 def count_updates_before_iterations(settings: PPOSettings, prompt_count: int, iteration_count: int) -> list[int]:
     """Numbers of optimizer steps before each iteration, and as the last entry that of all iterations."""
-    per_epoch = -(-prompt_count // settings.batch_size)
-    counts = [
-        min(settings.batch_size, prompt_count - step % per_epoch * settings.batch_size)
-        for step in range(iteration_count)
-    ]
+    size = settings.batch_size
+    per_epoch = -(-prompt_count // size)
+    counts = [min(size, prompt_count - step % per_epoch * size) for step in range(iteration_count)]
     minibatches = [-(-count // -(-count // settings.minibatches)) for count in counts]
     return list(accumulate((settings.epochs_per_batch * number for number in minibatches), initial=0))
 

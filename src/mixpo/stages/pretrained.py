@@ -51,13 +51,8 @@ class PretrainedSettings(Settings):
     @pydantic.field_validator("template_arguments", mode="before")
     @classmethod
     def _sort_arguments(cls, value: Any) -> Any:
-        """Validator: a mapping of template arguments becomes sorted pairs."""
-        return _sort_template_arguments(value)
-
-
-def _sort_template_arguments(arguments: Any) -> Any:
-    """A mapping of template arguments as sorted pairs, which can be hashed; pairs are returned unchanged."""
-    return tuple(sorted(arguments.items())) if isinstance(arguments, Mapping) else arguments
+        """Validator: a mapping of template arguments becomes sorted pairs, which can be hashed."""
+        return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
 class Pretrained(PolicyStage, PretrainedSettings):
@@ -85,11 +80,9 @@ class Pretrained(PolicyStage, PretrainedSettings):
         if local.is_dir():
             with explain_loading_errors(local):
                 digest = compute_model_digest(local)
+            names = ("chat_template", "template_arguments")
             _check_folder_once(
-                local,
-                digest,
-                values.get("chat_template"),
-                _sort_template_arguments(values.get("template_arguments") or ()),
+                local, digest, PretrainedSettings(**{name: values[name] for name in names if name in values})
             )
             return {**values, "content": digest}
         if path.startswith((".", "/", "~")) or path.count("/") > 1 or local.is_file():
@@ -128,7 +121,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         tokenizer = load_tokenizer(model_folder)
         parse = self.special_tokens == "parse"
         if self.chat_template is not None or self.template_arguments or parse != parses_special_tokens(tokenizer):
-            _set_chat_template(tokenizer, self.chat_template, self.template_arguments)
+            _set_chat_template(tokenizer, self)
             tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = self.special_tokens
             tokenizer.save_pretrained(model_folder)
 
@@ -143,9 +136,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         if self.local_folder is not None:
             if self.dtype == "auto":
                 return None, load_tokenizer(local_path)
-            return load_weights(
-                _read_with_template(local_path, self.chat_template, self.template_arguments)
-            ), load_tokenizer(local_path)
+            return load_weights(_read_with_template(local_path, self)), load_tokenizer(local_path)
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             progress_listener.get().on_message(
@@ -165,36 +156,32 @@ def read_pretrained_tokenizer(settings: PretrainedSettings, special_tokens: str 
     else:
         local = expand_home(path)
         tokenizer = load_tokenizer(local if local.is_dir() else path, settings.revision)
-    _set_chat_template(tokenizer, settings.chat_template, settings.template_arguments)
+    _set_chat_template(tokenizer, settings)
     tokenizer.init_kwargs[SPECIAL_TOKENS_KEY] = special_tokens
     return tokenizer
 
 
 @lru_cache
-def _check_folder_once(
-    folder: Path, digest: str, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
-) -> None:
+def _check_folder_once(folder: Path, digest: str, settings: PretrainedSettings) -> None:
     """Check a model folder with these template settings, once a digest. Raises `InputError` if it is unusable."""
-    _read_with_template(folder, chat_template, template_arguments)
+    _read_with_template(folder, settings)
 
 
-def _read_with_template(
-    folder: Path, chat_template: str | None, template_arguments: tuple[tuple[str, Any], ...]
-) -> ModelFolder:
+def _read_with_template(folder: Path, settings: PretrainedSettings) -> ModelFolder:
     """Check a model folder with these template settings, without reading its weights. Raises `InputError`."""
 
     def load_tokenizer_with_template(folder: Path) -> Any:
         """The folder's tokenizer with the template settings applied."""
         tokenizer = load_tokenizer(folder)
-        _set_chat_template(tokenizer, chat_template, template_arguments)
+        _set_chat_template(tokenizer, settings)
         return tokenizer
 
     return read_policy_folder(folder, load_tokenizer_with_template)
 
 
-def _set_chat_template(tokenizer: Any, chat_template: str | None, arguments: tuple[tuple[str, Any], ...]) -> None:
+def _set_chat_template(tokenizer: Any, settings: PretrainedSettings) -> None:
     """Set the chat template of a tokenizer in place, if given, and write the template arguments into it."""
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if arguments:
-        tokenizer.chat_template = prepend_template_arguments(tokenizer, dict(arguments))
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
+    if settings.template_arguments:
+        tokenizer.chat_template = prepend_template_arguments(tokenizer, dict(settings.template_arguments))

@@ -9,7 +9,6 @@ import pydantic
 from mixpo.algorithms.selection import compute_score_gaps, order_by_score
 from mixpo.models.adapters import freeze_model
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.language_model import LanguageModel
 from mixpo.models.scoring import compute_scores, retokenize_for_reward
 from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage
@@ -70,27 +69,19 @@ class Samples(ScoredPairsStage, SamplesSettings):
         gaps = np.where(identical, 0.0, compute_score_gaps(scores))
         rows = [
             {
-                "prompt": prompt,
-                "prompt_tokens": prompt_tokens,
-                "gap": gap,
-                "completions": [lm.decode_completion(tokens[branch]) for branch in order],
-                "tokens": [tokens[branch] for branch in order],
-                "logprobs": [token_logprobs[branch] for branch in order],
-                "scores": [pair_scores[branch] for branch in order],
+                "prompt": unique_prompts[row],
+                "prompt_tokens": prompts[row],
+                "gap": float(gaps[row]),
+                "completions": [lm.decode_completion(completions[row][branch]) for branch in order],
+                "tokens": [completions[row][branch] for branch in order],
+                "logprobs": [logprobs[row][branch] for branch in order],
+                "scores": scores[row, order].tolist(),
             }
-            for prompt, prompt_tokens, tokens, token_logprobs, pair_scores, gap, order in zip(
-                unique_prompts,
-                prompts,
-                completions,
-                logprobs,
-                scores.tolist(),
-                gaps.tolist(),
-                order_by_score(scores).tolist(),
-                strict=True,
-            )
+            for row, order in enumerate(order_by_score(scores).tolist())
         ]
         sampler = format_sampler_name(compute_model_digest(locate_model_folder(input_paths["policy"])), self.precision)
         write_table(job.out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
+        ended = [lm.has_ended(completion) for branches in completions for completion in branches]
         job.finish_stage(
             pairs=len(rows),
             identical=int(identical.sum()),
@@ -98,11 +89,5 @@ class Samples(ScoredPairsStage, SamplesSettings):
             gap_median=float(np.median(gaps)),
             gap_under_1=float((gaps < 1).mean()),
             score_std=float(scores.std()),
-            end_rate=_compute_end_rate(lm, completions),
+            end_rate=sum(ended) / len(ended),
         )
-
-
-def _compute_end_rate(lm: LanguageModel, completions: list[list[list[int]]]) -> float:
-    """Share of completions whose last token is an end token."""
-    ended = [lm.has_ended(completion) for branches in completions for completion in branches]
-    return sum(ended) / len(ended)

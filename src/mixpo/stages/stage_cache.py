@@ -1,4 +1,4 @@
-"""The stage_cache: finds the folder of a stage in the cache, and computes stages that are missing.
+"""The cache of stages: finds the folder of a stage in the cache, and computes stages that are missing.
 
 A folder is named by the stage's identity, in a cache that all runs share. A killed stage is computed again in the same
 folder, from its checkpoint; a failed one is computed again. Caches may be from other people: only JSON, Parquet and
@@ -63,11 +63,9 @@ class StageCache:
         if settings == stage.model_dump(mode="json"):
             return done
         # folder names leave out defaults, and fields outside the identity, such as paths
-        differences = (
-            list(_describe_differences(collect_identity_settings(stage), settings))
-            if settings
-            else ["no settings.json"]
-        )
+        differences = ["no settings.json"]
+        if settings:
+            differences = list(_describe_differences(collect_identity_settings(stage), settings))
         if differences and (settings or done):
             raise InputError(
                 f"{folder}: the folder was written by another version of mixpo ({', '.join(differences[:3])}); "

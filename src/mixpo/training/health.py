@@ -34,13 +34,10 @@ def find_policy_alarms(metrics_rows: Rows, remedies_by_metric: Mapping[str, str]
         ("entropy", 0.2, "the policy hardly varies"),
         ("score_std", 0.1, "all completions score alike"),
     ):
-        first, last = _get_first_value(metrics_rows, name), compute_mean_of_last_steps(metrics_rows, name)
+        first, last = _compute_first_and_last(metrics_rows, name)
         if first and last is not None and last < share * first:
             alarms.append(f"{name} fell from {first:.3g} to {last:.3g}: {text}; try {remedies_by_metric[name]}")
-    first, last = (
-        _get_first_value(metrics_rows, "completion_tokens"),
-        compute_mean_of_last_steps(metrics_rows, "completion_tokens"),
-    )
+    first, last = _compute_first_and_last(metrics_rows, "completion_tokens")
     if first and last is not None and last > 2 * first:
         alarms.append(
             f"completions grew from {first:.0f} to {last:.0f} tokens: the reward may be for length; try "
@@ -51,7 +48,7 @@ def find_policy_alarms(metrics_rows: Rows, remedies_by_metric: Mapping[str, str]
 
 def find_loss_alarms(metrics_rows: Rows, remedies: Sequence[str]) -> list[str]:
     """A list of one alarm, as text, if the loss, in nats a token, rose by more than 1 during training; else empty."""
-    first, last = _get_first_value(metrics_rows, "loss"), compute_mean_of_last_steps(metrics_rows, "loss")
+    first, last = _compute_first_and_last(metrics_rows, "loss")
     if first is None or last is None or last <= first + 1:
         return []
     return [f"the loss rose from {first:.3g} to {last:.3g}: training diverged; try {' or '.join(remedies)}"]
@@ -80,6 +77,7 @@ def emit_alarms(alarms: Sequence[str]) -> list[str]:
     return list(alarms)
 
 
-def _get_first_value(metrics_rows: Rows, metric: str) -> float | None:
-    """First value of a metric during training; None if no step has it."""
-    return next((row[metric] for row in metrics_rows if row.get(metric) is not None), None)
+def _compute_first_and_last(metrics_rows: Rows, metric: str) -> tuple[float | None, float | None]:
+    """First value of a metric and its mean over the last tenth of the steps; None for both if no step has it."""
+    first = next((row[metric] for row in metrics_rows if row.get(metric) is not None), None)
+    return first, compute_mean_of_last_steps(metrics_rows, metric)

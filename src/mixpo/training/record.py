@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,8 +86,7 @@ class MetricsLog:
         """Append the metrics of a step (counted from 0) and report them to the progress listener."""
         if not self.processes.is_main_process:
             return
-        with self.path.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"step": step, **_replace_non_finite(metrics)}) + "\n")
+        append_jsonl(self.path, [{"step": step, **metrics}])
         progress_listener.get().on_step(step + 1, total_steps, metrics)
 
     def read_steps(self) -> list[dict[str, float]]:
@@ -94,15 +94,18 @@ class MetricsLog:
         return read_jsonl(self.path)
 
 
+@dataclass
 class Cost:
     """Cost of a stage: tokens, model FLOPs, and this machine's seconds and peak memory."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.tokens_sampled = 0.0
-        self.tokens_trained = 0.0
-        self.tokens_scored = 0.0
-        self.flops = 0.0
+    seconds: float = 0.0
+    """Those of earlier processes."""
+    tokens_sampled: float = 0.0
+    tokens_trained: float = 0.0
+    tokens_scored: float = 0.0
+    flops: float = 0.0
+
+    def __post_init__(self) -> None:
         self._start = time.perf_counter()
 
     def restore_counts(self, saved_counts: Mapping[str, float]) -> None:
@@ -131,13 +134,7 @@ class Cost:
 
     def get_counts(self) -> dict[str, float]:
         """Seconds, tokens and FLOPs so far, by name, as `restore_counts` takes them."""
-        return {
-            "seconds": self.seconds + time.perf_counter() - self._start,
-            "tokens_sampled": self.tokens_sampled,
-            "tokens_trained": self.tokens_trained,
-            "tokens_scored": self.tokens_scored,
-            "flops": self.flops,
-        }
+        return {**asdict(self), "seconds": self.seconds + time.perf_counter() - self._start}
 
     def summarize(self) -> dict[str, float]:
         """Seconds, tokens and FLOPs so far and the peak memory of the process in MiB, by name."""

@@ -1,15 +1,25 @@
 """The optimizer step of every stage: accumulate gradients, normalise by the whole batch, clip, stop if not finite."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
-from mixpo.models.language_model import Precision
+from mixpo.data.branches import (
+    AnyCompletions,
+    BranchBatch,
+    Tokens,
+    count_tokens_per_prompt,
+    pack_branches,
+    select_completions,
+    split_into_microbatches,
+)
+from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.settings import Settings
+from mixpo.training.job import Job
 from mixpo.training.parallel import StageProcesses
 
 Batch = TypeVar("Batch")
@@ -82,6 +92,26 @@ def compute_learning_rate(
         return peak_rate
     fall = progress if settings.decay == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
     return peak_rate * (1 - 0.9 * fall)
+
+
+def select_batch_rows(step: int, row_count: int, *, batch_size: int, seed: int) -> list[int]:
+    """Row indices of a step's batch; each epoch has its own order, a function of the seed and the epoch alone."""
+    epoch, place = divmod(step, -(-row_count // batch_size))
+    order = torch.randperm(row_count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    rows: list[int] = order[place * batch_size : (place + 1) * batch_size].tolist()
+    return rows
+
+
+def iterate_microbatches(
+    job: Job, lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, batch_rows: Sequence[int]
+) -> Iterator[tuple[BranchBatch, list[int]]]:
+    """Yield (branch batch, its row indices) of this process's share of a batch, on the model's device."""
+    rows = job.processes.select_own_rows(batch_rows)
+    lengths = count_tokens_per_prompt([prompts[row] for row in rows], select_completions(completions, rows))
+    for part in split_into_microbatches(lengths, job.runtime.microbatch_tokens):
+        selected = [rows[index] for index in part]
+        batch = pack_branches(prompts, completions, selected, share_prompt=lm.shares_prompts)
+        yield batch.to(lm.device), selected
 
 
 def take_optimizer_step(

@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pydantic
-import torch
 from torch import Tensor
 
-from mixpo.data.branches import BranchBatch, Tokens, count_tokens_per_prompt, pack_branches, split_into_microbatches
+from mixpo.data.branches import BranchBatch, Tokens, count_tokens_per_prompt
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.checkpoint import Checkpoint, Stateful, TrainableWeights
+from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.job import Job
 from mixpo.training.record import MetricsLog
 from mixpo.training.step import (
@@ -17,7 +16,9 @@ from mixpo.training.step import (
     OptimizerSettings,
     Sums,
     compute_learning_rate,
+    iterate_microbatches,
     make_optimizer,
+    select_batch_rows,
     suggest_divergence_remedies,
     take_optimizer_step,
 )
@@ -34,16 +35,6 @@ class SupervisedSettings(OptimizerSettings):
 def count_optimizer_steps(row_count: int, settings: SupervisedSettings) -> int:
     """Count the optimizer steps of all epochs; the last batch of an epoch may be smaller."""
     return settings.epochs * -(-row_count // settings.batch_size)
-
-
-def select_batch_rows(step: int, row_count: int, settings: SupervisedSettings) -> list[int]:
-    """Row indices of a step's batch; each epoch has its own order, a function of the seed and the epoch alone."""
-    per_epoch = -(-row_count // settings.batch_size)
-    epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(
-        row_count, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-    ).tolist()
-    return order[place * settings.batch_size : (place + 1) * settings.batch_size]
 
 
 class SupervisedTraining:
@@ -64,8 +55,7 @@ class SupervisedTraining:
         self.lengths = count_tokens_per_prompt(prompts, completions)
         self.total_steps = count_optimizer_steps(len(prompts), settings)
         self.optimizer = make_optimizer(lm.parameters(), settings)
-        parts: dict[str, Stateful] = {"model": TrainableWeights(lm), "optimizer": self.optimizer}
-        self.checkpoint = Checkpoint(job, parts)
+        self.checkpoint = Checkpoint(job, {"model": TrainableWeights(lm), "optimizer": self.optimizer})
         self.first_step, spent = self.checkpoint.restore_states()
         job.cost.restore_counts(spent)
         self.metrics = MetricsLog(job.out, resumed_at=self.first_step, processes=job.processes)
@@ -82,22 +72,29 @@ class SupervisedTraining:
         `compute_divisor` returns what the summed loss of a batch's rows is divided by, such as its number of tokens.
         Raises `Diverged`.
         """
+        settings = self.settings
+
+        def compute_counted_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
+            """The loss of a microbatch, whose tokens are counted in the cost."""
+            self.job.cost.count_trained_tokens(self.lm.model, microbatch[0].token_count)
+            return compute_loss(*microbatch)
+
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
-            rows = select_batch_rows(step, len(self.prompts), self.settings)
+            rows = select_batch_rows(step, len(self.prompts), batch_size=settings.batch_size, seed=settings.seed)
             self.lm.train()
             try:
                 metrics = take_optimizer_step(
                     self.optimizer,
-                    self._iterate_microbatches(rows),
-                    lambda microbatch: compute_loss(*microbatch),
+                    iterate_microbatches(self.job, self.lm, self.prompts, self.completions, rows),
+                    compute_counted_loss,
                     loss_divisor=compute_divisor(rows),
-                    max_grad_norm=self.settings.max_grad_norm,
-                    learning_rate=compute_learning_rate(step, total_steps=self.total_steps, settings=self.settings),
+                    max_grad_norm=settings.max_grad_norm,
+                    learning_rate=compute_learning_rate(step, total_steps=self.total_steps, settings=settings),
                     processes=self.job.processes,
                 )
             except Diverged as error:
-                tips = suggest_divergence_remedies(step, total_steps=self.total_steps, settings=self.settings)
+                tips = suggest_divergence_remedies(step, total_steps=self.total_steps, settings=settings)
                 message = f"step {step + 1} of {self.total_steps}: {error}; try {' or '.join(tips)}"
                 raise Diverged(message) from error
             metrics["tokens"] = sum(self.lengths[row] for row in rows)
@@ -105,12 +102,3 @@ class SupervisedTraining:
             yield step, metrics
             self.metrics.append_step(step, self.total_steps, metrics)
             self.checkpoint.write_checkpoint_if_due(step + 1, self.job.cost.get_counts())
-
-    def _iterate_microbatches(self, rows: list[int]) -> Iterator[tuple[BranchBatch, list[int]]]:
-        """Yield (branch batch, its row indices) of this process's share of a batch, and count their cost."""
-        share = self.job.processes.select_own_rows(rows)
-        for part in split_into_microbatches([self.lengths[row] for row in share], self.job.runtime.microbatch_tokens):
-            selected = [share[index] for index in part]
-            batch = pack_branches(self.prompts, self.completions, selected, share_prompt=self.lm.shares_prompts)
-            self.job.cost.count_trained_tokens(self.lm.model, batch.token_count)
-            yield batch.to(self.lm.device), selected
