@@ -11,7 +11,7 @@ from mixpo.experiments.shared_stages import SharedStages
 def test_every_arm_is_its_expression() -> None:
     """What each arm's last stage starts from, is anchored to and learns from, by hand."""
     shared = SharedStages(read_recipe("world"), 0)
-    easy, hard, everything = shared.selection.easy, shared.selection.hard, shared.samples.pairs
+    easy, hard, everything = shared.selection.easy_pairs, shared.selection.hard_pairs, shared.samples.pairs
     made = {name: arm(shared) for name, arm in ARMS.items()}
     pairs = [made[name].pairs for name in ("dpo-base", "dpo", "dpo-easy", "dpo-hard")]
     assert pairs == [shared.data.train_pairs, everything, easy, hard]

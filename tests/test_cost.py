@@ -48,10 +48,10 @@ def build(name: str, *, lora: bool) -> LanguageModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     lm, cost = build(name, lora=lora), Cost()
-    cost.count_scored_tokens(lm.model, IDS.numel())
+    cost.add_scored_tokens(lm.model, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=False)
     cost = Cost()
-    cost.count_trained_tokens(lm.model, IDS.numel())
+    cost.add_trained_tokens(lm.model, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=True)
     counts = cost.get_counts()
     assert [counts[f"tokens_{kind}"] for kind in ("sampled", "trained", "scored")] == [0, IDS.numel(), 0]
@@ -59,8 +59,8 @@ def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
     whole, adapted = Cost(), Cost()
-    whole.count_trained_tokens(build("llama", lora=False).model, 10)
-    adapted.count_trained_tokens(build("llama", lora=True).model, 10)
+    whole.add_trained_tokens(build("llama", lora=False).model, 10)
+    adapted.add_trained_tokens(build("llama", lora=True).model, 10)
     trained, frozen = count_multiplied_weights(build("llama", lora=True).model)
     assert 0 < trained < frozen
     assert adapted.flops == pytest.approx(whole.flops * 2 / 3 + 60.0 * trained)
@@ -68,7 +68,7 @@ def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
 
 def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
-    cost.count_sampled_tokens(lm.model, 4, 6)
+    cost.add_sampled_tokens(lm.model, 4, 6)
     assert (cost.tokens_sampled, cost.flops) == (4, count_flops(lm.model, backward=False))
 
 

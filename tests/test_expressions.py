@@ -38,7 +38,7 @@ def test_a_stage_that_offers_something_else_is_refused(field: str, wrong: Stage,
     [(DATA, "found no part 'esay'; expected train or second"), (POLICY, "a stage that has parts")],
 )
 def test_a_part_that_no_stage_has_is_refused(stage: Stage, expected: str) -> None:
-    assert Part(stage=DATA, of="train").locate_in_folder(Path("folder")) == Path("folder/train.parquet")
+    assert Part(stage=DATA, of="train").get_path_within(Path("folder")) == Path("folder/train.parquet")
     with pytest.raises(pydantic.ValidationError, match=expected):
         DPO(policy=POLICY, reference=POLICY, pairs=Part(stage=stage, of="esay"))
 

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from families import FAMILIES, family_tokenizer, make_family
 from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runtime, Samples, Selection, StageCache
 from mixpo.data.errors import InputError
-from mixpo.data.tokens import find_end_token_id
+from mixpo.data.tokens import find_completion_end_token
 from mixpo.experiments.preview import make_data_preview, read_recipe_or_source
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
@@ -126,8 +126,10 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     reward = RewardModel(policy=sft, pairs=data.train_pairs, data=data, learning_rate=1e-3, **short)
     samples = Samples(policy=sft, reward=reward, rows=data.train_pairs, max_completion_tokens=16)
     selection = Selection(samples=samples, easy_fraction=0.5)
-    dpo = DPO(policy=sft, reference=sft, pairs=selection.easy, learning_rate=1e-4, samplings=1, **short)
-    mpo = PPO(policy=dpo, reference=dpo, sft=sft, reward=reward, prompts=selection.hard, learning_rate=1e-4, **short)
+    dpo = DPO(policy=sft, reference=sft, pairs=selection.easy_pairs, learning_rate=1e-4, samplings=1, **short)
+    mpo = PPO(
+        policy=dpo, reference=dpo, sft=sft, reward=reward, prompts=selection.hard_pairs, learning_rate=1e-4, **short
+    )
     evaluation = Evaluation(policy=mpo, sft=sft, reward=reward, data=data, max_completion_tokens=16)
     stage_cache = StageCache(tmp_path / "cache", Runtime(threads=1))
     stage_cache.compute_with_inputs(evaluation)
@@ -140,7 +142,7 @@ def test_every_family_goes_through_the_whole_method(folders: Path, tmp_path: Pat
     assert {token for row in rows for side in row["tokens"] for token in side} <= known
     policy = AutoModelForCausalLM.from_pretrained(stage_cache.locate_folder(sft) / "model", attn_implementation="eager")
     ended = policy.generation_config.eos_token_id
-    assert find_end_token_id(tokenizer) in (ended if isinstance(ended, list) else [ended])
+    assert find_completion_end_token(tokenizer) in (ended if isinstance(ended, list) else [ended])
     prompt = rows[0]["prompt"]
     if isinstance(prompt, str):
         prompt = tokenizer(prompt)["input_ids"]

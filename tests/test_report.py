@@ -157,7 +157,9 @@ def test_csv_json_and_markdown_agree_with_the_table(whole: Results) -> None:
         if row["seed"] == "all":
             shown = [f"{float(row[key]):.2f}" for key in ("score", "score_low", "score_high")]
             assert table[row["arm"]][1] == f"{shown[0]} [{shown[1]}, {shown[2]}]"
-            assert float(row["score"]) == pytest.approx(float(np.mean(whole.get_column(row["arm"], "score"))))
+            assert float(row["score"]) == pytest.approx(
+                float(np.mean(whole.get_evaluation_column(row["arm"], "score")))
+            )
             assert row["prompts"] == "6"
     assert [row["status"] for row in read if row["arm"] == "dpo-base"] == ["failed"]
     parts = {part["id"]: part for part in content["sections"]}

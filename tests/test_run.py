@@ -279,7 +279,7 @@ def test_gradients_are_measured_on_both_parts_of_each_dpo_model() -> None:
         (arm, part, 3) for arm in ("dpo-easy", "dpo-hard", "dpo") for part in ("easy", "hard")
     ]
     assert runs[0].stage.policy == ARMS["dpo-easy"](r)
-    assert (runs[1].stage.pairs, runs[1].stage.count) == (r.selection.hard, 8)
+    assert (runs[1].stage.pairs, runs[1].stage.count) == (r.selection.hard_pairs, 8)
 
 
 def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:

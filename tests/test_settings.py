@@ -288,7 +288,7 @@ def test_dpo_is_trained_against_the_reference_that_it_is_given(tiny: TinyWorld, 
     part = tiny.sampled.pairs if sampled else tiny.pairs.train_pairs
     out = tiny.run(tiny.dpo(policy=policy, reference=reference, pairs=part, beta=0.3, batch_size=64))
     models = [tiny.load(stage) for stage in (policy, reference)]
-    rows = part.locate_in_folder(tiny.build(part.stage))
+    rows = part.get_path_within(tiny.build(part.stage))
     pairs = read_pairs(rows, models[0], max_completion_tokens=TINY_LIMIT)
     margins = []
     for prompt, branches in zip(pairs.prompts, pairs.completions, strict=True):

@@ -539,7 +539,7 @@ def test_label_noise_flips_a_share_and_more_of_it_flips_the_same_and_others(worl
 def test_gradients_are_those_of_a_step(world: World) -> None:
     """A small step of plain gradient descent moves both log-probs as the kept inner products say."""
     policy = world.dpo(epochs=4)
-    settings = {"pairs": world.selection.easy, "beta": 0.1, "count": 3, "max_completion_tokens": LIMIT}
+    settings = {"pairs": world.selection.easy_pairs, "beta": 0.1, "count": 3, "max_completion_tokens": LIMIT}
     folder = world.build(Gradients(policy=policy, reference=world.sft, **settings))
     rows = read_table(folder / "gradients.parquet")
     assert len(rows) == 3

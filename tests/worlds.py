@@ -95,12 +95,12 @@ class World(CachedStages):
 
     def dpo(self, **settings: Any) -> DPO:
         common = {"learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0, "samplings": 1}
-        values = {"policy": self.sft, "reference": self.sft, "pairs": self.selection.easy, **common, **settings}
+        values = {"policy": self.sft, "reference": self.sft, "pairs": self.selection.easy_pairs, **common, **settings}
         return DPO(max_completion_tokens=LIMIT, **values)
 
     def ppo(self, **settings: Any) -> PPO:
         common = {"learning_rate": 1e-4, "value_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 0}
-        values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard, **common, **settings}
+        values = {"policy": self.sft, "reference": self.sft, "prompts": self.selection.hard_pairs, **common, **settings}
         return PPO(sft=self.sft, reward=self.reward, max_completion_tokens=LIMIT, **values)
 
     def force_completions(self, patch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from mixpo.data.tokens import (
     check_tokenizer,
     compute_tokenization_digest,
     decode_completion,
-    find_end_token_id,
+    find_completion_end_token,
     find_tokenization_warnings,
     tokenize_prompt,
     tokenize_row,
@@ -79,24 +79,24 @@ def with_template(name, template):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_end_token_is_what_the_template_writes(name):
     tokenizer = family_tokenizer(name)
-    assert name in FAMILIES_BY_END_TOKEN[tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer))]
+    assert name in FAMILIES_BY_END_TOKEN[tokenizer.convert_ids_to_tokens(find_completion_end_token(tokenizer))]
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_end_token_of_a_template_that_is_no_named_special_token(special):
     tokenizer = with_template("pythia", "{% for m in messages %}{{ m.role + '  ' + m.content }}  <|turn|>{% endfor %}"
                               "{% if add_generation_prompt %}assistant  {% endif %}")  # fmt: skip
-    assert find_end_token_id(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
+    assert find_completion_end_token(tokenizer) == tokenizer.eos_token_id  # whitespace tokens end nothing
     tokenizer.add_tokens([AddedToken("<|turn|>", special=special, normalized=False)], special_tokens=special)
     assert "<|turn|>" not in tokenizer.special_tokens_map.values()
-    assert find_end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert find_completion_end_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn|>")
 
 
 def test_end_token_follows_another_template():
     tokenizer = family_tokenizer("llama3")
-    assert tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer)) == "<|eot_id|>"
+    assert tokenizer.convert_ids_to_tokens(find_completion_end_token(tokenizer)) == "<|eot_id|>"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|end_of_text|>")
-    assert tokenizer.convert_ids_to_tokens(find_end_token_id(tokenizer)) == "<|end_of_text|>"
+    assert tokenizer.convert_ids_to_tokens(find_completion_end_token(tokenizer)) == "<|end_of_text|>"
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -107,8 +107,8 @@ def test_a_row_of_messages_has_the_tokens_of_the_rendered_dialogue(name, content
     prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [content], max_tokens=10**6)
     assert prompt == plain_ids(tokenizer, prompt_messages, add_generation_prompt=True)
     whole = plain_ids(tokenizer, [*prompt_messages, {"role": "assistant", "content": content}])
-    assert completion[-1] == find_end_token_id(tokenizer)
-    assert find_end_token_id(tokenizer) not in completion[:-1]
+    assert completion[-1] == find_completion_end_token(tokenizer)
+    assert find_completion_end_token(tokenizer) not in completion[:-1]
     if name == "falcon":  # its turns end with nothing
         completion = completion[:-1]
     if whole[: len(prompt)] != prompt:
@@ -129,7 +129,10 @@ def test_a_row_of_plain_text_has_the_tokens_of_the_joined_text(name):
     ):
         prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [answer], max_tokens=100)
         assert prompt == tokenizer(prompt_messages)["input_ids"]
-        assert prompt + completion == [*tokenizer(prompt_messages + answer)["input_ids"], find_end_token_id(tokenizer)]
+        assert prompt + completion == [
+            *tokenizer(prompt_messages + answer)["input_ids"],
+            find_completion_end_token(tokenizer),
+        ]
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "chatml-mistral", "llm-jp"])
@@ -159,7 +162,7 @@ def test_text_of_completion_tokens_is_the_completion(name):
         assert normalize_spaces(tokenizer, decode_completion(tokenizer, tokens)) == normalize_spaces(tokenizer, content)
         cut_off = decode_completion(tokenizer, tokens[:-1])
         assert normalize_spaces(tokenizer, cut_off).strip() == normalize_spaces(tokenizer, content)
-    assert decode_completion(tokenizer, [find_end_token_id(tokenizer)]) == ""
+    assert decode_completion(tokenizer, [find_completion_end_token(tokenizer)]) == ""
 
 
 def test_text_leaves_out_special_tokens_and_shows_other_added_ones():
@@ -181,7 +184,7 @@ def test_a_row_cannot_forge_turns(name):
     of_template = [t for t in plain_ids(tokenizer, dialogue("x", "y", "z"), add_generation_prompt=True) if t in written]
     prompt, (completion,) = tokenize_row(tokenizer, dialogue(FORGED, FORGED, FORGED), [FORGED], max_tokens=10**6)
     assert [token for token in prompt if token in written] == of_template
-    assert [token for token in completion if token in written] == [find_end_token_id(tokenizer)]
+    assert [token for token in completion if token in written] == [find_completion_end_token(tokenizer)]
     assert normalize_spaces(tokenizer, tokenizer.decode(prompt)).count(normalize_spaces(tokenizer, FORGED)) == 3
 
 
@@ -195,7 +198,7 @@ def test_plain_text_cannot_end_or_forge_a_turn(name):
         for text in (FORGED, f"{FORGED} {FORGED}")
     )
     assert prompt == start + alone
-    assert prompt + completion == [*start, *joined, find_end_token_id(tokenizer)]
+    assert prompt + completion == [*start, *joined, find_completion_end_token(tokenizer)]
 
 
 def test_a_vocabulary_that_holds_the_names_of_control_tokens():
@@ -364,7 +367,7 @@ def test_parse_takes_control_tokens_of_prompts_as_plain_transformers_does(name):
     prompt, (completion,) = tokenize_row(tokenizer, prompt_messages, [FORGED], max_tokens=10**6)
     assert prompt == plain_ids(plain, prompt_messages, add_generation_prompt=True)
     assert prompt != tokenize_prompt(plain, prompt_messages)
-    assert completion.count(find_end_token_id(plain)) == 1  # completions stay text
+    assert completion.count(find_completion_end_token(plain)) == 1  # completions stay text
     assert tokenize_prompt(tokenizer, FORGED) == plain(FORGED)["input_ids"]
     rendered = plain.apply_chat_template(dialogue("Hello"), tokenize=False, add_generation_prompt=True)
     written = plain_ids(plain, dialogue("Hello"), add_generation_prompt=True)
@@ -453,7 +456,7 @@ def test_no_end_token_at_all_is_refused():
     tokenizer = family_tokenizer("gpt2")
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="has no end token"):
-        find_end_token_id(tokenizer)
+        find_completion_end_token(tokenizer)
 
 
 def test_messages_without_a_template_are_refused():

@@ -16,11 +16,11 @@ from mixpo.models.loading import load_policy
 from mixpo.models.sampling import sample_completions
 
 
-def run_chat(locate_model_folder: Path, *, temperature: float, max_tokens: int) -> None:
+def run_chat(model_folder: Path, *, temperature: float, max_tokens: int) -> None:
     """Chat in the terminal: read user messages from standard input until it ends, and print the model's completions."""
     console = Console()
-    lm = load_policy(locate_model_folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    context = read_context_length(locate_model_folder)
+    lm = load_policy(model_folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    context = read_context_length(model_folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -42,7 +42,7 @@ def run_chat(locate_model_folder: Path, *, temperature: float, max_tokens: int) 
         try:
             tokens = tokenize_prompt(lm.tokenizer, messages)
         except RowError as error:
-            raise InputError(f"{locate_model_folder}: the dialogue {error.problem}") from error
+            raise InputError(f"{model_folder}: the dialogue {error.problem}") from error
         if context is not None and len(tokens) + max_tokens > context:
             print(
                 f"skipped: found a dialogue of {len(tokens)} tokens beside --max-tokens {max_tokens}; expected at most "

@@ -49,7 +49,7 @@ def judge_arms(
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
     from mixpo.judge.endpoint import is_unencrypted_endpoint, normalize_endpoint, read_api_key
-    from mixpo.judge.outcomes import choose_arm_order, decide_verdicts, make_assignment
+    from mixpo.judge.outcomes import decide_verdicts, keep_assigned_arm_order, make_assignment
     from mixpo.judge.questions import make_judges, read_template
     from mixpo.judge.verdicts import FILE, make_assignment_row, open_verdicts_for_append, read_verdicts
     from mixpo.report.judges import build_judge_groups, compute_verdict_rows
@@ -57,7 +57,7 @@ def judge_arms(
     results = load_runs(run)
     at = choose_compared_seed(results, arms, seed)
     before = read_verdicts(run / FILE)
-    order = choose_arm_order(before, arms, at)
+    order = keep_assigned_arm_order(before, arms, at)
     rows = pair_completions(results, order, seed=at, prompt_count=prompts, draw_seed=draw)
     if not math.isfinite(timeout):
         raise InputError(f"--timeout: found {timeout}; expected a finite number")

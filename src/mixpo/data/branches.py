@@ -95,7 +95,7 @@ class Completions:
         """Token ids as nested lists [prompt][completion][token], without padding."""
         return convert_to_unpadded_lists(self.tokens, self.mask)
 
-    def select_prompts(self, prompt_indices: Sequence[int]) -> "Completions":
+    def select_by_prompt(self, prompt_indices: Sequence[int]) -> "Completions":
         """Completions of the prompts at these indices, in this order, cut to the longest of them."""
         longest = int(self.lengths[list(prompt_indices)].max())
         return Completions(self.tokens[list(prompt_indices), :, :longest], self.mask[list(prompt_indices), :, :longest])
@@ -108,7 +108,7 @@ AnyCompletions = Completions | Sequence[Sequence[Tokens]]
 def select_completions(completions: AnyCompletions, prompt_indices: Sequence[int]) -> AnyCompletions:
     """Completions of the prompts at these indices, in the form given: padded tensors or nested lists."""
     if isinstance(completions, Completions):
-        return completions.select_prompts(prompt_indices)
+        return completions.select_by_prompt(prompt_indices)
     return [completions[row] for row in prompt_indices]
 
 

@@ -67,7 +67,7 @@ def compute_tokenization_digest(tokenizer: Tokenizer) -> str:
     return _get_row_tokenizer(tokenizer).tokenization_digest
 
 
-def find_end_token_id(tokenizer: Tokenizer) -> int:
+def find_completion_end_token(tokenizer: Tokenizer) -> int:
     """Id of the token that ends a completion: what the chat template writes after a message, or `eos_token`."""
     return _get_row_tokenizer(tokenizer).end_token
 

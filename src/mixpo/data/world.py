@@ -322,7 +322,7 @@ def _sample_preference(prompt: str, generator: random.Random) -> tuple[str, str,
 
 
 def true_reward(prompt: str, completion: str) -> float:
-    """True reward r* of a completion in the embedded world, within +-6: its log-odds of being preferred."""
+    """True reward r* of a completion, any text, within +-6: differences are log-odds of being preferred."""
     return sum(true_reward_terms(prompt, completion).values())
 
 
@@ -335,7 +335,7 @@ def true_reward_terms(prompt: str, completion: str) -> dict[str, float]:
     """
     subject = _find_subject(prompt)
     sentences = _split_sentences(completion)
-    matches = [_classify_sentence(sentence) for sentence in sentences]
+    matches = [_match_world_sentence(sentence) for sentence in sentences]
     terms = dict.fromkeys(REWARD_WEIGHTS, 0.0)
     tip_similarities: dict[str, float] = {}
     for kind, text, similarity in matches:
@@ -391,7 +391,7 @@ def _list_world_sentences() -> list[tuple[str, str, frozenset[str]]]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _classify_sentence(sentence: str) -> tuple[str, str, float]:
+def _match_world_sentence(sentence: str) -> tuple[str, str, float]:
     """(kind, sentence of the world that is most similar, Jaccard similarity of words); `garbled` below 0.5."""
     words = _extract_words(sentence)
     similarity, kind, text = max(

@@ -141,5 +141,5 @@ def list_gradient_runs(recipe: Recipe) -> list[GradientsRun]:
         GradientsRun(arm, part.of, setup.seed, setup.build_gradients(GRADIENT_ARMS[arm](setup), part))
         for setup in setups
         for arm in GRADIENT_ARMS
-        for part in (setup.selection.easy, setup.selection.hard)
+        for part in (setup.selection.easy_pairs, setup.selection.hard_pairs)
     ]

@@ -13,7 +13,7 @@ from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_settings, sort_topologically
-from mixpo.training.job import CHECKPOINT
+from mixpo.training.job import CHECKPOINT, PORTIONS
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def _explain_why_computed(stage: Stage, stage_cache: StageCache) -> str:
     folder = stage_cache.locate_folder(stage)
     if (folder / "failure.txt").exists():
         return "failed in the last run"
-    if (folder / CHECKPOINT).exists():
-        return "interrupted; resumes from its checkpoint"
+    if any((folder / name).exists() for name in (CHECKPOINT, PORTIONS)):
+        return "interrupted; resumes where it was"
     own = _select_own_settings(stage.model_dump(mode="json"), stage)
     differences = []
     for sibling in folder.parent.glob("*/"):

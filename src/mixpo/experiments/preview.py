@@ -14,7 +14,7 @@ from mixpo.data.rows import BadRow, Demonstration, Preference, Prompt, RowError,
 from mixpo.data.sources import expand_home, guess_format, is_data_file, read_hub_records, read_records
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.text import escape_invisible
-from mixpo.data.tokens import find_end_token_id, get_control_token_ids, tokenize_row
+from mixpo.data.tokens import find_completion_end_token, get_control_token_ids, tokenize_row
 from mixpo.experiments.recipe import Recipe, explain_validation_errors, read_recipe
 from mixpo.models.folders import load_tokenizer
 from mixpo.stages.data import (
@@ -171,7 +171,7 @@ def _tokenize_row_for_display(
     texts = [TokenPreview("prompt", split_into_pieces(tokenizer, prompt_tokens), len(prompt_tokens), trained=False)]
     for name, tokens in zip(completions, completion_tokens, strict=True):
         pieces = split_into_pieces(tokenizer, tokens, preceding_ids=prompt_tokens)
-        truncated = tokens[-1] != find_end_token_id(tokenizer)
+        truncated = tokens[-1] != find_completion_end_token(tokenizer)
         texts.append(TokenPreview(name, pieces, len(tokens), trained=True, truncated=truncated))
     return TokenizedExample(kind, texts)
 
@@ -205,7 +205,7 @@ def _decode_added_text(tokenizer: PreTrainedTokenizerBase, context_ids: list[int
 
 def _describe_special_tokens(examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return two lines of text: the token that prompts begin with, and the token that completions end with."""
-    begin, end, eos = tokenizer.bos_token_id, find_end_token_id(tokenizer), tokenizer.eos_token_id
+    begin, end, eos = tokenizer.bos_token_id, find_completion_end_token(tokenizer), tokenizer.eos_token_id
     begins = any(example.texts[0].pieces[0].text == _format_token(tokenizer, begin) for example in examples)
     named = "the tokenizer has no BOS" if begin is None else f"BOS is {_format_token(tokenizer, begin)} ({begin})"
     lines = [f"{named}; prompts begin {'with it' if begins else 'without one'}"]
@@ -247,7 +247,7 @@ def _format_counts_by_split(counts_by_split: dict[str, int]) -> str:
 
 def _describe_truncation(recipe: Recipe, split_rows: SplitRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Describe how many completions are truncated, and pairs thereby identical, in a draw of rows: text by label."""
-    end = find_end_token_id(tokenizer)
+    end = find_completion_end_token(tokenizer)
     lines = {}
     if pairs := draw_subset(split_rows.train, MAX_TOKENIZED_ROWS, COMPARISON_SEED):
         limit = recipe.reward.max_completion_tokens

@@ -124,8 +124,8 @@ class Recipe(Settings):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _fill_in_shared_keys(cls, values: Any) -> Any:
-        """Copy keys that a recipe sets once to every section that has them and does not set its own."""
+    def _normalize_sections(cls, values: Any) -> Any:
+        """Validator: copy shared keys to every section that has them and does not set its own; make sweeps a list."""
         shared = {key: values[key] for key in SHARED_KEYS if key in values}
         values = dict(values)
         for name, section in _get_section_types().items():

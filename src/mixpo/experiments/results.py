@@ -90,7 +90,7 @@ class Results:
         return [name for name in self.arm_names if self.get_finished_by_seed(name)]
 
     @cached_property
-    def unswept_arms(self) -> list[str]:
+    def finished_recipe_arms(self) -> list[str]:
         """Names of the finished arms at the recipes' own settings, without the points of sweeps."""
         return [name for name in self.finished_arms if not next(iter(self.get_finished_by_seed(name).values())).changes]
 
@@ -112,7 +112,7 @@ class Results:
         finished = [arm for name in arm_names for arm in self.get_finished_by_seed(name).values()]
         return all(column in read_columns(arm.evaluation) for arm in finished)
 
-    def get_column(
+    def get_evaluation_column(
         self, arm: str, column: str, seeds: Sequence[int] | None = None
     ) -> Float64[np.ndarray, "seeds prompts"]:
         """Return a column of an arm's evaluations as an array (seeds × prompts), at all finished seeds or `seeds`."""
@@ -128,7 +128,7 @@ class Results:
         run_seeds = [{arm.seed for arm in self.list_arm_results(name)} for name in arm_names]
         return [seed for seed in self.seeds if all(seed in seeds for seeds in run_seeds)]
 
-    def list_comparable_seeds(self, column: str, *arm_names: str) -> list[int]:
+    def list_seeds_with_same_scorer(self, column: str, *arm_names: str) -> list[int]:
         """List the seeds at which arms can be compared by a column: all finished, and the same model scored them.
 
         Every seed has its own reward model, and so may a run, or a point of a sweep.
@@ -153,7 +153,9 @@ class Results:
 
     def find_finished_name(self, arm: str) -> str | None:
         """Return the name by which the results call an arm, in the first run where it finished; None if in none."""
-        return next((name for run in self.runs if (name := self.qualify_arm_name(run, arm)) in self.unswept_arms), None)
+        return next(
+            (name for run in self.runs if (name := self.qualify_arm_name(run, arm)) in self.finished_recipe_arms), None
+        )
 
     def get_shared_measures(self, arm_names: Sequence[str]) -> dict[str, str]:
         """Return the measures of completions that all these finished arms have: name in the report by column."""
@@ -184,7 +186,7 @@ class Results:
         return [stage for stage in self.stages if stage.kind == stage_kind]
 
 
-def select_stage_per_seed(stages: Sequence[StageResult]) -> list[StageResult]:
+def select_unswept_stage_per_seed(stages: Sequence[StageResult]) -> list[StageResult]:
     """Select the first run's stages at the recipe's own settings, one a seed; the first stage if there are none."""
     by_seed: dict[int, StageResult] = {}
     for stage in stages:

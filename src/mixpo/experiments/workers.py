@@ -175,7 +175,7 @@ def _serve_stages(stage_cache: StageCache, pipe: Connection) -> None:
     progress_listener.set(pipe_listener)
     with suppress(EOFError):
         while True:
-            pipe_listener.send_call("end", _compute_stage_or_failure(stage_cache, pipe.recv()))
+            pipe_listener.forward_call("end", _compute_stage_or_failure(stage_cache, pipe.recv()))
 
 
 def _exit_with_parent() -> None:
@@ -194,12 +194,12 @@ class PipeListener:
 
     def on_step(self, steps_done: int, total_steps: int, metrics: Mapping[str, float]) -> None:
         """Send the steps done, their total and the metrics through the pipe."""
-        self.send_call("on_step", steps_done, total_steps, dict(metrics))
+        self.forward_call("on_step", steps_done, total_steps, dict(metrics))
 
     def on_message(self, text: str) -> None:
         """Send a line of text through the pipe."""
-        self.send_call("on_message", text)
+        self.forward_call("on_message", text)
 
-    def send_call(self, method_name: str, *arguments: Any) -> None:
+    def forward_call(self, method_name: str, *arguments: Any) -> None:
         """Send the name of a method of the display and its arguments through the pipe."""
         self.pipe.send((method_name, arguments))

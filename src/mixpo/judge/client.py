@@ -145,7 +145,7 @@ class _JudgeClient:
         return self.progress
 
     async def _ask_until_scored(self, question: JudgeQuestion) -> None:
-        """Ask a question until a reply has scores, attempts are used up, or its judge is halted; store the result."""
+        """Ask until a reply has scores or attempts are used up, and store it; a failed request stores nothing."""
         state, failed_attempts, replies = self.states[question.judge], 0, list[JudgeReply]()
         while self._reserve_request(state):
             try:
@@ -153,7 +153,7 @@ class _JudgeClient:
             except _RequestError as failure:
                 failed_attempts += 1
                 if not failure.is_retryable or failed_attempts == self.limits.attempts:
-                    return self._record_failure(question.judge, failure)
+                    return self._count_failed_question(question.judge, failure)
                 await sleep_unless_halted(_compute_retry_delay(failed_attempts, failure.retry_after), state.halt_event)
                 continue
             state.has_replied, state.consecutive_failures = True, 0
@@ -243,7 +243,7 @@ class _JudgeClient:
         if tokens is None and self.limits.tokens is not None:
             self._halt_judges("--max-tokens: the server reports no token counts; use --max-requests")
 
-    def _record_failure(self, judge: Judge, failure: _RequestError) -> None:
+    def _count_failed_question(self, judge: Judge, failure: _RequestError) -> None:
         """Record a failed question; halts the judge after too many in a row, all judges if the key is missing."""
         state = self.states[judge]
         self.progress.failures.setdefault(failure.kind, []).append(failure.message)

@@ -61,7 +61,7 @@ def make_assignment(
     return Assignment(judge, arms, seed, pairs), [question for orders in question_pairs for question in orders]
 
 
-def choose_arm_order(verdict_log: VerdictLog, arms: tuple[str, str], seed: int) -> tuple[str, str]:
+def keep_assigned_arm_order(verdict_log: VerdictLog, arms: tuple[str, str], seed: int) -> tuple[str, str]:
     """Return two arms in the order in which they were assigned before, if so, lest a pair be judged twice."""
     is_swapped = any((one.arms, one.seed) == (arms[::-1], seed) for one in verdict_log.assignments.values())
     return arms[::-1] if is_swapped else arms

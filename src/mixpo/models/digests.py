@@ -23,7 +23,7 @@ def compute_model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_changed_model(folder: Path) -> None:
+def refuse_model_changed_since_stage(folder: Path) -> None:
     """Raise `InputError` if a stage's model folder has another digest than the stage's `summary.json` says.
 
     Every file is hashed once a process (`compute_file_digest`), about 10 seconds for 14 GB. Sizes and headers would not

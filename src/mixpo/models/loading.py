@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mixpo.data.tokens import find_end_token_id
-from mixpo.models.digests import refuse_changed_model
+from mixpo.data.tokens import find_completion_end_token
+from mixpo.models.digests import refuse_model_changed_since_stage
 from mixpo.models.folders import (
     ModelFolder,
     explain_loading_errors,
@@ -22,14 +22,14 @@ from mixpo.models.verification import compute_reference_outputs, draw_probe_toke
 
 def load_policy(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
     """Load a causal language model from its folder. Raises `InputError` if its weights or its outputs are wrong."""
-    refuse_changed_model(folder)
+    refuse_model_changed_since_stage(folder)
     checked = read_policy_folder(folder)
     return _make_language_model(load_weights(checked), checked, device, precision)
 
 
 def load_reward_model(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
     """Load a reward model (a one-label classifier) from its folder. Raises `InputError` if it is not as expected."""
-    refuse_changed_model(folder)
+    refuse_model_changed_since_stage(folder)
     checked = read_reward_folder(folder)
     return _make_language_model(load_weights(checked), checked, device, precision)
 
@@ -38,7 +38,7 @@ def initialize_reward_model(
     policy_folder: Path, *, seed: int, device: torch.device, precision: Precision = "float32"
 ) -> LanguageModel:
     """Make a reward model of a policy's weights and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
-    refuse_changed_model(policy_folder)
+    refuse_model_changed_since_stage(policy_folder)
     checked = read_policy_folder(policy_folder)
     checked.config.num_labels, checked.config.problem_type = 1, None
     model = load_weights(
@@ -68,7 +68,7 @@ def _make_language_model(
         lm = LanguageModel(
             model,
             folder.tokenizer,
-            find_end_token_id(folder.tokenizer),
+            find_completion_end_token(folder.tokenizer),
             shares_prompts=True,
             end_tokens=folder.end_tokens,
             logit_scale=_read_logit_scale(folder.config),

@@ -40,7 +40,7 @@ class Sampler(Protocol):
         and not truncated, within 0.001 nats a token in float32 and 0.1 in bfloat16 of a forward pass.
 
         A stage calls this once a portion, with one seed (any integer): random numbers must depend on seed, prompt,
-        occurrence and branch. They should depend on nothing else, so that portions and resumed work change nothing.
+        occurrence, branch and position, and on nothing else, so that portions and resumed work change nothing.
 
         Raises:
             InputError: The model's logits are not finite.

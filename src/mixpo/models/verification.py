@@ -15,7 +15,7 @@ from mixpo.models.sampling import sample_completions
 
 @torch.no_grad()
 def verify_model(lm: LanguageModel, folder: Path, probe: list[int], expected_outputs: tuple[Tensor, Tensor]) -> None:
-    """Compare a model's outputs and samples with those of transformers. Raises `InputError` if they differ.
+    """Check a model's outputs and samples against transformers', and set `lm.shares_prompts`; raises `InputError`.
 
     Sets `lm.shares_prompts` to False if completions that share a row compute something else than in their own rows.
     """

@@ -82,14 +82,14 @@ def build_results_section(results: Results) -> Section:
     differences = {key: compare_arm_pairs(results, pairs, key) for key in measures}
     if pairs:
         groups.append(SectionGroup("Differences", table=_build_differences_table(results, pairs, differences)))
-    if (table := _build_paper_order_table(results)) is not None:
+    if (table := _build_paper_claims_table(results)) is not None:
         groups.append(SectionGroup("The paper's order", table=table))
     return Section("results", "Results", _summarize_results(results, differences), groups)
 
 
-def choose_compared_arms(results: Results) -> Pair | None:
+def choose_headline_arms(results: Results) -> Pair | None:
     """(one, other) for the opening texts: mpo of runs 2 and 1, else mpo and ppo, else last and first arm; or None."""
-    names = results.unswept_arms
+    names = results.finished_recipe_arms
     runs = [name for run in results.runs if (name := results.qualify_arm_name(run, "mpo")) in names]
     if len(runs) > 1:
         return runs[1], runs[0]
@@ -128,10 +128,13 @@ def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Ta
             known = name in measure.names
             cells.append(format_interval(estimate_mean(results, name, measure.key)) if known else "")
             if several:
-                by_seed = results.get_column(name, measure.key).mean(axis=1) if known else ()
+                by_seed = results.get_evaluation_column(name, measure.key).mean(axis=1) if known else ()
                 cells.append(f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else "")
         cells.append(format_interval(estimate_mean(results, name, "kl_from_sft")))
-        cells += [f"{results.get_column(name, 'tokens').mean():.1f}", f"{results.get_column(name, 'ended').mean():.0%}"]
+        cells += [
+            f"{results.get_evaluation_column(name, 'tokens').mean():.1f}",
+            f"{results.get_evaluation_column(name, 'ended').mean():.0%}",
+        ]
         cells.append("" if name == rival else _format_win_tie_lose(results, name, rival))
         if with_paper_columns:
             cells += PAPER_REWARDS.get(find_paper_arm(results, name), ("", ""))
@@ -189,10 +192,10 @@ def _list_main_table_notes(results: Results, measures: Sequence[Measure]) -> lis
 
 def _format_win_tie_lose(results: Results, arm: str, rival: str) -> str:
     """`60%/5%/35%` of test prompts on which an arm scores above, equal to, below its rival; empty if not comparable."""
-    seeds = results.list_comparable_seeds("score", arm, rival)
+    seeds = results.list_seeds_with_same_scorer("score", arm, rival)
     if not seeds:
         return ""
-    scores, rival_scores = (results.get_column(one, "score", seeds).ravel() for one in (arm, rival))
+    scores, rival_scores = (results.get_evaluation_column(one, "score", seeds).ravel() for one in (arm, rival))
     shares = "/".join(f"{share:.0%}" for share in win_tie_loss_rates(scores, rival_scores))
     return shares + note_missing_seeds(results, len(seeds), arm, rival)
 
@@ -202,14 +205,14 @@ def _list_arms_to_compare(results: Results) -> list[str]:
     return [
         name
         for name in results.finished_arms
-        if name in results.unswept_arms or find_paper_arm(results, name) in PAPER_REWARDS
+        if name in results.finished_recipe_arms or find_paper_arm(results, name) in PAPER_REWARDS
     ]
 
 
 def _list_arm_pairs_to_compare(results: Results) -> list[Pair]:
     """Pairs of every arm with ppo and with mpo, or with the first arm where neither finished."""
     found = [rival for arm in ("ppo", "mpo") if (rival := results.find_finished_name(arm)) is not None]
-    rivals, names = found or results.unswept_arms[:1], _list_arms_to_compare(results)
+    rivals, names = found or results.finished_recipe_arms[:1], _list_arms_to_compare(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 
@@ -225,7 +228,7 @@ def _build_differences_table(results: Results, arm_pairs: Sequence[Pair], differ
     return Table(headings, rows, [note])
 
 
-def _build_paper_order_table(results: Results) -> Table | None:
+def _build_paper_claims_table(results: Results) -> Table | None:
     """A row for every order of two finished arms that the paper reports: whether ours agrees; None without one."""
     claims: list[Pair] = []
     sources: list[str] = []
@@ -282,7 +285,7 @@ def _summarize_results(results: Results, differences: Differences) -> str:
 
 def _describe_two_arms(results: Results, differences: Differences) -> list[str]:
     """Sentences on the differences of the two compared arms, or on one arm's mean reward where there are no two."""
-    pair = choose_compared_arms(results)
+    pair = choose_headline_arms(results)
     if pair is None:
         name = results.finished_arms[0]
         reward = format_interval(estimate_mean(results, name, "score"))
@@ -295,7 +298,7 @@ def _describe_two_arms(results: Results, differences: Differences) -> list[str]:
         return [f"{one} and {other} finished at no common seed, so they cannot be compared prompt by prompt."]
     texts = []
     for key, name in results.get_shared_measures(pair).items():
-        if results.list_comparable_seeds(key, one, other) != seeds:
+        if results.list_seeds_with_same_scorer(key, one, other) != seeds:
             texts.append(f"{name} is not compared, because different models gave it")
             continue
         difference = differences.get(key, {}).get(pair) or compare_arm_pairs(results, [pair], key)[pair]
@@ -312,15 +315,15 @@ def _describe_best_arm(results: Results, differences: Differences) -> list[str]:
     """A list of one sentence on the arm with the highest mean reward; empty without three arms on one reward scale."""
     complete = [
         name
-        for name in results.unswept_arms
+        for name in results.finished_recipe_arms
         if results.list_run_seeds(name) == list(results.get_finished_by_seed(name)) == results.seeds
     ]
     scales = [measure.names for measure in list_measures_by_scale(results) if measure.key == "score"]
     if len(complete) < 3 or not any(set(complete) <= set(names) for names in scales):
         return []
-    means = {name: float(results.get_column(name, "score").mean()) for name in complete}
+    means = {name: float(results.get_evaluation_column(name, "score").mean()) for name in complete}
     best = max(means, key=means.__getitem__)
-    group = f"the {len(complete)} arms{'' if complete == results.unswept_arms else ' without failed seeds'}"
+    group = f"the {len(complete)} arms{'' if complete == results.finished_recipe_arms else ' without failed seeds'}"
     above: list[str] = []
     equal: list[str] = []
     for pair, difference in differences.get("score", {}).items():

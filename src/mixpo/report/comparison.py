@@ -71,12 +71,12 @@ def _share_reward_scale(results: Results, column: str, one: str, other: str) -> 
     seeds = results.list_common_seeds(one, other)
     if not seeds:
         return results.find_run_of_arm(one) is results.find_run_of_arm(other)
-    return results.list_comparable_seeds(column, one, other) == seeds
+    return results.list_seeds_with_same_scorer(column, one, other) == seeds
 
 
 def estimate_mean(results: Results, arm: str, column: str) -> Interval:
     """An arm's mean of an evaluation column (a share where it is 0 or 1) with 95% interval over prompts and seeds."""
-    values = results.get_column(arm, column)
+    values = results.get_evaluation_column(arm, column)
     if column in SHARES:
         return wilson_interval_over_seeds(values.sum(axis=1).tolist(), [values.shape[1]] * len(values))
     return compute_crossed_mean_interval(values)
@@ -94,14 +94,16 @@ def estimate_kl_and_mean(results: Results, arm: str, column: str, label: str) ->
 
 def subtract_arm_values(results: Results, one: str, other: str, column: str, seeds: Sequence[int]) -> SeedsByPrompts:
     """Evaluation column of arm `one` minus that of arm `other`, an array of seeds by prompts."""
-    return np.asarray(results.get_column(one, column, seeds) - results.get_column(other, column, seeds))
+    return np.asarray(
+        results.get_evaluation_column(one, column, seeds) - results.get_evaluation_column(other, column, seeds)
+    )
 
 
 def compare_arm_pairs(results: Results, arm_pairs: Sequence[Pair], column: str) -> dict[Pair, ArmDifference]:
     """Mean paired differences by pair of arms, p corrected for their number; pairs of no comparable seed left out."""
     paired = []
     for one, other in arm_pairs:
-        if seeds := results.list_comparable_seeds(column, one, other):
+        if seeds := results.list_seeds_with_same_scorer(column, one, other):
             paired.append((one, other, subtract_arm_values(results, one, other, column, seeds)))
     return {(each.one, each.other): each for each in estimate_differences(paired)}
 
@@ -197,7 +199,7 @@ def describe_difference(measure_title: str, one: str, other: str, interval: Inte
 
 def describe_sample(results: Results, seed_count: int) -> str:
     """What an interval is over, such as `over 256 prompts and 5 seeds`; one seed adds `other seeds may differ`."""
-    count = format_count(results.get_column(results.finished_arms[0], "score").shape[1], "prompt")
+    count = format_count(results.get_evaluation_column(results.finished_arms[0], "score").shape[1], "prompt")
     return f"over {count} " + ("at one seed; other seeds may differ" if seed_count == 1 else f"and {seed_count} seeds")
 
 

@@ -2,7 +2,7 @@
 
 from mixpo.data.rows import convert_to_messages
 from mixpo.experiments.results import Results, read_completions
-from mixpo.report.arms import choose_compared_arms
+from mixpo.report.arms import choose_headline_arms
 from mixpo.report.comparison import format_count
 from mixpo.report.document import ArmCompletion, PromptCompletions
 
@@ -41,8 +41,8 @@ def describe_shown_completions(results: Results, prompts: list[PromptCompletions
     arms = format_count(len(prompts[0].completions), "arm")
     text = f"Completions of {arms} for the first {format_count(len(prompts), 'test prompt')}, at seed {seed}"
     scores = [{completion.arm: completion.scores["score"] for completion in prompt.completions} for prompt in prompts]
-    pair = choose_compared_arms(results)
-    if pair is None or seed not in results.list_comparable_seeds("score", *pair):
+    pair = choose_headline_arms(results)
+    if pair is None or seed not in results.list_seeds_with_same_scorer("score", *pair):
         return f"{text}."
     one, other = pair
     higher = sum(score[one] > score[other] for score in scores)

@@ -98,7 +98,7 @@ def _build_arm_cost_table(results: Results, costs_by_arm: Mapping[str, Mapping[s
             rows.append([name, "failed", *[""] * (len(headings) - 2)])
             continue
         base = name_arm_of_same_run(results, name, "sft")
-        seeds = results.list_comparable_seeds("score", name, base)
+        seeds = results.list_seeds_with_same_scorer("score", name, base)
         ratio = ""
         if seeds and name != base and not name.endswith("best-of-n"):
             more = (costs_by_arm[name]["flops"] - costs_by_arm[base]["flops"]) / unit
@@ -112,7 +112,9 @@ def _build_arm_cost_table(results: Results, costs_by_arm: Mapping[str, Mapping[s
 def _plot_reward_by_flops(results: Results, costs_by_arm: Mapping[str, Mapping[str, float]]) -> list[Figure]:
     """Figures of mean reward by model FLOPs, one for each reward scale; without best-of-n."""
     points = {}
-    for name in (name for name in results.unswept_arms if not name.endswith("best-of-n")):  # its cost is at every use
+    for name in (
+        name for name in results.finished_recipe_arms if not name.endswith("best-of-n")
+    ):  # its cost is at every use
         flops = costs_by_arm[name]["flops"] / 1e12
         reward = estimate_mean(results, name, "score")
         points[name] = figures.Point(format_arm_label(results, name), figures.exact_interval(flops), reward)

@@ -74,7 +74,7 @@ def _plot_reward_against_kl(results: Results) -> list[Figure]:
     """Figures of the recipe's arms by KL from SFT (x) and mean reward (y), one for every reward scale."""
     planes, scales = [], Counter[str]()
     for measure in list_measures_by_scale(results):
-        key, arms = measure.key, [name for name in measure.names if name in results.unswept_arms]
+        key, arms = measure.key, [name for name in measure.names if name in results.finished_recipe_arms]
         name = f"kl-{key.replace('_', '-')}{f'-{scales[key]}' if scales[key] else ''}"
         scales[key] += 1
         if arms:
@@ -118,14 +118,14 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
     """
     comparisons = []
     paired: dict[str, list[tuple[str, str, SeedsByPrompts]]] = {}
-    for arm in results.unswept_arms:
+    for arm in results.finished_recipe_arms:
         rival = name_arm_of_same_run(results, arm, "ppo")
         curve = list_finished_sweep_points(results, rival, KL_COEF)
         names = [*(name for _, name in curve), arm]
-        seeds = results.list_comparable_seeds("score", *names)
+        seeds = results.list_seeds_with_same_scorer("score", *names)
         if arm in (rival, name_arm_of_same_run(results, arm, "sft")) or len(curve) < 2 or not seeds:
             continue
-        kls = np.stack([results.get_column(name, "kl_from_sft", seeds) for name in names])
+        kls = np.stack([results.get_evaluation_column(name, "kl_from_sft", seeds) for name in names])
         means = kls.mean(axis=(1, 2))
         order = np.argsort(means[:-1])
         coefs = np.array([value for value, _ in curve])[order]
@@ -136,7 +136,7 @@ def compare_at_equal_kl(results: Results) -> list[EqualKLComparison]:
         margins = [compute_crossed_mean_interval(kls[a] - kls[b]).low for a, b in ((-1, order[0]), (order[-1], -1))]
         if np.isfinite(coef) and not any(low <= 0 for low in margins):  # nan where all are alike: exact
             for key in results.get_shared_measures(results.finished_arms):
-                values = np.stack([results.get_column(name, key, seeds) for name in names])
+                values = np.stack([results.get_evaluation_column(name, key, seeds) for name in names])
                 paired.setdefault(key, []).append((arm, rival, _linearize_difference_at_equal_kl(kls, values)))
     by_arm = {comparison.arm: comparison for comparison in comparisons}
     for key, values_by_arm in paired.items():
@@ -216,7 +216,11 @@ def _describe_equal_kl(results: Results, comparisons: list[EqualKLComparison]) -
     one = next((one for one in comparisons if one.arm == mpo), comparisons[0] if comparisons else None)
     if one is None:
         base = {results.qualify_arm_name(run, "sft") for run in results.runs}
-        kls = {n: float(results.get_column(n, "kl_from_sft").mean()) for n in results.unswept_arms if n not in base}
+        kls = {
+            n: float(results.get_evaluation_column(n, "kl_from_sft").mean())
+            for n in results.finished_recipe_arms
+            if n not in base
+        }
         if not kls:
             return "No arm of the recipe other than SFT finished, so there are no KLs to compare."
         near, far = min(kls, key=kls.__getitem__), max(kls, key=kls.__getitem__)

@@ -17,7 +17,7 @@ from mixpo.judge.outcomes import (
     load_judge_verdicts,
 )
 from mixpo.judge.questions import Judge
-from mixpo.report.arms import choose_compared_arms
+from mixpo.report.arms import choose_headline_arms
 from mixpo.report.comparison import describe_difference, format_count, format_estimate, format_interval, format_p_value
 from mixpo.report.document import Section, SectionGroup, Table
 
@@ -119,7 +119,11 @@ def _build_judge_group(
         limit = f"at most {judge.reply_tokens} tokens per reply"
     notes = [
         f"Endpoint {judge.endpoint}, {temperature}, {limit}, template {judge.template}.",
-        *(note for one in verdicts if one.judge == judge and (note := _note_special_prompts(one, show_seed))),
+        *(
+            note
+            for one in verdicts
+            if one.judge == judge and (note := _note_prompts_without_own_verdict(one, show_seed))
+        ),
     ]
     return SectionGroup(label, table=Table(headings, lines) if lines else None, notes=notes)
 
@@ -135,7 +139,7 @@ def _name_compared_arms(verdicts: JudgeVerdicts, show_seed: bool) -> str:
     return f"{verdicts.arms[0]} vs {verdicts.arms[1]}" + (f", seed {verdicts.seed}" if show_seed else "")
 
 
-def _note_special_prompts(verdicts: JudgeVerdicts, show_seed: bool) -> str:
+def _note_prompts_without_own_verdict(verdicts: JudgeVerdicts, show_seed: bool) -> str:
     """A note that counts prompts with identical texts, without verdict, or changed after judging; empty if none."""
     same, stale = sum(each.pair.is_identical for each in verdicts.verdicts), verdicts.stale
     unparsed = sum(each.unparsed for each in verdicts.verdicts)
@@ -178,7 +182,7 @@ def _summarize_verdicts(results: Results, verdicts: Sequence[JudgeVerdicts], row
         return (
             f"No verdicts on the current completions: those of {format_count(stale, 'prompt')} changed after judging."
         )
-    pair = choose_compared_arms(results)
+    pair = choose_headline_arms(results)
     first = next((row for row in whole if row.judged.arms == pair), whole[0]).judged
     shown = [row for row in whole if (row.judged.arms, row.judged.seed) == (first.arms, first.seed)]
     labels, (one, other) = label_judges(verdicts), first.arms

@@ -56,7 +56,7 @@ def build_label_noise_section(results: Results) -> Section | None:
         "Flipped are the labels of the human train pairs, which train the reward model and DPO-base. SFT and the test "
         "pairs are unchanged, and the reward model of the unflipped labels scores every arm."
     ]
-    opening = _summarize_noise_changes(results, levels, shares, measures)
+    opening = _summarize_reward_changes(results, levels, shares, measures)
     return Section("noise", "Label noise", opening, [SectionGroup(figures=plots, notes=notes), *tables])
 
 
@@ -65,13 +65,13 @@ def _format_change(results: Results, names_by_share: dict[float, str], shares: l
     if not {shares[0], shares[-1]} <= names_by_share.keys():
         return ""
     first, last = names_by_share[shares[0]], names_by_share[shares[-1]]
-    if not (seeds := results.list_comparable_seeds(column, first, last)):
+    if not (seeds := results.list_seeds_with_same_scorer(column, first, last)):
         return ""
     interval = compute_crossed_mean_interval(subtract_arm_values(results, last, first, column, seeds))
     return format_interval(interval) + note_missing_seeds(results, len(seeds), first, last)
 
 
-def _summarize_noise_changes(results: Results, levels: Levels, shares: list[float], measures: dict[str, str]) -> str:
+def _summarize_reward_changes(results: Results, levels: Levels, shares: list[float], measures: dict[str, str]) -> str:
     """A sentence on each arm's change in reward with label noise, and on mpo's change against its rivals'."""
     key = "true_reward" if "true_reward" in measures else "score"
     changes = {arm: text for arm, points in levels.items() if (text := _format_change(results, points, shares, key))}
@@ -86,7 +86,7 @@ def _summarize_noise_changes(results: Results, levels: Levels, shares: list[floa
         mpo, rival = results.qualify_arm_name(run, "mpo"), results.qualify_arm_name(run, arm)
         if {mpo, rival} <= changes.keys():
             ends = [(levels[one][shares[-1]], levels[one][shares[0]]) for one in (mpo, rival)]
-            if seeds := results.list_comparable_seeds(key, *ends[0], *ends[1]):
+            if seeds := results.list_seeds_with_same_scorer(key, *ends[0], *ends[1]):
                 change, other = (subtract_arm_values(results, *names, key, seeds) for names in ends)
                 paired.append((mpo, rival, change - other))
     for found in estimate_differences(paired):

@@ -23,10 +23,10 @@ def build_overoptimisation_section(results: Results) -> Section | None:
     if not yardsticks:
         return None
     yardstick, label = yardsticks[0], MEASURES[yardsticks[0]]
-    bases = {name: name_arm_of_same_run(results, name, "sft") for name in results.unswept_arms}
+    bases = {name: name_arm_of_same_run(results, name, "sft") for name in results.finished_recipe_arms}
     points, missing = [], []
     for name, base in bases.items():
-        if seeds := results.list_comparable_seeds("score", name, base):
+        if seeds := results.list_seeds_with_same_scorer("score", name, base):
             gains = (subtract_arm_values(results, name, base, key, seeds) for key in ("score", yardstick))
             points.append(figures.Point(name, *map(compute_crossed_mean_interval, gains)))
         if name != base and (note := note_missing_seeds(results, len(seeds), name, base)):
@@ -43,7 +43,7 @@ def build_overoptimisation_section(results: Results) -> Section | None:
         dashed = [path for path in paths if path.endswith(label)]
         figure = figures.plot_paths(paths, name="over-optimisation", xlabel=KL_AXIS, ylabel="reward", dashed=dashed)
         groups.append(SectionGroup("Along training", [figure], _build_trace_table(results, traces, yardstick)))
-    risen, significant, diverging = _list_reward_divergences(results, yardstick)
+    risen, significant, diverging = _find_reward_divergences(results, yardstick)
     if diverging:
         headings = ["arm", "seed", "gain in reward over SFT", "p", f"gain in {label} over SFT", "p"]
         headings += ["KL from SFT", "end rate"]
@@ -58,13 +58,13 @@ def build_overoptimisation_section(results: Results) -> Section | None:
     return Section("over-optimisation", "Over-optimisation", opening, groups)
 
 
-def _list_reward_divergences(results: Results, unoptimised: str) -> tuple[int, int, list[list[str]]]:
+def _find_reward_divergences(results: Results, unoptimised: str) -> tuple[int, int, list[list[str]]]:
     """Counts of arms and seeds above SFT in reward, and of significant rows; rows of those below in the other."""
     cases = [
         (name, base, seed)
         for name in results.finished_arms
         if name != (base := name_arm_of_same_run(results, name, "sft"))
-        for seed in results.list_comparable_seeds("score", name, base)
+        for seed in results.list_seeds_with_same_scorer("score", name, base)
     ]
     gains = []
     for key in ("score", unoptimised):
@@ -75,7 +75,9 @@ def _list_reward_divergences(results: Results, unoptimised: str) -> tuple[int, i
         risen += reward.interval.mean > 0
         if reward.interval.mean > 0 > real.interval.mean:
             significant += reward.significant_sign > 0 > real.significant_sign
-            kl, ended = (float(results.get_column(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended"))
+            kl, ended = (
+                float(results.get_evaluation_column(name, key, [seed]).mean()) for key in ("kl_from_sft", "ended")
+            )
             cells = [*format_difference_cells(reward), *format_difference_cells(real), f"{kl:.2f}", f"{ended:.0%}"]
             rows.append([name, str(seed), *cells])
     return risen, significant, rows

@@ -72,7 +72,7 @@ def build_document(results: Results) -> Document:
         sections=[section for build in SECTIONS if (section := build(results)) is not None],
         completions_opening=completions.describe_shown_completions(results, prompts),
         prompts=prompts,
-        pair=arms.choose_compared_arms(results),
+        pair=arms.choose_headline_arms(results),
         failures=[*reasons, *theorem.list_failed_gradients(results)],
         recipes=[(run.name, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in results.runs],
     )
@@ -128,13 +128,13 @@ def tabulate_means(results: Results) -> tuple[list[str], list[list[Any]]]:
         done, ran = results.get_finished_by_seed(name), results.list_arm_results(name)
         for arm in ran:
             if arm.seed in done:
-                prompts = results.get_column(name, "score", [arm.seed]).size
+                prompts = results.get_evaluation_column(name, "score", [arm.seed]).size
                 rows.append([name, arm.seed, "done", prompts, *_list_mean_cells(results, name, keys, [arm.seed])])
             else:
                 rows.append([name, arm.seed, "failed", None, *[None] * (3 * len(keys))])
         if done:
             status = "done" if len(done) == len(ran) else f"done at {len(done)} of {len(ran)} seeds"
-            prompts = results.get_column(name, "score").shape[1]
+            prompts = results.get_evaluation_column(name, "score").shape[1]
             rows.append([name, "all", status, prompts, *_list_mean_cells(results, name, keys, None)])
     return columns, rows
 
@@ -148,7 +148,7 @@ def _list_mean_cells(results: Results, arm: str, columns: Sequence[str], seeds: 
         elif seeds is None:
             cells += split_interval(estimate_mean(results, arm, key))
         else:
-            cells += [float(results.get_column(arm, key, seeds).mean()), None, None]
+            cells += [float(results.get_evaluation_column(arm, key, seeds).mean()), None, None]
     return cells
 
 

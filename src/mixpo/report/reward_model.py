@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from mixpo.algorithms.calibration import bin_calibration, calibration_error
 from mixpo.algorithms.intervals import Interval, wilson_interval_over_seeds
-from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
+from mixpo.experiments.results import Results, StageResult, select_unswept_stage_per_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Section, SectionGroup, Table
@@ -40,7 +40,7 @@ def build_reward_model_section(results: Results) -> Section | None:
                     "score (mean ± sd)": f"{format_number(judged['score_mean'])} ± {judged['score_std']:.2f}",
                 }
             )
-    shown = select_stage_per_seed(stages)
+    shown = select_unswept_stage_per_seed(stages)
     each = shown if len(shown) > 1 else []
     plots = []
     for part in ("validation", "test"):

@@ -6,7 +6,7 @@ from typing import Any
 from mixpo.algorithms.intervals import wilson_interval
 from mixpo.data.rows import convert_to_messages
 from mixpo.data.world import true_reward
-from mixpo.experiments.results import Results, StageResult, select_stage_per_seed
+from mixpo.experiments.results import Results, StageResult, select_unswept_stage_per_seed
 from mixpo.report import figures
 from mixpo.report.comparison import format_interval, format_number
 from mixpo.report.document import Section, SectionGroup, Table
@@ -44,7 +44,7 @@ def build_selection_section(results: Results) -> Section | None:
         if true_reward_known:
             row |= {f"correct {part} labels": _format_correct_share(pairs) for part, pairs in parts[stage.key].items()}
         rows.append(row)
-    shown = select_stage_per_seed(stages)
+    shown = select_unswept_stage_per_seed(stages)
     histogram = figures.plot_histogram(
         {part: [float(row["gap"]) for stage in shown for row in parts[stage.key][part]] for part in ("hard", "easy")},
         thresholds=[stage.summary["threshold"] for stage in shown],

@@ -39,23 +39,23 @@ class GradientMeasurement:
     @cached_property
     def columns(self) -> dict[str, Values]:
         """Arrays of the columns of `gradients.parquet` by name, all seeds one after the other."""
-        rows = [row for seed in self.folders for row in self._rows_by_seed[seed]]
+        rows = [row for seed in self.folders for row in self._read_rows_by_seed[seed]]
         return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
 
     @cached_property
-    def _rows_by_seed(self) -> dict[int, list[dict[str, float]]]:
+    def _read_rows_by_seed(self) -> dict[int, list[dict[str, float]]]:
         return {seed: read_table(folder / "gradients.parquet") for seed, folder in self.folders.items()}
 
     @property
-    def _inner_products(self) -> tuple[Values, Values, Values]:
+    def _gradient_inner_products(self) -> tuple[Values, Values, Values]:
         """Inner products of the two gradients: chosen with itself, rejected with itself, chosen with rejected."""
         columns = self.columns
         return columns["chosen_chosen"], columns["rejected_rejected"], columns["chosen_rejected"]
 
     def split_by_seed(self, values: Values) -> dict[int, Values]:
         """The parts of an array over all seeds, by seed."""
-        ends = np.cumsum([len(rows) for rows in self._rows_by_seed.values()])
-        return dict(zip(self._rows_by_seed, np.split(values, ends[:-1]), strict=True))
+        ends = np.cumsum([len(rows) for rows in self._read_rows_by_seed.values()])
+        return dict(zip(self._read_rows_by_seed, np.split(values, ends[:-1]), strict=True))
 
     def average_over_seeds(self, values: Values) -> Interval:
         """The mean over seeds of means over pairs, with 95% interval over the pairs of one seed or over seeds."""
@@ -75,21 +75,21 @@ class GradientMeasurement:
         return np.asarray(np.log(np.abs(self.columns["by_chosen"])) - np.log(np.abs(self.columns["by_rejected"])))
 
     @property
-    def gradient_cosine(self) -> Values:
+    def chosen_rejected_cosine(self) -> Values:
         """Cosine between the gradients of chosen's and rejected's log-probs over all weights, for each pair."""
-        one, other, both = self._inner_products
+        one, other, both = self._gradient_inner_products
         return np.asarray(both / np.sqrt(one * other))
 
     @property
     def relative_gradient_norm(self) -> Values:
         """|g_w - g_l| / (|g_w| + |g_l|): norm of DPO's gradient relative to its two parts, 0 if they cancel."""
-        one, other, both = self._inner_products
+        one, other, both = self._gradient_inner_products
         return np.asarray(np.sqrt(np.maximum(one + other - 2 * both, 0.0)) / (np.sqrt(one) + np.sqrt(other)))
 
     @property
     def log_step_ratio(self) -> Values:
         """log of the increase of x_w over the decrease of x_l in a small step; nan where one has the opposite sign."""
-        one, other, both = self._inner_products
+        one, other, both = self._gradient_inner_products
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.log(one - both) - np.log(other - both) - self.log_x_ratio)
 
@@ -110,7 +110,7 @@ def build_theorem_section(results: Results) -> Section | None:
     cosines: dict[str, list[figures.Point]] = {}
     for one in measurements:
         label, moved = f"{one.arm} on {one.part}", one.moves_both_as_intended
-        cosine = one.average_over_seeds(one.gradient_cosine)
+        cosine = one.average_over_seeds(one.chosen_rejected_cosine)
         by_seed = list(one.split_by_seed(moved).values())
         share = wilson_interval_over_seeds([float(part.sum()) for part in by_seed], [len(part) for part in by_seed])
         log_prob_ratio = (one.log_step_ratio + one.log_x_ratio)[moved]
@@ -215,7 +215,7 @@ def _summarize_gradients(measurements: list[GradientMeasurement], correlation: f
 
 def average_cosines_over_models(measurements: Sequence[GradientMeasurement]) -> tuple[list[Values], list[Values]]:
     """Cosines of easy and of hard pairs, an array a seed: means over the models measured on both, which share pairs."""
-    cosines = {(one.arm, one.part): one.split_by_seed(one.gradient_cosine) for one in measurements}
+    cosines = {(one.arm, one.part): one.split_by_seed(one.chosen_rejected_cosine) for one in measurements}
     arms = dict.fromkeys(one.arm for one in measurements)
     seeds = sorted({seed for one in measurements for seed in one.folders})
     easy, hard = list[Values](), list[Values]()

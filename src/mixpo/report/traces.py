@@ -42,7 +42,7 @@ class PPOTrace:
         return np.stack([read_columns([*one.trace, one.evaluation][evaluation_index])[column] for one in self.results])
 
     def estimate_mean_at(self, column: str, evaluation_index: int) -> Interval:
-        """The mean of a column at the evaluation with this index, with its 95% interval."""
+        """Mean of a column over seeds and prompts at an evaluation (0 the start, -1 the end), with its 95% interval."""
         return compute_crossed_mean_interval(self.read_values(column, evaluation_index))
 
     def list_kl_points(self, column: str) -> list[figures.Point]:
@@ -65,7 +65,7 @@ class PPOTrace:
 def load_ppo_traces(results: Results) -> list[PPOTrace]:
     """A trace for every arm of the recipe that was evaluated along its PPO; empty if none was."""
     traces = []
-    for name in results.unswept_arms:
+    for name in results.finished_recipe_arms:
         if own := [arm for arm in results.get_finished_by_seed(name).values() if arm.trace and arm.evaluation]:
             traces.append(PPOTrace(name, own))
     return traces

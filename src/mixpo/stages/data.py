@@ -1,4 +1,4 @@
-"""Data: reading, validation and splitting of all rows, once, before training."""
+"""Data: reading, validation, splitting and tokenization of all rows, once, before training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -362,18 +362,21 @@ def describe_data_statistics(statistics: Mapping[str, Any]) -> list[str]:
 
 
 class Data(DataStage, DataSettings):
-    """Stage of an experiment's rows: preferences in `train.parquet` and `test.parquet`, `demonstrations.parquet`."""
+    """Stage of an experiment's rows: pairs in `train`, `test` and `second.parquet`, and `demonstrations.parquet`.
+
+    Every row has `prompt_tokens` and the `tokens` of its completions, which other stages read.
+    """
 
     parts = ("train", "second")
 
     base: PolicyStage
-    """Model whose tokenizer counts the prompts' tokens."""
+    """Model whose tokenizer the rows are tokenized with."""
     content: str = ""
     """Digests of the files and of what is read from their paths; computed by the validator."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _read_content(cls, values: Any) -> Any:
+    def _fill_in_content_digest(cls, values: Any) -> Any:
         """Validator: fill in `content`, the digest of the files, and the embedded world's numbers of rows."""
         if not isinstance(values, dict) or values.get("content"):
             return values

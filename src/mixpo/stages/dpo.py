@@ -66,7 +66,7 @@ class DPO(PolicyStage, DPOSettings):
         delete_lines_from_step(job.out / "samples.jsonl", training.first_step)
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
-        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_dpo_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             """Summed DPO loss of a microbatch, and the sums of its metrics."""
             chosen, rejected = lm(batch, "logprobs").sum(dim=-1).unbind(dim=1)
             chosen_reference, rejected_reference = reference_logprobs[rows].to(lm.device).unbind(dim=1)
@@ -85,7 +85,7 @@ class DPO(PolicyStage, DPOSettings):
                 }
             return losses.sum(), metrics
 
-        for step, metrics in training.train_remaining_steps(compute_loss, compute_divisor=len):
+        for step, metrics in training.train_remaining_steps(compute_dpo_loss, compute_divisor=len):
             if step + 1 in probe_steps:
                 metrics |= _sample_training_prompts(self, lm, pairs, job, step)
 
@@ -148,7 +148,7 @@ def _sample_training_prompts(stage: DPO, lm: LanguageModel, pairs: TokenPairs, j
     sampler = job.runtime.make_sampler()
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
-    job.cost.count_sampled_tokens(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    job.cost.add_sampled_tokens(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.decode_completion(completion) for (completion,) in sampled.to_lists()]
     append_jsonl(
         job.out / "samples.jsonl",

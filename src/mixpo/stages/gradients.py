@@ -61,8 +61,10 @@ class Gradients(Stage):
         def measure_gradients(rows: list[int]) -> list[dict[str, float]]:
             """The row in `gradients.parquet`, as columns by name, of the one pair in a portion."""
             (row,) = rows
-            logprobs, (chosen_gradient, rejected_gradient) = _compute_gradients(lm, prompts[row], completions[row])
-            job.cost.count_trained_tokens(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            logprobs, (chosen_gradient, rejected_gradient) = _compute_logprob_gradients(
+                lm, prompts[row], completions[row]
+            )
+            job.cost.add_trained_tokens(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
             log_x = torch.tensor(logprobs, dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
             columns = {
@@ -82,7 +84,7 @@ class Gradients(Stage):
         job.finish_stage(pairs=len(rows))
 
 
-def _compute_gradients(
+def _compute_logprob_gradients(
     lm: LanguageModel, prompt: list[int], completions: list[list[int]]
 ) -> tuple[list[float], list[Tensor]]:
     """Log-prob of each completion of a prompt in nats, and its gradient over all weights as one vector."""

@@ -22,7 +22,7 @@ class LabelNoiseSettings(Settings):
 
 
 class LabelNoise(Stage, LabelNoiseSettings):
-    """Stage of preference pairs with noise: in `train.parquet`, a random share has chosen and rejected exchanged."""
+    """Stage that copies pairs into `train.parquet`, its only file, with a random share of the labels flipped."""
 
     parts = ("train",)
 

@@ -27,7 +27,7 @@ from mixpo.algorithms.ppo import (
     shaped_rewards,
     value_loss,
 )
-from mixpo.data.branches import BranchBatch
+from mixpo.data.branches import BranchBatch, count_tokens_per_prompt
 from mixpo.data.rows import Prompt
 from mixpo.models.adapters import add_lora
 from mixpo.models.digests import compute_model_digest
@@ -77,7 +77,9 @@ class PPO(PolicyStage, PPOSettings):
         torch.manual_seed(self.seed)
         policy = job.load_policy(input_paths["policy"], self.precision)
         frozen = load_frozen_models(self, input_paths, policy, job)
-        digests = [compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "reference")]
+        start, reference = (
+            compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "reference")
+        )
         if self.lora:
             add_lora(policy, self.lora)
         models = make_actor_critic(self, input_paths, policy, frozen.reward, job)
@@ -100,7 +102,7 @@ class PPO(PolicyStage, PPOSettings):
             rows = select_batch_rows(step, len(prompts), batch_size=self.batch_size, seed=self.seed)
             try:
                 rollout, metrics = training.roll_out(step, rows)
-                check_kl_limits(self, metrics, iteration=step, starts_at_reference=digests[0] == digests[1])
+                check_kl_limits(self, metrics, iteration=step, starts_at_reference=start == reference)
                 weights.update_copy(last_good_weights)
                 metrics |= training.update_on_rollout(step, rollout)
             except Diverged as error:
@@ -120,7 +122,7 @@ class PPO(PolicyStage, PPOSettings):
             log.append_step(step, total, metrics)
             if step + 1 in snapshot_steps:
                 snapshot = Snapshot(stage=self, number=snapshot_steps.index(step + 1) + 1)
-                save_model(policy, locate_model_folder(snapshot.locate_in_folder(job.out)))
+                save_model(policy, locate_model_folder(snapshot.get_path_within(job.out)))
             kl_state = [models.kl_coef, models.kl_multiplier, models.kl_error_sum]
             checkpoint.write_checkpoint_if_due(step + 1, {"cost": job.cost.get_counts(), "kl": kl_state})
 
@@ -182,21 +184,21 @@ class PPOTraining:
         )
         mask, logprobs = completions.mask, completions.logprobs
         tokens = sum(map(len, prompts)) + int(mask.sum())
-        self.cost.count_sampled_tokens(policy.model, int(mask.sum()), sum(map(len, prompts)))
+        self.cost.add_sampled_tokens(policy.model, int(mask.sum()), sum(map(len, prompts)))
 
         # Score
         rows_text = [self.prompts[row] for row in prompt_indices]
         reward_inputs = retokenize_for_reward(frozen.reward, policy, rows_text, prompts, completions)
         scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
-        self.cost.count_scored_tokens(frozen.reward.model, tokens)
+        self.cost.add_scored_tokens(frozen.reward.model, sum(count_tokens_per_prompt(*reward_inputs)))
         reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
-        self.cost.count_scored_tokens(frozen.reference.model, tokens)
+        self.cost.add_scored_tokens(frozen.reference.model, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
             sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
-                self.cost.count_scored_tokens(frozen.sft.model, tokens)
+                self.cost.add_scored_tokens(frozen.sft.model, tokens)
 
         # Shape rewards
         anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_anchor_weight(models.kl_multiplier))
@@ -215,7 +217,7 @@ class PPOTraining:
         values = returns = None
         if models.value is not None:
             values = compute_outputs(models.value, prompts, completions, "values", token_budget=budget)
-            self.cost.count_scored_tokens(models.value.model, tokens)
+            self.cost.add_scored_tokens(models.value.model, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
             )
@@ -289,7 +291,7 @@ class PPOTraining:
         """Summed policy loss of a microbatch, with its metrics' sums; on a network shared with the value, plus the
         value loss, or that alone."""
         settings, policy, shares_network = self.settings, self.models.policy, self.models.shares_network
-        count_tokens = self.cost.count_scored_tokens if value_only else self.cost.count_trained_tokens
+        count_tokens = self.cost.add_scored_tokens if value_only else self.cost.add_trained_tokens
         count_tokens(policy.model, batch.token_count)
         if shares_network:
             logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
@@ -321,7 +323,7 @@ class PPOTraining:
         """Summed value loss of a microbatch under the separate value model, without metrics."""
         value = self.models.value
         assert value is not None
-        self.cost.count_trained_tokens(value.model, batch.token_count)
+        self.cost.add_trained_tokens(value.model, batch.token_count)
         return self._sum_value_loss(value(batch, "values"), rollout, prompt_indices, batch.mask), {}
 
     def _sum_value_loss(

@@ -65,7 +65,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _read_content(cls, values: Any) -> Any:
+    def _fill_in_content_digest(cls, values: Any) -> Any:
         """Validator: fill in `content`, the digest of a local path's files. Raises `InputError` on unusable ones."""
         if not isinstance(values, dict) or values.get("content"):
             return values
@@ -136,7 +136,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         if self.local_folder is not None:
             if self.dtype == "auto":
                 return None, load_tokenizer(local_path)
-            return load_weights(_read_with_template(local_path, self)), load_tokenizer(local_path)
+            return load_weights(_check_folder_with_template(local_path, self)), load_tokenizer(local_path)
         network = read_hub_model(self.path, self.revision)
         if self.revision is None:
             progress_listener.get().on_message(
@@ -164,10 +164,10 @@ def read_pretrained_tokenizer(settings: PretrainedSettings, special_tokens: str 
 @lru_cache
 def _check_folder_once(folder: Path, digest: str, settings: PretrainedSettings) -> None:
     """Check a model folder with these template settings, once a digest. Raises `InputError` if it is unusable."""
-    _read_with_template(folder, settings)
+    _check_folder_with_template(folder, settings)
 
 
-def _read_with_template(folder: Path, settings: PretrainedSettings) -> ModelFolder:
+def _check_folder_with_template(folder: Path, settings: PretrainedSettings) -> ModelFolder:
     """Check a model folder with these template settings, without reading its weights. Raises `InputError`."""
 
     def load_tokenizer_with_template(folder: Path) -> Any:

@@ -77,10 +77,10 @@ class RewardModel(RewardStage, RewardModelSettings):
         training, budget = SupervisedTraining(job, self, lm, prompts, completions), job.runtime.microbatch_tokens
         if self.head == "fitted" and training.first_step == 0:
             states = compute_last_states(lm, prompts, completions, token_budget=budget)
-            job.cost.count_scored_tokens(lm.model, sum(count_tokens_per_prompt(prompts, completions)))
+            job.cost.add_scored_tokens(lm.model, sum(count_tokens_per_prompt(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
-        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_reward_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             """Summed Bradley-Terry loss of a microbatch, and the sums of its metrics."""
             chosen, rejected = lm(batch, "scores").unbind(dim=1)
             number = torch.tensor(len(rows))
@@ -94,7 +94,7 @@ class RewardModel(RewardStage, RewardModelSettings):
                 losses = losses + self.center_coef * centering_loss(chosen, rejected)
             return losses.sum(), metrics
 
-        for _ in training.train_remaining_steps(compute_loss, compute_divisor=len):
+        for _ in training.train_remaining_steps(compute_reward_loss, compute_divisor=len):
             pass
 
         digest = job.save_model(lm)
@@ -105,7 +105,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             ("test", test.prompts, test.completions),
         ):
             scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
-            job.cost.count_scored_tokens(saved.model, sum(count_tokens_per_prompt(prompts, completions)))
+            job.cost.add_scored_tokens(saved.model, sum(count_tokens_per_prompt(prompts, completions)))
             write_table(
                 job.out / f"{name}_scores.parquet",
                 [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],

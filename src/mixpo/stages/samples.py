@@ -30,7 +30,7 @@ class SamplesSettings(SeededSettings):
 
 
 class Samples(ScoredPairsStage, SamplesSettings):
-    """Stage of scored pairs in `pairs.parquet`: prompt, gap, and completions, tokens, logprobs, scores, chosen first.
+    """Stage that samples two completions of each prompt, scores them, and writes them to `pairs.parquet`, chosen first.
 
     The completion with the higher score is chosen. Identical completions have the gap 0.
     """

@@ -41,12 +41,12 @@ class Selection(Stage, SelectionSettings):
     samples: ScoredPairsStage
 
     @property
-    def easy(self) -> Part:
+    def easy_pairs(self) -> Part:
         """The pairs whose score gap exceeds the threshold, as the stage's file `easy.parquet`."""
         return Part(stage=self, of="easy")
 
     @property
-    def hard(self) -> Part:
+    def hard_pairs(self) -> Part:
         """All other pairs, those of identical completions included, as the stage's file `hard.parquet`."""
         return Part(stage=self, of="hard")
 

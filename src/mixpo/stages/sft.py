@@ -47,7 +47,7 @@ class SFT(PolicyStage, SFTSettings):
         report_truncation("demonstrations", truncated, len(rows), self.max_completion_tokens)
         training = SupervisedTraining(job, self, lm, prompts, completions)
 
-        def compute_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
+        def compute_sft_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             """Summed negative log-likelihood of a microbatch's completion tokens, without metrics."""
             return -lm(batch, "logprobs").sum(), {}
 
@@ -55,7 +55,7 @@ class SFT(PolicyStage, SFTSettings):
             """Number of completion tokens of these rows, by which their summed loss is divided."""
             return sum(len(completions[row][0]) for row in rows)
 
-        for _ in training.train_remaining_steps(compute_loss, compute_divisor=count_tokens):
+        for _ in training.train_remaining_steps(compute_sft_loss, compute_divisor=count_tokens):
             pass
 
         digest, metrics, total = job.save_model(lm), training.metrics.read_steps(), training.total_steps

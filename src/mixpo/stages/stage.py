@@ -30,7 +30,7 @@ class Stage(IdentifiedModel):
     def locate_inputs(self, stage_folders: Mapping[str, Path]) -> dict[str, Path]:
         """Paths of the inputs by field: a stage's folder, or the path of a part or snapshot in its stage's folder."""
         return {
-            name: stage_folders[name] if isinstance(part, Stage) else part.locate_in_folder(stage_folders[name])
+            name: stage_folders[name] if isinstance(part, Stage) else part.get_path_within(stage_folders[name])
             for name, part in self._iterate_inputs()
         }
 
@@ -63,7 +63,7 @@ class ScoredPairsStage(Stage):
 
 
 class Part(Settings):
-    """A reference to one file of rows of a stage, such as `Selection(...).easy` or `Data(...).train_pairs`."""
+    """A reference to one file of rows of a stage, such as `Selection(...).easy_pairs` or `Data(...).train_pairs`."""
 
     stage: Stage
     of: str
@@ -76,7 +76,7 @@ class Part(Settings):
             raise InputError(f"{type(self.stage).__name__}: found no part {self.of!r}; expected {expected}")
         return self
 
-    def locate_in_folder(self, stage_folder: Path) -> Path:
+    def get_path_within(self, stage_folder: Path) -> Path:
         """Path of the file of rows in its stage's folder."""
         return stage_folder / f"{self.of}.parquet"
 
@@ -87,6 +87,6 @@ class Snapshot(Settings):
     stage: PolicyStage
     number: int
 
-    def locate_in_folder(self, stage_folder: Path) -> Path:
+    def get_path_within(self, stage_folder: Path) -> Path:
         """Path of the snapshot's folder, which has `model/`, in its stage's folder."""
         return stage_folder / "snapshots" / str(self.number)

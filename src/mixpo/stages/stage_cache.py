@@ -32,7 +32,7 @@ SETTINGS = "settings.json"
 
 @dataclass
 class StageCache:
-    """A cache of stages' folders, and the runtime settings with which missing ones are computed."""
+    """Folders of stages, and the runtime with which missing ones are computed."""
 
     cache: Path
     runtime: Runtime

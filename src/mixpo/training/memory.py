@@ -30,7 +30,7 @@ def read_peak_memory_mib() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Release freed memory to the system and reset the measured peak, as far as the system allows it."""
+    """Return freed memory to the system and restart measuring the GPU's and the process's peak, if possible."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError, AttributeError):

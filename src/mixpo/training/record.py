@@ -113,12 +113,12 @@ class Cost:
         for name, value in saved_counts.items():
             setattr(self, name, value)
 
-    def count_sampled_tokens(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
+    def add_sampled_tokens(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
         """Add tokens sampled from a model; with the prompt tokens of the prefill they add 2 FLOPs a weight."""
         self.tokens_sampled += tokens
         self.flops += 2.0 * sum(count_multiplied_weights(model)) * (tokens + prompt_tokens)
 
-    def count_trained_tokens(self, model: PreTrainedModel, tokens: int) -> None:
+    def add_trained_tokens(self, model: PreTrainedModel, tokens: int) -> None:
         """Add tokens of forward and backward passes, prompts included: 6 FLOPs a trained weight, 4 a frozen one.
 
         A product takes 2 in the forward pass, 2 for the gradient of its input, and 2 for that of trained weights.
@@ -127,7 +127,7 @@ class Cost:
         self.tokens_trained += tokens
         self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def count_scored_tokens(self, model: PreTrainedModel, tokens: int) -> None:
+    def add_scored_tokens(self, model: PreTrainedModel, tokens: int) -> None:
         """Add tokens of forward passes without gradients: 2 FLOPs a weight."""
         self.tokens_scored += tokens
         self.flops += 2.0 * sum(count_multiplied_weights(model)) * tokens
