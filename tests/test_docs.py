@@ -10,7 +10,12 @@ import typer
 
 from mixpo.cli.main import app
 from mixpo.data.sources import Format
+from mixpo.experiments import arms
 from mixpo.experiments.arms import ARMS
+from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.shared_stages import SharedStages
+from mixpo.stages.stage import Stage
+from mixpo.stages.stage_cache import StageCache
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,3 +51,19 @@ def test_commands_are_found() -> None:
 def test_every_arm_and_every_format_of_rows_is_described() -> None:
     text = (ROOT / "docs" / "using.md").read_text()
     assert [name for name in (*ARMS, *get_args(Format)) if f"`{name}`" not in text] == []
+
+
+def test_the_python_of_the_pages_runs_but_for_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
+    blocks = [
+        block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ]
+    built: list[Stage] = []
+    monkeypatch.setattr(StageCache, "compute_with_inputs", lambda cache, stage: built.append(stage))
+    for block in blocks:
+        names = dict(vars(arms))
+        exec(block, names)
+        shared = SharedStages(read_recipe("world"), 0)
+        built += [names[name](shared) for name in re.findall("^def ([a-z_]+)", block, re.M)]
+    assert len(built) >= len(blocks) >= 3
+    assert all(isinstance(stage, Stage) for stage in built)
