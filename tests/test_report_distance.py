@@ -247,7 +247,7 @@ def test_a_trace_is_of_the_seeds_that_have_all_points(tmp_path: Path) -> None:
     arm = Arm("ppo", {0: end, 1: around(100.0, true_reward=1.0)}, trace={0: way}, reason="along its training: lost")
     results = load(tmp_path, [arm])
     (found,) = load_ppo_traces(results)
-    assert (found.seeds, found.num_evaluations, found.completions_sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
+    assert (found.seeds, found.evaluations_per_seed, found.completions_sampled.tolist()) == ([0], 3, [0.0, 20.0, 40.0])
     assert found.estimate_mean_at("score", 2).mean == pytest.approx(1.5)
     section = overoptimisation.build_overoptimisation_section(results)
     assert "During PPO of ppo (1 of 2 seeds)" in section.opening

@@ -271,7 +271,7 @@ def test_a_step_against_a_small_step_of_the_weights() -> None:
     """x_w over x_l by the columns, and by moving the weights of two linear log-probs along g_w - g_l."""
     one, other, x, rate = np.array([2.0, 0.3]), np.array([-0.4, 1.0]), (2.0, 0.5), 1e-6
     row = gradients((2.0, 0.3), (-0.4, 1.0), x=x)
-    made = theorem.GradientMeasurement("dpo", "easy", {})
+    made = theorem.PairGradientStatistics("dpo", "easy", {})
     vars(made)["columns"] = {name: np.array([value]) for name, value in row.items()}
     step = rate * (one - other)
     rise, fall = x[0] * math.expm1(one @ step), -x[1] * math.expm1(other @ step)

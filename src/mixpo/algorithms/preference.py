@@ -43,7 +43,7 @@ def fit_bradley_terry(feature_differences: Float[Tensor, "pairs width"], *, ridg
     varies = scale > 0
     x = x[:, varies] / scale[varies]
 
-    def compute_loss_and_gradient(weights: Vector) -> tuple[float, Vector]:
+    def compute_ridge_loss_and_gradient(weights: Vector) -> tuple[float, Vector]:
         """Regularized loss at these weights, and its gradient."""
         margins = x @ weights
         value = np.logaddexp(0.0, -margins).mean() + ridge / 2 * weights @ weights
@@ -51,7 +51,7 @@ def fit_bradley_terry(feature_differences: Float[Tensor, "pairs width"], *, ridg
 
     weights = np.zeros_like(scale)
     result = minimize(
-        compute_loss_and_gradient,
+        compute_ridge_loss_and_gradient,
         np.zeros(x.shape[1]),
         jac=True,
         method="L-BFGS-B",

@@ -49,7 +49,7 @@ def judge_arms(
     from mixpo.experiments.comparisons import choose_compared_seed, pair_completions
     from mixpo.experiments.results import load_runs
     from mixpo.judge.endpoint import is_unencrypted_endpoint, normalize_endpoint, read_api_key
-    from mixpo.judge.outcomes import decide_verdicts, keep_assigned_arm_order, make_assignment
+    from mixpo.judge.outcomes import decide_current_verdicts, keep_assigned_arm_order, make_assignment
     from mixpo.judge.questions import make_judges, read_template
     from mixpo.judge.verdicts import FILE, make_assignment_row, open_verdicts_for_append, read_verdicts
     from mixpo.report.judges import build_judge_groups, compute_verdict_rows
@@ -90,7 +90,7 @@ def judge_arms(
             with open_judging_display(len(missing), run / FILE, plain=quiet) as show_progress:
                 progress = ask_questions(missing, key, limits, keep, show_progress, working_judges=working_judges)
     scores = read_verdicts(run / FILE).scores
-    judgements = [decide_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
+    judgements = [decide_current_verdicts(assignment, order, rows, scores) for assignment, _ in assignments]
     judgements = judgements if order == arms else [one.swap_arms() for one in judgements]
     for group in build_judge_groups(judgements, compute_verdict_rows(judgements)):
         if group.table is not None:

@@ -76,7 +76,7 @@ def read_preferences(
     path: Path, row_format: Format, check_prompt: PromptCheck = accept_any_prompt
 ) -> ParsedRows[Preference]:
     """Read preference pairs of a local file; rows that are invalid or fail `check_prompt` are returned as bad rows."""
-    parser = _choose_parser(row_format, path.absolute().parent.name)
+    parser = _make_preference_parser(row_format, path.absolute().parent.name)
     return _parse_records(str(path), read_records(path), parser, check_prompt)
 
 
@@ -96,7 +96,7 @@ def read_hub_preferences(
 ) -> ParsedRows[Preference]:
     """Read preference pairs of a Hugging Face data set; invalid rows are returned; `data_dir` selects a subset."""
     records = read_hub_records(hub_name, split=split, data_dir=data_dir, revision=revision)
-    parser = _choose_parser(row_format, data_dir or "")
+    parser = _make_preference_parser(row_format, data_dir or "")
     return _parse_records(_format_hub_name(hub_name, split, data_dir), records, parser, check_prompt)
 
 
@@ -155,7 +155,7 @@ def _infer_hh_rlhf_category(folder_name: str, row_format: str) -> str | None:
     return folder_name.partition("-")[0] if row_format == "hh-rlhf" and folder_name in HH_RLHF_SUBSETS else None
 
 
-def _choose_parser(row_format: Format, folder_name: str) -> RowParser[Preference]:
+def _make_preference_parser(row_format: Format, folder_name: str) -> RowParser[Preference]:
     """Parser of a row format; in a folder of HH-RLHF such as `helpful-base` it also sets the rows' category."""
     parser, category = _PREFERENCE_PARSERS[row_format], _infer_hh_rlhf_category(folder_name, row_format)
     if category is None:
@@ -348,20 +348,20 @@ def _read_jsonl_records(path: Path) -> Records:
     """Yield (line number, record or `RowError`) of a JSON Lines file; blank lines are skipped."""
     for number, line in _read_lines(path):
         if line.strip():
-            yield number, _parse_json_line(line)
+            yield number, _parse_record_or_error(line)
 
 
-def _parse_json_line(line: str) -> Record | RowError:
+def _parse_record_or_error(line: str) -> Record | RowError:
     """Parse one line of JSON Lines to a record; an error is returned as a `RowError`, not raised."""
     try:
-        return _convert_to_record(json.loads(line, object_pairs_hook=_build_json_object))
+        return _require_record(json.loads(line, object_pairs_hook=_build_json_object))
     except json.JSONDecodeError as error:
         return RowError("", f"is not JSON: {error.msg} at column {error.colno}; {FIX_HINT}")
     except (ValueError, RecursionError) as error:
         return RowError("", f"is not JSON: {extract_first_line(error, None)}; {FIX_HINT}")
 
 
-def _convert_to_record(value: object) -> Record | RowError:
+def _require_record(value: object) -> Record | RowError:
     """The value itself if it is a record or an error; a `RowError`, returned, for any other JSON value."""
     if isinstance(value, dict | RowError):
         return value
@@ -396,7 +396,7 @@ def _read_json_records(path: Path) -> Records:
     if not isinstance(rows, list):
         kind = "an object" if isinstance(rows, RowError) else describe_type(rows)
         raise InputError(f"{path}: contains {kind}; expected a list of objects")
-    yield from enumerate(map(_convert_to_record, rows), start=1)
+    yield from enumerate(map(_require_record, rows), start=1)
 
 
 def _read_csv_records(path: Path) -> Records:

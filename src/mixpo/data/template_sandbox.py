@@ -43,7 +43,7 @@ def convert_to_json(value: Any, **settings: Any) -> str:
 
 
 def main() -> None:
-    """Render the dialogues of the JSON job on standard input; exits with code `OUT_OF_MEMORY` at the limit."""
+    """Render the dialogues of the job on standard input under time and memory limits; the exit code is the outcome."""
     job = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
     with suppress(ValueError):  # not on macOS

@@ -90,7 +90,7 @@ def _list_arm_runs_at_seed(recipe: Recipe, seed: int) -> list[ArmRun]:
         for arm in recipe.arms
     ]
     for sweep in recipe.sweep:
-        for point in sweep.list_combinations():
+        for point in sweep.list_setting_combinations():
             for arm in sweep.arms or recipe.arms:
                 changes = _drop_changes_without_effect(arm, point, get_shared_stages)
                 run = ArmRun(arm, seed, _build_evaluation(arm, get_shared_stages(changes)), changes)

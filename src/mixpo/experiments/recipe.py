@@ -66,7 +66,7 @@ class Sweep(Settings):
         keys = {key: value for key, value in sweep.items() if key != "arms"}
         return {"arms": sweep.get("arms"), "values": dict(_flatten_sections(keys))}
 
-    def list_combinations(self) -> list[dict[str, Any]]:
+    def list_setting_combinations(self) -> list[dict[str, Any]]:
         """List every combination of the swept values, each as a dictionary of values by dotted key."""
         return [dict(zip(self.values, point, strict=True)) for point in itertools.product(*self.values.values())]
 

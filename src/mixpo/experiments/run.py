@@ -150,7 +150,7 @@ def _compute_stages(
     with open_executor(stage_cache) as executor:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()])
-            if ready and executor.has_capacity:
+            if ready and executor.can_submit_stage:
                 stage = stages[ready.pop(0)]
                 failed_inputs = [source for source in stage.get_input_stages().values() if source in failures]
                 if failed_inputs:

@@ -63,7 +63,7 @@ class InProcessExecutor:
         self.last: tuple[Stage, StageDisplay, Outcome] | None = None
 
     @property
-    def has_capacity(self) -> bool:
+    def can_submit_stage(self) -> bool:
         """True if the last outcome has been taken."""
         return self.last is None
 
@@ -99,7 +99,7 @@ class ProcessPool:
         self.busy: dict[Connection, tuple[Stage, StageDisplay]] = {}
 
     @property
-    def has_capacity(self) -> bool:
+    def can_submit_stage(self) -> bool:
         """True if fewer stages are being computed than there may be processes."""
         return len(self.busy) < self.count
 
@@ -151,7 +151,7 @@ class ProcessPool:
 
 
 StageExecutor = InProcessExecutor | ProcessPool
-"""An executor of stages: `submit_stage` one while it `has_capacity`, and `wait_for_outcome` of the next."""
+"""An executor of stages: `submit_stage` one while it `can_submit_stage`, and `wait_for_outcome` of the next."""
 
 
 @contextmanager

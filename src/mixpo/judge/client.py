@@ -200,7 +200,7 @@ class _JudgeClient:
             self._count_max_reply_tokens(judge)
             raise _RequestError("timeout", f"no reply within {self.limits.timeout:g} s") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _RequestError("no connection", self._sanitize_line(f"{type(error).__name__}: {error}")) from None
+            raise _RequestError("no connection", self._redact_to_line(f"{type(error).__name__}: {error}")) from None
         if body is None:
             self._count_max_reply_tokens(judge)
             raise _RequestError("reply too long", f"more than {MAX_REPLY_BYTES:,} bytes", is_retryable=False)
@@ -208,22 +208,22 @@ class _JudgeClient:
             status = response.status_code
             is_retryable = status >= 500 or status in RETRYABLE_STATUSES
             retry_after = parse_retry_after(response.headers.get("retry-after"))
-            message = self._sanitize_line(parse_error_message(body)) or "no message"
+            message = self._redact_to_line(parse_error_message(body)) or "no message"
             raise _RequestError(f"HTTP {status}", message, is_retryable=is_retryable, retry_after=retry_after)
         reply = parse_reply(body)
         self._count_tokens(None if reply.tokens is None else sum(reply.tokens))
         if reply.text is None:
-            message = self._sanitize_line(body.decode(errors="replace")) or "an empty reply"
+            message = self._redact_to_line(body.decode(errors="replace")) or "an empty reply"
             raise _RequestError("no chat completion", message)
         return reply
 
     async def _read_body(self, response: httpx2.Response) -> bytes | None:
         """Read a reply's body; None if it is too long. Raises `_RequestError` on redirects and compressed replies."""
         if 300 <= (status := response.status_code) < 400:
-            host = self._sanitize_line(_parse_host(response.headers.get("location", "")))
+            host = self._redact_to_line(_parse_host(response.headers.get("location", "")))
             raise _RequestError(f"HTTP {status}", f"a redirect to {host}, not followed", is_retryable=False)
         if (encoding := response.headers.get("content-encoding", "identity").lower()) != "identity":
-            message = self._sanitize_line(f"a reply encoded as {encoding}; expected plain JSON")
+            message = self._redact_to_line(f"a reply encoded as {encoding}; expected plain JSON")
             raise _RequestError("no chat completion", message)
         body = bytearray()
         async for chunk in response.aiter_raw():
@@ -266,7 +266,7 @@ class _JudgeClient:
         for state in states:
             state.halt_event.set()
 
-    def _sanitize_line(self, text: str) -> str:
+    def _redact_to_line(self, text: str) -> str:
         """Return a server's text as one printable line without the API key, at most 200 characters."""
         words = self.redact(replace_surrogates(text)).split()
         return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(words)[:200])

@@ -72,7 +72,7 @@ def _compute_pair_digest(pair: Comparison) -> str:
     return compute_digest(pair.prompt, *pair.completions)
 
 
-def decide_verdicts(
+def decide_current_verdicts(
     assignment: Assignment, arms: tuple[str, str], comparisons: Sequence[Comparison], reply_scores: Mapping[str, Scores]
 ) -> JudgeVerdicts:
     """Decide a judge's verdicts on the assigned pairs that are unchanged; the others are counted as stale."""
@@ -106,7 +106,7 @@ def load_judge_verdicts(results: Results) -> list[JudgeVerdicts]:
                 rows = pair_completions(results, arms, seed=assignment.seed)
             except NotInRunError:
                 rows = []
-            judge_results.append(decide_verdicts(assignment, arms, rows, log.scores))
+            judge_results.append(decide_current_verdicts(assignment, arms, rows, log.scores))
     return judge_results
 
 

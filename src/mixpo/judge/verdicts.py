@@ -57,7 +57,7 @@ class VerdictLog:
     """By question id."""
 
     def add_line(self, line: Mapping[str, Any]) -> None:
-        """Add a parsed line of the file, in place; later pairs replace earlier ones. ValueError on an invalid line."""
+        """Take in a parsed line: an assignment, whose pairs replace earlier ones, or scores; ValueError if invalid."""
         if line["format"] != FORMAT:
             raise ValueError(f"format {line['format']!r}, not {FORMAT}")
         if "assignment" in line:

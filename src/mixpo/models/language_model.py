@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
         else:
             # with four dimensions, so that transformers makes none
             unused_mask = torch.empty(1, 1, 1, 1, device=self.device)
-            mask = make_layer_masks(self.model, lambda _: unused_mask) if batch.packed_lengths else None
+            mask = make_attention_masks(self.model, lambda _: unused_mask) if batch.packed_lengths else None
             attention = use_branch_attention(batch.packed_lengths, self.device)
         with self.autocast(), attention:
             output = self.model.base_model(
@@ -189,7 +189,7 @@ class LanguageModel(nn.Module):
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             return visible[:, None, None]
 
-        return make_layer_masks(self.model, make_mask)
+        return make_attention_masks(self.model, make_mask)
 
     def _compute_logprobs(
         self, states: Float[Tensor, "positions width"], batch: BranchBatch, *, with_entropy: bool
@@ -216,7 +216,7 @@ def iterate_matrix_modules(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def make_layer_masks(
+def make_attention_masks(
     model: PreTrainedModel, make_mask: Callable[[int | None], Bool[Tensor, "rows 1 queries keys"]]
 ) -> Tensor | dict[str, Tensor]:
     """The attention mask in the model's form: one by `make_mask(window)`, or a dict with one for each layer type."""

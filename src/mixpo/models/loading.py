@@ -24,14 +24,14 @@ def load_policy(folder: Path, *, device: torch.device, precision: Precision = "f
     """Load a causal language model from its folder. Raises `InputError` if its weights or its outputs are wrong."""
     refuse_model_changed_since_stage(folder)
     checked = read_policy_folder(folder)
-    return _make_language_model(load_weights(checked), checked, device, precision)
+    return _wrap_and_verify_model(load_weights(checked), checked, device, precision)
 
 
 def load_reward_model(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
     """Load a reward model (a one-label classifier) from its folder. Raises `InputError` if it is not as expected."""
     refuse_model_changed_since_stage(folder)
     checked = read_reward_folder(folder)
-    return _make_language_model(load_weights(checked), checked, device, precision)
+    return _wrap_and_verify_model(load_weights(checked), checked, device, precision)
 
 
 def initialize_reward_model(
@@ -50,10 +50,10 @@ def initialize_reward_model(
         head.weight.copy_(torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5)
         if head.bias is not None:
             head.bias.zero_()
-    return _make_language_model(model, checked, device, precision)
+    return _wrap_and_verify_model(model, checked, device, precision)
 
 
-def _make_language_model(
+def _wrap_and_verify_model(
     model: PreTrainedModel, folder: ModelFolder, device: torch.device, precision: Precision
 ) -> LanguageModel:
     """Wrap a loaded model as `LanguageModel`. Raises `InputError` if outputs differ from those of transformers."""

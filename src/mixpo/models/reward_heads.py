@@ -64,7 +64,7 @@ def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> str:
-    """Choose a special token's text to pad with, no end token: the tokenizer's pad token, another, or a new one.
+    """Text of a special token to pad with that is no end token: the own, another, or one that the caller must add.
 
     Transformers reads a classifier's score at the rightmost token that is not the pad token, so an end token must not
     be the pad token.

@@ -40,7 +40,7 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
         else:
             tokenizer.add_special_tokens({"pad_token": pad})
         config.pad_token_id = tokenizer.pad_token_id
-        _extend_embeddings(weights, model, config)
+        _add_embedding_rows_for_pad_token(weights, model, config)
     model.save_pretrained(folder, state_dict=weights)
     config.architectures, config.dtype = model.config.architectures, lm.dtype
     config.save_pretrained(folder)
@@ -85,7 +85,9 @@ def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tenso
     return {name: cast_keeping_ties(name, weight) for name, weight in model.state_dict().items()}
 
 
-def _extend_embeddings(weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig) -> None:
+def _add_embedding_rows_for_pad_token(
+    weights: dict[str, Tensor], model: PreTrainedModel, config: PretrainedConfig
+) -> None:
     """Append rows of zeros, never used, to the embeddings up to the pad token's, in place in `weights` and `config`."""
     embedding = model.get_input_embeddings().weight
     missing_rows = config.pad_token_id + 1 - len(embedding)

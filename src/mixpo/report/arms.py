@@ -100,7 +100,7 @@ def choose_headline_arms(results: Results) -> Pair | None:
 
 
 def build_main_table(results: Results, *, with_paper_columns: bool = True) -> Table:
-    """A row for every arm: means of reward and KL with 95% intervals, tokens, end rate, win/tie/lose; or `failed`."""
+    """A row for every arm: means with 95% intervals and win/tie/lose, or `failed`; by default also the paper's."""
     failures = [
         f"{name} failed at seed {arm.seed}: {arm.reason}"
         for name in results.arm_names

@@ -57,7 +57,7 @@ def list_measures_by_scale(results: Results) -> list[Measure]:
     for key, title in MEASURES.items():
         groups: list[list[str]] = []
         for name in (name for name in results.finished_arms if results.have_column([name], key)):
-            group = next((group for group in groups if _share_reward_scale(results, key, group[0], name)), None)
+            group = next((group for group in groups if _have_same_reward_scale(results, key, group[0], name)), None)
             groups.append([name]) if group is None else group.append(name)
         runs = [results.find_run_of_arm(group[0]).name for group in groups]
         owners = runs if len(set(runs)) == len(runs) else [group[0] for group in groups]
@@ -66,7 +66,7 @@ def list_measures_by_scale(results: Results) -> list[Measure]:
     return measures
 
 
-def _share_reward_scale(results: Results, column: str, one: str, other: str) -> bool:
+def _have_same_reward_scale(results: Results, column: str, one: str, other: str) -> bool:
     """True if one reward model scored both arms at all common seeds; without such a seed, if they are of one run."""
     seeds = results.list_common_seeds(one, other)
     if not seeds:

@@ -136,7 +136,9 @@ def _compare_samples_to_reach_ppo(results: Results, run: Run) -> tuple[str, Sect
     if not seeds:
         return None
     mpo, ppo = traces[one].select_seeds(seeds), traces[other].select_seeds(seeds)
-    ahead = np.stack([mpo.read_values("score", n) - ppo.read_values("score", -1) for n in range(mpo.num_evaluations)])
+    ahead = np.stack(
+        [mpo.read_values("score", n) - ppo.read_values("score", -1) for n in range(mpo.evaluations_per_seed)]
+    )
     reached = estimate_zero_crossing(mpo.completions_sampled, ahead)
     completions_by_stage = {stage.key: 2 * stage.summary["pairs"] for stage in results.list_stages_of_kind("Samples")}
     by_seed = results.get_finished_by_seed(one)

@@ -87,8 +87,8 @@ def _build_trace_table(results: Results, traces: list[PPOTrace], unoptimised: st
     """A row for every evaluation along PPO: completions sampled, KL, and both rewards."""
     rows = []
     for trace in traces:
-        for n in range(trace.num_evaluations):
-            label = "start" if n == 0 else "end" if n == trace.num_evaluations - 1 else f"snapshot {n}"
+        for n in range(trace.evaluations_per_seed):
+            label = "start" if n == 0 else "end" if n == trace.evaluations_per_seed - 1 else f"snapshot {n}"
             cells = [format_interval(trace.estimate_mean_at(key, n)) for key in ("kl_from_sft", "score", unoptimised)]
             name = trace.arm + note_missing_seeds(results, len(trace.seeds), trace.arm)
             rows.append([name, label, f"{trace.completions_sampled[n]:,.0f}", *cells])

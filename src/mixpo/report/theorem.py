@@ -28,8 +28,8 @@ Values = Float64[np.ndarray, " pairs"]
 
 
 @dataclass(frozen=True)
-class GradientMeasurement:
-    """Gradients measured on a DPO model's easy or hard pairs, over all seeds; every array has one value a pair."""
+class PairGradientStatistics:
+    """Statistics of DPO's gradients on each easy or hard pair of an arm's DPO model, seeds concatenated."""
 
     arm: str
     part: str
@@ -75,7 +75,7 @@ class GradientMeasurement:
         return np.asarray(np.log(np.abs(self.columns["by_chosen"])) - np.log(np.abs(self.columns["by_rejected"])))
 
     @property
-    def chosen_rejected_cosine(self) -> Values:
+    def gradient_cosine(self) -> Values:
         """Cosine between the gradients of chosen's and rejected's log-probs over all weights, for each pair."""
         one, other, both = self._gradient_inner_products
         return np.asarray(both / np.sqrt(one * other))
@@ -110,7 +110,7 @@ def build_theorem_section(results: Results) -> Section | None:
     cosines: dict[str, list[figures.Point]] = {}
     for one in measurements:
         label, moved = f"{one.arm} on {one.part}", one.moves_both_as_intended
-        cosine = one.average_over_seeds(one.chosen_rejected_cosine)
+        cosine = one.average_over_seeds(one.gradient_cosine)
         by_seed = list(one.split_by_seed(moved).values())
         share = wilson_interval_over_seeds([float(part.sum()) for part in by_seed], [len(part) for part in by_seed])
         log_prob_ratio = (one.log_step_ratio + one.log_x_ratio)[moved]
@@ -174,17 +174,17 @@ def list_failed_gradients(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def load_gradient_measurements(results: Results) -> list[GradientMeasurement]:
+def load_gradient_measurements(results: Results) -> list[PairGradientStatistics]:
     """A measurement for every DPO model and part (easy or hard pairs), over its seeds."""
     folders: dict[tuple[str, str], dict[int, Path]] = {}
     for run in results.runs:
         for one in run.gradients:
             if one.folder:
                 folders.setdefault((results.qualify_arm_name(run, one.arm), one.part), {})[one.seed] = Path(one.folder)
-    return [GradientMeasurement(arm, part, places) for (arm, part), places in folders.items()]
+    return [PairGradientStatistics(arm, part, places) for (arm, part), places in folders.items()]
 
 
-def _summarize_gradients(measurements: list[GradientMeasurement], correlation: float | None) -> str:
+def _summarize_gradients(measurements: list[PairGradientStatistics], correlation: float | None) -> str:
     """Sentences on the error of Corollary 1, on the correlation, and on cosines of easy against hard pairs."""
     error = max(float(np.abs(one.log_gradient_ratio - one.log_x_ratio).max()) for one in measurements)
     ratios = np.concatenate([one.log_x_ratio for one in measurements])
@@ -213,9 +213,9 @@ def _summarize_gradients(measurements: list[GradientMeasurement], correlation: f
     )
 
 
-def average_cosines_over_models(measurements: Sequence[GradientMeasurement]) -> tuple[list[Values], list[Values]]:
+def average_cosines_over_models(measurements: Sequence[PairGradientStatistics]) -> tuple[list[Values], list[Values]]:
     """Cosines of easy and of hard pairs, an array a seed: means over the models measured on both, which share pairs."""
-    cosines = {(one.arm, one.part): one.split_by_seed(one.chosen_rejected_cosine) for one in measurements}
+    cosines = {(one.arm, one.part): one.split_by_seed(one.gradient_cosine) for one in measurements}
     arms = dict.fromkeys(one.arm for one in measurements)
     seeds = sorted({seed for one in measurements for seed in one.folders})
     easy, hard = list[Values](), list[Values]()

@@ -33,7 +33,7 @@ class PPOTrace:
         return PPOTrace(self.arm, [self.results[self.seeds.index(seed)] for seed in seeds])
 
     @property
-    def num_evaluations(self) -> int:
+    def evaluations_per_seed(self) -> int:
         """Number of evaluations at each seed, start and end included."""
         return len(self.results[0].trace) + 1
 
@@ -47,7 +47,7 @@ class PPOTrace:
 
     def list_kl_points(self, column: str) -> list[figures.Point]:
         """Figure points of all evaluations in order: KL from SFT (x) and the mean of a column (y)."""
-        mean, indices = self.estimate_mean_at, range(self.num_evaluations)
+        mean, indices = self.estimate_mean_at, range(self.evaluations_per_seed)
         return [figures.Point("", mean("kl_from_sft", n), mean(column, n)) for n in indices]
 
     @cached_property

@@ -416,12 +416,12 @@ class Data(DataStage, DataSettings):
 
     @property
     def train_pairs(self) -> Part:
-        """The human preference pairs for training, as the stage's file `train.parquet`."""
+        """Reference to `train.parquet`: the human preference pairs for training."""
         return Part(stage=self, of="train")
 
     @property
     def second_pairs(self) -> Part:
-        """The human preference pairs for training a second reward model, as the stage's file `second.parquet`."""
+        """Reference to `second.parquet`: the human preference pairs for a second reward model."""
         return Part(stage=self, of="second")
 
     def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:

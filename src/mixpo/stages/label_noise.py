@@ -30,7 +30,7 @@ class LabelNoise(Stage, LabelNoiseSettings):
 
     @property
     def train_pairs(self) -> Part:
-        """All preference pairs, some of them flipped, as the stage's file `train.parquet`."""
+        """Reference to `train.parquet`: all pairs, a share of them flipped."""
         return Part(stage=self, of="train")
 
     def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:

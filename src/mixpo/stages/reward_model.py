@@ -81,7 +81,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
         def compute_reward_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
-            """Summed Bradley-Terry loss of a microbatch, and the sums of its metrics."""
+            """Bradley-Terry and weighted centering loss, summed over a microbatch, and the sums of its metrics."""
             chosen, rejected = lm(batch, "scores").unbind(dim=1)
             number = torch.tensor(len(rows))
             metrics = {

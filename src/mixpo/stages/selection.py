@@ -42,12 +42,12 @@ class Selection(Stage, SelectionSettings):
 
     @property
     def easy_pairs(self) -> Part:
-        """The pairs whose score gap exceeds the threshold, as the stage's file `easy.parquet`."""
+        """Reference to `easy.parquet`: the pairs whose score gap exceeds the threshold."""
         return Part(stage=self, of="easy")
 
     @property
     def hard_pairs(self) -> Part:
-        """All other pairs, those of identical completions included, as the stage's file `hard.parquet`."""
+        """Reference to `hard.parquet`: all other pairs, those of identical completions included."""
         return Part(stage=self, of="hard")
 
     def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:

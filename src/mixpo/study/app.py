@@ -93,7 +93,7 @@ class TokenBucket:
             return True
 
 
-class RequestFilterMiddleware:
+class SecurityMiddleware:
     """ASGI middleware: rejects wrong hosts, cross-site posts and large bodies, and adds security headers.
 
     `Origin: null` is accepted, since browsers send it from pages without a referrer, which ours are; the CSRF token and
@@ -293,7 +293,7 @@ def make_app(
     def render_unexpected_error(_: Request, __: Any) -> Response:
         return _render_message(500)
 
-    return RequestFilterMiddleware(app, hosts, scheme)
+    return SecurityMiddleware(app, hosts, scheme)
 
 
 def _redirect_to_next_question(store: StudyStore, annotator_id: int, judged_number: int = 0) -> Response:

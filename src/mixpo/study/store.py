@@ -19,10 +19,10 @@ from mixpo.experiments.comparisons import Comparison
 from mixpo.study.plan import IDLE_SECONDS, compute_question_digest, draw_question_order
 from mixpo.study.tables import (
     FORMAT,
+    AnnotatorQuestionRow,
     AnnotatorRow,
     ItemRow,
     JudgementRow,
-    QuestionRow,
     ReplacedJudgementRow,
     StudyRow,
     TableBase,
@@ -30,7 +30,9 @@ from mixpo.study.tables import (
 
 LOCK_SECONDS = 10
 """Seconds to wait for another process that writes."""
-SAME_QUESTION = (JudgementRow.annotator == QuestionRow.annotator) & (JudgementRow.number == QuestionRow.number)
+SAME_QUESTION = (JudgementRow.annotator == AnnotatorQuestionRow.annotator) & (
+    JudgementRow.number == AnnotatorQuestionRow.number
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ class StudyStore:
                 session.flush()
                 order = draw_question_order(len(items), draw=study.draw, secret=study.secret, annotator=name)
                 for number, (item_index, swapped) in enumerate(order, start=1):
-                    session.add(QuestionRow(annotator=index + 1, number=number, item=item_index + 1, swapped=swapped))
+                    session.add(
+                        AnnotatorQuestionRow(annotator=index + 1, number=number, item=item_index + 1, swapped=swapped)
+                    )
 
     def load_annotators(self) -> list[AnnotatorRow]:
         """Load the rows of all annotators in their order."""
@@ -150,19 +154,21 @@ class StudyStore:
 
     def load_question(self, annotator_id: int, number: int) -> AnnotatorQuestion | None:
         """Load a question of an annotator with its current answer; None where there is none of this number."""
-        matches = self.load_questions(QuestionRow.annotator == annotator_id, QuestionRow.number == number)
+        matches = self.load_questions(
+            AnnotatorQuestionRow.annotator == annotator_id, AnnotatorQuestionRow.number == number
+        )
         return matches[0] if matches else None
 
     def load_questions(self, *conditions: ColumnElement[bool]) -> list[AnnotatorQuestion]:
         """Load the questions that meet all SQL conditions, with current answers, by annotator and number."""
         with self._open_transaction() as session:
             rows = session.execute(
-                select(AnnotatorRow.name, QuestionRow, ItemRow, JudgementRow)
-                .join(QuestionRow, QuestionRow.annotator == AnnotatorRow.id)
-                .join(ItemRow, ItemRow.id == QuestionRow.item)
+                select(AnnotatorRow.name, AnnotatorQuestionRow, ItemRow, JudgementRow)
+                .join(AnnotatorQuestionRow, AnnotatorQuestionRow.annotator == AnnotatorRow.id)
+                .join(ItemRow, ItemRow.id == AnnotatorQuestionRow.item)
                 .outerjoin(JudgementRow, SAME_QUESTION)
                 .where(*conditions)
-                .order_by(AnnotatorRow.id, QuestionRow.number)
+                .order_by(AnnotatorRow.id, AnnotatorQuestionRow.number)
             ).all()
             questions = []
             for name, question, item, judgement in rows:
@@ -175,10 +181,10 @@ class StudyStore:
         """Return the first unanswered question's number, preferably one after `after`; None if all are answered."""
         with self._open_transaction() as session:
             open_numbers = session.scalars(
-                select(QuestionRow.number)
+                select(AnnotatorQuestionRow.number)
                 .outerjoin(JudgementRow, SAME_QUESTION)
-                .where(QuestionRow.annotator == annotator_id, JudgementRow.number.is_(None))
-                .order_by(QuestionRow.number)
+                .where(AnnotatorQuestionRow.annotator == annotator_id, JudgementRow.number.is_(None))
+                .order_by(AnnotatorQuestionRow.number)
             ).all()
         return next((number for number in open_numbers if number > after), open_numbers[0] if open_numbers else None)
 
@@ -205,7 +211,7 @@ class StudyStore:
         with self._open_transaction(write=True) as session:
             _lock_open_study(session)
             # locked until the end, so that the second of two concurrent forms sees the first one's answer
-            session.get_one(QuestionRow, (annotator_id, number), with_for_update=True)
+            session.get_one(AnnotatorQuestionRow, (annotator_id, number), with_for_update=True)
             return _record_answer(session, annotator_id, number, answer, nonce)
 
     def import_answers(self, answers: Sequence[tuple[str, int, Answer]]) -> int:
@@ -290,7 +296,7 @@ def _create_engine(url: URL) -> Engine:
     engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
-    def configure_connection(connection: Any, _: object) -> None:
+    def configure_sqlite_connection(connection: Any, _: object) -> None:
         connection.isolation_level = None  # transactions begin where we say, with the lock that they need
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")

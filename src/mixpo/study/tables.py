@@ -56,7 +56,7 @@ class ItemRow(TableBase):
     """JSON: `prompt`, and `completions` of the first arm and of the second."""
 
 
-class QuestionRow(TableBase):
+class AnnotatorQuestionRow(TableBase):
     """An item as shown to one annotator: its number in the order, and the sides."""
 
     __tablename__ = "mixpo_question"
@@ -86,7 +86,9 @@ class JudgementRow(_AnswerColumns, TableBase):
     """The current judgement of a question, one at most."""
 
     __tablename__ = "mixpo_judgement"
-    __table_args__ = (ForeignKeyConstraint(["annotator", "number"], [QuestionRow.annotator, QuestionRow.number]),)
+    __table_args__ = (
+        ForeignKeyConstraint(["annotator", "number"], [AnnotatorQuestionRow.annotator, AnnotatorQuestionRow.number]),
+    )
     annotator: Mapped[int] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
 
@@ -95,7 +97,9 @@ class ReplacedJudgementRow(_AnswerColumns, TableBase):
     """An earlier judgement that the annotator replaced."""
 
     __tablename__ = "mixpo_earlier"
-    __table_args__ = (ForeignKeyConstraint(["annotator", "number"], [QuestionRow.annotator, QuestionRow.number]),)
+    __table_args__ = (
+        ForeignKeyConstraint(["annotator", "number"], [AnnotatorQuestionRow.annotator, AnnotatorQuestionRow.number]),
+    )
     id: Mapped[int] = mapped_column(primary_key=True)
     annotator: Mapped[int]
     number: Mapped[int]

@@ -52,7 +52,7 @@ class ResumableWork:
         *,
         report_finished: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """JSON results of all rows, in order; `compute_portion` makes those not yet saved under this name."""
+        """Compute the rows not yet saved under this name, saving each portion; return the results of all, in order."""
         results: dict[int, Any] = {}
         for line in self.lines:
             if line["name"] == computation_name:
