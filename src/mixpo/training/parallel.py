@@ -1,7 +1,7 @@
 """Data-parallel processes of one stage: distribution of rows, sums over processes, and the process that writes files.
 
-Today there is one process. The optimizer step, sums over a batch, checkpoints and metrics use this module; models and
-summaries are still written without asking it.
+Today there is one process. The optimizer step, sums over a batch, checkpoints and metrics use this module;
+models, tables and summaries are still written without asking it.
 """
 
 from collections.abc import Sequence

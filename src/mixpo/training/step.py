@@ -139,7 +139,7 @@ def take_optimizer_step(
         summed, metrics = compute_loss(microbatch)
         if not bool(torch.isfinite(summed)):
             raise Diverged(f"the loss is {float(summed)}")
-        (summed * processes.count / loss_divisor).backward()  # gradients are averaged over the processes
+        (summed * processes.count / loss_divisor).backward()  # to be averaged over the processes
         total += float(summed.detach()) / loss_divisor
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
