@@ -102,7 +102,7 @@ def _make_update(
             optimizer,
             split_into_microbatches(lengths, budget),
             loss,
-            count=sum(lengths),
+            loss_divisor=sum(lengths),
             max_grad_norm=1.0,
             learning_rate=1e-6,
             processes=processes,

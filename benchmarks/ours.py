@@ -18,9 +18,19 @@ from mixpo.stages.ppo import PPO
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.sft import SFT
-from mixpo.stages.stage import Part
+from mixpo.stages.stage import DataStage, Part, RewardStage
 from mixpo.training.job import Job
 from mixpo.training.runtime import Runtime
+
+
+class Rows(DataStage):
+    """A workload's rows, which are written beforehand."""
+
+    parts = ("pairs",)
+
+
+class Reward(RewardStage):
+    """A workload's reward model, which is written beforehand."""
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -29,8 +39,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["kind"] == "sampling":
         return _measure_sampling(spec, inputs)
     model, reward = inputs / "models" / spec["model"], inputs / "models" / f"{spec['model']}-reward"
-    base = Pretrained(path=str(model / "model"))
-    pairs = Part(stage=base, of="pairs")
+    base, data = Pretrained(path=str(model / "model")), Rows()
+    pairs = Part(stage=data, of="pairs")
     common = {
         "batch_size": spec["batch"],
         "precision": spec["precision"],
@@ -42,14 +52,14 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     folders = {"policy": model, "reference": model, "base": model, "sft": model, "reward": reward, "data": rows}
     folders |= {"pairs": rows / "pairs.parquet", "prompts": rows / "pairs.parquet"}
     stages = {
-        "sft": lambda: SFT(base=base, data=base, epochs=1, **common),
-        "reward": lambda: RewardModel(policy=base, pairs=pairs, data=base, validation_share=1e-9, **common),
+        "sft": lambda: SFT(base=base, data=data, epochs=1, **common),
+        "reward": lambda: RewardModel(policy=base, pairs=pairs, data=data, validation_share=1e-9, **common),
         "dpo": lambda: DPO(policy=base, reference=base, pairs=pairs, samplings=0, **common),
         "ppo": lambda: PPO(
             policy=base,
             reference=base,
             sft=base,
-            reward=base,
+            reward=Reward(),
             prompts=pairs,
             **{**common, "max_completion_tokens": spec["new_tokens"]},
         ),

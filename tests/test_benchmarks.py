@@ -1,14 +1,22 @@
 """What the benchmarks count and how they read their results; nothing here is timed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks import growth, ours
 from benchmarks.__main__ import _merge_results
 from benchmarks.mathematics import decoding_bytes, forward_flops
 from benchmarks.tables import format_result, format_table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixpo.data.tokens import compute_tokenization_digest
+from mixpo.models.loading import initialize_reward_model
+from mixpo.models.saving import save_model
+from mixpo.models.sources import initialize_world_model
+from mixpo.stages.rows import add_token_columns, write_table
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -109,3 +117,28 @@ def test_repetitions_are_added_to_those_of_the_same_work_alone() -> None:
         _merge_results(saved, other)
     with pytest.raises(SystemExit, match="with counts"):
         _merge_results(saved | {"counts": {"pairs": 1}}, new)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
+def test_our_side_of_a_workload_runs(tmp_path: Path, kind: str) -> None:
+    model, tokenizer = initialize_world_model(0)
+    folder, rows = tmp_path / "models" / "w" / "model", tmp_path / "rows" / "x"
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    reward = initialize_reward_model(folder, seed=0, device=torch.device("cpu"))
+    save_model(reward, tmp_path / "models" / "w-reward" / "model")
+    pairs = [{"prompt": f"Q{n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    rows.mkdir(parents=True)
+    digest = compute_tokenization_digest(reward.tokenizer)
+    for name, part in (("pairs", pairs), ("test", pairs[:1]), ("demonstrations", demonstrations)):
+        write_table(rows / f"{name}.parquet", add_token_columns(part, reward.tokenizer), tokenizer=digest)
+    sizes = {"batch": 4, "rows": 8, "max_tokens": 32, "new_tokens": 8}
+    spec = {"kind": kind, "inputs": str(tmp_path), "model": "w", "name": "x", "precision": "float32", **sizes}
+    assert ours.main(spec)["seconds"] > 0
+
+
+@pytest.mark.parametrize("kind", ["update", "sampling"])
+def test_growth_is_measured(kind: str) -> None:
+    sizes = {"batch": 2, "prompt": 8, "completion": 4, "k": 2, "width": 64, "layers": 2, "vocabulary": 128}
+    assert growth.main({"kind": kind, "point": sizes})["flops"] > 0
