@@ -210,6 +210,8 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "How?"}])
     assert not read_recipe_or_source(path).data.train, "without two sides it is a demonstration"
     assert read_recipe_or_source(path, ["data.format=tldr"]).data.train == (path,)
+    with pytest.raises(InputError, match=r"b\.jsonl' beside format 'world', whose rows are generated; expected files"):
+        make_data_preview(read_recipe_or_source(path, ["data.format=world"]))
 
 
 @pytest.mark.parametrize("given", ["''", "['a.jsonl', '']"])

@@ -845,6 +845,28 @@ def test_prompts_are_drawn_from_all_files_and_are_the_same_for_all(tmp_path: Pat
     assert [number for number in numbers(80) if number in numbers(40)] == numbers(40)
 
 
+@pytest.mark.parametrize("damage", [{"tokens": None}, {"prompt_tokens": None}])
+def test_rows_without_tokens_are_refused(tmp_path: Path, damage: dict[str, None]) -> None:
+    tokenizer, file = build_world_tokenizer(), tmp_path / "rows.parquet"
+    (row,) = add_token_columns([{"prompt": "Any?", "chosen": "a", "rejected": "b"}], tokenizer)
+    write_table(file, [row, {**row, **damage}], tokenizer=compute_tokenization_digest(tokenizer))
+    with pytest.raises(InputError, match=r"rows\.parquet: found rows without tokens; expected those that the stage"):
+        read_tokenized_rows(file, tokenizer)
+
+
+def test_a_completion_that_the_template_refuses_stops_the_run_by_its_text(tiny: TinyWorld, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if m.content == 'never' %}{{ raise_exception('no such word') }}{% endif %}"
+    template += "<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    base = Pretrained(path=str(locate_model_folder(tiny.build(Pretrained()))), chat_template=template)
+    rows = [{"prompt": [{"role": "user", "content": f"Q{n}?"}], "chosen": "yes", "rejected": "no"} for n in range(20)]
+    rows[7]["rejected"] = "never"
+    data = Data(base=base, format="preference", train=write_jsonl(tmp_path / "train.jsonl", rows))
+    refusal = "the dialogue of the prompt 'Q7[?]' and 'yes' is refused by the tokenizer's chat template .no such word.;"
+    with pytest.raises(InputError, match=refusal):
+        tiny.build(data)
+
+
 @pytest.mark.parametrize("size", [1024, 512], ids=["its own tokenizer", "another"])
 def test_rows_are_tokenized_once_and_again_for_another_tokenizer(tmp_path: Path, size: int) -> None:
     own, reader, file = build_world_tokenizer(), build_world_tokenizer(size), tmp_path / "rows.parquet"

@@ -541,3 +541,18 @@ def test_special_tokens_of_data_and_model_must_agree():
         Data(base=Pretrained(), special_tokens="parse")
     with pytest.raises(ValidationError, match="found 'text', and 'parse' in the model"):
         Data(base=Pretrained(special_tokens="parse"))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_digest_of_a_tokenizer_outlives_saving_and_sees_what_its_template_reads(tmp_path, named):
+    """Saving changes line ends and the order of named templates."""
+    tokenizer = family_tokenizer("llama2")
+    template = "{# a line of its own #}\r\n" + tokenizer.chat_template
+    tokenizer.chat_template = {"tool_use": "a", "rag": "b", "default": template} if named else template
+    digest = compute_tokenization_digest(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert compute_tokenization_digest(AutoTokenizer.from_pretrained(tmp_path)) == digest
+    tokenizer.pad_token = tokenizer.unk_token
+    assert compute_tokenization_digest(tokenizer) == digest
+    tokenizer.bos_token = "<unk>"
+    assert compute_tokenization_digest(tokenizer) != digest

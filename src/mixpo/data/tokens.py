@@ -253,11 +253,16 @@ class _RowTokenizer:
 
     @cached_property
     def tokenization_digest(self) -> str:
-        """Digest, 16 hex digits, of template, end token and the tokenizer's rules, without padding and truncation."""
+        """Digest, 16 hex digits, of template, special tokens and the tokenizer's rules, without padding and truncation.
+
+        The same after saving and loading, which changes line ends and the order of named templates.
+        """
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] != NEW_PAD_TOKEN]
         rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
-        content = json.dumps([self.tokenizer.chat_template, self.parses_control_tokens, self.end_token, rules])
+        special = {name: str(value) for name, value in self.tokenizer.special_tokens_map.items() if name != "pad_token"}
+        template = json.dumps(self.tokenizer.chat_template, sort_keys=True).replace("\\r\\n", "\\n")
+        content = json.dumps([template, special, self.parses_control_tokens, self.end_token, rules], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def find_control_name(self, texts: Any) -> str | None:

@@ -142,10 +142,20 @@ def fill_in_world_row_counts(settings: DataSettings) -> DataSettings:
     return settings.model_copy(update={name: getattr(settings, name) or rows for name, rows in WORLD_ROWS.items()})
 
 
+def refuse_files_of_world(settings: DataSettings) -> None:
+    """Raise `InputError` if settings with the format `world`, whose rows are generated, name a file."""
+    if names := [name for name in ("train", "test", "demonstrations", "second") if getattr(settings, name)]:
+        raise InputError(
+            f"data.{names[0]}: found {getattr(settings, names[0])[0]!r} beside format 'world', whose rows are "
+            f"generated; expected files beside data.format={' or '.join(get_args(Format))}"
+        )
+
+
 def read_source_rows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> SourceRows:
     """Read all rows of the sources, or generate the world's; rows with unusable prompts are returned as bad rows."""
     rows = SourceRows()
     if settings.format == "world":
+        refuse_files_of_world(settings)
         world = generate_world_rows(
             demonstration_count=settings.demonstration_rows or 0,
             train_count=(settings.train_rows or 0) + settings.second_rows,
@@ -382,11 +392,7 @@ class Data(DataStage, DataSettings):
             return values
         settings = DataSettings(**{name: values[name] for name in DataSettings.model_fields if name in values})
         if settings.format == "world":
-            if names := [name for name in ("train", "test", "demonstrations", "second") if getattr(settings, name)]:
-                raise InputError(
-                    f"data.{names[0]}: found {getattr(settings, names[0])[0]!r} beside format 'world', whose rows are "
-                    f"generated; expected files beside data.format={' or '.join(get_args(Format))}"
-                )
+            refuse_files_of_world(settings)
             rows = {name: getattr(fill_in_world_row_counts(settings), name) for name in WORLD_ROWS}
             return {**values, **rows, "content": f"world-{WORLD_VERSION}"}
         if not settings.train:
@@ -435,6 +441,7 @@ class Data(DataStage, DataSettings):
             if policy == "error":
                 raise_for_bad_rows(rows.bad, rows.total_count)
         split = split_source_rows(self, rows)
+        figures = compute_data_statistics(self, rows, split, tokenizer)
         for name in ("train", "test", "demonstrations", "second")[: 4 if self.second_rows else 3]:
             part: list[Any] = getattr(split, name)
             count = getattr(self, f"{name.removesuffix('s')}_rows")
@@ -447,7 +454,6 @@ class Data(DataStage, DataSettings):
                 note(f"{name} is read as it is today; data.revision=COMMIT keeps to one state of it")
         if rows.bad:
             note(f"{len(rows.bad)} of {rows.total_count} rows dropped, listed in {job.out / 'bad_rows.jsonl'}")
-        figures = compute_data_statistics(self, rows, split, tokenizer)
         for line in describe_data_statistics(figures):
             note(line)
         job.finish_stage(**figures)

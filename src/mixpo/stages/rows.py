@@ -79,6 +79,11 @@ def read_tokenized_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[
     """Rows of a file with token columns, made again for another tokenizer: `InputError` then if they were sampled."""
     rows, metadata = read_table(path), read_table_metadata(path)
     if metadata.get("tokenizer") == compute_tokenization_digest(tokenizer):
+        if any(row.get(name) is None for row in rows for name in ("prompt_tokens", "tokens")):
+            raise InputError(
+                f"{path}: found rows without tokens; expected those that the stage wrote; delete the stage's folder "
+                "and run again"
+            )
         return rows
     if "sampler" in metadata:
         raise InputError(
