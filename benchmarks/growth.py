@@ -11,7 +11,7 @@ from benchmarks.mathematics import forward_flops
 from benchmarks.worker import median_seconds, run_worker
 from mixpo.data.branches import count_tokens_per_prompt, pack_branches, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import sample_completions
+from mixpo.models.sampling import count_cacheable_tokens, sample_completions
 from mixpo.training.parallel import StageProcesses
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
@@ -113,7 +113,7 @@ def _make_update(
 
 def _make_sampling(lm: LanguageModel, point: Point, prompts: list[list[int]]) -> Callable[[], object]:
     """Make a function that samples the completions of all prompts."""
-    budget = Runtime().sampling_tokens
+    budget = count_cacheable_tokens(lm, Runtime().sampling_bytes)
     return lambda: sample_completions(lm, prompts, k=point.k, max_tokens=point.completion, seed=0, token_budget=budget)
 
 

@@ -57,4 +57,4 @@ def test_padded_completions_are_packed_as_their_lists_are() -> None:
 
 def test_a_sampler_without_a_policy_says_so() -> None:
     with pytest.raises(RuntimeError, match="call load_policy first"):
-        LocalSampler(cache_tokens=8).draw([[1]], k=1, max_tokens=1, seed=0)
+        LocalSampler(cache_bytes=8).draw([[1]], k=1, max_tokens=1, seed=0)

@@ -62,15 +62,15 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
     """An equal prompt is another occurrence wherever it stands: in one portion or in portions of their own."""
     lm, prompts = tiny_model("llama"), [[3, 9, 4], [12, 13], [3, 9, 4], [3, 9, 4], [12, 13]]
     completions_by_budget = []
-    for budget in (1, 10_000):
-        folder = tmp_path / str(budget)
+    for gib in (1e-9, 1.0):
+        folder = tmp_path / str(gib)
         folder.mkdir()
-        resumable = ResumableWork(Job(folder, Runtime(threads=1, sampling_tokens=budget)))
+        resumable = ResumableWork(Job(folder, Runtime(threads=1, sampling_gib=gib)))
         completions, _ = resumable.sample_in_portions(lm, prompts, k=1, max_tokens=8, seed=0)
         completions_by_budget.append([tuple(branches[0]) for branches in completions])
     assert completions_by_budget[0] == completions_by_budget[1]
     assert len(set(completions_by_budget[0])) == len(prompts)
-    assert len((tmp_path / "1" / "portions.jsonl").read_text().splitlines()) == len(prompts)
+    assert len((tmp_path / "1e-09" / "portions.jsonl").read_text().splitlines()) == len(prompts)
 
 
 @pytest.mark.parametrize("killed", ["before its last portion", "while it trains"])
@@ -109,7 +109,9 @@ def stages(tiny: TinyWorld) -> dict[str, Callable[[], Stage]]:
 
 PORTIONS = {"samples": 4, "evaluation": 6, "best of": 4, "gradients": 4, "dpo": 2}
 """Portions, at least, of each at the runtime below."""
-SMALL_RUNTIME = Runtime(threads=1, sampling_tokens=400, microbatch_tokens=20, checkpoint_minutes=100)
+CACHE = 400 * 512 / 2**30
+"""GiB of 400 tokens in two layers of two heads of 16 floats, keys and values."""
+SMALL_RUNTIME = Runtime(threads=1, sampling_gib=CACHE, microbatch_tokens=20, checkpoint_minutes=100)
 
 
 @pytest.mark.parametrize(("kind", "killed_at"), [(kind, line) for kind, n in PORTIONS.items() for line in {2, n}])

@@ -18,6 +18,7 @@ from mixpo.models import sampling
 from mixpo.models.loading import load_policy
 from mixpo.models.sampling import (
     BLOCK_TOKENS,
+    count_cacheable_tokens,
     count_noise_values,
     draw_tokens,
     make_exponential_noise,
@@ -25,7 +26,7 @@ from mixpo.models.sampling import (
     sample_completions,
 )
 from mixpo.models.sources import initialize_world_model
-from models import tiny
+from models import ARCHITECTURES, tiny
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 DRAWS = 40_000
@@ -228,6 +229,25 @@ def test_the_cache_holds_no_more_tokens_than_its_budget(monkeypatch: pytest.Monk
     monkeypatch.setattr(sampling._PreallocatedCacheLayer, "_allocate_cache", making)
     sample_completions(tiny("llama"), PROMPTS, k=2, max_tokens=4, seed=0, token_budget=44)
     assert held == {(2, 12), (4, 9)}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_cache_takes_the_bytes_that_it_may(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from what is allocated for four completions of 12 tokens with their prompt."""
+    lm = tiny(name)
+    lm.precision = precision
+    held, allocate = [], sampling._PreallocatedCacheLayer._allocate_cache
+
+    def count_bytes(layer: sampling._PreallocatedCacheLayer, states: Tensor, dtype: torch.dtype) -> Tensor:
+        made = allocate(layer, states, dtype)
+        held.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(sampling._PreallocatedCacheLayer, "_allocate_cache", count_bytes)
+    sample_completions(lm, [PROMPTS[0]], k=4, max_tokens=4, seed=0)
+    assert count_cacheable_tokens(lm, sum(held)) == 48
+    assert count_cacheable_tokens(lm, sum(held) - 1) == 47
 
 
 def test_threads_change_no_token() -> None:

@@ -65,7 +65,7 @@ SUPERVISED = {
     "batch_size": OtherValue(3),
     "max_completion_tokens": OtherValue(4),
 }
-RUNTIMES = {"device": "auto", "threads": 2, "microbatch_tokens": 60, "sampling_tokens": 100, "checkpoint_minutes": 0}
+RUNTIMES = {"device": "auto", "threads": 2, "microbatch_tokens": 60, "sampling_gib": 1e-4, "checkpoint_minutes": 0}
 
 TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
     "model": {

@@ -120,8 +120,8 @@ class World(CachedStages):
             sampler: LocalSampler, prompts: Sequence[list[int]], *, k: int, **_: Any
         ) -> SampledCompletions:
             completions = Completions.from_lists([completions_by_prompt[tuple(prompt)][:k] for prompt in prompts])
-            lm, budget = sampler.policy, sampler.cache_tokens
-            logprobs = compute_token_logprobs(lm, prompts, completions, token_budget=budget)
+            lm = sampler.policy
+            logprobs = compute_token_logprobs(lm, prompts, completions, token_budget=65_536)
             ended = [[lm.has_ended(completion) for completion in branches] for branches in completions.to_lists()]
             return SampledCompletions(completions.tokens, completions.mask, logprobs, torch.tensor(ended))
 

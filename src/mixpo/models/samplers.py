@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NotRequired, Protocol, TypedDict, Unpack
 
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import SampledCompletions, sample_completions
+from mixpo.models.sampling import SampledCompletions, count_cacheable_tokens, sample_completions
 
 
 class SamplingOptions(TypedDict):
@@ -50,9 +50,9 @@ class Sampler(Protocol):
 class LocalSampler:
     """A sampler in this process that reads the policy's own weights, without a copy."""
 
-    def __init__(self, *, cache_tokens: int) -> None:
-        """`cache_tokens` bounds the tokens in the key-value cache at once."""
-        self.cache_tokens = cache_tokens
+    def __init__(self, *, cache_bytes: int) -> None:
+        """`cache_bytes` bounds the key-value cache; one completion of each prompt is drawn whatever it takes."""
+        self.cache_bytes = cache_bytes
         self.policy: LanguageModel | None = None
 
     def load_policy(self, policy: LanguageModel) -> None:
@@ -63,4 +63,5 @@ class LocalSampler:
         """Sample k completions of every prompt in this process. Raises RuntimeError before `load_policy`."""
         if self.policy is None:
             raise RuntimeError("no policy to sample from: call load_policy first")
-        return sample_completions(self.policy, prompts, **options, token_budget=self.cache_tokens)
+        token_budget = count_cacheable_tokens(self.policy, self.cache_bytes)
+        return sample_completions(self.policy, prompts, **options, token_budget=token_budget)

@@ -202,6 +202,17 @@ def count_earlier_occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
     return [next(counters[tuple(prompt)]) for prompt in prompts]
 
 
+def count_cacheable_tokens(lm: LanguageModel, cache_bytes: int) -> int:
+    """Number of tokens whose keys and values, of all layers, fit into some bytes; at least 1."""
+    config = lm.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = (getattr(config, "qk_head_dim", head_size), getattr(config, "v_head_dim", None) or head_size)
+    element_bytes = 2 if lm.precision == "bfloat16" else 4
+    token_bytes: int = config.num_hidden_layers * heads * sum(sizes) * element_bytes
+    return max(1, cache_bytes // token_bytes)
+
+
 @torch.no_grad()
 def sample_completions(
     lm: LanguageModel,

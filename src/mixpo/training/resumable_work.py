@@ -19,7 +19,7 @@ from mixpo.data.branches import (
     split_into_microbatches,
 )
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.sampling import count_earlier_occurrences
+from mixpo.models.sampling import count_cacheable_tokens, count_earlier_occurrences
 from mixpo.training.job import PORTIONS, Job
 from mixpo.training.record import make_progress_reporter, read_jsonl, write_text
 
@@ -96,7 +96,9 @@ class ResumableWork:
         sampler.load_policy(lm)
         occurrences = count_earlier_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
-        portions = split_into_microbatches(lengths, max(1, self.runtime.sampling_tokens // k), count_padding=True)
+        portions = split_into_microbatches(
+            lengths, max(1, count_cacheable_tokens(lm, self.runtime.sampling_bytes) // k), count_padding=True
+        )
         results = self.compute_rows(
             "sampled", portions, sample_rows, report_finished=make_progress_reporter(len(prompts))
         )

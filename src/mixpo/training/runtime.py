@@ -24,8 +24,8 @@ class Runtime(Settings):
     way than by threads. `cores` means one a CPU core, and only one if there is a GPU."""
     microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 2048, ge=1)
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
-    sampling_tokens: int = pydantic.Field(65_536, ge=1)
-    """Tokens in the key-value cache at once while sampling."""
+    sampling_gib: float = pydantic.Field(default_factory=lambda: 16.0 if torch.cuda.is_available() else 2.0, gt=0)
+    """GiB of the key-value cache while sampling; if not given, 2 on a CPU and 16 on a GPU."""
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
     """Time between two checkpoints of a stage; 0 writes one after every step."""
 
@@ -54,9 +54,14 @@ class Runtime(Settings):
         cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
         return StageProcesses(torch.device("cuda" if cuda else "cpu"))
 
+    @property
+    def sampling_bytes(self) -> int:
+        """Bytes of the key-value cache while sampling."""
+        return round(self.sampling_gib * 2**30)
+
     def make_sampler(self) -> Sampler:
         """Make the engine with which all stages sample completions."""
-        return LocalSampler(cache_tokens=self.sampling_tokens)
+        return LocalSampler(cache_bytes=self.sampling_bytes)
 
 
 def count_cores() -> int:
