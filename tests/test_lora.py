@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixpo.data.branches import pack_branches
+from mixpo.data.errors import InputError
 from mixpo.models import adapters
 from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
 from mixpo.models.language_model import LanguageModel
@@ -212,3 +213,18 @@ def test_dropout_acts_while_learning_alone() -> None:
     assert not torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
     lm.model.eval()
     assert torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
+
+
+def test_adapters_stand_where_they_are_asked_for_and_scale_with_the_root_of_the_rank() -> None:
+    lm = tiny_model("llama")
+    add_lora(lm, LoraSettings(rank=4, alpha=8.0, target_modules=("q_proj", "mlp.up_proj"), rank_stabilized=True))
+    adapted = {name.split(".lora_")[0] for name, p in lm.model.named_parameters() if p.requires_grad}
+    assert {name.partition("layers.")[2][2:] for name in adapted} == {"self_attn.q_proj", "mlp.up_proj"}
+    randomize_trained_weights(lm)
+    layer = lm.model.get_submodule(next(name for name in adapted if "q_proj" in name))
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), 8.0 / 4**0.5 * product)
+    with pytest.raises(
+        InputError, match=r"^lora.target_modules: found 'c_attn'; expected layers of the model: down_proj"
+    ):
+        add_lora(tiny_model("llama"), LoraSettings(target_modules=("q_proj", "c_attn")))

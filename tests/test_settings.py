@@ -149,6 +149,8 @@ TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
     "evaluation": {**SEEDED, "prompts": OtherValue(5), "max_completion_tokens": OtherValue(4)},
     "gradients": {"pairs": OtherValue(2)},
     "lora": {
+        "rank_stabilized": OtherValue(True, {"rank": 4}),
+        "target_modules": OtherValue(("q_proj", "v_proj")),
         "rank": OtherValue(4, {"rank": 2}),
         "alpha": OtherValue(4.0, {"rank": 2}),
         "dropout": OtherValue(0.5, {"rank": 2}),

@@ -1,9 +1,12 @@
 """LoRA adapters: adding them to a model, freezing weights, and merging adapters into the weights."""
 
+from typing import Literal
+
 import pydantic
 import torch
 from transformers import PreTrainedModel
 
+from mixpo.data.errors import InputError
 from mixpo.models.folders import explain_loading_errors
 from mixpo.models.language_model import LanguageModel, iterate_matrix_modules
 from mixpo.settings import Settings
@@ -15,6 +18,10 @@ class LoraSettings(Settings):
     rank: int = pydantic.Field(16, ge=1)
     alpha: float = pydantic.Field(32.0, gt=0)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    rank_stabilized: bool = False
+    """Scale the adapters by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the layers that are adapted, or the last parts of their names, such as q_proj."""
 
 
 def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
@@ -25,10 +32,17 @@ def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        use_rslora=lora.rank_stabilized,
+        target_modules=lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules),
         exclude_modules=["score"] if hasattr(lm.model, "score") else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in lm.model.modules()),  # GPT-2
     )
+    matrices = set(iterate_matrix_modules(lm.model))
+    layers = [name for name, module in lm.model.named_modules() if module in matrices]
+    for target in lora.target_modules if lora.target_modules != "all-linear" else ():
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            ends = sorted({name.rpartition(".")[2] for name in layers})
+            raise InputError(f"lora.target_modules: found {target!r}; expected layers of the model: {', '.join(ends)}")
     lm.model = get_peft_model(lm.model, config).get_base_model()
     if hasattr(lm.model, "score"):
         lm.model.score.requires_grad_(True)
