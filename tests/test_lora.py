@@ -228,3 +228,50 @@ def test_adapters_stand_where_they_are_asked_for_and_scale_with_the_root_of_the_
         InputError, match=r"^lora.target_modules: found 'c_attn'; expected layers of the model: down_proj"
     ):
         add_lora(tiny_model("llama"), LoraSettings(target_modules=("q_proj", "c_attn")))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_policy_without_its_adapters_is_what_it_started_from(precision: str) -> None:
+    frozen, policy = tiny_model("llama"), tiny_model("llama")
+    frozen.precision = policy.precision = precision
+    freeze_model(frozen)
+    add_lora(policy, LoraSettings(rank=2))
+    reference = policy.make_view_without_adapters()
+    randomize_trained_weights(policy)
+    batch = pack_branches(PROMPTS, COMPLETIONS)
+    assert torch.equal(reference(batch, "logprobs"), frozen(batch, "logprobs"))
+    moved = policy(batch, "logprobs")
+    assert not torch.allclose(moved, frozen(batch, "logprobs"))
+    moved.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+    assert {name for name, p in policy.model.named_parameters() if p.requires_grad} == {
+        name for name, _ in policy.model.named_parameters() if ".lora_" in name
+    }
+
+
+def test_ppo_with_lora_holds_no_second_model_of_what_it_starts_from(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same metrics as with a model of its own, and one model less."""
+    stage = stage_of(tiny, "ppo", "float32")
+    folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
+    loaded: list[Path] = []
+    load = Job.load_policy
+
+    def count_loads(job: Job, folder: Path, precision: Any = "float32") -> LanguageModel:
+        loaded.append(folder)
+        return load(job, folder, precision)
+
+    monkeypatch.setattr(Job, "load_policy", count_loads)
+    metrics = []
+    own = freeze_model(load(Job(tmp_path, Runtime(threads=1)), folders["policy"]))
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(LanguageModel, "make_view_without_adapters", lambda lm: own)
+        out = tmp_path / str(shared)
+        out.mkdir()
+        stage.compute(stage.locate_inputs(folders), Job(out, Runtime(threads=1)))
+        unlike = {"seconds", "sampling_seconds", "updating_seconds"}
+        metrics.append([{k: v for k, v in row.items() if k not in unlike} for row in read_metrics(out)])
+    assert metrics[0] == metrics[1]
+    assert len(loaded) == 2, "the policy, once in each run"

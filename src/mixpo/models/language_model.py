@@ -1,7 +1,8 @@
 """The model class of all stages: log-probs, scores and values of branch batches, and next-token logits."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -77,6 +78,8 @@ class LanguageModel(nn.Module):
         self.end_tokens = end_tokens | {end_token}
         self.logit_scale = logit_scale
         self.unused_tokens = unused_tokens
+        self.adapters_enabled = True
+        """False on a view that computes without its adapters (`make_view_without_adapters`)."""
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +90,12 @@ class LanguageModel(nn.Module):
     def tokenization_digest(self) -> str:
         """Digest of how text becomes tokens, 16 hex digits: equal for two models with the same tokens."""
         return compute_tokenization_digest(self.tokenizer)
+
+    def make_view_without_adapters(self) -> Self:
+        """This model as it was before its adapters were added: another object on the same network, without a copy."""
+        view = copy.copy(self)
+        view.adapters_enabled = False
+        return view
 
     def decode_completion(self, completion: Sequence[int]) -> str:
         """Text of a completion's tokens, without its end token and other special tokens."""
@@ -139,7 +148,8 @@ class LanguageModel(nn.Module):
         in chunks; scalar heads compute in float32. `cache` receives keys and values. `detach_values` stops the gradient
         of the values at the hidden states.
         """
-        states = self._compute_states(batch, cache)
+        with nullcontext() if self.adapters_enabled else _disable_adapters(self.model):
+            states = self._compute_states(batch, cache)
         computed: dict[str, Tensor] = {"states": states}
         if isinstance(batch, BranchBatch):
             if "logprobs" in outputs or "entropies" in outputs:
@@ -207,6 +217,21 @@ class LanguageModel(nn.Module):
         )
         empty = torch.zeros(batch.mask.shape, device=states.device)
         return empty.masked_scatter(batch.mask, logprobs), empty.masked_scatter(batch.mask, entropies)
+
+
+@contextmanager
+def _disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Compute without adapters inside the context."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def iterate_matrix_modules(model: nn.Module) -> Iterator[Any]:

@@ -76,12 +76,12 @@ class PPO(PolicyStage, PPOSettings):
         """Train a policy by PPO, and write `model/` and `completions.jsonl`, one completion of each iteration."""
         torch.manual_seed(self.seed)
         policy = job.load_policy(input_paths["policy"], self.precision)
-        frozen = load_frozen_models(self, input_paths, policy, job)
         start, reference = (
             compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "reference")
         )
         if self.lora:
             add_lora(policy, self.lora)
+        frozen = load_frozen_models(self, input_paths, policy, job)
         models = make_actor_critic(self, input_paths, policy, frozen.reward, job)
         prompts, prompt_tokens = read_unique_prompts(input_paths["prompts"], policy.tokenizer)
         training = PPOTraining(job, self, models, frozen, prompts, prompt_tokens)
@@ -192,7 +192,7 @@ class PPOTraining:
         scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
         self.cost.add_scored_tokens(frozen.reward.model, sum(count_tokens_per_prompt(*reward_inputs)))
         reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
-        self.cost.add_scored_tokens(frozen.reference.model, tokens)
+        self.cost.add_scored_tokens(frozen.reference.model, tokens, adapters=frozen.reference.adapters_enabled)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:

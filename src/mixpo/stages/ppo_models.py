@@ -59,11 +59,20 @@ class ActorCritic:
 def load_frozen_models(
     settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, job: Job
 ) -> FrozenModels:
-    """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ."""
-    reference = sft = freeze_model(job.load_policy(input_paths["reference"], settings.precision))
-    folders = (locate_model_folder(input_paths[name]) for name in ("reference", "sft"))
-    if len(set(map(compute_model_digest, folders))) == 2:
-        sft = freeze_model(job.load_policy(input_paths["sft"], settings.precision))
+    """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ.
+
+    With LoRA, a model that is the one the policy starts from is the policy without its adapters.
+    """
+    models: dict[str, LanguageModel] = {}
+    if settings.lora:
+        models[compute_model_digest(locate_model_folder(input_paths["policy"]))] = policy.make_view_without_adapters()
+    for name in ("reference", "sft"):
+        digest = compute_model_digest(locate_model_folder(input_paths[name]))
+        if digest not in models:
+            models[digest] = freeze_model(job.load_policy(input_paths[name], settings.precision))
+    reference, sft = (
+        models[compute_model_digest(locate_model_folder(input_paths[name]))] for name in ("reference", "sft")
+    )
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")

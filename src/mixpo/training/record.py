@@ -127,10 +127,11 @@ class Cost:
         self.tokens_trained += tokens
         self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def add_scored_tokens(self, model: PreTrainedModel, tokens: int) -> None:
-        """Add tokens of forward passes without gradients: 2 FLOPs a weight."""
+    def add_scored_tokens(self, model: PreTrainedModel, tokens: int, *, adapters: bool = True) -> None:
+        """Add tokens of forward passes without gradients, with or without adapters: 2 FLOPs a weight."""
         self.tokens_scored += tokens
-        self.flops += 2.0 * sum(count_multiplied_weights(model)) * tokens
+        trained, frozen = count_multiplied_weights(model)
+        self.flops += 2.0 * (trained + frozen if adapters else frozen) * tokens
 
     def get_counts(self) -> dict[str, float]:
         """Seconds, tokens and FLOPs so far, by name, as `restore_counts` takes them."""
