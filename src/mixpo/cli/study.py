@@ -72,13 +72,13 @@ def annotate_completions(
     server.require_certificate(tls_cert, tls_key)
     results = load_runs(run)
     names = parse_annotator_names(annotators) if annotators is not None else None
-    wanted = StudyOptions(arms, prompts, names, seed, draw, _read_guidelines(guidelines))
+    options = StudyOptions(arms, prompts, names, seed, draw, _read_guidelines(guidelines))
     with server.open_listening_socket(host, port) as listening:
         bound, tls = listening.getsockname()[:2], tls_cert is not None
         at, hosts = server.build_base_url(host, bound, address, tls=tls)
         opened = StudyStore(parse_store_url(run, store))
         try:
-            study = load_or_create_study(results, opened, wanted)
+            study = load_or_create_study(results, opened, options)
             tokens, lost = load_or_issue_link_tokens(opened, run / "study")
             if lost:
                 print(f"warning: links.json had no valid link for {', '.join(lost)}; theirs are new", file=sys.stderr)

@@ -211,8 +211,8 @@ def _list_arms_to_compare(results: Results) -> list[str]:
 
 def _list_arm_pairs_to_compare(results: Results) -> list[Pair]:
     """Pairs of every arm with ppo and with mpo, or with the first arm where neither finished."""
-    found = [rival for arm in ("ppo", "mpo") if (rival := results.find_finished_name(arm)) is not None]
-    rivals, names = found or results.finished_recipe_arms[:1], _list_arms_to_compare(results)
+    finished_rivals = [rival for arm in ("ppo", "mpo") if (rival := results.find_finished_name(arm)) is not None]
+    rivals, names = finished_rivals or results.finished_recipe_arms[:1], _list_arms_to_compare(results)
     return [(name, rival) for rival in rivals for name in names if name != rival and (name, rival) != tuple(rivals)]
 
 

@@ -89,8 +89,8 @@ def _summarize_reward_changes(results: Results, levels: Levels, shares: list[flo
             if seeds := results.list_seeds_with_same_scorer(key, *ends[0], *ends[1]):
                 change, other = (subtract_arm_values(results, *names, key, seeds) for names in ends)
                 paired.append((mpo, rival, change - other))
-    for found in estimate_differences(paired):
-        text = describe_difference(f"change in {measures[key]}", found.one, found.other, found.interval, found.p)
-        parts.append(text + note_missing_seeds(results, found.seeds, found.one, found.other))
+    for fall in estimate_differences(paired):
+        text = describe_difference(f"change in {measures[key]}", fall.one, fall.other, fall.interval, fall.p)
+        parts.append(text + note_missing_seeds(results, fall.seeds, fall.one, fall.other))
     corrected = f"; p corrected for {format_count(len(paired), 'comparison')}" if paired else ""
     return f"{'; '.join(parts)} (95% intervals {describe_sample(results, len(results.seeds))}{corrected})."

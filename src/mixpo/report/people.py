@@ -22,8 +22,8 @@ def build_human_study_section(results: Results) -> Section | None:
             continue
         name = f"{run.name}: " if len(results.runs) > 1 else ""
         arms = results.qualify_arm_name(run, findings.arms[0]), results.qualify_arm_name(run, findings.arms[1])
-        drawn = {"seed": findings.seed, "prompt_count": findings.prompts, "draw_seed": findings.draw}
-        if are_completions_unchanged(results, arms, **drawn, content_digest=findings.content):
+        comparison = {"seed": findings.seed, "prompt_count": findings.prompts, "draw_seed": findings.draw}
+        if are_completions_unchanged(results, arms, **comparison, content_digest=findings.content):
             sentences.append(name + describe_study(findings))
             groups += [SectionGroup(name + title, table=table) for title, table in build_study_tables(findings).items()]
         else:

@@ -82,8 +82,8 @@ class StageCache:
         lock = self.cache / "locks" / self.compute_identity(stage)
         with _explain_write_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held = FileLock(lock).acquire()
-        with held:
+            acquired_lock = FileLock(lock).acquire()
+        with acquired_lock:
             if not self.is_done(stage):
                 with _explain_write_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
