@@ -158,7 +158,8 @@ class LanguageModel(nn.Module):
             if "values" in outputs:
                 head = self.model.score if self.value_head is None else self.value_head
                 read = states.detach() if detach_values else states
-                computed["values"] = head(read[batch.predictor_index].float())[..., 0].masked_fill(~batch.mask, 0.0)
+                read = read.index_select(0, batch.predictor_index.flatten()).unflatten(0, batch.mask.shape)
+                computed["values"] = head(read.float())[..., 0].masked_fill(~batch.mask, 0.0)
             if "scores" in outputs:
                 computed["scores"] = self.model.score(states[batch.last_token_index].float())[..., 0]
         elif "logits" in outputs:
@@ -207,7 +208,8 @@ class LanguageModel(nn.Module):
         """Log-probs and entropies (0 if not `with_entropy`), in nats, of a batch's completion tokens; 0 at padding."""
         head = self.model.get_output_embeddings()
         logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            states[batch.predictor_index[batch.mask]] * self.logit_scale,
+            # not states[...]: its gradient adds what branches share in the threads' order
+            states.index_select(0, batch.predictor_index[batch.mask]) * self.logit_scale,
             head.weight,
             head.bias,
             batch.completions[batch.mask],
