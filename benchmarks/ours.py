@@ -19,17 +19,17 @@ from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.sft import SFT
 from mixpo.stages.stage import DataStage, Part, RewardStage
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.runtime import Runtime
 
 
-class Rows(DataStage):
+class WorkloadRows(DataStage):
     """A workload's rows, which are written beforehand."""
 
     parts = ("pairs",)
 
 
-class Reward(RewardStage):
+class WorkloadRewardModel(RewardStage):
     """A workload's reward model, which is written beforehand."""
 
 
@@ -39,7 +39,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["kind"] == "sampling":
         return _measure_sampling(spec, inputs)
     model, reward = inputs / "models" / spec["model"], inputs / "models" / f"{spec['model']}-reward"
-    base, data = Pretrained(path=str(model / "model")), Rows()
+    base, data = Pretrained(path=str(model / "model")), WorkloadRows()
     pairs = Part(stage=data, of="pairs")
     common = {
         "batch_size": spec["batch"],
@@ -59,14 +59,14 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
             policy=base,
             reference=base,
             sft=base,
-            reward=Reward(),
+            reward=WorkloadRewardModel(),
             prompts=pairs,
             **{**common, "max_completion_tokens": spec["new_tokens"]},
         ),
     }
     stage = stages[spec["kind"]]()
     with tempfile.TemporaryDirectory() as out:
-        stage.compute({name: folders[name] for name in stage.get_input_stages()}, Job(Path(out), Runtime()))
+        stage.compute({name: folders[name] for name in stage.get_input_stages()}, StageJob(Path(out), Runtime()))
         steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
         summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
     reference_seconds = summary.get("reference_seconds", 0.0)

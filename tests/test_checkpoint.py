@@ -11,7 +11,7 @@ from torch import nn
 
 from mixpo.data.errors import InputError
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
-from mixpo.training.job import CHECKPOINT, Job
+from mixpo.training.job import CHECKPOINT, StageJob
 from mixpo.training.runtime import Runtime
 
 RUNTIME = Runtime(device="cpu", threads=1, checkpoint_minutes=0)
@@ -42,10 +42,13 @@ def test_every_kind_of_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "tensor": "a key like ours",
         "items": {"items": 1, "json": [[]]},
     }
-    Checkpoint(Job(tmp_path, RUNTIME), {"part": State(state)}).write_checkpoint(5, {"errors": [0.1], "tensor": 1})
+    Checkpoint(StageJob(tmp_path, RUNTIME), {"part": State(state)}).write_checkpoint(5, {"errors": [0.1], "tensor": 1})
     torch.rand(3)
     back = State({})
-    assert Checkpoint(Job(tmp_path, RUNTIME), {"part": back}).restore_states() == (5, {"errors": [0.1], "tensor": 1})
+    assert Checkpoint(StageJob(tmp_path, RUNTIME), {"part": back}).restore_states() == (
+        5,
+        {"errors": [0.1], "tensor": 1},
+    )
     assert back.state.keys() == state.keys()
     assert back.state["state"].keys() == {0, 12}
     assert back.state["groups"] == state["groups"]
@@ -61,7 +64,7 @@ def test_every_kind_of_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     """AdamW with dropout: weights, moments and the random state."""
-    job = Job(tmp_path, RUNTIME)
+    job = StageJob(tmp_path, RUNTIME)
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer, Checkpoint]:
         torch.manual_seed(0)
@@ -88,7 +91,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(Job(tmp_path, RUNTIME), {"part": State({"x": torch.ones(2)})})
+    checkpoint = Checkpoint(StageJob(tmp_path, RUNTIME), {"part": State({"x": torch.ones(2)})})
     checkpoint.write_checkpoint(1, {})
     good = load_file(tmp_path / CHECKPOINT)
     content = json.loads(bytes(good["json"].tolist()))

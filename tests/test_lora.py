@@ -19,7 +19,7 @@ from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
 from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
-from mixpo.training.job import CHECKPOINT, Job, locate_model_folder
+from mixpo.training.job import CHECKPOINT, StageJob, locate_model_folder
 from mixpo.training.record import read_metrics
 from mixpo.training.runtime import Runtime
 from models import ARCHITECTURES
@@ -167,7 +167,7 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
 ) -> None:
     stage = stage_of(tiny, kind, precision)
     folders = {name: tiny.build(source) for name, source in stage.get_input_stages().items()}
-    monkeypatch.setattr(Job, "finish_stage", lambda self, **figures: None)
+    monkeypatch.setattr(StageJob, "finish_stage", lambda self, **figures: None)
     tiny.compute(stage, tmp_path, Runtime(threads=1, checkpoint_minutes=0))
     assert len(adapted) == (2 if kind in ("ppo", "ppo-policy") else 1)
     for lm, before in adapted:
@@ -256,21 +256,21 @@ def test_ppo_with_lora_holds_no_second_model_of_what_it_starts_from(
     stage = stage_of(tiny, "ppo", "float32")
     folders = {name: tiny.stage_cache.compute_with_inputs(source) for name, source in stage.get_input_stages().items()}
     loaded: list[Path] = []
-    load = Job.load_policy
+    load = StageJob.load_policy
 
-    def count_loads(job: Job, folder: Path, precision: Any = "float32") -> LanguageModel:
+    def count_loads(job: StageJob, folder: Path, precision: Any = "float32") -> LanguageModel:
         loaded.append(folder)
         return load(job, folder, precision)
 
-    monkeypatch.setattr(Job, "load_policy", count_loads)
+    monkeypatch.setattr(StageJob, "load_policy", count_loads)
     metrics = []
-    own = freeze_model(load(Job(tmp_path, Runtime(threads=1)), folders["policy"]))
+    own = freeze_model(load(StageJob(tmp_path, Runtime(threads=1)), folders["policy"]))
     for shared in (True, False):
         if not shared:
             monkeypatch.setattr(LanguageModel, "make_view_without_adapters", lambda lm: own)
         out = tmp_path / str(shared)
         out.mkdir()
-        stage.compute(stage.locate_inputs(folders), Job(out, Runtime(threads=1)))
+        stage.compute(stage.locate_inputs(folders), StageJob(out, Runtime(threads=1)))
         unlike = {"seconds", "sampling_seconds", "updating_seconds"}
         metrics.append([{k: v for k, v in row.items() if k not in unlike} for row in read_metrics(out)])
     assert metrics[0] == metrics[1]

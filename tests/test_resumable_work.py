@@ -10,7 +10,7 @@ from mixpo.models.samplers import LocalSampler
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.record import Cost, MetricsLog, read_jsonl
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.runtime import Runtime
@@ -26,7 +26,7 @@ def squares(rows: list[int]) -> list[int]:
 
 def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
     done: list[int] = []
-    results = ResumableWork(Job(tmp_path, SMALL_RUNTIME)).compute_rows(
+    results = ResumableWork(StageJob(tmp_path, SMALL_RUNTIME)).compute_rows(
         "squares", ROWS, squares, report_finished=done.append
     )
     assert results == [0, 1, 4, 9, 16]
@@ -36,7 +36,7 @@ def test_results_come_in_the_rows_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ["", '{"name": "squares", "rows": [1], "resu', '{"name": "squares", "rows": [1]}'])
 def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) -> None:
     """The last line may be torn anywhere; the next run may cut the rows into other portions."""
-    first = ResumableWork(job := Job(tmp_path, SMALL_RUNTIME))
+    first = ResumableWork(job := StageJob(tmp_path, SMALL_RUNTIME))
     job.cost.tokens_sampled = 7.0
     first.compute_rows("squares", [[0, 3], [2]], squares)
     first.compute_rows("cubes", [[1]], lambda rows: [row**3 for row in rows])
@@ -48,7 +48,7 @@ def test_only_rows_that_are_not_on_disk_are_computed(tmp_path: Path, torn: str) 
         computed.extend(rows)
         return squares(rows)
 
-    again = ResumableWork(job := Job(tmp_path, SMALL_RUNTIME))
+    again = ResumableWork(job := StageJob(tmp_path, SMALL_RUNTIME))
     assert job.cost.tokens_sampled == 7.0
     assert again.compute_rows("squares", [[4, 0], [3, 2, 1]], work) == [0, 1, 4, 9, 16]
     assert computed == [4, 1]
@@ -65,7 +65,7 @@ def test_completions_of_a_prompt_that_comes_again_do_not_follow_the_portions(tmp
     for gib in (1e-9, 1.0):
         folder = tmp_path / str(gib)
         folder.mkdir()
-        resumable = ResumableWork(Job(folder, Runtime(threads=1, sampling_gib=gib)))
+        resumable = ResumableWork(StageJob(folder, Runtime(threads=1, sampling_gib=gib)))
         completions, _ = resumable.sample_in_portions(lm, prompts, k=1, max_tokens=8, seed=0)
         completions_by_budget.append([tuple(branches[0]) for branches in completions])
     assert completions_by_budget[0] == completions_by_budget[1]

@@ -23,7 +23,7 @@ from mixpo.stages.ppo_settings import PPOSettings, count_updates_before_iteratio
 from mixpo.stages.rows import read_pairs, read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import read_jsonl, read_metrics
 from mixpo.training.step import Diverged, OptimizerSettings, compute_learning_rate, select_batch_rows
 from mixpo.training.supervised import SupervisedSettings, count_optimizer_steps
@@ -40,7 +40,7 @@ class OtherValue:
 
 
 @dataclass(frozen=True)
-class CoveredBy:
+class CoveringTest:
     """A setting that another test shows to act: its file and its name."""
 
     file: str
@@ -67,13 +67,13 @@ SUPERVISED = {
 }
 RUNTIMES = {"device": "auto", "threads": 2, "microbatch_tokens": 60, "sampling_gib": 1e-4, "checkpoint_minutes": 0}
 
-TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
+TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     "model": {
         "path": OtherValue("{folder}/base"),
-        "revision": CoveredBy("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
+        "revision": CoveringTest("test_settings.py", "test_a_revision_is_the_commit_that_is_asked_for"),
         "chat_template": OtherValue("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"),
-        "template_arguments": CoveredBy("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
-        "dtype": CoveredBy("test_loading.py", "test_a_recipe_may_choose_the_type"),
+        "template_arguments": CoveringTest("data/test_tokens.py", "test_template_arguments_are_saved_with_the_model"),
+        "dtype": CoveringTest("test_loading.py", "test_a_recipe_may_choose_the_type"),
         "init_seed": OtherValue(1),
     },
     "data": {
@@ -82,14 +82,14 @@ TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
         "test": OtherValue("{folder}/test.jsonl"),
         "demonstrations": OtherValue("{folder}/shown.jsonl"),
         "second": OtherValue("{folder}/more.jsonl", {"second_rows": 4}),
-        "revision": CoveredBy("data/test_sources.py", "test_hub_preferences"),
+        "revision": CoveringTest("data/test_sources.py", "test_hub_preferences"),
         "train_rows": OtherValue(5),
         "test_rows": OtherValue(1),
         "demonstration_rows": OtherValue(5),
         "test_share": OtherValue(0.4),
         "second_rows": OtherValue(4),
-        "special_tokens": CoveredBy("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
-        "shared_prompts": CoveredBy(
+        "special_tokens": CoveringTest("data/test_tokens.py", "test_special_tokens_setting_reaches_every_stage"),
+        "shared_prompts": CoveringTest(
             "test_stages.py", "test_prompts_of_train_and_test_are_counted_and_left_out_on_request"
         ),
         "max_prompt_tokens": OtherValue(12, {"on_bad_row": "drop"}),
@@ -156,9 +156,9 @@ TABLE: dict[str, dict[str, OtherValue | CoveredBy]] = {
         "dropout": OtherValue(0.5, {"rank": 2}),
     },
     "runtime": {
-        name: CoveredBy("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
+        name: CoveringTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
     }
-    | {"workers": CoveredBy("test_workers.py", "test_two_workers_find_what_one_finds")},
+    | {"workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds")},
 }
 ACTING = [
     (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)
@@ -188,7 +188,7 @@ def test_every_setting_has_its_line() -> None:
 def test_the_tests_that_lines_name_are_there() -> None:
     for lines in TABLE.values():
         for line in lines.values():
-            if isinstance(line, CoveredBy):
+            if isinstance(line, CoveringTest):
                 assert f"def {line.name}(" in (Path(__file__).parent / line.file).read_text()
 
 
@@ -377,5 +377,5 @@ def test_a_revision_is_the_commit_that_is_asked_for(
             return original(tiny.folder / "base" if name == "some/model" else name, **others)
 
         monkeypatch.setattr(auto, "from_pretrained", loading)
-    Pretrained(path="some/model", revision="abc").compute({}, Job(tmp_path, TINY_RUNTIME))
+    Pretrained(path="some/model", revision="abc").compute({}, StageJob(tmp_path, TINY_RUNTIME))
     assert loads.count(("some/model", "abc", False)) == 2, "and with no code of its own"

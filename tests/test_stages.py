@@ -47,7 +47,7 @@ from mixpo.stages.rows import (
 from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import read_stage_settings, read_stage_summary, sort_topologically
 from mixpo.training.checkpoint import TrainableWeights
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -307,7 +307,7 @@ def test_value_model_starts_where_it_says(world: World, tmp_path: Path, value_in
     folders = {name: world.build(source) for name, source in stage.get_input_stages().items()}
     policy = load_policy(locate_model_folder(folders["policy"]), device=CPU)
     reward = load_reward_model(locate_model_folder(folders["reward"]), device=CPU)
-    learner = make_actor_critic(stage, folders, policy, reward, Job(tmp_path, RUNTIME))
+    learner = make_actor_critic(stage, folders, policy, reward, StageJob(tmp_path, RUNTIME))
     assert learner.value is not None
     assert learner.shares_network == (value_init == "shared")
     if value_init == "reward":
@@ -962,7 +962,7 @@ def test_a_gap_that_is_no_number_is_refused_with_its_row(world: World, tmp_path:
     write_table(tmp_path / "pairs.parquet", rows)
     selection = Selection(samples=world.samples, threshold=1.5)
     with pytest.raises(InputError, match=r"pairs.parquet: row 2 has the gap nan and the scores \[nan, 0.0\].*1 of 3"):
-        selection.compute({"samples": tmp_path}, Job(tmp_path, RUNTIME))
+        selection.compute({"samples": tmp_path}, StageJob(tmp_path, RUNTIME))
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

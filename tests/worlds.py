@@ -24,7 +24,7 @@ from mixpo.stages.gradients import Gradients
 from mixpo.stages.label_noise import LabelNoise
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import RewardStage, Stage
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(threads=1, checkpoint_minutes=100)
@@ -50,7 +50,7 @@ class CachedStages:
         """Compute a stage into a folder of its own, apart from the cache, or go on with what is in the folder."""
         folders = {name: self.build(source) for name, source in stage.get_input_stages().items()}
         out.mkdir(parents=True, exist_ok=True)
-        stage.compute(stage.locate_inputs(folders), Job(out, runtime or self.stage_cache.runtime))
+        stage.compute(stage.locate_inputs(folders), StageJob(out, runtime or self.stage_cache.runtime))
         return out
 
     def load(self, stage: Stage) -> LanguageModel:

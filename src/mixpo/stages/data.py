@@ -44,7 +44,7 @@ from mixpo.models.folders import load_tokenizer
 from mixpo.settings import Settings
 from mixpo.stages.rows import add_token_columns, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import append_jsonl, progress_listener
 
 
@@ -430,7 +430,7 @@ class Data(DataStage, DataSettings):
         """Reference to `second.parquet`: the human preference pairs for a second reward model."""
         return Part(stage=self, of="second")
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Read, validate and split the rows of an experiment, and write a file for each part."""
         tokenizer = load_tokenizer(locate_model_folder(input_paths["base"]))
         rows, note = read_source_rows(self, tokenizer), progress_listener.get().on_message

@@ -14,10 +14,10 @@ from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.scoring import compute_sequence_logprobs
-from mixpo.stages.rows import TokenPairs, format_sampler_name, read_pairs
+from mixpo.stages.rows import TokenizedPairs, format_sampler_name, read_pairs
 from mixpo.stages.stage import Part, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import append_jsonl, delete_lines_from_step
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import Sums
@@ -53,7 +53,7 @@ class DPO(PolicyStage, DPOSettings):
     reference: PolicyStage
     pairs: Part
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy by DPO, and write `model/` and `samples.jsonl`."""
         torch.manual_seed(self.seed)
         lm = job.load_policy(input_paths["policy"], self.precision)
@@ -112,8 +112,8 @@ def _compute_reference_logprobs(
     stage: DPO,
     input_paths: Mapping[str, Path],
     lm: LanguageModel,
-    pairs: TokenPairs,
-    job: Job,
+    pairs: TokenizedPairs,
+    job: StageJob,
     resumable: ResumableWork,
 ) -> Tensor:
     """Log-probs of both completions of all pairs under the reference, [pairs, 2], in nats.
@@ -141,7 +141,9 @@ def _compute_reference_logprobs(
     return torch.tensor(stored)
 
 
-def _sample_training_prompts(stage: DPO, lm: LanguageModel, pairs: TokenPairs, job: Job, step: int) -> dict[str, float]:
+def _sample_training_prompts(
+    stage: DPO, lm: LanguageModel, pairs: TokenizedPairs, job: StageJob, step: int
+) -> dict[str, float]:
     """Sample completions of a few train prompts into `samples.jsonl`; returns their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]

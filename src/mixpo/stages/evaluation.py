@@ -21,7 +21,7 @@ from mixpo.models.digests import compute_model_digest
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
 from mixpo.stages.rows import read_unique_prompts, write_table
 from mixpo.stages.stage import DataStage, PolicyStage, RewardStage, Snapshot, Stage
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import SeededSettings
 
@@ -52,7 +52,7 @@ class Evaluation(Stage, EvaluationSettings):
     chooser: RewardStage | None = None
     """The reward model by whose score best_of keeps one; `reward` if not given."""
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Sample a policy's completions on test prompts, compute scores and KL, and write `completions.parquet`."""
         lm = freeze_model(job.load_policy(input_paths["policy"], self.precision))
         unique_prompts, prompts = read_unique_prompts(input_paths["data"] / "test.parquet", lm.tokenizer, self.prompts)

@@ -16,7 +16,7 @@ from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import Part, PolicyStage, Stage
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.record import make_progress_reporter
 from mixpo.training.resumable_work import ResumableWork
 
@@ -46,7 +46,7 @@ class Gradients(Stage):
     """Number of pairs with different completions, the same ones at every seed."""
     max_completion_tokens: int
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Compute the gradients of a DPO model on each pair and write `gradients.parquet`."""
         lm = job.load_policy(input_paths["policy"])
         reference = freeze_model(job.load_policy(input_paths["reference"]))

@@ -9,7 +9,7 @@ import pydantic
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_table, read_table_metadata, write_table
 from mixpo.stages.stage import Part, Stage
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 
 
 class LabelNoiseSettings(Settings):
@@ -33,7 +33,7 @@ class LabelNoise(Stage, LabelNoiseSettings):
         """Reference to `train.parquet`: all pairs, a share of them flipped."""
         return Part(stage=self, of="train")
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Flip the labels of a share of the pairs and write `train.parquet`."""
         rows = read_table(input_paths["pairs"])
         order = list(range(len(rows)))

@@ -48,7 +48,7 @@ from mixpo.stages.rows import read_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import MetricsLog, append_jsonl, delete_lines_from_step
 from mixpo.training.step import (
     Diverged,
@@ -72,7 +72,7 @@ class PPO(PolicyStage, PPOSettings):
     snapshots: int = pydantic.Field(0, ge=0)
     """Number of policies saved during training, at equal distances."""
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy by PPO, and write `model/` and `completions.jsonl`, one completion of each iteration."""
         torch.manual_seed(self.seed)
         policy = job.load_policy(input_paths["policy"], self.precision)
@@ -154,7 +154,7 @@ class PPOTraining:
 
     def __init__(
         self,
-        job: Job,
+        job: StageJob,
         settings: PPOSettings,
         models: ActorCritic,
         frozen: FrozenModels,
@@ -198,7 +198,7 @@ class PPOTraining:
         else:
             sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
-                self.cost.add_scored_tokens(frozen.sft.model, tokens)
+                self.cost.add_scored_tokens(frozen.sft.model, tokens, adapters=frozen.sft.adapters_enabled)
 
         # Shape rewards
         anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_anchor_weight(models.kl_multiplier))
@@ -288,8 +288,7 @@ class PPOTraining:
     def _compute_policy_loss(
         self, rollout: Rollout, batch: BranchBatch, prompt_indices: list[int], *, value_only: bool
     ) -> tuple[Tensor, Sums]:
-        """Summed policy loss of a microbatch, with its metrics' sums; on a network shared with the value, plus the
-        value loss, or that alone."""
+        """Summed policy loss of a microbatch (on a shared network plus the value loss, or that alone), metrics."""
         settings, policy, shares_network = self.settings, self.models.policy, self.models.shares_network
         count_tokens = self.cost.add_scored_tokens if value_only else self.cost.add_trained_tokens
         count_tokens(policy.model, batch.token_count)

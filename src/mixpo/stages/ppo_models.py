@@ -13,7 +13,7 @@ from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.training.checkpoint import Stateful, TrainableWeights
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.step import make_optimizer
 
 
@@ -57,22 +57,19 @@ class ActorCritic:
 
 
 def load_frozen_models(
-    settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, job: Job
+    settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, job: StageJob
 ) -> FrozenModels:
     """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ.
 
     With LoRA, a model that is the one the policy starts from is the policy without its adapters.
     """
-    models: dict[str, LanguageModel] = {}
-    if settings.lora:
-        models[compute_model_digest(locate_model_folder(input_paths["policy"]))] = policy.make_view_without_adapters()
+    names = ("policy", "reference", "sft")
+    digests = {name: compute_model_digest(locate_model_folder(input_paths[name])) for name in names}
+    models = {digests["policy"]: policy.make_view_without_adapters()} if settings.lora else {}
     for name in ("reference", "sft"):
-        digest = compute_model_digest(locate_model_folder(input_paths[name]))
-        if digest not in models:
-            models[digest] = freeze_model(job.load_policy(input_paths[name], settings.precision))
-    reference, sft = (
-        models[compute_model_digest(locate_model_folder(input_paths[name]))] for name in ("reference", "sft")
-    )
+        if digests[name] not in models:
+            models[digests[name]] = freeze_model(job.load_policy(input_paths[name], settings.precision))
+    reference, sft = models[digests["reference"]], models[digests["sft"]]
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
@@ -80,7 +77,7 @@ def load_frozen_models(
 
 
 def make_actor_critic(
-    settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel, job: Job
+    settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, reward: LanguageModel, job: StageJob
 ) -> ActorCritic:
     """Make the optimizers and, for `gae`, the value model from the policy or the reward model, as `value_init` says."""
     value: LanguageModel | None = None

@@ -25,7 +25,7 @@ from mixpo.models.sources import (
 )
 from mixpo.settings import Settings
 from mixpo.stages.stage import PolicyStage
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import progress_listener
 
 
@@ -99,7 +99,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         local = expand_home(self.path)
         return local if self.path != "world" and local.is_dir() else None
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Write the initial model to `model/`, and verify that policy and reward model can be loaded from it."""
         model = locate_model_folder(job.out)
         local = expand_home(self.path)

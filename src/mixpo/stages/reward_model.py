@@ -20,7 +20,7 @@ from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_reward_model_alarms
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -57,7 +57,7 @@ class RewardModel(RewardStage, RewardModelSettings):
     data: DataStage
     """Data with the test pairs that are scored at the end."""
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a reward model, and write `model/` and the scores of validation and test pairs."""
         torch.manual_seed(self.seed)
         lm = job.initialize_reward_model(input_paths["policy"], seed=self.seed, precision=self.precision)

@@ -18,7 +18,7 @@ from mixpo.training.record import progress_listener
 
 
 @dataclass(frozen=True)
-class TokenPairs:
+class TokenizedPairs:
     """Preference pairs in tokens: completions[i] = [chosen, rejected] of the prompt i."""
 
     prompts: list[list[int]]
@@ -106,7 +106,7 @@ def read_unique_prompts(
     return [row["prompt"] for row in unique], [row["prompt_tokens"] for row in unique]
 
 
-def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> TokenPairs:
+def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> TokenizedPairs:
     """Read tokenized pairs that differ, human ones cut to a length. Raises `InputError` if none differs."""
     rows, sampler = read_tokenized_rows(path, lm.tokenizer), read_table_metadata(path).get("sampler")
     limit = None if sampler else max_completion_tokens
@@ -124,7 +124,7 @@ def read_pairs(path: Path, lm: LanguageModel, *, max_completion_tokens: int) -> 
         progress_listener.get().on_message(
             f"{path.stem}: {identical} of {len(rows)} pairs left out: both completions are the same"
         )
-    return TokenPairs(
+    return TokenizedPairs(
         [rows[row]["prompt_tokens"] for row in different],
         [completions[row] for row in different],
         sampler,

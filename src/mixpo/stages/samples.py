@@ -12,7 +12,7 @@ from mixpo.models.digests import compute_model_digest
 from mixpo.models.scoring import compute_scores, retokenize_for_reward
 from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage
-from mixpo.training.job import Job, locate_model_folder
+from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import SeededSettings
 
@@ -47,7 +47,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
         """All scored pairs, as the stage's file `pairs.parquet`."""
         return Part(stage=self, of="pairs")
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Sample two completions of each prompt, score them, and write `pairs.parquet`."""
         lm = freeze_model(job.load_policy(input_paths["policy"], self.precision))
         reward = freeze_model(job.load_reward_model(input_paths["reward"], self.precision))

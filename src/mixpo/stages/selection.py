@@ -11,7 +11,7 @@ from mixpo.data.errors import InputError
 from mixpo.settings import Settings
 from mixpo.stages.rows import read_table, read_table_metadata, write_table
 from mixpo.stages.stage import Part, ScoredPairsStage, Stage
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 
 
 class SelectionSettings(Settings):
@@ -50,7 +50,7 @@ class Selection(Stage, SelectionSettings):
         """Reference to `hard.parquet`: all other pairs, those of identical completions included."""
         return Part(stage=self, of="hard")
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Split the scored pairs by their gap and write both files. Raises `InputError` if one would be empty."""
         source = input_paths["samples"] / "pairs.parquet"
         rows = read_table(source)

@@ -12,7 +12,7 @@ from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.stages.rows import read_tokenized_rows, report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_loss_alarms
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.step import Sums, suggest_divergence_remedies
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -34,7 +34,7 @@ class SFT(PolicyStage, SFTSettings):
     base: PolicyStage
     data: DataStage
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy on the demonstrations, and write `model/`."""
         torch.manual_seed(self.seed)
         lm = job.load_policy(input_paths["base"], self.precision)

@@ -9,7 +9,7 @@ import pydantic
 from mixpo.data.errors import InputError
 from mixpo.settings import Settings
 from mixpo.stages.identity import IdentifiedModel
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 
 
 class Stage(IdentifiedModel):
@@ -41,7 +41,7 @@ class Stage(IdentifiedModel):
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
 
-    def compute(self, input_paths: Mapping[str, Path], job: Job) -> None:
+    def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Compute the stage from the files at `input_paths`, write the job's folder, and finish the job."""
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from mixpo.data.errors import InputError
 from mixpo.stages.identity import collect_identity_settings, make_stage_folder_name
 from mixpo.stages.stage import Stage
 from mixpo.training import memory
-from mixpo.training.job import SUMMARY, Job
+from mixpo.training.job import SUMMARY, StageJob
 from mixpo.training.record import write_json
 from mixpo.training.runtime import Runtime
 
@@ -90,7 +90,7 @@ class StageCache:
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
                 memory.reset_peak_memory()
-                stage.compute(stage.locate_inputs(folders), Job(out, self.runtime))
+                stage.compute(stage.locate_inputs(folders), StageJob(out, self.runtime))
         return out
 
     def compute_with_inputs(self, stage: Stage) -> Path:

@@ -21,9 +21,9 @@ from mixpo.study.tables import (
     FORMAT,
     AnnotatorQuestionRow,
     AnnotatorRow,
-    ItemRow,
     JudgementRow,
     ReplacedJudgementRow,
+    StudyItemRow,
     StudyRow,
     TableBase,
 )
@@ -131,7 +131,7 @@ class StudyStore:
             session.add(study)
             for index, item in enumerate(items):
                 content = json.dumps({"prompt": item.prompt, "completions": item.completions})
-                session.add(ItemRow(id=index + 1, prompt=item.number, category=item.category, content=content))
+                session.add(StudyItemRow(id=index + 1, prompt=item.number, category=item.category, content=content))
             for index, name in enumerate(annotators):
                 session.add(AnnotatorRow(id=index + 1, name=name, token=""))
                 session.flush()
@@ -163,9 +163,9 @@ class StudyStore:
         """Load the questions that meet all SQL conditions, with current answers, by annotator and number."""
         with self._open_transaction() as session:
             rows = session.execute(
-                select(AnnotatorRow.name, AnnotatorQuestionRow, ItemRow, JudgementRow)
+                select(AnnotatorRow.name, AnnotatorQuestionRow, StudyItemRow, JudgementRow)
                 .join(AnnotatorQuestionRow, AnnotatorQuestionRow.annotator == AnnotatorRow.id)
-                .join(ItemRow, ItemRow.id == AnnotatorQuestionRow.item)
+                .join(StudyItemRow, StudyItemRow.id == AnnotatorQuestionRow.item)
                 .outerjoin(JudgementRow, SAME_QUESTION)
                 .where(*conditions)
                 .order_by(AnnotatorRow.id, AnnotatorQuestionRow.number)
@@ -192,7 +192,7 @@ class StudyStore:
         """Count judged and skipped questions: a list of every annotator, or of one."""
         skipped = func.count(JudgementRow.number).filter(JudgementRow.choice == "skip")
         with self._open_transaction() as session:
-            questions = session.scalar(select(func.count()).select_from(ItemRow)) or 0
+            questions = session.scalar(select(func.count()).select_from(StudyItemRow)) or 0
             rows = session.execute(
                 select(AnnotatorRow.name, func.count(JudgementRow.number), skipped)
                 .outerjoin(JudgementRow, JudgementRow.annotator == AnnotatorRow.id)
@@ -347,7 +347,7 @@ def _make_answer(row: JudgementRow) -> Answer:
     return Answer(row.choice, row.reason, row.comment, row.seconds, row.idle, row.at)
 
 
-def _make_comparison(row: ItemRow) -> Comparison:
+def _make_comparison(row: StudyItemRow) -> Comparison:
     content = json.loads(row.content)
     first, second = content["completions"]
     return Comparison(row.prompt, content["prompt"], row.category, (first, second))

@@ -44,7 +44,7 @@ class AnnotatorRow(TableBase):
     """SHA-256 of the link token, empty before one is issued; the token itself is not stored."""
 
 
-class ItemRow(TableBase):
+class StudyItemRow(TableBase):
     """A prompt with the completions of both arms, which every annotator judges once."""
 
     __tablename__ = "mixpo_item"
@@ -64,7 +64,7 @@ class AnnotatorQuestionRow(TableBase):
     annotator: Mapped[int] = mapped_column(ForeignKey(AnnotatorRow.id), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     """From 1."""
-    item: Mapped[int] = mapped_column(ForeignKey(ItemRow.id))
+    item: Mapped[int] = mapped_column(ForeignKey(StudyItemRow.id))
     swapped: Mapped[bool]
     """Whether the second arm is on the left."""
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
-from mixpo.training.job import CHECKPOINT, Job
+from mixpo.training.job import CHECKPOINT, StageJob
 
 FORMAT = 2
 _JSON = "json"
@@ -59,7 +59,7 @@ class TrainableWeights:
 class Checkpoint:
     """The checkpoint file of a stage: states of its parts, random state, next step and extra values of the stage."""
 
-    def __init__(self, job: Job, parts: Mapping[str, Stateful]) -> None:
+    def __init__(self, job: StageJob, parts: Mapping[str, Stateful]) -> None:
         self.path = job.out / CHECKPOINT
         self.parts = dict(parts)
         self.processes = job.processes

@@ -18,7 +18,7 @@ def locate_model_folder(stage_folder: Path) -> Path:
     return stage_folder / "model"
 
 
-class Job:
+class StageJob:
     """One computation of a stage: the folder that it writes, its runtime settings, its processes and its cost."""
 
     def __init__(self, out: Path, runtime: Runtime) -> None:

@@ -20,7 +20,7 @@ from mixpo.data.branches import (
 )
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import count_cacheable_tokens, count_earlier_occurrences
-from mixpo.training.job import PORTIONS, Job
+from mixpo.training.job import PORTIONS, StageJob
 from mixpo.training.record import make_progress_reporter, read_jsonl, write_text
 
 MICROBATCHES = 16
@@ -33,7 +33,7 @@ class ResumableWork:
     The size of portions may change between two runs of a stage (it follows the runtime), the result of a row may not.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: StageJob) -> None:
         self.path, self.cost, self.runtime = job.out / PORTIONS, job.cost, job.runtime
         self.lines = read_jsonl(self.path)
         self.seconds = defaultdict[str, float](float)

@@ -19,7 +19,7 @@ from mixpo.data.branches import (
 )
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.settings import Settings
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.parallel import StageProcesses
 
 Batch = TypeVar("Batch")
@@ -103,7 +103,7 @@ def select_batch_rows(step: int, row_count: int, *, batch_size: int, seed: int) 
 
 
 def iterate_microbatches(
-    job: Job, lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, batch_rows: Sequence[int]
+    job: StageJob, lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, batch_rows: Sequence[int]
 ) -> Iterator[tuple[BranchBatch, list[int]]]:
     """Yield (branch batch, its row indices) of this process's share of a batch, on the model's device."""
     rows = job.processes.select_own_rows(batch_rows)

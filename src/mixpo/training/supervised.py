@@ -9,7 +9,7 @@ from torch import Tensor
 from mixpo.data.branches import BranchBatch, Tokens, count_tokens_per_prompt
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.checkpoint import Checkpoint, TrainableWeights
-from mixpo.training.job import Job
+from mixpo.training.job import StageJob
 from mixpo.training.record import MetricsLog
 from mixpo.training.step import (
     Diverged,
@@ -45,7 +45,7 @@ class SupervisedTraining:
 
     def __init__(
         self,
-        job: Job,
+        job: StageJob,
         settings: SupervisedSettings,
         lm: LanguageModel,
         prompts: Sequence[Tokens],
