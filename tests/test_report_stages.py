@@ -373,6 +373,10 @@ def test_scores_of_two_reward_models_share_no_axis_and_sft_may_alarm(tmp_path: P
         "ppo-score-1": {"a: mpo"},
         "ppo-score-2": {"b: ppo"},
     }
+    results = load(tmp_path / "one", plain({**ARMS, "ppo": SFT_SCORES}))
+    next(arm for arm in results.arms if arm.arm == "ppo").reward_models.clear()  # as of one whose evaluation is missing
+    section = training.build_training_section(results)
+    assert {row[0] for row in figure_rows(section, "ppo-score")} == {"mpo", "ppo"}
     alone = load(tmp_path / "sft", plain({"sft": SFT_SCORES}), alarms={"SFT-0": ["rose"]})
     section = training.build_training_section(alone)
     assert section.opening == "The stages of all seeds and sweeps raised 1 alarm."

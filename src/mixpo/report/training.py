@@ -61,12 +61,12 @@ def build_training_section(results: Results) -> Section | None:
 
 def _group_arms_by_reward_model(results: Results, arms: Iterable[str], seed: int | None) -> dict[str, list[str]]:
     """Arms whose scores are on one scale, by the run of the first."""
-    by_model: dict[str | None, list[str]] = {}
+    by_model: dict[str, tuple[str, list[str]]] = {}
     for arm in arms:
-        at_seed = (one for one in results.list_arm_results(arm) if one.seed == seed)
-        model = next((one.reward_models.get("reward") for one in at_seed), None)
-        by_model.setdefault(model, []).append(arm)
-    return {results.find_run_of_arm(group[0]).name: group for group in by_model.values()}
+        run = results.find_run_of_arm(arm)
+        models = [one.reward_models["reward"] for one in run.arms if one.seed == seed and "reward" in one.reward_models]
+        by_model.setdefault(models[0] if models else run.name, (run.name, []))[1].append(arm)
+    return dict(by_model.values())
 
 
 def _plot_metrics(
