@@ -71,7 +71,7 @@ def test_alone_an_arm_is_finished_before_the_next_begins(tmp_path: Path) -> None
 def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Path, RecordingDisplay]) -> None:
     home, _ = side_by_side
     display = RecordingDisplay()
-    result = run_recipe(tiny_recipe(home, 2, "ppo.max_kl=1e-9", "seeds=[0]", f"out={home / 'failed'}"), display)
+    result = run_recipe(tiny_recipe(home, 2, "ppo.max_kl=1e-6", "seeds=[0]", f"out={home / 'failed'}"), display)
     assert [(arm.name, arm.status) for arm in result.arms] == [("sft", "done"), ("dpo", "done"), ("ppo", "failed")]
     assert len(display.failures) == 1
     assert "ran away" in display.failures[0].reason
