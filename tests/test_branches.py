@@ -2,10 +2,11 @@
 
 from collections import Counter
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from mixpo.data.branches import (
     split_into_microbatches,
 )
 from mixpo.models import attention as attention_module
-from mixpo.models import blocked_attention, sampling
+from mixpo.models import blocked_attention, flex_attention, sampling
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel, _TokenLogprobs
 from mixpo.models.sampling import sample_completions
@@ -31,9 +32,9 @@ COMPLETIONS = [
 ]
 
 
-@pytest.fixture(params=["plain", "in small blocks", "in many buckets", "by PyTorch"])
+@pytest.fixture(params=["plain", "in small blocks", "in many buckets", "by PyTorch", "by FlexAttention"])
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sizes at which work is cut are those of real rows; and a GPU's road, taken on the CPU."""
+    """The sizes at which work is cut are those of real rows; and a GPU's roads, taken on the CPU."""
     if request.param == "in small blocks":
         monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
         monkeypatch.setattr(blocked_attention, "BLOCK_SCORES", 100)
@@ -42,6 +43,11 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(attention_module, "DECODING_BUCKET_COST_IN_KEYS", {"cpu": 0})
     if request.param == "by PyTorch":
         monkeypatch.setattr(attention_module, "BLOCKED_ATTENTION_DEVICES", frozenset())
+    if request.param == "by FlexAttention":
+        monkeypatch.setattr(attention_module, "FLEX_ATTENTION_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(attention_module, "LEAST_WIDTH", 1)
+        monkeypatch.setattr(torch_flex_attention, "_validate_device", lambda *_: None)  # its gradient is right there
+        monkeypatch.setattr(torch_flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
 @pytest.mark.usefixtures("attention")
@@ -341,3 +347,41 @@ def test_decoding_attention_is_attention(kv_heads: int, dtype: torch.dtype, tole
     scores = (query.double() @ key.transpose(-1, -2) / 8**0.5).masked_fill(~visible, float("-inf"))
     expected = (scores.softmax(dim=-1) @ value).transpose(1, 2)
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5),
+    window=st.none() | st.integers(1, 50),
+)
+@settings(max_examples=100, deadline=None)
+def test_blocks_of_the_mask_are_those_of_every_pair(lengths: list[tuple[int, int, int]], window: int | None) -> None:
+    """Against a mask of all pairs, filled one by one: with a visible pair, and all visible."""
+    block, total = 4, sum(map(sum, lengths))
+    expected = torch.zeros(total, total, dtype=torch.bool)
+    start = 0
+    for prompt, *completions in lengths:
+        for first, length in zip((start + prompt, start + prompt + completions[0]), completions, strict=True):
+            row = [*range(start, start + prompt), *range(first, first + length)]  # one plain sequence
+            for place, query in enumerate(row):
+                expected[query, row[max(0, place + 1 - (window or total)) : place + 1]] = True
+        start += prompt + sum(completions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "BLOCK_TOKENS", block)
+        mask = flex_attention.make_block_mask(lengths, window, torch.device("cpu"))
+    tokens = torch.arange(total)
+    assert torch.equal(mask.mask_mod(0, 0, tokens[:, None], tokens), expected)
+    parts = [index for index, length in enumerate(chain.from_iterable(lengths)) for _ in range(length)]
+    full = list_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
+    masked = list_blocks(mask.kv_num_blocks, mask.kv_indices)
+    count = -(-total // block)
+    assert full.isdisjoint(masked)
+    for query, key in product(range(count), repeat=2):
+        queries, keys = (slice(index * block, (index + 1) * block) for index in (query, key))
+        assert ((query, key) in full | masked) == bool(expected[queries, keys].any())
+        undivided = all(len(parts[tokens]) == block and len({*parts[tokens]}) == 1 for tokens in (queries, keys))
+        assert ((query, key) in full) == (undivided and bool(expected[queries, keys].all()))
+
+
+def list_blocks(counts: torch.Tensor, indices: torch.Tensor) -> set[tuple[int, int]]:
+    rows = zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)
+    return {(query, key) for query, (number, keys) in enumerate(rows) for key in keys[:number]}

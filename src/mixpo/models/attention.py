@@ -1,9 +1,10 @@
 """Attention of branch batches: prompt tokens see their prompt, completion tokens see their prompt and themselves.
 
-Transformers models call the attention function that is registered under the name they were loaded with. The one
-registered here sorts the prompts of a branch batch into buckets of similar length. Each layer then makes two padded
-calls a bucket, one for its prompts and one for their completions, and computes few query-key pairs that are masked. It
-uses PyTorch's attention on a GPU or with dropout, and `blocked_attention` on a CPU.
+Transformers models call the attention function that is registered under the name they were loaded with. On a GPU the
+one registered here computes the packed row by `flex_attention`. Elsewhere, and with dropout, it sorts the prompts of a
+branch batch into buckets of similar length. Each layer then makes two padded calls a bucket, one for its prompts and
+one for their completions, and computes few query-key pairs that are masked: by `blocked_attention` on a CPU, else by
+PyTorch's attention.
 """
 
 import math
@@ -11,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -23,9 +26,12 @@ from transformers.masking_utils import sdpa_mask
 
 from mixpo.data.branches import BranchLengths, compute_token_indices
 from mixpo.models.blocked_attention import blocked_attention
+from mixpo.models.flex_attention import LEAST_WIDTH, attend_to_blocks, can_compile_kernels, make_block_mask
 
 ATTENTION_NAME = "mixpo_branches"
 
+FLEX_ATTENTION_DEVICES = frozenset({"cuda"} if can_compile_kernels() else ())
+"""Devices on which a packed row is computed as it is, by FlexAttention's kernels; not run on a GPU yet."""
 BLOCKED_ATTENTION_DEVICES = frozenset({"cpu"})
 """Devices on which `blocked_attention` is faster than PyTorch's for rows of a batch."""
 BUCKET_COST_IN_PAIRS = {"cpu": 1 << 15, "cuda": 1 << 22}
@@ -66,8 +72,6 @@ class BucketLayout:
 
 def make_bucket_layout(branch_lengths: Sequence[BranchLengths], device: torch.device) -> BucketLayout:
     """Sort the prompts and completions of a packed row into length buckets, and map its tokens to their slots."""
-    if all(len(row) == 2 for row in branch_lengths):  # a prompt and its one completion are one sequence
-        branch_lengths = [(sum(row),) for row in branch_lengths]
     sizes = torch.tensor(branch_lengths)
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
     buckets, tokens, masks = [], [], []
@@ -155,13 +159,34 @@ class _GatherRows(torch.autograd.Function):
         return of_x if used is None else of_x * used[:, None, None], None, None, None
 
 
-_layout: ContextVar[BucketLayout | None] = ContextVar("layout", default=None)
+class BranchLayout:
+    """Where the prompts and completions of a packed row are, in the form that each way of attention reads."""
+
+    def __init__(self, branch_lengths: Sequence[BranchLengths], device: torch.device) -> None:
+        if all(len(row) == 2 for row in branch_lengths):  # a prompt and its one completion are one sequence
+            branch_lengths = [(sum(row),) for row in branch_lengths]
+        self.branch_lengths, self.device = branch_lengths, device
+        self._block_masks: dict[int | None, BlockMask] = {}
+
+    @cached_property
+    def bucket_layout(self) -> BucketLayout:
+        """The layout in length buckets, made once a batch."""
+        return make_bucket_layout(self.branch_lengths, self.device)
+
+    def get_block_mask(self, window: int | None) -> BlockMask:
+        """The block mask of a sliding window, made once a batch."""
+        if window not in self._block_masks:
+            self._block_masks[window] = make_block_mask(self.branch_lengths, window, self.device)
+        return self._block_masks[window]
+
+
+_layout: ContextVar[BranchLayout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
 def use_branch_attention(branch_lengths: Sequence[BranchLengths], device: torch.device) -> Iterator[None]:
     """Context manager: model attention is that of one row with these prompts and completions; no effect if empty."""
-    token = _layout.set(make_bucket_layout(branch_lengths, device) if branch_lengths else None)
+    token = _layout.set(BranchLayout(branch_lengths, device) if branch_lengths else None)
     try:
         yield
     finally:
@@ -221,9 +246,15 @@ def _compute_attention(
         return plain
     dtype = value.dtype  # rotations leave queries and keys wider than autocast
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if query.device.type in FLEX_ATTENTION_DEVICES and not dropout and query.shape[3] >= LEAST_WIDTH:
+        mask = layout.get_block_mask(sliding_window)
+        return attend_to_blocks(query.to(dtype), key.to(dtype), value, mask, scale), None
+    bucket_layout = layout.bucket_layout
     outputs = list[Tensor]()
-    split = (_split_into_buckets(x.to(dtype), layout) for x in (query, key, value))
-    for bucket, (q, completion_q), (k, completion_k), (v, completion_v) in zip(layout.buckets, *split, strict=True):
+    split = (_split_into_buckets(x.to(dtype), bucket_layout) for x in (query, key, value))
+    for bucket, (q, completion_q), (k, completion_k), (v, completion_v) in zip(
+        bucket_layout.buckets, *split, strict=True
+    ):
         if (sliding_window, dtype) not in bucket.mask_biases:
             bucket.mask_biases[sliding_window, dtype] = _make_mask_biases(bucket, sliding_window, dtype)
         prompt_bias, completion_bias = bucket.mask_biases[sliding_window, dtype]
@@ -234,7 +265,7 @@ def _compute_attention(
             values = torch.cat([v.repeat_interleave(per_prompt, dim=0), completion_v], dim=1)
             outputs.append(_attend(completion_q, keys, values, completion_bias, scale, dropout).flatten(0, 1))
     out: Tensor = _GatherRows.apply(  # type: ignore[no-untyped-call]
-        torch.cat(outputs), layout.token_slots, layout.slot_tokens, layout.slot_mask
+        torch.cat(outputs), bucket_layout.token_slots, bucket_layout.slot_tokens, bucket_layout.slot_mask
     )
     return out[None], None
 
