@@ -49,6 +49,7 @@ class CoveringTest:
 
 SEEDED = {"seed": OtherValue(1), "precision": OtherValue("bfloat16")}
 OPTIMIZER = {
+    "optimizer": CoveringTest("test_optimizers.py", "test_moments_in_8_bits_train_and_resume"),
     "learning_rate": OtherValue(0.02),
     "warmup_steps": OtherValue(2, {"epochs": 3}),
     "decay": OtherValue("linear", {"epochs": 3}),
@@ -65,7 +66,14 @@ SUPERVISED = {
     "batch_size": OtherValue(3),
     "max_completion_tokens": OtherValue(4),
 }
-RUNTIMES = {"device": "auto", "threads": 2, "microbatch_tokens": 60, "sampling_gib": 1e-4, "checkpoint_minutes": 0}
+RUNTIMES = {
+    "device": "auto",
+    "threads": 2,
+    "microbatch_tokens": 60,
+    "sampling_gib": 1e-4,
+    "offload_optimizer": True,
+    "checkpoint_minutes": 0,
+}
 
 TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     "model": {

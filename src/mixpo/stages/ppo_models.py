@@ -99,8 +99,9 @@ def make_actor_critic(
         if settings.lora:
             add_lora(value, settings.lora)
         value_settings = settings.model_copy(update={"learning_rate": settings.value_learning_rate})
-        value_optimizer = make_optimizer(value.parameters(), value_settings)
-    return ActorCritic(policy, make_optimizer(policy.parameters(), settings), value, value_optimizer, settings.kl_coef)
+        value_optimizer = make_optimizer(value.parameters(), value_settings, offload=job.runtime.offload_optimizer)
+    policy_optimizer = make_optimizer(policy.parameters(), settings, offload=job.runtime.offload_optimizer)
+    return ActorCritic(policy, policy_optimizer, value, value_optimizer, settings.kl_coef)
 
 
 def _make_zero_value_head(policy: LanguageModel) -> nn.Linear:

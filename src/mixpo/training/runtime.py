@@ -26,6 +26,9 @@ class Runtime(Settings):
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
     sampling_gib: float = pydantic.Field(default_factory=lambda: 16.0 if torch.cuda.is_available() else 2.0, gt=0)
     """GiB of the key-value cache while sampling; if not given, 2 on a CPU and 16 on a GPU."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments, 8 bytes a trained weight, in CPU memory; each step takes them to the GPU and back.
+    """
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
     """Time between two checkpoints of a stage; 0 writes one after every step."""
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import torch
@@ -17,9 +17,11 @@ from mixpo.data.branches import (
     select_completions,
     split_into_microbatches,
 )
+from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.settings import Settings
 from mixpo.training.job import StageJob
+from mixpo.training.optimizers import OffloadedAdamW, make_8bit_adamw
 from mixpo.training.parallel import StageProcesses
 
 Batch = TypeVar("Batch")
@@ -42,6 +44,8 @@ class SeededSettings(Settings):
 class OptimizerSettings(SeededSettings):
     """Settings of AdamW, its learning-rate schedule and gradient clipping."""
 
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """`adamw-8bit` keeps its moments in 8 bits, 2 bytes a weight instead of 8; it needs the package bitsandbytes."""
     learning_rate: float = pydantic.Field(gt=0)
     """Peak learning rate."""
     warmup_steps: int = pydantic.Field(0, ge=0)
@@ -68,15 +72,28 @@ def suggest_divergence_remedies(step: int, *, total_steps: int, settings: Optimi
     return remedies if settings.precision == "float32" else [*remedies, "precision: float32"]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Make AdamW over the trainable parameters; biases, norms and other vectors have no weight decay."""
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, *, offload: bool = False
+) -> torch.optim.Optimizer:
+    """Make AdamW over the trainable parameters; biases, norms and other vectors have no weight decay.
+
+    With `offload` its moments stay in CPU memory. Raises `InputError` for an optimizer in 8 bits that is not installed,
+    or offloaded.
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
+    rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.adam_betas}
+    if settings.optimizer == "adamw-8bit":
+        if offload:
+            raise InputError(
+                "runtime.offload_optimizer: found true with optimizer: adamw-8bit; expected one of the two; leave one"
+            )
+        return make_8bit_adamw(groups, **rates)
+    return (OffloadedAdamW if offload else torch.optim.AdamW)(groups, **rates, fused=True)
 
 
 def compute_learning_rate(

@@ -54,7 +54,7 @@ class SupervisedTraining:
         self.job, self.settings, self.lm, self.prompts, self.completions = job, settings, lm, prompts, completions
         self.lengths = count_tokens_per_prompt(prompts, completions)
         self.total_steps = count_optimizer_steps(len(prompts), settings)
-        self.optimizer = make_optimizer(lm.parameters(), settings)
+        self.optimizer = make_optimizer(lm.parameters(), settings, offload=job.runtime.offload_optimizer)
         self.checkpoint = Checkpoint(job, {"model": TrainableWeights(lm), "optimizer": self.optimizer})
         self.first_step, spent = self.checkpoint.restore_states()
         job.cost.restore_counts(spent)
