@@ -9,7 +9,7 @@ PyTorch's attention.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -186,7 +186,19 @@ _layout: ContextVar[BranchLayout | None] = ContextVar("layout", default=None)
 @contextmanager
 def use_branch_attention(branch_lengths: Sequence[BranchLengths], device: torch.device) -> Iterator[None]:
     """Context manager: model attention is that of one row with these prompts and completions; no effect if empty."""
-    token = _layout.set(BranchLayout(branch_lengths, device) if branch_lengths else None)
+    with _use_layout(BranchLayout(branch_lengths, device) if branch_lengths else None):
+        yield
+
+
+def capture_branch_attention() -> AbstractContextManager[None]:
+    """Context manager: model attention is that of now, later and in any thread, as activation checkpointing needs."""
+    return _use_layout(_layout.get())
+
+
+@contextmanager
+def _use_layout(layout: BranchLayout | None) -> Iterator[None]:
+    """Context manager: model attention is that of a layout."""
+    token = _layout.set(layout)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mixpo.models.activation_checkpointing import checkpoint_activations
 from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
 from mixpo.models.saving import save_model
@@ -27,19 +28,28 @@ class StageJob:
 
     def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
         """Load the policy in a stage's folder onto this process's device."""
-        return load_policy(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
+        folder = locate_model_folder(stage_folder)
+        return self._save_memory(load_policy(folder, device=self.processes.device, precision=precision))
 
     def load_reward_model(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
         """Load the reward model in a stage's folder onto this process's device."""
-        return load_reward_model(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
+        folder = locate_model_folder(stage_folder)
+        return self._save_memory(load_reward_model(folder, device=self.processes.device, precision=precision))
 
     def initialize_reward_model(
         self, stage_folder: Path, *, seed: int, precision: Precision = "float32"
     ) -> LanguageModel:
         """Make a reward model of the policy in a stage's folder and a random head."""
-        return initialize_reward_model(
-            locate_model_folder(stage_folder), seed=seed, device=self.processes.device, precision=precision
+        folder = locate_model_folder(stage_folder)
+        return self._save_memory(
+            initialize_reward_model(folder, seed=seed, device=self.processes.device, precision=precision)
         )
+
+    def _save_memory(self, lm: LanguageModel) -> LanguageModel:
+        """Set a model up to keep few activations, if the runtime says so; returns it."""
+        if self.runtime.activation_checkpointing:
+            checkpoint_activations(lm.model)
+        return lm
 
     def save_model(self, lm: LanguageModel) -> str:
         """Write the model to `model/` in the job's folder; returns the digest of its files."""
