@@ -192,10 +192,12 @@ def test_row_lengths_are_of_prompts_with_their_completions() -> None:
 
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("shares_prompts", [True, False])
+@pytest.mark.parametrize("fixed_shapes", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_kept_logprobs_equal_plain_forward_passes(
-    name: str, shares_prompts: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, shares_prompts: bool, fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampling, "FIXED_SHAPE_STEPS", 3)
     lm, dropped = tiny(name), list[int]()
     lm.shares_prompts = shares_prompts
     original = sampling._PreallocatedCacheLayer.select_cache_rows
@@ -204,7 +206,17 @@ def test_kept_logprobs_equal_plain_forward_passes(
         dropped.append(len(layer.keys) - len(rows))
         original(layer, rows)
 
-    draw = partial(sample_completions, lm, PROMPTS, k=3, max_tokens=10, seed=1, temperature=1.5, top_k=40)
+    draw = partial(
+        sample_completions,
+        lm,
+        PROMPTS,
+        k=3,
+        max_tokens=10,
+        seed=1,
+        temperature=1.5,
+        top_k=40,
+        fixed_shapes=fixed_shapes,
+    )
     monkeypatch.setattr(sampling._PreallocatedCacheLayer, "select_cache_rows", select_rows)
     lm.end_tokens = frozenset()
     token_counts = Counter(token for row in draw().to_lists() for completion in row for token in set(completion[:-1]))
@@ -220,6 +232,31 @@ def test_kept_logprobs_equal_plain_forward_passes(
     for completion in chain.from_iterable(sampled.to_lists()):
         assert end not in completion[:-1], "nothing is drawn after the end token"
         assert completion[-1] == end or len(completion) == 10
+
+
+def test_fixed_shapes_stay_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU may replay a step: until rows are removed or the steps are over, inputs stay where they are."""
+    monkeypatch.setattr(sampling, "FIXED_SHAPE_STEPS", 4)
+    lm, seen = tiny("llama"), list[tuple[int, int, int, int]]()
+    lm.end_tokens = frozenset()
+    attend = attention_module._attend_new_tokens
+
+    def observe(query: torch.Tensor, key: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append((len(query), key.shape[2], key.data_ptr(), steps[-1].tokens.data_ptr()))
+        return attend(query, key, *others)
+
+    steps = list[sampling._DecodingSteps]()
+    set_up = sampling._DecodingSteps._set_up_steps
+    monkeypatch.setattr(attention_module, "_attend_new_tokens", observe)
+    monkeypatch.setattr(
+        sampling._DecodingSteps, "_set_up_steps", lambda self, *inputs: steps.append(self) or set_up(self, *inputs)
+    )
+    sample_completions(lm, PROMPTS, k=2, max_tokens=10, seed=0, fixed_shapes=True)
+    assert len(seen) == 9 * 2, "nine steps of two layers"
+    shapes = [{layer[:2] for layer in seen[2 * first : 2 * last]} for first, last in ((0, 4), (4, 8), (8, 9))]
+    assert shapes == [{(6, 8 + 4)}, {(6, 8 + 8)}, {(6, 8 + 10)}], "the last ends with the cache"
+    assert len(set(seen[:8])) == len(set(seen[8:16])) == 2, "one a layer"
+    assert len(steps) == 3
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])

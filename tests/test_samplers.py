@@ -14,7 +14,10 @@ from mixpo.models.sampling import SampledCompletions
 from models import ARCHITECTURES, END, VOCABULARY, assert_plain_logprobs, tiny
 from test_sampling import PROMPTS, agrees
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {"local": lambda: LocalSampler(cache_bytes=2**30)}
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "local": lambda: LocalSampler(cache_bytes=2**30),
+    "local with fixed shapes": lambda: LocalSampler(cache_bytes=2**30, fixed_shapes=True),
+}
 Draw = Callable[..., SampledCompletions]
 
 

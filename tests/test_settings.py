@@ -71,6 +71,7 @@ RUNTIMES = {
     "threads": 2,
     "microbatch_tokens": 60,
     "sampling_gib": 1e-4,
+    "cuda_graphs": True,
     "activation_checkpointing": True,
     "offload_optimizer": True,
     "checkpoint_minutes": 0,

@@ -50,9 +50,12 @@ class Sampler(Protocol):
 class LocalSampler:
     """A sampler in this process that reads the policy's own weights, without a copy."""
 
-    def __init__(self, *, cache_bytes: int) -> None:
-        """`cache_bytes` bounds the key-value cache; one completion of each prompt is drawn whatever it takes."""
-        self.cache_bytes = cache_bytes
+    def __init__(self, *, cache_bytes: int, fixed_shapes: bool = False) -> None:
+        """`cache_bytes` bounds the key-value cache; one completion of each prompt is drawn whatever it takes.
+
+        `fixed_shapes` makes decoding steps that a GPU records and replays.
+        """
+        self.cache_bytes, self.fixed_shapes = cache_bytes, fixed_shapes
         self.policy: LanguageModel | None = None
 
     def load_policy(self, policy: LanguageModel) -> None:
@@ -64,4 +67,6 @@ class LocalSampler:
         if self.policy is None:
             raise RuntimeError("no policy to sample from: call load_policy first")
         token_budget = count_cacheable_tokens(self.policy, self.cache_bytes)
-        return sample_completions(self.policy, prompts, **options, token_budget=token_budget)
+        return sample_completions(
+            self.policy, prompts, **options, token_budget=token_budget, fixed_shapes=self.fixed_shapes
+        )

@@ -39,6 +39,8 @@ PREFILL_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 16}
 """Prompt tokens of one prefill: few on a CPU, so that activations stay in its caches; not measured on a GPU."""
 BLOCK_TOKENS = 64
 """Tokens of a block of the vocabulary."""
+FIXED_SHAPE_STEPS = 64
+"""Decoding steps for which shapes are fixed at a time: keys are read for so many tokens ahead."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,54 @@ class _PreallocatedCacheLayer(DynamicLayer):
     def select_cache_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep only these rows of the cache, in this order."""
         self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class _DecodingSteps:
+    """The decoding steps of a batch: the logits of each row's next token, from its newest token.
+
+    With fixed shapes every row reads keys for the steps ahead, masked until they are written, so that all kernels of a
+    step are the same for `FIXED_SHAPE_STEPS` steps, or until rows are removed. On a GPU they are recorded as a CUDA
+    graph and replayed, which takes the time of the kernels without that of starting them one by one.
+    """
+
+    def __init__(self, lm: LanguageModel, cache: Cache, cache_rows: _CacheRowIndices, *, fixed_shapes: bool) -> None:
+        self.lm, self.cache, self.cache_rows, self.fixed_shapes = lm, cache, cache_rows, fixed_shapes
+        self.steps_left = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def compute_logits(
+        self, tokens: Int[Tensor, " rows"], position: Int[Tensor, " rows"], token_counts: Sequence[int]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Logits after each row's newest token; `token_counts` are those of the rows, the newest token included."""
+        if not self.steps_left or len(tokens) != len(self.tokens):
+            self.steps_left = FIXED_SHAPE_STEPS if self.fixed_shapes else 1
+            self._set_up_steps(tokens, position, token_counts)
+            self.logits = self._compute_step()
+            if self.fixed_shapes and self.lm.device.type == "cuda":
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.logits = self._compute_step()
+        else:
+            self.tokens.copy_(tokens)
+            self.position.copy_(position)
+            if self.graph is None:
+                self.logits = self._compute_step()
+        if self.graph is not None:
+            self.graph.replay()
+        self.steps_left -= 1
+        return self.logits
+
+    def _set_up_steps(self, tokens: Tensor, position: Tensor, token_counts: Sequence[int]) -> None:
+        """Make the inputs of the next steps, whose values change in place, and their shapes, which do not."""
+        self.tokens, self.position = tokens.clone(), position.clone()
+        most_counts = [min(count + self.steps_left - 1, self.cache_rows.capacity) for count in token_counts]
+        self.cache_rows.length = max(most_counts) - 1
+        self.cache_rows.write_index = torch.arange(len(tokens), device=tokens.device), self.position
+        self.batch = DecodingBatch(self.tokens[:, None], self.position[:, None], most_counts)
+
+    def _compute_step(self) -> Tensor:
+        """Compute one step from the current inputs, writing their keys and values to the cache."""
+        return self.lm(self.batch, "logits", cache=self.cache)
 
 
 def compute_truncated_probabilities(
@@ -226,12 +276,14 @@ def sample_completions(
     top_k: int = 0,
     token_budget: int = 16_384,
     occurrences: Sequence[int] | None = None,
+    fixed_shapes: bool = False,
 ) -> SampledCompletions:
     """Sample k completions of at most `max_tokens` tokens for every prompt, in the prompts' order.
 
     `token_budget` bounds the tokens in the key-value cache and changes speed and memory only. Tokens that the tokenizer
     does not have are never drawn. `occurrences` are `count_earlier_occurrences` of a larger set if the prompts are a
-    part of one, by default of the prompts themselves.
+    part of one, by default of the prompts themselves. `fixed_shapes` makes decoding steps that a GPU records and
+    replays.
 
     Raises:
         InputError: The model's logits are not finite.
@@ -250,7 +302,11 @@ def sample_completions(
                 for row in rows
             ]
             part = _sample_batch(
-                lm, [prompts[row] for row in rows], torch.stack(keys).to(lm.device), draw_tokens_with_logprobs
+                lm,
+                [prompts[row] for row in rows],
+                torch.stack(keys).to(lm.device),
+                draw_tokens_with_logprobs,
+                fixed_shapes=fixed_shapes,
             )
             tokens[rows], logprobs[rows], lengths[rows] = (x.unflatten(0, (-1, k)).cpu() for x in part)
     return SampledCompletions.from_lengths(tokens, logprobs, lengths, lm.end_tokens)
@@ -291,6 +347,8 @@ def _sample_batch(
     prompts: Sequence[Sequence[int]],
     noise_keys: Int[Tensor, "prompts k tokens"],
     draw_tokens_with_logprobs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    fixed_shapes: bool,
 ) -> tuple[Int[Tensor, "rows tokens"], Float[Tensor, "rows tokens"], Int[Tensor, " rows"]]:
     """Sample k completions of each prompt of one batch; returns tokens, log-probs and lengths, one row a completion."""
     device = lm.device
@@ -300,6 +358,7 @@ def _sample_batch(
     cache_rows = _CacheRowIndices(count * k, max(map(len, prompts)) + max_tokens)
     cache = Cache(layer_class_to_replicate=partial(_PreallocatedCacheLayer, cache_rows))
     logits = _prefill_cache(lm, prompts, k, cache_rows, cache)
+    steps = _DecodingSteps(lm, cache, cache_rows, fixed_shapes=fixed_shapes)
     noise_keys = noise_keys.flatten(0, 1)
     tokens_out = torch.zeros(count * k, max_tokens, dtype=torch.long, device=device)
     logprobs_out = torch.zeros(count * k, max_tokens, device=device)
@@ -320,11 +379,8 @@ def _sample_batch(
             prompt_lengths = lengths[active].tolist()
             for layer in cache.layers:
                 layer.select_cache_rows(rows)
-        position = lengths[active] + step
-        cache_rows.length = max(prompt_lengths) + step
-        cache_rows.write_index = torch.arange(len(active), device=device), position
-        batch = DecodingBatch(tokens[:, None], position[:, None], [length + step + 1 for length in prompt_lengths])
-        logits = lm(batch, "logits", cache=cache)
+        token_counts = [length + step + 1 for length in prompt_lengths]
+        logits = steps.compute_logits(tokens, lengths[active] + step, token_counts)
 
     if bool(logprobs_out.isnan().any()):
         raise InputError(

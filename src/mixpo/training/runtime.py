@@ -26,6 +26,9 @@ class Runtime(Settings):
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
     sampling_gib: float = pydantic.Field(default_factory=lambda: 16.0 if torch.cuda.is_available() else 2.0, gt=0)
     """GiB of the key-value cache while sampling; if not given, 2 on a CPU and 16 on a GPU."""
+    cuda_graphs: bool = False
+    """Record decoding steps as CUDA graphs and replay them; not run on a GPU yet. On a CPU the same steps, unrecorded.
+    """
     activation_checkpointing: bool = False
     """Keep only the inputs of decoder layers for the backward pass, which computes the layers again: a third more time,
     and memory for one layer's activations instead of all layers'."""
@@ -67,7 +70,7 @@ class Runtime(Settings):
 
     def make_sampler(self) -> Sampler:
         """Make the engine with which all stages sample completions."""
-        return LocalSampler(cache_bytes=self.sampling_bytes)
+        return LocalSampler(cache_bytes=self.sampling_bytes, fixed_shapes=self.cuda_graphs)
 
 
 def count_cores() -> int:
