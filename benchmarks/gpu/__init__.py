@@ -1,0 +1,1 @@
+"""Measurements on one GPU, in parts of under five minutes: `run.sh right|seven|peers|hh`."""
