@@ -1,5 +1,7 @@
 """What the benchmarks count and how they read their results; nothing here is timed."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,12 @@ import pytest
 import torch
 from benchmarks import growth, ours
 from benchmarks.__main__ import _merge_results
+from benchmarks.gpu.__main__ import PartResults, _compare_with_goals
+from benchmarks.gpu.right import _compare
+from benchmarks.inputs import count_work
 from benchmarks.mathematics import decoding_bytes, forward_flops
 from benchmarks.tables import format_result, format_table
+from benchmarks.workloads import SEVEN
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +63,43 @@ def test_decoding_reads_weights_once_a_step_and_keys_once_a_token() -> None:
         for prompt, lengths in rows:
             read += sum(2 * 3 * 16 * (prompt + step) for length in lengths if length > step)
     assert decoding_bytes(rows, CONFIG, 2) == 2 * read
+
+
+def test_frozen_weights_have_no_gradient_to_compute() -> None:
+    """DPO: passes forward and backward of the policy, forward of the reference; all weights are one pass more."""
+    adapters, all_weights = SEVEN["gpu-dpo-7b"], replace(SEVEN["gpu-dpo-7b"], lora=None)
+    forward = forward_flops([(7, [4, 4])], CONFIG, predicts=True)
+    assert count_work(adapters, [(7, [4, 4])], CONFIG)["flops"] == 3 * forward
+    assert count_work(all_weights, [(7, [4, 4])], CONFIG)["flops"] == 4 * forward
+
+
+def test_a_gpu_is_held_against_what_it_was_measured_to_do(tmp_path: Path) -> None:
+    """Half the rate of products, all of it in the steps after the first; a fifth of the bandwidth in decoding."""
+    machine = {"matmul_flops": 1e12, "bandwidth": 1e9}
+    dpo, sampling = SEVEN["gpu-dpo-7b"], SEVEN["gpu-sampling-7b"]
+    (tmp_path / "rows" / dpo.name).mkdir(parents=True)
+    (tmp_path / "rows" / dpo.name / "counts.json").write_text(json.dumps({"flops": 6e12}))
+    figures = {"seconds": 12.0, "steps": [8.0, 2.0, 2.0], "peak_memory_mib": 1e9 / 2**20}
+    compared = _compare_with_goals(dpo, figures, machine, tmp_path)
+    assert compared["share of the product rate"] == pytest.approx(0.5)
+    assert compared["share of the product rate after the first step"] == pytest.approx(1.0)
+    assert compared["peak GB"] == pytest.approx(1.0)
+    assert compared["goal: share of the product rate"] == 0.45
+    decoded = {"seconds": 7.0, "prefill_seconds": 2.0, "read": 1e9, "peak_memory_mib": 1.0}
+    assert _compare_with_goals(sampling, decoded, machine, tmp_path)["share of the bandwidth"] == pytest.approx(0.2)
+    assert _compare_with_goals(dpo, {"failed": "no memory"}, machine, tmp_path) == {}
+
+
+def test_figures_of_a_part_are_saved_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    results = PartResults("right")
+    for name, wrong in (("one", 0.5), ("two", 2.0)):
+        results.save(name, _compare([1.0, 1.0 + wrong], [1.0, 1.0], 1.0))
+        saved = json.loads((tmp_path / "out" / "gpu-right.json").read_text())
+        assert saved["figures"][name] == {"loss": wrong, "limit": 1.0, "right": wrong < 1}
+    assert set(saved["figures"]) == {"one", "two"}
+    assert torch.__version__.startswith(saved["versions"]["torch"])
+    assert {"card", "commit", "when"} <= set(saved)
 
 
 def result(kind: str = "dpo", **taken: Any) -> dict[str, Any]:

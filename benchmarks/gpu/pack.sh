@@ -19,7 +19,7 @@ download() {
 version() { sed -n "s/^$1==//Ip" constraints.txt; }
 packages=(trl==1.16.0 gguf=="$(version gguf)")
 for name in peft exca pydantic pydantic_core typing-inspection annotated-types orjson submitit cloudpickle filelock \
-  datasets dill multiprocess xxhash; do packages+=("$name==$(version "$name")"); done
+  datasets dill multiprocess xxhash httpx2 httpcore2 truststore; do packages+=("$name==$(version "$name")"); done
 download .gpu/wheels "${packages[@]}"
 download .gpu-8bit/wheels bitsandbytes=="$(version bitsandbytes)"
 model="$(mktemp -d)"
