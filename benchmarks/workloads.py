@@ -76,7 +76,9 @@ SEVEN = {
     workload.name: workload
     for workload in (
         Workload("gpu-sft-7b", "sft", "7b", batch=64, steps=3, lora=16, runtime=FRUGAL),
+        Workload("gpu-reward-7b", "reward", "7b", batch=64, steps=2, lora=16, runtime=FRUGAL),
         Workload("gpu-dpo-7b", "dpo", "7b", batch=64, steps=4, lora=16, runtime=FRUGAL),
+        Workload("gpu-ppo-7b", "ppo", "7b", batch=64, steps=2, new_tokens=128, lora=16, runtime=FRUGAL),
         Workload("gpu-sampling-7b", "sampling", "7b", batch=256, steps=1, new_tokens=128, prompt_tokens=128),
         Workload(
             "gpu-sampling-7b-graphs",
@@ -88,8 +90,6 @@ SEVEN = {
             prompt_tokens=128,
             runtime={"cuda_graphs": True},
         ),
-        Workload("gpu-reward-7b", "reward", "7b", batch=64, steps=2, lora=16, runtime=FRUGAL),
-        Workload("gpu-ppo-7b", "ppo", "7b", batch=64, steps=2, new_tokens=128, lora=16, runtime=FRUGAL),
     )
 }
 """A 7B model with adapters on one GPU, each stage from the one before, as MPO goes: `benchmarks/gpu`; not run yet."""

@@ -44,14 +44,19 @@ app = typer.Typer(add_completion=False)
 class PartResults:
     """The figures of a part: each is printed and saved when it is there."""
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, seconds: float = PART_SECONDS, earlier: Path | None = None) -> None:
+        """`earlier` is a file of figures of the same part, which stand and are not measured again."""
         self.path = Path(os.environ.get("OUT", RESULTS)) / f"gpu-{part}.json"
-        self.ends = time.monotonic() + PART_SECONDS
+        self.ends = time.monotonic() + seconds
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         environment = describe_environment()
         if environment["commit"] is None and (CARRIED / "commit").exists():
             environment["commit"] = (CARRIED / "commit").read_text(encoding="utf8").strip()
         self.content: dict[str, Any] = {"card": card, **environment, "figures": {}}
+        self.copy = earlier
+        if earlier is not None and earlier.exists():
+            figures = json.loads(earlier.read_text(encoding="utf8"))["figures"]
+            self.content["figures"] = {name: value for name, value in figures.items() if "failed" not in value}
 
     @property
     def seconds_left(self) -> float:
@@ -64,11 +69,15 @@ class PartResults:
         self.content["figures"][name] = figures
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf8")
+        if self.copy is not None:
+            shutil.copy(self.path, self.copy)
 
 
 @app.command()
 def measure_part(
-    part: str, tiny: Annotated[bool, typer.Option(help="At sizes for a CPU, to try the part.")] = False
+    part: str,
+    tiny: Annotated[bool, typer.Option(help="At sizes for a CPU, to try the part.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Folder that is kept, in which another call goes on.")] = None,
 ) -> None:
     """Measure one part: right, seven, peers or hh."""
     parts: dict[str, Callable[[PartResults, Path, bool], None]] = {
@@ -79,10 +88,14 @@ def measure_part(
     }
     if part not in parts:
         raise typer.BadParameter(f"found {part!r}; expected of {', '.join(parts)}")
-    results = PartResults(f"{part}-tiny" if tiny else part)
-    with tempfile.TemporaryDirectory() as work:
+    seconds = 3600 if tiny else PART_SECONDS
+    name = f"{part}-tiny" if tiny else part
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if work is None else work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        results = PartResults(name, seconds, None if work is None else folder / "figures.json")
         try:
-            parts[part](results, Path(work), tiny)
+            parts[part](results, folder, tiny)
         except Exception:
             results.save("failed", {"failed": traceback.format_exc()[-3000:]})
             raise
@@ -111,25 +124,23 @@ def measure_7b(results: PartResults, work: Path, tiny: bool) -> None:
         workloads = [_shrink(workload) for workload in workloads]
     inputs = work / "inputs"
     _prepare(workloads, inputs, with_reward=False)
-    machine = run_in_worker([sys.executable, "-m", "benchmarks.machine"], workloads[0].spec(str(inputs)))
-    results.save("machine", machine)
+    machine = results.content["figures"].get("machine")
+    if machine is None:
+        machine = run_in_worker([sys.executable, "-m", "benchmarks.machine"], workloads[0].spec(str(inputs)))
+        results.save("machine", machine)
     base = inputs / "models" / workloads[0].model
     folders = {"base": base, "policy": base}
     for workload in workloads:
         out = work / workload.name
         spec = workload.spec(str(inputs)) | {"out": str(out), "folders": {k: str(v) for k, v in folders.items()}}
-        figures = _run_ours(results, spec)
-        results.save(workload.name, figures | _compare_with_goals(workload, figures, machine, inputs))
-        if workload.kind == "sft":
-            folders |= {"policy": out, "reference": out, "sft": out}
-        elif workload.kind == "reward":
-            folders |= {"reward": out}
-        elif workload.kind == "dpo":
-            folders |= {"policy": out, "reference": out}
-        if workload.kind == "dpo":  # the reward model starts from SFT
-            anchor, folders["policy"] = out, folders["sft"]
+        if workload.name not in results.content["figures"]:
+            figures = _run_ours(results, spec)
+            results.save(workload.name, figures | _compare_with_goals(workload, figures, machine, inputs))
         if workload.kind == "reward":
-            folders["policy"] = anchor
+            folders |= {"reward": out}
+        elif workload.kind in ("sft", "dpo"):
+            folders |= {"policy": out, "reference": out}
+            folders.setdefault("sft", out)
 
 
 def measure_peers(results: PartResults, work: Path, tiny: bool) -> None:
@@ -139,6 +150,8 @@ def measure_peers(results: PartResults, work: Path, tiny: bool) -> None:
         workloads = [_shrink(CPU["dpo-20m"]), _shrink(CPU["sampling-20m"])]
     inputs = work / "inputs"
     for workload in workloads:
+        if workload.name in results.content["figures"]:
+            continue
         _prepare([workload], inputs)
         spec = workload.spec(str(inputs))
         machine = run_in_worker([sys.executable, "-m", "benchmarks.machine"], spec, max(1.0, results.seconds_left))
