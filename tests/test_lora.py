@@ -14,7 +14,7 @@ from mixpo.data.errors import InputError
 from mixpo.models import adapters
 from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import initialize_reward_model, load_policy
+from mixpo.models.loading import ModelLoader
 from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
 from mixpo.stages.stage import Stage
@@ -85,7 +85,7 @@ def test_what_is_held_in_bfloat16_computes_what_autocast_does(
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
     policy, batch = locate_model_folder(tiny.build(tiny.policy)), pack_branches(PROMPTS, COMPLETIONS)
-    wide, narrow = (initialize_reward_model(policy, seed=0, device=CPU, precision="bfloat16") for _ in range(2))
+    wide, narrow = (ModelLoader(CPU).initialize_reward_model(policy, seed=0, precision="bfloat16") for _ in range(2))
     freeze_model(narrow)
     assert narrow.model.score.weight.dtype == torch.float32
     with torch.no_grad():
@@ -106,9 +106,9 @@ def test_adapters_are_merged_into_the_weights_that_the_folder_has(
     """Against W + (alpha / rank) B A in float64; the base is not the rounded one that bfloat16 computes with."""
     source = locate_model_folder(tiny.build(tiny.policy))
     if kind == "policy":
-        lm = load_policy(source, device=CPU, precision=precision)
+        lm = ModelLoader(CPU).load_policy(source, precision=precision)
     else:
-        lm = initialize_reward_model(source, seed=0, device=CPU, precision=precision)
+        lm = ModelLoader(CPU).initialize_reward_model(source, seed=0, precision=precision)
     batch = pack_branches(PROMPTS, COMPLETIONS)
     with torch.no_grad():
         plain = lm(batch, "states")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
+from mixpo.models.language_model import LanguageModel
 from mixpo.training.job import CHECKPOINT, StageJob
 
 FORMAT = 2
@@ -31,7 +32,7 @@ class Stateful(Protocol):
 class TrainableWeights:
     """Trainable weights of a model as a checkpoint's part; frozen ones are loaded from their folder instead."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: LanguageModel | nn.Module) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
