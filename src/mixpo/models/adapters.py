@@ -1,5 +1,6 @@
 """LoRA adapters of networks: adding new ones to train and old ones as they were saved, and holding frozen weights."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -80,7 +81,8 @@ def add_frozen_adapters(network: Network, name: str, config: Any, weights: Mappi
     names them. Raises KeyError on weights that the network has no place for, and ValueError on missing ones and others'
     shapes.
     """
-    _inject_adapters(network, name, config)
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        _inject_adapters(network, name, config)
     places = dict(iterate_adapter_weights(network, name))
     if missing := sorted(places.keys() - weights.keys()):
         raise ValueError(f"no tensor {missing[0]}")
@@ -107,7 +109,9 @@ def _inject_adapters(network: Network, name: str, config: Any) -> None:
     from peft.utils import ModulesToSaveWrapper
 
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
-    inject_adapter_in_model(config, network.model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, network.model, adapter_name=name)
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     modules = [part for part in network.modules() if isinstance(part, LoraLayer | ModulesToSaveWrapper)]
