@@ -165,6 +165,8 @@ def test_adapters_are_saved_alone_and_merged_on_request(
         digest = save_model(lm, tmp_path / "saved")
         assert torch.equal(lm(batch, "states"), before), "and it can be trained further"
         assert not list((tmp_path / "saved").glob("model*")), "without the base's weights"
+        modes = {file.name: file.stat().st_mode for file in (tmp_path / "saved").iterdir()}
+        assert len(set(modes.values())) == 1, "a shared cache is read by others"
         loader = ModelLoader(CPU)
         load = loader.load_reward_model if kind == "reward" else loader.load_policy
         again = load(tmp_path / "saved", precision)

@@ -20,7 +20,8 @@ def run_chat(model_folder: Path, *, temperature: float, max_tokens: int) -> None
     """Chat in the terminal: read user messages from standard input until it ends, and print the model's completions."""
     console = Console()
     lm = ModelLoader(torch.device("cuda" if torch.cuda.is_available() else "cpu")).load_policy(model_folder)
-    context = read_context_length(model_folder)
+    assert lm.folder is not None
+    context = read_context_length(lm.folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
     if isinstance(sys.stdin, io.TextIOWrapper):

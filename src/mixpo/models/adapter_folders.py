@@ -76,7 +76,8 @@ def write_adapter_folder(lm: LanguageModel, folder: Path) -> None:
     if lm.is_reward_model:
         weights[_HEAD] = lm.score_head.weight.detach()
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    entries = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    (folder / CONFIG).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf8")
     tensors = {
         f"{_PREFIX}{name}.weight" if ".lora_" in name else f"{_PREFIX}{name}": weight.contiguous().cpu()
         for name, weight in weights.items()

@@ -5,6 +5,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
         if lm.is_reward_model and pad in tokenizer.get_vocab():
             tokenizer.pad_token = pad
         tokenizer.save_pretrained(folder)
+        let_others_read(folder)
         return compute_model_digest(folder)
     model = lm.model
     model.eval()
@@ -57,7 +59,16 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_end_tokens(folder / "generation_config.json", lm)
+    let_others_read(folder)
     return compute_model_digest(folder)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give the weight files in a folder the permissions of a new file; safetensors lets nobody but the owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def _write_end_tokens(config_file: Path, lm: LanguageModel) -> None:
