@@ -47,7 +47,7 @@ from mixpo.stages.rows import (
 )
 from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import read_stage_settings, read_stage_summary, sort_topologically
-from mixpo.training.checkpoint import TrainableWeights
+from mixpo.training.checkpoint import LastGoodWeights, TrainableWeights
 from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
@@ -333,18 +333,26 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     assert not world.stage_cache.is_done(stage)
 
 
-def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
-    model = torch.nn.Linear(3, 2)
-    weights = TrainableWeights(model)
-    saved_weights = weights.copy_to_cpu()
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    weights.update_copy(saved_weights)
-    copied = model.weight.detach().clone()
-    assert torch.equal(saved_weights["weight"], copied)
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    assert torch.equal(saved_weights["weight"], copied)
+def test_the_last_good_weights_are_copied_as_often_as_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own: each copy takes one second, so the next is due a hundred seconds later."""
+    model, now = torch.nn.Linear(3, 2), [0.0]
+
+    class TimedWeights(TrainableWeights):
+        def state_dict(self) -> dict[str, Any]:
+            now[0] += 1.0
+            return super().state_dict()
+
+    monkeypatch.setattr("mixpo.training.checkpoint.time.monotonic", lambda: now[0])
+    last_good, copied = LastGoodWeights(TimedWeights(model)), {}
+    for step, time in enumerate((0, 50, 100, 101, 300)):
+        now[0] = float(time)
+        last_good.copy_if_cheap(step)
+        copied[step] = last_good.step
+        with torch.no_grad():
+            model.weight.fill_(float(step + 1))
+    assert copied == {0: 0, 1: 0, 2: 0, 3: 3, 4: 4}
+    last_good.restore()
+    assert model.weight.unique().tolist() == [4.0]
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ from mixpo.stages.ppo_settings import (
 )
 from mixpo.stages.rows import read_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
-from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.checkpoint import Checkpoint, LastGoodWeights, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import MetricsLog, append_jsonl, delete_lines_from_step
@@ -92,23 +92,23 @@ class PPO(PolicyStage, PPOSettings):
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
         delete_lines_from_step(job.out / "completions.jsonl", first_step)
         log = MetricsLog(job.out, resumed_at=first_step, processes=job.processes)
-        weights = TrainableWeights(policy)
-        last_good_weights = weights.copy_to_cpu()
+        last_good = LastGoodWeights(TrainableWeights(policy))
 
         for step in range(first_step, total):
             rows = select_batch_rows(step, len(prompts), batch_size=self.batch_size, seed=self.seed)
             try:
                 rollout, metrics = training.roll_out(step, rows)
                 check_kl_limits(self, metrics, iteration=step, starts_at_reference=start == reference)
-                weights.update_copy(last_good_weights)
+                last_good.copy_if_cheap(step)
                 metrics |= training.update_on_rollout(step, rollout)
             except Diverged as error:
                 stopped = job.out / "stopped"
-                weights.load_state_dict(last_good_weights)
+                last_good.restore()
                 save_model(policy, stopped)
+                kept = step if last_good.step is None else last_good.step
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}; try "
-                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the last policy before that "
+                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the policy before step {kept + 1} "
                     f"is in {stopped}"
                 ) from error
             training.adapt_kl_penalty(metrics)
