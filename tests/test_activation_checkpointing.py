@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +37,9 @@ def compute_gradients(lm: LanguageModel, compute_logprobs: Callable[[BranchBatch
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_the_same(name: str, precision: str) -> None:
     lm = tiny(name)
-    lm.precision = precision
+    lm.network.precision = precision
     plain = compute_gradients(lm, lm_logprobs(lm))
-    checkpoint_activations(lm.model)
+    lm.network.checkpoint_activations()
     again = compute_gradients(lm, lm_logprobs(lm))
     assert again.keys() == plain.keys()
     for key, gradient in again.items():
@@ -46,7 +48,7 @@ def test_gradients_are_the_same(name: str, precision: str) -> None:
 
 def test_the_dropout_of_adapters_repeats() -> None:
     lm = tiny("llama")
-    checkpoint_activations(lm.model)
+    lm.network.checkpoint_activations()
     add_lora(lm, LoraSettings(rank=2, dropout=0.5))
     for name, parameter in lm.model.named_parameters():
         if "lora_B" in name:
@@ -63,6 +65,31 @@ def test_the_dropout_of_adapters_repeats() -> None:
     assert any(not torch.allclose(x, plain[key]) for key, x in compute_gradients(lm, lm_logprobs(lm)).items())
 
 
+def test_layers_are_computed_again_with_the_adapters_of_their_pass() -> None:
+    """The second pass is without adapters, and comes before the first one's backward pass."""
+    lm = tiny("llama")
+    plain = replace(lm)
+    add_lora(lm, LoraSettings(rank=2))
+    for name, parameter in lm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def compute() -> dict[str, Tensor]:
+        lm.model.zero_grad()
+        loss = lm(BATCHES[0], "logprobs").sum()
+        with torch.no_grad():
+            plain(BATCHES[1], "logprobs")
+        loss.backward()
+        return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+
+    expected = compute()
+    lm.network.checkpoint_activations()
+    again = compute()
+    assert again.keys() == expected.keys() != set()
+    for key, gradient in again.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-6, atol=1e-6)
+
+
 def lm_logprobs(lm: LanguageModel) -> Callable[[BranchBatch], Tensor]:
     return lambda batch: lm(batch, "logprobs")
 
@@ -71,7 +98,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
     """Of two layers only their inputs, which checkpointing keeps without PyTorch's hooks: counted here by hand."""
     lm = tiny("llama")
     before = count_saved_bytes(lm)
-    checkpoint_activations(lm.model)
+    lm.network.checkpoint_activations()
     layer_inputs = 2 * BATCHES[0].input_ids.numel() * 32 * 4
     assert count_saved_bytes(lm) + layer_inputs < 0.5 * before
 
@@ -92,11 +119,11 @@ def count_saved_bytes(lm: LanguageModel) -> int:
 
 def test_sampling_and_reference_passes_are_left_alone() -> None:
     lm = tiny("llama")
-    checkpoint_activations(lm.model)
+    lm.network.checkpoint_activations()
     with torch.no_grad():
         assert torch.equal(lm(BATCHES[0], "logprobs"), tiny("llama")(BATCHES[0], "logprobs"))
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
     with pytest.raises(InputError, match=r"runtime.activation_checkpointing: found Linear, .* expected decoder layers"):
-        checkpoint_activations(torch.nn.Linear(2, 2))
+        checkpoint_activations(torch.nn.Linear(2, 2), nullcontext)

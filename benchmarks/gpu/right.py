@@ -77,11 +77,11 @@ def check_branch_batches(folder: Path, work: Path, device: str) -> dict[str, Any
 
     def compute(device: str, precision: Any) -> tuple[Tensor, Tensor]:
         """Log-probs, and the gradient of their weighted sum in all weights, as one vector."""
-        lm = StageJob(work, Runtime(device=device)).load_policy(folder, precision)
+        lm = StageJob(work, Runtime(device=device)).load_trainable_policy(folder, precision)
         logprobs = lm(batch.to(lm.device), "logprobs")
         weights = torch.linspace(-1, 1, logprobs.numel(), device=lm.device).view_as(logprobs)
         (logprobs * weights).sum().backward()
-        gradients = [p.grad.flatten() for p in lm.model.parameters() if p.grad is not None]
+        gradients = [p.grad.flatten() for p in lm.parameters() if p.grad is not None]
         return logprobs.detach().double().cpu(), torch.cat(gradients).double().cpu()
 
     expected, expected_gradient = compute("cpu", "float32")

@@ -11,12 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mixpo.data.errors import InputError
-from mixpo.models.attention import capture_branch_attention
 
 
-def checkpoint_activations(
-    model: nn.Module, capture_context: Callable[[], AbstractContextManager[Any]] = capture_branch_attention
-) -> None:
+def checkpoint_activations(model: nn.Module, capture_context: Callable[[], AbstractContextManager[Any]]) -> None:
     """Make every decoder layer of a model keep its input alone for the backward pass, in place; results are the same.
 
     `capture_context` is called in a layer's forward pass and returns a context manager, in which the backward pass

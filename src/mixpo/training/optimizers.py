@@ -58,7 +58,7 @@ def make_8bit_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.opti
     except ImportError as error:
         raise InputError(
             "optimizer: found adamw-8bit, but the package bitsandbytes is not installed; expected it beside mixpo; "
-            "run pip install 'mixpo[8bit]' or set optimizer: adamw"
+            "run pip install bitsandbytes or set optimizer: adamw"
         ) from error
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
     return optimizer

@@ -18,7 +18,8 @@ from mixpo.data.branches import (
     split_into_microbatches,
 )
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Precision
 from mixpo.settings import Settings
 from mixpo.training.job import StageJob
 from mixpo.training.optimizers import OffloadedAdamW, make_8bit_adamw
