@@ -94,6 +94,16 @@ def policy_loss(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
 
 
+def truncated_importance_weights(
+    logprobs: Float[Tensor, "*shape"], sampler_logprobs: Float[Tensor, "*shape"], *, clip: float
+) -> Float[Tensor, "*shape"]:
+    """Weights min(pi / pi_sampler, clip) of tokens drawn by an engine with other rounding (Ionides 2008; Yao et al. 2025).
+
+    With pi the policy before the update, as the trainer computes it; the weights multiply the policy loss.
+    """
+    return (logprobs - sampler_logprobs).exp().clamp(max=clip)
+
+
 def clip_fraction(
     logprobs: Float[Tensor, "*batch tokens"],
     old_logprobs: Float[Tensor, "*batch tokens"],
