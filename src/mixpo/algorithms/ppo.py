@@ -97,9 +97,10 @@ def policy_loss(
 def truncated_importance_weights(
     logprobs: Float[Tensor, "*shape"], sampler_logprobs: Float[Tensor, "*shape"], *, clip: float
 ) -> Float[Tensor, "*shape"]:
-    """Weights min(pi / pi_sampler, clip) of tokens drawn by an engine with other rounding (Ionides 2008; Yao et al. 2025).
+    """Truncated importance weights per token, min(pi / pi_sampler, clip) (Ionides 2008; Yao et al. 2025).
 
-    With pi the policy before the update, as the trainer computes it; the weights multiply the policy loss.
+    pi is the policy before the update, as the trainer computes it, and pi_sampler the engine that drew the tokens,
+    whose rounding is another. The weights multiply the policy loss.
     """
     return (logprobs - sampler_logprobs).exp().clamp(max=clip)
 

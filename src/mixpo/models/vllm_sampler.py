@@ -497,8 +497,9 @@ class VLLMSampler:
 
     def _draw_probe(self, policy: LanguageModel) -> Completions:
         """Completions of the end token by the policy itself. Raises `InputError` if its logits are not finite."""
-        sizes = {"k": PROBED_COMPLETIONS, "max_tokens": PROBED_TOKENS}
-        sampled = sample_completions(policy, [[policy.end_token]], **sizes, seed=0)
+        sampled = sample_completions(
+            policy, [[policy.end_token]], k=PROBED_COMPLETIONS, max_tokens=PROBED_TOKENS, seed=0
+        )
         return Completions.from_lists([[completion] for completion in sampled.to_lists()[0]])
 
     def _score_on_server(

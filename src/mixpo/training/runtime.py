@@ -71,14 +71,12 @@ class Runtime(Settings):
         """Make the engine with which a stage samples completions; a server reads policies from the folder."""
         if name == "local":
             return LocalSampler(cache_bytes=self.sampling_bytes)
-        return VLLMSampler(
-            self._require_vllm(), folder=folder, cache_bytes=self.sampling_bytes, arguments=self.vllm_arguments
-        )
+        place = self._require_vllm()
+        return VLLMSampler(place, folder=folder, cache_bytes=self.sampling_bytes, arguments=self.vllm_arguments)
 
-    def check_sampler(self, name: SamplerName) -> None:
-        """Raise `InputError` if the engine of this name is not there."""
-        if name == "vllm":
-            check_vllm(self._require_vllm())
+    def check_vllm(self) -> None:
+        """Raise `InputError` unless `vllm` names a supported server, or a Python that has vLLM."""
+        check_vllm(self._require_vllm())
 
     def _require_vllm(self) -> str:
         """The setting `vllm`. Raises `InputError` if it is not given."""
