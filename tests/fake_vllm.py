@@ -15,13 +15,11 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import sample_completions
 from models import plain_logprobs
 
-NAN = float("nan")
-
 
 class FakeVLLM:
     """The server, and what a test may change about it."""
 
-    def __init__(self, base: Path | None = None) -> None:
+    def __init__(self, base: Path | None = None, *, port: int = 0) -> None:
         self.version: str | None = "0.32.1"
         self.base = base
         """The folder whose model it starts with."""
@@ -60,7 +58,7 @@ class FakeVLLM:
         class Server(ThreadingHTTPServer):
             request_queue_size = 512
 
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", port), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -72,6 +70,8 @@ class FakeVLLM:
         """Status and JSON of the answer to a request."""
         if path in self.missing_paths:
             return 404, {"detail": "Not Found"}
+        if path == "/health":
+            return 200, None
         if path == "/version":
             return (404, {"detail": "Not Found"}) if self.version is None else (200, {"version": self.version})
         if path == "/v1/models":

@@ -221,7 +221,9 @@ class VLLMServer:
                 f"{self.address}: found {found}; expected a vLLM server's answer; look at its output, start it again, "
                 "and run again: the stage goes on from its last checkpoint"
             )
-        ended = "" if self.process.poll() is None else f" (it ended with status {self.process.returncode})"
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # a connection may break before the process has ended
+        ended = "" if self.process.returncode is None else f" (it ended with status {self.process.returncode})"
         raise error_class(
             f"vLLM, started by runtime.vllm: found {found}{ended}; expected its answer; the last words of its output, "
             f"{self.log}, are {_read_last_line(self.log)!r}; mend that and run again: the stage goes on from its last "

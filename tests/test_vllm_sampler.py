@@ -1,0 +1,518 @@
+"""The sampler by a vLLM server: what is handed over, what is compared, and what its failures say.
+
+Against a server that computes with transformers and peft (`fake_vllm.py`), and at the end against vLLM itself.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fake_vllm import FakeVLLM
+from mixpo.data.errors import InputError
+from mixpo.experiments.recipe import Recipe
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
+from mixpo.models.digests import compute_model_digest
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import load_policy
+from mixpo.models.samplers import LocalSampler, Sampler
+from mixpo.models.vllm_sampler import VLLMSampler, VLLMServer, check_vllm
+from mixpo.stages.identity import make_stage_folder_name
+from mixpo.stages.ppo_settings import PPOSettings
+from mixpo.stages.rows import read_table, read_table_metadata
+from mixpo.training.job import SAMPLING, StageJob, locate_model_folder
+from mixpo.training.record import read_metrics
+from mixpo.training.runtime import Runtime
+from models import assert_plain_logprobs
+from models import tiny as tiny_model
+from worlds import CPU, TinyWorld
+
+PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
+OPTIONS: dict[str, Any] = {"k": 2, "max_tokens": 8}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny Llama's folder."""
+    tiny_model("llama").model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def server(base: Path) -> Iterator[FakeVLLM]:
+    fake = FakeVLLM(base)
+    yield fake
+    fake.close()
+
+
+def make_policy(base: Path, *, lora: bool) -> LanguageModel:
+    lm = tiny_model("llama")
+    lm.folder = base
+    if lora:
+        add_lora(lm, LoraSettings(rank=3, alpha=5.0, rank_stabilized=True))
+    return lm
+
+
+def move(lm: LanguageModel, size: float, seed: int) -> None:
+    """Change all trained weights a little, or much."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def make_sampler(server: FakeVLLM, folder: Path, **options: Any) -> VLLMSampler:
+    return VLLMSampler(server.address, folder=folder / "handed over", cache_bytes=2**20, **options)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_completions_follow_the_policy(server: FakeVLLM, base: Path, tmp_path: Path, lora: bool) -> None:
+    """At every hand-over, of a few changes: log-probs are those of the policy's own forward pass."""
+    lm, sampler = make_policy(base, lora=lora), make_sampler(server, tmp_path)
+    drawn = []
+    for number in range(3):
+        move(lm, 0.1, number)
+        sampler.load_policy(lm)
+        sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
+        assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
+        drawn.append(sampled.to_lists())
+    assert drawn[0] != drawn[1] != drawn[2]
+    paths = [path for path, _ in server.requests]
+    if lora:
+        names = [body["lora_name"] for path, body in server.requests if path == "/v1/load_lora_adapter"]
+        assert len(set(names)) == 3
+        assert [body["lora_name"] for path, body in server.requests if "unload" in path] == names[:2]
+        assert "/collective_rpc" not in paths
+    else:
+        assert paths.count("/collective_rpc") == 3
+    sampler.close()
+    assert not sampler.folder.exists()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("size", [1e-6, 0.1])
+def test_a_server_that_keeps_the_policy_before_is_refused(
+    server: FakeVLLM, base: Path, tmp_path: Path, lora: bool, size: float
+) -> None:
+    """Also if the update moved log-probs by far less than the tolerance."""
+    lm, sampler = make_policy(base, lora=lora), make_sampler(server, tmp_path)
+    move(lm, 0.1, 0)
+    sampler.load_policy(lm)
+    sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    move(lm, size, 1)
+    sampler.load_policy(lm)
+    sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    server.ignores_hand_over = True
+    expected = "found log-probs of an earlier policy" if size == 1e-6 else "nats a token from the policy's own"
+    with pytest.raises(InputError, match=expected):
+        for number in range(2, 40):  # rounding hides the first ones
+            move(lm, size, number)
+            sampler.load_policy(lm)
+            sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+
+def test_nothing_is_handed_over_that_did_not_change(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    """Several draws after one hand-over; random numbers are those of seed, prompt, occurrence and branch."""
+    lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
+    sampler.load_policy(lm)
+    together = sampler.draw(PROMPTS, **OPTIONS, seed=7).to_lists()
+    apart = [sampler.draw([prompt], **OPTIONS, seed=7).to_lists()[0] for prompt in PROMPTS]
+    assert together == apart
+    assert [path for path, _ in server.requests].count("/collective_rpc") == 1
+    seeds = [body["seed"] for path, body in server.requests if path == "/v1/completions" and "echo" not in body]
+    assert len(set(seeds)) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_nothing_is_left_to_the_servers_defaults(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
+    lm.end_tokens = frozenset({5, 17})
+    lm.unused_tokens = (88,)
+    sampler.load_policy(lm)
+    sampler.draw(PROMPTS[:1], k=1, max_tokens=3, seed=0, temperature=0.5, top_k=7, top_p=0.9)
+    request = server.requests[-1][1]
+    seed, salt = request.pop("seed"), request.pop("cache_salt")
+    assert request == {
+        "model": "base",
+        "prompt": PROMPTS[0],
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "stop_token_ids": [5, 17],
+        "ignore_eos": True,
+        "logit_bias": {"88": -100.0},
+    }
+    assert isinstance(seed, int)
+    sampler.load_policy(lm)
+    sampler.draw(PROMPTS[:1], k=1, max_tokens=3, seed=0)
+    assert server.requests[-1][1]["cache_salt"] != salt, "keys and values of an earlier policy are not used"
+
+
+def test_a_server_of_another_kind_serves_a_policy_that_is_not_trained(
+    server: FakeVLLM, base: Path, tmp_path: Path
+) -> None:
+    server.version = None
+    lm = freeze_model(make_policy(base, lora=False))
+    sampler = make_sampler(server, tmp_path)
+    sampler.load_policy(lm)
+    sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
+    assert "/collective_rpc" not in [path for path, _ in server.requests]
+    lm.folder = tmp_path
+    sampler = make_sampler(server, tmp_path)
+    sampler.load_policy(lm)
+    with pytest.raises(
+        InputError, match=f"found a server of {base} that is no vLLM; expected one of {tmp_path}, whose"
+    ):
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+
+def _lower(choice: dict[str, Any]) -> None:
+    """What a processed log-prob would be, say."""
+    choice["logprobs"]["token_logprobs"] = [(value or 0.0) - 0.01 for value in choice["logprobs"]["token_logprobs"]]
+
+
+FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
+    "another version": (
+        lambda fake: setattr(fake, "version", "0.12.0"),
+        r"http://127\.0\.0\.1:\d+: found vLLM 0\.12\.0; expected 0\.32 to 0\.33, whose protocol mixpo speaks",
+    ),
+    "no vLLM": (
+        lambda fake: setattr(fake, "version", None),
+        "that is no vLLM; expected one of .*, whose weights are not",
+    ),
+    "no development mode": (
+        lambda fake: fake.missing_paths.add("/collective_rpc"),
+        "found no /collective_rpc.*; expected a server with the environment variable VLLM_SERVER_DEV_MODE=1",
+    ),
+    "another model": (
+        lambda fake: setattr(fake, "ignores_hand_over", True),
+        "nats a token from the policy's own at the h",
+    ),
+    "shifted log-probs": (lambda fake: setattr(fake, "change_choice", _lower), r"found log-probs 0\.01 nats a token"),
+    "no token ids": (
+        lambda fake: setattr(fake, "change_choice", lambda choice: choice.update(token_ids=None)),
+        "found a completion without token_ids; expected token ids and log-probs",
+    ),
+    "no log-probs": (
+        lambda fake: setattr(fake, "change_choice", lambda choice: choice.pop("logprobs")),
+        "found an answer to /v1/completions without log-probs",
+    ),
+    "aborted": (
+        lambda fake: setattr(fake, "change_choice", lambda choice: choice.update(finish_reason="abort")),
+        "found a completion that finished by 'abort'; expected one by stop or length",
+    ),
+    "an unused token": (
+        lambda fake: setattr(fake, "change_choice", lambda choice: choice["token_ids"].__setitem__(0, 88)),
+        "found a completion with the token 88; expected none that the tokenizer does not have",
+    ),
+    "a hang": (lambda fake: fake.hangs.set(), r"found no answer to /version in 1 s; expected a vLLM server's answer"),
+    "an end": (
+        lambda fake: fake.close(),
+        r"found no answer to /version \(.*refused\); expected a vLLM server's answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_in_one_line(server: FakeVLLM, base: Path, tmp_path: Path, failure: str) -> None:
+    cause, message = FAILURES[failure]
+    lm = make_policy(base, lora=False)
+    lm.unused_tokens = (88,)
+    move(lm, 0.1, 0)
+    sampler = make_sampler(server, tmp_path, request_seconds=1.0)
+    sampler.load_policy(lm)
+    cause(server)
+    with pytest.raises(InputError, match=message) as caught:
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    assert "\n" not in str(caught.value)
+    if failure == "an end":
+        server.server = FakeVLLM(base).server
+
+
+def test_a_server_without_adapters_says_how_to_start_it(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    server.missing_paths.add("/v1/load_lora_adapter")
+    sampler = make_sampler(server, tmp_path)
+    sampler.load_policy(make_policy(base, lora=True))
+    message = f"found no /v1/load_lora_adapter; expected a server of {base} with --enable-lora --max-lora-rank 3 and"
+    with pytest.raises(InputError, match=message):
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+
+def test_what_the_server_says_is_passed_on(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    sampler = make_sampler(server, tmp_path)
+    sampler.load_policy(make_policy(base, lora=False))
+    with pytest.raises(
+        InputError, match="found status 400 of /v1/completions .*cannot be greater than max_model_len=128"
+    ):
+        sampler.draw(PROMPTS, k=1, max_tokens=500, seed=0)
+
+
+def test_a_server_that_was_restarted_between_two_draws_is_refused(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    """It computes the model that it was started with."""
+    lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
+    original = server.models["base"]
+    move(lm, 0.1, 0)
+    sampler.load_policy(lm)
+    sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    server.models["base"] = original
+    with pytest.raises(InputError, match="at a draw; expected at most 0.001: the server computes another model"):
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+
+# --- started servers
+
+STUB = """
+import sys, threading
+from pathlib import Path
+sys.path[:0] = {path!r}
+print(" ".join(sys.argv), flush=True)
+from fake_vllm import FakeVLLM
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+fake = FakeVLLM(Path(options["--model"]), port=int(options["--port"]))
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """A Python whose vLLM is the server of these tests."""
+    package = tmp_path / "environment" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text(STUB.format(path=sys.path))
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/environment exec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_a_server_is_started_on_the_policy_and_ends_with_the_sampler(python: str, base: Path, tmp_path: Path) -> None:
+    check_vllm(python)
+    lm = make_policy(base, lora=False)
+    move(lm, 0.1, 0)
+    sampler = VLLMSampler(python, folder=tmp_path / "sampling", cache_bytes=12345, arguments=["--seed", "1"])
+    sampler.load_policy(lm)
+    sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
+    assert sampler.server is not None
+    assert sampler.server.process is not None
+    command = (tmp_path / "sampling" / "vllm.log").read_text()
+    for part in ("--dtype float32", "--kv-cache-memory-bytes 12345", "--seed 1", "--generation-config vllm"):
+        assert part in command
+    os.killpg(sampler.server.process.pid, signal.SIGKILL)
+    with pytest.raises(
+        InputError, match=r"vLLM, started by runtime.vllm: found no answer .*\(it ended with status -9\)"
+    ):
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    sampler.close()
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    options: dict[str, Any] = {"precision": "float32", "cache_bytes": 1, "arguments": [], "log": log}
+    with pytest.raises(InputError, match=r"found a server that ended while it started .*ModuleNotFoundError.*vllm"):
+        VLLMServer.start(Path(sys.executable), tmp_path, **options)
+    with pytest.raises(InputError, match=r"runtime.vllm: found .*nowhere, which does not start \(No such file"):
+        VLLMServer.start(tmp_path / "nowhere", tmp_path, **options)
+
+
+@pytest.mark.parametrize("place", ["/nowhere/python", sys.executable])
+def test_a_python_without_vllm_is_known_before_a_run(place: str) -> None:
+    with pytest.raises(
+        InputError, match="runtime.vllm: found .*, which is not a Python that has vLLM; expected the path"
+    ):
+        check_vllm(place)
+
+
+def test_a_server_is_asked_for_its_version_before_a_run(server: FakeVLLM) -> None:
+    check_vllm(server.address)
+    server.version = "1.0"
+    with pytest.raises(InputError, match="found vLLM 1.0; expected 0.32 to 0.33"):
+        check_vllm(server.address)
+
+
+def test_a_started_server_ends_when_its_parent_is_killed(tmp_path: Path, python: str, base: Path) -> None:
+    program = f"""
+        import sys, time
+        from pathlib import Path
+        from mixpo.models.vllm_sampler import VLLMServer
+        server = VLLMServer.start(Path({python!r}), Path({str(base)!r}), precision="float32", cache_bytes=1,
+                                  arguments=[], log=Path({str(tmp_path / "log")!r}))
+        print(server.process.pid, flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        server = int(parent.stdout.readline())
+        os.kill(server, 0)
+        parent.kill()
+    for _ in range(300):
+        try:
+            os.kill(server, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.killpg(server, signal.SIGKILL)
+        pytest.fail("the server is still there")
+
+
+# --- stages
+
+
+@pytest.fixture
+def by_server(tiny: TinyWorld) -> Iterator[tuple[FakeVLLM, Runtime]]:
+    """A server that starts with the small world's SFT model, and a runtime that names it."""
+    fake = FakeVLLM(locate_model_folder(tiny.build(tiny.policy)))
+    yield fake, Runtime(device="cpu", threads=1, checkpoint_minutes=0, vllm=fake.address)
+    fake.close()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_ppo_learns_from_the_servers_completions(
+    tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime], lora: dict[str, int] | None
+) -> None:
+    """Which here computes what the policy does, so that the mismatch is rounding."""
+    fake, runtime = by_server
+    rows = read_metrics(tiny.run(tiny.ppo(sampler="vllm", lora=lora), runtime))
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 <= row["sampler_kl"] < 1e-8
+        assert 1 <= row["sampler_max_ratio"] < 1.001
+        assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[1]["kl"]), "the first policy is its reference, the second is not"
+    assert sum(path in ("/collective_rpc", "/v1/load_lora_adapter") for path, _ in fake.requests) == 2
+
+
+def _draw_as_another_engine(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
+    """Local draws whose log-probs are `shift` lower than the policy's, and so the ratio exp(shift)."""
+
+    class Shifted(LocalSampler):
+        def draw(self, *args: Any, **options: Any) -> Any:
+            sampled = super().draw(*args, **options)
+            return type(sampled)(sampled.tokens, sampled.mask, (sampled.logprobs - shift) * sampled.mask, sampled.ended)
+
+    def get_sampler(job: StageJob, name: str = "local") -> Sampler:
+        return Shifted(cache_bytes=2**30) if name == "vllm" else LocalSampler(cache_bytes=2**30)
+
+    monkeypatch.setattr(StageJob, "get_sampler", get_sampler)
+
+
+@pytest.mark.parametrize(("clip", "weight"), [(None, 1.0), (1.2, 1.2), (4.0, math.exp(0.5))])
+def test_the_loss_is_weighted_by_the_ratio_of_policy_to_engine_up_to_the_clip(
+    tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, clip: float | None, weight: float
+) -> None:
+    """The same ratio for all tokens: the first loss is that of the policy's own draws, times the weight."""
+    local = read_metrics(tiny.run(tiny.ppo(whiten_advantages=False)))[0]
+    _draw_as_another_engine(monkeypatch, 0.5)
+    row = read_metrics(tiny.run(tiny.ppo(sampler="vllm", importance_clip=clip, whiten_advantages=False)))[0]
+    assert local["policy_loss"] != 0
+    assert row["policy_loss"] == pytest.approx(weight * local["policy_loss"], rel=1e-3)
+    assert row["sampler_max_ratio"] == pytest.approx(math.exp(0.5), rel=1e-3)
+    assert row["sampler_kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-3)
+    assert row["kl"] == pytest.approx(local["kl"], abs=1e-5), "by the policy's own log-probs"
+
+
+def test_weights_for_an_engine_are_refused_without_one() -> None:
+    with pytest.raises(
+        ValueError, match="importance_clip: found 2 with sampler: local, which draws from the policy it"
+    ):
+        PPOSettings(importance_clip=2.0)
+
+
+def test_ppo_goes_on_after_its_server_died(tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime]) -> None:
+    """With another server, to the same metrics as without the death."""
+    fake, runtime = by_server
+    stage = tiny.ppo(sampler="vllm", epochs=2)
+    whole = tiny.run(stage, runtime)
+    hand_overs = 0
+
+    def die_at_the_third_hand_over(path: str, body: Any) -> tuple[int, Any]:
+        nonlocal hand_overs
+        hand_overs += path == "/collective_rpc"
+        return (500, {"error": {"message": "EngineDeadError"}}) if hand_overs == 3 else answer(path, body)
+
+    answer, fake.answer = fake.answer, die_at_the_third_hand_over  # type: ignore[method-assign]
+    out = tiny.folder / "runs" / "died"
+    with pytest.raises(
+        InputError, match="found status 500 of /collective_rpc .EngineDeadError.*start it again, and run"
+    ):
+        tiny.compute(stage, out, runtime)
+    assert len(read_metrics(out)) == 2
+    another = FakeVLLM(fake.base)
+    tiny.compute(stage, out, runtime.model_copy(update={"vllm": another.address}))
+    another.close()
+    times = {"seconds", "sampling_seconds", "updating_seconds"}
+    for one, other in zip(read_metrics(whole), read_metrics(out), strict=True):
+        assert {k: v for k, v in one.items() if k not in times} == pytest.approx(
+            {k: v for k, v in other.items() if k not in times}, rel=1e-3, abs=1e-4
+        )
+
+
+def test_samples_of_a_server_give_no_reference_logprobs(tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime]) -> None:
+    """DPO computes them itself; those that a policy's own sampler kept are used."""
+    _, runtime = by_server
+    local, served = (tiny.samples(sampler=name) for name in ("local", "vllm"))
+    assert make_stage_folder_name(local) == make_stage_folder_name(tiny.samples())
+    assert make_stage_folder_name(local) != make_stage_folder_name(served)
+    digest = compute_model_digest(locate_model_folder(tiny.build(tiny.policy)))
+    file = tiny.run(served, runtime) / "pairs.parquet"
+    assert read_table_metadata(file)["sampler"] == f"{digest} float32 vllm"
+    assert read_table_metadata(tiny.run(local) / "pairs.parquet")["sampler"] == f"{digest} float32"
+    lm = load_policy(locate_model_folder(tiny.build(tiny.policy)), device=CPU)
+    for row in read_table(file):
+        logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(values) for values in row["logprobs"]], True)
+        assert_plain_logprobs(lm.model, [row["prompt_tokens"]], [row["tokens"]], logprobs[None], 1e-4)
+
+
+def test_an_evaluations_kl_is_by_the_policys_own_logprobs(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = read_table(tiny.run(tiny.evaluation()) / "completions.parquet")
+    _draw_as_another_engine(monkeypatch, 0.5)
+    served = read_table(tiny.run(tiny.evaluation(sampler="vllm")) / "completions.parquet")
+    assert [row["completion"] for row in served] == [row["completion"] for row in local]
+    for one, other in zip(served, local, strict=True):
+        assert one["kl_from_sft"] == pytest.approx(other["kl_from_sft"], abs=1e-4)
+
+
+def test_a_recipe_sets_the_sampler_once_for_all_stages_that_sample() -> None:
+    recipe = Recipe(name="a", arms=("mpo",), selection={"threshold": 1.0}, sampler="vllm", ppo={"sampler": "local"})
+    assert (recipe.samples.sampler, recipe.evaluation.sampler, recipe.ppo.sampler) == ("vllm", "vllm", "local")
+
+
+def test_a_stage_without_a_server_says_what_to_set(tiny: TinyWorld) -> None:
+    with pytest.raises(
+        InputError, match="runtime.vllm: found nothing, with sampler: vllm; expected the address of a vLLM"
+    ):
+        tiny.run(tiny.samples(sampler="vllm"))
+    with pytest.raises(InputError, match="runtime.vllm: found nothing"):
+        Runtime().check_vllm()
+
+
+def test_a_stage_leaves_nothing_that_was_handed_over(tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime]) -> None:
+    _, runtime = by_server
+    cache = type(tiny.stage_cache)(tiny.stage_cache.cache, runtime)
+    out = cache.compute_with_inputs(tiny.ppo(sampler="vllm", seed=3))
+    assert not (out / SAMPLING).exists()
+
+
+# --- vLLM itself
+
+PYTHON = os.environ.get("MIXPO_VLLM_PYTHON")
