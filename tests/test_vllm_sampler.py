@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import load_policy
 from mixpo.models.samplers import LocalSampler, Sampler
+from mixpo.models.sampling import compute_truncated_probabilities
 from mixpo.models.vllm_sampler import VLLMSampler, VLLMServer, check_vllm
 from mixpo.stages.identity import make_stage_folder_name
 from mixpo.stages.ppo_settings import PPOSettings
@@ -34,7 +36,8 @@ from mixpo.training.record import read_metrics
 from mixpo.training.runtime import Runtime
 from models import assert_plain_logprobs
 from models import tiny as tiny_model
-from worlds import CPU, TinyWorld
+from test_sampling import agrees
+from worlds import CPU, TinyWorld, World
 
 PROMPTS = [[3, 9, 4, 11, 7, 8, 9, 10], [12, 13], [20, 21, 22, 23, 24]]
 OPTIONS: dict[str, Any] = {"k": 2, "max_tokens": 8}
@@ -114,11 +117,15 @@ def test_a_server_that_keeps_the_policy_before_is_refused(
     sampler.draw(PROMPTS, **OPTIONS, seed=0)
     server.ignores_hand_over = True
     expected = "found log-probs of an earlier policy" if size == 1e-6 else "nats a token from the policy's own"
-    with pytest.raises(InputError, match=expected):
+
+    def train_on() -> None:
         for number in range(2, 40):  # rounding hides the first ones
             move(lm, size, number)
             sampler.load_policy(lm)
             sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+    with pytest.raises(InputError, match=expected):
+        train_on()
 
 
 def test_nothing_is_handed_over_that_did_not_change(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
@@ -259,7 +266,7 @@ def test_what_the_server_says_is_passed_on(server: FakeVLLM, base: Path, tmp_pat
     sampler = make_sampler(server, tmp_path)
     sampler.load_policy(make_policy(base, lora=False))
     with pytest.raises(
-        InputError, match="found status 400 of /v1/completions .*cannot be greater than max_model_len=128"
+        InputError, match=r"found status 400 of /v1/completions .*cannot be greater than max_model_len=128"
     ):
         sampler.draw(PROMPTS, k=1, max_tokens=500, seed=0)
 
@@ -272,7 +279,7 @@ def test_a_server_that_was_restarted_between_two_draws_is_refused(server: FakeVL
     sampler.load_policy(lm)
     sampler.draw(PROMPTS, **OPTIONS, seed=0)
     server.models["base"] = original
-    with pytest.raises(InputError, match="at a draw; expected at most 0.001: the server computes another model"):
+    with pytest.raises(InputError, match=r"at a draw; expected at most 0.001: the server computes another model"):
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
 
 
@@ -337,7 +344,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["/nowhere/python", sys.executable])
 def test_a_python_without_vllm_is_known_before_a_run(place: str) -> None:
     with pytest.raises(
-        InputError, match="runtime.vllm: found .*, which is not a Python that has vLLM; expected the path"
+        InputError, match=r"runtime.vllm: found .*, which is not a Python that has vLLM; expected the path"
     ):
         check_vllm(place)
 
@@ -345,7 +352,7 @@ def test_a_python_without_vllm_is_known_before_a_run(place: str) -> None:
 def test_a_server_is_asked_for_its_version_before_a_run(server: FakeVLLM) -> None:
     check_vllm(server.address)
     server.version = "1.0"
-    with pytest.raises(InputError, match="found vLLM 1.0; expected 0.32 to 0.33"):
+    with pytest.raises(InputError, match=r"found vLLM 1.0; expected 0.32 to 0.33"):
         check_vllm(server.address)
 
 
@@ -432,9 +439,7 @@ def test_the_loss_is_weighted_by_the_ratio_of_policy_to_engine_up_to_the_clip(
 
 
 def test_weights_for_an_engine_are_refused_without_one() -> None:
-    with pytest.raises(
-        ValueError, match="importance_clip: found 2 with sampler: local, which draws from the policy it"
-    ):
+    with pytest.raises(ValueError, match="importance_clip: found 2 with sampler: local, which draws from the policy"):
         PPOSettings(importance_clip=2.0)
 
 
@@ -453,7 +458,7 @@ def test_ppo_goes_on_after_its_server_died(tiny: TinyWorld, by_server: tuple[Fak
     answer, fake.answer = fake.answer, die_at_the_third_hand_over  # type: ignore[method-assign]
     out = tiny.folder / "runs" / "died"
     with pytest.raises(
-        InputError, match="found status 500 of /collective_rpc .EngineDeadError.*start it again, and run"
+        InputError, match=r"found status 500 of /collective_rpc .EngineDeadError.*start it again, and run"
     ):
         tiny.compute(stage, out, runtime)
     assert len(read_metrics(out)) == 2
@@ -499,10 +504,10 @@ def test_a_recipe_sets_the_sampler_once_for_all_stages_that_sample() -> None:
 
 def test_a_stage_without_a_server_says_what_to_set(tiny: TinyWorld) -> None:
     with pytest.raises(
-        InputError, match="runtime.vllm: found nothing, with sampler: vllm; expected the address of a vLLM"
+        InputError, match=r"runtime.vllm: found nothing, with sampler: vllm; expected the address of a vLLM"
     ):
         tiny.run(tiny.samples(sampler="vllm"))
-    with pytest.raises(InputError, match="runtime.vllm: found nothing"):
+    with pytest.raises(InputError, match=r"runtime.vllm: found nothing"):
         Runtime().check_vllm()
 
 
@@ -515,4 +520,135 @@ def test_a_stage_leaves_nothing_that_was_handed_over(tiny: TinyWorld, by_server:
 
 # --- vLLM itself
 
-PYTHON = os.environ.get("MIXPO_VLLM_PYTHON")
+PYTHON = os.environ.get("MIXPO_VLLM_PYTHON", "")
+needs_vllm = pytest.mark.skipif(not PYTHON, reason="MIXPO_VLLM_PYTHON names no Python that has vLLM (docs/vllm.md)")
+PLAIN = "--enforce-eager"
+"""Compiling takes a server longer than these tests compute."""
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> Iterator[VLLMSampler]:
+    sampler = VLLMSampler(PYTHON, folder=tmp_path / "sampling", cache_bytes=2**28, arguments=[PLAIN])
+    yield sampler
+    sampler.close()
+
+
+def assert_same_mean(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Of independent numbers, within 4 standard errors."""
+    error = (one.var() / len(one) + other.var() / len(other)).sqrt()
+    assert abs(float(one.mean() - other.mean())) < 4 * float(error)
+
+
+@pytest.mark.heavy
+@needs_vllm
+@pytest.mark.parametrize(("kind", "precision"), [("full", "float32"), ("lora", "float32"), ("full", "bfloat16")])
+def test_vllm_draws_from_the_distribution_that_we_draw_from(
+    world: World, vllm: VLLMSampler, kind: str, precision: Any
+) -> None:
+    """From a policy and from the one after an update, the very same server: first tokens by chi-square against the
+    exact probabilities; log-probs, lengths, ends and the most frequent tokens of completions against ours."""
+    folder = locate_model_folder(world.build(world.sft))
+    lm = load_policy(folder, device=CPU, precision=precision)
+    if kind == "lora":
+        add_lora(lm, LoraSettings(rank=4))
+    rows = read_table(world.build(world.data) / "test.parquet", ["prompt_tokens"])
+    prompts = [row["prompt_tokens"] for row in rows[:12]]
+    local = LocalSampler(cache_bytes=2**28)
+    local.load_policy(lm)
+    tolerance = 1e-3 if precision == "float32" else 0.5
+    for update in range(2):
+        move(lm, 0.02, update)
+        vllm.load_policy(lm)
+        firsts = vllm.draw(prompts[:1], k=1000, max_tokens=1, seed=update)
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor(prompts[:1])).logits[0, -1].double()
+        counts = np.bincount(firsts.tokens.flatten(), minlength=len(logits))
+        assert agrees(counts, logits.softmax(-1).numpy())
+        drawn = [sampler.draw(prompts, k=40, max_tokens=24, seed=update) for sampler in (vllm, local)]
+        assert_plain_logprobs(lm.model, prompts[:3], drawn[0].to_lists()[:3], drawn[0].logprobs[:3], tolerance)
+        for measure in (
+            lambda sampled: sampled.logprobs.sum(-1),
+            lambda sampled: sampled.lengths.double(),
+            lambda sampled: sampled.ended.double(),
+        ):
+            # the mean over prompts of each branch: branches are independent
+            assert_same_mean(*(measure(sampled).mean(dim=0) for sampled in drawn))
+        frequent = torch.bincount(drawn[1].tokens[drawn[1].mask]).argsort(descending=True)[:10]
+        for token in frequent.tolist():
+            assert_same_mean(*((sampled.tokens == token).double().sum(-1).mean(dim=0) for sampled in drawn))
+        again = vllm.draw(prompts[:3], k=2, max_tokens=24, seed=update).to_lists()
+        assert [branches[:2] for branches in drawn[0].to_lists()[:3]] == again or precision == "bfloat16"
+
+
+@pytest.mark.heavy
+@needs_vllm
+def test_vllm_keeps_what_a_sampler_promises(world: World, vllm: VLLMSampler) -> None:
+    """Truncation, several end tokens, tokens that are never drawn, and log-probs at temperature 1."""
+    lm = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    vllm.load_policy(lm)
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()
+    for settings in ({"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 10}, {"top_k": 30, "top_p": 0.5}):
+        sampled = vllm.draw(PROMPTS[:1], k=600, max_tokens=1, seed=0, **settings)
+        tokens = sampled.tokens[0, :, 0]
+        probabilities = compute_truncated_probabilities(
+            logits[None], **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **settings}
+        )[0].numpy()
+        kept = probabilities > 0
+        counts = np.bincount(tokens, minlength=len(logits))
+        assert not counts[~kept].any()
+        assert agrees(counts[kept], probabilities[kept])
+        own = logits.log_softmax(-1)[tokens].float()
+        torch.testing.assert_close(sampled.logprobs[0, :, 0], own, rtol=1e-3, atol=1e-3)
+    frequent = logits.argsort(descending=True)[:3].tolist()
+    lm.unused_tokens, lm.end_tokens = (frequent[0],), lm.end_tokens | {frequent[1], frequent[2]}
+    sampled = vllm.draw(PROMPTS[:1], k=300, max_tokens=20, seed=1)
+    completions = sampled.to_lists()[0]
+    assert {completion[-1] for completion in completions if len(completion) < 20} >= {frequent[1], frequent[2]}
+    assert not any(set(completion[:-1]) & lm.end_tokens for completion in completions)
+    assert not any(frequent[0] in completion for completion in completions)
+    assert_plain_logprobs(lm.model, PROMPTS[:1], [completions], sampled.logprobs, 1e-3)
+
+
+@pytest.mark.heavy
+@needs_vllm
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_ppo_through_vllm(world: World, tmp_path: Path, lora: dict[str, int] | None) -> None:
+    """It follows the policy at every iteration, and learns what PPO by our own sampler does."""
+    rate = {} if lora is None else {"learning_rate": 3e-3, "value_learning_rate": 3e-3}
+    settings: dict[str, Any] = {"lora": lora, "epochs": 4, "batch_size": 32, "importance_clip": 2.0, **rate}
+    runtime = Runtime(threads=1, checkpoint_minutes=100, vllm=PYTHON, vllm_arguments=(PLAIN,))
+    served = read_metrics(world.compute(world.ppo(sampler="vllm", **settings), tmp_path / "vllm", runtime))
+    del settings["importance_clip"]
+    local = read_metrics(world.compute(world.ppo(**settings), tmp_path / "local", runtime))
+    assert len(served) == len(local) >= 4
+    for row in served:
+        assert 0 <= row["sampler_kl"] < 1e-6
+        assert 1 <= row["sampler_max_ratio"] < 1.01
+    for name in ("score", "completion_tokens", "entropy", "kl_from_sft"):
+        one, other = (np.array([row[name] for row in rows]) for rows in (served, local))
+        assert abs(one.mean() - other.mean()) < 0.5 * max(other.std(), abs(other.mean())), name
+    assert abs(served[-1]["kl"]) > 0.05, "it has learnt"
+
+
+@pytest.mark.heavy
+@needs_vllm
+def test_a_vllm_that_dies_ends_the_stage_which_goes_on_when_it_is_run_again(world: World, tmp_path: Path) -> None:
+    runtime = Runtime(threads=1, checkpoint_minutes=0, vllm=PYTHON, vllm_arguments=(PLAIN,))
+    stage = world.ppo(sampler="vllm", epochs=2)
+    ask = VLLMServer.ask
+
+    def die(server: VLLMServer, path: str, body: Any = None) -> Any:
+        """Kill the server within the second iteration, as its system would."""
+        if path == "/collective_rpc":
+            assert server.process is not None
+            os.killpg(server.process.pid, signal.SIGKILL)
+        return ask(server, path, body)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLLMServer, "ask", die)
+        with pytest.raises(InputError, match=r"vLLM, started by runtime.vllm: found no answer .* ended with status -9"):
+            world.compute(stage, tmp_path / "out", runtime)
+    assert len(read_metrics(tmp_path / "out")) == 1
+    world.compute(stage, tmp_path / "out", runtime)
+    assert [row["step"] for row in read_metrics(tmp_path / "out")] == list(range(len(read_metrics(tmp_path / "out"))))
