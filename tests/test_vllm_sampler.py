@@ -393,6 +393,19 @@ def by_server(tiny: TinyWorld) -> Iterator[tuple[FakeVLLM, Runtime]]:
     fake.close()
 
 
+def test_a_stage_starts_the_server_that_it_is_told_to_start(tiny: TinyWorld, python: str) -> None:
+    runtime = Runtime(device="cpu", threads=1, vllm=python, vllm_arguments=("--seed", "1"))
+    tiny.build(tiny.scored_by)
+    out, job = tiny.folder / "runs" / "starts", None
+    out.mkdir(parents=True)
+    job = StageJob(out, runtime)
+    stage = tiny.samples(sampler="vllm")
+    stage.compute(stage.locate_inputs({n: tiny.build(s) for n, s in stage.get_input_stages().items()}), job)
+    assert (out / SAMPLING / "vllm.log").read_text().split("\n")[0].endswith("--seed 1")
+    job.close()
+    assert not (out / SAMPLING).exists()
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
 def test_ppo_learns_from_the_servers_completions(
     tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime], lora: dict[str, int] | None
