@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network
 from mixpo.models.sampling import sample_completions
 from models import plain_logprobs
 
@@ -107,10 +108,9 @@ class FakeVLLM:
         first, *others = body["stop_token_ids"]
         unused = tuple(int(token) for token, bias in body.get("logit_bias", {}).items() if bias == -100)
         lm = LanguageModel(
-            self.models[body["model"]],
+            Network(self.models[body["model"]]),
             None,  # type: ignore[arg-type]
             first,
-            shares_prompts=True,
             end_tokens=frozenset(others),
             unused_tokens=unused,
         )

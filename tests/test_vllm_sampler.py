@@ -21,10 +21,10 @@ import torch
 from fake_vllm import FakeVLLM
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe
-from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_network
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy
+from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.models.sampling import compute_truncated_probabilities
 from mixpo.models.vllm_sampler import VLLMSampler, VLLMServer, check_vllm
@@ -61,6 +61,7 @@ def make_policy(base: Path, *, lora: bool) -> LanguageModel:
     lm = tiny_model("llama")
     lm.folder = base
     if lora:
+        freeze_network(lm.network)
         add_lora(lm, LoraSettings(rank=3, alpha=5.0, rank_stabilized=True))
     return lm
 
@@ -69,7 +70,7 @@ def move(lm: LanguageModel, size: float, seed: int) -> None:
     """Change all trained weights a little, or much."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in lm.model.parameters():
+        for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
@@ -175,7 +176,8 @@ def test_a_server_of_another_kind_serves_a_policy_that_is_not_trained(
     server: FakeVLLM, base: Path, tmp_path: Path
 ) -> None:
     server.version = None
-    lm = freeze_model(make_policy(base, lora=False))
+    lm = make_policy(base, lora=False)
+    freeze_network(lm.network)
     sampler = make_sampler(server, tmp_path)
     sampler.load_policy(lm)
     sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
@@ -259,6 +261,15 @@ def test_a_server_without_adapters_says_how_to_start_it(server: FakeVLLM, base: 
     sampler.load_policy(make_policy(base, lora=True))
     message = f"found no /v1/load_lora_adapter; expected a server of {base} with --enable-lora --max-lora-rank 3 and"
     with pytest.raises(InputError, match=message):
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+
+def test_modules_that_train_whole_are_refused(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    """An adapter of vLLM's has none."""
+    lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
+    add_lora(lm, LoraSettings(rank=3, modules_to_save=("norm",)))
+    sampler.load_policy(lm)
+    with pytest.raises(InputError, match=r"found an adapter with model.norm.weight, which trains whole; expected none"):
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
 
 
@@ -495,7 +506,7 @@ def test_samples_of_a_server_give_no_reference_logprobs(tiny: TinyWorld, by_serv
     file = tiny.run(served, runtime) / "pairs.parquet"
     assert read_table_metadata(file)["sampler"] == f"{digest} float32 vllm"
     assert read_table_metadata(tiny.run(local) / "pairs.parquet")["sampler"] == f"{digest} float32"
-    lm = load_policy(locate_model_folder(tiny.build(tiny.policy)), device=CPU)
+    lm = tiny.load(tiny.policy)
     for row in read_table(file):
         logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(values) for values in row["logprobs"]], True)
         assert_plain_logprobs(lm.model, [row["prompt_tokens"]], [row["tokens"]], logprobs[None], 1e-4)
@@ -561,9 +572,8 @@ def test_vllm_draws_from_the_distribution_that_we_draw_from(
     """From a policy and from the one after an update, the very same server: first tokens by chi-square against the
     exact probabilities; log-probs, lengths, ends and the most frequent tokens of completions against ours."""
     folder = locate_model_folder(world.build(world.sft))
-    lm = load_policy(folder, device=CPU, precision=precision)
-    if kind == "lora":
-        add_lora(lm, LoraSettings(rank=4))
+    lora = LoraSettings(rank=4) if kind == "lora" else None
+    lm = ModelLoader(CPU).load_trainable_policy(folder, precision, lora)
     rows = read_table(world.build(world.data) / "test.parquet", ["prompt_tokens"])
     prompts = [row["prompt_tokens"] for row in rows[:12]]
     local = LocalSampler(cache_bytes=2**28)
@@ -597,7 +607,7 @@ def test_vllm_draws_from_the_distribution_that_we_draw_from(
 @needs_vllm
 def test_vllm_keeps_what_a_sampler_promises(world: World, vllm: VLLMSampler) -> None:
     """Truncation, several end tokens, tokens that are never drawn, and log-probs at temperature 1."""
-    lm = load_policy(locate_model_folder(world.build(world.sft)), device=CPU)
+    lm = world.load(world.sft)
     vllm.load_policy(lm)
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()

@@ -16,7 +16,7 @@ from mixpo.data.tokens import tokenize_row
 from mixpo.data.world import build_world_tokenizer
 from mixpo.models.folders import load_tokenizer
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy, load_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.scoring import compute_token_logprobs
@@ -54,8 +54,8 @@ class CachedStages:
         return out
 
     def load(self, stage: Stage) -> LanguageModel:
-        load_model = load_reward_model if isinstance(stage, RewardStage) else load_policy
-        return load_model(locate_model_folder(self.build(stage)), device=CPU)
+        loader, folder = ModelLoader(CPU), locate_model_folder(self.build(stage))
+        return loader.load_reward_model(folder) if isinstance(stage, RewardStage) else loader.load_policy(folder)
 
 
 class World(CachedStages):

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mixpo.data.errors import InputError
 from mixpo.data.rows import describe_type
 from mixpo.models.adapters import LoraSettings
-from mixpo.models.language_model import Precision
+from mixpo.models.network import Precision
 from mixpo.models.samplers import SamplerName
 from mixpo.settings import Settings, format_found_and_expected
 from mixpo.stages.data import DataSettings, split_hub_name

@@ -201,8 +201,9 @@ def load_weights(
     allow_missing_head: bool = False,
     model_class: type[PreTrainedModel] | None = None,
     without_values: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Load a checked folder's model in float32. Raises `InputError` unless its tensors are exactly the model's.
+    """Load a checked folder's model in a float type. Raises `InputError` unless its tensors are exactly the model's.
 
     `model_class` loads the weights into another class; with `allow_missing_head` only its `score` head may be missing.
     With `without_values` no weight is read: only names and shapes are compared.
@@ -211,7 +212,7 @@ def load_weights(
         model, loading_info = (model_class or folder.network).from_pretrained(
             folder.path,
             config=folder.config,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name

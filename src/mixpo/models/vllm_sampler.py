@@ -32,8 +32,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mixpo.data.branches import Completions
 from mixpo.data.errors import InputError
-from mixpo.models.handover import has_adapters, write_adapter, write_weights
-from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
+from mixpo.models.handover import write_weights
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Precision
 from mixpo.models.samplers import SamplingOptions
 from mixpo.models.sampling import (
     SampledCompletions,
@@ -42,6 +44,7 @@ from mixpo.models.sampling import (
     refuse_non_finite_logprobs,
     sample_completions,
 )
+from mixpo.models.saving import let_others_read
 from mixpo.models.scoring import compute_token_logprobs
 
 SUPPORTED_VERSIONS = (0, 32), (0, 33)
@@ -408,7 +411,7 @@ class VLLMSampler:
         own = compute_token_logprobs(policy, prompts, completions, token_budget=CHECK_TOKENS)[completions.mask]
         refuse_non_finite_logprobs(own)
         self.number += 1
-        if has_adapters(policy):
+        if policy.adapters:
             self._load_adapter(policy)
         else:
             self._load_weights(policy)
@@ -419,7 +422,12 @@ class VLLMSampler:
     def _load_adapter(self, policy: LanguageModel) -> None:
         """Load the policy's adapter on the server under a new name, in place of the one before."""
         folder = self.folder / str(self.number)
-        rank = write_adapter(policy, folder)
+        weights = collect_adapter_weights(policy)
+        if whole := next((name for name in weights if ".lora_" not in name), None):
+            self._refuse(f"an adapter with {whole}, which trains whole", "none of lora.modules_to_save")
+        rank = max(len(weight) for name, weight in weights.items() if name.endswith(".lora_A"))
+        write_adapter_folder(policy, folder)
+        let_others_read(folder)
         if self.server is None:
             assert policy.folder is not None
             highest = next((size for size in LORA_RANKS if size >= rank), rank)
@@ -445,11 +453,12 @@ class VLLMSampler:
         A new folder has an output head of its own, even if it is tied to the embedding: vLLM on a CPU keeps the old
         head when it reloads a tied one.
         """
-        is_trained = policy.folder is None or any(weight.requires_grad for weight in policy.model.parameters())
+        is_trained = policy.folder is None or any(weight.requires_grad for weight in policy.parameters())
         folder = self.folder / "weights" if is_trained else policy.folder
         assert folder is not None
         if is_trained:
             write_weights(policy, folder)
+            let_others_read(folder)
         if self.server is None:
             self._connect(policy, folder)
         assert self.server is not None

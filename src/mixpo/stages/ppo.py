@@ -30,7 +30,6 @@ from mixpo.algorithms.ppo import (
 )
 from mixpo.data.branches import BranchBatch, count_tokens_per_prompt
 from mixpo.data.rows import Prompt
-from mixpo.models.adapters import add_lora
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
@@ -47,7 +46,7 @@ from mixpo.stages.ppo_settings import (
 )
 from mixpo.stages.rows import read_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
-from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.checkpoint import Checkpoint, LastGoodWeights, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import MetricsLog, append_jsonl, delete_lines_from_step
@@ -76,12 +75,10 @@ class PPO(PolicyStage, PPOSettings):
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy by PPO, and write `model/` and `completions.jsonl`, one completion of each iteration."""
         torch.manual_seed(self.seed)
-        policy = job.load_policy(input_paths["policy"], self.precision)
+        policy = job.load_trainable_policy(input_paths["policy"], self.precision, self.lora)
         start, reference = (
             compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "reference")
         )
-        if self.lora:
-            add_lora(policy, self.lora)
         frozen = load_frozen_models(self, input_paths, policy, job)
         models = make_actor_critic(self, input_paths, policy, frozen.reward, job)
         prompts, prompt_tokens = read_unique_prompts(input_paths["prompts"], policy.tokenizer)
@@ -96,23 +93,23 @@ class PPO(PolicyStage, PPOSettings):
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
         delete_lines_from_step(job.out / "completions.jsonl", first_step)
         log = MetricsLog(job.out, resumed_at=first_step, processes=job.processes)
-        weights = TrainableWeights(policy)
-        last_good_weights = weights.copy_to_cpu()
+        last_good = LastGoodWeights(TrainableWeights(policy))
 
         for step in range(first_step, total):
             rows = select_batch_rows(step, len(prompts), batch_size=self.batch_size, seed=self.seed)
             try:
                 rollout, metrics = training.roll_out(step, rows)
                 check_kl_limits(self, metrics, iteration=step, starts_at_reference=start == reference)
-                weights.update_copy(last_good_weights)
+                last_good.copy_if_cheap(step)
                 metrics |= training.update_on_rollout(step, rollout)
             except Diverged as error:
                 stopped = job.out / "stopped"
-                weights.load_state_dict(last_good_weights)
+                last_good.restore()
                 save_model(policy, stopped)
+                kept = step if last_good.step is None else last_good.step
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}; try "
-                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the last policy before that "
+                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the policy before step {kept + 1} "
                     f"is in {stopped}"
                 ) from error
             training.adapt_kl_penalty(metrics)
@@ -189,11 +186,11 @@ class PPOTraining:
         )
         mask, logprobs = completions.mask, completions.logprobs
         tokens = sum(map(len, prompts)) + int(mask.sum())
-        self.cost.add_sampled_tokens(policy.model, int(mask.sum()), sum(map(len, prompts)))
+        self.cost.add_sampled_tokens(policy, int(mask.sum()), sum(map(len, prompts)))
         importance_weights, mismatch = None, dict[str, float]()
         if settings.sampler != "local":
             logprobs = compute_token_logprobs(policy, prompts, completions, token_budget=budget)
-            self.cost.add_scored_tokens(policy.model, tokens)
+            self.cost.add_scored_tokens(policy, tokens)
             mismatch = compute_sampler_mismatch(logprobs, completions.logprobs, mask)
             if settings.importance_clip is not None:
                 importance_weights = truncated_importance_weights(
@@ -204,15 +201,15 @@ class PPOTraining:
         rows_text = [self.prompts[row] for row in prompt_indices]
         reward_inputs = retokenize_for_reward(frozen.reward, policy, rows_text, prompts, completions)
         scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
-        self.cost.add_scored_tokens(frozen.reward.model, sum(count_tokens_per_prompt(*reward_inputs)))
+        self.cost.add_scored_tokens(frozen.reward, sum(count_tokens_per_prompt(*reward_inputs)))
         reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
-        self.cost.add_scored_tokens(frozen.reference.model, tokens, adapters=frozen.reference.adapters_enabled)
+        self.cost.add_scored_tokens(frozen.reference, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
             sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
-                self.cost.add_scored_tokens(frozen.sft.model, tokens, adapters=frozen.sft.adapters_enabled)
+                self.cost.add_scored_tokens(frozen.sft, tokens)
 
         # Shape rewards
         anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_anchor_weight(models.kl_multiplier))
@@ -231,7 +228,7 @@ class PPOTraining:
         values = returns = None
         if models.value is not None:
             values = compute_outputs(models.value, prompts, completions, "values", token_budget=budget)
-            self.cost.add_scored_tokens(models.value.model, tokens)
+            self.cost.add_scored_tokens(models.value, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
             )
@@ -306,7 +303,7 @@ class PPOTraining:
         """Summed policy loss of a microbatch (on a shared network plus the value loss, or that alone), metrics."""
         settings, policy, shares_network = self.settings, self.models.policy, self.models.shares_network
         count_tokens = self.cost.add_scored_tokens if value_only else self.cost.add_trained_tokens
-        count_tokens(policy.model, batch.token_count)
+        count_tokens(policy, batch.token_count)
         if shares_network:
             logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
         else:
@@ -340,7 +337,7 @@ class PPOTraining:
         """Summed value loss of a microbatch under the separate value model, without metrics."""
         value = self.models.value
         assert value is not None
-        self.cost.add_trained_tokens(value.model, batch.token_count)
+        self.cost.add_trained_tokens(value, batch.token_count)
         return self._sum_value_loss(value(batch, "values"), rollout, prompt_indices, batch.mask), {}
 
     def _sum_value_loss(

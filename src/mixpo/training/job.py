@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
+from mixpo.models.adapters import LoraSettings
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import ModelLoader
+from mixpo.models.network import Precision
 from mixpo.models.samplers import Sampler, SamplerName
 from mixpo.models.saving import save_model
 from mixpo.training.record import Cost, write_json
@@ -27,23 +29,35 @@ class StageJob:
     def __init__(self, out: Path, runtime: Runtime) -> None:
         self.out, self.runtime = out, runtime
         self.processes, self.cost = runtime.set_up_processes(), Cost()
+        self.models = ModelLoader(self.processes.device)
         self.samplers: dict[SamplerName, Sampler] = {}
 
     def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the policy in a stage's folder onto this process's device."""
-        return load_policy(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
+        """Load the policy in a stage's folder, frozen."""
+        return self.models.load_policy(locate_model_folder(stage_folder), precision)
 
     def load_reward_model(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the reward model in a stage's folder onto this process's device."""
-        return load_reward_model(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
+        """Load the reward model in a stage's folder, frozen."""
+        return self.models.load_reward_model(locate_model_folder(stage_folder), precision)
+
+    def load_trainable_policy(
+        self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load the policy in a stage's folder to train it, or new adapters on it."""
+        return self.models.load_trainable_policy(locate_model_folder(stage_folder), precision, lora)
+
+    def load_value_model(
+        self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load the reward model in a stage's folder to train it as a value model, or new adapters on it."""
+        return self.models.load_value_model(locate_model_folder(stage_folder), precision, lora)
 
     def initialize_reward_model(
-        self, stage_folder: Path, *, seed: int, precision: Precision = "float32"
+        self, stage_folder: Path, *, seed: int, precision: Precision = "float32", lora: LoraSettings | None = None
     ) -> LanguageModel:
-        """Make a reward model of the policy in a stage's folder and a random head."""
-        return initialize_reward_model(
-            locate_model_folder(stage_folder), seed=seed, device=self.processes.device, precision=precision
-        )
+        """Make a reward model to train of the policy in a stage's folder and a random head."""
+        folder = locate_model_folder(stage_folder)
+        return self.models.initialize_reward_model(folder, seed=seed, precision=precision, lora=lora)
 
     def get_sampler(self, name: SamplerName = "local") -> Sampler:
         """The engine of this name that samples completions, made at the first call."""

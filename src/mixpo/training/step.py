@@ -17,7 +17,8 @@ from mixpo.data.branches import (
     select_completions,
     split_into_microbatches,
 )
-from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Precision
 from mixpo.settings import Settings
 from mixpo.training.job import StageJob
 from mixpo.training.parallel import StageProcesses

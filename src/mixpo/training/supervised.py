@@ -76,7 +76,7 @@ class SupervisedTraining:
 
         def compute_counted_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
             """The loss of a microbatch, whose tokens are counted in the cost."""
-            self.job.cost.add_trained_tokens(self.lm.model, microbatch[0].token_count)
+            self.job.cost.add_trained_tokens(self.lm, microbatch[0].token_count)
             return compute_loss(*microbatch)
 
         for step in range(self.first_step, self.total_steps):
