@@ -129,6 +129,32 @@ def test_a_server_that_keeps_the_policy_before_is_refused(
         train_on()
 
 
+def test_small_updates_that_a_server_missed_add_up(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    """Each moves log-probs by less than those of server and policy differ anyway, by its other rounding."""
+
+    def round_otherwise(choice: dict[str, Any]) -> None:
+        logprobs = choice["logprobs"]["token_logprobs"]
+        logprobs[1:] = [value + 3e-4 * (-1) ** place for place, value in enumerate(logprobs[1:])]
+
+    def train(steps: int) -> int:
+        """Number of updates that were handed over without an error."""
+        for number in range(steps):
+            move(lm, 5e-6, 1)
+            sampler.load_policy(lm)
+            try:
+                sampler.draw(PROMPTS, **OPTIONS, seed=0)
+            except InputError as error:
+                assert "found log-probs of an earlier policy" in str(error)
+                return number
+        return steps
+
+    server.change_choice = round_otherwise
+    lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
+    assert train(steps=10) == 10
+    server.ignores_hand_over = True
+    assert 2 < train(steps=60) < 60
+
+
 def test_nothing_is_handed_over_that_did_not_change(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
     """Several draws after one hand-over; random numbers are those of seed, prompt, occurrence and branch."""
     lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
@@ -637,21 +663,21 @@ def test_vllm_keeps_what_a_sampler_promises(world: World, vllm: VLLMSampler) -> 
 @needs_vllm
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
 def test_ppo_through_vllm(world: World, tmp_path: Path, lora: dict[str, int] | None) -> None:
-    """It follows the policy at every iteration, and learns what PPO by our own sampler does."""
-    rate = {} if lora is None else {"learning_rate": 3e-3, "value_learning_rate": 3e-3}
-    settings: dict[str, Any] = {"lora": lora, "epochs": 4, "batch_size": 32, "importance_clip": 2.0, **rate}
+    """It follows the policy at every iteration; the first, of the same policy, scores what our own draws do."""
+    rate = 1e-3 if lora is None else 1e-2
+    settings: dict[str, Any] = {"lora": lora, "epochs": 2, "learning_rate": rate, "value_learning_rate": 1e-3}
     runtime = Runtime(threads=1, checkpoint_minutes=100, vllm=PYTHON, vllm_arguments=(PLAIN,))
-    served = read_metrics(world.compute(world.ppo(sampler="vllm", **settings), tmp_path / "vllm", runtime))
-    del settings["importance_clip"]
+    stage = world.ppo(sampler="vllm", importance_clip=2.0, **settings)
+    served = read_metrics(world.compute(stage, tmp_path / "vllm", runtime))
     local = read_metrics(world.compute(world.ppo(**settings), tmp_path / "local", runtime))
     assert len(served) == len(local) >= 4
     for row in served:
         assert 0 <= row["sampler_kl"] < 1e-6
         assert 1 <= row["sampler_max_ratio"] < 1.01
-    for name in ("score", "completion_tokens", "entropy", "kl_from_sft"):
-        one, other = (np.array([row[name] for row in rows]) for rows in (served, local))
-        assert abs(one.mean() - other.mean()) < 0.5 * max(other.std(), abs(other.mean())), name
-    assert abs(served[-1]["kl"]) > 0.05, "it has learnt"
+        assert row["ratio"] == pytest.approx(1.0, abs=1e-4)
+    error = math.hypot(*(rows[0]["score_std"] / math.sqrt(rows[0]["completions"]) for rows in (served, local)))
+    assert abs(served[0]["score"] - local[0]["score"]) < 4 * error
+    assert abs(served[0]["kl"]) < 1e-3 < 0.1 < max(abs(row["kl"]) for row in served), "the policy has moved"
 
 
 @pytest.mark.heavy
