@@ -537,3 +537,57 @@ def test_a_moved_cache_keeps_its_adapters(tiny: TinyWorld, tmp_path: Path) -> No
     assert adapters.base == tmp_path / "other" / "base"
     lm.folder = tmp_path / "other" / "base"
     assert save_model(lm, tmp_path / "other" / "again") == digest
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """Matrices of bitsandbytes have 64 columns or more."""
+    return TinyWorld(tmp_path_factory.mktemp("wider"), width=64)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_base_in_four_bits_is_shared_and_its_adapters_are_those_of_the_whole_model(
+    wider: TinyWorld, tmp_path: Path, precision: Any
+) -> None:
+    """Values of the base against bitsandbytes' own reading of what it quantized."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    base, batch = locate_model_folder(wider.build(wider.policy)), pack_branches(PROMPTS, COMPLETIONS)
+    lora, loader = LoraSettings(rank=2, quantize_base=True), ModelLoader(CPU)
+    policy = loader.load_trainable_policy(base, precision, lora)
+    reference = loader.load_policy(base, precision)
+    assert reference.network is policy.network
+    layer = policy.model.get_submodule("model.layers.0.mlp.up_proj").base_layer
+    assert layer.weight.dtype == torch.uint8
+    whole = ModelLoader(CPU).load_policy(base, precision)
+    with torch.no_grad():
+        for name, module in whole.model.named_modules():
+            if name.endswith("_proj"):
+                packed = policy.model.get_submodule(f"{name}.base_layer").weight
+                module.weight.copy_(functional.dequantize_4bit(packed.data, packed.quant_state))
+        tolerance = 1e-4 if precision == "float32" else 0.05
+        expected = whole(batch, "logprobs")
+        torch.testing.assert_close(reference(batch, "logprobs"), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(policy(batch, "logprobs"), reference(batch, "logprobs"))
+    assert policy.count_multiplied_weights()[1] == sum(whole.count_multiplied_weights())
+    randomize_trained_weights(policy)
+    policy(batch, "logprobs").sum().backward()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+    save_model(policy, tmp_path / "saved")
+    assert read_adapter_folder(tmp_path / "saved").base == base.resolve()
+    on_whole = ModelLoader(CPU).load_policy(tmp_path / "saved", precision)
+    assert on_whole.model.get_submodule("model.layers.0.mlp.up_proj").base_layer.weight.dtype != torch.uint8
+
+
+def test_every_stage_trains_on_a_base_in_four_bits(wider: TinyWorld) -> None:
+    pytest.importorskip("bitsandbytes")
+    for kind in ("sft", "reward", "dpo", "ppo"):
+        out = wider.run(getattr(wider, kind)(lora={"rank": 2, "quantize_base": True}))
+        assert holds_adapters(locate_model_folder(out))
+    assert read_metrics(out)[0]["kl_abs_per_token"] < 1e-3, "the reference is held in four bits too"
+
+
+def test_without_bitsandbytes_four_bits_are_refused(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    base = locate_model_folder(tiny.build(tiny.policy))
+    with pytest.raises(InputError, match=r"^lora.quantize_base: found no package bitsandbytes; .*mixpo\[qlora\]"):
+        ModelLoader(CPU).load_trainable_policy(base, lora=LoraSettings(quantize_base=True))

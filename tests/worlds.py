@@ -139,13 +139,13 @@ HH = "\n\nHuman: {0}\n\nAssistant: {1}"
 class TinyWorld(CachedStages):
     """The stages of the embedded world on a model of two layers, and on few rows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, width: int = 32) -> None:
         super().__init__(folder / "cache", TINY_RUNTIME)
         self.folder, self.numbers = folder, count()
         tokenizer = build_world_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,

@@ -27,6 +27,9 @@ class LoraSettings(Settings):
     """Names of the layers that are adapted, or the last parts of their names, such as q_proj."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules, or the last parts of them, that train whole and are saved with the adapters."""
+    quantize_base: bool = False
+    """Hold the matrices of frozen models in 4 bits while training (QLoRA, Dettmers et al. 2023); needs bitsandbytes.
+    The adapters stay those of the whole model, on which they are sampled from and evaluated."""
 
 
 def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> None:
@@ -163,6 +166,9 @@ def freeze_network(network: Network) -> None:
     if network.precision != "bfloat16":
         return
     model = network.model
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # of bitsandbytes
+            module.compute_dtype = torch.bfloat16
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     narrow = set[int]()
     for _, module in iterate_matrix_modules(model):
@@ -171,7 +177,7 @@ def freeze_network(network: Network) -> None:
     narrow |= {id(weight) for weight in model.parameters() if weight.ndim == 3}  # all experts of a layer
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if module is embedding and weight.dtype == torch.bfloat16:
+            if (module is embedding and weight.dtype == torch.bfloat16) or not weight.is_floating_point():
                 continue
             dtype = torch.bfloat16 if id(weight) in narrow and module is not embedding else torch.float32
             if weight.dtype != dtype:
@@ -186,7 +192,9 @@ def compute_in_float32(model: nn.Module) -> Iterator[None]:
     handles = []
     for module in model.modules():
         held = {
-            name: weight for name, weight in module.named_parameters(recurse=False) if weight.dtype != torch.float32
+            name: weight
+            for name, weight in module.named_parameters(recurse=False)
+            if weight.is_floating_point() and weight.dtype != torch.float32
         }
         if held:
 

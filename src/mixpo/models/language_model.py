@@ -108,7 +108,9 @@ class LanguageModel:
         unused = self.model.get_output_embeddings() if self.is_reward_model else None
         for name, module in iterate_matrix_modules(self.network):
             if self._computes_with(name) and module is not unused:
-                counts[module.weight.requires_grad] += module.weight.numel()
+                linear = isinstance(module, nn.Linear)  # in 4 bits, two weights are one number
+                size = module.in_features * module.out_features if linear else module.weight.numel()
+                counts[module.weight.requires_grad] += size
         for weight in self.parameters():
             if weight.ndim == 3:  # all experts of a layer
                 visited = getattr(self.model.config.get_text_config(), "num_experts_per_tok", len(weight))

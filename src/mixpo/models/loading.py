@@ -40,6 +40,9 @@ from mixpo.models.reward_heads import (
 from mixpo.models.saving import refuse_non_finite_weights
 from mixpo.models.verification import compute_reference_outputs, draw_probe_tokens, verify_model
 
+NetworkKey = tuple[str, Precision, bool]
+"""Digest of a model's folder, precision, and whether it is held in 4 bits."""
+
 
 class ModelLoader:
     """Loading of the models of one computation, in which frozen models and those with adapters share what is equal.
@@ -50,8 +53,10 @@ class ModelLoader:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._networks: WeakValueDictionary[tuple[str, Precision], Network] = WeakValueDictionary()
-        self._fields: dict[tuple[str, Precision], dict[str, Any]] = {}
+        self.quantizes = False
+        """Whether frozen networks are loaded in 4 bits: from the first model with `lora.quantize_base` on."""
+        self._networks: WeakValueDictionary[NetworkKey, Network] = WeakValueDictionary()
+        self._fields: dict[NetworkKey, dict[str, Any]] = {}
         """Fields of the models without adapters on the networks, by the same keys."""
 
     def load_policy(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
@@ -84,6 +89,7 @@ class ModelLoader:
         """Load a policy to train: new adapters on the shared network, or without `lora` all weights, in float32."""
         if lora is None:
             return self._load_private_model(folder, precision)
+        self.quantizes = lora.quantize_base
         lm = self.load_policy(folder, precision)
         add_lora(lm, lora)
         return lm
@@ -94,6 +100,7 @@ class ModelLoader:
         """Load a reward model to train on as a value model, as `load_trainable_policy` loads a policy, and its head."""
         if lora is None:
             return self._load_private_model(folder, precision, is_reward_model=True)
+        self.quantizes = lora.quantize_base
         lm = self.load_reward_model(folder, precision)
         add_lora(lm, lora, "trained-value")
         return lm
@@ -104,6 +111,7 @@ class ModelLoader:
         """Make a reward model to train of a policy and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
         if lora is None:
             return self._load_private_model(policy_folder, precision, is_reward_model=True, head_seed=seed)
+        self.quantizes = lora.quantize_base
         lm = self.load_policy(policy_folder, precision)
         weight = draw_head_weight(find_head_width(lm.model.config, policy_folder), seed)
         lm.network.heads["random"] = make_score_head(weight).to(self.device)
@@ -115,13 +123,14 @@ class ModelLoader:
         self, folder: Path, precision: Precision, read_folder: Callable[[Path], ModelFolder]
     ) -> LanguageModel:
         """A new model on the one frozen network of a whole model's folder."""
-        key = compute_model_digest(folder), precision
+        key = compute_model_digest(folder), precision, self.quantizes
         network = self._networks.get(key)
         if network is not None:
             return LanguageModel(network, **self._fields[key])
         checked = read_folder(folder)
         # not in float32 first: that would take twice the memory for a moment
-        model = load_weights(checked, dtype=torch.float32 if precision == "float32" else checked.dtype)
+        dtype = torch.float32 if precision == "float32" else checked.dtype
+        model = load_weights(checked, dtype=dtype, quantize=self.quantizes)
         lm = self._wrap_and_verify_model(model, checked, precision, frozen=True)
         self._networks[key] = lm.network
         self._fields[key] = {field.name: getattr(lm, field.name) for field in fields(lm) if field.name != "network"}

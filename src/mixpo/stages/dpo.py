@@ -123,7 +123,9 @@ def _compute_reference_logprobs(
     same = digest == compute_model_digest(locate_model_folder(input_paths["policy"]))
     shared = same and not stage.lora  # nothing is trained yet
     reference = lm if shared else job.load_policy(input_paths["reference"], stage.precision)
-    stored = pairs.logprobs if pairs.sampler == format_sampler_name(digest, stage.precision) else None
+    quantized = stage.lora is not None and stage.lora.quantize_base  # pairs are sampled from whole weights
+    sampled = pairs.sampler == format_sampler_name(digest, stage.precision) and not quantized
+    stored = pairs.logprobs if sampled else None
     selected = draw_subset(range(len(pairs.prompts)), None if stored is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
     computed = resumable.score_in_portions("reference", compute_sequence_logprobs, reference, prompts, completions)
