@@ -356,7 +356,7 @@ def test_a_server_is_started_on_the_policy_and_ends_with_the_sampler(python: str
     assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
     assert sampler.server is not None
     assert sampler.server.process is not None
-    command = (tmp_path / "sampling" / "vllm.log").read_text()
+    command = (tmp_path / "vllm.log").read_text()
     for part in ("--dtype float32", "--kv-cache-memory-bytes 12345", "--seed 1", "--generation-config vllm"):
         assert part in command
     os.killpg(sampler.server.process.pid, signal.SIGKILL)
@@ -436,7 +436,7 @@ def test_a_stage_starts_the_server_that_it_is_told_to_start(tiny: TinyWorld, pyt
     job = StageJob(out, runtime)
     stage = tiny.samples(sampler="vllm")
     stage.compute(stage.locate_inputs({n: tiny.build(s) for n, s in stage.get_input_stages().items()}), job)
-    assert (out / SAMPLING / "vllm.log").read_text().split("\n")[0].endswith("--seed 1")
+    assert (out / "vllm.log").read_text().split("\n")[0].endswith("--seed 1")
     job.close()
     assert not (out / SAMPLING).exists()
 

@@ -65,6 +65,8 @@ UNUSED_TOKEN_BIAS = -100.0
 """Added to the logits of `unused_tokens`: the lowest bias that the protocol has."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM has for the highest rank of adapters."""
+UNSHARED_VARIABLES = ("PYTHONPATH", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+"""Beginnings of the names of environment variables that are about this process: its packages, and its rank."""
 
 SERVER_PROGRAM = """
 import os, runpy, signal, threading, time
@@ -134,7 +136,7 @@ class VLLMServer:
             *("--max-model-len", "auto", "--kv-cache-memory-bytes", str(cache_bytes), *arguments),
         ]
         environment = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            **{name: value for name, value in os.environ.items() if not name.startswith(UNSHARED_VARIABLES)},
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -190,13 +192,11 @@ class VLLMServer:
         except urllib.error.HTTPError as error:
             found = f"status {error.code} of {path} ({_read_error_message(error)})"
             self._report_failure(found, MissingPath if error.code == 404 else InputError)
-        except TimeoutError:
-            self._report_failure(f"no answer to {path} in {self.request_seconds:.0f} s")
         except (OSError, HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            if isinstance(reason, TimeoutError):
-                self._report_failure(f"no answer to {path} in {self.request_seconds:.0f} s")
-            self._report_failure(f"no answer to {path} ({str(reason) or type(reason).__name__})")
+            waited = isinstance(reason, TimeoutError)
+            why = f"in {self.request_seconds:.0f} s" if waited else f"({str(reason) or type(reason).__name__})"
+            self._report_failure(f"no answer to {path} {why}")
         try:
             return json.loads(answer) if answer else None
         except ValueError:
@@ -291,7 +291,8 @@ class VLLMSampler:
 
         Args:
             place: Address of a running server, or path of a Python that has vLLM, with which one is started.
-            folder: Folder for policies on their way to the server, which must see it under the same path.
+            folder: Folder for policies on their way to the server, which must see it under the same path. The output
+                of a started server is beside it, in `vllm.log`.
             cache_bytes: Size of a started server's key-value cache.
             arguments: Further command-line arguments of a started server.
             request_seconds: Longest wait for an answer.
@@ -482,14 +483,13 @@ class VLLMSampler:
         if is_server_address(self.place):
             self.server = VLLMServer(self.place.rstrip("/"), request_seconds=self.request_seconds)
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.server = VLLMServer.start(
                 Path(self.place),
                 model.absolute(),
                 precision=policy.precision,
                 cache_bytes=self.cache_bytes,
                 arguments=[*arguments, *self.arguments],
-                log=self.folder / "vllm.log",
+                log=self.folder.parent / "vllm.log",
             )
             self.server.request_seconds = self.request_seconds
         self.is_vllm = self.server.check_version()
