@@ -85,7 +85,7 @@ def batch_of(tokenizer, sides):
 
 
 def wrapped(model, tokenizer):
-    return LanguageModel(Network(model), tokenizer, tokenizer.eos_token_id)
+    return LanguageModel(Network(model), tokenizer, tokenizer.eos_token_id, head="score")
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ def build(name: str, *, lora: bool) -> LanguageModel:
     if lora:
         freeze_network(lm.network)
         add_lora(lm, LoraSettings(rank=3))
+        if lm.head is not None:
+            lm.model.score.requires_grad_(True)  # counted by PyTorch; the adapted model's is a copy
     return lm
 
 

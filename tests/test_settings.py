@@ -162,6 +162,8 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
         "rank": OtherValue(4, {"rank": 2}),
         "alpha": OtherValue(4.0, {"rank": 2}),
         "dropout": OtherValue(0.5, {"rank": 2}),
+        "modules_to_save": OtherValue(("norm",)),
+        "quantize_base": CoveringTest("test_lora.py", "test_every_stage_trains_on_a_base_in_four_bits"),
     },
     "runtime": {
         name: CoveringTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
