@@ -2,31 +2,50 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fake_vllm import FakeVLLM
 from mixpo.data.errors import InputError
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.models.sampling import SampledCompletions
+from mixpo.models.vllm_sampler import VLLMSampler
 from models import ARCHITECTURES, END, VOCABULARY, assert_plain_logprobs, tiny
 from test_sampling import PROMPTS, agrees
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "local": lambda: LocalSampler(cache_bytes=2**30),
-    "local with fixed shapes": lambda: LocalSampler(cache_bytes=2**30, fixed_shapes=True),
+
+@cache
+def start_fake_vllm() -> FakeVLLM:
+    """One for all tests of this file; of vLLM itself are those in test_vllm_sampler.py."""
+    return FakeVLLM()
+
+
+SAMPLERS: dict[str, Callable[[Path], Sampler]] = {
+    "local": lambda folder: LocalSampler(cache_bytes=2**30),
+    "local with fixed shapes": lambda folder: LocalSampler(cache_bytes=2**30, fixed_shapes=True),
+    "vllm": lambda folder: VLLMSampler(start_fake_vllm().address, folder=folder, cache_bytes=2**30),
 }
+DRAWS = {"local": 4000, "local with fixed shapes": 4000, "vllm": 600}
+"""Of one token: a request each costs more."""
 Draw = Callable[..., SampledCompletions]
 
 
 @pytest.fixture(params=SAMPLERS)
-def draw(request: pytest.FixtureRequest) -> Draw:
-    def sample(lm: Any, prompts: list[list[int]], **options: Any) -> SampledCompletions:
-        sampler = SAMPLERS[request.param]()
+def name_of_sampler(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def draw(name_of_sampler: str, tmp_path: Path) -> Draw:
+    def sample(lm: Any, prompts: list[list[int]], *, k: int | None = None, **options: Any) -> SampledCompletions:
+        sampler = SAMPLERS[name_of_sampler](tmp_path)
         sampler.load_policy(lm)
-        return sampler.draw(prompts, **options)
+        return sampler.draw(prompts, k=k or DRAWS[name_of_sampler], **options)
 
     return sample
 
@@ -75,7 +94,7 @@ def test_first_tokens_are_drawn_from_the_models_distribution_as_truncated(
     draw: Draw, settings: dict[str, float]
 ) -> None:
     lm = tiny("llama")
-    sampled_tokens = draw(lm, [[3, 4, 5]], k=4000, max_tokens=1, seed=0, **settings)
+    sampled_tokens = draw(lm, [[3, 4, 5]], max_tokens=1, seed=0, **settings)
     tokens = sampled_tokens.tokens[0, :, 0].tolist()
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1].double().numpy()
@@ -93,9 +112,11 @@ def test_first_tokens_are_drawn_from_the_models_distribution_as_truncated(
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5}, {"top_k": 1}], ids=str)
 @pytest.mark.parametrize("share", ["some", "nearly all", "all that float32 holds"])
 def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(
-    draw: Draw, settings: dict[str, float], share: str
+    draw: Draw, name_of_sampler: str, settings: dict[str, float], share: str
 ) -> None:
     """Whatever the model gives them; log-probs stay those of the whole vocabulary."""
+    if name_of_sampler == "vllm" and share != "some":
+        pytest.skip("vLLM lowers their logits by 100, and the head's bias of this test is in no Llama's folder")
     lm = tiny("llama")
     lm.unused_tokens = (11, 40, *range(60, VOCABULARY))
     head = lm.model.get_output_embeddings()

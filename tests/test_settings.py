@@ -57,6 +57,9 @@ OPTIMIZER = {
     "adam_betas": OtherValue((0.5, 0.6)),
     "max_grad_norm": OtherValue(1e-3),
 }
+SAMPLER = {
+    "sampler": CoveringTest("test_vllm_sampler.py", "test_ppo_learns_from_the_servers_completions"),
+}
 LORA = {"lora": OtherValue({"rank": 2})}
 SUPERVISED = {
     **SEEDED,
@@ -117,6 +120,7 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     },
     "samples": {
         **SEEDED,
+        **SAMPLER,
         "temperature": OtherValue(0.3),
         "top_p": OtherValue(0.3),
         "top_k": OtherValue(2),
@@ -132,6 +136,10 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
         **SEEDED,
         **OPTIMIZER,
         **LORA,
+        **SAMPLER,
+        "importance_clip": CoveringTest(
+            "test_vllm_sampler.py", "test_the_loss_is_weighted_by_the_ratio_of_policy_to_engine_up_to_the_clip"
+        ),
         "preset": OtherValue("deepspeed-chat"),
         "advantage": OtherValue("rloo", {"completions_per_prompt": 2}),
         "completions_per_prompt": OtherValue(2),
@@ -156,7 +164,7 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
         "max_kl": OtherValue(1e-6, {"epochs": 3}),
         "max_completion_tokens": OtherValue(4),
     },
-    "evaluation": {**SEEDED, "prompts": OtherValue(5), "max_completion_tokens": OtherValue(4)},
+    "evaluation": {**SEEDED, **SAMPLER, "prompts": OtherValue(5), "max_completion_tokens": OtherValue(4)},
     "gradients": {"pairs": OtherValue(2)},
     "lora": {
         "rank_stabilized": OtherValue(True, {"rank": 4}),
@@ -170,7 +178,11 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     "runtime": {
         name: CoveringTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
     }
-    | {"workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds")},
+    | {"workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds")}
+    | {
+        name: CoveringTest("test_vllm_sampler.py", "test_a_stage_starts_the_server_that_it_is_told_to_start")
+        for name in ("vllm", "vllm_arguments")
+    },
 }
 ACTING = [
     (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)

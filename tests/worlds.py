@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class CachedStages:
         """Compute a stage into a folder of its own, apart from the cache, or go on with what is in the folder."""
         folders = {name: self.build(source) for name, source in stage.get_input_stages().items()}
         out.mkdir(parents=True, exist_ok=True)
-        stage.compute(stage.locate_inputs(folders), StageJob(out, runtime or self.stage_cache.runtime))
+        with closing(StageJob(out, runtime or self.stage_cache.runtime)) as job:
+            stage.compute(stage.locate_inputs(folders), job)
         return out
 
     def load(self, stage: Stage) -> LanguageModel:

@@ -14,6 +14,7 @@ from mixpo.algorithms.ppo import (
     policy_loss,
     rloo_advantages,
     shaped_rewards,
+    truncated_importance_weights,
     value_loss,
 )
 
@@ -224,6 +225,15 @@ def test_clip_fraction_is_the_share_of_true_tokens_without_gradient(seed, clip):
     policy_loss(logprobs, old, advantages, clip=clip).sum().backward()
     stopped = [float(logprobs.grad[row, t]) == 0.0 for row, length in enumerate(LENGTHS) for t in range(length)]
     assert_close(clip_fraction(logprobs.detach(), old, advantages, mask, clip=clip), sum(stopped) / len(stopped))
+
+
+@quick
+@given(st.integers(0, 999), st.floats(1.0, 3.0))
+def test_importance_weights_are_the_ratio_up_to_the_clip(seed, clip):
+    logprobs, sampler = random(3, 5, seed=seed) - 3.0, random(3, 5, seed=seed + 1000) - 3.0
+    expected = np.minimum(np.exp(logprobs.numpy()) / np.exp(sampler.numpy()), clip)
+    assert_close(truncated_importance_weights(logprobs, sampler, clip=clip), expected)
+    assert_close(truncated_importance_weights(logprobs, logprobs, clip=clip), np.ones((3, 5)))
 
 
 def test_padding_changes_neither_the_summed_loss_nor_its_gradient_nor_the_clip_fraction():

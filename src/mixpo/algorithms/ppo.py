@@ -94,6 +94,17 @@ def policy_loss(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
 
 
+def truncated_importance_weights(
+    logprobs: Float[Tensor, "*shape"], sampler_logprobs: Float[Tensor, "*shape"], *, clip: float
+) -> Float[Tensor, "*shape"]:
+    """Truncated importance weights per token, min(pi / pi_sampler, clip) (Ionides 2008; Yao et al. 2025).
+
+    pi is the policy before the update, as the trainer computes it, and pi_sampler the engine that drew the tokens,
+    whose rounding is another. The weights multiply the policy loss.
+    """
+    return (logprobs - sampler_logprobs).exp().clamp(max=clip)
+
+
 def clip_fraction(
     logprobs: Float[Tensor, "*batch tokens"],
     old_logprobs: Float[Tensor, "*batch tokens"],

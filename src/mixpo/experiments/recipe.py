@@ -20,6 +20,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import describe_type
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.network import Precision
+from mixpo.models.samplers import SamplerName
 from mixpo.settings import Settings, format_found_and_expected
 from mixpo.stages.data import DataSettings, split_hub_name
 from mixpo.stages.dpo import DPOSettings
@@ -35,7 +36,7 @@ from mixpo.stages.sft import SFTSettings
 from mixpo.training.runtime import Runtime
 
 DEFAULT_RECIPE = "world"
-SHARED_KEYS = ("precision", "max_completion_tokens", "lora")
+SHARED_KEYS = ("precision", "max_completion_tokens", "lora", "sampler")
 """Keys that a recipe may set once for all its sections."""
 UNION_MEMBERS = ("bool", "int", "float", "str")
 """Parts that pydantic appends to the key of a value that may have several types."""
@@ -109,6 +110,7 @@ class Recipe(Settings):
     precision: Precision = "float32"
     max_completion_tokens: int = pydantic.Field(512, ge=1)
     lora: LoraSettings | None = None
+    sampler: SamplerName = "local"
     model: PretrainedSettings = PretrainedSettings()
     data: DataSettings = DataSettings()
     label_noise: LabelNoiseSettings = LabelNoiseSettings()

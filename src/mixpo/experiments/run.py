@@ -128,6 +128,8 @@ def _compute_stages(
     for stage in stages:
         stage_cache.is_done(stage)  # raises on a damaged folder before the first stage is computed
     index = {stage: n for n, stage in enumerate(stages)}
+    if any(getattr(stage, "sampler", "local") == "vllm" and not stage_cache.is_done(stage) for stage in stages):
+        stage_cache.runtime.check_vllm()
     order = TopologicalSorter(
         {n: [index[source] for source in stage.get_input_stages().values()] for stage, n in index.items()}
     )

@@ -1,10 +1,13 @@
 """The interface through which every stage samples completions, and its implementation in this process."""
 
 from collections.abc import Sequence
-from typing import NotRequired, Protocol, TypedDict, Unpack
+from typing import Literal, NotRequired, Protocol, TypedDict, Unpack
 
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions, count_cacheable_tokens, sample_completions
+
+SamplerName = Literal["local", "vllm"]
+"""Engines that draw completions: in this process, or a vLLM server (`mixpo.models.vllm_sampler`)."""
 
 
 class SamplingOptions(TypedDict):
@@ -46,6 +49,9 @@ class Sampler(Protocol):
             InputError: The model's logits are not finite.
         """
 
+    def close(self) -> None:
+        """Free what the sampler holds; nothing is drawn after it."""
+
 
 class LocalSampler:
     """A sampler in this process that reads the policy's own weights, without a copy."""
@@ -70,3 +76,6 @@ class LocalSampler:
         return sample_completions(
             self.policy, prompts, **options, token_budget=token_budget, fixed_shapes=self.fixed_shapes
         )
+
+    def close(self) -> None:
+        """Do nothing: the policy is its owner's."""

@@ -383,12 +383,17 @@ def _sample_batch(
         token_counts = [length + step + 1 for length in prompt_lengths]
         logits = steps.compute_logits(tokens, lengths[active] + step, token_counts)
 
-    if bool(logprobs_out.isnan().any()):
+    refuse_non_finite_logprobs(logprobs_out)
+    return tokens_out, logprobs_out, ended_at
+
+
+def refuse_non_finite_logprobs(logprobs: Tensor) -> None:
+    """Raise `InputError` if one of a model's log-probs is undefined."""
+    if bool(logprobs.isnan().any()):
         raise InputError(
             "sampling: found logits that are nan or infinite; expected finite ones; the model's weights are damaged or "
             "its training diverged: look at its loss, and lower the learning rate"
         )
-    return tokens_out, logprobs_out, ended_at
 
 
 def _prefill_cache(

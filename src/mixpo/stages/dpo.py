@@ -148,7 +148,7 @@ def _sample_training_prompts(
     """Sample completions of a few train prompts into `samples.jsonl`; returns their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
-    sampler = job.runtime.make_sampler()
+    sampler = job.get_sampler()
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
     job.cost.add_sampled_tokens(lm, int(sampled.mask.sum()), sum(map(len, prompts)))

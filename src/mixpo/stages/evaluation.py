@@ -17,6 +17,7 @@ from mixpo.algorithms.kl import kl_bound_of_best_of_n
 from mixpo.data.errors import InputError
 from mixpo.data.world import true_reward
 from mixpo.models.digests import compute_model_digest
+from mixpo.models.samplers import SamplerName
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
 from mixpo.stages.rows import read_unique_prompts, write_table
 from mixpo.stages.stage import DataStage, PolicyStage, RewardStage, Snapshot, Stage
@@ -31,6 +32,8 @@ class EvaluationSettings(SeededSettings):
     Sampling is always at temperature 1 without truncation, so that reward and KL are of the same distribution.
     """
 
+    sampler: SamplerName = "local"
+    """`vllm` draws completions on a vLLM server (`runtime.vllm`)."""
     prompts: int | None = pydantic.Field(256, ge=1)
     """Number of test prompts, a random subset that is the same for every arm and seed; all if null."""
     max_completion_tokens: int = pydantic.Field(512, ge=1)
@@ -64,7 +67,12 @@ class Evaluation(Stage, EvaluationSettings):
             )
         resumable = ResumableWork(job)
         completions, sampled_logprobs = resumable.sample_in_portions(
-            lm, prompts, k=self.best_of, max_tokens=self.max_completion_tokens, seed=self.seed
+            lm,
+            prompts,
+            k=self.best_of,
+            max_tokens=self.max_completion_tokens,
+            seed=self.seed,
+            sampler_name=self.sampler,
         )
 
         def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
@@ -84,6 +92,9 @@ class Evaluation(Stage, EvaluationSettings):
             kl = torch.full((len(prompts),), kl_bound_of_best_of_n(self.best_of))
         else:
             logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
+            if self.sampler != "local":  # a server's are higher by its KL to the policy
+                logprobs = resumable.score_in_portions("policy", compute_sequence_logprobs, lm, prompts, completions)
+                logprobs = logprobs[:, 0]
             sft = job.load_policy(input_paths["sft"], self.precision)
             sft_logprobs = resumable.score_in_portions("sft", compute_sequence_logprobs, sft, prompts, completions)
             kl = logprobs - sft_logprobs[:, 0]

@@ -25,6 +25,7 @@ from mixpo.algorithms.ppo import (
     policy_loss,
     rloo_advantages,
     shaped_rewards,
+    truncated_importance_weights,
     value_loss,
 )
 from mixpo.data.branches import BranchBatch, count_tokens_per_prompt
@@ -34,7 +35,7 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_outputs, compute_scores, compute_token_logprobs, retokenize_for_reward
-from mixpo.stages.ppo_kl import check_kl_limits, compute_kl_metrics
+from mixpo.stages.ppo_kl import check_kl_limits, compute_kl_metrics, compute_sampler_mismatch
 from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
 from mixpo.stages.ppo_settings import (
     PPOSettings,
@@ -141,9 +142,13 @@ class Rollout:
 
     prompts: list[list[int]]
     completions: SampledCompletions
+    logprobs: Float[Tensor, "prompts k tokens"]
+    """Of the policy before the update, as it computes them itself."""
     advantages: Float[Tensor, "prompts k tokens"]
     values: Float[Tensor, "prompts k tokens"] | None
     returns: Float[Tensor, "prompts k tokens"] | None
+    importance_weights: Float[Tensor, "prompts k tokens"] | None
+    """Factors of the policy loss, for completions of another engine; None for 1."""
 
 
 class PPOTraining:
@@ -160,7 +165,7 @@ class PPOTraining:
     ) -> None:
         self.job, self.settings, self.models, self.frozen = job, settings, models, frozen
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
-        self.sampler, self.cost = job.runtime.make_sampler(), job.cost
+        self.sampler, self.cost = job.get_sampler(settings.sampler), job.cost
         self.total_steps = max(1, round(settings.epochs * -(-len(prompts) // settings.batch_size)))
         self.updates_before = count_updates_before_iterations(settings, len(prompts), self.total_steps)
 
@@ -182,6 +187,15 @@ class PPOTraining:
         mask, logprobs = completions.mask, completions.logprobs
         tokens = sum(map(len, prompts)) + int(mask.sum())
         self.cost.add_sampled_tokens(policy, int(mask.sum()), sum(map(len, prompts)))
+        importance_weights, mismatch = None, dict[str, float]()
+        if settings.sampler != "local":
+            logprobs = compute_token_logprobs(policy, prompts, completions, token_budget=budget)
+            self.cost.add_scored_tokens(policy, tokens)
+            mismatch = compute_sampler_mismatch(logprobs, completions.logprobs, mask)
+            if settings.importance_clip is not None:
+                importance_weights = truncated_importance_weights(
+                    logprobs, completions.logprobs, clip=settings.importance_clip
+                )
 
         # Score
         rows_text = [self.prompts[row] for row in prompt_indices]
@@ -230,6 +244,7 @@ class PPOTraining:
             "score_std": float(scores.std(correction=0)),
             "reward": float(rewards.sum(dim=-1).mean()),
             **compute_kl_metrics(logprobs, reference_logprobs, sft_logprobs, mask),
+            **mismatch,
             "completion_tokens": float(completions.lengths.float().mean()),
             "end_rate": float(completions.ended.float().mean()),
             "distinct": len({tuple(c) for branches in completions.to_lists() for c in branches}) / mask[..., 0].numel(),
@@ -240,7 +255,7 @@ class PPOTraining:
         }
         if values is not None and returns is not None:
             metrics["value_explained_variance"] = float(explained_variance(values, returns, mask))
-        return Rollout(prompts, completions, advantages, values, returns), metrics
+        return Rollout(prompts, completions, logprobs, advantages, values, returns, importance_weights), metrics
 
     def update_on_rollout(self, iteration: int, rollout: Rollout) -> dict[str, float]:
         """Update policy and value model on a rollout, in place; returns the mean metrics of the updates."""
@@ -294,9 +309,12 @@ class PPOTraining:
         else:
             logprobs, entropies = policy(batch, "logprobs", "entropies")
         mask, number = batch.mask, batch.mask.sum()
-        old_logprobs = _select_prompt_values(rollout.completions.logprobs, prompt_indices, mask)
+        old_logprobs = _select_prompt_values(rollout.logprobs, prompt_indices, mask)
         advantages = _select_prompt_values(rollout.advantages, prompt_indices, mask)
-        summed = (policy_loss(logprobs, old_logprobs, advantages, clip=settings.clip) * mask).sum()
+        losses = policy_loss(logprobs, old_logprobs, advantages, clip=settings.clip) * mask
+        if rollout.importance_weights is not None:
+            losses = losses * _select_prompt_values(rollout.importance_weights, prompt_indices, mask)
+        summed = losses.sum()
         with torch.no_grad():
             clipped = clip_fraction(logprobs, old_logprobs, advantages, mask, clip=settings.clip)
             metrics = {

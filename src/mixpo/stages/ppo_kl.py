@@ -33,6 +33,23 @@ def compute_kl_metrics(
     }
 
 
+def compute_sampler_mismatch(
+    logprobs: Float[Tensor, "prompts k tokens"],
+    sampler_logprobs: Float[Tensor, "prompts k tokens"],
+    mask: Bool[Tensor, "prompts k tokens"],
+) -> dict[str, float]:
+    """How far another engine's log-probs of its own draws are from the policy's, as metrics.
+
+    `sampler_kl` is the KL from engine to policy in nats a token, `sampler_max_ratio` the largest ratio of both
+    probabilities of a token.
+    """
+    difference = (logprobs - sampler_logprobs)[mask].abs()
+    return {
+        "sampler_kl": float(masked_mean(kl_k3(sampler_logprobs, logprobs), mask)),
+        "sampler_max_ratio": float(difference.max().exp()),
+    }
+
+
 def check_kl_limits(
     settings: PPOSettings, metrics: Mapping[str, float], *, iteration: int, starts_at_reference: bool
 ) -> None:

@@ -8,6 +8,7 @@ import pydantic
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapters import LoraSettings
+from mixpo.models.samplers import SamplerName
 from mixpo.training.step import OptimizerSettings, suggest_divergence_remedies
 
 DEEPSPEED_CHAT: dict[str, Any] = {
@@ -76,6 +77,11 @@ class PPOSettings(OptimizerSettings):
     gae_lambda: float = pydantic.Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
     clip: float = pydantic.Field(0.2, gt=0)
+    sampler: SamplerName = "local"
+    """`vllm` draws completions on a vLLM server (`runtime.vllm`)."""
+    importance_clip: float | None = pydantic.Field(None, ge=1)
+    """With `sampler: vllm`, a token's policy loss is weighted by its probability under the policy over that under the
+    server, at most this; not weighted if not given."""
     value_clip: float | None = pydantic.Field(0.2, gt=0)
     value_init: Literal["reward", "policy", "shared"] = "reward"
     """The value model starts from the reward model, head included; from the policy with a new head; or is a head on
@@ -107,6 +113,11 @@ class PPOSettings(OptimizerSettings):
             raise InputError(
                 f"ppo.kl_budget: found beside kl_target {self.kl_target} and kl_coef {self.kl_coef:g}; expected no "
                 "kl_target and a kl_coef above 0, which the budget's controller multiplies"
+            )
+        if self.importance_clip is not None and self.sampler == "local":
+            raise InputError(
+                f"ppo.importance_clip: found {self.importance_clip:g} with sampler: local, which draws from the policy "
+                "itself; expected none, or sampler: vllm"
             )
         if self.advantage != "gae" and self.completions_per_prompt < 2:
             raise InputError(

@@ -15,6 +15,7 @@ from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, tokenize_row
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Precision
+from mixpo.models.samplers import SamplerName
 from mixpo.training.record import progress_listener
 
 
@@ -61,9 +62,9 @@ def read_table_metadata(path: Path) -> dict[str, str]:
     return {name[6:]: value for name, value in entries.items() if name.startswith("mixpo.")}
 
 
-def format_sampler_name(model_digest: str, precision: Precision) -> str:
-    """Name, as text, of the model and precision by which completions and their log-probs are sampled."""
-    return f"{model_digest} {precision}"
+def format_sampler_name(model_digest: str, precision: Precision, sampler: SamplerName = "local") -> str:
+    """Name, as text, of the model, precision and engine by which completions and their log-probs are sampled."""
+    return " ".join([model_digest, precision, *([] if sampler == "local" else [sampler])])
 
 
 def add_token_columns(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pydantic
 
 from mixpo.algorithms.selection import compute_score_gaps, order_by_score
 from mixpo.models.digests import compute_model_digest
+from mixpo.models.samplers import SamplerName
 from mixpo.models.scoring import compute_scores, retokenize_for_reward
 from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, ScoredPairsStage
@@ -19,6 +20,8 @@ from mixpo.training.step import SeededSettings
 class SamplesSettings(SeededSettings):
     """Settings of sampling pairs of completions for the selection."""
 
+    sampler: SamplerName = "local"
+    """`vllm` draws completions on a vLLM server (`runtime.vllm`)."""
     temperature: float = pydantic.Field(1.0, gt=0)
     top_p: float = pydantic.Field(1.0, gt=0, le=1)
     top_k: int = pydantic.Field(0, ge=0)
@@ -58,6 +61,7 @@ class Samples(ScoredPairsStage, SamplesSettings):
             k=2,
             max_tokens=self.max_completion_tokens,
             seed=self.seed,
+            sampler_name=self.sampler,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -78,7 +82,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
             }
             for row, order in enumerate(order_by_score(scores).tolist())
         ]
-        sampler = format_sampler_name(compute_model_digest(locate_model_folder(input_paths["policy"])), self.precision)
+        digest = compute_model_digest(locate_model_folder(input_paths["policy"]))
+        sampler = format_sampler_name(digest, self.precision, self.sampler)
         write_table(job.out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
         ended = [lm.has_ended(completion) for branches in completions for completion in branches]
         job.finish_stage(

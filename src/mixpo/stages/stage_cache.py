@@ -9,7 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ class StageCache:
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
                 folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
                 memory.reset_peak_memory()
-                stage.compute(stage.locate_inputs(folders), StageJob(out, self.runtime))
+                with closing(StageJob(out, self.runtime)) as job:
+                    stage.compute(stage.locate_inputs(folders), job)
         return out
 
     def compute_with_inputs(self, stage: Stage) -> Path:

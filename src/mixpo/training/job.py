@@ -7,12 +7,15 @@ from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
 from mixpo.models.network import Precision
+from mixpo.models.samplers import Sampler, SamplerName
 from mixpo.models.saving import save_model
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
 
 SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "portions.jsonl"
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
+SAMPLING = "sampling"
+"""Folder in a stage's folder from which a server that samples reads policies."""
 
 
 def locate_model_folder(stage_folder: Path) -> Path:
@@ -27,6 +30,7 @@ class StageJob:
         self.out, self.runtime = out, runtime
         self.processes, self.cost = runtime.set_up_processes(), Cost()
         self.models = ModelLoader(self.processes.device, checkpoints_activations=runtime.activation_checkpointing)
+        self.samplers: dict[SamplerName, Sampler] = {}
 
     def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
         """Load the policy in a stage's folder, frozen."""
@@ -54,6 +58,17 @@ class StageJob:
         """Make a reward model to train of the policy in a stage's folder and a random head."""
         folder = locate_model_folder(stage_folder)
         return self.models.initialize_reward_model(folder, seed=seed, precision=precision, lora=lora)
+
+    def get_sampler(self, name: SamplerName = "local") -> Sampler:
+        """The engine of this name that samples completions, made at the first call."""
+        if name not in self.samplers:
+            self.samplers[name] = self.runtime.make_sampler(name, self.out / SAMPLING)
+        return self.samplers[name]
+
+    def close(self) -> None:
+        """End the servers that samplers have started."""
+        for sampler in self.samplers.values():
+            sampler.close()
 
     def save_model(self, lm: LanguageModel) -> str:
         """Write the model to `model/` in the job's folder; returns the digest of its files."""

@@ -19,6 +19,7 @@ from mixpo.data.branches import (
     split_into_microbatches,
 )
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.samplers import SamplerName
 from mixpo.models.sampling import count_cacheable_tokens, count_earlier_occurrences
 from mixpo.training.job import PORTIONS, StageJob
 from mixpo.training.record import make_progress_reporter, read_jsonl, write_text
@@ -34,7 +35,7 @@ class ResumableWork:
     """
 
     def __init__(self, job: StageJob) -> None:
-        self.path, self.cost, self.runtime = job.out / PORTIONS, job.cost, job.runtime
+        self.job, self.path, self.cost, self.runtime = job, job.out / PORTIONS, job.cost, job.runtime
         self.lines = read_jsonl(self.path)
         self.seconds = defaultdict[str, float](float)
         """Seconds of each computation by its name, those of earlier runs included."""
@@ -80,6 +81,7 @@ class ResumableWork:
         *,
         k: int,
         max_tokens: int,
+        sampler_name: SamplerName = "local",
         **sampling: Any,
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
         """Sample k completions of every prompt, resumably; returns (tokens, log-probs) as nested lists."""
@@ -92,7 +94,7 @@ class ResumableWork:
             self.cost.add_sampled_tokens(lm, int(sampled.mask.sum()), sum(map(len, portion)))
             return list(zip(sampled.to_lists(), convert_to_unpadded_lists(sampled.logprobs, sampled.mask), strict=True))
 
-        sampler = self.runtime.make_sampler()
+        sampler = self.job.get_sampler(sampler_name)
         sampler.load_policy(lm)
         occurrences = count_earlier_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]

@@ -1,12 +1,15 @@
 """Runtime settings of stages: device, threads and batch sizes in tokens, none of which changes results."""
 
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import torch
 
-from mixpo.models.samplers import LocalSampler, Sampler
+from mixpo.data.errors import InputError
+from mixpo.models.samplers import LocalSampler, Sampler, SamplerName
+from mixpo.models.vllm_sampler import VLLMSampler, check_vllm
 from mixpo.settings import Settings
 from mixpo.training import memory
 from mixpo.training.parallel import StageProcesses
@@ -35,6 +38,11 @@ class Runtime(Settings):
     offload_optimizer: bool = False
     """Keep the optimizer's moments, 8 bytes a trained weight, in CPU memory; each step takes them to the GPU and back.
     """
+    vllm: str | None = None
+    """For `sampler: vllm`: the address of a running server, or the path of a Python that has vLLM, with which every
+    stage that samples starts one."""
+    vllm_arguments: tuple[str, ...] = ()
+    """Further command-line arguments of a vLLM server that a stage starts."""
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
     """Time between two checkpoints of a stage; 0 writes one after every step."""
 
@@ -68,9 +76,25 @@ class Runtime(Settings):
         """Bytes of the key-value cache while sampling."""
         return round(self.sampling_gib * 2**30)
 
-    def make_sampler(self) -> Sampler:
-        """Make the engine with which all stages sample completions."""
-        return LocalSampler(cache_bytes=self.sampling_bytes, fixed_shapes=self.cuda_graphs)
+    def make_sampler(self, name: SamplerName, folder: Path) -> Sampler:
+        """Make the engine with which a stage samples completions; a server reads policies from the folder."""
+        if name == "local":
+            return LocalSampler(cache_bytes=self.sampling_bytes, fixed_shapes=self.cuda_graphs)
+        place = self._require_vllm()
+        return VLLMSampler(place, folder=folder, cache_bytes=self.sampling_bytes, arguments=self.vllm_arguments)
+
+    def check_vllm(self) -> None:
+        """Raise `InputError` unless `vllm` names a supported server, or a Python that has vLLM."""
+        check_vllm(self._require_vllm())
+
+    def _require_vllm(self) -> str:
+        """The setting `vllm`. Raises `InputError` if it is not given."""
+        if self.vllm is None:
+            raise InputError(
+                "runtime.vllm: found nothing, with sampler: vllm; expected the address of a vLLM server, such as "
+                "http://127.0.0.1:8000, or the path of a Python that has vLLM; see docs/vllm.md"
+            )
+        return self.vllm
 
 
 def count_cores() -> int:
