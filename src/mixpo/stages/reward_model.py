@@ -74,9 +74,9 @@ class RewardModel(RewardStage, RewardModelSettings):
             "data.second_rows)",
         )
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
-        training, budget = SupervisedTraining(job, self, lm, prompts, completions), job.runtime.microbatch_tokens
+        training = SupervisedTraining(job, self, lm, prompts, completions)
         if self.head == "fitted" and training.first_step == 0:
-            states = compute_last_states(lm, prompts, completions, token_budget=budget)
+            states = job.compute_numbers(compute_last_states, lm, prompts, completions)
             job.cost.add_scored_tokens(lm.model, sum(count_tokens_per_prompt(prompts, completions)))
             lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
 
@@ -104,12 +104,13 @@ class RewardModel(RewardStage, RewardModelSettings):
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
-            scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
+            scores = job.compute_numbers(compute_scores, saved, prompts, completions).double().numpy()
             job.cost.add_scored_tokens(saved.model, sum(count_tokens_per_prompt(prompts, completions)))
-            write_table(
-                job.out / f"{name}_scores.parquet",
-                [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
-            )
+            if job.processes.is_main_process:
+                write_table(
+                    job.out / f"{name}_scores.parquet",
+                    [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
+                )
             accuracies[name] = _summarize_accuracy(scores)
         accuracies["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = accuracies["test"]["accuracy"], accuracies["test"]["accuracy_interval"]

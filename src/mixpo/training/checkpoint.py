@@ -67,7 +67,20 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def restore_states(self) -> tuple[int, dict[str, Any]]:
-        """Restore from the file: (next step, extra values), or (0, {}) if none. Raises `InputError` if damaged."""
+        """Restore from the file: (next step, extra values), or (0, {}) if none; called by every process.
+
+        Raises `InputError` if it is damaged, or if the processes do not see the same one.
+        """
+        step, extra = self._read_states()
+        if len(steps := set(self.processes.gather(step))) > 1:
+            raise InputError(
+                f"{self.path}: found checkpoints before the steps {sorted(steps)} in the processes of one stage; expected "
+                "one file system that all of them read; set `cache` to a folder there"
+            )
+        return step, extra
+
+    def _read_states(self) -> tuple[int, dict[str, Any]]:
+        """Restore the parts from the file, if there is one; returns (next step, extra values)."""
         if not self.path.exists():
             return 0, {}
         try:

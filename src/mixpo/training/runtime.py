@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pydantic
 import torch
 
+from mixpo.data.errors import InputError
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.settings import Settings
 from mixpo.training import memory
@@ -29,14 +30,6 @@ class Runtime(Settings):
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
     """Time between two checkpoints of a stage; 0 writes one after every step."""
 
-    @pydantic.field_validator("device")
-    @classmethod
-    def _check_device(cls, device: str) -> str:
-        """Validator: raise ValueError for `cuda` without a GPU."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("cpu or auto here: torch finds no CUDA device")
-        return device
-
     @pydantic.field_validator("workers", mode="before")
     @classmethod
     def _resolve_workers(cls, workers: Any, others: pydantic.ValidationInfo) -> Any:
@@ -47,12 +40,25 @@ class Runtime(Settings):
             return workers
         return 1 if torch.cuda.is_available() and others.data.get("device") != "cpu" else count_cores()
 
-    def set_up_processes(self) -> StageProcesses:
-        """Set this process's threads and malloc, and choose its device; returns the stage's processes."""
+    def set_up_processes(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> StageProcesses:
+        """Set this process's threads and malloc, and choose its device; returns the processes of a stage.
+
+        `local_rank` numbers the processes of one machine, each of which takes the GPU of its number. Raises
+        `InputError` if there is no such GPU.
+        """
         torch.set_num_threads(self.threads or count_cores())
         memory.keep_freed_memory()
-        cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
-        return StageProcesses(torch.device("cuda" if cuda else "cpu"))
+        device = torch.device("cpu")
+        if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()):
+            if torch.cuda.device_count() <= local_rank:
+                raise InputError(
+                    f"runtime.device: found {self.device!r} for process {local_rank + 1} of a machine; expected a CUDA "
+                    f"device for each, but torch finds {torch.cuda.device_count() or 'none'}; set runtime.device=cpu, or "
+                    "start fewer processes"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        return StageProcesses(device, rank, count)
 
     @property
     def sampling_bytes(self) -> int:

@@ -106,9 +106,11 @@ def iterate_microbatches(
     job: StageJob, lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, batch_rows: Sequence[int]
 ) -> Iterator[tuple[BranchBatch, list[int]]]:
     """Yield (branch batch, its row indices) of this process's share of a batch, on the model's device."""
-    rows = job.processes.select_own_rows(batch_rows)
-    lengths = count_tokens_per_prompt([prompts[row] for row in rows], select_completions(completions, rows))
-    for part in split_into_microbatches(lengths, job.runtime.microbatch_tokens):
+    lengths = count_tokens_per_prompt([prompts[row] for row in batch_rows], select_completions(completions, batch_rows))
+    longest_first = sorted(range(len(batch_rows)), key=lambda index: -lengths[index])
+    own = job.processes.select_own_rows(longest_first)
+    rows = [batch_rows[index] for index in own]
+    for part in split_into_microbatches([lengths[index] for index in own], job.runtime.microbatch_tokens):
         selected = [rows[index] for index in part]
         batch = pack_branches(prompts, completions, selected, share_prompt=lm.shares_prompts)
         yield batch.to(lm.device), selected
@@ -127,30 +129,41 @@ def take_optimizer_step(
     """Take one optimizer step on the microbatches' summed losses / `loss_divisor`; returns the metrics' means.
 
     `compute_loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `loss_divisor`, the
-    tokens or pairs of the whole batch, so that microbatches and processes change nothing but rounding. Also returned:
-    `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`, before weights change, if the loss or the
-    gradient is not finite.
+    tokens or pairs of the whole batch, and gradients are summed over the processes, so that microbatches and processes
+    change nothing but rounding. Also returned: `loss`, `grad_norm` (before clipping), `learning_rate`. Raises
+    `Diverged`, in every process and before weights change, if the loss or the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own_loss = 0.0
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for microbatch in microbatches:
         summed, metrics = compute_loss(microbatch)
-        if not bool(torch.isfinite(summed)):
-            raise Diverged(f"the loss is {float(summed)}")
-        (summed * processes.count / loss_divisor).backward()  # to be averaged over the processes
-        total += float(summed.detach()) / loss_divisor
+        (summed / loss_divisor).backward()
+        own_loss += float(summed.detach()) / loss_divisor
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
             counts[name] = counts.get(name, 0.0) + float(number)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    losses, all_sums, all_counts = zip(*processes.gather((own_loss, sums, counts)), strict=True)
+    if not math.isfinite(sum(losses)):
+        raise Diverged(f"the loss is {sum(losses)}")
+    processes.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if not math.isfinite(norm):
         raise Diverged(f"the norm of the gradient is {norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    sums, counts = ({name: processes.sum_over_processes(x) for name, x in part.items()} for part in (sums, counts))
+    sums, counts = _add_up(all_sums), _add_up(all_counts)
     means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
-    return {"loss": processes.sum_over_processes(total), **means, "grad_norm": norm, "learning_rate": learning_rate}
+    return {"loss": sum(losses), **means, "grad_norm": norm, "learning_rate": learning_rate}
+
+
+def _add_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by name of the numbers that several mappings hold."""
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, number in part.items():
+            sums[name] = sums.get(name, 0.0) + number
+    return sums
