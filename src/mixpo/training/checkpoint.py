@@ -74,8 +74,8 @@ class Checkpoint:
         step, extra = self._read_states()
         if len(steps := set(self.processes.gather(step))) > 1:
             raise InputError(
-                f"{self.path}: found checkpoints before the steps {sorted(steps)} in the processes of one stage; expected "
-                "one file system that all of them read; set `cache` to a folder there"
+                f"{self.path}: found checkpoints before the steps {sorted(steps)} in the processes of one stage; "
+                "expected one file system that all of them read; set `cache` to a folder there"
             )
         return step, extra
 
