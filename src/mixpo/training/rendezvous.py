@@ -58,7 +58,7 @@ class Rendezvous:
 
         Where it is left by an exception, every process raises the one that was raised first in any of them.
         """
-        store = PrefixStore(f"in stage {self.stages}", self.store)
+        store: Any = PrefixStore(f"in stage {self.stages}", self.store)
         self.stages += 1
         try:
             processes = runtime.set_up_processes(self.rank, self.count, self.local_rank)
@@ -71,11 +71,13 @@ class Rendezvous:
             )
             yield processes
         except Exception as error:
-            if store.add("failures", 1) == 1:
+            is_first = store.add("failures", 1) == 1
+            if is_first:
                 store.set("first failure", _pickle_error(error, self.rank, self.count))
             self._leave(store, wait=True)
-            first: Exception = pickle.loads(store.get("first failure"))
-            raise first from error
+            if is_first:
+                raise
+            raise pickle.loads(store.get("first failure")) from error
         else:
             self._leave(store, wait=False)
         finally:
