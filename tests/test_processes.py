@@ -1,8 +1,12 @@
 """One stage in two processes: the same rows, losses and weights as in one, and no process that waits for ever."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.workers import ProcessPool, StageFailure
+from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.results import load_runs, read_evaluation_summary
+from mixpo.experiments.run import run_recipe
+from mixpo.experiments.workers import ProcessPool, StageFailure, assign_devices, open_executor
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import sample_completions
 from mixpo.stages.rows import read_table
@@ -21,7 +28,8 @@ from mixpo.stages.stage_cache import StageCache, read_stage_summary
 from mixpo.training import parallel
 from mixpo.training.parallel import SharedSampler, StageProcesses
 from mixpo.training.record import MetricsLog, read_metrics
-from mixpo.training.runtime import Runtime
+from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
+from mixpo.training.runtime import Runtime, list_gpu_names
 from mixpo.training.step import Diverged, OptimizerSettings, make_optimizer, take_optimizer_step
 from models import tiny as tiny_model
 from process_pairs import FailingInOne, ProcessPair, start_process_pair
@@ -41,10 +49,8 @@ def share_rows(processes: StageProcesses, count: int) -> Any:
     def compute(rows: list[int]) -> list[torch.Tensor]:
         computed.extend(rows)
         longest = max(rows)
-        return [
-            torch.tensor([[float(row)] * row + [0.0] * (longest - row) for row in rows]),
-            torch.tensor([[row] for row in rows]),
-        ]
+        padded = torch.tensor([[float(row)] * row + [0.0] * (longest - row) for row in rows])
+        return [padded, torch.tensor([[row] for row in rows])]
 
     order = sorted(range(count), reverse=True)
     padded, numbers = processes.compute_tensors(count, compute, order=order)
@@ -214,7 +220,7 @@ def assert_same_folders(one: Path, other: Path) -> None:
             for row, expected_row in zip(read_table(other / name), read_table(one / name), strict=True):
                 for key, value in expected_row.items():
                     if key == "logprobs":
-                        row[key], value = (sum(branches, []) for branches in (row[key], value))
+                        row[key], value = (list(chain(*branches)) for branches in (row[key], value))
                     is_number = isinstance(value, float) or key in ("scores", "logprobs")
                     assert row[key] == (pytest.approx(value, **rounding) if is_number else value), (name, key)
         elif name in ("completions.jsonl", "samples.jsonl"):
@@ -289,3 +295,117 @@ def test_a_process_that_raises_or_dies_ends_the_stage_with_its_own_error(two: St
     with pytest.raises(InputError, match=r"runtime\.processes: found 2, and one of the processes was killed"):
         two.compute(FailingInOne(how="dies"))
     two.pool.busy.clear()
+
+
+WORDS = [
+    "arms=[dpo]",
+    "data.train_rows=64",
+    "data.test_rows=16",
+    "data.demonstration_rows=64",
+    "samples.prompts=16",
+    "evaluation.prompts=16",
+    "max_completion_tokens=12",
+    "runtime.threads=1",
+]
+
+
+@pytest.mark.heavy
+def test_the_processes_of_torchrun_compute_a_run_together(tmp_path: Path) -> None:
+    alone, places = RecordingDisplay(), [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
+    run_recipe(read_recipe("world", [*WORDS, *places]), alone)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mixpo.cli.main"]
+    for words, code, expected in (
+        ([], 0, f"{len(alone.started)} stages computed, 0 found in the cache"),
+        ([], 0, f"0 stages computed, {len(alone.started)} found in the cache"),
+        (["ppo.max_kl=1e-9", "arms=[ppo]"], 1, "ran away"),
+        (["runtime.processes=2"], 2, "runtime: found workers=1 and processes=2 in one of 2 processes of a launcher"),
+    ):
+        places = [f"cache={tmp_path / 'cache2'}", f"out={tmp_path / f'run{len(words)}'}"]
+        ended = subprocess.run([*launch, "run", "-q", *WORDS, *places, *words], capture_output=True, text=True)
+        assert expected in ended.stdout + ended.stderr
+        assert ended.stdout.count("report: ") == (1 if code < 2 else 0), "one process prints"
+        assert bool(ended.returncode) == bool(code)
+    one, two = (
+        [read_evaluation_summary(arm)["score"]["mean"] for arm in load_runs(tmp_path / name).arms]
+        for name in ("run", "run0")
+    )
+    assert one == pytest.approx(two, abs=1e-3)
+
+
+def test_a_launchers_variables_lead_to_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's own, and those of a Slurm step, whose first node is where the processes meet."""
+    join = join_rendezvous.__wrapped__
+    assert join() is None
+    store = LocalStore()
+    with monkeypatch.context() as patch:
+        for name, value in store.make_environment(1, 3).items():
+            patch.setenv(name, value)
+        meeting = join()
+    assert (meeting.rank, meeting.count, meeting.local_rank) == (1, 3, 1)
+    meeting.announce("a stage")
+    assert Rendezvous(store.store, 2, 3, 2).wait_for_stage() == "a stage"
+    meeting.report_loss("my last word")
+    assert store.read_loss() == "my last word"
+
+    hosts = tmp_path / "scontrol"
+    hosts.write_text("#!/bin/sh\necho 127.0.0.1\necho second\n")
+    hosts.chmod(0o755)
+    slurm = {"JOB_ID": 7, "STEP_NUM_TASKS": 4, "NTASKS": 4, "PROCID": 3, "LOCALID": 1, "JOB_NUM_NODES": 2}
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        patch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+        for name, value in slurm.items():
+            patch.setenv(f"SLURM_{name}", str(value))
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # so that it is taken back
+            patch.delenv(name)
+        patch.setenv("SUBMITIT_EXECUTOR", "")
+        patch.setattr("submitit.helpers.TorchDistributedEnvironment._get_master_port", lambda _: store.store.port)
+        meeting = join()
+    assert (meeting.rank, meeting.count, meeting.local_rank) == (3, 4, 1)
+
+
+def test_stages_on_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert assign_devices(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3"]
+    assert assign_devices(["GPU-a", "GPU-b"], 1) == ["GPU-a", "GPU-b"]
+    assert assign_devices([], 1) == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    opening = open_executor(StageCache(tmp_path, Runtime(workers="gpus")))
+    with pytest.raises(InputError, match=r"runtime\.workers: found gpus; .* torch finds none here; set"), opening:
+        pass
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert list_gpu_names() == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-b,7,-1,9")
+    assert list_gpu_names() == ["5", "GPU-b", "7"]
+    assert Runtime(workers="gpus").count_workers() == 3
+    assert Runtime(workers="gpus", processes=2).count_workers() == 1
+    with pytest.raises(InputError, match=r"expected at least 4 for a stage .* torch finds 3 here"):
+        Runtime(workers="gpus", processes=4).count_workers()
+    with pytest.raises(InputError, match="a device other than cpu"):
+        Runtime(workers="gpus", device="cpu").count_workers()
+
+
+def test_every_worker_sees_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With four GPUs that are not there: what processes would see stands in the environment that they start with."""
+    seen: list[tuple[str | None, str | None]] = []
+
+    class Process:
+        sentinel = 0
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def start(self) -> None:
+            seen.append((os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("RANK")))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Process)
+    for processes, expected in ((1, [("0", None), ("1", None)]), (2, [("0,1", "0"), ("0,1", "1"), ("2,3", "0")])):
+        pool = ProcessPool(StageCache(tmp_path, Runtime(workers="gpus", processes=processes)))
+        seen.clear()
+        first, _ = pool._start_group(), pool._start_group()
+        assert seen[: len(expected)] == expected
+        del pool.groups[first.pipe]
+        assert pool._start_group().devices == first.devices, "a group that was lost leaves its devices to the next"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ

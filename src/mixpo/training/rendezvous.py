@@ -98,6 +98,7 @@ class Rendezvous:
     def report_loss(self, outcome: Any) -> None:
         """Leave a last word, any picklable object, for the launcher before this process ends alone."""
         self.store.set(_LOST, pickle.dumps(outcome))
+        self.store.get(_LOST)  # setting does not wait for the store
 
 
 class LocalStore:
@@ -126,9 +127,10 @@ class LocalStore:
 @cache
 def join_rendezvous() -> Rendezvous | None:
     """Meet the processes that were started with this one; None if it was started alone. Once a process."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:  # by srun, no torchrun
         from submitit.helpers import TorchDistributedEnvironment
 
+        os.environ["SUBMITIT_EXECUTOR"] = "slurm"
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
