@@ -332,37 +332,46 @@ def test_the_processes_of_torchrun_compute_a_run_together(tmp_path: Path) -> Non
     assert one == pytest.approx(two, abs=1e-3)
 
 
-def test_a_launchers_variables_lead_to_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's own, and those of a Slurm step, whose first node is where the processes meet."""
-    join = join_rendezvous.__wrapped__
-    assert join() is None
-    store = LocalStore()
+def meet(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[Rendezvous | None, dict[str, str]]:
+    """Join the rendezvous of these variables, but its store; returns it and torchrun's variables as they then are."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SUBMITIT_EXECUTOR")
     with monkeypatch.context() as patch:
-        for name, value in store.make_environment(1, 3).items():
-            patch.setenv(name, value)
-        meeting = join()
-    assert (meeting.rank, meeting.count, meeting.local_rank) == (1, 3, 1)
-    meeting.announce("a stage")
-    assert Rendezvous(store.store, 2, 3, 2).wait_for_stage() == "a stage"
-    meeting.report_loss("my last word")
-    assert store.read_loss() == "my last word"
-
-    hosts = tmp_path / "scontrol"
-    hosts.write_text("#!/bin/sh\necho 127.0.0.1\necho second\n")
-    hosts.chmod(0o755)
-    slurm = {"JOB_ID": 7, "STEP_NUM_TASKS": 4, "NTASKS": 4, "PROCID": 3, "LOCALID": 1, "JOB_NUM_NODES": 2}
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-        patch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
-        for name, value in slurm.items():
-            patch.setenv(f"SLURM_{name}", str(value))
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in names:
             patch.setenv(name, "")  # so that it is taken back
             patch.delenv(name)
-        patch.setenv("SUBMITIT_EXECUTOR", "")
-        patch.setattr("submitit.helpers.TorchDistributedEnvironment._get_master_port", lambda _: store.store.port)
-        meeting = join()
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        found: dict[str, str] = {}
+
+        def open_store(_: str) -> Iterator[tuple[None, int, int]]:
+            found.update({name: os.environ[name] for name in names[:-1]})
+            yield None, int(found["RANK"]), int(found["WORLD_SIZE"])
+
+        patch.setattr("mixpo.training.rendezvous.rendezvous", open_store)
+        return join_rendezvous.__wrapped__(), found
+
+
+def test_a_launchers_variables_say_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's own, and those of a Slurm step, whose first node is the place."""
+    assert meet(monkeypatch, {})[0] is None
+    torchrun = LocalStore().make_environment(1, 3)
+    meeting, _ = meet(monkeypatch, torchrun)
+    assert meeting is not None
+    assert (meeting.rank, meeting.count, meeting.local_rank) == (1, 3, 1)
+
+    numbers = {"JOB_ID": 7, "STEP_NUM_TASKS": 4, "NTASKS": 4, "PROCID": 3, "LOCALID": 1, "JOB_NUM_NODES": 2}
+    slurm = {f"SLURM_{name}": str(value) for name, value in numbers.items()}
+    slurm["SLURM_JOB_NODELIST"] = "node[01-02]"
+    meeting, found = meet(monkeypatch, slurm)
+    assert meeting is not None
     assert (meeting.rank, meeting.count, meeting.local_rank) == (3, 4, 1)
+    assert found["MASTER_ADDR"] == "node01"
+    assert meet(monkeypatch, {**slurm, "SLURM_PROCID": "0"})[1]["MASTER_PORT"] == found["MASTER_PORT"]
+    del slurm["SLURM_STEP_NUM_TASKS"]
+    assert meet(monkeypatch, slurm)[0] is None, "a batch script is one process, whatever its allocation"
+    meeting, _ = meet(monkeypatch, {**slurm, "SLURM_STEP_NUM_TASKS": "2", **torchrun})
+    assert meeting is not None
+    assert meeting.count == 3, "torchrun in a step"
 
 
 def test_stages_on_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

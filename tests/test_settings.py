@@ -158,7 +158,10 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     "runtime": {
         name: CoveringTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
     }
-    | {"workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds")},
+    | {
+        "workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds"),
+        "processes": CoveringTest("test_processes.py", "test_a_stage_is_the_same_in_one_process_and_in_two"),
+    },
 }
 ACTING = [
     (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)
