@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mixpo.data.errors import InputError
+from mixpo.experiments.cluster import InfraSettings
+from mixpo.experiments.executors import open_executor
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
-from mixpo.experiments.workers import ProcessPool, StageFailure, assign_devices, open_executor
+from mixpo.experiments.workers import ProcessPool, StageFailure, assign_devices
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import sample_completions
 from mixpo.stages.rows import read_table
@@ -318,7 +320,11 @@ def test_the_processes_of_torchrun_compute_a_run_together(tmp_path: Path) -> Non
         ([], 0, f"{len(alone.started)} stages computed, 0 found in the cache"),
         ([], 0, f"0 stages computed, {len(alone.started)} found in the cache"),
         (["ppo.max_kl=1e-9", "arms=[ppo]"], 1, "ran away"),
-        (["runtime.processes=2"], 2, "runtime: found workers=1 and processes=2 in one of 2 processes of a launcher"),
+        (
+            ["runtime.processes=2"],
+            2,
+            "runtime: found runtime.workers=1 and runtime.processes=2 in one of 2 processes of a launcher",
+        ),
     ):
         places = [f"cache={tmp_path / 'cache2'}", f"out={tmp_path / f'run{len(words)}'}"]
         ended = subprocess.run([*launch, "run", "-q", *WORDS, *places, *words], capture_output=True, text=True)
@@ -379,7 +385,7 @@ def test_stages_on_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert assign_devices(["GPU-a", "GPU-b"], 1) == ["GPU-a", "GPU-b"]
     assert assign_devices([], 1) == []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    opening = open_executor(StageCache(tmp_path, Runtime(workers="gpus")))
+    opening = open_executor(StageCache(tmp_path, Runtime(workers="gpus")), InfraSettings(), tmp_path)
     with pytest.raises(InputError, match=r"runtime\.workers: found gpus; .* torch finds none here; set"), opening:
         pass
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)

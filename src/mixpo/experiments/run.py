@@ -15,12 +15,13 @@ import yaml
 
 from mixpo import __version__
 from mixpo.data.errors import InputError
+from mixpo.experiments.executors import open_executor
 from mixpo.experiments.expressions import ArmRun, GradientsRun, format_arm_name, list_arm_runs, list_gradient_runs
 from mixpo.experiments.plan import require_context_length
 from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe, explain_validation_errors
 from mixpo.experiments.shared_stages import SharedStages
-from mixpo.experiments.workers import StageDisplay, StageFailure, follow_stages, open_executor
+from mixpo.experiments.workers import StageDisplay, StageFailure, follow_stages
 from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
@@ -148,7 +149,7 @@ def _compute_stages(
             require_context_length(stage, locate_model_folder(stage_cache.locate_folder(stage)), arms_by_stage)
         order.done(index[stage])
 
-    with open_executor(stage_cache) as executor:
+    with open_executor(stage_cache, recipe.infra, recipe.run_folder.resolve() / "jobs") as executor:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()])
             if ready and executor.can_submit_stage:

@@ -21,6 +21,9 @@ from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
 from mixpo.training.runtime import count_cores, list_gpu_names
 from mixpo.training.step import Diverged
 
+FAILURE = "failure.txt"
+"""File of a stage's folder with the traceback of its failure."""
+
 
 @dataclass(frozen=True)
 class StageFailure:
@@ -41,7 +44,7 @@ class StageDisplay(ProgressListener, Protocol):
         """Show how the stage ended: after how many seconds, or why it failed."""
 
 
-def _compute_stage_or_failure(stage_cache: StageCache, stage: Stage) -> Outcome:
+def compute_stage_or_failure(stage_cache: StageCache, stage: Stage) -> Outcome:
     """Compute a stage and return its seconds or its failure, whose traceback is written to the stage's folder."""
     try:
         return float(read_stage_summary(stage_cache.compute_stage(stage))["cost"]["seconds"])
@@ -53,7 +56,7 @@ def _describe_failure(stage_cache: StageCache, stage: Stage, error: Exception) -
     """The failure of a stage by an exception, whose traceback is written to the stage's folder."""
     if isinstance(error, InputError):
         return StageFailure(str(error), bad_input=True)
-    trace = stage_cache.locate_folder(stage) / "failure.txt"
+    trace = stage_cache.locate_folder(stage) / FAILURE
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
     text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
@@ -76,7 +79,7 @@ class InProcessExecutor:
         """Compute the stage to its end, then return; `wait_for_outcome` gives its outcome."""
         token = progress_listener.set(display)
         try:
-            outcome = _compute_stage_or_failure(self.stage_cache, stage)
+            outcome = compute_stage_or_failure(self.stage_cache, stage)
             end_if_broken(self.stage_cache.rendezvous, outcome)
             self.last = stage, display, outcome
         finally:
@@ -209,38 +212,6 @@ class ProcessPool:
         )
 
 
-StageExecutor = InProcessExecutor | ProcessPool
-"""An executor of stages: `submit_stage` one while it `can_submit_stage`, and `wait_for_outcome` of the next."""
-
-
-@contextmanager
-def open_executor(stage_cache: StageCache) -> Iterator[StageExecutor]:
-    """Context manager that yields an executor as the cache's runtime and rendezvous say; ends its processes at the end.
-
-    Raises `InputError` if a launcher started several processes, and the runtime asks for others.
-    """
-    runtime, rendezvous = stage_cache.runtime, stage_cache.rendezvous
-    if rendezvous is None and runtime.processes == 1 and runtime.workers != "gpus" and runtime.count_workers() == 1:
-        yield InProcessExecutor(stage_cache)
-    elif rendezvous is None:
-        pool = ProcessPool(stage_cache)
-        try:
-            yield pool
-        finally:
-            pool.kill_workers()
-    else:
-        try:
-            if runtime.processes != 1 or runtime.workers != 1:
-                raise InputError(
-                    f"runtime: found workers={runtime.workers} and processes={runtime.processes} in one of "
-                    f"{rendezvous.count} processes of a launcher (WORLD_SIZE); expected 1 and 1, since all of them "
-                    "compute every stage together; leave both out, or start one process"
-                )
-            yield InProcessExecutor(stage_cache)
-        finally:
-            rendezvous.announce(None)
-
-
 def assign_devices(names: Sequence[str], group_size: int) -> list[str]:
     """Devices of each group of processes, as texts for CUDA_VISIBLE_DEVICES; what is too few for a group is left."""
     return [",".join(names[first : first + group_size]) for first in range(0, len(names) - group_size + 1, group_size)]
@@ -274,7 +245,7 @@ def _serve_stages(stage_cache: StageCache, pipe: Connection | None) -> None:
     progress_listener.set(pipe_listener)
     with suppress(EOFError):
         while True:
-            outcome = _compute_stage_or_failure(stage_cache, pipe.recv())
+            outcome = compute_stage_or_failure(stage_cache, pipe.recv())
             end_if_broken(rendezvous, outcome)
             pipe_listener.forward_call("end", outcome)
 

@@ -127,10 +127,11 @@ class LocalStore:
 @cache
 def join_rendezvous() -> Rendezvous | None:
     """Meet the processes that were started with this one; None if it was started alone. Once a process."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:  # by srun, no torchrun
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # a step of srun
+        os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
+    if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:  # which torchrun sets
         from submitit.helpers import TorchDistributedEnvironment
 
-        os.environ["SUBMITIT_EXECUTOR"] = "slurm"
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
