@@ -135,7 +135,7 @@ def test_what_a_job_asks_for_depends_on_its_stage(
         "world",
         [
             "infra={cluster: slurm, nodes: 2, gpus_per_node: 8, timeout_min: 90, requeues: 5, slurm: {partition: gpu}}",
-            "infra.stages={SFT: {nodes: 1, tasks_per_node: 4}, Data: {cpus_per_task: 6}}",
+            "infra.stages={SFT: {nodes: 1, tasks_per_node: 4, mem_gb: 64}, Data: {cpus_per_task: 6}}",
         ],
     ).infra
     with open_executor(StageCache(tmp_path, Runtime(threads=1)), infra, tmp_path / "jobs") as executor:
@@ -147,7 +147,7 @@ def test_what_a_job_asks_for_depends_on_its_stage(
     first = asked.asked[0]
     assert (first["cluster"], first["slurm_max_num_timeout"], first["timeout_min"]) == ("slurm", 5, 90)
     assert first["slurm_additional_parameters"] == {"partition": "gpu"}
-    assert first["mem_gb"] is None
+    assert [one["mem_gb"] for one in asked.asked] == [None, 64, None]
 
 
 def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
             ["infra.stages={PPQ: {nodes: 2}}"],
             r"infra\.stages: .*expected kinds of stages, such as PPO or Evaluation, not PPQ",
         ),
-        (["infra.stages={PPO: {node: 2}}"], r"infra\.stages: "),
+        (["infra.stages={PPO: {node: 2}}"], r"infra\.stages\.node: unknown key"),
         (["infra.cluster=slurn"], r"infra\.cluster: found 'slurn'"),
         (["infra.nodes=0"], r"infra\.nodes: found 0"),
     ],

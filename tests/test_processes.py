@@ -320,11 +320,7 @@ def test_the_processes_of_torchrun_compute_a_run_together(tmp_path: Path) -> Non
         ([], 0, f"{len(alone.started)} stages computed, 0 found in the cache"),
         ([], 0, f"0 stages computed, {len(alone.started)} found in the cache"),
         (["ppo.max_kl=1e-9", "arms=[ppo]"], 1, "ran away"),
-        (
-            ["runtime.processes=2"],
-            2,
-            "runtime: found runtime.workers=1 and runtime.processes=2 in one of 2 processes of a launcher",
-        ),
+        (["runtime.processes=2"], 2, "and runtime.processes=2 in one of 2 processes of a launcher (WORLD_SIZE)"),
     ):
         places = [f"cache={tmp_path / 'cache2'}", f"out={tmp_path / f'run{len(words)}'}"]
         ended = subprocess.run([*launch, "run", "-q", *WORDS, *places, *words], capture_output=True, text=True)
