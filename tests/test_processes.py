@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.experiments.cluster import InfraSettings
 from mixpo.experiments.executors import open_executor
@@ -32,7 +33,7 @@ from mixpo.training.parallel import SharedSampler, StageProcesses
 from mixpo.training.record import MetricsLog, read_metrics
 from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
 from mixpo.training.runtime import Runtime, list_gpu_names
-from mixpo.training.step import Diverged, OptimizerSettings, make_optimizer, take_optimizer_step
+from mixpo.training.step import Diverged, Microbatch, OptimizerSettings, make_optimizer, take_optimizer_step
 from models import tiny as tiny_model
 from process_pairs import FailingInOne, ProcessPair, start_process_pair
 from recording_display import RecordingDisplay
@@ -93,8 +94,8 @@ def diverge_in_one(processes: StageProcesses, value: float) -> Any:
     try:
         take_optimizer_step(
             optimizer,
-            [factor],
-            lambda factor: ((factor * weight).sum(), {}),
+            [Microbatch(pack_branches([[1]], [[[2]]]), [0])],
+            lambda batch, rows: ((factor * weight).sum(), {}),
             loss_divisor=2,
             max_grad_norm=1.0,
             learning_rate=0.1,
@@ -150,9 +151,9 @@ TWO = Runtime(device="cpu", threads=1, processes=2, microbatch_tokens=100, sampl
 class StagesInTwoProcesses:
     """A pool of one group of two processes, with a cache of its own in which inputs of stages are copied."""
 
-    def __init__(self, tiny: TinyWorld, cache: Path) -> None:
-        self.tiny, self.cache = tiny, cache
-        self.pool = ProcessPool(StageCache(cache, TWO))
+    def __init__(self, tiny: TinyWorld, cache: Path, runtime: Runtime) -> None:
+        self.tiny = tiny
+        self.pool = ProcessPool(StageCache(cache, runtime))
 
     def copy_inputs(self, stage: Stage) -> None:
         for source in stage.get_input_stages().values():
@@ -166,9 +167,13 @@ class StagesInTwoProcesses:
         return outcome if isinstance(outcome, StageFailure) else self.pool.stage_cache.locate_folder(stage)
 
 
-@pytest.fixture(scope="module")
-def two(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagesInTwoProcesses]:
-    stages = StagesInTwoProcesses(tiny, tmp_path_factory.mktemp("two"))
+@pytest.fixture(scope="module", params=[False, True], ids=["copied", "cut"])
+def two(
+    tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[StagesInTwoProcesses]:
+    """With weights copied to both processes, and with weights cut over them."""
+    runtime = TWO.model_copy(update={"sharded": request.param})
+    stages = StagesInTwoProcesses(tiny, tmp_path_factory.mktemp("two"), runtime)
     yield stages
     stages.pool.kill_workers()
 

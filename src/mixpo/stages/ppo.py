@@ -106,7 +106,7 @@ class PPO(PolicyStage, PPOSettings):
                 metrics |= training.update_on_rollout(step, rollout)
             except Diverged as error:
                 stopped = job.out / "stopped"
-                weights.load_state_dict(last_good_weights)
+                weights.restore_copy(last_good_weights)
                 job.save_model(policy, stopped)
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}; try "
@@ -351,7 +351,7 @@ class PPOTraining:
         return take_optimizer_step(
             optimizer,
             iterate_microbatches(self.job, lm, rollout.prompts, rollout.completions, prompt_indices),
-            lambda microbatch: compute_loss(rollout, *microbatch),
+            partial(compute_loss, rollout),
             loss_divisor=int(rollout.completions.mask[list(prompt_indices)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
             learning_rate=compute_learning_rate(

@@ -68,12 +68,14 @@ def load_frozen_models(
     models = {digests["policy"]: policy.make_view_without_adapters()} if settings.lora else {}
     for name in ("reference", "sft"):
         if digests[name] not in models:
-            models[digests[name]] = freeze_model(job.load_policy(input_paths[name], settings.precision))
+            frozen = freeze_model(job.load_policy(input_paths[name], settings.precision))
+            models[digests[name]] = job.processes.shard(frozen)
     reference, sft = models[digests["reference"]], models[digests["sft"]]
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    return FrozenModels(reference, sft, freeze_model(job.load_reward_model(input_paths["reward"], settings.precision)))
+    reward = freeze_model(job.load_reward_model(input_paths["reward"], settings.precision))
+    return FrozenModels(reference, sft, job.processes.shard(reward))
 
 
 def make_actor_critic(
@@ -98,8 +100,10 @@ def make_actor_critic(
     if value is not None and value is not policy:
         if settings.lora:
             add_lora(value, settings.lora)
+        job.processes.shard(value)
         value_settings = settings.model_copy(update={"learning_rate": settings.value_learning_rate})
         value_optimizer = make_optimizer(value.parameters(), value_settings)
+    job.processes.shard(policy)
     return ActorCritic(policy, make_optimizer(policy.parameters(), settings), value, value_optimizer, settings.kl_coef)
 
 

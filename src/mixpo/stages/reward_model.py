@@ -21,6 +21,7 @@ from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_reward_model_alarms
 from mixpo.training.job import StageJob
+from mixpo.training.sharding import cut_like
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -78,7 +79,9 @@ class RewardModel(RewardStage, RewardModelSettings):
         if self.head == "fitted" and training.first_step == 0:
             states = job.compute_numbers(compute_last_states, lm, prompts, completions)
             job.cost.add_scored_tokens(lm.model, sum(count_tokens_per_prompt(prompts, completions)))
-            lm.model.score.weight.data.copy_(fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge))
+            fitted = fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge)
+            weight = lm.model.score.weight.detach()
+            weight.copy_(cut_like(fitted.view_as(weight), weight))
 
         def compute_reward_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             """Bradley-Terry and weighted centering loss, summed over a microbatch, and the sums of its metrics."""
@@ -98,7 +101,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             pass
 
         digest = job.save_model(lm)
-        saved = freeze_model(job.load_reward_model(job.out, self.precision))
+        saved = job.processes.shard(freeze_model(job.load_reward_model(job.out, self.precision)))
         accuracies: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),

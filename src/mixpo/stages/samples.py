@@ -49,8 +49,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Sample two completions of each prompt, score them, and write `pairs.parquet`."""
-        lm = freeze_model(job.load_policy(input_paths["policy"], self.precision))
-        reward = freeze_model(job.load_reward_model(input_paths["reward"], self.precision))
+        lm = job.processes.shard(freeze_model(job.load_policy(input_paths["policy"], self.precision)))
+        reward = job.processes.shard(freeze_model(job.load_reward_model(input_paths["reward"], self.precision)))
         unique_prompts, prompts = read_unique_prompts(input_paths["rows"], lm.tokenizer, self.prompts)
         resumable = ResumableWork(job)
         completions, logprobs = resumable.sample_in_portions(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
 from mixpo.training.job import CHECKPOINT, StageJob
+from mixpo.training.sharding import OptimizerStates, cut_like, get_local, get_whole
 
 FORMAT = 2
 _JSON = "json"
@@ -39,13 +40,19 @@ class TrainableWeights:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def copy_to_cpu(self) -> dict[str, Tensor]:
-        """A copy of the trainable weights on the CPU, by name."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+        """A copy on the CPU of what this process has of the trainable weights, by name."""
+        parts = {name: get_local(parameter.detach()) for name, parameter in self.parameters.items()}
+        return {name: part.to("cpu", copy=True) for name, part in parts.items()}
 
     def update_copy(self, state: dict[str, Tensor]) -> None:
         """Overwrite an earlier copy of the weights with the current ones, in place."""
         for name, parameter in self.parameters.items():
-            state[name].copy_(parameter.detach())
+            state[name].copy_(get_local(parameter.detach()))
+
+    def restore_copy(self, state: dict[str, Tensor]) -> None:
+        """Overwrite the weights with an earlier copy of them."""
+        for name, parameter in self.parameters.items():
+            get_local(parameter.detach()).copy_(state[name])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy these weights into the model. Raises RuntimeError unless the names are the same."""
@@ -53,7 +60,7 @@ class TrainableWeights:
             raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
+                parameter.copy_(cut_like(state[name], parameter))
 
 
 class Checkpoint:
@@ -61,7 +68,10 @@ class Checkpoint:
 
     def __init__(self, job: StageJob, parts: Mapping[str, Stateful]) -> None:
         self.path = job.out / CHECKPOINT
-        self.parts = dict(parts)
+        self.parts = {
+            name: OptimizerStates(part) if isinstance(part, torch.optim.Optimizer) else part
+            for name, part in parts.items()
+        }
         self.processes = job.processes
         self.every = 60 * job.runtime.checkpoint_minutes
         self.written = time.monotonic()
@@ -101,8 +111,14 @@ class Checkpoint:
             ) from error
 
     def write_checkpoint_if_due(self, next_step: int, extra: Mapping[str, Any]) -> None:
-        """Write the checkpoint before step `next_step` if `checkpoint_minutes` have passed since the last one."""
-        if self.processes.is_main_process and time.monotonic() - self.written >= self.every:
+        """Write the checkpoint before step `next_step` if `checkpoint_minutes` have passed since the last one.
+
+        Called by every process; where weights are cut, all of them give their parts.
+        """
+        is_due = time.monotonic() - self.written >= self.every
+        if self.processes.is_sharded:
+            is_due = self.processes.take_from_main(lambda: is_due)
+        if is_due and (self.processes.is_sharded or self.processes.is_main_process):
             self.write_checkpoint(next_step, extra)
 
     def write_checkpoint(self, next_step: int, extra: Mapping[str, Any]) -> None:
@@ -117,16 +133,18 @@ class Checkpoint:
             "extra": dict(extra),
         }
         content = json.dumps(_extract_tensors(state, tensors)).encode()
+        self.written = time.monotonic()
+        if not self.processes.is_main_process:
+            return
         temporary = self.path.with_suffix(".part")
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
-        self.written = time.monotonic()
 
 
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
     """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values."""
     if isinstance(state, Tensor):
-        tensors[str(len(tensors))] = state.detach().contiguous()
+        tensors[str(len(tensors))] = get_whole(state.detach()).contiguous()
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(state, Mapping):
         return {"items": [[key, _extract_tensors(value, tensors)] for key, value in state.items()]}

@@ -14,6 +14,7 @@ from mixpo.models.saving import save_model
 from mixpo.training.parallel import SharedSampler, StageProcesses
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
+from mixpo.training.sharding import gather_for_passes, gather_for_saving
 
 SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "portions.jsonl"
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
@@ -52,7 +53,8 @@ class StageJob:
 
     def save_model(self, lm: LanguageModel, folder: Path | None = None) -> str:
         """Write the model to `model/` in the job's folder, or to another folder; returns the digest of its files."""
-        return self.processes.take_from_main(lambda: save_model(lm, folder or locate_model_folder(self.out)))
+        with gather_for_saving(lm, keep=self.processes.is_main_process):
+            return self.processes.take_from_main(lambda: save_model(lm, folder or locate_model_folder(self.out)))
 
     def make_sampler(self) -> Sampler:
         """Make the engine that samples completions, every process some of them."""
@@ -75,7 +77,8 @@ class StageJob:
             return [compute(lm, *part, *arguments, token_budget=self.runtime.microbatch_tokens)]
 
         longest_first = sorted(range(len(prompts)), key=lambda row: -lengths[row])
-        return self.processes.compute_tensors(len(prompts), compute_rows, order=longest_first)[0]
+        with gather_for_passes(lm):
+            return self.processes.compute_tensors(len(prompts), compute_rows, order=longest_first)[0]
 
     def finish_stage(self, **figures: Any) -> None:
         """Write `summary.json` (figures and cost), which completes the stage, and delete what it could resume from."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.samplers import Sampler, SamplingOptions
 from mixpo.models.sampling import SampledCompletions, count_earlier_occurrences
+from mixpo.training.sharding import gather_for_passes, shard_model
 
 Value = TypeVar("Value")
 
@@ -36,6 +37,8 @@ class StageProcesses:
     """Device of this process."""
     rank: int = 0
     count: int = 1
+    is_sharded: bool = False
+    """Whether trained and frozen weights are cut over the processes, instead of copied to each."""
 
     @property
     def is_main_process(self) -> bool:
@@ -44,7 +47,22 @@ class StageProcesses:
 
     def select_own_rows(self, rows: Sequence[int]) -> list[int]:
         """The rows, out of these, that this process computes."""
-        return list(rows[self.rank :: self.count])
+        return self.select_rows_of(self.rank, rows)
+
+    def select_rows_of(self, rank: int, rows: Sequence[int]) -> list[int]:
+        """The rows, out of these, that the process of a rank computes."""
+        return list(rows[rank :: self.count])
+
+    @property
+    def gradient_factor(self) -> int:
+        """Factor of a loss whose gradients are to be summed: where weights are cut, PyTorch takes the mean instead."""
+        return self.count if self.is_sharded else 1
+
+    def shard(self, lm: LanguageModel) -> LanguageModel:
+        """Cut a model's weights over the processes, in place, if they are to be; returns it."""
+        if self.is_sharded:
+            shard_model(lm, self.device, self.count)
+        return lm
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, by rank; called by every process."""
@@ -85,8 +103,11 @@ class StageProcesses:
         return results
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over the processes, in place; those that no process has stay None. Called by every process."""
-        if self.count == 1:
+        """Sum gradients over the processes, in place; those that no process has stay None. Called by every process.
+
+        Where weights are cut, the backward pass has done it.
+        """
+        if self.count == 1 or self.is_sharded:
             return
         parameters = list(parameters)
         present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
@@ -114,6 +135,7 @@ class SharedSampler:
 
     def load_policy(self, policy: LanguageModel) -> None:
         """Hand the policy to this process's own sampler."""
+        self.policy = policy
         self.sampler.load_policy(policy)
 
     def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> SampledCompletions:
@@ -126,7 +148,8 @@ class SharedSampler:
             sampled = self.sampler.draw([prompts[row] for row in rows], **own_options)
             return [sampled.tokens, sampled.mask, sampled.logprobs, sampled.ended]
 
-        return SampledCompletions(*self.processes.compute_tensors(len(prompts), draw_rows))
+        with gather_for_passes(self.policy):
+            return SampledCompletions(*self.processes.compute_tensors(len(prompts), draw_rows))
 
 
 def _split_into_buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:

@@ -27,6 +27,9 @@ class Runtime(Settings):
     processes: int = pydantic.Field(1, ge=1)
     """Processes of this machine that compute each stage together, on rows of their own and each on a GPU if there are
     any. Where torchrun or a cluster starts them, their number is the launcher's."""
+    sharded: bool = False
+    """Cut weights, gradients and optimizer states over the processes of a stage, by PyTorch's `fully_shard`, instead of
+    keeping all of them in each: for models that do not fit one GPU."""
     microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 2048, ge=1)
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
     sampling_gib: float = pydantic.Field(default_factory=lambda: 16.0 if torch.cuda.is_available() else 2.0, gt=0)
@@ -79,7 +82,7 @@ class Runtime(Settings):
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        return StageProcesses(device, rank, count)
+        return StageProcesses(device, rank, count, self.sharded and count > 1)
 
     @property
     def sampling_bytes(self) -> int:

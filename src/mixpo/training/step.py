@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -21,10 +22,20 @@ from mixpo.models.language_model import LanguageModel, Precision
 from mixpo.settings import Settings
 from mixpo.training.job import StageJob
 from mixpo.training.parallel import StageProcesses
+from mixpo.training.sharding import get_whole
 
-Batch = TypeVar("Batch")
 Sums = Mapping[str, tuple[Tensor, Tensor]]
 """Sum and count of each metric over a microbatch."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one backward pass computes: a branch batch and the indices of its rows in the whole set."""
+
+    batch: BranchBatch
+    rows: list[int]
+    is_padding: bool = False
+    """True if it counts for nothing, and is there because other processes have more microbatches."""
 
 
 class Diverged(RuntimeError):
@@ -104,22 +115,30 @@ def select_batch_rows(step: int, row_count: int, *, batch_size: int, seed: int) 
 
 def iterate_microbatches(
     job: StageJob, lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, batch_rows: Sequence[int]
-) -> Iterator[tuple[BranchBatch, list[int]]]:
-    """Yield (branch batch, its row indices) of this process's share of a batch, on the model's device."""
+) -> Iterator[Microbatch]:
+    """Yield the microbatches of this process's share of a batch, equally many in every process if weights are cut."""
     lengths = count_tokens_per_prompt([prompts[row] for row in batch_rows], select_completions(completions, batch_rows))
-    longest_first = sorted(range(len(batch_rows)), key=lambda index: -lengths[index])
-    own = job.processes.select_own_rows(longest_first)
-    rows = [batch_rows[index] for index in own]
-    for part in split_into_microbatches([lengths[index] for index in own], job.runtime.microbatch_tokens):
-        selected = [rows[index] for index in part]
-        batch = pack_branches(prompts, completions, selected, share_prompt=lm.shares_prompts)
-        yield batch.to(lm.device), selected
+    longest_first, processes = sorted(range(len(batch_rows)), key=lambda index: -lengths[index]), job.processes
+
+    def split_share(rank: int) -> list[list[int]]:
+        """The microbatches of a process, as lists of row indices."""
+        own = processes.select_rows_of(rank, longest_first)
+        parts = split_into_microbatches([lengths[index] for index in own], job.runtime.microbatch_tokens)
+        return [[batch_rows[own[index]] for index in part] for part in parts]
+
+    shares = split_share(processes.rank)
+    most = max(len(split_share(rank)) for rank in range(processes.count)) if processes.is_sharded else len(shares)
+    for number in range(most):
+        is_padding = number >= len(shares)
+        rows = [batch_rows[longest_first[-1]]] if is_padding else shares[number]
+        batch = pack_branches(prompts, completions, rows, share_prompt=lm.shares_prompts)
+        yield Microbatch(batch.to(processes.device), rows, is_padding)
 
 
 def take_optimizer_step(
     optimizer: torch.optim.Optimizer,
-    microbatches: Iterable[Batch],
-    compute_loss: Callable[[Batch], tuple[Tensor, Sums]],
+    microbatches: Iterable[Microbatch],
+    compute_loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]],
     *,
     loss_divisor: int,
     max_grad_norm: float,
@@ -128,10 +147,11 @@ def take_optimizer_step(
 ) -> dict[str, float]:
     """Take one optimizer step on the microbatches' summed losses / `loss_divisor`; returns the metrics' means.
 
-    `compute_loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `loss_divisor`, the
-    tokens or pairs of the whole batch, and gradients are summed over the processes, so that microbatches and processes
-    change nothing but rounding. Also returned: `loss`, `grad_norm` (before clipping), `learning_rate`. Raises
-    `Diverged`, in every process and before weights change, if the loss or the gradient is not finite.
+    `compute_loss` takes a microbatch's branch batch and row indices, and returns its summed loss and its metrics' sums.
+    The loss is divided by `loss_divisor`, the tokens or pairs of the whole batch, and gradients are summed over the
+    processes, so that microbatches and processes change nothing but rounding. Also returned: `loss`, `grad_norm`
+    (before clipping), `learning_rate`. Raises `Diverged`, in every process and before weights change, if the loss or
+    the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -139,8 +159,11 @@ def take_optimizer_step(
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for microbatch in microbatches:
-        summed, metrics = compute_loss(microbatch)
-        (summed / loss_divisor).backward()
+        summed, metrics = compute_loss(microbatch.batch, microbatch.rows)
+        if microbatch.is_padding:
+            (0.0 * summed).backward()
+            continue
+        (summed * processes.gradient_factor / loss_divisor).backward()
         own_loss += float(summed.detach()) / loss_divisor
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
@@ -149,7 +172,7 @@ def take_optimizer_step(
     if not math.isfinite(sum(losses)):
         raise Diverged(f"the loss is {sum(losses)}")
     processes.sum_gradients(parameters)
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    norm = float(get_whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
     if not math.isfinite(norm):
         raise Diverged(f"the norm of the gradient is {norm}")
     for group in optimizer.param_groups:

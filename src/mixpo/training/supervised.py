@@ -54,7 +54,7 @@ class SupervisedTraining:
         self.job, self.settings, self.lm, self.prompts, self.completions = job, settings, lm, prompts, completions
         self.lengths = count_tokens_per_prompt(prompts, completions)
         self.total_steps = count_optimizer_steps(len(prompts), settings)
-        self.optimizer = make_optimizer(lm.parameters(), settings)
+        self.optimizer = make_optimizer(job.processes.shard(lm).parameters(), settings)
         self.checkpoint = Checkpoint(job, {"model": TrainableWeights(lm), "optimizer": self.optimizer})
         self.first_step, spent = self.checkpoint.restore_states()
         job.cost.restore_counts(spent)
@@ -84,7 +84,7 @@ class SupervisedTraining:
                 metrics = take_optimizer_step(
                     self.optimizer,
                     iterate_microbatches(self.job, self.lm, self.prompts, self.completions, rows),
-                    lambda microbatch: compute_loss(*microbatch),
+                    compute_loss,
                     loss_divisor=compute_divisor(rows),
                     max_grad_norm=settings.max_grad_norm,
                     learning_rate=compute_learning_rate(step, total_steps=self.total_steps, settings=settings),
