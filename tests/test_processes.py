@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mixpo.experiments.run import run_recipe
 from mixpo.experiments.workers import ProcessPool, StageFailure, assign_devices
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import sample_completions
+from mixpo.models.scoring import compute_token_logprobs
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary
@@ -33,6 +35,7 @@ from mixpo.training.parallel import SharedSampler, StageProcesses
 from mixpo.training.record import MetricsLog, read_metrics
 from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
 from mixpo.training.runtime import Runtime, list_gpu_names
+from mixpo.training.sharding import gather_for_passes, gather_for_saving, get_local, get_whole
 from mixpo.training.step import Diverged, Microbatch, OptimizerSettings, make_optimizer, take_optimizer_step
 from models import tiny as tiny_model
 from process_pairs import FailingInOne, ProcessPair, start_process_pair
@@ -143,6 +146,47 @@ def test_completions_are_the_same_whoever_samples_them(pair: ProcessPair) -> Non
         assert tokens == expected.to_lists()
         torch.testing.assert_close(logprobs, expected.logprobs, rtol=0, atol=1e-5)
         assert ended.tolist() == expected.ended.tolist()
+
+
+def cut_weights(processes: StageProcesses, precision: str) -> Any:
+    lm = tiny_model("llama")
+    lm.precision = precision
+    expected = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    prompts, completions = [[3, 9, 4], [12]], [[[7, 8], [9]], [[5], [6, 6, 6]]]
+    batch = pack_branches(prompts, completions)
+    scored = compute_token_logprobs(lm, prompts, completions, token_budget=100)
+    lm(batch, "logprobs").sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in lm.named_parameters()}
+    lm.zero_grad()
+
+    replace(processes, is_sharded=True).shard(lm)
+    shares = sum(get_local(weight).numel() for weight in lm.parameters())
+    with gather_for_passes(lm):
+        if processes.rank == 0:  # alone
+            torch.testing.assert_close(
+                compute_token_logprobs(lm, prompts, completions, token_budget=100), scored, **CLOSE
+            )
+    assert sum(get_local(weight).numel() for weight in lm.parameters()) == shares
+    loss = lm(batch, "logprobs").sum() * (2 if processes.rank == 0 else 0)  # the mean over the processes is taken
+    loss.backward()
+    for name, weight in lm.named_parameters():
+        torch.testing.assert_close(get_whole(weight.grad), gradients[name], **CLOSE[precision])
+    with gather_for_saving(lm, keep=True):
+        for name, weight in lm.state_dict().items():
+            assert torch.equal(weight, expected[name]), name
+    return shares, sum(weight.numel() for weight in expected.values())
+
+
+CLOSE = {"float32": {"rtol": 1e-5, "atol": 1e-5}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
+"""Weights of norms are rounded to bfloat16 where layers are gathered in it."""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_are_cut_and_gathered_where_they_are_needed(pair: ProcessPair, precision: str) -> None:
+    first, second = pair.call(cut_weights, precision)
+    assert isinstance(first, tuple), first
+    assert first[0] + second[0] == first[1]
+    assert abs(first[0] - second[0]) < 0.01 * first[1]
 
 
 TWO = Runtime(device="cpu", threads=1, processes=2, microbatch_tokens=100, sampling_gib=1e-4, checkpoint_minutes=0)

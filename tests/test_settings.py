@@ -162,6 +162,7 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     | {
         "workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds"),
         "processes": CoveringTest("test_processes.py", "test_a_stage_is_the_same_in_one_process_and_in_two"),
+        "sharded": CoveringTest("test_processes.py", "test_weights_are_cut_and_gathered_where_they_are_needed"),
     },
     "infra": {
         name: CoveringTest("test_cluster.py", "test_what_a_job_asks_for_depends_on_its_stage")
