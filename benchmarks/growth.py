@@ -11,6 +11,7 @@ from benchmarks.mathematics import forward_flops
 from benchmarks.worker import median_seconds, run_worker
 from mixpo.data.branches import BranchBatch, count_tokens_per_prompt, pack_branches, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network
 from mixpo.models.sampling import count_cacheable_tokens, sample_completions
 from mixpo.training.parallel import StageProcesses
 from mixpo.training.runtime import Runtime
@@ -69,7 +70,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     device = Runtime().set_up_processes().device
     torch.manual_seed(0)
     model = LlamaForCausalLM(point.config()).to(device)
-    lm = LanguageModel(model, None, end_token=-1, shares_prompts=True, precision=point.precision)  # type: ignore[arg-type]
+    lm = LanguageModel(Network(model, precision=point.precision), None, end_token=-1)  # type: ignore[arg-type]
     prompts = torch.randint(point.vocabulary, (point.batch, point.prompt)).tolist()
     completions = torch.randint(point.vocabulary, (point.batch, point.k, point.completion)).tolist()
     optimizer = make_optimizer(model.parameters(), OptimizerSettings(learning_rate=1e-6))

@@ -14,7 +14,7 @@ from mixpo.data.rows import Prompt
 from mixpo.data.sources import read_hub_preferences, read_preferences
 from mixpo.data.tokens import compute_tokenization_digest, tokenize_row
 from mixpo.models.folders import load_tokenizer
-from mixpo.models.loading import initialize_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.saving import save_model
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.rows import add_token_columns, write_table
@@ -49,7 +49,7 @@ def prepare_model(name: str, inputs: Path) -> None:
             LlamaForCausalLM(config).save_pretrained(folder / "model")
     reward = inputs / "models" / f"{name}-reward" / "model"
     if not reward.exists():
-        save_model(initialize_reward_model(folder / "model", seed=0, device=torch.device("cpu")), reward)
+        save_model(ModelLoader(torch.device("cpu")).initialize_reward_model(folder / "model", seed=0), reward)
 
 
 def prepare_rows(workload: Workload, inputs: Path, source: str) -> None:

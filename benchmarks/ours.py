@@ -11,7 +11,7 @@ import torch
 from benchmarks.mathematics import decoding_bytes
 from benchmarks.worker import run_worker
 from mixpo.models.folders import load_tokenizer
-from mixpo.models.loading import load_policy
+from mixpo.models.loading import ModelLoader
 from mixpo.models.sampling import sample_completions
 from mixpo.stages.dpo import DPO
 from mixpo.stages.ppo import PPO
@@ -83,7 +83,7 @@ def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     """Measure the seconds of sampling and of its prefill, and count the tokens."""
     device = Runtime().set_up_processes().device
     model = inputs / "models" / spec["model"] / "model"
-    lm = load_policy(model, device=device, precision=spec["precision"])
+    lm = ModelLoader(device).load_policy(model, precision=spec["precision"])
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
     tokenizer = load_tokenizer(model)
     prompts = [tokenizer(text)["input_ids"] for text in texts]

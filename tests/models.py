@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mixpo.data.branches import Completions, convert_to_unpadded_lists
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network
 from mixpo.models.sampling import SampledCompletions
 
 VOCABULARY = 89
@@ -52,7 +53,7 @@ def tiny(name: str) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2)
-    return LanguageModel(model, None, END, shares_prompts=True)  # type: ignore[arg-type]
+    return LanguageModel(Network(model), None, END)  # type: ignore[arg-type]
 
 
 def plain_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:

@@ -61,7 +61,8 @@ def _serve(port: int, rank: int, pipe: Connection) -> None:
         except Exception as error:
             error.args = (*error.args, meeting.is_broken)
             pipe.send(error)
-            meeting.is_broken = False
+            if meeting.is_broken:
+                os._exit(1)  # so that the other one fails too
 
 
 class FailingInOne(Stage):

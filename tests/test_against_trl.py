@@ -12,6 +12,7 @@ from mixpo.algorithms.preference import bradley_terry_loss, dpo_loss
 from mixpo.data.branches import pack_branches
 from mixpo.data.tokens import tokenize_row
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -84,7 +85,7 @@ def batch_of(tokenizer, sides):
 
 
 def wrapped(model, tokenizer):
-    return LanguageModel(model, tokenizer, tokenizer.eos_token_id, shares_prompts=True)
+    return LanguageModel(Network(model), tokenizer, tokenizer.eos_token_id)
 
 
 @torch.no_grad()

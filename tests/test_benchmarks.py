@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixpo.data.tokens import compute_tokenization_digest
-from mixpo.models.loading import initialize_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.saving import save_model
 from mixpo.models.sources import initialize_world_model
 from mixpo.stages.rows import add_token_columns, write_table
@@ -125,7 +125,7 @@ def test_our_side_of_a_workload_runs(tmp_path: Path, kind: str) -> None:
     folder, rows = tmp_path / "models" / "w" / "model", tmp_path / "rows" / "x"
     for part in (model, tokenizer):
         part.save_pretrained(folder)
-    reward = initialize_reward_model(folder, seed=0, device=torch.device("cpu"))
+    reward = ModelLoader(torch.device("cpu")).initialize_reward_model(folder, seed=0)
     save_model(reward, tmp_path / "models" / "w-reward" / "model")
     pairs = [{"prompt": f"Q{n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
     demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]

@@ -19,7 +19,8 @@ from mixpo.data.branches import (
 from mixpo.models import attention as attention_module
 from mixpo.models import blocked_attention, sampling
 from mixpo.models.adapters import LoraSettings, add_lora
-from mixpo.models.language_model import LanguageModel, _TokenLogprobs
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.logprobs import _TokenLogprobs
 from mixpo.models.sampling import sample_completions
 from models import ARCHITECTURES, assert_plain_logprobs, plain_logprobs, tiny
 
@@ -89,9 +90,9 @@ def test_gradients_equal_plain_forward_passes(name: str) -> None:
 def test_fused_logprobs_are_those_of_autograd(
     monkeypatch: pytest.MonkeyPatch, stored: int, chunk: int, block: int
 ) -> None:
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_LOGITS", chunk)
-    monkeypatch.setattr("mixpo.models.language_model.BLOCK_LOGITS", {"cpu": block})
-    monkeypatch.setattr("mixpo.models.language_model.STORED_LOGIT_GRADIENTS", stored)
+    monkeypatch.setattr("mixpo.models.logprobs.CHUNK_LOGITS", chunk)
+    monkeypatch.setattr("mixpo.models.logprobs.BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr("mixpo.models.logprobs.STORED_LOGIT_GRADIENTS", stored)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
     weight = torch.randn(7, 3, generator=generator, requires_grad=True)
@@ -120,10 +121,10 @@ def test_recomputed_gradients_equal_stored_ones(
     shapes = ((rows, 16), (40, 16), (40,))
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     targets, upstream = torch.tensor([0, 39, 3, 3, 1])[:rows], torch.randn(rows, generator=generator)
-    monkeypatch.setattr("mixpo.models.language_model.CHUNK_LOGITS", 35)
+    monkeypatch.setattr("mixpo.models.logprobs.CHUNK_LOGITS", 35)
     actual = []
     for stored in (0, 1 << 20):
-        monkeypatch.setattr("mixpo.models.language_model.STORED_LOGIT_GRADIENTS", stored)
+        monkeypatch.setattr("mixpo.models.logprobs.STORED_LOGIT_GRADIENTS", stored)
         inputs = [value.clone().requires_grad_(learn) for value, learn in zip(values, learns, strict=True)]
         logprobs, _ = _TokenLogprobs.apply(*inputs, targets, torch.bfloat16, False, True)
         (logprobs * upstream).sum().backward()
@@ -146,7 +147,7 @@ def test_score_is_read_at_the_last_token_whatever_the_padding_id() -> None:
     """Completions here hold the padding id 0 and end with or without an end token."""
     lm = tiny("llama")
     head = torch.nn.Linear(32, 1, bias=False)
-    lm.model.score = head
+    lm.network.heads["test"], lm.head = head, "test"
     with torch.no_grad():
         actual, values = lm(pack_branches(PROMPTS, COMPLETIONS), "scores", "values")
         for row, (prompt, branches) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
@@ -265,8 +266,8 @@ def test_an_update_sees_the_model_that_sampled(name: str) -> None:
 
 def test_scalar_heads_compute_in_float32() -> None:
     lm = tiny("llama")
-    lm.model.score = torch.nn.Linear(32, 1, bias=False)
-    lm.precision = "bfloat16"
+    lm.network.heads["test"], lm.head = torch.nn.Linear(32, 1, bias=False), "test"
+    lm.network.precision = "bfloat16"
     with torch.no_grad():
         scores, values = lm(pack_branches(PROMPTS, COMPLETIONS), "scores", "values")
     assert scores.dtype == values.dtype == torch.float32

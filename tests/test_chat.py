@@ -13,7 +13,7 @@ import torch
 from mixpo.cli import main as cli
 from mixpo.data.branches import Completions
 from mixpo.data.world import build_world_tokenizer
-from mixpo.models.loading import load_policy
+from mixpo.models.loading import ModelLoader
 from mixpo.models.sources import initialize_world_model
 
 Chat = Callable[..., tuple[str, str, list[str]]]
@@ -90,7 +90,7 @@ def test_the_text_of_a_completion_is_without_whichever_end_token_it_has(folder: 
     settings, tokenizer = json.loads(file.read_text()), build_world_tokenizer()
     (other,) = tokenizer.encode("?")
     file.write_text(json.dumps(settings | {"eos_token_id": [tokenizer.eos_token_id, other]}))
-    lm = load_policy(folder, device=torch.device("cpu"))
+    lm = ModelLoader(torch.device("cpu")).load_policy(folder)
     file.write_text(json.dumps(settings))
     body = tokenizer.encode("So? Yes")
     assert lm.decode_completion([*body, other]) == lm.decode_completion([*body, lm.end_token]) == "So? Yes"

@@ -7,10 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
-from mixpo.models.adapters import LoraSettings, add_lora
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_network
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.record import Cost, count_multiplied_weights
-from models import tiny
+from mixpo.models.network import Network
+from mixpo.training.record import Cost
+from models import END, tiny
 
 IDS = torch.tensor([[3, 9, 4, 11, 7, 8, 9, 10, 60, 61]])
 
@@ -18,8 +19,8 @@ IDS = torch.tensor([[3, 9, 4, 11, 7, 8, 9, 10, 60, 61]])
 def reward_model() -> LanguageModel:
     lm = tiny("llama")
     lm.model.config.num_labels = 1
-    lm.model = LlamaForSequenceClassification(lm.model.config).eval()
-    return lm
+    model = LlamaForSequenceClassification(lm.model.config).eval()
+    return LanguageModel(Network(model), None, END, head="score", is_reward_model=True)
 
 
 def count_flops(model: Any, *, backward: bool) -> int:
@@ -40,6 +41,7 @@ MODELS = ("llama", "gpt2", "gemma3", "opt", "reward")
 def build(name: str, *, lora: bool) -> LanguageModel:
     lm = reward_model() if name == "reward" else tiny(name)
     if lora:
+        freeze_network(lm.network)
         add_lora(lm, LoraSettings(rank=3))
     return lm
 
@@ -48,10 +50,10 @@ def build(name: str, *, lora: bool) -> LanguageModel:
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
     lm, cost = build(name, lora=lora), Cost()
-    cost.add_scored_tokens(lm.model, IDS.numel())
+    cost.add_scored_tokens(lm, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=False)
     cost = Cost()
-    cost.add_trained_tokens(lm.model, IDS.numel())
+    cost.add_trained_tokens(lm, IDS.numel())
     assert cost.flops == count_flops(lm.model, backward=True)
     counts = cost.get_counts()
     assert [counts[f"tokens_{kind}"] for kind in ("sampled", "trained", "scored")] == [0, IDS.numel(), 0]
@@ -59,16 +61,16 @@ def test_flops_are_those_that_pytorch_counts(name: str, lora: bool) -> None:
 
 def test_lora_costs_two_thirds_of_training_whole_and_a_little_more() -> None:
     whole, adapted = Cost(), Cost()
-    whole.add_trained_tokens(build("llama", lora=False).model, 10)
-    adapted.add_trained_tokens(build("llama", lora=True).model, 10)
-    trained, frozen = count_multiplied_weights(build("llama", lora=True).model)
+    whole.add_trained_tokens(build("llama", lora=False), 10)
+    adapted.add_trained_tokens(build("llama", lora=True), 10)
+    trained, frozen = build("llama", lora=True).count_multiplied_weights()
     assert 0 < trained < frozen
     assert adapted.flops == pytest.approx(whole.flops * 2 / 3 + 60.0 * trained)
 
 
 def test_drawn_tokens_and_their_prompts_go_forward_once() -> None:
     lm, cost = build("gpt2", lora=False), Cost()
-    cost.add_sampled_tokens(lm.model, 4, 6)
+    cost.add_sampled_tokens(lm, 4, 6)
     assert (cost.tokens_sampled, cost.flops) == (4, count_flops(lm.model, backward=False))
 
 
@@ -93,7 +95,7 @@ def test_of_experts_those_count_that_a_token_visits() -> None:
             num_experts_per_tok=2,
         )
     )
-    trained, frozen = count_multiplied_weights(model)
+    trained, frozen = LanguageModel(Network(model), None, 0).count_multiplied_weights()
     gates = layers * 8 * width
     without_gates = layers * (4 * width**2 + 2 * 3 * width * inner) + vocabulary * width
     assert trained in (without_gates, without_gates + gates), "the gate may be a linear layer or not, by version"

@@ -13,7 +13,7 @@ from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Runt
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import find_completion_end_token
 from mixpo.experiments.preview import make_data_preview, read_recipe_or_source
-from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_scores, compute_token_logprobs
 from mixpo.stages.rows import read_table
@@ -48,7 +48,7 @@ def rows(lm) -> tuple[list[list[int]], list[list[list[int]]]]:  # type: ignore[n
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Path, name: str) -> None:
-    lm = load_policy(family_folder(folders, name), device=CPU)
+    lm = ModelLoader(CPU).load_policy(family_folder(folders, name))
     prompts, completions = rows(lm)
     ours = compute_token_logprobs(lm, prompts, completions, token_budget=100)
     save_model(lm, tmp_path / "saved")
@@ -60,16 +60,16 @@ def test_a_policy_is_the_same_in_plain_transformers(folders: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_path: Path, name: str) -> None:
-    lm = initialize_reward_model(family_folder(folders, name), seed=3, device=CPU)
+    lm = ModelLoader(CPU).initialize_reward_model(family_folder(folders, name), seed=3)
     prompts, completions = rows(lm)
-    lm.model.score.weight.data.mul_(20)
+    lm.score_head.weight.data.mul_(20)
     ours = compute_scores(lm, prompts, completions, token_budget=100).flatten()
     saved = tmp_path / "saved"
     save_model(lm, saved)
-    again = load_reward_model(saved, device=CPU)
+    again = ModelLoader(CPU).load_reward_model(saved)
     reloaded = compute_scores(again, prompts, completions, token_budget=100).flatten()
     torch.testing.assert_close(reloaded, ours, rtol=1e-5, atol=1e-5)
-    assert again.tokenization_digest == load_policy(folders / name, device=CPU).tokenization_digest
+    assert again.tokenization_digest == ModelLoader(CPU).load_policy(folders / name).tokenization_digest
 
     tokenizer, config = AutoTokenizer.from_pretrained(saved), json.loads((saved / "config.json").read_text())
     assert tokenizer.pad_token_id == config["pad_token_id"]
@@ -89,7 +89,7 @@ def test_a_reward_model_is_the_same_in_plain_transformers(folders: Path, tmp_pat
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_that_would_be_computed_wrongly_is_refused(folders: Path, name: str) -> None:
     with pytest.raises(InputError, match=REFUSED[name]):
-        load_policy(family_folder(folders, name), device=CPU)
+        ModelLoader(CPU).load_policy(family_folder(folders, name))
 
 
 ANSWERS = ("The world is round.", "No, it is not.", "Paris", "print(add(1, 2))", "It takes flour and water.")

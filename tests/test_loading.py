@@ -22,9 +22,10 @@ from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.data.tokens import compute_tokenization_digest
 from mixpo.models import loading
-from mixpo.models.adapters import LoraSettings, add_lora
+from mixpo.models.adapters import LoraSettings
+from mixpo.models.exporting import export_model
 from mixpo.models.folders import ModelFolder, read_end_tokens, read_policy_folder
-from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.saving import save_model
 from mixpo.stages import pretrained
 from mixpo.training.job import locate_model_folder
@@ -277,7 +278,7 @@ def test_a_damaged_folder_is_one_line(folder: Path, capfd: pytest.CaptureFixture
 def test_the_same_folder_undamaged_is_taken(folder: Path, untied: Path) -> None:
     for one in (folder, untied):
         assert read_policy_folder(one).dtype == torch.float32
-        load_policy(one, device=CPU)
+        ModelLoader(CPU).load_policy(one)
 
 
 @pytest.fixture
@@ -330,10 +331,10 @@ def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     if place == "known":  # transformers has the architecture itself
         keys(CONFIG, model_type="llama")(folder)
-        load_policy(folder, device=CPU)
+        ModelLoader(CPU).load_policy(folder)
     else:
         with pytest.raises(InputError):
-            load_policy(folder, device=CPU)
+            ModelLoader(CPU).load_policy(folder)
         with pytest.raises(ValueError, match=r"of its own|custom code"):
             Pretrained(path=str(folder))
     assert not marker.exists()
@@ -342,7 +343,7 @@ def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: p
 def test_weights_that_are_not_numbers_are_refused(folder: Path) -> None:
     weights(lambda t: t[UP][3].fill_(float("nan")))(folder)
     with pytest.raises(InputError, match=f"found infinite or undefined numbers in {UP}"):
-        load_policy(folder, device=CPU)
+        ModelLoader(CPU).load_policy(folder)
 
 
 @pytest.mark.parametrize(
@@ -361,13 +362,13 @@ def test_a_lack_of_memory_is_no_damage(good: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(loading, "compute_reference_outputs", fail)
     with pytest.raises(type(error)) as raised:
-        load_policy(good, device=CPU)
+        ModelLoader(CPU).load_policy(good)
     assert raised.value is error
 
 
 def test_a_pad_token_that_is_counted_from_the_end_is_taken(folder: Path) -> None:
     keys(CONFIG, pad_token_id=-1)(folder)
-    load_policy(folder, device=CPU)
+    ModelLoader(CPU).load_policy(folder)
 
 
 @pytest.mark.parametrize("path", ["weights", "./weights"])
@@ -395,7 +396,7 @@ def test_what_is_read_of_a_folder_may_be_changed_by_who_reads_it(good: Path, mon
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_weights_that_are_not_finite_are_not_saved(good: Path, tmp_path: Path, dtype: str) -> None:
     """In float16 all above 65504 is infinite."""
-    lm = load_policy(good, device=CPU)
+    lm = ModelLoader(CPU).load_policy(good)
     lm.dtype = getattr(torch, dtype)
     with torch.no_grad():
         lm.model.get_parameter(UP)[3, 4] = 1e5
@@ -413,7 +414,7 @@ def test_weights_that_are_not_finite_are_not_saved(good: Path, tmp_path: Path, d
 
 
 def test_what_the_architecture_keeps_in_float32_is_saved_so(good: Path, tmp_path: Path) -> None:
-    lm = load_policy(good, device=CPU)
+    lm = ModelLoader(CPU).load_policy(good)
     lm.dtype = torch.bfloat16
     lm.model._keep_in_fp32_modules, lm.model._keep_in_fp32_modules_strict = ["input_layernorm"], {"up_proj"}
     save_model(lm, tmp_path / "saved")
@@ -424,12 +425,12 @@ def test_what_the_architecture_keeps_in_float32_is_saved_so(good: Path, tmp_path
 
 
 def test_end_tokens_are_those_that_the_folders_files_name(folder: Path) -> None:
-    end = load_policy(folder, device=CPU).end_token
+    end = ModelLoader(CPU).load_policy(folder).end_token
     keys(GENERATION, eos_token_id=[end, 7])(folder)
-    assert load_policy(folder, device=CPU).end_tokens == {end, 7}
+    assert ModelLoader(CPU).load_policy(folder).end_tokens == {end, 7}
     removed(GENERATION)(folder)
     keys(CONFIG, eos_token_id=[end, 9])(folder)
-    assert load_policy(folder, device=CPU).end_tokens == {end, 9}
+    assert ModelLoader(CPU).load_policy(folder).end_tokens == {end, 9}
 
 
 def test_end_tokens_that_no_file_names_are_not_guessed(tmp_path: Path) -> None:
@@ -442,7 +443,7 @@ def test_end_tokens_that_no_file_names_are_not_guessed(tmp_path: Path) -> None:
         read_end_tokens(model, folder)
     edited(CONFIG, lambda content: content.pop("eos_token_id"))(folder)
     assert read_end_tokens(model, folder) == frozenset()
-    lm = load_policy(folder, device=CPU)
+    lm = ModelLoader(CPU).load_policy(folder)
     assert lm.end_tokens == {lm.end_token}
 
 
@@ -450,10 +451,10 @@ def test_a_published_generation_config_is_kept_though_transformers_would_refuse_
     folder: Path, tmp_path: Path
 ) -> None:
     """`temperature` without `do_sample`."""
-    end = load_policy(folder, device=CPU).end_token
+    end = ModelLoader(CPU).load_policy(folder).end_token
     keys(GENERATION, temperature=0.6, eos_token_id=7)(folder)
     assert "do_sample" not in json.loads((folder / GENERATION).read_text())
-    save_model(load_policy(folder, device=CPU), tmp_path / "saved")
+    save_model(ModelLoader(CPU).load_policy(folder), tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / GENERATION).read_text())
     assert (saved["temperature"], saved["eos_token_id"]) == (0.6, [end, 7])
 
@@ -482,12 +483,12 @@ def test_old_buffers_and_the_head_of_a_tied_model_may_stand_beside_the_weights(f
         tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
 
     weights(add)(folder)
-    load_policy(folder, device=CPU)
+    ModelLoader(CPU).load_policy(folder)
 
 
 def test_weights_of_the_older_kind_are_read(folder: Path, good: Path) -> None:
     legacy(lambda tensors: tensors)(folder)
-    one, other = load_policy(folder, device=CPU), load_policy(good, device=CPU)
+    one, other = ModelLoader(CPU).load_policy(folder), ModelLoader(CPU).load_policy(good)
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
 
 
@@ -502,7 +503,7 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
     model = AutoModelForCausalLM.from_pretrained(came)
     model.to(dtype).save_pretrained(came)
     size = (came / TENSORS).stat().st_size
-    lm = load_policy(came, device=CPU)
+    lm = ModelLoader(CPU).load_policy(came)
     before = [weight.clone() for weight in lm.parameters()]
     save_model(lm, tmp_path / "saved")
     assert {weight.dtype for weight in lm.parameters()} == {torch.float32}, "training goes on in float32"
@@ -513,7 +514,7 @@ def test_a_model_is_saved_in_the_type_it_came_in(tmp_path: Path, dtype: torch.dt
     first, again = load_file(came / TENSORS), load_file(tmp_path / "saved" / TENSORS)
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert load_policy(tmp_path / "saved", device=CPU).dtype == dtype
+    assert ModelLoader(CPU).load_policy(tmp_path / "saved").dtype == dtype
 
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
@@ -526,15 +527,15 @@ def test_a_recipe_may_choose_the_type(good: Path, tmp_path: Path, asked: str) ->
 
 def test_a_saved_bfloat16_reward_model_gives_its_scores_to_rounding(folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-    lm = initialize_reward_model(folder, seed=1, device=CPU)
+    lm = ModelLoader(CPU).initialize_reward_model(folder, seed=1)
     batch = pack_branches([[5, 6, 7]], [[[8, 9], [10, 11, lm.end_token]]])
     with torch.no_grad():
-        lm.model.score.weight.mul_(30)
+        lm.score_head.weight.mul_(30)
         ours = lm(batch, "scores")
     save_model(lm, tmp_path / "saved")
     assert tensor_types(tmp_path / "saved") == {torch.bfloat16}
     with torch.no_grad():
-        again = load_reward_model(tmp_path / "saved", device=CPU)(batch, "scores")
+        again = ModelLoader(CPU).load_reward_model(tmp_path / "saved")(batch, "scores")
     torch.testing.assert_close(again, ours, rtol=0.02, atol=0.02)
 
 
@@ -560,11 +561,9 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
         keys(TOKENIZER, added_tokens=[token for token in added if token["content"] == "</s>"])(came)
     keys(CONFIG, pad_token_id=2 if pad == "its end token" else None)(came)
 
-    lm = initialize_reward_model(came, seed=0, device=CPU)
-    if lora:
-        add_lora(lm, LoraSettings(rank=2))
+    lm = ModelLoader(CPU).initialize_reward_model(came, seed=0, lora=LoraSettings(rank=2) if lora else None)
     with torch.no_grad():
-        lm.model.score.weight.mul_(20)
+        lm.score_head.weight.mul_(20)
         for name, weight in lm.model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.3)
@@ -573,6 +572,10 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     with torch.no_grad():
         ours = lm(pack_branches(prompts, completions), "scores").flatten()
     save_model(lm, tmp_path / "saved")
+    if lora:
+        export_model(tmp_path / "saved", tmp_path / "merged")
+        shutil.rmtree(tmp_path / "saved")
+        (tmp_path / "merged").rename(tmp_path / "saved")
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -585,8 +588,8 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
     torch.testing.assert_close(batched, ours, rtol=1e-4, atol=1e-4)
     assert model.config.pad_token_id == tokenizer.pad_token_id not in (None, end)
     assert model.config.num_labels == 1
-    policy = load_policy(came, device=CPU)
-    again = load_reward_model(tmp_path / "saved", device=CPU)
+    policy = ModelLoader(CPU).load_policy(came)
+    again = ModelLoader(CPU).load_reward_model(tmp_path / "saved")
     assert again.tokenization_digest == policy.tokenization_digest
     one, other = (
         lm.tokenizer("The cat</s> <|reward_padding|> sleeps", split_special_tokens=True) for lm in (again, policy)
@@ -595,16 +598,16 @@ def test_a_batch_through_plain_transformers_gives_our_scores(
 
 
 def test_a_classifier_is_no_policy_and_a_policy_no_reward_model(good: Path, tmp_path: Path) -> None:
-    save_model(initialize_reward_model(good, seed=0, device=CPU), tmp_path / "reward")
+    save_model(ModelLoader(CPU).initialize_reward_model(good, seed=0), tmp_path / "reward")
     with pytest.raises(InputError, match="expected a causal language model"):
-        load_policy(tmp_path / "reward", device=CPU)
+        ModelLoader(CPU).load_policy(tmp_path / "reward")
     with pytest.raises(InputError, match="expected a reward model: a sequence classifier with one label"):
-        load_reward_model(good, device=CPU)
+        ModelLoader(CPU).load_reward_model(good)
 
 
 def test_the_embedding_of_the_pad_token_learns(untied: Path) -> None:
     """Transformers' embeddings give their pad token no gradient, and here the pad token ends every turn."""
-    lm = load_policy(untied, device=CPU)
+    lm = ModelLoader(CPU).load_trainable_policy(untied)
     assert lm.model.config.pad_token_id == lm.end_token
     lm(pack_branches([[5, lm.end_token, 7]], [[[8, 9]]]), "logprobs").sum().backward()
     assert lm.model.get_input_embeddings().weight.grad[lm.end_token].abs().sum() > 0

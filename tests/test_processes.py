@@ -150,29 +150,29 @@ def test_completions_are_the_same_whoever_samples_them(pair: ProcessPair) -> Non
 
 def cut_weights(processes: StageProcesses, precision: str) -> Any:
     lm = tiny_model("llama")
-    lm.precision = precision
-    expected = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    network = lm.network
+    network.precision = precision
+    expected = {name: weight.clone() for name, weight in network.state_dict().items()}
     prompts, completions = [[3, 9, 4], [12]], [[[7, 8], [9]], [[5], [6, 6, 6]]]
     batch = pack_branches(prompts, completions)
     scored = compute_token_logprobs(lm, prompts, completions, token_budget=100)
     lm(batch, "logprobs").sum().backward()
     gradients = {name: weight.grad.clone() for name, weight in lm.named_parameters()}
-    lm.zero_grad()
+    network.zero_grad()
 
-    replace(processes, is_sharded=True).shard(lm)
+    replace(processes, is_sharded=True).shard(network)
     shares = sum(get_local(weight).numel() for weight in lm.parameters())
-    with gather_for_passes(lm):
+    with gather_for_passes(network):
         if processes.rank == 0:  # alone
-            torch.testing.assert_close(
-                compute_token_logprobs(lm, prompts, completions, token_budget=100), scored, **CLOSE
-            )
+            again = compute_token_logprobs(lm, prompts, completions, token_budget=100)
+            torch.testing.assert_close(again, scored, **CLOSE[precision])
     assert sum(get_local(weight).numel() for weight in lm.parameters()) == shares
     loss = lm(batch, "logprobs").sum() * (2 if processes.rank == 0 else 0)  # the mean over the processes is taken
     loss.backward()
     for name, weight in lm.named_parameters():
         torch.testing.assert_close(get_whole(weight.grad), gradients[name], **CLOSE[precision])
-    with gather_for_saving(lm, keep=True):
-        for name, weight in lm.state_dict().items():
+    with gather_for_saving(network, keep=True):
+        for name, weight in network.state_dict().items():
             assert torch.equal(weight, expected[name]), name
     return shares, sum(weight.numel() for weight in expected.values())
 

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from mixpo.models import sampling
-from mixpo.models.loading import load_policy
+from mixpo.models.loading import ModelLoader
 from mixpo.models.sampling import (
     BLOCK_TOKENS,
     count_cacheable_tokens,
@@ -236,7 +236,7 @@ def test_the_cache_holds_no_more_tokens_than_its_budget(monkeypatch: pytest.Monk
 def test_the_cache_takes_the_bytes_that_it_may(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from what is allocated for four completions of 12 tokens with their prompt."""
     lm = tiny(name)
-    lm.precision = precision
+    lm.network.precision = precision
     held, allocate = [], sampling._PreallocatedCacheLayer._allocate_cache
 
     def count_bytes(layer: sampling._PreallocatedCacheLayer, states: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,7 +268,7 @@ def test_a_padded_vocabulary_is_seen_when_a_model_is_loaded(tmp_path: Path) -> N
     model.resize_token_embeddings(size + 30)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    lm = load_policy(tmp_path, device=torch.device("cpu"))
+    lm = ModelLoader(torch.device("cpu")).load_policy(tmp_path)
     assert lm.unused_tokens == tuple(range(size, size + 30))
     sampled_tokens = sample_completions(lm, [[5, 6, 7]], k=50, max_tokens=20, seed=0)
     assert int(sampled_tokens.tokens.max()) < size

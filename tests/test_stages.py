@@ -22,9 +22,10 @@ from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, decode_completion, tokenize_prompt
 from mixpo.data.world import build_world_tokenizer
 from mixpo.models import scoring
+from mixpo.models.adapter_folders import WEIGHTS, holds_adapters, read_adapter_folder
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy, load_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions, sample_completions
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
@@ -46,8 +47,9 @@ from mixpo.stages.rows import (
 )
 from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import read_stage_settings, read_stage_summary, sort_topologically
-from mixpo.training.checkpoint import TrainableWeights
+from mixpo.training.checkpoint import LastGoodWeights, TrainableWeights
 from mixpo.training.job import StageJob, locate_model_folder
+from mixpo.training.parallel import StageProcesses
 from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -65,7 +67,8 @@ def watching() -> Iterator[Mock]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(locate_model_folder(folder) / "model.safetensors")
+    model = locate_model_folder(folder)
+    return load_file(model / (WEIGHTS if holds_adapters(model) else "model.safetensors"))
 
 
 def test_sft_learns_and_leaves_a_plain_folder(world: World) -> None:
@@ -305,14 +308,14 @@ def test_deepspeed_chat_preset_and_keys_beside_it() -> None:
 def test_value_model_starts_where_it_says(world: World, tmp_path: Path, value_init: str) -> None:
     stage = world.ppo(value_init=value_init)
     folders = {name: world.build(source) for name, source in stage.get_input_stages().items()}
-    policy = load_policy(locate_model_folder(folders["policy"]), device=CPU)
-    reward = load_reward_model(locate_model_folder(folders["reward"]), device=CPU)
+    policy = ModelLoader(CPU).load_trainable_policy(locate_model_folder(folders["policy"]))
+    reward = ModelLoader(CPU).load_reward_model(locate_model_folder(folders["reward"]))
     learner = make_actor_critic(stage, folders, policy, reward, StageJob(tmp_path, RUNTIME))
     assert learner.value is not None
     assert learner.shares_network == (value_init == "shared")
     if value_init == "reward":
-        assert torch.equal(learner.value.model.score.weight, reward.model.score.weight)
-        assert learner.value.model.score is not reward.model.score
+        assert torch.equal(learner.value.score_head.weight, reward.score_head.weight)
+        assert learner.value.score_head is not reward.score_head
     assert (world.build(stage) / "model").exists()
 
 
@@ -321,7 +324,7 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     expected = r"step \d+ of \d+: the KL to the reference ran away: .* more than max_kl = 0.3.*lower"
     with pytest.raises(Diverged, match=expected):
         world.build(stage)
-    stopped = load_policy(world.stage_cache.locate_folder(stage) / "stopped", device=CPU)
+    stopped = ModelLoader(CPU).load_policy(world.stage_cache.locate_folder(stage) / "stopped")
     reference = world.load(world.sft)
     prompts = read_pairs(world.build(world.selection) / "hard.parquet", stopped, max_completion_tokens=LIMIT).prompts
     sampled = sample_completions(stopped, prompts, k=4, max_tokens=LIMIT, seed=0)
@@ -331,18 +334,26 @@ def test_ppo_stops_on_a_kl_that_runs_away_and_keeps_the_last_policy(world: World
     assert not world.stage_cache.is_done(stage)
 
 
-def test_weights_are_copied_over_an_earlier_copy_and_apart_from_the_model() -> None:
-    model = torch.nn.Linear(3, 2)
-    weights = TrainableWeights(model)
-    saved_weights = weights.copy_to_cpu()
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    weights.update_copy(saved_weights)
-    copied = model.weight.detach().clone()
-    assert torch.equal(saved_weights["weight"], copied)
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    assert torch.equal(saved_weights["weight"], copied)
+def test_the_last_good_weights_are_copied_as_often_as_it_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own: each copy takes one second, so the next is due a hundred seconds later."""
+    model, now = torch.nn.Linear(3, 2), [0.0]
+
+    class TimedWeights(TrainableWeights):
+        def state_dict(self) -> dict[str, Any]:
+            now[0] += 1.0
+            return super().state_dict()
+
+    monkeypatch.setattr("mixpo.training.checkpoint.time.monotonic", lambda: now[0])
+    last_good, copied = LastGoodWeights(TimedWeights(model), StageProcesses(torch.device("cpu"))), {}
+    for step, time in enumerate((0, 50, 100, 101, 300)):
+        now[0] = float(time)
+        last_good.copy_if_cheap(step)
+        copied[step] = last_good.step
+        with torch.no_grad():
+            model.weight.fill_(float(step + 1))
+    assert copied == {0: 0, 1: 0, 2: 0, 3: 3, 4: 4}
+    last_good.restore()
+    assert model.weight.unique().tolist() == [4.0]
 
 
 def test_ppo_refuses_a_reference_that_is_not_what_it_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,9 +369,9 @@ def test_ppo_with_lora_keeps_the_reference_it_was_given(world: World) -> None:
     stage = world.ppo(policy=anchor, reference=anchor, lora={"rank": 4})
     rows = read_metrics(world.build(stage))
     assert rows[0]["kl_abs_per_token"] < 1e-4
-    before, after = weights(world.build(anchor)), weights(world.build(stage))
-    assert before.keys() == after.keys(), "adapters are merged"
-    assert any(not torch.equal(before[key], after[key]) for key in before)
+    adapters = read_adapter_folder(locate_model_folder(world.build(stage)))
+    assert adapters.base == locate_model_folder(world.build(anchor)).resolve()
+    assert any(weight.any() for name, weight in adapters.weights.items() if name.endswith("lora_B"))
 
 
 def test_kl_from_sft_is_measured_from_sft_whatever_the_reference_is(world: World) -> None:
@@ -404,12 +415,13 @@ def test_snapshots_are_the_policies_on_the_way(world: World, tmp_path: Path) -> 
         world.build(world.ppo(epochs=2, snapshots=4))
 
 
-def test_lora_snapshots_are_merged_and_training_goes_on(world: World) -> None:
+def test_lora_snapshots_are_adapters_and_training_goes_on(world: World) -> None:
     folder = world.build(world.ppo(epochs=2, snapshots=1, lora={"rank": 4}))
     plain = world.build(world.ppo(epochs=2, lora={"rank": 4}))
     assert read_stage_summary(folder)["model"] == read_stage_summary(plain)["model"]
-    snapshot = load_file(folder / "snapshots" / "1" / "model" / "model.safetensors")
-    assert snapshot.keys() == weights(folder).keys()
+    snapshot, end = weights(folder / "snapshots" / "1"), weights(folder)
+    assert snapshot.keys() == end.keys()
+    assert any(not torch.equal(snapshot[key], end[key]) for key in end)
 
 
 def test_a_part_of_an_epoch(world: World) -> None:
@@ -493,7 +505,7 @@ def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -
     base = Pretrained(path=tiny.base.path, dtype="bfloat16")
     stage = RewardModel(policy=base, pairs=tiny.pairs.train_pairs, data=tiny.pairs, learning_rate=0.01, **SHORT)
     folder = tiny.run(stage)
-    saved = load_reward_model(locate_model_folder(folder), device=CPU)
+    saved = ModelLoader(CPU).load_reward_model(locate_model_folder(folder))
     assert saved.dtype == torch.bfloat16
     test = read_pairs(tiny.build(tiny.pairs) / "test.parquet", saved, max_completion_tokens=TINY_LIMIT)
     computed_scores = compute_scores(saved, test.prompts, test.completions, token_budget=TINY_RUNTIME.microbatch_tokens)
@@ -544,7 +556,7 @@ def test_gradients_are_those_of_a_step(world: World) -> None:
     rows = read_table(folder / "gradients.parquet")
     assert len(rows) == 3
     row = rows[0]
-    lm = world.load(policy)
+    lm = ModelLoader(CPU).load_trainable_policy(locate_model_folder(world.build(policy)))
     pairs = read_pairs(world.build(world.selection) / "easy.parquet", lm, max_completion_tokens=LIMIT)
     place = draw_subset(range(len(pairs.prompts)), 3, COMPARISON_SEED)[0]
     prompts, completions = [pairs.prompts[place]], [pairs.completions[place]]
@@ -633,7 +645,7 @@ def test_a_local_model_is_copied_and_may_be_moved(world: World, tmp_path: Path) 
     stage = Pretrained(path=str(source))
     folder = StageCache(tmp_path / "cache", RUNTIME).compute_with_inputs(stage)
     source.rename(tmp_path / "moved")
-    load_policy(locate_model_folder(folder), device=CPU)
+    ModelLoader(CPU).load_policy(locate_model_folder(folder))
     moved = Pretrained(path=str(tmp_path / "moved"))
     assert StageCache(tmp_path / "cache", RUNTIME).locate_folder(moved) == folder
 
@@ -760,7 +772,7 @@ def test_rows_that_share_a_prompt_are_validated_on_together(world: World, tmp_pa
 
 
 def language_model(tokenizer: Any) -> LanguageModel:
-    return LanguageModel(Mock(), tokenizer, tokenizer.eos_token_id, shares_prompts=True)
+    return LanguageModel(Mock(), tokenizer, tokenizer.eos_token_id)
 
 
 def test_a_reward_model_with_other_tokens_reads_long_text_whole() -> None:

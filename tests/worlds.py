@@ -16,7 +16,7 @@ from mixpo.data.tokens import tokenize_row
 from mixpo.data.world import build_world_tokenizer
 from mixpo.models.folders import load_tokenizer
 from mixpo.models.language_model import LanguageModel
-from mixpo.models.loading import load_policy, load_reward_model
+from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.scoring import compute_token_logprobs
@@ -54,8 +54,8 @@ class CachedStages:
         return out
 
     def load(self, stage: Stage) -> LanguageModel:
-        load_model = load_reward_model if isinstance(stage, RewardStage) else load_policy
-        return load_model(locate_model_folder(self.build(stage)), device=CPU)
+        loader, folder = ModelLoader(CPU), locate_model_folder(self.build(stage))
+        return loader.load_reward_model(folder) if isinstance(stage, RewardStage) else loader.load_policy(folder)
 
 
 class World(CachedStages):
@@ -137,13 +137,13 @@ HH = "\n\nHuman: {0}\n\nAssistant: {1}"
 class TinyWorld(CachedStages):
     """The stages of the embedded world on a model of two layers, and on few rows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, width: int = 32) -> None:
         super().__init__(folder / "cache", TINY_RUNTIME)
         self.folder, self.numbers = folder, count()
         tokenizer = build_world_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,

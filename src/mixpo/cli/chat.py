@@ -12,15 +12,16 @@ from mixpo.data.rows import Message, RowError
 from mixpo.data.text import escape_invisible
 from mixpo.data.tokens import tokenize_prompt
 from mixpo.models.folders import read_context_length
-from mixpo.models.loading import load_policy
+from mixpo.models.loading import ModelLoader
 from mixpo.models.sampling import sample_completions
 
 
 def run_chat(model_folder: Path, *, temperature: float, max_tokens: int) -> None:
     """Chat in the terminal: read user messages from standard input until it ends, and print the model's completions."""
     console = Console()
-    lm = load_policy(model_folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    context = read_context_length(model_folder)
+    lm = ModelLoader(torch.device("cuda" if torch.cuda.is_available() else "cpu")).load_policy(model_folder)
+    assert lm.folder is not None
+    context = read_context_length(lm.folder)
     if context is not None and max_tokens >= context:
         raise InputError(f"--max-tokens: found {max_tokens}; expected less than {context}, the model's context")
     if isinstance(sys.stdin, io.TextIOWrapper):

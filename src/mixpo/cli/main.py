@@ -147,6 +147,21 @@ def chat_with_model(
     run_chat(model, temperature=temperature, max_tokens=max_tokens)
 
 
+@app.command("export")
+def export_arm(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, such as runs/world.")],
+    arm: Annotated[str, typer.Argument(metavar="ARM", help="An arm of it, such as mpo.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    seed: Annotated[int | None, typer.Option(help="Of the run; the first at which the arm finished.")] = None,
+) -> None:
+    """Write an arm's model to a folder as a whole Hugging Face model, its adapters merged into the weights."""
+    from mixpo.experiments.results import load_runs, locate_arm_model
+    from mixpo.models.exporting import export_model
+
+    export_model(locate_arm_model(load_runs(run), arm, seed), out)
+    print(f"model: {out}")
+
+
 app.add_typer(data.app, name="data")
 app.add_typer(study.app)
 

@@ -20,7 +20,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import describe_type
 from mixpo.experiments.cluster import InfraSettings
 from mixpo.models.adapters import LoraSettings
-from mixpo.models.language_model import Precision
+from mixpo.models.network import Precision
 from mixpo.settings import Settings, format_found_and_expected
 from mixpo.stages.data import DataSettings, split_hub_name
 from mixpo.stages.dpo import DPOSettings

@@ -200,6 +200,21 @@ def format_first_names(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
+def locate_arm_model(results: Results, arm_name: str, seed: int | None = None) -> Path:
+    """Path of the folder of an arm's model, at its first finished seed if none is given. Raises `InputError`."""
+    if arm_name not in results.finished_arms:
+        expected = ", ".join(results.finished_arms) or "none, since all failed"
+        raise InputError(f"ARM: found {arm_name!r}; expected a finished arm of the run: {expected}")
+    finished = results.get_finished_by_seed(arm_name)
+    if seed is not None and seed not in finished:
+        seeds = ", ".join(map(str, finished))
+        raise InputError(f"--seed: found {seed}; expected one at which {arm_name} finished: {seeds}")
+    result = next(iter(finished.values())) if seed is None else finished[seed]
+    if result.model is None:
+        raise InputError(f"ARM: found {arm_name!r}, which chooses among completions; expected an arm with a model")
+    return Path(result.model)
+
+
 def load_runs(*run_folders: Path) -> Results:
     """Load finished runs as one `Results`. Raises `InputError` on unfinished runs or different test prompts."""
     places = [folder.resolve() for folder in run_folders]

@@ -1,19 +1,23 @@
-"""LoRA adapters: adding them to a model, freezing weights, and merging adapters into the weights."""
+"""LoRA adapters of networks: adding new ones to train and old ones as they were saved, and holding frozen weights."""
 
-from typing import Literal
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import pydantic
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixpo.data.errors import InputError
-from mixpo.models.folders import explain_loading_errors
-from mixpo.models.language_model import LanguageModel, iterate_matrix_modules
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network, iterate_matrix_modules
 from mixpo.settings import Settings
 
 
 class LoraSettings(Settings):
-    """Settings of low-rank adapters on every linear layer, merged into the saved weights (Hu et al. 2021)."""
+    """Settings of low-rank adapters, which train instead of the model's weights (Hu et al. 2021)."""
 
     rank: int = pydantic.Field(16, ge=1)
     alpha: float = pydantic.Field(32.0, gt=0)
@@ -22,74 +26,197 @@ class LoraSettings(Settings):
     """Scale the adapters by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that are adapted, or the last parts of their names, such as q_proj."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules, or the last parts of them, that train whole and are saved with the adapters."""
+    quantize_base: bool = False
+    """Hold the matrices of frozen models in 4 bits while training (QLoRA, Dettmers et al. 2023); needs bitsandbytes.
+    The adapters stay those of the whole model, on which they are sampled from and evaluated."""
 
 
-def add_lora(lm: LanguageModel, lora: LoraSettings) -> None:
-    """Add trainable adapters to a model in place and freeze all other weights but a scalar head's."""
-    from peft import LoraConfig, get_peft_model
+def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> None:
+    """Add trainable adapters of this name to a model in place; its scalar head, if it has one, trains as a copy.
 
+    All other weights of its network keep what they are. Raises `InputError` on modules that the model does not have.
+    """
+    from peft import LoraConfig
+
+    network, model = lm.network, lm.model
+    head = model.get_output_embeddings()
+    layers = [
+        layer
+        for layer, module in iterate_matrix_modules(model)
+        if module is not head and layer.split(".")[0] != "score" and ".lora_" not in layer
+    ]
+    layers = list(dict.fromkeys(layer.removesuffix(".base_layer") for layer in layers))
+    targets = layers if lora.target_modules == "all-linear" else _find_modules("target_modules", lora, layers)
+    modules = [module for module, _ in model.named_modules() if module and ".lora_" not in module]
+    saved = _find_modules("modules_to_save", lora, modules)
+    if tied := [module for module in saved if _is_tied_embedding(network, model.get_submodule(module))]:
+        raise InputError(
+            f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
+            "expected modules with weights of their own"
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rank_stabilized,
-        target_modules=lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules),
-        exclude_modules=["score"] if hasattr(lm.model, "score") else None,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in lm.model.modules()),  # GPT-2
+        target_modules=targets,
+        modules_to_save=saved or None,
+        fan_in_fan_out=_has_transposed_layers(network),
     )
-    matrices = set(iterate_matrix_modules(lm.model))
-    layers = [name for name, module in lm.model.named_modules() if module in matrices]
-    for target in lora.target_modules if lora.target_modules != "all-linear" else ():
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            ends = sorted({name.rpartition(".")[2] for name in layers})
-            raise InputError(f"lora.target_modules: found {target!r}; expected layers of the model: {', '.join(ends)}")
-    lm.model = get_peft_model(lm.model, config).get_base_model()
-    if hasattr(lm.model, "score"):
-        lm.model.score.requires_grad_(True)
-    cast_frozen_weights(lm)
+    _inject_adapters(network, name, config)
+    for parameter_name, parameter in network.named_parameters():
+        if f".{name}." in f".{parameter_name}.":
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    _copy_saved_modules(network, lm.adapters, name)
+    if lm.head is not None:
+        network.heads[name] = nn.Linear(lm.score_head.in_features, 1, bias=False, device=lm.device)
+        weight = lm.score_head.weight.detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of a network cut over processes
+        network.heads[name].load_state_dict({"weight": whole.float()})
+        lm.head = name
+    lm.adapters = (*lm.adapters, name)
 
 
-def freeze_model(lm: LanguageModel) -> LanguageModel:
-    """Make all weights of a model untrainable and cast them to the precision they are used in, in place; returns it."""
-    lm.model.requires_grad_(False)
-    cast_frozen_weights(lm)
-    return lm
+def add_frozen_adapters(network: Network, name: str, config: Any, weights: Mapping[str, Tensor]) -> None:
+    """Add adapters with these weights under a name to a network, in place; they do not train.
 
-
-def cast_frozen_weights(lm: LanguageModel) -> None:
-    """Cast a model's frozen matrices to bfloat16, in place, if it computes in bfloat16; else do nothing.
-
-    Results do not change: embeddings, norms, a scalar head and the output head's bias, which are used in float32, stay
-    in float32. An output head tied to the embedding gets a copy of its own.
+    `config` is the `LoraConfig` of peft with which they were saved. `weights` are named as `iterate_adapter_weights`
+    names them. Raises KeyError on weights that the network has no place for, and ValueError on missing ones and others'
+    shapes.
     """
-    if lm.precision != "bfloat16":
-        return
-    head = lm.model.get_output_embeddings()
-    for module in iterate_matrix_modules(lm.model):
-        if module is getattr(lm.model, "score", None):
-            continue
-        for name in ("weight",) if module is head else ("weight", "bias"):
-            weight = getattr(module, name)
-            if weight is not None and not weight.requires_grad:
-                setattr(module, name, torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        _inject_adapters(network, name, config)
+    places = dict(iterate_adapter_weights(network, name))
+    if missing := sorted(places.keys() - weights.keys()):
+        raise ValueError(f"no tensor {missing[0]}")
+    for weight_name, weight in weights.items():
+        place = places[weight_name]
+        if place.shape != weight.shape:
+            raise ValueError(f"{weight_name} {list(weight.shape)} (not {list(place.shape)})")
+        place.data = weight.to(network.device, torch.float32)
+        place.requires_grad_(False)
 
 
-@torch.no_grad()
-def merge_adapters(lm: LanguageModel) -> PreTrainedModel:
-    """A new model, its folder's weights with the adapters merged into them; the model itself if it has no adapters."""
+def iterate_adapter_weights(network: Network, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, weight) of an adapter, as `model.layers.0.mlp.up_proj.lora_A`, and of modules that train whole."""
+    for name, parameter in network.model.named_parameters():
+        if f".{adapter_name}." in name:
+            name = name.replace(f".modules_to_save.{adapter_name}.", ".")
+            yield name.removesuffix(f".{adapter_name}.weight") if ".lora_" in name else name, parameter
+
+
+def _inject_adapters(network: Network, name: str, config: Any) -> None:
+    """Add adapters to a network by peft, in place; what trained before does so afterwards, and nothing else."""
+    from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    lora_layers = {name: module for name, module in lm.model.named_modules() if isinstance(module, LoraLayer)}
-    if not lora_layers:
-        return lm.model
-    with explain_loading_errors(str(lm.folder)):
-        merged: PreTrainedModel = type(lm.model).from_pretrained(
-            lm.folder, config=lm.model.config, dtype=torch.float32, local_files_only=True
-        )
-    for name, module in lora_layers.items():
-        weight = merged.get_submodule(name).weight
-        weight += module.get_delta_weight("default").to(weight.device)
-    for name, parameter in lm.model.named_parameters():
-        if parameter.requires_grad and ".lora_" not in name:
-            merged.get_parameter(name).copy_(parameter)
-    return merged
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, network.model, adapter_name=name)
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    modules = [part for part in network.modules() if isinstance(part, LoraLayer | ModulesToSaveWrapper)]
+    network.register_adapters(name, modules)
+
+
+def _copy_saved_modules(network: Network, earlier: tuple[str, ...], name: str) -> None:
+    """Set the modules that train whole under this name to those of the newest of the earlier adapters that has them."""
+    new = dict(iterate_adapter_weights(network, name))
+    for adapter in earlier:
+        for weight_name, weight in iterate_adapter_weights(network, adapter):
+            if weight_name in new and ".lora_" not in weight_name:
+                new[weight_name].data.copy_(weight)
+
+
+def _find_modules(
+    setting: Literal["target_modules", "modules_to_save"], lora: LoraSettings, names: list[str]
+) -> list[str]:
+    """Names of the modules that a setting names by their last parts. Raises `InputError` where there is none."""
+    found = list[str]()
+    for target in getattr(lora, setting):
+        matches = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not matches:
+            ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            what = "layers" if setting == "target_modules" else "modules"
+            raise InputError(f"lora.{setting}: found {target!r}; expected {what} of the model: {', '.join(ends)}")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def _is_tied_embedding(network: Network, module: nn.Module) -> bool:
+    """True for an embedding or an output head whose weights the other one has too."""
+    head, embedding = network.model.get_output_embeddings(), network.model.get_input_embeddings()
+    return head is not None and module in (head, embedding) and head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def _has_transposed_layers(network: Network) -> bool:
+    """True if layers hold their matrices as [in, out], as GPT-2's do."""
+    return any(type(module).__name__ == "Conv1D" for module in network.model.modules())
+
+
+def freeze_network(network: Network) -> None:
+    """Make all weights of a network untrainable, and hold them in the type in which it computes, in place.
+
+    Results do not change. In bfloat16, matrices are held in it. Norms, scalar heads and the output head's bias, which
+    are used in float32, are held in float32. Embeddings keep the type they came in, and are read in float32.
+    """
+    network.requires_grad_(False)
+    if network.precision != "bfloat16":
+        return
+    model = network.model
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # of bitsandbytes
+            module.compute_dtype = torch.bfloat16
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    narrow = set[int]()
+    for _, module in iterate_matrix_modules(model):
+        if module is not getattr(model, "score", None):
+            narrow |= {id(part) for name, part in module.named_parameters() if module is not head or name == "weight"}
+    narrow |= {id(weight) for weight in model.parameters() if weight.ndim == 3}  # all experts of a layer
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if (module is embedding and weight.dtype == torch.bfloat16) or not weight.is_floating_point():
+                continue
+            dtype = torch.bfloat16 if id(weight) in narrow and module is not embedding else torch.float32
+            if weight.dtype != dtype:
+                setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    if embedding.weight.dtype == torch.bfloat16:
+        embedding.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+@contextmanager
+def compute_in_float32(model: nn.Module) -> Iterator[None]:
+    """Context manager: a model computes in float32, one module's weights at a time, in whatever type it holds them."""
+    handles = []
+    for module in model.modules():
+        held = {
+            name: weight
+            for name, weight in module.named_parameters(recurse=False)
+            if weight.is_floating_point() and weight.dtype != torch.float32
+        }
+        if held:
+
+            def widen(module: nn.Module, inputs: Any, held: Mapping[str, nn.Parameter] = held) -> None:
+                """Put the weights into the module in float32."""
+                for name, weight in held.items():
+                    setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))
+
+            def restore(module: nn.Module, inputs: Any, output: Any, held: Mapping[str, nn.Parameter] = held) -> None:
+                """Put the weights back as they are held."""
+                for name, weight in held.items():
+                    setattr(module, name, weight)
+
+            handles += [
+                module.register_forward_pre_hook(widen),
+                module.register_forward_hook(restore, always_call=True),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -19,8 +19,18 @@ def compute_model_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in list_model_files(folder):
         digest.update(file.name.encode())
-        digest.update(compute_file_digest(file))
+        digest.update(_hash_adapter_config(file) if file.name == "adapter_config.json" else compute_file_digest(file))
     return digest.hexdigest()[:16]
+
+
+def _hash_adapter_config(file: Path) -> bytes:
+    """SHA-256 of a configuration of adapters without the path of their base, which a moved cache changes."""
+    try:
+        content = json.loads(file.read_text(encoding="utf8"))
+        del content["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return compute_file_digest(file)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
 def refuse_model_changed_since_stage(folder: Path) -> None:

@@ -4,6 +4,7 @@ Transformers fills missing weights with random numbers and can run Python code f
 be there by name, and no code from a folder is run.
 """
 
+import importlib.util
 import json
 import logging
 import warnings
@@ -21,6 +22,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -201,23 +203,29 @@ def load_weights(
     allow_missing_head: bool = False,
     model_class: type[PreTrainedModel] | None = None,
     without_values: bool = False,
+    dtype: torch.dtype = torch.float32,
+    quantize: bool = False,
 ) -> PreTrainedModel:
-    """Load a checked folder's model in float32. Raises `InputError` unless its tensors are exactly the model's.
+    """Load a checked folder's model in a float type. Raises `InputError` unless its tensors are exactly the model's.
 
     `model_class` loads the weights into another class; with `allow_missing_head` only its `score` head may be missing.
-    With `without_values` no weight is read: only names and shapes are compared.
+    With `without_values` no weight is read: only names and shapes are compared. With `quantize` the matrices of its
+    layers are held in 4 bits (NF4), which needs bitsandbytes.
     """
+    options: dict[str, Any] = {"device_map": "meta"} if without_values else {}
+    if quantize:
+        options["quantization_config"] = _make_quantization_config()
     with explain_loading_errors(folder.path, "weights that cannot be read", DOWNLOAD_HINT):
         model, loading_info = (model_class or folder.network).from_pretrained(
             folder.path,
             config=folder.config,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=False,
             local_files_only=True,
-            **({"device_map": "meta"} if without_values else {}),
+            **options,
         )
     missing = {name for name in loading_info["missing_keys"] if not (allow_missing_head and name.startswith("score."))}
     unexpected = () if allow_missing_head else loading_info["unexpected_keys"]
@@ -237,7 +245,25 @@ def load_weights(
             f"config.json's sizes; {DOWNLOAD_HINT}"
         )
     loaded: PreTrainedModel = model
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a layout for inference, without gradients
+            module.support_avx512bf16_for_cpu = False
     return loaded
+
+
+def _make_quantization_config() -> BitsAndBytesConfig:
+    """Settings of NF4 with quantized scales, as in QLoRA. Raises `InputError` without bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "lora.quantize_base: found no package bitsandbytes; expected it where the base is held in 4 bits; install "
+            "it: pip install 'mixpo[qlora]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
 
 
 def read_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:

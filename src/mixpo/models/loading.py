@@ -1,12 +1,26 @@
 """Loading of models from Hugging Face folders, with checks of every weight and of what they compute."""
 
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mixpo.data.errors import InputError
 from mixpo.data.tokens import find_completion_end_token
-from mixpo.models.digests import refuse_model_changed_since_stage
+from mixpo.models.adapter_folders import (
+    AdapterFolder,
+    add_adapter_folder,
+    holds_adapters,
+    merge_adapter_folder,
+    read_adapter_folder,
+)
+from mixpo.models.adapters import LoraSettings, add_lora, compute_in_float32, freeze_network
+from mixpo.models.digests import compute_model_digest, refuse_model_changed_since_stage
 from mixpo.models.folders import (
     ModelFolder,
     explain_loading_errors,
@@ -14,71 +28,200 @@ from mixpo.models.folders import (
     read_policy_folder,
     read_reward_folder,
 )
-from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.models.reward_heads import find_classifier_class, find_score_head
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network, Precision
+from mixpo.models.reward_heads import (
+    draw_head_weight,
+    find_classifier_class,
+    find_head_width,
+    find_score_head,
+    make_score_head,
+)
 from mixpo.models.saving import refuse_non_finite_weights
 from mixpo.models.verification import compute_reference_outputs, draw_probe_tokens, verify_model
 
-
-def load_policy(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
-    """Load a causal language model from its folder. Raises `InputError` if its weights or its outputs are wrong."""
-    refuse_model_changed_since_stage(folder)
-    checked = read_policy_folder(folder)
-    return _wrap_and_verify_model(load_weights(checked), checked, device, precision)
+NetworkKey = tuple[str, Precision, bool]
+"""Digest of a model's folder, precision, and whether it is held in 4 bits."""
 
 
-def load_reward_model(folder: Path, *, device: torch.device, precision: Precision = "float32") -> LanguageModel:
-    """Load a reward model (a one-label classifier) from its folder. Raises `InputError` if it is not as expected."""
-    refuse_model_changed_since_stage(folder)
-    checked = read_reward_folder(folder)
-    return _wrap_and_verify_model(load_weights(checked), checked, device, precision)
+class ModelLoader:
+    """Loading of the models of one computation, in which frozen models and those with adapters share what is equal.
 
+    A frozen model is held in the type that it computes in. All frozen models from one folder, and all models with
+    adapters on it, are one network in memory, which is freed with the last of them.
+    """
 
-def initialize_reward_model(
-    policy_folder: Path, *, seed: int, device: torch.device, precision: Precision = "float32"
-) -> LanguageModel:
-    """Make a reward model of a policy's weights and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
-    refuse_model_changed_since_stage(policy_folder)
-    checked = read_policy_folder(policy_folder)
-    checked.config.num_labels, checked.config.problem_type = 1, None
-    model = load_weights(
-        checked, model_class=find_classifier_class(checked.config, policy_folder), allow_missing_head=True
-    )
-    head = find_score_head(model, policy_folder)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5)
-        if head.bias is not None:
-            head.bias.zero_()
-    return _wrap_and_verify_model(model, checked, device, precision)
+    def __init__(self, device: torch.device, prepare_network: Callable[[Network], None] | None = None) -> None:
+        """`prepare_network` is called with every new network, after its checks and before adapters are added."""
+        self.device, self.prepare_network = device, prepare_network
+        self.quantizes = False
+        """Whether frozen networks are loaded in 4 bits: from the first model with `lora.quantize_base` on."""
+        self._networks: WeakValueDictionary[NetworkKey, Network] = WeakValueDictionary()
+        self._fields: dict[NetworkKey, dict[str, Any]] = {}
+        """Fields of the models without adapters on the networks, by the same keys."""
 
+    def load_policy(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
+        """Load a frozen policy from its folder. Raises `InputError` if its weights or its outputs are wrong."""
+        refuse_model_changed_since_stage(folder)
+        if not holds_adapters(folder):
+            return self._load_shared_model(folder, precision, read_policy_folder)
+        adapters = read_adapter_folder(folder)
+        if adapters.head is not None:
+            raise InputError(f"{folder}: found adapters of a reward model; expected those of a policy")
+        return self._load_model_with_adapters(adapters, precision)
 
-def _wrap_and_verify_model(
-    model: PreTrainedModel, folder: ModelFolder, device: torch.device, precision: Precision
-) -> LanguageModel:
-    """Wrap a loaded model as `LanguageModel`. Raises `InputError` if outputs differ from those of transformers."""
-    path = folder.path
-    refuse_non_finite_weights(path, dict(model.named_parameters()), "download or train the model again")
-    model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, gets no gradient
-    model = model.to(device).eval()
-    problem = f"a {type(model).__name__}, which cannot compute a prompt with its completions"
-    with explain_loading_errors(path, problem, "expected a decoder-only transformer with attention masks"):
-        tokens = draw_probe_tokens(model, folder.tokenizer)
-        expected = compute_reference_outputs(model, tokens)
-        lm = LanguageModel(
-            model,
-            folder.tokenizer,
-            find_completion_end_token(folder.tokenizer),
-            shares_prompts=True,
-            end_tokens=folder.end_tokens,
-            logit_scale=_read_logit_scale(folder.config),
-            unused_tokens=_find_unused_tokens(model, folder.tokenizer),
-            folder=path,
-            dtype=folder.dtype,
-        )
-        verify_model(lm, path, tokens, expected)
-    lm.precision = precision
-    return lm
+    def load_reward_model(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
+        """Load a frozen reward model: a one-label classifier, or adapters and a head. Raises `InputError`."""
+        refuse_model_changed_since_stage(folder)
+        if not holds_adapters(folder):
+            return self._load_shared_model(folder, precision, read_reward_folder)
+        adapters = read_adapter_folder(folder)
+        if adapters.head is None:
+            raise InputError(f"{folder}: found adapters of a policy; expected those of a reward model, with its head")
+        lm = self._load_model_with_adapters(adapters, precision)
+        lm.head, lm.is_reward_model = lm.adapters[-1], True
+        if lm.head not in lm.network.heads:
+            lm.network.heads[lm.head] = make_score_head(adapters.head).to(self.device)
+        return lm
+
+    def load_trainable_policy(
+        self, folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load a policy to train: new adapters on the shared network, or without `lora` all weights, in float32."""
+        if lora is None:
+            return self._load_private_model(folder, precision)
+        self.quantizes = lora.quantize_base
+        lm = self.load_policy(folder, precision)
+        add_lora(lm, lora)
+        return lm
+
+    def load_value_model(
+        self, folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load a reward model to train on as a value model, as `load_trainable_policy` loads a policy, and its head."""
+        if lora is None:
+            return self._load_private_model(folder, precision, is_reward_model=True)
+        self.quantizes = lora.quantize_base
+        lm = self.load_reward_model(folder, precision)
+        add_lora(lm, lora, "trained-value")
+        return lm
+
+    def initialize_reward_model(
+        self, policy_folder: Path, *, seed: int, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Make a reward model to train of a policy and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
+        if lora is None:
+            return self._load_private_model(policy_folder, precision, is_reward_model=True, head_seed=seed)
+        self.quantizes = lora.quantize_base
+        lm = self.load_policy(policy_folder, precision)
+        weight = draw_head_weight(find_head_width(lm.model.config, policy_folder), seed)
+        lm.network.heads["random"] = make_score_head(weight).to(self.device)
+        lm.head, lm.is_reward_model = "random", True
+        add_lora(lm, lora, "trained-value")
+        return lm
+
+    def _load_shared_model(
+        self, folder: Path, precision: Precision, read_folder: Callable[[Path], ModelFolder]
+    ) -> LanguageModel:
+        """A new model on the one frozen network of a whole model's folder."""
+        key = compute_model_digest(folder), precision, self.quantizes
+        network = self._networks.get(key)
+        if network is not None:
+            return LanguageModel(network, **self._fields[key])
+        checked = read_folder(folder)
+        # not in float32 first: that would take twice the memory for a moment
+        dtype = torch.float32 if precision == "float32" else checked.dtype
+        model = load_weights(checked, dtype=dtype, quantize=self.quantizes)
+        lm = self._wrap_and_verify_model(model, checked, precision, frozen=True)
+        self._networks[key] = lm.network
+        self._fields[key] = {field.name: getattr(lm, field.name) for field in fields(lm) if field.name != "network"}
+        return lm
+
+    def _load_model_with_adapters(self, adapters: AdapterFolder, precision: Precision) -> LanguageModel:
+        """A model with a folder's adapters, which do not train, on the network of the folder's base."""
+        lm = self._load_shared_model(adapters.base, precision, read_policy_folder)
+        name = compute_model_digest(adapters.path)
+        if name not in lm.network.adapter_names:
+            add_adapter_folder(lm.network, name, adapters)
+        lm.adapters = (name,)
+        return lm
+
+    def load_merged_model(self, folder: Path) -> LanguageModel:
+        """Load a policy or a reward model from its adapters, merged into the weights of their base in its own type."""
+        is_reward_model = read_adapter_folder(folder).head is not None
+        return self._load_private_model(folder, "float32", is_reward_model=is_reward_model, dtype=None)
+
+    def _load_private_model(
+        self,
+        folder: Path,
+        precision: Precision,
+        *,
+        is_reward_model: bool = False,
+        head_seed: int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> LanguageModel:
+        """A model of which all weights train, with adapters merged; its head is random with a seed.
+
+        The weights have the type `dtype`, or that of the folder if it is None.
+        """
+        refuse_model_changed_since_stage(folder)
+        adapters = read_adapter_folder(folder) if holds_adapters(folder) else None
+        if is_reward_model and adapters is None and head_seed is None:
+            checked = read_reward_folder(folder)
+            model = load_weights(checked, dtype=dtype or checked.dtype)
+        else:
+            checked = read_policy_folder(folder if adapters is None else adapters.base)
+            if is_reward_model:
+                checked.config.num_labels, checked.config.problem_type = 1, None
+            classifier = find_classifier_class(checked.config, folder) if is_reward_model else None
+            model = load_weights(
+                checked, model_class=classifier, allow_missing_head=is_reward_model, dtype=dtype or checked.dtype
+            )
+        if adapters is not None:
+            merge_adapter_folder(model, adapters)
+        if is_reward_model:
+            head = find_score_head(model, folder)
+            weight = None if adapters is None else adapters.head
+            if head_seed is not None:
+                weight = draw_head_weight(head.in_features, head_seed)
+                if head.bias is not None:
+                    nn.init.zeros_(head.bias)
+            if weight is not None:
+                head.weight.data.copy_(weight)
+        return self._wrap_and_verify_model(model, checked, precision, frozen=False)
+
+    def _wrap_and_verify_model(
+        self, model: PreTrainedModel, folder: ModelFolder, precision: Precision, *, frozen: bool
+    ) -> LanguageModel:
+        """Wrap a loaded model as `LanguageModel`. Raises `InputError` if outputs differ from those of transformers."""
+        path = folder.path
+        refuse_non_finite_weights(path, dict(model.named_parameters()), "download or train the model again")
+        model.get_input_embeddings().padding_idx = None  # else the pad token, often an end token, gets no gradient
+        model = model.to(self.device).eval()
+        is_reward_model = model.get_output_embeddings() is None
+        problem = f"a {type(model).__name__}, which cannot compute a prompt with its completions"
+        fix = "expected a decoder-only transformer with attention masks"
+        with explain_loading_errors(path, problem, fix), compute_in_float32(model):
+            tokens = draw_probe_tokens(model, folder.tokenizer)
+            expected = compute_reference_outputs(model, tokens)
+            lm = LanguageModel(
+                Network(model, logit_scale=_read_logit_scale(folder.config)),
+                folder.tokenizer,
+                find_completion_end_token(folder.tokenizer),
+                dtype=folder.dtype,
+                folder=path,
+                end_tokens=folder.end_tokens,
+                unused_tokens=_find_unused_tokens(model, folder.tokenizer),
+                head="score" if is_reward_model else None,
+                is_reward_model=is_reward_model,
+            )
+            verify_model(lm, path, tokens, expected)
+        lm.network.precision = precision
+        if frozen:
+            freeze_network(lm.network)
+        if self.prepare_network is not None:
+            self.prepare_network(lm.network)
+        return lm
 
 
 def _read_logit_scale(config: PretrainedConfig) -> float:

@@ -6,11 +6,13 @@ the name that transformers would give it. mixpo loads its folders; elsewhere, lo
 multiply the last hidden state at the completion's last token by the tensor `score.weight`.
 """
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -60,6 +62,27 @@ def find_score_head(model: PreTrainedModel, folder: Path) -> nn.Linear:
             f"{folder}: found an architecture whose sequence classifier, {type(model).__name__}, has no linear head "
             "`score`; expected one that has, or of which transformers has no sequence classifier; choose another model"
         )
+    return head
+
+
+def find_head_width(config: PretrainedConfig, folder: Path) -> int:
+    """Numbers that the scalar head of an architecture's sequence classifier reads. Raises `InputError`."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        return find_score_head(find_classifier_class(config, folder)(config), folder).in_features
+
+
+def draw_head_weight(width: int, seed: int) -> Tensor:
+    """Draw the weight of a scalar head, [1, width], from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
+    weight: Tensor = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+    return weight
+
+
+def make_score_head(weight: Tensor) -> nn.Linear:
+    """Make a scalar head of this weight, [1, width], in float32; it does not train."""
+    head = nn.Linear(weight.shape[1], 1, bias=False)
+    head.weight = nn.Parameter(weight.float(), requires_grad=False)
     return head
 
 

@@ -31,7 +31,8 @@ from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import Completions, DecodingBatch, pack_prompts, split_into_microbatches
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import BLOCK_LOGITS, LanguageModel, iterate_row_slices
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.logprobs import BLOCK_LOGITS, iterate_row_slices
 
 MIN_ACTIVE_SHARE = 0.8
 """Share of unfinished rows below which finished ones are removed from the batch."""

@@ -5,6 +5,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,38 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mixpo.data.errors import InputError
-from mixpo.models.adapters import merge_adapters
+from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.reward_heads import choose_pad_token
 
 
 def save_model(lm: LanguageModel, folder: Path) -> str:
-    """Write a Hugging Face folder, adapters merged, in the data type of the original; returns the folder's digest.
+    """Write a model's folder, its adapters alone if it has some; returns the folder's digest.
 
-    The model can be trained further. Raises `InputError`, before writing, if a weight is not finite in that type.
+    A whole model is a Hugging Face folder in the data type of the original. The model can be trained further. Raises
+    `InputError`, before writing, if a weight is not finite in that type.
     """
-    model = merge_adapters(lm)
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    if lm.adapters:
+        weights = collect_adapter_weights(lm)
+        refuse_non_finite_weights(folder, weights, "the training diverged: lower the learning rate")
+        write_adapter_folder(lm, folder)
+        pad = choose_pad_token(tokenizer, lm.end_tokens)
+        if lm.is_reward_model and pad in tokenizer.get_vocab():
+            tokenizer.pad_token = pad
+        tokenizer.save_pretrained(folder)
+        let_others_read(folder)
+        return compute_model_digest(folder)
+    model = lm.model
     model.eval()
-    config, tokenizer = copy.deepcopy(model.config), copy.deepcopy(lm.tokenizer)
+    config = copy.deepcopy(model.config)
     weights = _cast_weights(model, lm.dtype)
     remedy = "the training diverged: lower the learning rate"
     if lm.dtype == torch.float16:
         remedy += f", or save larger numbers than {torch.finfo(lm.dtype).max:g} by model.dtype=bfloat16"
     refuse_non_finite_weights(folder, {name: weights[name] for name, _ in model.named_parameters()}, remedy)
-    if hasattr(model, "score"):
+    if lm.is_reward_model:
         pad = choose_pad_token(tokenizer, lm.end_tokens)
         if pad in tokenizer.get_vocab():
             tokenizer.pad_token = pad  # adding it again would reset its flags
@@ -46,7 +59,16 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_end_tokens(folder / "generation_config.json", lm)
+    let_others_read(folder)
     return compute_model_digest(folder)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give the weight files in a folder the permissions of a new file; safetensors lets nobody but the owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def _write_end_tokens(config_file: Path, lm: LanguageModel) -> None:

@@ -18,7 +18,8 @@ from mixpo.data.branches import (
 from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt
 from mixpo.data.tokens import tokenize_row
-from mixpo.models.language_model import LanguageModel, Output
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Output
 
 
 def iterate_branch_batches(

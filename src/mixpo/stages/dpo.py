@@ -10,7 +10,7 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_loss, implicit_rewards
 from mixpo.data.branches import BranchBatch
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
+from mixpo.models.adapters import LoraSettings
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.scoring import compute_sequence_logprobs
@@ -56,12 +56,10 @@ class DPO(PolicyStage, DPOSettings):
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy by DPO, and write `model/` and `samples.jsonl`."""
         torch.manual_seed(self.seed)
-        lm = job.load_policy(input_paths["policy"], self.precision)
+        lm = job.load_trainable_policy(input_paths["policy"], self.precision, self.lora)
         pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         resumable = ResumableWork(job)
         reference_logprobs = _compute_reference_logprobs(self, input_paths, lm, pairs, job, resumable)
-        if self.lora:
-            add_lora(lm, self.lora)
         training = SupervisedTraining(job, self, lm, pairs.prompts, pairs.completions)
         samples = StepLog(job.out / "samples.jsonl", resumed_at=training.first_step, processes=job.processes)
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
@@ -123,8 +121,11 @@ def _compute_reference_logprobs(
     """
     digest = compute_model_digest(locate_model_folder(input_paths["reference"]))
     same = digest == compute_model_digest(locate_model_folder(input_paths["policy"]))
-    reference = lm if same else freeze_model(job.load_policy(input_paths["reference"], stage.precision))
-    stored = pairs.logprobs if pairs.sampler == format_sampler_name(digest, stage.precision) else None
+    shared = same and not stage.lora  # nothing is trained yet
+    reference = lm if shared else job.load_policy(input_paths["reference"], stage.precision)
+    quantized = stage.lora is not None and stage.lora.quantize_base  # pairs are sampled from whole weights
+    sampled = pairs.sampler == format_sampler_name(digest, stage.precision) and not quantized
+    stored = pairs.logprobs if sampled else None
     selected = draw_subset(range(len(pairs.prompts)), None if stored is None else CHECKED_PAIRS, COMPARISON_SEED)
     prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
     computed = resumable.score_in_portions("reference", compute_sequence_logprobs, reference, prompts, completions)
@@ -150,7 +151,7 @@ def _sample_training_prompts(
     sampler = job.make_sampler()
     sampler.load_policy(lm)
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
-    job.cost.add_sampled_tokens(lm.model, int(sampled.mask.sum()), sum(map(len, prompts)))
+    job.cost.add_sampled_tokens(lm, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.decode_completion(completion) for (completion,) in sampled.to_lists()]
     log.append_rows(
         [

@@ -16,7 +16,6 @@ from mixpo.algorithms.intervals import compute_crossed_mean_interval, wilson_int
 from mixpo.algorithms.kl import kl_bound_of_best_of_n
 from mixpo.data.errors import InputError
 from mixpo.data.world import true_reward
-from mixpo.models.adapters import freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.scoring import compute_scores, compute_sequence_logprobs, retokenize_for_reward
 from mixpo.stages.rows import read_unique_prompts, write_table
@@ -54,7 +53,7 @@ class Evaluation(Stage, EvaluationSettings):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Sample a policy's completions on test prompts, compute scores and KL, and write `completions.parquet`."""
-        lm = job.processes.shard(freeze_model(job.load_policy(input_paths["policy"], self.precision)))
+        lm = job.load_policy(input_paths["policy"], self.precision)
         unique_prompts, prompts = read_unique_prompts(input_paths["data"] / "test.parquet", lm.tokenizer, self.prompts)
         policy, sft_model = (compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "sft"))
         from_sft = policy == sft_model
@@ -70,7 +69,7 @@ class Evaluation(Stage, EvaluationSettings):
 
         def compute_reward_scores(name: str, reward_folder: Path) -> Float[Tensor, "prompts k"]:
             """Scores [prompts, k] of the completions under the reward model in a stage's folder."""
-            reward = job.processes.shard(freeze_model(job.load_reward_model(reward_folder, self.precision)))
+            reward = job.load_reward_model(reward_folder, self.precision)
             reward_inputs = retokenize_for_reward(reward, lm, unique_prompts, prompts, completions)
             return resumable.score_in_portions(name, compute_scores, reward, *reward_inputs)
 
@@ -85,7 +84,7 @@ class Evaluation(Stage, EvaluationSettings):
             kl = torch.full((len(prompts),), kl_bound_of_best_of_n(self.best_of))
         else:
             logprobs = torch.tensor([sum(branches[0]) for branches in sampled_logprobs])
-            sft = job.processes.shard(freeze_model(job.load_policy(input_paths["sft"], self.precision)))
+            sft = job.load_policy(input_paths["sft"], self.precision)
             sft_logprobs = resumable.score_in_portions("sft", compute_sequence_logprobs, sft, prompts, completions)
             kl = logprobs - sft_logprobs[:, 0]
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from mixpo.algorithms.preference import dpo_gradients
 from mixpo.data.branches import pack_branches
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.models.adapters import freeze_model
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.scoring import compute_sequence_logprobs
 from mixpo.settings import Settings
@@ -48,8 +47,9 @@ class Gradients(Stage):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Compute the gradients of a DPO model on each pair and write `gradients.parquet`."""
-        lm = job.load_policy(input_paths["policy"])
-        reference = freeze_model(job.load_policy(input_paths["reference"]))
+        job.models.prepare_network = None  # gradients of single pairs are taken of whole weights
+        lm = job.load_trainable_policy(input_paths["policy"])
+        reference = job.load_policy(input_paths["reference"])
         pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         selected = draw_subset(range(len(pairs.prompts)), self.count, COMPARISON_SEED)
         prompts, completions = [pairs.prompts[row] for row in selected], [pairs.completions[row] for row in selected]
@@ -80,7 +80,7 @@ class Gradients(Stage):
             own = job.processes.select_own_rows(rows)
             measured = job.processes.gather({row: measure_gradients(row) for row in own})
             for row in rows:
-                job.cost.add_trained_tokens(lm.model, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+                job.cost.add_trained_tokens(lm, 2 * len(prompts[row]) + sum(map(len, completions[row])))
             columns = {row: columns for part in measured for row, columns in part.items()}
             return [columns[row] for row in rows]
 

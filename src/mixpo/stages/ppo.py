@@ -29,7 +29,6 @@ from mixpo.algorithms.ppo import (
 )
 from mixpo.data.branches import BranchBatch, count_tokens_per_prompt
 from mixpo.data.rows import Prompt
-from mixpo.models.adapters import add_lora
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
@@ -45,7 +44,7 @@ from mixpo.stages.ppo_settings import (
 )
 from mixpo.stages.rows import read_unique_prompts
 from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
-from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.checkpoint import Checkpoint, LastGoodWeights, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import StageJob, locate_model_folder
 from mixpo.training.record import MetricsLog, StepLog
@@ -74,12 +73,10 @@ class PPO(PolicyStage, PPOSettings):
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy by PPO, and write `model/` and `completions.jsonl`, one completion of each iteration."""
         torch.manual_seed(self.seed)
-        policy = job.load_policy(input_paths["policy"], self.precision)
+        policy = job.load_trainable_policy(input_paths["policy"], self.precision, self.lora)
         start, reference = (
             compute_model_digest(locate_model_folder(input_paths[name])) for name in ("policy", "reference")
         )
-        if self.lora:
-            add_lora(policy, self.lora)
         frozen = load_frozen_models(self, input_paths, policy, job)
         models = make_actor_critic(self, input_paths, policy, frozen.reward, job)
         prompts, prompt_tokens = read_unique_prompts(input_paths["prompts"], policy.tokenizer)
@@ -94,23 +91,23 @@ class PPO(PolicyStage, PPOSettings):
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
         examples = StepLog(job.out / "completions.jsonl", resumed_at=first_step, processes=job.processes)
         log = MetricsLog(job.out, resumed_at=first_step, processes=job.processes)
-        weights = TrainableWeights(policy)
-        last_good_weights = weights.copy_to_cpu()
+        last_good = LastGoodWeights(TrainableWeights(policy), job.processes)
 
         for step in range(first_step, total):
             rows = select_batch_rows(step, len(prompts), batch_size=self.batch_size, seed=self.seed)
             try:
                 rollout, metrics = training.roll_out(step, rows)
                 check_kl_limits(self, metrics, iteration=step, starts_at_reference=start == reference)
-                weights.update_copy(last_good_weights)
+                last_good.copy_if_cheap(step)
                 metrics |= training.update_on_rollout(step, rollout)
             except Diverged as error:
                 stopped = job.out / "stopped"
-                weights.restore_copy(last_good_weights)
+                last_good.restore()
                 job.save_model(policy, stopped)
+                kept = step if last_good.step is None else last_good.step
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}; try "
-                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the last policy before that "
+                    f"{suggest_ppo_remedies(self, training.updates_before, step)}; the policy before step {kept + 1} "
                     f"is in {stopped}"
                 ) from error
             training.adapt_kl_penalty(metrics)
@@ -183,21 +180,21 @@ class PPOTraining:
         )
         mask, logprobs = completions.mask, completions.logprobs
         tokens = sum(map(len, prompts)) + int(mask.sum())
-        self.cost.add_sampled_tokens(policy.model, int(mask.sum()), sum(map(len, prompts)))
+        self.cost.add_sampled_tokens(policy, int(mask.sum()), sum(map(len, prompts)))
 
         # Score
         rows_text = [self.prompts[row] for row in prompt_indices]
         reward_inputs = retokenize_for_reward(frozen.reward, policy, rows_text, prompts, completions)
         scores = job.compute_numbers(compute_scores, frozen.reward, *reward_inputs)
-        self.cost.add_scored_tokens(frozen.reward.model, sum(count_tokens_per_prompt(*reward_inputs)))
+        self.cost.add_scored_tokens(frozen.reward, sum(count_tokens_per_prompt(*reward_inputs)))
         reference_logprobs = job.compute_numbers(compute_token_logprobs, frozen.reference, prompts, completions)
-        self.cost.add_scored_tokens(frozen.reference.model, tokens, adapters=frozen.reference.adapters_enabled)
+        self.cost.add_scored_tokens(frozen.reference, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
             sft_logprobs = job.compute_numbers(compute_token_logprobs, frozen.sft, prompts, completions)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
-                self.cost.add_scored_tokens(frozen.sft.model, tokens, adapters=frozen.sft.adapters_enabled)
+                self.cost.add_scored_tokens(frozen.sft, tokens)
 
         # Shape rewards
         anchor_logprobs = reference_logprobs.lerp(sft_logprobs, compute_sft_anchor_weight(models.kl_multiplier))
@@ -216,7 +213,7 @@ class PPOTraining:
         values = returns = None
         if models.value is not None:
             values = job.compute_numbers(compute_outputs, models.value, prompts, completions, "values")
-            self.cost.add_scored_tokens(models.value.model, tokens)
+            self.cost.add_scored_tokens(models.value, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
             )
@@ -264,14 +261,14 @@ class PPOTraining:
                 metrics: dict[str, float] = {}
                 tokens = sum(lengths[row] for row in rows)
                 if models.value is not None and models.value_optimizer is not None:
-                    self.cost.add_trained_tokens(models.value.model, tokens)
+                    self.cost.add_trained_tokens(models.value, tokens)
                     value_metrics = take_step(
                         models.value, models.value_optimizer, self._compute_value_loss, settings.value_learning_rate
                     )
                     metrics |= {f"value_{name}": value for name, value in value_metrics.items()}
                 if not value_only or models.shares_network:
                     count_tokens = self.cost.add_scored_tokens if value_only else self.cost.add_trained_tokens
-                    count_tokens(models.policy.model, tokens)
+                    count_tokens(models.policy, tokens)
                     compute_loss = partial(self._compute_policy_loss, value_only=value_only)
                     metrics |= take_step(models.policy, models.policy_optimizer, compute_loss, settings.learning_rate)
                 updates.append(metrics)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mixpo.data.errors import InputError
-from mixpo.models.adapters import add_lora, freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.stages.ppo_settings import PPOSettings
@@ -59,23 +58,15 @@ class ActorCritic:
 def load_frozen_models(
     settings: PPOSettings, input_paths: Mapping[str, Path], policy: LanguageModel, job: StageJob
 ) -> FrozenModels:
-    """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ.
-
-    With LoRA, a model that is the one the policy starts from is the policy without its adapters.
-    """
-    names = ("policy", "reference", "sft")
-    digests = {name: compute_model_digest(locate_model_folder(input_paths[name])) for name in names}
-    models = {digests["policy"]: policy.make_view_without_adapters()} if settings.lora else {}
-    for name in ("reference", "sft"):
-        if digests[name] not in models:
-            frozen = freeze_model(job.load_policy(input_paths[name], settings.precision))
-            models[digests[name]] = job.processes.shard(frozen)
-    reference, sft = models[digests["reference"]], models[digests["sft"]]
+    """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ."""
+    digests = [compute_model_digest(locate_model_folder(input_paths[name])) for name in ("reference", "sft")]
+    reference = job.load_policy(input_paths["reference"], settings.precision)
+    same = digests[0] == digests[1]
+    sft = reference if same else job.load_policy(input_paths["sft"], settings.precision)
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    reward = freeze_model(job.load_reward_model(input_paths["reward"], settings.precision))
-    return FrozenModels(reference, sft, job.processes.shard(reward))
+    return FrozenModels(reference, sft, job.load_reward_model(input_paths["reward"], settings.precision))
 
 
 def make_actor_critic(
@@ -86,24 +77,25 @@ def make_actor_critic(
     if settings.advantage == "gae":
         if settings.value_init == "shared":
             value = policy
-            policy.value_head = _make_zero_value_head(policy)
+            policy.network.heads["shared-value"] = _make_zero_value_head(policy)
+            if settings.lora is None:  # as what trains beside it
+                job.processes.shard(policy.network.heads["shared-value"])
+            policy.head = "shared-value"
         elif settings.value_init == "policy":
-            value = job.initialize_reward_model(input_paths["policy"], seed=settings.seed, precision=settings.precision)
+            value = job.initialize_reward_model(
+                input_paths["policy"], seed=settings.seed, precision=settings.precision, lora=settings.lora
+            )
         else:
             if reward.tokenization_digest != policy.tokenization_digest:
                 raise InputError(
                     "ppo.value_init: found `reward`, but the reward model has another tokenizer than the policy; "
                     "expected the same tokens in both; set ppo.value_init: policy"
                 )
-            value = job.load_reward_model(input_paths["reward"], settings.precision)
+            value = job.load_value_model(input_paths["reward"], settings.precision, settings.lora)
     value_optimizer = None
     if value is not None and value is not policy:
-        if settings.lora:
-            add_lora(value, settings.lora)
-        job.processes.shard(value)
         value_settings = settings.model_copy(update={"learning_rate": settings.value_learning_rate})
         value_optimizer = make_optimizer(value.parameters(), value_settings)
-    job.processes.shard(policy)
     return ActorCritic(policy, make_optimizer(policy.parameters(), settings), value, value_optimizer, settings.kl_coef)
 
 

@@ -16,6 +16,7 @@ from mixpo.data.templates import prepend_template_arguments
 from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
 from mixpo.models.digests import compute_model_digest, list_model_files
 from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
+from mixpo.models.saving import let_others_read
 from mixpo.models.sources import (
     initialize_world_model,
     read_gguf_model,
@@ -113,6 +114,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
         else:
             network.to(network.dtype if self.dtype == "auto" else getattr(torch, self.dtype)).save_pretrained(model)
             tokenizer.save_pretrained(model)
+            let_others_read(model)
         self._write_template_if_changed(model)
         job.load_policy(job.out)
         job.initialize_reward_model(job.out, seed=0)

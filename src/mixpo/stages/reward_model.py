@@ -15,7 +15,7 @@ from mixpo.algorithms.intervals import wilson_interval
 from mixpo.algorithms.preference import bradley_terry_loss, centering_loss, fit_bradley_terry
 from mixpo.data.branches import BranchBatch, count_tokens_per_prompt
 from mixpo.data.splits import split_by_prompt
-from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
+from mixpo.models.adapters import LoraSettings
 from mixpo.models.scoring import compute_last_states, compute_scores
 from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
@@ -61,9 +61,9 @@ class RewardModel(RewardStage, RewardModelSettings):
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a reward model, and write `model/` and the scores of validation and test pairs."""
         torch.manual_seed(self.seed)
-        lm = job.initialize_reward_model(input_paths["policy"], seed=self.seed, precision=self.precision)
-        if self.lora:
-            add_lora(lm, self.lora)
+        lm = job.initialize_reward_model(
+            input_paths["policy"], seed=self.seed, precision=self.precision, lora=self.lora
+        )
         pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
         test = read_pairs(input_paths["data"] / "test.parquet", lm, max_completion_tokens=self.max_completion_tokens)
         train, validation = split_by_prompt(
@@ -78,9 +78,9 @@ class RewardModel(RewardStage, RewardModelSettings):
         training = SupervisedTraining(job, self, lm, prompts, completions)
         if self.head == "fitted" and training.first_step == 0:
             states = job.compute_numbers(compute_last_states, lm, prompts, completions)
-            job.cost.add_scored_tokens(lm.model, sum(count_tokens_per_prompt(prompts, completions)))
+            job.cost.add_scored_tokens(lm, sum(count_tokens_per_prompt(prompts, completions)))
+            weight = lm.score_head.weight.detach()
             fitted = fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge)
-            weight = lm.model.score.weight.detach()
             weight.copy_(cut_like(fitted.view_as(weight), weight))
 
         def compute_reward_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
@@ -101,14 +101,14 @@ class RewardModel(RewardStage, RewardModelSettings):
             pass
 
         digest = job.save_model(lm)
-        saved = job.processes.shard(freeze_model(job.load_reward_model(job.out, self.precision)))
+        saved = job.load_reward_model(job.out, self.precision)
         accuracies: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
             scores = job.compute_numbers(compute_scores, saved, prompts, completions).double().numpy()
-            job.cost.add_scored_tokens(saved.model, sum(count_tokens_per_prompt(prompts, completions)))
+            job.cost.add_scored_tokens(saved, sum(count_tokens_per_prompt(prompts, completions)))
             if job.processes.is_main_process:
                 write_table(
                     job.out / f"{name}_scores.parquet",

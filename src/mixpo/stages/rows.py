@@ -13,7 +13,8 @@ from mixpo.data.errors import InputError
 from mixpo.data.rows import Prompt, make_prompt_key
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, tokenize_row
-from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Precision
 from mixpo.training.record import progress_listener
 
 

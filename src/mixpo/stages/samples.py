@@ -7,7 +7,6 @@ import numpy as np
 import pydantic
 
 from mixpo.algorithms.selection import compute_score_gaps, order_by_score
-from mixpo.models.adapters import freeze_model
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.scoring import compute_scores, retokenize_for_reward
 from mixpo.stages.rows import format_sampler_name, read_unique_prompts, write_table
@@ -49,8 +48,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Sample two completions of each prompt, score them, and write `pairs.parquet`."""
-        lm = job.processes.shard(freeze_model(job.load_policy(input_paths["policy"], self.precision)))
-        reward = job.processes.shard(freeze_model(job.load_reward_model(input_paths["reward"], self.precision)))
+        lm = job.load_policy(input_paths["policy"], self.precision)
+        reward = job.load_reward_model(input_paths["reward"], self.precision)
         unique_prompts, prompts = read_unique_prompts(input_paths["rows"], lm.tokenizer, self.prompts)
         resumable = ResumableWork(job)
         completions, logprobs = resumable.sample_in_portions(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixpo.data.branches import BranchBatch
-from mixpo.models.adapters import LoraSettings, add_lora
+from mixpo.models.adapters import LoraSettings
 from mixpo.stages.rows import read_tokenized_rows, report_truncation
 from mixpo.stages.stage import DataStage, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_loss_alarms
@@ -37,9 +37,7 @@ class SFT(PolicyStage, SFTSettings):
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Train a policy on the demonstrations, and write `model/`."""
         torch.manual_seed(self.seed)
-        lm = job.load_policy(input_paths["base"], self.precision)
-        if self.lora:
-            add_lora(lm, self.lora)
+        lm = job.load_trainable_policy(input_paths["base"], self.precision, self.lora)
         rows = read_tokenized_rows(input_paths["data"] / "demonstrations.parquet", lm.tokenizer)
         prompts = [row["prompt_tokens"] for row in rows]
         completions = [[row["tokens"][0][: self.max_completion_tokens]] for row in rows]

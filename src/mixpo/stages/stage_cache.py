@@ -25,7 +25,7 @@ from mixpo.training.record import write_json
 from mixpo.training.rendezvous import Rendezvous
 from mixpo.training.runtime import Runtime
 
-VERSION = "7"
+VERSION = "8"
 """Increase when stages compute something else from the same settings; folders of other versions are not used."""
 
 SETTINGS = "settings.json"

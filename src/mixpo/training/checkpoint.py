@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixpo.data.errors import InputError
+from mixpo.models.language_model import LanguageModel
 from mixpo.training.job import CHECKPOINT, StageJob
+from mixpo.training.parallel import StageProcesses
 from mixpo.training.sharding import OptimizerStates, cut_like, get_local, get_whole
 
 FORMAT = 2
@@ -32,27 +34,12 @@ class Stateful(Protocol):
 class TrainableWeights:
     """Trainable weights of a model as a checkpoint's part; frozen ones are loaded from their folder instead."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: LanguageModel | nn.Module) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         """The trainable weights by name, without a copy."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-    def copy_to_cpu(self) -> dict[str, Tensor]:
-        """A copy on the CPU of what this process has of the trainable weights, by name."""
-        parts = {name: get_local(parameter.detach()) for name, parameter in self.parameters.items()}
-        return {name: part.to("cpu", copy=True) for name, part in parts.items()}
-
-    def update_copy(self, state: dict[str, Tensor]) -> None:
-        """Overwrite an earlier copy of the weights with the current ones, in place."""
-        for name, parameter in self.parameters.items():
-            state[name].copy_(get_local(parameter.detach()))
-
-    def restore_copy(self, state: dict[str, Tensor]) -> None:
-        """Overwrite the weights with an earlier copy of them."""
-        for name, parameter in self.parameters.items():
-            get_local(parameter.detach()).copy_(state[name])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy these weights into the model. Raises RuntimeError unless the names are the same."""
@@ -61,6 +48,40 @@ class TrainableWeights:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(cut_like(state[name], parameter))
+
+
+class LastGoodWeights:
+    """A copy, on the CPU, of what this process has of a model's trainable weights, before an update may ruin them."""
+
+    def __init__(self, weights: TrainableWeights, processes: StageProcesses) -> None:
+        self.weights, self.processes = weights, processes
+        self.step: int | None = None
+        """Step before which the weights were copied."""
+        self._copy = dict[str, Tensor]()
+        self._copied_at = self._seconds = 0.0
+
+    def copy_if_cheap(self, step: int) -> None:
+        """Copy the weights before a step, unless that would take more than a hundredth of the time since the last copy.
+
+        An adapter is thus copied at every step, and a model of many gigabytes now and then. Called by every process.
+        """
+        started = time.monotonic()
+        is_soon = bool(self._copy) and started - self._copied_at < 100 * self._seconds
+        if self.processes.take_from_main(lambda: is_soon):
+            return
+        for name, parameter in self.weights.parameters.items():
+            weight = get_local(parameter.detach())
+            if name in self._copy:
+                self._copy[name].copy_(weight)
+            else:
+                self._copy[name] = weight.to("cpu", copy=True)
+        self.step, self._copied_at = step, time.monotonic()
+        self._seconds = self._copied_at - started
+
+    def restore(self) -> None:
+        """Put the copied weights back into the model, if there is a copy."""
+        for name, weight in self._copy.items():
+            get_local(self.weights.parameters[name].detach()).copy_(weight)
 
 
 class Checkpoint:

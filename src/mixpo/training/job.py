@@ -1,14 +1,17 @@
 """The computation of one stage: its folder, its runtime, its processes and its cost."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mixpo.data.branches import AnyCompletions, Tokens, count_tokens_per_prompt, select_completions
-from mixpo.models.language_model import LanguageModel, Precision
-from mixpo.models.loading import initialize_reward_model, load_policy, load_reward_model
+from mixpo.models.adapters import LoraSettings
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.loading import ModelLoader
+from mixpo.models.network import Precision
 from mixpo.models.samplers import Sampler
 from mixpo.models.saving import save_model
 from mixpo.training.parallel import SharedSampler, StageProcesses
@@ -34,26 +37,39 @@ class StageJob:
     def __init__(self, out: Path, runtime: Runtime, processes: StageProcesses | None = None) -> None:
         self.out, self.runtime = out, runtime
         self.processes, self.cost = processes or runtime.set_up_processes(), Cost()
+        self.models = ModelLoader(self.processes.device, prepare_network=self.processes.shard)
 
     def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the policy in a stage's folder onto this process's device."""
-        return load_policy(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
+        """Load the policy in a stage's folder, frozen."""
+        return self.models.load_policy(locate_model_folder(stage_folder), precision)
 
     def load_reward_model(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the reward model in a stage's folder onto this process's device."""
-        return load_reward_model(locate_model_folder(stage_folder), device=self.processes.device, precision=precision)
+        """Load the reward model in a stage's folder, frozen."""
+        return self.models.load_reward_model(locate_model_folder(stage_folder), precision)
+
+    def load_trainable_policy(
+        self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load the policy in a stage's folder to train it, or new adapters on it."""
+        return self.models.load_trainable_policy(locate_model_folder(stage_folder), precision, lora)
+
+    def load_value_model(
+        self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load the reward model in a stage's folder to train it as a value model, or new adapters on it."""
+        return self.models.load_value_model(locate_model_folder(stage_folder), precision, lora)
 
     def initialize_reward_model(
-        self, stage_folder: Path, *, seed: int, precision: Precision = "float32"
+        self, stage_folder: Path, *, seed: int, precision: Precision = "float32", lora: LoraSettings | None = None
     ) -> LanguageModel:
-        """Make a reward model of the policy in a stage's folder and a random head."""
-        return initialize_reward_model(
-            locate_model_folder(stage_folder), seed=seed, device=self.processes.device, precision=precision
-        )
+        """Make a reward model to train of the policy in a stage's folder and a random head."""
+        folder = locate_model_folder(stage_folder)
+        return self.models.initialize_reward_model(folder, seed=seed, precision=precision, lora=lora)
 
     def save_model(self, lm: LanguageModel, folder: Path | None = None) -> str:
         """Write the model to `model/` in the job's folder, or to another folder; returns the digest of its files."""
-        with gather_for_saving(lm, keep=self.processes.is_main_process):
+        whole = not lm.adapters  # which are never cut
+        with gather_for_saving(lm.network, keep=self.processes.is_main_process) if whole else nullcontext():
             return self.processes.take_from_main(lambda: save_model(lm, folder or locate_model_folder(self.out)))
 
     def make_sampler(self) -> Sampler:
@@ -77,7 +93,7 @@ class StageJob:
             return [compute(lm, *part, *arguments, token_budget=self.runtime.microbatch_tokens)]
 
         longest_first = sorted(range(len(prompts)), key=lambda row: -lengths[row])
-        with gather_for_passes(lm):
+        with gather_for_passes(lm.network):
             return self.processes.compute_tensors(len(prompts), compute_rows, order=longest_first)[0]
 
     def finish_stage(self, **figures: Any) -> None:

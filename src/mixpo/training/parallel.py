@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.samplers import Sampler, SamplingOptions
 from mixpo.models.sampling import SampledCompletions, count_earlier_occurrences
-from mixpo.training.sharding import gather_for_passes, shard_model
+from mixpo.training.sharding import gather_for_passes, get_local, shard_module
 
 Value = TypeVar("Value")
 
@@ -58,11 +58,10 @@ class StageProcesses:
         """Factor of a loss whose gradients are to be summed: where weights are cut, PyTorch takes the mean instead."""
         return self.count if self.is_sharded else 1
 
-    def shard(self, lm: LanguageModel) -> LanguageModel:
-        """Cut a model's weights over the processes, in place, if they are to be; returns it."""
+    def shard(self, module: nn.Module) -> None:
+        """Cut the weights of a network, or of a head that trains with it, over the processes, if they are to be."""
         if self.is_sharded:
-            shard_model(lm, self.device, self.count)
-        return lm
+            shard_module(module, self.device, self.count)
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, by rank; called by every process."""
@@ -105,11 +104,11 @@ class StageProcesses:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over the processes, in place; those that no process has stay None. Called by every process.
 
-        Where weights are cut, the backward pass has done it.
+        The gradients of weights that are cut were summed by the backward pass, times `gradient_factor` as all are.
         """
-        if self.count == 1 or self.is_sharded:
+        if self.count == 1:
             return
-        parameters = list(parameters)
+        parameters = [parameter for parameter in parameters if get_local(parameter) is parameter]
         present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
         dist.all_reduce(present)
         gradients = []
@@ -118,7 +117,7 @@ class StageProcesses:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 gradients.append(parameter.grad)
         for bucket in _split_into_buckets(gradients):
-            summed = torch.cat([gradient.flatten() for gradient in bucket])
+            summed = torch.cat([gradient.flatten() for gradient in bucket]) / self.gradient_factor
             dist.all_reduce(summed)
             for gradient, part in zip(bucket, summed.split([one.numel() for one in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -148,7 +147,7 @@ class SharedSampler:
             sampled = self.sampler.draw([prompts[row] for row in rows], **own_options)
             return [sampled.tokens, sampled.mask, sampled.logprobs, sampled.ended]
 
-        with gather_for_passes(self.policy):
+        with gather_for_passes(self.policy.network):
             return SampledCompletions(*self.processes.compute_tensors(len(prompts), draw_rows))
 
 

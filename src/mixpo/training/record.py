@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel
-
 from mixpo.data.errors import InputError
-from mixpo.models.language_model import iterate_matrix_modules
+from mixpo.models.language_model import LanguageModel
 from mixpo.training import memory
 from mixpo.training.parallel import StageProcesses
 
@@ -123,25 +121,24 @@ class Cost:
         for name, value in saved_counts.items():
             setattr(self, name, value)
 
-    def add_sampled_tokens(self, model: PreTrainedModel, tokens: int, prompt_tokens: int) -> None:
+    def add_sampled_tokens(self, lm: LanguageModel, tokens: int, prompt_tokens: int) -> None:
         """Add tokens sampled from a model; with the prompt tokens of the prefill they add 2 FLOPs a weight."""
         self.tokens_sampled += tokens
-        self.flops += 2.0 * sum(count_multiplied_weights(model)) * (tokens + prompt_tokens)
+        self.flops += 2.0 * sum(lm.count_multiplied_weights()) * (tokens + prompt_tokens)
 
-    def add_trained_tokens(self, model: PreTrainedModel, tokens: int) -> None:
+    def add_trained_tokens(self, lm: LanguageModel, tokens: int) -> None:
         """Add tokens of forward and backward passes, prompts included: 6 FLOPs a trained weight, 4 a frozen one.
 
         A product takes 2 in the forward pass, 2 for the gradient of its input, and 2 for that of trained weights.
         """
-        trained, frozen = count_multiplied_weights(model)
+        trained, frozen = lm.count_multiplied_weights()
         self.tokens_trained += tokens
         self.flops += (6.0 * trained + 4.0 * frozen) * tokens
 
-    def add_scored_tokens(self, model: PreTrainedModel, tokens: int, *, adapters: bool = True) -> None:
-        """Add tokens of forward passes without gradients, with or without adapters: 2 FLOPs a weight."""
+    def add_scored_tokens(self, lm: LanguageModel, tokens: int) -> None:
+        """Add tokens of forward passes without gradients: 2 FLOPs a weight."""
         self.tokens_scored += tokens
-        trained, frozen = count_multiplied_weights(model)
-        self.flops += 2.0 * (trained + frozen if adapters else frozen) * tokens
+        self.flops += 2.0 * sum(lm.count_multiplied_weights()) * tokens
 
     def get_counts(self) -> dict[str, float]:
         """Seconds, tokens and FLOPs so far, by name, as `restore_counts` takes them."""
@@ -150,21 +147,6 @@ class Cost:
     def summarize(self) -> dict[str, float]:
         """Seconds, tokens and FLOPs so far and the peak memory of the process in MiB, by name."""
         return {**self.get_counts(), "peak_memory_mib": memory.read_peak_memory_mib()}
-
-
-def count_multiplied_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """(trained, frozen) numbers of weights that a token is multiplied by: matrices, adapters and heads.
-
-    Of experts, only those that a token is routed to. Embeddings, norms and biases are in no matrix product.
-    """
-    counts = {True: 0, False: 0}
-    for module in iterate_matrix_modules(model):
-        counts[module.weight.requires_grad] += module.weight.numel()
-    for weight in model.parameters():
-        if weight.ndim == 3:  # all experts of a layer
-            visited = getattr(model.config.get_text_config(), "num_experts_per_tok", len(weight))
-            counts[weight.requires_grad] += weight[:visited].numel()
-    return counts[True], counts[False]
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

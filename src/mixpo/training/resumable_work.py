@@ -92,7 +92,7 @@ class ResumableWork:
             portion = [prompts[row] for row in rows]
             part_occurrences = [occurrences[row] for row in rows]
             sampled = sampler.draw(portion, k=k, max_tokens=max_tokens, occurrences=part_occurrences, **sampling)
-            self.cost.add_sampled_tokens(lm.model, int(sampled.mask.sum()), sum(map(len, portion)))
+            self.cost.add_sampled_tokens(lm, int(sampled.mask.sum()), sum(map(len, portion)))
             return list(zip(sampled.to_lists(), convert_to_unpadded_lists(sampled.logprobs, sampled.mask), strict=True))
 
         sampler = self.job.make_sampler()
@@ -122,7 +122,7 @@ class ResumableWork:
             """Numbers of the completions of these prompts, counted in the cost."""
             part = [prompts[row] for row in rows], select_completions(completions, rows)
             numbers = self.job.compute_numbers(compute_numbers, lm, *part)
-            self.cost.add_scored_tokens(lm.model, sum(lengths[row] for row in rows))
+            self.cost.add_scored_tokens(lm, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
         portions = split_into_microbatches(lengths, budget)

@@ -4,7 +4,7 @@ Every decoder layer is gathered for its own pass, the rest of the network for th
 weights that were gathered before, since processes do not take the same number of passes there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,29 +14,32 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network
 
 
-def shard_model(lm: LanguageModel, device: torch.device, process_count: int) -> None:
-    """Cut a model's weights over all processes, in place; adapters and heads must be added before, optimizers after.
+def shard_module(module: nn.Module, device: torch.device, process_count: int) -> None:
+    """Cut the weights of a network, or of a head that trains with it, over all processes, in place.
 
-    In bfloat16 the layers' weights are gathered in it, and gradients are summed in float32. Scalar heads, embeddings
-    and what else stands outside the layers are gathered as they are.
+    Adapters that are added to it later stay whole. Where all weights train in bfloat16, the layers' weights are
+    gathered in it, and gradients are summed in float32; all else is gathered as it is held.
     """
     mesh = init_device_mesh(device.type, (process_count,))
-    dtype = torch.bfloat16 if lm.precision == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layer_classes = set(lm.model._no_split_modules or ())
-    for module in list(lm.modules()):
-        if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(lm, mesh=mesh)
+    if isinstance(module, Network):
+        casts = module.precision == "bfloat16" and any(weight.requires_grad for weight in module.parameters())
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if casts else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        layer_classes = set(module.model._no_split_modules or ())
+        for part in list(module.modules()):
+            if type(part).__name__ in layer_classes:
+                fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh)
 
 
 @contextmanager
-def gather_for_passes(lm: nn.Module) -> Iterator[None]:
+def gather_for_passes(network: nn.Module) -> Iterator[None]:
     """Context manager in which passes without gradients need no other process; nothing happens to a whole model."""
-    parts = [module for module in lm.modules() if isinstance(module, FSDPModule)]
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -45,15 +48,15 @@ def gather_for_passes(lm: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not lm, recurse=False)
+            part.set_reshard_after_forward(part is not network, recurse=False)
 
 
 @contextmanager
-def gather_for_saving(lm: nn.Module, *, keep: bool) -> Iterator[None]:
+def gather_for_saving(network: nn.Module, *, keep: bool) -> Iterator[None]:
     """Context manager in which a model holds its whole weights, on the CPU, where `keep`; called by every process."""
     whole: dict[nn.Parameter, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in lm.modules():
+    for module in network.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
                 if parameter not in whole:  # tied weights stay tied
@@ -84,6 +87,19 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients to a common norm of at most `max_norm`, in place; returns the norm before."""
+    cut = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if not cut:
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    norms = [nn.utils.get_total_norm([one.grad for one in kind if one.grad is not None]) for kind in (cut, whole)]
+    norm = torch.stack([get_whole(part).float() for part in norms]).norm()
+    for kind in (cut, whole):
+        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return float(norm)
 
 
 class OptimizerStates:

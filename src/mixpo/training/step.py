@@ -18,11 +18,12 @@ from mixpo.data.branches import (
     select_completions,
     split_into_microbatches,
 )
-from mixpo.models.language_model import LanguageModel, Precision
+from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Precision
 from mixpo.settings import Settings
 from mixpo.training.job import StageJob
 from mixpo.training.parallel import StageProcesses
-from mixpo.training.sharding import get_whole
+from mixpo.training.sharding import clip_gradients
 
 Sums = Mapping[str, tuple[Tensor, Tensor]]
 """Sum and count of each metric over a microbatch."""
@@ -172,7 +173,7 @@ def take_optimizer_step(
     if not math.isfinite(sum(losses)):
         raise Diverged(f"the loss is {sum(losses)}")
     processes.sum_gradients(parameters)
-    norm = float(get_whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
+    norm = clip_gradients(parameters, max_grad_norm)
     if not math.isfinite(norm):
         raise Diverged(f"the norm of the gradient is {norm}")
     for group in optimizer.param_groups:

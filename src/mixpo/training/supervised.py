@@ -54,7 +54,7 @@ class SupervisedTraining:
         self.job, self.settings, self.lm, self.prompts, self.completions = job, settings, lm, prompts, completions
         self.lengths = count_tokens_per_prompt(prompts, completions)
         self.total_steps = count_optimizer_steps(len(prompts), settings)
-        self.optimizer = make_optimizer(job.processes.shard(lm).parameters(), settings)
+        self.optimizer = make_optimizer(lm.parameters(), settings)
         self.checkpoint = Checkpoint(job, {"model": TrainableWeights(lm), "optimizer": self.optimizer})
         self.first_step, spent = self.checkpoint.restore_states()
         job.cost.restore_counts(spent)
@@ -78,7 +78,7 @@ class SupervisedTraining:
             started = time.perf_counter()
             rows = select_batch_rows(step, len(self.prompts), batch_size=settings.batch_size, seed=settings.seed)
             tokens = sum(self.lengths[row] for row in rows)
-            self.job.cost.add_trained_tokens(self.lm.model, tokens)
+            self.job.cost.add_trained_tokens(self.lm, tokens)
             self.lm.train()
             try:
                 metrics = take_optimizer_step(
