@@ -69,12 +69,11 @@ class LastGoodWeights:
         is_soon = bool(self._copy) and started - self._copied_at < 100 * self._seconds
         if self.processes.take_from_main(lambda: is_soon):
             return
-        for name, parameter in self.weights.parameters.items():
-            weight = get_local(parameter.detach())
+        for name, weight in self.weights.state_dict().items():
             if name in self._copy:
-                self._copy[name].copy_(weight)
+                self._copy[name].copy_(get_local(weight))
             else:
-                self._copy[name] = weight.to("cpu", copy=True)
+                self._copy[name] = get_local(weight).to("cpu", copy=True)
         self.step, self._copied_at = step, time.monotonic()
         self._seconds = self._copied_at - started
 
