@@ -368,7 +368,7 @@ def test_the_processes_of_torchrun_compute_a_run_together(tmp_path: Path) -> Non
     for words, code, expected in (
         ([], 0, f"{len(alone.started)} stages computed, 0 found in the cache"),
         ([], 0, f"0 stages computed, {len(alone.started)} found in the cache"),
-        (["ppo.max_kl=1e-9", "arms=[ppo]"], 1, "ran away"),
+        (["arms=[ppo]", "ppo.max_kl=1e-6", "ppo.batch_size=4", "ppo.warmup_steps=0"], 1, "ran away"),
         (["runtime.processes=2"], 2, "and runtime.processes=2 in one of 2 processes of a launcher (WORLD_SIZE)"),
     ):
         places = [f"cache={tmp_path / 'cache2'}", f"out={tmp_path / f'run{len(words)}'}"]
