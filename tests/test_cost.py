@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
-from mixpo.models.adapters import LoraSettings, add_lora, freeze_network
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Network
+from mixpo.models.weight_types import freeze_network
 from mixpo.training.record import Cost
 from models import END, tiny
 

@@ -15,12 +15,13 @@ from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.models import loading
 from mixpo.models.adapter_folders import holds_adapters, read_adapter_folder
-from mixpo.models.adapters import LoraSettings, add_lora, compute_in_float32, freeze_network
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.exporting import export_model
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
 from mixpo.models.sampling import sample_completions
 from mixpo.models.saving import save_model
+from mixpo.models.weight_types import compute_in_float32, freeze_network
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.stage import Stage
 from mixpo.training import checkpoint
@@ -515,7 +516,7 @@ def test_damaged_adapters_are_told(tiny: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"for a model with digest {'0' * 16}, and .* with digest {entries['digest']}"):
         load(folder)
     (folder / "base.json").write_text(json.dumps({**entries, "path": "../nowhere"}))
-    with pytest.raises(InputError, match=r"found no folder .*nowhere, whose model its adapters adapt"):
+    with pytest.raises(InputError, match=r"found no folder .*nowhere; expected the model that the adapters change"):
         load(folder)
     (folder / "base.json").unlink()
     with pytest.raises(InputError, match=r"found adapters without base.json; expected adapters that mixpo wrote"):

@@ -21,13 +21,14 @@ import torch
 from fake_vllm import FakeVLLM
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe
-from mixpo.models.adapters import LoraSettings, add_lora, freeze_network
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.models.sampling import compute_truncated_probabilities
 from mixpo.models.vllm_sampler import VLLMSampler, VLLMServer, check_vllm
+from mixpo.models.weight_types import freeze_network
 from mixpo.stages.identity import make_stage_folder_name
 from mixpo.stages.ppo_settings import PPOSettings
 from mixpo.stages.rows import read_table, read_table_metadata

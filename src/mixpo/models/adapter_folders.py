@@ -14,11 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mixpo.data.errors import InputError
-from mixpo.models.adapters import add_frozen_adapters, iterate_adapter_weights
+from mixpo.models.adapters import add_frozen_adapters, has_transposed_layers, iterate_adapter_weights
 from mixpo.models.digests import compute_model_digest
-from mixpo.models.folders import DOWNLOAD_HINT, explain_loading_errors
+from mixpo.models.folders import (
+    DOWNLOAD_HINT,
+    explain_loading_errors,
+    let_others_read,
+    refuse_non_finite_weights,
+)
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Network
 
@@ -68,7 +74,7 @@ def write_adapter_folder(lm: LanguageModel, folder: Path) -> None:
         alpha_pattern=others,
         target_modules=_shorten_names(lm.model, list(ranks)),
         modules_to_save=saved + ["score"] * lm.is_reward_model or None,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in lm.model.modules()),
+        fan_in_fan_out=has_transposed_layers(lm.network),
         base_model_name_or_path=str(lm.folder.resolve()),
         task_type="SEQ_CLS" if lm.is_reward_model else "CAUSAL_LM",
         inference_mode=True,
@@ -83,6 +89,7 @@ def write_adapter_folder(lm: LanguageModel, folder: Path) -> None:
         for name, weight in weights.items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    let_others_read(folder)
     base = {"path": os.path.relpath(lm.folder.resolve(), folder.resolve()), "digest": compute_model_digest(lm.folder)}
     (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf8")
 
@@ -124,15 +131,15 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
             for name, weight in load_file(folder / WEIGHTS).items()
         }
     if not base.is_dir():
-        raise InputError(f"{folder}: found no folder {base}, whose model its adapters adapt; move both together")
-    if (found := compute_model_digest(base)) != digest:
         raise InputError(
-            f"{folder}: found adapters for a model with digest {digest}, and {base} with digest {found}; expected the "
-            "model that they were trained on"
+            f"{folder}: found no folder {base}; expected the model that the adapters change; move both together"
         )
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise InputError(f"{folder}: found infinite or undefined numbers in {name}; {expected}; {DOWNLOAD_HINT}")
+    if (base_digest := compute_model_digest(base)) != digest:
+        raise InputError(
+            f"{folder}: found adapters for a model with digest {digest}, and {base} with digest {base_digest}; "
+            "expected the model that they were trained on; put it back, or train them again"
+        )
+    refuse_non_finite_weights(folder, weights, DOWNLOAD_HINT)
     head = weights.pop(_HEAD, None)
     config.modules_to_save = [name for name in config.modules_to_save or () if name != "score"] or None
     config.inference_mode = False
@@ -157,7 +164,7 @@ def merge_adapter_folder(model: PreTrainedModel, adapters: AdapterFolder) -> Non
             if name.endswith(".lora_A"):
                 module = model.get_submodule(name.removesuffix(".lora_A"))
                 product = adapters.weights[name.removesuffix("A") + "B"] @ weight
-                product = product.T if type(module).__name__ == "Conv1D" else product
+                product = product.T if isinstance(module, Conv1D) else product
                 module.weight.copy_(module.weight.float() + product.to(module.weight.device))
             elif not name.endswith(".lora_B"):
                 model.get_parameter(name).copy_(weight)

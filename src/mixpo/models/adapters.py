@@ -1,14 +1,14 @@
-"""LoRA adapters of networks: adding new ones to train and old ones as they were saved, and holding frozen weights."""
+"""LoRA adapters of networks: adding new ones to train, and old ones as they were saved."""
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import pydantic
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
@@ -54,12 +54,12 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
     if tied := [module for module in saved if _is_tied_embedding(network, model.get_submodule(module))]:
         raise InputError(
             f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
-            "expected modules with weights of their own"
+            "expected modules with weights of their own; leave it out"
         )
     if saved and any(isinstance(weight, DTensor) for weight in network.parameters()):
         raise InputError(
-            "lora.modules_to_save: found some beside runtime.sharded; expected one of the two; weights that are cut "
-            "over processes are not copied"
+            "lora.modules_to_save: found some beside runtime.sharded, which cuts the weights that they start from; "
+            "expected one of the two; leave one out"
         )
     config = LoraConfig(
         r=lora.rank,
@@ -68,7 +68,7 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
         use_rslora=lora.rank_stabilized,
         target_modules=targets,
         modules_to_save=saved or None,
-        fan_in_fan_out=_has_transposed_layers(network),
+        fan_in_fan_out=has_transposed_layers(network),
     )
     _inject_adapters(network, name, config)
     for parameter_name, parameter in network.named_parameters():
@@ -142,15 +142,15 @@ def _find_modules(
     setting: Literal["target_modules", "modules_to_save"], lora: LoraSettings, names: list[str]
 ) -> list[str]:
     """Names of the modules that a setting names by their last parts. Raises `InputError` where there is none."""
-    found = list[str]()
+    modules = list[str]()
     for target in getattr(lora, setting):
         matches = [name for name in names if name == target or name.endswith(f".{target}")]
         if not matches:
             ends = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
             what = "layers" if setting == "target_modules" else "modules"
             raise InputError(f"lora.{setting}: found {target!r}; expected {what} of the model: {', '.join(ends)}")
-        found += matches
-    return list(dict.fromkeys(found))
+        modules += matches
+    return list(dict.fromkeys(modules))
 
 
 def _is_tied_embedding(network: Network, module: nn.Module) -> bool:
@@ -159,69 +159,6 @@ def _is_tied_embedding(network: Network, module: nn.Module) -> bool:
     return head is not None and module in (head, embedding) and head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
-def _has_transposed_layers(network: Network) -> bool:
+def has_transposed_layers(network: Network) -> bool:
     """True if layers hold their matrices as [in, out], as GPT-2's do."""
-    return any(type(module).__name__ == "Conv1D" for module in network.model.modules())
-
-
-def freeze_network(network: Network) -> None:
-    """Make all weights of a network untrainable, and hold them in the type in which it computes, in place.
-
-    Results do not change. In bfloat16, matrices are held in it. Norms, scalar heads and the output head's bias, which
-    are used in float32, are held in float32. Embeddings keep the type they came in, and are read in float32.
-    """
-    network.requires_grad_(False)
-    if network.precision != "bfloat16":
-        return
-    model = network.model
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):  # of bitsandbytes
-            module.compute_dtype = torch.bfloat16
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    narrow = set[int]()
-    for _, module in iterate_matrix_modules(model):
-        if module is not getattr(model, "score", None):
-            narrow |= {id(part) for name, part in module.named_parameters() if module is not head or name == "weight"}
-    narrow |= {id(weight) for weight in model.parameters() if weight.ndim == 3}  # all experts of a layer
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if (module is embedding and weight.dtype == torch.bfloat16) or not weight.is_floating_point():
-                continue
-            dtype = torch.bfloat16 if id(weight) in narrow and module is not embedding else torch.float32
-            if weight.dtype != dtype:
-                setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-    if embedding.weight.dtype == torch.bfloat16:
-        embedding.register_forward_hook(lambda module, inputs, output: output.float())
-
-
-@contextmanager
-def compute_in_float32(model: nn.Module) -> Iterator[None]:
-    """Context manager: a model computes in float32, one module's weights at a time, in whatever type it holds them."""
-    handles = []
-    for module in model.modules():
-        held = {
-            name: weight
-            for name, weight in module.named_parameters(recurse=False)
-            if weight.is_floating_point() and weight.dtype != torch.float32
-        }
-        if held:
-
-            def widen(module: nn.Module, inputs: Any, held: Mapping[str, nn.Parameter] = held) -> None:
-                """Put the weights into the module in float32."""
-                for name, weight in held.items():
-                    setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))
-
-            def restore(module: nn.Module, inputs: Any, output: Any, held: Mapping[str, nn.Parameter] = held) -> None:
-                """Put the weights back as they are held."""
-                for name, weight in held.items():
-                    setattr(module, name, weight)
-
-            handles += [
-                module.register_forward_pre_hook(widen),
-                module.register_forward_hook(restore, always_call=True),
-            ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return any(isinstance(module, Conv1D) for module in network.model.modules())

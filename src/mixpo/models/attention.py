@@ -191,7 +191,7 @@ def use_branch_attention(branch_lengths: Sequence[BranchLengths], device: torch.
 
 
 def capture_branch_attention() -> AbstractContextManager[None]:
-    """Context manager: model attention is that of now, later and in any thread, as activation checkpointing needs."""
+    """Context manager: model attention is the one of this call, entered later and in any thread (checkpointing)."""
     return _use_layout(_layout.get())
 
 

@@ -7,9 +7,10 @@ be there by name, and no code from a folder is run.
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -264,6 +266,23 @@ def _make_quantization_config() -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
+
+
+def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise `InputError`, with folder and remedy in its text, if one of the weights is infinite or nan."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"{folder}: found infinite or undefined numbers in {name}; expected finite weights; {remedy}"
+            )
+
+
+def let_others_read(folder: Path) -> None:
+    """Give the weight files in a folder the permissions of a new file; safetensors lets nobody but the owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def read_end_tokens(model: PreTrainedModel, folder: Path) -> frozenset[int]:

@@ -57,7 +57,7 @@ class LanguageModel:
 
     @property
     def score_head(self) -> nn.Linear:
-        """The scalar head that computes scores or values. Raises AttributeError if there is none."""
+        """The scalar head that computes scores or values. Raises KeyError if there is none."""
         return self.network.get_head(self.head)
 
     @property

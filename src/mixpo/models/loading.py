@@ -19,7 +19,7 @@ from mixpo.models.adapter_folders import (
     merge_adapter_folder,
     read_adapter_folder,
 )
-from mixpo.models.adapters import LoraSettings, add_lora, compute_in_float32, freeze_network
+from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.digests import compute_model_digest, refuse_model_changed_since_stage
 from mixpo.models.folders import (
     ModelFolder,
@@ -27,6 +27,7 @@ from mixpo.models.folders import (
     load_weights,
     read_policy_folder,
     read_reward_folder,
+    refuse_non_finite_weights,
 )
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Network, Precision
@@ -37,8 +38,8 @@ from mixpo.models.reward_heads import (
     find_score_head,
     make_score_head,
 )
-from mixpo.models.saving import refuse_non_finite_weights
 from mixpo.models.verification import compute_reference_outputs, draw_probe_tokens, verify_model
+from mixpo.models.weight_types import compute_in_float32, freeze_network
 
 NetworkKey = tuple[str, Precision, bool]
 """Digest of a model's folder, precision, and whether it is held in 4 bits."""
@@ -120,6 +121,11 @@ class ModelLoader:
         add_lora(lm, lora, "trained-value")
         return lm
 
+    def load_merged_model(self, folder: Path) -> LanguageModel:
+        """Load a policy or a reward model from its adapters, merged into the weights of their base in its own type."""
+        is_reward_model = read_adapter_folder(folder).head is not None
+        return self._load_private_model(folder, "float32", is_reward_model=is_reward_model, dtype=None)
+
     def _load_shared_model(
         self, folder: Path, precision: Precision, read_folder: Callable[[Path], ModelFolder]
     ) -> LanguageModel:
@@ -145,11 +151,6 @@ class ModelLoader:
             add_adapter_folder(lm.network, name, adapters)
         lm.adapters = (name,)
         return lm
-
-    def load_merged_model(self, folder: Path) -> LanguageModel:
-        """Load a policy or a reward model from its adapters, merged into the weights of their base in its own type."""
-        is_reward_model = read_adapter_folder(folder).head is not None
-        return self._load_private_model(folder, "float32", is_reward_model=is_reward_model, dtype=None)
 
     def _load_private_model(
         self,

@@ -83,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_gradient = torch.empty_like(weight, dtype=weight_dtype) if needed[1] else None
         bias_gradient = torch.empty_like(bias) if needed[2] else None
         if weight_gradient is None and bias_gradient is None:
-            return hidden_gradient, *[None] * 7
+            return hidden_gradient, *[None] * 6
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
         for columns in iterate_row_slices(len(weight), CHUNK_LOGITS // max(1, *hidden.shape)):
             if logit_gradients is None:
@@ -94,7 +94,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 weight_gradient[columns] = logit_gradient.T @ scaled
             if bias_gradient is not None:
                 bias_gradient[columns] = logit_gradient.T.float() @ gradient
-        return hidden_gradient, weight_gradient, bias_gradient, *[None] * 5
+        return hidden_gradient, weight_gradient, bias_gradient, *[None] * 4
 
 
 def _compute_logprobs_from_logits(

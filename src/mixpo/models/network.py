@@ -103,13 +103,13 @@ class Network(nn.Module):
         return tuple(computed[output] for output in outputs)
 
     def get_head(self, name: str | None) -> nn.Linear:
-        """The scalar head of this name, or a classifier's own `score`."""
+        """The scalar head of this name, or a classifier's own by `score`. Raises KeyError if there is none."""
         head: Any = self.model.score if name == "score" else self.heads[str(name)]
         assert isinstance(head, nn.Linear)
         return head
 
     def register_adapters(self, name: str, adapted_modules: Sequence[Any]) -> None:
-        """Register adapters that were added under a name, and all modules of peft that hold some now."""
+        """Note that adapters of this name were added to the model; `adapted_modules` are all modules that hold any."""
         self.adapter_names.add(name)
         self._adapted_modules = list(adapted_modules)
         self._active_adapters = None

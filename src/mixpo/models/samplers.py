@@ -27,8 +27,9 @@ class SamplingOptions(TypedDict):
 class Sampler(Protocol):
     """Protocol of an engine that samples completions from a policy. `tests/test_samplers.py` tests what it promises.
 
-    A policy's network, `policy.model`, has mixpo's attention and unmerged adapters in it; `policy.autocast()` sets its
-    precision, and `merge_adapters` returns plain weights. Its published `generation_config` is not to be drawn with.
+    A policy's network, `policy.model`, has mixpo's attention in it, and adapters, of which those in `policy.adapters`
+    are the policy's: `write_adapter_folder` writes their sum, `write_current_weights` a policy without adapters.
+    `policy.autocast()` sets its precision. Its published `generation_config` is not to be drawn with.
     """
 
     def load_policy(self, policy: LanguageModel) -> None:

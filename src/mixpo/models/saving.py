@@ -5,8 +5,6 @@
 
 import copy
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from mixpo.data.errors import InputError
 from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
 from mixpo.models.digests import compute_model_digest
+from mixpo.models.folders import let_others_read, refuse_non_finite_weights
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.reward_heads import choose_pad_token
 
@@ -36,7 +34,6 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
         if lm.is_reward_model and pad in tokenizer.get_vocab():
             tokenizer.pad_token = pad
         tokenizer.save_pretrained(folder)
-        let_others_read(folder)
         return compute_model_digest(folder)
     model = lm.model
     model.eval()
@@ -70,12 +67,33 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     return compute_model_digest(folder)
 
 
-def let_others_read(folder: Path) -> None:
-    """Give the weight files in a folder the permissions of a new file; safetensors lets nobody but the owner read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o666 & ~umask)
+def write_current_weights(policy: LanguageModel, folder: Path) -> None:
+    """Write a policy without adapters as a Hugging Face folder for another engine.
+
+    Weights have the precision that the policy computes in. The output head is written by itself, even if it is tied to
+    the embedding.
+    """
+    model, config = policy.model, policy.model.config
+    dtype = torch.bfloat16 if policy.precision == "bfloat16" else torch.float32
+    weights = {
+        name: weight.detach().to(dtype) if weight.is_floating_point() else weight
+        for name, weight in model.state_dict().items()
+    }
+    tied = config.tie_word_embeddings
+    if tied:
+        head = model.get_output_embeddings().weight
+        for name, weight in model.state_dict().items():
+            if weight.data_ptr() == head.data_ptr():
+                weights[name] = weights[name].clone()
+    config.tie_word_embeddings, written_dtype = False, config.dtype
+    config.dtype = dtype
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        config.tie_word_embeddings, config.dtype = tied, written_dtype
+    if policy.tokenizer is not None:
+        policy.tokenizer.save_pretrained(folder)
+    let_others_read(folder)
 
 
 def _write_generation_config(file: Path, published: GenerationConfig | None, lm: LanguageModel) -> None:
@@ -85,15 +103,6 @@ def _write_generation_config(file: Path, published: GenerationConfig | None, lm:
         content = json.loads(published.to_json_string())
         content["eos_token_id"] = [lm.end_token, *others] if others else lm.end_token
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
-
-
-def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise `InputError`, with folder and remedy in its text, if one of the weights is infinite or nan."""
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise InputError(
-                f"{folder}: found infinite or undefined numbers in {name}; expected finite weights; {remedy}"
-            )
 
 
 def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

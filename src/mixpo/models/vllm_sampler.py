@@ -33,7 +33,6 @@ from torch.nn.utils.rnn import pad_sequence
 from mixpo.data.branches import Completions
 from mixpo.data.errors import InputError
 from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
-from mixpo.models.handover import write_weights
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Precision
 from mixpo.models.samplers import SamplingOptions
@@ -44,7 +43,7 @@ from mixpo.models.sampling import (
     refuse_non_finite_logprobs,
     sample_completions,
 )
-from mixpo.models.saving import let_others_read
+from mixpo.models.saving import write_current_weights
 from mixpo.models.scoring import compute_token_logprobs
 
 SUPPORTED_VERSIONS = (0, 32), (0, 33)
@@ -90,7 +89,10 @@ def is_server_address(place: str) -> bool:
 
 
 def check_vllm(place: str) -> None:
-    """Raise `InputError` unless there is a supported server at an address, or vLLM in a Python's environment."""
+    """Raise `InputError` unless a server answers at an address, or a Python's environment has vLLM.
+
+    A vLLM server must have a supported version; another one has none to ask for.
+    """
     if is_server_address(place):
         VLLMServer(place.rstrip("/"), request_seconds=CHECK_SECONDS).check_version()
         return
@@ -428,7 +430,6 @@ class VLLMSampler:
             self._refuse(f"an adapter with {whole}, which trains whole", "none of lora.modules_to_save")
         rank = max(len(weight) for name, weight in weights.items() if name.endswith(".lora_A"))
         write_adapter_folder(policy, folder)
-        let_others_read(folder)
         if self.server is None:
             assert policy.folder is not None
             highest = next((size for size in LORA_RANKS if size >= rank), rank)
@@ -458,8 +459,7 @@ class VLLMSampler:
         folder = self.folder / "weights" if is_trained else policy.folder
         assert folder is not None
         if is_trained:
-            write_weights(policy, folder)
-            let_others_read(folder)
+            write_current_weights(policy, folder)
         if self.server is None:
             self._connect(policy, folder)
         assert self.server is not None

@@ -15,8 +15,14 @@ from mixpo.data.sources import compute_content_digest, expand_home
 from mixpo.data.templates import prepend_template_arguments
 from mixpo.data.tokens import SPECIAL_TOKENS_KEY, parses_special_tokens
 from mixpo.models.digests import compute_model_digest, list_model_files
-from mixpo.models.folders import ModelFolder, explain_loading_errors, load_tokenizer, load_weights, read_policy_folder
-from mixpo.models.saving import let_others_read
+from mixpo.models.folders import (
+    ModelFolder,
+    explain_loading_errors,
+    let_others_read,
+    load_tokenizer,
+    load_weights,
+    read_policy_folder,
+)
 from mixpo.models.sources import (
     initialize_world_model,
     read_gguf_model,

@@ -113,7 +113,7 @@ class Runtime(Settings):
         return VLLMSampler(place, folder=folder, cache_bytes=self.sampling_bytes, arguments=self.vllm_arguments)
 
     def check_vllm(self) -> None:
-        """Raise `InputError` unless `vllm` names a supported server, or a Python that has vLLM."""
+        """Raise `InputError` unless `vllm` names a server that answers, or a Python that has vLLM."""
         check_vllm(self._require_vllm())
 
     def _require_vllm(self) -> str:
