@@ -110,7 +110,7 @@ class StageProcesses:
             return
         parameters = [parameter for parameter in parameters if get_local(parameter) is parameter]
         present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        dist.all_reduce(present)
+        dist.all_reduce(present, op=dist.ReduceOp.MAX)  # a sum of bytes is 0 again at 256 processes
         gradients = []
         for parameter, number in zip(parameters, present.tolist(), strict=True):
             if number:
