@@ -152,7 +152,7 @@ class Checkpoint:
             "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "extra": dict(extra),
         }
-        content = json.dumps(_extract_tensors(state, tensors)).encode()
+        content = json.dumps(_extract_tensors(state, tensors, keep=self.processes.is_main_process)).encode()
         self.written = time.monotonic()
         if not self.processes.is_main_process:
             return
@@ -161,15 +161,19 @@ class Checkpoint:
         temporary.replace(self.path)
 
 
-def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
-    """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values."""
+def _extract_tensors(state: Any, tensors: dict[str, Tensor], *, keep: bool) -> Any:
+    """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values.
+
+    Called by every process; where not `keep`, tensors are gathered for the others and replaced by empty ones.
+    """
     if isinstance(state, Tensor):
-        tensors[str(len(tensors))] = get_whole(state.detach()).contiguous()
+        whole = get_whole(state.detach())
+        tensors[str(len(tensors))] = whole.contiguous() if keep else whole.new_empty(0)
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(state, Mapping):
-        return {"items": [[key, _extract_tensors(value, tensors)] for key, value in state.items()]}
+        return {"items": [[key, _extract_tensors(value, tensors, keep=keep)] for key, value in state.items()]}
     if isinstance(state, list | tuple):
-        return [_extract_tensors(value, tensors) for value in state]
+        return [_extract_tensors(value, tensors, keep=keep) for value in state]
     return state
 
 

@@ -61,7 +61,8 @@ def gather_for_saving(network: nn.Module, *, keep: bool) -> Iterator[None]:
             if isinstance(parameter, DTensor):
                 if parameter not in whole:  # tied weights stay tied
                     tensor = parameter.detach().full_tensor()
-                    whole[parameter] = nn.Parameter(tensor.cpu() if keep else tensor[:0], parameter.requires_grad)
+                    kept = tensor.cpu() if keep else tensor.new_empty(0)  # no view, which would hold all of it
+                    whole[parameter] = nn.Parameter(kept, parameter.requires_grad)
                 replaced.append((module, name, parameter))
     for module, name, parameter in replaced:
         module._parameters[name] = whole[parameter]
@@ -90,15 +91,13 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients to a common norm of at most `max_norm`, in place; returns the norm before."""
-    cut = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    if not cut:
-        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    norms = [nn.utils.get_total_norm([one.grad for one in kind if one.grad is not None]) for kind in (cut, whole)]
-    norm = torch.stack([get_whole(part).float() for part in norms]).norm()
-    for kind in (cut, whole):
-        nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    """Scale all gradients to a common norm of at most `max_norm`, in place; returns the norm before.
+
+    The weights are either all cut or all whole.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = get_whole(nn.utils.get_total_norm(gradients))
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
 
