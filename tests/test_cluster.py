@@ -48,7 +48,7 @@ class Cluster:
         self.steps = steps
         patch.setattr(cluster.submitit, "AutoExecutor", self.open)
         patch.setattr(cluster, "POLL_SECONDS", 0.0)
-        patch.setattr(cluster, "LAST_WORD_SECONDS", 0.0)
+        patch.setattr(cluster, "LAST_LINE_SECONDS", 0.0)
 
     def open(self, folder: Path, name: str, **options: Any) -> "Cluster":
         self.asked.append({"cluster": name, **options})

@@ -6,7 +6,7 @@ stage's folder, which is all that the terminal reads: the folder must be on a fi
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from mixpo.training.runtime import Runtime
 PROGRESS = "progress.jsonl"
 POLL_SECONDS = 1.0
 """Time between two looks at the progress of jobs."""
-LAST_WORD_SECONDS = 20.0
+LAST_LINE_SECONDS = 20.0
 """Time after a job's end in which its last line must have come through the file system."""
 
 
@@ -79,7 +79,7 @@ class InfraSettings(JobSettings):
     def choose_job_settings(self, stage: Stage) -> JobSettings:
         """Settings of a stage's job. What needs no model is computed by one process without a GPU, if not set."""
         common = self.model_dump(include=set(JobSettings.model_fields))
-        if not stage.is_shared:
+        if not stage.splits_over_processes:
             common |= {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1}
         return JobSettings.model_validate({**common, **self.stages.get(type(stage).__name__, {})})
 
@@ -143,7 +143,7 @@ class _RunningJob:
     display: StageDisplay
     progress: Path
     lines_read: int = 0
-    ended: float | None = field(default=None)
+    ended: float | None = None
     """When the cluster was first seen to have ended the job."""
 
 
@@ -209,14 +209,12 @@ class ClusterExecutor:
             running.ended = None
         elif running.ended is None:
             running.ended = time.monotonic()
-        elif time.monotonic() - running.ended > LAST_WORD_SECONDS:
+        elif time.monotonic() - running.ended > LAST_LINE_SECONDS:
             job, trace = running.job, running.progress.with_name(FAILURE)  # of a process that was not the main one
-            text, details = (
-                f"the job {job.job_id} was stopped ({job.state}), perhaps for lack of memory",
-                job.paths.stderr,
-            )
+            details: Path = job.paths.stderr
+            text = f"the job {job.job_id} was stopped ({job.state}), perhaps for lack of memory"
             if trace.exists():
-                text, details = trace.read_text(encoding="utf8").strip().splitlines()[-1], trace
+                details, text = trace, trace.read_text(encoding="utf8").strip().splitlines()[-1]
             name = f"{type(running.stage).__name__} {self.stage_cache.compute_identity(running.stage)}"
             return StageFailure(f"{name}: {text} (details in {details})")
         return None

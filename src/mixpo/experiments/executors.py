@@ -20,12 +20,12 @@ def open_executor(stage_cache: StageCache, infra: InfraSettings, jobs_folder: Pa
     Raises `InputError` if they ask for more than one.
     """
     runtime, rendezvous = stage_cache.runtime, stage_cache.rendezvous
-    found = f"found runtime.workers={runtime.workers} and runtime.processes={runtime.processes}"
+    numbers = f"runtime.workers={runtime.workers} and runtime.processes={runtime.processes}"
     is_alone = runtime.workers == 1 and runtime.processes == 1
     if infra.cluster is not None:
         if not is_alone or rendezvous is not None:
             raise InputError(
-                f"infra.cluster: {found}{' in processes of a launcher' * (rendezvous is not None)} beside "
+                f"infra.cluster: found {numbers}{' in processes of a launcher' * (rendezvous is not None)} beside "
                 f"{infra.cluster}; expected 1 and 1 in one process, since the number of a job's processes is "
                 "infra.tasks_per_node; leave them out"
             )
@@ -38,8 +38,8 @@ def open_executor(stage_cache: StageCache, infra: InfraSettings, jobs_folder: Pa
         try:
             if not is_alone:
                 raise InputError(
-                    f"runtime: {found} in one of {rendezvous.count} processes of a launcher (WORLD_SIZE); expected 1 "
-                    "and 1, since all of them compute every stage together; leave both out, or start one process"
+                    f"runtime: found {numbers} in one of {rendezvous.count} processes of a launcher (WORLD_SIZE); "
+                    "expected 1 and 1, since all compute each stage together; leave both out, or start one process"
                 )
             yield InProcessExecutor(stage_cache)
         finally:

@@ -99,7 +99,7 @@ class WorkerGroup:
     pipe: Connection
     processes: Sequence[SpawnProcess]
     store: LocalStore | None
-    """Where they meet; None if there is one."""
+    """Where they meet; None if there is only one process."""
     devices: str | None
     """The GPUs that are theirs alone, as CUDA_VISIBLE_DEVICES names them; None if all are there for all groups."""
 
@@ -160,12 +160,12 @@ class ProcessPool:
                 try:
                     method, arguments = pipe.recv()
                 except (EOFError, OSError) as error:
-                    return self._find_last_word(pipe, error)
+                    return self._end_dead_group(pipe, error)
                 if method == "end":
                     return *self.busy.pop(pipe), arguments[0]
                 getattr(self.busy[pipe][1], method)(*arguments)
             if not pipes:
-                return self._find_last_word(next(pipes_by_sentinel[one] for one in ready if isinstance(one, int)))
+                return self._end_dead_group(next(pipes_by_sentinel[one] for one in ready if isinstance(one, int)))
 
     def kill_workers(self) -> None:
         """Kill all worker processes and wait for them to end."""
@@ -175,7 +175,7 @@ class ProcessPool:
     def _start_group(self) -> WorkerGroup:
         """Start the processes of a group and return it."""
         context = get_context("spawn")
-        pipe, far = context.Pipe()
+        pipe, worker_pipe = context.Pipe()
         count = self.stage_cache.runtime.processes
         store = LocalStore() if count > 1 else None
         used = {group.devices for group in self.groups.values()}
@@ -183,22 +183,22 @@ class ProcessPool:
         visible = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
         processes = []
         for rank in range(count):
-            arguments = self.stage_cache, far if rank == 0 else None
+            arguments = self.stage_cache, worker_pipe if rank == 0 else None
             processes.append(context.Process(target=_serve_stages, args=arguments, daemon=True))
             with _extend_environment({**visible, **(store.make_environment(rank, count) if store else {})}):
                 processes[-1].start()
-        far.close()
+        worker_pipe.close()
         self.groups[pipe] = WorkerGroup(pipe, processes, store, devices)
         return self.groups[pipe]
 
-    def _find_last_word(self, pipe: Connection, cause: Exception | None = None) -> tuple[Stage, StageDisplay, Outcome]:
-        """End a group of which a process has died; return its stage, the display, and the failure that it left.
+    def _end_dead_group(self, pipe: Connection, cause: Exception | None = None) -> tuple[Stage, StageDisplay, Outcome]:
+        """End a group of which a process has died; return its stage, the display, and the failure that was reported.
 
-        Raises `InputError` if it left none.
+        Raises `InputError` if none was.
         """
         group = self.groups.pop(pipe)
         group.kill()
-        if group.store is None or (failure := group.store.read_loss()) is None:
+        if group.store is None or (failure := group.store.read_failure()) is None:
             raise self._make_killed_error() from cause
         return *self.busy.pop(pipe), failure
 
@@ -268,7 +268,7 @@ def end_if_broken(rendezvous: Rendezvous | None, outcome: Outcome) -> None:
         assert isinstance(outcome, StageFailure)
         if parent_process() is None:  # else the parent shows it
             print(outcome.reason, file=sys.stderr, flush=True)
-        rendezvous.report_loss(outcome)
+        rendezvous.report_failure(outcome)
         os._exit(1)
 
 

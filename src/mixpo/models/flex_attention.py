@@ -2,6 +2,7 @@
 
 A block mask, made once a batch from the lengths, says which blocks of 128 by 128 query-key pairs are computed at all,
 and which of them without a mask. Nothing is padded or copied, and no mask has an entry for every pair of tokens.
+Not run on a GPU yet: masks, outputs and gradients are tested on a CPU, where the kernels are PyTorch's reference.
 """
 
 import functools

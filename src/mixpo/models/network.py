@@ -90,9 +90,9 @@ class Network(nn.Module):
                 predictions = self._compute_logprobs(states, batch, with_entropy="entropies" in outputs)
                 computed["logprobs"], computed["entropies"] = predictions
             if "values" in outputs:
-                read = states.detach() if detach_values else states
-                read = read.index_select(0, batch.predictor_index.flatten()).unflatten(0, batch.mask.shape)
-                computed["values"] = self.get_head(head)(read.float())[..., 0].masked_fill(~batch.mask, 0.0)
+                predictors = states.detach() if detach_values else states
+                predictors = predictors.index_select(0, batch.predictor_index.flatten()).unflatten(0, batch.mask.shape)
+                computed["values"] = self.get_head(head)(predictors.float())[..., 0].masked_fill(~batch.mask, 0.0)
             if "scores" in outputs:
                 computed["scores"] = self.get_head(head)(states[batch.last_token_index].float())[..., 0]
         elif "logits" in outputs:

@@ -139,7 +139,7 @@ class _DecodingSteps:
 
     With fixed shapes every row reads keys for the steps ahead, masked until they are written, so that all kernels of a
     step are the same for `FIXED_SHAPE_STEPS` steps, or until rows are removed. On a GPU they are recorded as a CUDA
-    graph and replayed, which takes the time of the kernels without that of starting them one by one.
+    graph and replayed, which takes the time of the kernels without that of starting each of them; not run on one yet.
     """
 
     def __init__(self, lm: LanguageModel, cache: Cache, cache_rows: _CacheRowIndices, *, fixed_shapes: bool) -> None:

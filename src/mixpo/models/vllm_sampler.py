@@ -230,8 +230,8 @@ class VLLMServer:
             self.process.wait(1)  # a connection may break before the process has ended
         ended = "" if self.process.returncode is None else f" (it ended with status {self.process.returncode})"
         raise error_class(
-            f"vLLM, started by runtime.vllm: found {found}{ended}; expected its answer; the last words of its output, "
-            f"{self.log}, are {_read_last_line(self.log)!r}; mend that and run again: the stage goes on from its last "
+            f"vLLM, started by runtime.vllm: found {found}{ended}; expected its answer; the last line of its output, "
+            f"{self.log}, is {_read_last_line(self.log)!r}; mend that and run again: the stage goes on from its last "
             "checkpoint"
         )
 

@@ -378,7 +378,7 @@ class Data(DataStage, DataSettings):
     """
 
     parts = ("train", "second")
-    is_shared = False
+    splits_over_processes = False
 
     base: PolicyStage
     """Model whose tokenizer the rows are tokenized with."""

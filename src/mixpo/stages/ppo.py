@@ -188,7 +188,7 @@ class PPOTraining:
         self.cost.add_sampled_tokens(policy, int(mask.sum()), sum(map(len, prompts)))
         importance_weights, mismatch = None, dict[str, float]()
         if settings.sampler != "local":
-            logprobs = self.job.compute_numbers(compute_token_logprobs, policy, prompts, completions)
+            logprobs = job.compute_numbers(compute_token_logprobs, policy, prompts, completions)
             self.cost.add_scored_tokens(policy, tokens)
             mismatch = compute_sampler_mismatch(logprobs, completions.logprobs, mask)
             if settings.importance_clip is not None:

@@ -65,7 +65,7 @@ class PretrainedSettings(Settings):
 class Pretrained(PolicyStage, PretrainedSettings):
     """Stage of the initial model in `model/`. Local folders are copied, so that the original may change later."""
 
-    is_shared = False
+    splits_over_processes = False
 
     special_tokens: Literal["text", "parse"] = "text"
     """The recipe's `data.special_tokens`, saved in the model's folder for all stages."""

@@ -37,7 +37,7 @@ class Selection(Stage, SelectionSettings):
     """Stage of scored pairs split by their score gap into `easy.parquet` and `hard.parquet`."""
 
     parts = ("easy", "hard")
-    is_shared = False
+    splits_over_processes = False
 
     samples: ScoredPairsStage
 

@@ -91,14 +91,14 @@ class StageCache:
                 with _explain_write_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
-                if self.rendezvous is not None and stage.is_shared:
+                if self.rendezvous is not None and stage.splits_over_processes:
                     self.rendezvous.announce(stage)
                 self.compute_share(stage)
         return out
 
     def compute_share(self, stage: Stage) -> None:
-        """Compute what this process has to of a stage whose inputs are complete: all of it if it is alone."""
-        rendezvous = self.rendezvous if stage.is_shared else None
+        """Compute this process's share of a stage whose inputs are complete: all of it if the process is alone."""
+        rendezvous = self.rendezvous if stage.splits_over_processes else None
         with rendezvous.open_processes(self.runtime) if rendezvous else nullcontext() as processes:
             folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
             memory.reset_peak_memory()

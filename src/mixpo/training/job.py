@@ -76,8 +76,8 @@ class StageJob:
             network.checkpoint_activations()
         if self.processes.is_sharded and any(not weight.is_floating_point() for weight in network.parameters()):
             raise InputError(
-                "runtime.sharded: found true beside lora.quantize_base; expected one of the two; weights in 4 bits are "
-                "not cut over processes"
+                "runtime.sharded: found true beside lora.quantize_base, whose weights in 4 bits cannot be cut over "
+                "processes; expected one of the two; leave one out"
             )
         self.processes.shard(network)
 

@@ -3,8 +3,8 @@
 Whoever starts them sets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). The main
 process, of rank 0, announces each stage to the others, and all of them open a process group for it, which is closed on
 every way out. A process that fails says so in the store that all of them reach, so that the stage ends everywhere with
-the error that was first; who hears nothing from the others for seconds after a failure is to end, so that its launcher
-ends the rest.
+the error that was first. A process that hears nothing from the others for ten seconds after a failure must end itself,
+so that its launcher ends the rest.
 """
 
 import os
@@ -26,7 +26,8 @@ AGREEMENT_TIME = timedelta(seconds=10)
 """Time after a failure in which all processes must have left the stage."""
 COLLECTIVE_TIME = timedelta(hours=4)
 """Time in which all processes must have come to a collective operation: the main one may be writing a large model."""
-_LOST = "lost"
+_FAILURE = "failure"
+"""Key of the failure that a process reported before it ended alone."""
 
 
 class Rendezvous:
@@ -34,18 +35,18 @@ class Rendezvous:
 
     def __init__(self, store: Any, rank: int, count: int, local_rank: int) -> None:
         self.store, self.rank, self.count, self.local_rank = store, rank, count, local_rank
-        self.stages = 0
-        """Number of stages that were opened."""
+        self.stage_number = 0
+        """Number of the next stage, from 0."""
         self.is_broken = False
         """True after a failure that not all processes have left: this process must end."""
 
     def announce(self, stage: Any) -> None:
         """Tell the other processes to compute a stage, any picklable object, or to end if it is None."""
-        self.store.set(f"stage {self.stages}", pickle.dumps(stage))
+        self.store.set(f"stage {self.stage_number}", pickle.dumps(stage))
 
     def wait_for_stage(self) -> Any:
         """The next stage that the main process announces; None if it has ended."""
-        key = f"stage {self.stages}"
+        key = f"stage {self.stage_number}"
         try:
             self.store.wait([key], timedelta(days=365))
             return pickle.loads(self.store.get(key))  # written by our own main process
@@ -58,8 +59,8 @@ class Rendezvous:
 
         Where it is left by an exception, every process raises the one that was raised first in any of them.
         """
-        store: Any = PrefixStore(f"in stage {self.stages}", self.store)
-        self.stages += 1
+        store: Any = PrefixStore(f"in stage {self.stage_number}", self.store)
+        self.stage_number += 1
         try:
             processes = runtime.set_up_processes(self.rank, self.count, self.local_rank)
             dist.init_process_group(
@@ -95,10 +96,10 @@ class Rendezvous:
             except dist.DistError:
                 self.is_broken = True
 
-    def report_loss(self, outcome: Any) -> None:
-        """Leave a last word, any picklable object, for the launcher before this process ends alone."""
-        self.store.set(_LOST, pickle.dumps(outcome))
-        self.store.get(_LOST)  # setting does not wait for the store
+    def report_failure(self, failure: Any) -> None:
+        """Tell the launcher, by any picklable object, why this process ends while others of the stage do not."""
+        self.store.set(_FAILURE, pickle.dumps(failure))
+        self.store.get(_FAILURE)  # setting does not wait for the store
 
 
 class LocalStore:
@@ -119,9 +120,9 @@ class LocalStore:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # else the process of rank 0 opens a store of its own
         }
 
-    def read_loss(self) -> Any:
-        """The last word of a process that ended alone (`Rendezvous.report_loss`); None if there is none."""
-        return pickle.loads(self.store.get(_LOST)) if self.store.check([_LOST]) else None
+    def read_failure(self) -> Any:
+        """What a process told before it ended alone (`Rendezvous.report_failure`); None if nothing."""
+        return pickle.loads(self.store.get(_FAILURE)) if self.store.check([_FAILURE]) else None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Runtime settings of stages: device, threads and batch sizes in tokens, none of which changes results."""
+"""Runtime settings of stages: devices, processes, memory and servers, none of which changes more than rounding."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from mixpo.training.parallel import StageProcesses
 
 
 class Runtime(Settings):
-    """Device and memory settings. Not part of a stage's identity: results are the same up to rounding."""
+    """Devices, processes, memory and servers. Not part of a stage's identity: results are the same up to rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""

@@ -102,13 +102,15 @@ def make_optimizer(
     if any(isinstance(p, DTensor) for p in trainable) and (offload or settings.optimizer != "adamw"):
         other = "offload_optimizer" if offload else f"optimizer: {settings.optimizer}"
         raise InputError(
-            f"runtime.sharded: found true beside {other}; expected one of the two; weights that are cut train by AdamW"
+            f"runtime.sharded: found true beside {other}, which needs whole weights; expected one of the two; leave "
+            "one out"
         )
     rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.adam_betas}
     if settings.optimizer == "adamw-8bit":
         if offload:
             raise InputError(
-                "runtime.offload_optimizer: found true with optimizer: adamw-8bit; expected one of the two; leave one"
+                "runtime.offload_optimizer: found true with optimizer: adamw-8bit; expected one of the two; leave one "
+                "out"
             )
         return make_8bit_adamw(groups, **rates)
     return (OffloadedAdamW if offload else torch.optim.AdamW)(groups, **rates, fused=True)

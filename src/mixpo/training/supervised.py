@@ -73,7 +73,6 @@ class SupervisedTraining:
         Raises `Diverged`.
         """
         settings = self.settings
-
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
             rows = select_batch_rows(step, len(self.prompts), batch_size=settings.batch_size, seed=settings.seed)
