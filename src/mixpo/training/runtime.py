@@ -14,6 +14,10 @@ from mixpo.settings import Settings
 from mixpo.training import memory
 from mixpo.training.parallel import StageProcesses
 
+MICROBATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+SAMPLING_GIB = {"cpu": 2.0, "cuda": 16.0}
+"""What is taken where a recipe does not say, by the kind of device."""
+
 
 class Runtime(Settings):
     """Device and memory settings. Not part of a stage's identity: results are the same up to rounding."""
@@ -25,9 +29,9 @@ class Runtime(Settings):
     workers: int = pydantic.Field(1, ge=1)
     """Stages computed in parallel, each in a process with its own models: small models use several cores better this
     way than by threads. `cores` means one a CPU core, and only one if there is a GPU."""
-    microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 2048, ge=1)
+    microbatch_tokens: int = pydantic.Field(default_factory=lambda: MICROBATCH_TOKENS[find_device_kind()], ge=1)
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
-    sampling_gib: float = pydantic.Field(default_factory=lambda: 16.0 if torch.cuda.is_available() else 2.0, gt=0)
+    sampling_gib: float = pydantic.Field(default_factory=lambda: SAMPLING_GIB[find_device_kind()], gt=0)
     """GiB of the key-value cache while sampling; if not given, 2 on a CPU and 16 on a GPU."""
     cuda_graphs: bool = False
     """Record decoding steps as CUDA graphs and replay them; not run on a GPU yet. On a CPU the same steps, unrecorded.
@@ -95,6 +99,11 @@ class Runtime(Settings):
                 "http://127.0.0.1:8000, or the path of a Python that has vLLM; see docs/vllm.md"
             )
         return self.vllm
+
+
+def find_device_kind() -> Literal["cpu", "cuda"]:
+    """The kind of device that `auto` takes on this machine."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def count_cores() -> int:
