@@ -5,8 +5,9 @@ Models have random weights and the embedded world's tokenizer, so that nothing i
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from mixpo.models.adapters import LoraSettings
 from mixpo.models.sources import initialize_world_model
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
-from mixpo.training import memory
-from mixpo.training.footprint import PROCESS_BYTES, Placement
+from mixpo.training.footprint import Placement
 from mixpo.training.rates import CARDS
 
 MODELS = {
@@ -42,6 +42,11 @@ SENTENCES = {"world": (1, 1), "20m": (6, 6), "135m": (6, 6)}
 """Dialogues of the world that are joined for a prompt and for a completion."""
 
 
+KINDS = ("data", "sft", "reward", "samples", "dpo", "ppo")
+"""Stages in an order in which each finds its inputs computed."""
+MICROBATCH_TOKENS = {"world": 2048, "20m": 2048, "135m": 1024}
+
+
 @dataclass(frozen=True)
 class Case:
     """One stage of one model, whole or with LoRA, in one precision."""
@@ -50,25 +55,31 @@ class Case:
     kind: str
     lora: bool
     precision: str
-    microbatch_tokens: int = 2048
 
     @property
-    def name(self) -> str:
-        """Name in the table."""
-        return f"{self.kind} {self.model} {'LoRA' if self.lora else 'whole'} {self.precision}"
+    def microbatch_tokens(self) -> int:
+        """Tokens of one backward pass."""
+        return MICROBATCH_TOKENS[self.model]
 
 
-KINDS = ("sft", "reward", "samples", "dpo", "ppo")
-"""Stages in an order in which each finds its inputs computed."""
+def list_cases(models: Sequence[str], ways: Sequence[str], precisions: Sequence[str]) -> Iterator[Case]:
+    """List the cases of some models, `whole` or with `lora`, each after those that compute its inputs."""
+    for model, way, precision, kind in product(models, ways, precisions, KINDS):
+        yield Case(model, kind, way == "lora", precision)
 
 
-def list_cases(models: list[str]) -> Iterator[Case]:
-    """List the cases of some models."""
-    for model in models:
-        for lora in (False, True):
-            for precision in ("float32", "bfloat16"):
-                for kind in KINDS:
-                    yield Case(model, kind, lora, precision, microbatch_tokens=1024 if model == "135m" else 2048)
+def format_table(results: Sequence[dict[str, Any]]) -> str:
+    """Format plans and peaks as a table in Markdown: both whole, and without what a process takes without models."""
+    lines = [
+        "| model | stage | | precision | peak, MiB | plan, MiB | plan / peak | without the process | fullest moment |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        peak, plan, process = one["peak_mib"], one["planned_mib"], one["planned_process_mib"]
+        cells = [one["model"], one["kind"], "LoRA" if one["lora"] else "whole", one["precision"]]
+        cells += [f"{peak:,.0f}", f"{plan:,.0f}", f"{plan / peak:.2f}", f"{(plan - process) / (peak - process):.2f}"]
+        lines.append(f"| {' | '.join([*cells, one['moment']])} |")
+    return "\n".join(lines)
 
 
 def build_stages(case: Case, work: Path) -> dict[str, Stage]:
@@ -124,25 +135,19 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     stages = build_stages(case, work)
     stage_cache = StageCache(work / "cache", Runtime(microbatch_tokens=case.microbatch_tokens, threads=1))
     stage = stages[case.kind]
-    for needed in ("data", *KINDS):
-        if needed == case.kind:
-            break
-        stage_cache.compute_with_inputs(stages[needed])
+    for needed in stage.get_input_stages().values():
+        stage_cache.compute_with_inputs(needed)
     shutil.rmtree(stage_cache.locate_folder(stage), ignore_errors=True)
-    memory.reset_peak_memory()
-    process = memory.read_peak_memory_mib()
     stage_cache.compute_stage(stage)
     placement = Placement(microbatch_tokens=case.microbatch_tokens, sampling_bytes=stage_cache.runtime.sampling_bytes)
-    planner = CostPlanner(stage_cache, placement, lambda precision: CARDS["h100"])
-    cost = planner.plan_stage(stage)
+    cost = CostPlanner(stage_cache, placement, lambda _: CARDS["h100"]).plan_stage(stage)
     if cost is None:
         return {}
     return {
         **asdict(case),
-        "process_mib": process,
-        "stage_peak_mib": read_stage_summary(stage_cache.locate_folder(stage))["cost"]["peak_memory_mib"],
+        "peak_mib": read_stage_summary(stage_cache.locate_folder(stage))["cost"]["peak_memory_mib"],
         "planned_mib": cost.footprint.total / 2**20,
-        "planned_process_mib": PROCESS_BYTES["cpu"] / 2**20,
+        "planned_process_mib": cost.footprint.process / 2**20,
         "moment": cost.moment,
         "parts_mib": {name: value / 2**20 for name, value in asdict(cost.footprint).items()},
     }

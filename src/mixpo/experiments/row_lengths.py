@@ -34,8 +34,8 @@ class RowLengths:
                 read = self._read_part(stage, part)
                 if read is not None:
                     return [(row[0], *(min(tokens, max_completion_tokens) for tokens in row[1:])) for row in read]
-                sides = 1 if part == "demonstrations" else 2
-                return [(stage.max_prompt_tokens, *[max_completion_tokens] * sides)] * self._count_rows(stage, part)
+                completions = [max_completion_tokens] * (1 if part == "demonstrations" else 2)
+                return [(stage.max_prompt_tokens, *completions)] * self._count_rows(stage, part)
             case Selection():
                 return self._read_part(stage, part) or self._list_selected_rows(stage, part)
             case Samples():

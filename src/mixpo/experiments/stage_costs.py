@@ -11,11 +11,11 @@ from typing import Any
 from mixpo.data.branches import BranchLengths, split_into_microbatches
 from mixpo.data.sources import expand_home
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
+from mixpo.experiments.row_lengths import RowLengths
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import Precision
 from mixpo.models.shapes import ModelShape, read_config_file, read_gguf_config, read_hub_config, read_model_shape
 from mixpo.models.sources import make_world_config, resolve_package_file
-from mixpo.experiments.row_lengths import RowLengths
 from mixpo.stages.dpo import CHECKED_PAIRS, DPO, PROBED_PROMPTS
 from mixpo.stages.evaluation import Evaluation
 from mixpo.stages.gradients import Gradients
@@ -28,7 +28,6 @@ from mixpo.stages.sft import SFT
 from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.footprint import (
-    PROCESS_BYTES,
     Adapters,
     Footprint,
     HeldModel,
@@ -38,6 +37,7 @@ from mixpo.training.footprint import (
     count_row_tokens,
     measure_frozen_network,
     measure_models,
+    measure_process,
     measure_sampling,
     measure_scoring_pass,
     measure_training_pass,
@@ -231,7 +231,7 @@ class CostPlanner:
         tally = StageTally(precision, placement, self.get_rates(precision))
         planners[type(stage)](stage, tally)
         moment = max(tally.moments, key=lambda name: tally.moments[name].total)
-        footprint = tally.moments[moment] + Footprint(process=PROCESS_BYTES[self.placement.device])
+        footprint = tally.moments[moment] + measure_process(precision, placement)
         return StageCost(stage, footprint, moment, tally.tokens, tally.flops, tally.seconds)
 
     def _plan_pretrained(self, stage: Pretrained, tally: StageTally) -> None:

@@ -27,8 +27,14 @@ from mixpo.models.language_model import BLOCK_LOGITS, CHUNK_LOGITS, STORED_LOGIT
 from mixpo.models.sampling import PREFILL_TOKENS, count_noise_values
 from mixpo.models.shapes import ModelShape
 
-PROCESS_BYTES = {"cpu": 450 * 2**20, "cuda": 2**30}
+PROCESS_BYTES = {"cpu": 490 * 2**20, "cuda": 2**30}
 """Of a process without models: with all imports, measured; CUDA's context and workspaces, about, not measured."""
+KERNEL_BYTES = 120 * 2**20
+"""Of oneDNN's kernels for products in bfloat16 on a CPU, one a shape, measured over a few steps; over thousands of
+different lengths up to 0.9 GB."""
+HEAP_SHARE = 0.5
+"""Memory that freed tensors leave in a CPU process's heap, where those of another microbatch do not fit, as a share of
+what the pass keeps; measured. A GPU's allocator has pools for it; not measured."""
 GATHERED_LAYERS = 2
 """Layers whose weights a device has gathered at once: the one that computes, and the next."""
 ADAM_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 8 / 256}
@@ -52,7 +58,7 @@ class Footprint:
     @property
     def total(self) -> float:
         """Sum over all parts."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return float(sum(getattr(self, part.name) for part in fields(self)))
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
@@ -118,6 +124,12 @@ class HeldModel:
 def count_element_bytes(precision: Precision) -> int:
     """Bytes of a number in which matrix products are computed."""
     return 2 if precision == "bfloat16" else 4
+
+
+def measure_process(precision: Precision, placement: Placement) -> Footprint:
+    """Footprint of a process without models."""
+    has_kernels = placement.device == "cpu" and precision == "bfloat16"
+    return Footprint(process=PROCESS_BYTES[placement.device] + (KERNEL_BYTES if has_kernels else 0))
 
 
 # Models
@@ -191,12 +203,12 @@ def measure_training_pass(
     kept = count_kept_bytes(shape, rows, precision, placement.device, model.trained_adapters)
     if placement.activation_checkpointing:  # the input of every layer, and all of the layer that is computed again
         kept = 4 * shape.width * shape.layers * count_row_tokens(rows) + kept / shape.layers
-    activations = Footprint(activations=kept + count_temporary_bytes(shape, rows, precision, placement.device))
-    if not predicts:
-        return activations
-    return activations + measure_logits(
-        shape, sum(sum(row[1:]) for row in rows), precision, placement.device, head_trains=model.trains_whole
-    )
+    passed = Footprint(activations=kept + count_temporary_bytes(shape, rows, precision, placement.device))
+    if predicts:
+        predicted = sum(sum(row[1:]) for row in rows)
+        passed += measure_logits(shape, predicted, precision, placement.device, head_trains=model.trains_whole)
+    unused = HEAP_SHARE if placement.device == "cpu" else 0.0
+    return passed + Footprint(activations=unused * passed.activations, logits=unused * passed.logits)
 
 
 def measure_scoring_pass(

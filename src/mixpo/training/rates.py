@@ -1,4 +1,4 @@
-"""Rates of devices, from which the time of a run is estimated: those that makers state, and this machine's, measured."""
+"""Rates of devices, from which a run's time is estimated: makers' figures for GPUs, and this machine's, measured."""
 
 import time
 from dataclasses import dataclass
