@@ -13,6 +13,9 @@ from mixpo.models.folders import explain_loading_errors
 
 EXPECTED_CONFIG = "expected the config of a decoder-only language model"
 
+SEVERAL_STEPS = {"NewGELUActivation", "FastGELUActivation"}
+"""Activation functions of transformers that autograd sees as several operations."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -58,6 +61,8 @@ class ModelShape:
     """Outputs of the feed-forward part's first matrices, gate and up together."""
     hidden_width: int
     """Inputs of its last matrix."""
+    activation_steps: int
+    """Intermediate results of an activation function that is written as several operations, such as GPT-2's."""
     normalized_width: int
     """Inputs of all norms."""
     norms_keep_output: bool
@@ -82,9 +87,10 @@ class ModelShape:
         return self.matrix_weights + (self.head_weights or self.width) + self.visited_expert_weights
 
     @property
-    def gated_width(self) -> int:
-        """Outputs of a gate's activation function; 0 without a gate."""
-        return self.hidden_width if self.hidden_columns > self.hidden_width else 0
+    def activation_width(self) -> int:
+        """Numbers between the feed-forward part's first and last matrices: of a gate, or of an activation's steps."""
+        gate = self.hidden_width if self.hidden_columns > self.hidden_width else 0
+        return gate + self.activation_steps * self.hidden_width
 
     def as_reward_model(self) -> Self:
         """The shape with a scalar head in place of the output head."""
@@ -185,6 +191,7 @@ def count_model_sizes(model: Any) -> ModelShape:
         key_value_width=layers * key_heads * (key_size + value_size),
         hidden_columns=sum(one.outputs for one in reading) + sum(weight.numel() // width for weight in ups),
         hidden_width=sum(one.inputs for one in writing) + sum(weight.numel() // width for weight in downs),
+        activation_steps=3 if SEVERAL_STEPS & {type(module).__name__ for module in modules.values()} else 0,
         normalized_width=sum(norm_inputs.get(name.rpartition(".")[2], width) for name, _ in norms),
         norms_keep_output=any("RMS" in type(module).__name__ for module in modules.values()),
         stored_dtype=str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch."),

@@ -251,8 +251,9 @@ def count_kept_bytes(
         inputs = min(inputs, adapters.inputs)
         low_rank = adapters.ranks * element
         if adapters.has_dropout:  # a mask, and in float32 an input of its own for every adapter
-            low_rank += adapters.inputs + (4 * adapters.inputs - 4 * inputs if precision == "float32" else 0)
-    feed_forward = shape.hidden_columns + shape.gated_width
+            low_rank += (4 if device == "cpu" else 1) * adapters.inputs
+            low_rank += 4 * (adapters.inputs - inputs) if precision == "float32" else 0
+    feed_forward = shape.hidden_columns + shape.activation_width
     layers = tokens * (norms + low_rank + element * (inputs + feed_forward))
     attention = element * (2 * shape.query_width * query_slots + shape.key_value_width * key_slots)
     return layers + attention
@@ -275,7 +276,7 @@ def count_temporary_bytes(shape: ModelShape, rows: Sequence[BranchLengths], prec
     tokens, element = count_row_tokens(rows), count_element_bytes(precision)
     query_slots, key_slots = count_attention_slots(rows, device)
     states = 3 * 4 * shape.width * tokens
-    feed_forward = element * (shape.hidden_columns + shape.gated_width + shape.hidden_width) * tokens
+    feed_forward = element * (shape.hidden_columns + shape.activation_width + shape.hidden_width) * tokens
     attention = element * 2 * (2 * shape.query_width * query_slots + shape.key_value_width * key_slots)
     longest = max((row[0] + max(row[1:], default=0) for row in rows), default=0)
     scores = min(BLOCK_SCORES, shape.heads * query_slots * longest) if device == "cpu" else 0
