@@ -54,7 +54,9 @@ def count_storages(tensors: Sequence[torch.Tensor]) -> int:
 
 def count_bytes_kept_by_autograd(lm: LanguageModel, rows: Sequence[tuple[int, ...]]) -> int:
     """Bytes that the graph of a pass to the last hidden states keeps, without weights and their copies."""
-    shapes = {weight.shape for weight in lm.parameters()} | {weight.T.shape for weight in lm.parameters() if weight.ndim == 2}
+    shapes = {weight.shape for weight in lm.parameters()} | {
+        weight.T.shape for weight in lm.parameters() if weight.ndim == 2
+    }
     kept = list[torch.Tensor]()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +137,9 @@ def test_what_autograd_keeps_of_a_llama(lora: bool, rows: list[tuple[int, ...]],
 def test_what_autograd_keeps_of_other_architectures(name: str) -> None:
     lm = tiny(name)
     counted = count_bytes_kept_by_autograd(lm, ROWS)
-    assert count_kept_bytes(count_model_sizes(lm.model), ROWS, "float32", "cpu", None) == pytest.approx(counted, rel=0.2)
+    assert count_kept_bytes(count_model_sizes(lm.model), ROWS, "float32", "cpu", None) == pytest.approx(
+        counted, rel=0.2
+    )
 
 
 def test_a_microbatch_of_dropped_inputs_is_kept_once_an_adapter() -> None:
@@ -228,8 +232,8 @@ def test_settings_of_the_optimizer(change: dict[str, Any], part: str, factor: fl
 def test_checkpointing_keeps_the_inputs_of_layers() -> None:
     model = HeldModel(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
     rows = [(512, 512)] * 4
-    passes: Callable[[Placement], float] = lambda placement: measure_training_pass(
-        model, rows, "bfloat16", placement, predicts=False
-    ).activations
+    passes: Callable[[Placement], float] = lambda placement: (
+        measure_training_pass(model, rows, "bfloat16", placement, predicts=False).activations
+    )
     kept, inputs = passes(Placement("cuda")), passes(Placement("cuda", activation_checkpointing=True))
     assert 32 * 4096 * 4 * 4096 < inputs < kept / 8

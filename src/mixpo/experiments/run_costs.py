@@ -95,12 +95,10 @@ def plan_run_costs(recipe: Recipe, hardware: Hardware, *, config_path: Path | No
 
         def measure(changes: Sequence[_Change]) -> float:
             """Bytes of the largest of the stages that do not fit, after some changes."""
-            changed = placement
-            for change in changes:
-                changed = replace(changed, **change.placement)
-            planner = CostPlanner(stage_cache, changed, get_rates, config_path=config_path)
+            values = {key: value for change in changes for key, value in change.placement.items()}
+            changed = planner.with_placement(replace(placement, **values))
             settings = {key: value for change in changes for key, value in change.stage.items()}
-            results = [planner.plan_stage(_change_settings(cost.stage, settings)) for cost in too_large]
+            results = [changed.plan_stage(_change_settings(cost.stage, settings)) for cost in too_large]
             return max(result.footprint.total for result in results if result is not None)
 
         fitting = find_fitting_changes(list(_list_changes(placement, hardware)), measure, hardware.memory_bytes)

@@ -3,10 +3,11 @@
 `CostPlanner` says of every kind of stage which models it holds, and what it does with them; `StageTally` adds it up.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mixpo.data.branches import BranchLengths, split_into_microbatches
 from mixpo.data.sources import expand_home
@@ -211,6 +212,12 @@ class CostPlanner:
         self.stage_cache, self.config_path = stage_cache, config_path
         self.rows = RowLengths(stage_cache)
         self._shapes: dict[Stage, ModelShape] = {}
+
+    def with_placement(self, placement: Placement) -> Self:
+        """A planner for another placement, which shares what this one has read."""
+        planner = copy.copy(self)
+        planner.placement = placement
+        return planner
 
     def plan_stage(self, stage: Stage) -> StageCost | None:
         """Plan a stage's cost; None if it computes with no model. Raises `InputError` where a config is missing."""
