@@ -1,6 +1,6 @@
 """The memory plan's arithmetic, counted on real tensors: weights, gradients, moments, what autograd keeps, caches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -232,8 +232,9 @@ def test_settings_of_the_optimizer(change: dict[str, Any], part: str, factor: fl
 def test_checkpointing_keeps_the_inputs_of_layers() -> None:
     model = HeldModel(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
     rows = [(512, 512)] * 4
-    passes: Callable[[Placement], float] = lambda placement: (
-        measure_training_pass(model, rows, "bfloat16", placement, predicts=False).activations
-    )
-    kept, inputs = passes(Placement("cuda")), passes(Placement("cuda", activation_checkpointing=True))
+
+    def count_activations(**settings: Any) -> float:
+        return measure_training_pass(model, rows, "bfloat16", Placement("cuda", **settings), predicts=False).activations
+
+    kept, inputs = count_activations(), count_activations(activation_checkpointing=True)
     assert 32 * 4096 * 4 * 4096 < inputs < kept / 8

@@ -257,4 +257,5 @@ def test_cached_stages_cost_nothing(tiny: "TinyWorld", monkeypatch: pytest.Monke
     recipe = read_recipe("world", [f"cache={json.dumps(str(tiny.stage_cache.cache))}"])
     costs = run_costs.plan_run_costs(recipe, choose_hardware(1, None, None))
     assert costs.cached == 3
-    assert [(type(cost.stage).__name__, count) for cost, count in costs.lines] == [("SFT", 1)]
+    ((name, cost, count),) = costs.lines
+    assert (name, cost.stage, count) == (f"SFT {tiny.stage_cache.compute_identity(cost.stage)}", tiny.sft(seed=9), 1)

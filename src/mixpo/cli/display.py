@@ -261,8 +261,7 @@ def print_run_costs(costs: RunCosts) -> None:
     if costs.lines:
         work, memory = _make_plan_table("tokens", "FLOPs", "time"), _make_plan_table("GB", "fullest moment")
         memory.columns[2].justify = "left"
-        for cost, count in costs.lines:
-            name = f"{type(cost.stage).__name__}{f' x{count}' if count > 1 else ''}"
+        for name, cost, count in costs.lines:
             amounts = f"{count * cost.tokens:.3g}", f"{count * cost.flops:.3g}", format_duration(count * cost.seconds)
             parts = sorted(list_parts(cost.footprint), key=lambda part: -part[1])
             shown = ", ".join(f"{part} {amount / 1e9:.1f}" for part, amount in parts if amount >= 5e7)
@@ -271,7 +270,8 @@ def print_run_costs(costs: RunCosts) -> None:
         console.print(work)
         console.print(memory)
         tokens, flops, seconds = (
-            sum(getattr(cost, name) * count for cost, count in costs.lines) for name in ("tokens", "flops", "seconds")
+            sum(getattr(cost, name) * count for _, cost, count in costs.lines)
+            for name in ("tokens", "flops", "seconds")
         )
         print_line(f"all: {tokens:.3g} tokens, {flops:.3g} FLOPs, {format_duration(seconds)}", console)
     if costs.cached:

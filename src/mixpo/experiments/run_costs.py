@@ -55,8 +55,8 @@ def choose_hardware(gpus: int | None, memory_gb: float | None, card: str | None)
 class RunCosts:
     """Costs of the stages of a run that are not cached, equal ones in one line, and what was assumed."""
 
-    lines: list[tuple[StageCost, int]]
-    """A stage's cost, and the number of stages that cost the same."""
+    lines: list[tuple[str, StageCost, int]]
+    """A stage's name, with its identity if no other costs the same, its cost, and the number of stages that cost it."""
     cached: int
     """Number of stages that are cached."""
     assumptions: list[str]
@@ -81,10 +81,11 @@ def plan_run_costs(recipe: Recipe, hardware: Hardware, *, config_path: Path | No
     placement, get_rates = _make_placement(recipe.runtime, hardware), _make_rates_lookup(hardware)
     planner = CostPlanner(stage_cache, placement, get_rates, config_path=config_path)
     costs = [cost for stage in missing if (cost := planner.plan_stage(stage)) is not None]
-    lines: dict[Any, tuple[StageCost, int]] = {}
+    groups: dict[Any, list[StageCost]] = {}
     for cost in costs:
         key = (type(cost.stage), *(getattr(cost, part.name) for part in fields(cost)[1:]))
-        lines[key] = (cost, lines[key][1] + 1 if key in lines else 1)
+        groups.setdefault(key, []).append(cost)
+    lines = [(_format_stage_names(group, stage_cache), group[0], len(group)) for group in groups.values()]
     assumptions = [
         *planner.rows.assumptions,
         *dict.fromkeys(get_rates(_get_precision(cost.stage)).describe(_get_precision(cost.stage)) for cost in costs),
@@ -104,7 +105,13 @@ def plan_run_costs(recipe: Recipe, hardware: Hardware, *, config_path: Path | No
         fitting = find_fitting_changes(list(_list_changes(placement, hardware)), measure, hardware.memory_bytes)
         largest = max(too_large, key=lambda cost: cost.footprint.total)
         refusal = _format_refusal(largest, hardware, fitting)
-    return RunCosts(list(lines.values()), len(stages) - len(missing), assumptions, refusal)
+    return RunCosts(lines, len(stages) - len(missing), assumptions, refusal)
+
+
+def _format_stage_names(costs: Sequence[StageCost], stage_cache: StageCache) -> str:
+    """The name of stages of equal cost: `PPO 1f8a90e2` of one, `Evaluation x4` of several."""
+    kind = type(costs[0].stage).__name__
+    return f"{kind} x{len(costs)}" if len(costs) > 1 else f"{kind} {stage_cache.compute_identity(costs[0].stage)}"
 
 
 def find_fitting_changes(

@@ -207,6 +207,10 @@ def measure_training_pass(
     if predicts:
         predicted = sum(sum(row[1:]) for row in rows)
         passed += measure_logits(shape, predicted, precision, placement.device, head_trains=model.trains_whole)
+    if placement.shards > 1 and model.trains_whole:  # of one layer or of the embedding, before the devices add theirs
+        outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
+        gathered = max(outside, (shape.weights - outside) / shape.layers)
+        passed += Footprint(gradients=(4 + count_element_bytes(precision)) * gathered)
     unused = HEAP_SHARE if placement.device == "cpu" else 0.0
     return passed + Footprint(activations=unused * passed.activations, logits=unused * passed.logits)
 
