@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixpo.data.branches import pack_branches
-from mixpo.models.adapters import LoraSettings, add_lora, freeze_model
+from mixpo.models.adapters import LoraSettings, add_lora, freeze_network
 from mixpo.models.language_model import LanguageModel
+from mixpo.models.network import Network
 from mixpo.models.sampling import sample_completions
 from mixpo.models.shapes import Matrix, count_model_sizes, read_model_shape
 from mixpo.training import footprint
@@ -44,7 +45,7 @@ SMALL = LlamaConfig(
 def make_small(precision: str = "float32", **changes: Any) -> LanguageModel:
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMALL.to_dict(), **changes})
-    return LanguageModel(LlamaForCausalLM(config), None, -1, shares_prompts=True, precision=precision)  # type: ignore[arg-type]
+    return LanguageModel(Network(LlamaForCausalLM(config), precision=precision), None, -1)  # type: ignore[arg-type]
 
 
 def count_storages(tensors: Sequence[torch.Tensor]) -> int:
@@ -54,9 +55,7 @@ def count_storages(tensors: Sequence[torch.Tensor]) -> int:
 
 def count_bytes_kept_by_autograd(lm: LanguageModel, rows: Sequence[tuple[int, ...]]) -> int:
     """Bytes that the graph of a pass to the last hidden states keeps, without weights and their copies."""
-    shapes = {weight.shape for weight in lm.parameters()} | {
-        weight.T.shape for weight in lm.parameters() if weight.ndim == 2
-    }
+    shapes = {shape for weight in lm.network.parameters() for shape in (weight.shape, weight.shape[::-1])}
     kept = list[torch.Tensor]()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -107,9 +106,10 @@ def test_a_trained_model_takes_weights_gradients_and_two_moments(tied: bool) -> 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_frozen_network_is_held_in_the_precision_that_it_computes_in(precision: Any, tied: bool) -> None:
-    lm = freeze_model(make_small(precision, tie_word_embeddings=tied))
+    lm = make_small(precision, tie_word_embeddings=tied)
+    freeze_network(lm.network)
     planned = measure_frozen_network(read_model_shape(lm.model.config, "small"), precision, Placement())
-    assert planned == Footprint(weights=count_storages(list(lm.parameters())))
+    assert planned == Footprint(weights=count_storages(list(lm.network.parameters())))
 
 
 def test_an_embedding_that_is_stored_in_bfloat16_stays_so() -> None:
@@ -126,6 +126,7 @@ def test_what_autograd_keeps_of_a_llama(lora: bool, rows: list[tuple[int, ...]],
     lm = make_small(precision)
     shape, adapters = count_model_sizes(lm.model), None
     if lora:
+        freeze_network(lm.network)
         add_lora(lm, LoraSettings(rank=3))
         adapters = Adapters(0, 3 * len(shape.matrices), sum(one.inputs for one in shape.matrices))
     counted = count_bytes_kept_by_autograd(lm, rows)
@@ -145,6 +146,7 @@ def test_what_autograd_keeps_of_other_architectures(name: str) -> None:
 def test_a_microbatch_of_dropped_inputs_is_kept_once_an_adapter() -> None:
     lm = make_small()
     shape = count_model_sizes(lm.model)
+    freeze_network(lm.network)
     add_lora(lm, LoraSettings(rank=3, dropout=0.5))
     adapters = Adapters(0, 3 * len(shape.matrices), sum(one.inputs for one in shape.matrices), has_dropout=True)
     counted = count_bytes_kept_by_autograd(lm, ROWS)
@@ -197,13 +199,19 @@ def test_adapters_on_one_network_share_its_weights() -> None:
     shape = read_model_shape(LlamaConfig(), "Llama")
     adapters = Adapters(20_000_000, 1000, 1000)
     trained = HeldModel(shape, "base", trained_adapters=adapters)
-    frozen = [HeldModel(shape, "base", weights) for weights in (0, 10_000_000, 20_000_000)]
+    frozen = [HeldModel(shape, "base", name, 10_000_000) for name in ("SFT", "reward", "SFT")]
     planned = measure_models([trained, *frozen], "bfloat16", Placement())
     base = measure_frozen_network(shape, "bfloat16", Placement())
-    assert planned == base + Footprint(weights=4 * 30_000_000) + measure_trained_weights(20_000_000, Placement())
+    assert planned == base + Footprint(weights=4 * 20_000_000) + measure_trained_weights(20_000_000, Placement())
     assert planned.weights == pytest.approx(13.9e9, rel=0.02)
     apart = measure_models([HeldModel(shape, "one"), HeldModel(shape, "other")], "bfloat16", Placement())
     assert apart == base + base
+
+
+def test_a_base_in_four_bits_takes_about_half_a_byte_a_weight() -> None:
+    shape = read_model_shape(LlamaConfig(), "Llama")
+    planned = measure_frozen_network(shape, "bfloat16", Placement("cuda", quantizes_frozen=True))
+    assert planned.weights == pytest.approx(0.5625 * 32 * 202_375_168 + 131_072_000 * (4 + 2), rel=0.01)
 
 
 def test_devices_share_what_is_held() -> None:

@@ -118,8 +118,10 @@ def test_with_lora_ppo_holds_one_base(llama_7b: Path) -> None:
     stages, weights = build_stages(lora=LoraSettings(rank=16)), read_model_shape(LlamaConfig(), "Llama").weights
     ppo = plan(stages["ppo"], llama_7b)
     adapter = 16 * sum(one.inputs + one.outputs for one in read_model_shape(LlamaConfig(), "Llama").matrices)
-    # chains: SFT and DPO of policy and reference (one), SFT, and SFT and reward; policy and value train one each
-    assert ppo.footprint.weights == pytest.approx(2 * weights + 2 * 131_072_000 + 4 * adapter * (2 + 1 + 2), rel=0.01)
+    # as they are saved: SFT and DPO (policy and reference), SFT, SFT and reward; policy and value model train one each
+    assert ppo.footprint.weights == pytest.approx(
+        2 * weights + 2 * 131_072_000 + 4 * adapter * (2 + 1 + 2 + 2), rel=0.003
+    )
     assert ppo.footprint.optimizer == 8 * 2 * adapter
     assert ppo.footprint.total < 40 * GB
 

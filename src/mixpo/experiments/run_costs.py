@@ -12,7 +12,7 @@ from mixpo.experiments.plan import list_stages
 from mixpo.experiments.recipe import SHARED_KEYS, Recipe, suggest_nearest
 from mixpo.experiments.stage_costs import CostPlanner, RatesByPrecision, StageCost
 from mixpo.models.adapters import LoraSettings
-from mixpo.models.language_model import Precision
+from mixpo.models.network import Precision
 from mixpo.stages.stage import Part, Snapshot, Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.footprint import Footprint, Placement
@@ -161,6 +161,9 @@ def _list_changes(placement: Placement, hardware: Hardware) -> Iterator[_Change]
     if "optimizer" in SHARED_KEYS:
         yield _Change("optimizer=adamw-8bit", stage={"optimizer": "adamw-8bit"})
     yield _Change(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
+    if hardware.gpus:
+        lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
+        yield _Change(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
     gpus = 2 * hardware.gpus
     while 0 < gpus <= MOST_GPUS:
         yield _Change(f"--gpus {gpus}", {"shards": gpus})

@@ -14,7 +14,7 @@ from mixpo.data.sources import expand_home
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.experiments.row_lengths import RowLengths
 from mixpo.models.adapters import LoraSettings
-from mixpo.models.language_model import Precision
+from mixpo.models.network import Precision
 from mixpo.models.shapes import ModelShape, read_config_file, read_gguf_config, read_hub_config, read_model_shape
 from mixpo.models.sources import make_world_config, resolve_package_file
 from mixpo.stages.dpo import CHECKED_PAIRS, DPO, PROBED_PROMPTS
@@ -234,7 +234,12 @@ class CostPlanner:
         if type(stage) not in planners:
             return None
         precision: Precision = getattr(stage, "precision", "float32")
-        placement = replace(self.placement, optimizer=getattr(stage, "optimizer", "adamw"))
+        lora: LoraSettings | None = getattr(stage, "lora", None)
+        placement = replace(
+            self.placement,
+            optimizer=getattr(stage, "optimizer", "adamw"),
+            quantizes_frozen=lora is not None and lora.quantize_base,
+        )
         tally = StageTally(precision, placement, self.get_rates(precision))
         planners[type(stage)](stage, tally)
         moment = max(tally.moments, key=lambda name: tally.moments[name].total)
@@ -398,9 +403,11 @@ class CostPlanner:
     def _hold_frozen(self, stage: Stage) -> HeldModel:
         """The model of a stage, which does not train; adapters stand on the network of their base."""
         root, chain = _list_adapter_chain(stage)
-        is_reward_model = isinstance(stage, RewardModel)
-        shape = self.get_shape(stage).as_reward_model() if is_reward_model and root is stage else self.get_shape(stage)
-        return HeldModel(shape, root, sum(_count_adapters(shape, lora).weights for lora in chain))
+        shape, is_reward_model = self.get_shape(stage), isinstance(stage, RewardModel)
+        if not chain:
+            return HeldModel(shape.as_reward_model() if is_reward_model else shape, root)
+        weights = sum(_count_adapters(shape, lora).weights for lora in chain)
+        return HeldModel(shape, root, stage, weights, is_reward_model=is_reward_model)
 
     def _hold_trained(self, stage: Stage, lora: LoraSettings | None, *, is_reward_model: bool = False) -> HeldModel:
         """A model that starts from a stage's and trains, whole or by adapters."""
@@ -408,7 +415,11 @@ class CostPlanner:
             shape = self.get_shape(stage)
             return HeldModel(shape.as_reward_model() if is_reward_model else shape, None, trains_whole=True)
         start = self._hold_frozen(stage)
-        return replace(start, trained_adapters=_count_adapters(start.shape, lora))
+        return replace(
+            start,
+            trained_adapters=_count_adapters(start.shape, lora),
+            is_reward_model=is_reward_model and start.shape.head_weights > 0,
+        )
 
 
 def _find_pretrained(stage: Stage) -> Pretrained:
@@ -448,6 +459,7 @@ def _is_sampled_by_reference(stage: DPO) -> bool:
     """True if the reference itself sampled the pairs, in the same precision, so that its log-probs are there."""
     source = stage.pairs.stage
     samples = source.samples if isinstance(source, Selection) else source
-    if not isinstance(samples, Samples):
+    quantized = stage.lora is not None and stage.lora.quantize_base  # pairs are sampled from whole weights
+    if not isinstance(samples, Samples) or quantized:
         return False
     return samples.policy == stage.reference and samples.precision == stage.precision

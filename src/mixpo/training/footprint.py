@@ -23,13 +23,16 @@ import torch
 from mixpo.data.branches import BranchLengths
 from mixpo.models.attention import make_bucket_layout
 from mixpo.models.blocked_attention import BLOCK_SCORES
-from mixpo.models.language_model import BLOCK_LOGITS, CHUNK_LOGITS, STORED_LOGIT_GRADIENTS, Precision
+from mixpo.models.logprobs import BLOCK_LOGITS, CHUNK_LOGITS, STORED_LOGIT_GRADIENTS
+from mixpo.models.network import Precision
 from mixpo.models.sampling import PREFILL_TOKENS, count_noise_values
 from mixpo.models.shapes import ModelShape
 
 PROCESS_BYTES = {"cpu": 490 * 2**20, "cuda": 2**30}
 """Of a process without models: with all imports, measured; CUDA's context and workspaces, about, not measured."""
-KERNEL_BYTES = 120 * 2**20
+NF4_BYTES = 0.5 + 4 / 64
+"""Of a weight in 4 bits, with a scale for every 64."""
+KERNEL_BYTES = 60 * 2**20
 """Of oneDNN's kernels for products in bfloat16 on a CPU, one a shape, measured over a few steps; over thousands of
 different lengths up to 0.9 GB."""
 HEAP_SHARE = 0.5
@@ -81,6 +84,8 @@ class Placement:
     activation_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     offloads_optimizer: bool = False
+    quantizes_frozen: bool = False
+    """Whether the matrices of frozen networks are held in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,15 @@ class HeldModel:
     shape: ModelShape
     network: Hashable
     """Name of the network that it stands on; frozen models and adapters of one network share its weights."""
+    adapters: Hashable = None
+    """Name of the adapters that it was trained by before, which models share too."""
     frozen_adapters: int = 0
-    """Weights of the adapters that it was trained by before."""
+    """Weights of these."""
     trained_adapters: Adapters | None = None
     trains_whole: bool = False
     """True for a network of its own, of which all weights train."""
+    is_reward_model: bool = False
+    """True if a scalar head is read instead of the output head, which its network may have all the same."""
 
     @property
     def trained_weights(self) -> int:
@@ -116,9 +125,14 @@ class HeldModel:
     @property
     def multiplied_weights(self) -> tuple[int, int]:
         """(trained, frozen) numbers of weights that a token is multiplied by."""
+        shape = self.shape.as_reward_model() if self.is_reward_model else self.shape
         if self.trains_whole:
-            return self.shape.multiplied_weights, 0
-        return self.trained_weights, self.shape.multiplied_weights + self.frozen_adapters
+            return shape.multiplied_weights, 0
+        if self.trained_adapters is None:
+            return 0, shape.multiplied_weights + self.frozen_adapters
+        trained_head = shape.width if self.is_reward_model else 0
+        trained = self.trained_weights + trained_head
+        return trained, shape.multiplied_weights - trained_head + self.frozen_adapters
 
 
 def count_element_bytes(precision: Precision) -> int:
@@ -143,7 +157,7 @@ def measure_models(models: Iterable[HeldModel], precision: Precision, placement:
             total += measure_trained_weights(model.shape.weights, placement)
             continue
         networks[model.network] = measure_frozen_network(model.shape, precision, placement)
-        adapters[model.network, model.frozen_adapters] = model.frozen_adapters
+        adapters[model.network, model.adapters] = model.frozen_adapters
         if model.trained_adapters is not None:
             total += measure_trained_weights(model.trained_adapters.weights, placement)
     frozen = Footprint(weights=4 * sum(adapters.values()) / placement.shards)
@@ -161,13 +175,15 @@ def measure_frozen_network(shape: ModelShape, precision: Precision, placement: P
     """Footprint of a network without gradients, held in the precision that it computes in.
 
     In bfloat16 norms stay in float32, and the embedding too unless it is stored in bfloat16; an output head tied to a
-    float32 embedding then has a tensor of its own.
+    float32 embedding then has a tensor of its own. In 4 bits are all matrices but the output head.
     """
+    narrow = NF4_BYTES if placement.quantizes_frozen else count_element_bytes(precision)
     if precision == "float32":
-        return Footprint(weights=4 * shape.weights / placement.shards)
+        others = shape.weights - shape.matrix_weights
+        return Footprint(weights=(narrow * shape.matrix_weights + 4 * others) / placement.shards)
     has_wide_embedding = shape.stored_dtype != "bfloat16"
     own_head = shape.head_weights if has_wide_embedding or not shape.is_tied else 0
-    matrices = 2 * (shape.matrix_weights + shape.expert_weights + own_head)
+    matrices = narrow * shape.matrix_weights + 2 * (shape.expert_weights + own_head)
     others = (4 if has_wide_embedding else 2) * shape.embedding_weights + 4 * shape.other_weights
     return Footprint(weights=(matrices + others) / placement.shards)
 

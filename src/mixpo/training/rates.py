@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixpo.models.language_model import Precision
+from mixpo.models.network import Precision
 
 MEASURED_SECONDS = 0.2
 """Time for which each rate of this machine is measured."""
