@@ -9,7 +9,7 @@ from typing import Any
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import list_stages
-from mixpo.experiments.recipe import SHARED_KEYS, Recipe, suggest_nearest
+from mixpo.experiments.recipe import Recipe, suggest_nearest
 from mixpo.experiments.stage_costs import CostPlanner, RatesByPrecision, StageCost
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.network import Precision
@@ -153,13 +153,10 @@ def _list_changes(placement: Placement, hardware: Hardware) -> Iterator[_Change]
     while gib >= SMALLEST_SAMPLING_GIB:
         yield _Change(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
         gib /= 2
-    if "activation_checkpointing" in Runtime.model_fields:
-        yield _Change("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
-    if "offload_optimizer" in Runtime.model_fields:
+    yield _Change("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
+    if hardware.gpus:
         yield _Change("runtime.offload_optimizer=true", {"offloads_optimizer": True})
     yield _Change("precision=bfloat16", stage={"precision": "bfloat16"})
-    if "optimizer" in SHARED_KEYS:
-        yield _Change("optimizer=adamw-8bit", stage={"optimizer": "adamw-8bit"})
     yield _Change(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
     if hardware.gpus:
         lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
@@ -220,8 +217,8 @@ def _make_placement(runtime: Runtime, hardware: Hardware) -> Placement:
         shards=max(1, hardware.gpus),
         microbatch_tokens=tokens,
         sampling_bytes=round(gib * 2**30),
-        activation_checkpointing=getattr(runtime, "activation_checkpointing", False),
-        offloads_optimizer=getattr(runtime, "offload_optimizer", False),
+        activation_checkpointing=runtime.activation_checkpointing,
+        offloads_optimizer=runtime.offload_optimizer,
     )
 
 

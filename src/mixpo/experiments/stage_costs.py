@@ -112,6 +112,8 @@ class StageTally:
         """Add optimizer steps of a model on batches of rows, `times` over, while `held` is in memory."""
         trained, frozen = model.multiplied_weights
         self._add_passes(times * count_row_tokens(rows), 6.0 * trained + 4.0 * frozen)
+        if self.placement.activation_checkpointing:  # time, but no work of the method
+            self.seconds += 2.0 * (trained + frozen) * times * count_row_tokens(rows) / self._pass_rate
         working = measure_working_weights(model, self.precision, self.placement)
         microbatches, accumulates = self._find_largest_microbatches(rows, batch_size, seed)
         own_gradients = 0.0 if accumulates else 4 * model.trained_weights / self.placement.shards
@@ -171,6 +173,11 @@ class StageTally:
         self._add_passes(times * sum(prompts), 2.0 * weights)
 
     @property
+    def _pass_rate(self) -> float:
+        """FLOPs a second that passes reach on all devices."""
+        return self._product_rate * self.placement.shards
+
+    @property
     def _product_rate(self) -> float:
         """FLOPs a second that passes reach on one device."""
         return self.rates.flops[self.precision] * self.rates.product_share
@@ -179,7 +186,7 @@ class StageTally:
         """Add passes over tokens, which the devices share."""
         self.tokens += tokens
         self.flops += flops_per_token * tokens
-        self.seconds += flops_per_token * tokens / self._product_rate / self.placement.shards
+        self.seconds += flops_per_token * tokens / self._pass_rate
 
     def _find_largest_microbatches(
         self, rows: Sequence[BranchLengths], batch_size: int, seed: int

@@ -21,7 +21,7 @@ from typing import Literal, Self
 import torch
 
 from mixpo.data.branches import BranchLengths
-from mixpo.models.attention import make_bucket_layout
+from mixpo.models.attention import BranchLayout
 from mixpo.models.blocked_attention import BLOCK_SCORES
 from mixpo.models.logprobs import BLOCK_LOGITS, CHUNK_LOGITS, STORED_LOGIT_GRADIENTS
 from mixpo.models.network import Precision
@@ -168,7 +168,8 @@ def measure_models(models: Iterable[HeldModel], precision: Precision, placement:
 def measure_trained_weights(count: int, placement: Placement) -> Footprint:
     """Footprint of weights that train: in float32, with gradients and Adam's moments."""
     share = count / placement.shards
-    moments = 0.0 if placement.offloads_optimizer else ADAM_BYTES[placement.optimizer]
+    is_offloaded = placement.offloads_optimizer and placement.device == "cuda"
+    moments = 0.0 if is_offloaded else ADAM_BYTES[placement.optimizer]
     return Footprint(weights=4 * share, gradients=4 * share, optimizer=moments * share)
 
 
@@ -256,7 +257,7 @@ def count_kept_bytes(
     - A matrix that trains, or has an adapter, keeps its input. In bfloat16 each has a cast copy of its own; in float32
       those that read the same input share it.
     - The feed-forward part keeps the gate's and up's outputs, and the gate's activations; without a gate one of them.
-    - Attention keeps queries, keys, values and outputs, in its padded buckets on a CPU (`make_bucket_layout`), where
+    - Attention keeps queries, keys, values and outputs, in its padded buckets on a CPU (`BucketLayout`), where
       the completions of a prompt each have a copy of its keys and values.
     """
     tokens, element = count_row_tokens(rows), count_element_bytes(precision)
@@ -284,7 +285,7 @@ def count_attention_slots(rows: Sequence[BranchLengths], device: str) -> tuple[i
     if device != "cpu":
         return count_row_tokens(rows), count_row_tokens(rows)
     queries = keys = 0
-    for bucket in make_bucket_layout(rows, torch.device("cpu")).buckets:
+    for bucket in BranchLayout(rows, torch.device("cpu")).bucket_layout.buckets:
         (prompts, prompt), (completions, completion) = bucket.prompt_shape, bucket.completion_shape
         queries += prompts * prompt + completions * completion
         keys += prompts * prompt + completions * (prompt + completion)
