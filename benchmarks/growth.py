@@ -9,13 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mathematics import forward_flops
 from benchmarks.worker import median_seconds, run_worker
-from mixpo.data.branches import count_tokens_per_prompt, pack_branches, split_into_microbatches
+from mixpo.data.branches import BranchBatch, count_tokens_per_prompt, pack_branches, split_into_microbatches
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Network
 from mixpo.models.sampling import count_cacheable_tokens, sample_completions
 from mixpo.training.parallel import StageProcesses
 from mixpo.training.runtime import Runtime
-from mixpo.training.step import OptimizerSettings, make_optimizer, take_optimizer_step
+from mixpo.training.step import Microbatch, OptimizerSettings, make_optimizer, take_optimizer_step
 
 REPEATS = 3
 """Timed repetitions, after one that is not timed."""
@@ -93,15 +93,18 @@ def _make_update(
     lengths, budget = count_tokens_per_prompt(prompts, completions), Runtime().microbatch_tokens
     processes = StageProcesses(lm.device)
 
-    def loss(rows: list[int]) -> Any:
-        batch = pack_branches([prompts[row] for row in rows], [completions[row] for row in rows]).to(lm.device)
+    def pack(rows: list[int]) -> Microbatch:
+        batch = pack_branches([prompts[row] for row in rows], [completions[row] for row in rows])
+        return Microbatch(batch.to(lm.device), rows)
+
+    def loss(batch: BranchBatch, rows: list[int]) -> Any:
         return -lm(batch, "logprobs").sum(), {}
 
     def work() -> None:
         lm.train()
         take_optimizer_step(
             optimizer,
-            split_into_microbatches(lengths, budget),
+            map(pack, split_into_microbatches(lengths, budget)),
             loss,
             loss_divisor=sum(lengths),
             max_grad_norm=1.0,

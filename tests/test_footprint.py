@@ -216,10 +216,14 @@ def test_a_base_in_four_bits_takes_about_half_a_byte_a_weight() -> None:
 
 def test_devices_share_what_is_held() -> None:
     model = HeldModel(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
-    one, eight = (measure_models([model], "bfloat16", Placement("cuda", shards=count)) for count in (1, 8))
+    one, eight = (
+        measure_models([model], "bfloat16", Placement("cuda", processes=count, is_sharded=True)) for count in (1, 8)
+    )
     assert eight.total == one.total / 8
-    layers = footprint.measure_working_weights(model, "bfloat16", Placement("cuda", shards=8))
-    policy = footprint.measure_working_weights(model, "bfloat16", Placement("cuda", shards=8), whole=True)
+    layers = footprint.measure_working_weights(model, "bfloat16", Placement("cuda", processes=8, is_sharded=True))
+    policy = footprint.measure_working_weights(
+        model, "bfloat16", Placement("cuda", processes=8, is_sharded=True), whole=True
+    )
     assert policy.weights == 2 * 6_738_415_616
     assert layers.weights < policy.weights / 8
 
@@ -229,7 +233,8 @@ def test_devices_share_what_is_held() -> None:
     [
         ({"optimizer": "adamw-8bit"}, "optimizer", 0.254),
         ({"offloads_optimizer": True}, "optimizer", 0),
-        ({"shards": 4}, "gradients", 0.25),
+        ({"processes": 4, "is_sharded": True}, "gradients", 0.25),
+        ({"processes": 4}, "gradients", 1),
     ],
 )
 def test_settings_of_the_optimizer(change: dict[str, Any], part: str, factor: float) -> None:

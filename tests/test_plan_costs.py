@@ -143,7 +143,7 @@ def test_log_probs_of_pairs_that_the_reference_sampled_cost_nothing(llama_7b: Pa
 @pytest.mark.parametrize("name", ["sft", "reward", "samples", "dpo", "ppo", "evaluation"])
 def test_more_devices_take_less_time_and_memory_each(llama_7b: Path, name: str) -> None:
     stage = build_stages()[name]
-    one, eight = (plan(stage, llama_7b, shards=count) for count in (1, 8))
+    one, eight = (plan(stage, llama_7b, processes=count, is_sharded=True) for count in (1, 8))
     assert eight.flops == one.flops
     assert eight.seconds < one.seconds / 2  # a step of decoding reads all weights on every device
     assert eight.footprint.total < one.footprint.total
@@ -204,6 +204,13 @@ def test_what_does_not_fit_is_refused_with_the_settings_that_fit(working_folder,
     suggested = line.partition("; set ")[2].split()
     assert "lora.rank=16" in suggested
     assert run_mixpo(capsys, "plan", *PAPER, *suggested, *options).code == 0
+
+
+def test_weights_that_are_not_cut_are_suggested_to_be(working_folder, llama_7b, capsys):
+    options = ["--gpus", "8", "--memory", "80", "--config", str(llama_7b)]
+    printed = run_mixpo(capsys, "plan", *PAPER, "runtime.sharded=false", *options)
+    assert printed.code == 2
+    assert printed.err.rstrip().endswith("; set runtime.sharded=true")
 
 
 def test_what_fits_nowhere_is_said(working_folder, llama_7b, capsys):

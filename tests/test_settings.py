@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
+from mixpo.experiments.cluster import InfraSettings
 from mixpo.experiments.recipe import _get_section_types
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.samplers import LocalSampler
@@ -178,11 +179,20 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
     "runtime": {
         name: CoveringTest("test_settings.py", "test_the_runtime_changes_nothing_but_rounding") for name in RUNTIMES
     }
-    | {"workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds")}
     | {
         name: CoveringTest("test_vllm_sampler.py", "test_a_stage_starts_the_server_that_it_is_told_to_start")
         for name in ("vllm", "vllm_arguments")
+    }
+    | {
+        "workers": CoveringTest("test_workers.py", "test_two_workers_find_what_one_finds"),
+        "processes": CoveringTest("test_processes.py", "test_a_stage_is_the_same_in_one_process_and_in_two"),
+        "sharded": CoveringTest("test_processes.py", "test_weights_are_cut_and_gathered_where_they_are_needed"),
     },
+    "infra": {
+        name: CoveringTest("test_cluster.py", "test_what_a_job_asks_for_depends_on_its_stage")
+        for name in InfraSettings.model_fields
+    }
+    | {"jobs": CoveringTest("test_cluster.py", "test_as_many_jobs_as_are_allowed")},
 }
 ACTING = [
     (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)

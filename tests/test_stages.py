@@ -49,6 +49,7 @@ from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import read_stage_settings, read_stage_summary, sort_topologically
 from mixpo.training.checkpoint import LastGoodWeights, TrainableWeights
 from mixpo.training.job import StageJob, locate_model_folder
+from mixpo.training.parallel import StageProcesses
 from mixpo.training.record import MetricsLog, progress_listener, read_metrics
 from mixpo.training.runtime import Runtime
 from mixpo.training.step import Diverged
@@ -343,7 +344,7 @@ def test_the_last_good_weights_are_copied_as_often_as_it_costs_little(monkeypatc
             return super().state_dict()
 
     monkeypatch.setattr("mixpo.training.checkpoint.time.monotonic", lambda: now[0])
-    last_good, copied = LastGoodWeights(TimedWeights(model)), {}
+    last_good, copied = LastGoodWeights(TimedWeights(model), StageProcesses(torch.device("cpu"))), {}
     for step, time in enumerate((0, 50, 100, 101, 300)):
         now[0] = float(time)
         last_good.copy_if_cheap(step)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
@@ -135,13 +136,29 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_workers_are_a_number_or_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Runtime(device="cpu", workers="cores").workers == count_cores()
+    assert Runtime(device="cpu", workers="cores").count_workers() == count_cores()
     with monkeypatch.context() as patch:
-        patch.setattr("torch.cuda.is_available", lambda: True)
-        assert Runtime(workers="cores").workers == 1, "a GPU is shared by none"
+        patch.setattr("torch.cuda.device_count", lambda: 1)
+        assert Runtime(workers="cores").count_workers() == 1, "a GPU is shared by none"
         patch.setattr("mixpo.training.runtime.count_cores", lambda: 7)
-        assert Runtime(device="cpu", workers="cores").workers == 7
-    with pytest.raises(InputError, match=r"runtime\.workers: found 'core'; expected a number of at least 1, or cores$"):
-        read_recipe("world", ["runtime.workers=core"])
-    with pytest.raises(InputError, match=r"runtime\.workers: found 0;"):
-        read_recipe("world", ["runtime.workers=0"])
+        assert Runtime(device="cpu", workers="cores").count_workers() == 7
+        assert Runtime(device="cpu", workers="cores", processes=2).count_workers() == 3
+    for value in ("core", "0", "true"):
+        with pytest.raises(InputError, match=r"runtime\.workers: found .*; expected a number.*"):
+            read_recipe("world", [f"runtime.workers={value}"])
+
+
+def test_defaults_are_those_of_the_machine_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted = Runtime(sampling_gib=3.0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    here = submitted.decide_defaults_here()
+    assert (submitted.microbatch_tokens, here.microbatch_tokens) == (2048, 16_384)
+    assert here.sampling_gib == 3.0
+    assert submitted.model_copy(update={"threads": 5}).decide_defaults_here().threads == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_gpu_is_missed_where_a_stage_is_computed() -> None:
+    runtime = read_recipe("world", ["runtime.device=cuda"]).runtime
+    with pytest.raises(InputError, match=r"runtime\.device: found 'cuda' .* torch finds none; set runtime\.device=cpu"):
+        runtime.set_up_processes()

@@ -42,10 +42,12 @@ def run_experiment(arguments: RecipeArgument = None, quiet: Quiet = False) -> No
     """Run a recipe: compute the stages that are not cached, print the main table, write the report."""
     from mixpo.cli.display import open_run_display, print_run_results
     from mixpo.experiments.results import load_runs
-    from mixpo.experiments.run import run_recipe
+    from mixpo.experiments.run import follow_main_process, run_recipe
     from mixpo.report.page import write_html_report
 
     recipe = _read_recipe_of_command(arguments)
+    if follow_main_process(recipe):
+        return
     with open_run_display(plain=quiet) as display:
         result = run_recipe(recipe, display)
     results = load_runs(recipe.run_folder)
@@ -59,7 +61,9 @@ def run_experiment(arguments: RecipeArgument = None, quiet: Quiet = False) -> No
 @app.command("plan")
 def show_plan(
     arguments: RecipeArgument = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that share a stage, each with a part of it.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that share a stage, with weights cut if runtime.sharded.")
+    ] = None,
     memory: Annotated[float | None, typer.Option(min=0.0, help="GB of one device; what cannot fit is refused.")] = None,
     gpu: Annotated[str | None, typer.Option(help="a100, h100 (if none is named), h200, b200 or l40s.")] = None,
     config: Annotated[
@@ -92,9 +96,11 @@ def show_plan(
 def select_pairs(arguments: RecipeArgument = None, quiet: Quiet = False) -> None:
     """Sample, score and split pairs as a recipe says; print sizes, the gap histogram, and examples."""
     from mixpo.cli.display import open_run_display, print_pair_selection
-    from mixpo.experiments.run import compute_stage
+    from mixpo.experiments.run import compute_stage, follow_main_process
 
     recipe = _read_recipe_of_command(arguments)
+    if follow_main_process(recipe):
+        return
     with open_run_display(plain=quiet) as display:
         selection = compute_stage(recipe, lambda setup: setup.selection, display)
     if not isinstance(selection, Path):

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mixpo.data.errors import InputError
 from mixpo.data.rows import describe_type
+from mixpo.experiments.cluster import InfraSettings
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.network import Precision
 from mixpo.models.samplers import SamplerName
@@ -40,7 +41,7 @@ SHARED_KEYS = ("precision", "max_completion_tokens", "lora", "sampler")
 """Keys that a recipe may set once for all its sections."""
 UNION_MEMBERS = ("bool", "int", "float", "str")
 """Parts that pydantic appends to the key of a value that may have several types."""
-UNSWEPT_SECTIONS = ("trace", "gradients", "runtime")
+UNSWEPT_SECTIONS = ("trace", "gradients", "runtime", "infra")
 """Sections without effect on an arm, which a sweep cannot change."""
 MANDATORY = "???"
 """Placeholder of a value that an override must set."""
@@ -123,6 +124,7 @@ class Recipe(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     gradients: GradientsSettings = GradientsSettings()
     runtime: Runtime = Runtime()
+    infra: InfraSettings = InfraSettings()
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -15,18 +15,20 @@ import yaml
 
 from mixpo import __version__
 from mixpo.data.errors import InputError
+from mixpo.experiments.executors import open_executor
 from mixpo.experiments.expressions import ArmRun, GradientsRun, format_arm_name, list_arm_runs, list_gradient_runs
 from mixpo.experiments.plan import require_context_length
 from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe, explain_validation_errors
 from mixpo.experiments.shared_stages import SharedStages
-from mixpo.experiments.workers import StageDisplay, StageFailure, open_executor
+from mixpo.experiments.workers import StageDisplay, StageFailure, follow_stages
 from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary, sort_topologically
 from mixpo.training.job import locate_model_folder
 from mixpo.training.record import write_json
+from mixpo.training.rendezvous import join_rendezvous
 
 FORMAT = 3
 """Version of `results.json`."""
@@ -102,7 +104,7 @@ def run_recipe(recipe: Recipe, display: RunDisplay) -> RunResult:
     for link in (folder / "models" / _format_model_link_name(run) for run in runs):
         if link.exists() and not link.is_symlink():
             raise InputError(f"{link}: found a file that no run wrote; expected a link to a model; move it elsewhere")
-    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
+    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime, join_rendezvous())
     computed, failures = _compute_stages(recipe, arms_by_stage, stage_cache, display)
     for link in (folder / "models").glob("*"):
         if link.is_symlink():  # of an earlier recipe
@@ -149,7 +151,7 @@ def _compute_stages(
             require_context_length(stage, locate_model_folder(stage_cache.locate_folder(stage)), arms_by_stage)
         order.done(index[stage])
 
-    with open_executor(stage_cache) as executor:
+    with open_executor(stage_cache, recipe.infra, recipe.run_folder.resolve() / "jobs") as executor:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()])
             if ready and executor.can_submit_stage:
@@ -180,10 +182,19 @@ def compute_stage(recipe: Recipe, choose: Callable[[SharedStages], Stage], displ
     prepare_run_folder(recipe)
     with explain_validation_errors():
         stage = choose(SharedStages(recipe, recipe.seeds[0]))
-    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
+    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime, join_rendezvous())
     names = {source: [type(stage).__name__] for source in sort_topologically(stage)}
     _, failures = _compute_stages(recipe, names, stage_cache, display)
     return failures.get(stage, stage_cache.locate_folder(stage))
+
+
+def follow_main_process(recipe: Recipe) -> bool:
+    """In a process that another one leads, compute its share of every stage until that one ends; return True if so."""
+    rendezvous = join_rendezvous()
+    if rendezvous is None or rendezvous.rank == 0:
+        return False
+    follow_stages(StageCache(recipe.cache.resolve(), recipe.runtime, rendezvous))
+    return True
 
 
 def _map_stages_to_arms(arm_runs: list[ArmRun], gradients_runs: list[GradientsRun]) -> dict[Stage, list[str]]:

@@ -30,7 +30,7 @@ class Hardware:
     """The devices that a run is planned for."""
 
     gpus: int = 0
-    """GPUs that share a stage; 0 plans for this machine's own device."""
+    """GPUs that share the rows of a stage; 0 plans for this machine's own device."""
     card: str = DEFAULT_CARD
     memory_bytes: float = math.inf
     """Memory of one device; of no bound if not known."""
@@ -153,17 +153,20 @@ def _list_changes(placement: Placement, hardware: Hardware) -> Iterator[_Change]
     while gib >= SMALLEST_SAMPLING_GIB:
         yield _Change(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
         gib /= 2
+    is_alone = hardware.gpus == 1
+    if hardware.gpus > 1 and not placement.is_sharded:
+        yield _Change("runtime.sharded=true", {"is_sharded": True})
     yield _Change("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
-    if hardware.gpus:
+    if is_alone:
         yield _Change("runtime.offload_optimizer=true", {"offloads_optimizer": True})
     yield _Change("precision=bfloat16", stage={"precision": "bfloat16"})
     yield _Change(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
-    if hardware.gpus:
+    if is_alone:
         lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
         yield _Change(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
     gpus = 2 * hardware.gpus
     while 0 < gpus <= MOST_GPUS:
-        yield _Change(f"--gpus {gpus}", {"shards": gpus})
+        yield _Change(f"--gpus {gpus} runtime.sharded=true", {"is_sharded": True, "processes": gpus})
         gpus *= 2
 
 
@@ -214,7 +217,8 @@ def _make_placement(runtime: Runtime, hardware: Hardware) -> Placement:
         gib = SAMPLING_GIB[hardware.device]
     return Placement(
         device=hardware.device,
-        shards=max(1, hardware.gpus),
+        processes=max(1, hardware.gpus),
+        is_sharded=runtime.sharded,
         microbatch_tokens=tokens,
         sampling_bytes=round(gib * 2**30),
         activation_checkpointing=runtime.activation_checkpointing,

@@ -116,7 +116,8 @@ class StageTally:
             self.seconds += 2.0 * (trained + frozen) * times * count_row_tokens(rows) / self._pass_rate
         working = measure_working_weights(model, self.precision, self.placement)
         microbatches, accumulates = self._find_largest_microbatches(rows, batch_size, seed)
-        own_gradients = 0.0 if accumulates else 4 * model.trained_weights / self.placement.shards
+        shards = self.placement.shards if model.trains_whole else 1
+        own_gradients = 0.0 if accumulates else 4 * model.trained_weights / shards
         beginning = replace(held, gradients=held.gradients - own_gradients)  # none are left of the step before
         for microbatch in microbatches:
             passed = measure_training_pass(model, microbatch, self.precision, self.placement, predicts=predicts)
@@ -160,7 +161,7 @@ class StageTally:
         sampled = measure_sampling(model.shape, prompts, self.precision, self.placement, k=k, max_tokens=max_tokens)
         self.add_moment("sampling", held, working, sampled)
         weights, token_bytes = sum(model.multiplied_weights), count_cache_bytes(model.shape, self.precision)
-        own_prompts = -(-len(prompts) // self.placement.shards)
+        own_prompts = -(-len(prompts) // self.placement.processes)
         rows_at_once = max(1, self.placement.sampling_bytes // (token_bytes * k * (max(prompts) + max_tokens)))
         steps = max_tokens * -(-own_prompts // rows_at_once)
         drawn, share = k * max_tokens * len(prompts), own_prompts / len(prompts)
@@ -175,7 +176,7 @@ class StageTally:
     @property
     def _pass_rate(self) -> float:
         """FLOPs a second that passes reach on all devices."""
-        return self._product_rate * self.placement.shards
+        return self._product_rate * self.placement.processes
 
     @property
     def _product_rate(self) -> float:
@@ -195,7 +196,7 @@ class StageTally:
         batch_count = 1 if len(set(rows)) == 1 else min(SEARCHED_BATCHES, -(-len(rows) // batch_size))
         microbatches, most = list[list[BranchLengths]](), 0
         for step in range(batch_count):
-            indices = select_batch_rows(step, len(rows), batch_size=batch_size, seed=seed)[:: self.placement.shards]
+            indices = select_batch_rows(step, len(rows), batch_size=batch_size, seed=seed)[:: self.placement.processes]
             batch = [rows[index] for index in indices]
             parts = list(split_into_microbatches([sum(row) for row in batch], self.placement.microbatch_tokens))
             microbatches += [[batch[index] for index in part] for part in parts]

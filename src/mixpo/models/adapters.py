@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
@@ -55,6 +56,11 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
             f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
             "expected modules with weights of their own"
         )
+    if saved and any(isinstance(weight, DTensor) for weight in network.parameters()):
+        raise InputError(
+            "lora.modules_to_save: found some beside runtime.sharded; expected one of the two; weights that are cut "
+            "over processes are not copied"
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -72,7 +78,9 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
     _copy_saved_modules(network, lm.adapters, name)
     if lm.head is not None:
         network.heads[name] = nn.Linear(lm.score_head.in_features, 1, bias=False, device=lm.device)
-        network.heads[name].load_state_dict({"weight": lm.score_head.weight.detach().float()})
+        weight = lm.score_head.weight.detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of a network cut over processes
+        network.heads[name].load_state_dict({"weight": whole.float()})
         lm.head = name
     lm.adapters = (*lm.adapters, name)
 

@@ -51,10 +51,9 @@ class ModelLoader:
     adapters on it, are one network in memory, which is freed with the last of them.
     """
 
-    def __init__(self, device: torch.device, *, checkpoints_activations: bool = False) -> None:
-        self.device = device
-        self.checkpoints_activations = checkpoints_activations
-        """Whether layers keep their inputs alone for the backward pass."""
+    def __init__(self, device: torch.device, prepare_network: Callable[[Network], None] | None = None) -> None:
+        """`prepare_network` is called with every new network, after its checks and before adapters are added."""
+        self.device, self.prepare_network = device, prepare_network
         self.quantizes = False
         """Whether frozen networks are loaded in 4 bits: from the first model with `lora.quantize_base` on."""
         self._networks: WeakValueDictionary[NetworkKey, Network] = WeakValueDictionary()
@@ -220,8 +219,8 @@ class ModelLoader:
         lm.network.precision = precision
         if frozen:
             freeze_network(lm.network)
-        if self.checkpoints_activations:
-            lm.network.checkpoint_activations()
+        if self.prepare_network is not None:
+            self.prepare_network(lm.network)
         return lm
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from mixpo.data.errors import InputError
 from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
@@ -54,11 +54,18 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
             tokenizer.add_special_tokens({"pad_token": pad})
         config.pad_token_id = tokenizer.pad_token_id
         _add_embedding_rows_for_pad_token(weights, model, config)
-    model.save_pretrained(folder, state_dict=weights)
+    published = getattr(model, "generation_config", None)
+    if published is not None:
+        model.generation_config = GenerationConfig()  # transformers refuses entries that many published ones have
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        if published is not None:
+            model.generation_config = published
     config.architectures, config.dtype = model.config.architectures, lm.dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write_end_tokens(folder / "generation_config.json", lm)
+    _write_generation_config(folder / "generation_config.json", published, lm)
     let_others_read(folder)
     return compute_model_digest(folder)
 
@@ -71,16 +78,13 @@ def let_others_read(folder: Path) -> None:
         file.chmod(0o666 & ~umask)
 
 
-def _write_end_tokens(config_file: Path, lm: LanguageModel) -> None:
-    """Write a model's end tokens into a saved `generation_config.json`; its other entries do not change.
-
-    Written as JSON, since transformers refuses to save entries that many published files have.
-    """
-    if config_file.exists():
+def _write_generation_config(file: Path, published: GenerationConfig | None, lm: LanguageModel) -> None:
+    """Write a published `generation_config.json` with a model's end tokens, if one was saved."""
+    if file.exists() and published is not None:
         others = sorted(lm.end_tokens - {lm.end_token})
-        content = json.loads(config_file.read_text(encoding="utf8"))
+        content = json.loads(published.to_json_string())
         content["eos_token_id"] = [lm.end_token, *others] if others else lm.end_token
-        config_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
 def refuse_non_finite_weights(folder: Path, weights: Mapping[str, Tensor], remedy: str) -> None:

@@ -378,6 +378,7 @@ class Data(DataStage, DataSettings):
     """
 
     parts = ("train", "second")
+    is_shared = False
 
     base: PolicyStage
     """Model whose tokenizer the rows are tokenized with."""

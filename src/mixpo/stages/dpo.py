@@ -18,7 +18,7 @@ from mixpo.stages.rows import TokenizedPairs, format_sampler_name, read_pairs
 from mixpo.stages.stage import Part, PolicyStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import StageJob, locate_model_folder
-from mixpo.training.record import append_jsonl, delete_lines_from_step
+from mixpo.training.record import StepLog
 from mixpo.training.resumable_work import ResumableWork
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
@@ -61,7 +61,7 @@ class DPO(PolicyStage, DPOSettings):
         resumable = ResumableWork(job)
         reference_logprobs = _compute_reference_logprobs(self, input_paths, lm, pairs, job, resumable)
         training = SupervisedTraining(job, self, lm, pairs.prompts, pairs.completions)
-        delete_lines_from_step(job.out / "samples.jsonl", training.first_step)
+        samples = StepLog(job.out / "samples.jsonl", resumed_at=training.first_step, processes=job.processes)
         probe_steps = {training.total_steps * part // self.samplings for part in range(1, self.samplings + 1)}
 
         def compute_dpo_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
@@ -85,7 +85,7 @@ class DPO(PolicyStage, DPOSettings):
 
         for step, metrics in training.train_remaining_steps(compute_dpo_loss, compute_divisor=len):
             if step + 1 in probe_steps:
-                metrics |= _sample_training_prompts(self, lm, pairs, job, step)
+                metrics |= _sample_training_prompts(self, lm, pairs, job, step, samples)
 
         digest = job.save_model(lm)
         rows = training.metrics.read_steps()
@@ -134,7 +134,7 @@ def _compute_reference_logprobs(
     lengths = torch.tensor([[len(completion) for completion in branches] for branches in completions])
     difference = ((torch.tensor(stored)[selected] - computed).abs() / lengths).max()
     if float(difference) > LOGPROB_TOLERANCE[stage.precision]:
-        resumable.path.unlink()  # the samples may differ at the next attempt
+        resumable.path.unlink(missing_ok=True)  # the samples may differ at the next attempt
         raise RuntimeError(
             f"log-probs from sampling differ from a forward pass of the reference by {float(difference):.3g} nats a "
             f"token; expected at most {LOGPROB_TOLERANCE[stage.precision]}; delete the samples' folder to sample again"
@@ -143,9 +143,9 @@ def _compute_reference_logprobs(
 
 
 def _sample_training_prompts(
-    stage: DPO, lm: LanguageModel, pairs: TokenizedPairs, job: StageJob, step: int
+    stage: DPO, lm: LanguageModel, pairs: TokenizedPairs, job: StageJob, step: int, log: StepLog
 ) -> dict[str, float]:
-    """Sample completions of a few train prompts into `samples.jsonl`; returns their end rate and length as metrics."""
+    """Sample completions of a few train prompts into the log; returns their end rate and length as metrics."""
     rows = draw_subset(range(len(pairs.prompts)), PROBED_PROMPTS, COMPARISON_SEED)
     prompts = [pairs.prompts[row] for row in rows]
     sampler = job.get_sampler()
@@ -153,12 +153,11 @@ def _sample_training_prompts(
     sampled = sampler.draw(prompts, k=1, max_tokens=stage.max_completion_tokens, seed=stage.seed)
     job.cost.add_sampled_tokens(lm, int(sampled.mask.sum()), sum(map(len, prompts)))
     texts = [lm.decode_completion(completion) for (completion,) in sampled.to_lists()]
-    append_jsonl(
-        job.out / "samples.jsonl",
+    log.append_rows(
         [
             {"step": step, "prompt": pairs.prompt_texts[row], "completion": text}
             for row, text in zip(rows, texts, strict=True)
-        ],
+        ]
     )
     return {
         "sampled_end_rate": float(sampled.ended.float().mean()),

@@ -115,7 +115,8 @@ class Evaluation(Stage, EvaluationSettings):
             ]
         table: dict[str, Sequence[Any]] = {"prompt": unique_prompts, "completion": texts, **columns}
         rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        write_table(job.out / "completions.parquet", rows)
+        if job.processes.is_main_process:
+            write_table(job.out / "completions.parquet", rows)
         figures = {}
         for name, column in columns.items():
             values: Float64[np.ndarray, " prompts"] = np.array(column, dtype=np.float64)

@@ -47,6 +47,7 @@ class Gradients(Stage):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Compute the gradients of a DPO model on each pair and write `gradients.parquet`."""
+        job.models.prepare_network = None  # gradients of single pairs are taken of whole weights
         lm = job.load_trainable_policy(input_paths["policy"])
         reference = job.load_policy(input_paths["reference"])
         pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)
@@ -57,16 +58,14 @@ class Gradients(Stage):
             "reference", compute_sequence_logprobs, reference, prompts, completions
         )
 
-        def measure_gradients(rows: list[int]) -> list[dict[str, float]]:
-            """The row in `gradients.parquet`, as columns by name, of the one pair in a portion."""
-            (row,) = rows
+        def measure_gradients(row: int) -> dict[str, float]:
+            """The row in `gradients.parquet`, as columns by name, of a pair."""
             logprobs, (chosen_gradient, rejected_gradient) = _compute_logprob_gradients(
                 lm, prompts[row], completions[row]
             )
-            job.cost.add_trained_tokens(lm, 2 * len(prompts[row]) + sum(map(len, completions[row])))
             log_x = torch.tensor(logprobs, dtype=torch.float64) - reference_logprobs[row]
             by_chosen, by_rejected = dpo_gradients(*log_x, beta=self.beta)
-            columns = {
+            return {
                 "log_x_chosen": float(log_x[0]),
                 "log_x_rejected": float(log_x[1]),
                 "by_chosen": by_chosen,
@@ -75,11 +74,22 @@ class Gradients(Stage):
                 "rejected_rejected": float(rejected_gradient @ rejected_gradient),
                 "chosen_rejected": float(chosen_gradient @ rejected_gradient),
             }
-            return [columns]
 
-        single, advance = [[row] for row in range(len(prompts))], make_progress_reporter(len(prompts))
-        rows = resumable.compute_rows("pairs", single, measure_gradients, report_finished=advance)
-        write_table(job.out / "gradients.parquet", rows)
+        def measure_portion(rows: list[int]) -> list[dict[str, float]]:
+            """Rows of `gradients.parquet`, every process some of them."""
+            own = job.processes.select_own_rows(rows)
+            measured = job.processes.gather({row: measure_gradients(row) for row in own})
+            for row in rows:
+                job.cost.add_trained_tokens(lm, 2 * len(prompts[row]) + sum(map(len, completions[row])))
+            columns = {row: columns for part in measured for row, columns in part.items()}
+            return [columns[row] for row in rows]
+
+        indices, size = range(len(prompts)), job.processes.count
+        portions = [indices[first : first + size] for first in indices[::size]]
+        advance = make_progress_reporter(len(prompts))
+        rows = resumable.compute_rows("pairs", portions, measure_portion, report_finished=advance)
+        if job.processes.is_main_process:
+            write_table(job.out / "gradients.parquet", rows)
         job.finish_stage(pairs=len(rows))
 
 

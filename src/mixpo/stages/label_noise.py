@@ -25,6 +25,7 @@ class LabelNoise(Stage, LabelNoiseSettings):
     """Stage that copies pairs into `train.parquet`, its only file, with a random share of the labels flipped."""
 
     parts = ("train",)
+    is_shared = False
 
     pairs: Part
 

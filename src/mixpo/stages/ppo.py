@@ -33,7 +33,6 @@ from mixpo.data.rows import Prompt
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.sampling import SampledCompletions
-from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_outputs, compute_scores, compute_token_logprobs, retokenize_for_reward
 from mixpo.stages.ppo_kl import check_kl_limits, compute_kl_metrics, compute_sampler_mismatch
 from mixpo.stages.ppo_models import ActorCritic, FrozenModels, load_frozen_models, make_actor_critic
@@ -49,7 +48,7 @@ from mixpo.stages.stage import Part, PolicyStage, RewardStage, Snapshot
 from mixpo.training.checkpoint import Checkpoint, LastGoodWeights, TrainableWeights
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_policy_alarms
 from mixpo.training.job import StageJob, locate_model_folder
-from mixpo.training.record import MetricsLog, append_jsonl, delete_lines_from_step
+from mixpo.training.record import MetricsLog, StepLog
 from mixpo.training.step import (
     Diverged,
     Sums,
@@ -91,9 +90,9 @@ class PPO(PolicyStage, PPOSettings):
         if extra:
             job.cost.restore_counts(extra["cost"])
             models.kl_coef, models.kl_multiplier, models.kl_error_sum = extra["kl"]
-        delete_lines_from_step(job.out / "completions.jsonl", first_step)
+        examples = StepLog(job.out / "completions.jsonl", resumed_at=first_step, processes=job.processes)
         log = MetricsLog(job.out, resumed_at=first_step, processes=job.processes)
-        last_good = LastGoodWeights(TrainableWeights(policy))
+        last_good = LastGoodWeights(TrainableWeights(policy), job.processes)
 
         for step in range(first_step, total):
             rows = select_batch_rows(step, len(prompts), batch_size=self.batch_size, seed=self.seed)
@@ -105,7 +104,7 @@ class PPO(PolicyStage, PPOSettings):
             except Diverged as error:
                 stopped = job.out / "stopped"
                 last_good.restore()
-                save_model(policy, stopped)
+                job.save_model(policy, stopped)
                 kept = step if last_good.step is None else last_good.step
                 raise Diverged(
                     f"step {step + 1} of {total}: {error}; try "
@@ -116,11 +115,11 @@ class PPO(PolicyStage, PPOSettings):
             metrics["seconds"] = metrics["sampling_seconds"] + metrics["updating_seconds"]
             text = policy.decode_completion(rollout.completions.to_lists()[0][0])
             row = {"step": step, "prompt": prompts[rows[0]], "completion": text}
-            append_jsonl(job.out / "completions.jsonl", [row])
+            examples.append_rows([row])
             log.append_step(step, total, metrics)
             if step + 1 in snapshot_steps:
                 snapshot = Snapshot(stage=self, number=snapshot_steps.index(step + 1) + 1)
-                save_model(policy, locate_model_folder(snapshot.get_path_within(job.out)))
+                job.save_model(policy, locate_model_folder(snapshot.get_path_within(job.out)))
             kl_state = [models.kl_coef, models.kl_multiplier, models.kl_error_sum]
             checkpoint.write_checkpoint_if_due(step + 1, {"cost": job.cost.get_counts(), "kl": kl_state})
 
@@ -173,7 +172,7 @@ class PPOTraining:
     def roll_out(self, iteration: int, prompt_indices: Sequence[int]) -> tuple[Rollout, dict[str, float]]:
         """Sample completions, score them, shape rewards and compute advantages; returns the rollout and metrics."""
         started = time.perf_counter()
-        settings, models, frozen, budget = self.settings, self.models, self.frozen, self.job.runtime.microbatch_tokens
+        settings, models, frozen, job = self.settings, self.models, self.frozen, self.job
         policy, prompts = models.policy, [self.prompt_tokens[row] for row in prompt_indices]
 
         # Sample
@@ -189,7 +188,7 @@ class PPOTraining:
         self.cost.add_sampled_tokens(policy, int(mask.sum()), sum(map(len, prompts)))
         importance_weights, mismatch = None, dict[str, float]()
         if settings.sampler != "local":
-            logprobs = compute_token_logprobs(policy, prompts, completions, token_budget=budget)
+            logprobs = self.job.compute_numbers(compute_token_logprobs, policy, prompts, completions)
             self.cost.add_scored_tokens(policy, tokens)
             mismatch = compute_sampler_mismatch(logprobs, completions.logprobs, mask)
             if settings.importance_clip is not None:
@@ -200,14 +199,14 @@ class PPOTraining:
         # Score
         rows_text = [self.prompts[row] for row in prompt_indices]
         reward_inputs = retokenize_for_reward(frozen.reward, policy, rows_text, prompts, completions)
-        scores = compute_scores(frozen.reward, *reward_inputs, token_budget=budget)
+        scores = job.compute_numbers(compute_scores, frozen.reward, *reward_inputs)
         self.cost.add_scored_tokens(frozen.reward, sum(count_tokens_per_prompt(*reward_inputs)))
-        reference_logprobs = compute_token_logprobs(frozen.reference, prompts, completions, token_budget=budget)
+        reference_logprobs = job.compute_numbers(compute_token_logprobs, frozen.reference, prompts, completions)
         self.cost.add_scored_tokens(frozen.reference, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
-            sft_logprobs = compute_token_logprobs(frozen.sft, prompts, completions, token_budget=budget)
+            sft_logprobs = job.compute_numbers(compute_token_logprobs, frozen.sft, prompts, completions)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
                 self.cost.add_scored_tokens(frozen.sft, tokens)
 
@@ -227,7 +226,7 @@ class PPOTraining:
         # Advantages
         values = returns = None
         if models.value is not None:
-            values = compute_outputs(models.value, prompts, completions, "values", token_budget=budget)
+            values = job.compute_numbers(compute_outputs, models.value, prompts, completions, "values")
             self.cost.add_scored_tokens(models.value, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda
@@ -264,6 +263,7 @@ class PPOTraining:
         count = len(rollout.prompts)
         value_only = iteration < settings.value_warmup_steps and settings.advantage == "gae"
         minibatch_size = -(-count // settings.minibatches)
+        lengths = count_tokens_per_prompt(rollout.prompts, rollout.completions)
         updates: list[dict[str, float]] = []
         for epoch in range(settings.epochs_per_batch):
             generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + iteration) * 101 + epoch)
@@ -274,12 +274,16 @@ class PPOTraining:
                     self._take_optimizer_step, rollout, rows, self.updates_before[iteration] + len(updates)
                 )
                 metrics: dict[str, float] = {}
+                tokens = sum(lengths[row] for row in rows)
                 if models.value is not None and models.value_optimizer is not None:
+                    self.cost.add_trained_tokens(models.value, tokens)
                     value_metrics = take_step(
                         models.value, models.value_optimizer, self._compute_value_loss, settings.value_learning_rate
                     )
                     metrics |= {f"value_{name}": value for name, value in value_metrics.items()}
                 if not value_only or models.shares_network:
+                    count_tokens = self.cost.add_scored_tokens if value_only else self.cost.add_trained_tokens
+                    count_tokens(models.policy, tokens)
                     compute_loss = partial(self._compute_policy_loss, value_only=value_only)
                     metrics |= take_step(models.policy, models.policy_optimizer, compute_loss, settings.learning_rate)
                 updates.append(metrics)
@@ -302,8 +306,6 @@ class PPOTraining:
     ) -> tuple[Tensor, Sums]:
         """Summed policy loss of a microbatch (on a shared network plus the value loss, or that alone), metrics."""
         settings, policy, shares_network = self.settings, self.models.policy, self.models.shares_network
-        count_tokens = self.cost.add_scored_tokens if value_only else self.cost.add_trained_tokens
-        count_tokens(policy, batch.token_count)
         if shares_network:
             logprobs, entropies, values = policy(batch, "logprobs", "entropies", "values", detach_values=value_only)
         else:
@@ -337,7 +339,6 @@ class PPOTraining:
         """Summed value loss of a microbatch under the separate value model, without metrics."""
         value = self.models.value
         assert value is not None
-        self.cost.add_trained_tokens(value, batch.token_count)
         return self._sum_value_loss(value(batch, "values"), rollout, prompt_indices, batch.mask), {}
 
     def _sum_value_loss(
@@ -365,7 +366,7 @@ class PPOTraining:
         return take_optimizer_step(
             optimizer,
             iterate_microbatches(self.job, lm, rollout.prompts, rollout.completions, prompt_indices),
-            lambda microbatch: compute_loss(rollout, *microbatch),
+            partial(compute_loss, rollout),
             loss_divisor=int(rollout.completions.mask[list(prompt_indices)].sum()),
             max_grad_norm=self.settings.max_grad_norm,
             learning_rate=compute_learning_rate(

@@ -78,6 +78,8 @@ def make_actor_critic(
         if settings.value_init == "shared":
             value = policy
             policy.network.heads["shared-value"] = _make_zero_value_head(policy)
+            if settings.lora is None:  # as what trains beside it
+                job.processes.shard(policy.network.heads["shared-value"])
             policy.head = "shared-value"
         elif settings.value_init == "policy":
             value = job.initialize_reward_model(

@@ -59,6 +59,8 @@ class PretrainedSettings(Settings):
 class Pretrained(PolicyStage, PretrainedSettings):
     """Stage of the initial model in `model/`. Local folders are copied, so that the original may change later."""
 
+    is_shared = False
+
     special_tokens: Literal["text", "parse"] = "text"
     """The recipe's `data.special_tokens`, saved in the model's folder for all stages."""
     content: str = ""

@@ -21,6 +21,7 @@ from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_reward_model_alarms
 from mixpo.training.job import StageJob
+from mixpo.training.sharding import cut_like
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -74,13 +75,13 @@ class RewardModel(RewardStage, RewardModelSettings):
             "data.second_rows)",
         )
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
-        training, budget = SupervisedTraining(job, self, lm, prompts, completions), job.runtime.microbatch_tokens
+        training = SupervisedTraining(job, self, lm, prompts, completions)
         if self.head == "fitted" and training.first_step == 0:
-            states = compute_last_states(lm, prompts, completions, token_budget=budget)
+            states = job.compute_numbers(compute_last_states, lm, prompts, completions)
             job.cost.add_scored_tokens(lm, sum(count_tokens_per_prompt(prompts, completions)))
-            lm.network.get_head(lm.head).weight.data.copy_(
-                fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge)
-            )
+            weight = lm.score_head.weight.detach()
+            fitted = fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge)
+            weight.copy_(cut_like(fitted.view_as(weight), weight))
 
         def compute_reward_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             """Bradley-Terry and weighted centering loss, summed over a microbatch, and the sums of its metrics."""
@@ -106,12 +107,13 @@ class RewardModel(RewardStage, RewardModelSettings):
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
-            scores = compute_scores(saved, prompts, completions, token_budget=budget).double().numpy()
+            scores = job.compute_numbers(compute_scores, saved, prompts, completions).double().numpy()
             job.cost.add_scored_tokens(saved, sum(count_tokens_per_prompt(prompts, completions)))
-            write_table(
-                job.out / f"{name}_scores.parquet",
-                [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
-            )
+            if job.processes.is_main_process:
+                write_table(
+                    job.out / f"{name}_scores.parquet",
+                    [{"chosen_score": float(chosen), "rejected_score": float(rejected)} for chosen, rejected in scores],
+                )
             accuracies[name] = _summarize_accuracy(scores)
         accuracies["test"].update(truncated=test.truncated, identical=test.identical)
         accuracy, (low, _) = accuracies["test"]["accuracy"], accuracies["test"]["accuracy_interval"]

@@ -84,7 +84,8 @@ class Samples(ScoredPairsStage, SamplesSettings):
         ]
         digest = compute_model_digest(locate_model_folder(input_paths["policy"]))
         sampler = format_sampler_name(digest, self.precision, self.sampler)
-        write_table(job.out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
+        if job.processes.is_main_process:
+            write_table(job.out / "pairs.parquet", rows, sampler=sampler, tokenizer=lm.tokenization_digest)
         ended = [lm.has_ended(completion) for branches in completions for completion in branches]
         job.finish_stage(
             pairs=len(rows),

@@ -37,6 +37,7 @@ class Selection(Stage, SelectionSettings):
     """Stage of scored pairs split by their score gap into `easy.parquet` and `hard.parquet`."""
 
     parts = ("easy", "hard")
+    is_shared = False
 
     samples: ScoredPairsStage
 

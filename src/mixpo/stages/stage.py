@@ -22,6 +22,8 @@ class Stage(IdentifiedModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     parts: ClassVar[tuple[str, ...]] = ()
     """Names of the files of rows that other stages can read (`Part`)."""
+    is_shared: ClassVar[bool] = True
+    """Whether several processes compute it together; the main one alone if it computes without a model."""
 
     def get_input_stages(self) -> dict[str, "Stage"]:
         """Input stages by the names of their fields."""

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mixpo.stages.stage import Stage
 from mixpo.training import memory
 from mixpo.training.job import SUMMARY, StageJob
 from mixpo.training.record import write_json
+from mixpo.training.rendezvous import Rendezvous
 from mixpo.training.runtime import Runtime
 
 VERSION = "8"
@@ -32,10 +33,12 @@ SETTINGS = "settings.json"
 
 @dataclass
 class StageCache:
-    """Folders of stages, and the runtime with which missing ones are computed."""
+    """Folders of stages, and the runtime and processes with which missing ones are computed."""
 
     cache: Path
     runtime: Runtime
+    rendezvous: Rendezvous | None = None
+    """Where the processes meet that compute each stage together, if there are several; this is the main one."""
 
     def __post_init__(self) -> None:
         self._folders: dict[Stage, Path] = {}
@@ -88,11 +91,19 @@ class StageCache:
                 with _explain_write_errors(out):
                     out.mkdir(parents=True, exist_ok=True)
                     write_json(out / SETTINGS, stage.model_dump(mode="json"))
-                folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
-                memory.reset_peak_memory()
-                with closing(StageJob(out, self.runtime)) as job:
-                    stage.compute(stage.locate_inputs(folders), job)
+                if self.rendezvous is not None and stage.is_shared:
+                    self.rendezvous.announce(stage)
+                self.compute_share(stage)
         return out
+
+    def compute_share(self, stage: Stage) -> None:
+        """Compute what this process has to of a stage whose inputs are complete: all of it if it is alone."""
+        rendezvous = self.rendezvous if stage.is_shared else None
+        with rendezvous.open_processes(self.runtime) if rendezvous else nullcontext() as processes:
+            folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
+            memory.reset_peak_memory()
+            with closing(StageJob(self.locate_folder(stage), self.runtime, processes)) as job:
+                stage.compute(stage.locate_inputs(folders), job)
 
     def compute_with_inputs(self, stage: Stage) -> Path:
         """Compute a stage and those of its direct and indirect inputs that are not done, and return its folder."""

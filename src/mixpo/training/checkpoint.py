@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
 from mixpo.training.job import CHECKPOINT, StageJob
+from mixpo.training.parallel import StageProcesses
+from mixpo.training.sharding import OptimizerStates, cut_like, get_local, get_whole
 
 FORMAT = 2
 _JSON = "json"
@@ -45,14 +47,14 @@ class TrainableWeights:
             raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
+                parameter.copy_(cut_like(state[name], parameter))
 
 
 class LastGoodWeights:
-    """A copy, on the CPU, of a model's trainable weights before an update that may ruin them."""
+    """A copy, on the CPU, of what this process has of a model's trainable weights, before an update may ruin them."""
 
-    def __init__(self, weights: TrainableWeights) -> None:
-        self.weights = weights
+    def __init__(self, weights: TrainableWeights, processes: StageProcesses) -> None:
+        self.weights, self.processes = weights, processes
         self.step: int | None = None
         """Step before which the weights were copied."""
         self._copy = dict[str, Tensor]()
@@ -61,23 +63,24 @@ class LastGoodWeights:
     def copy_if_cheap(self, step: int) -> None:
         """Copy the weights before a step, unless that would take more than a hundredth of the time since the last copy.
 
-        An adapter is thus copied at every step, and a model of many gigabytes now and then.
+        An adapter is thus copied at every step, and a model of many gigabytes now and then. Called by every process.
         """
         started = time.monotonic()
-        if self._copy and started - self._copied_at < 100 * self._seconds:
+        is_soon = bool(self._copy) and started - self._copied_at < 100 * self._seconds
+        if self.processes.take_from_main(lambda: is_soon):
             return
         for name, weight in self.weights.state_dict().items():
             if name in self._copy:
-                self._copy[name].copy_(weight)
+                self._copy[name].copy_(get_local(weight))
             else:
-                self._copy[name] = weight.to("cpu", copy=True)
+                self._copy[name] = get_local(weight).to("cpu", copy=True)
         self.step, self._copied_at = step, time.monotonic()
         self._seconds = self._copied_at - started
 
     def restore(self) -> None:
         """Put the copied weights back into the model, if there is a copy."""
-        if self._copy:
-            self.weights.load_state_dict(self._copy)
+        for name, weight in self._copy.items():
+            get_local(self.weights.parameters[name].detach()).copy_(weight)
 
 
 class Checkpoint:
@@ -85,13 +88,29 @@ class Checkpoint:
 
     def __init__(self, job: StageJob, parts: Mapping[str, Stateful]) -> None:
         self.path = job.out / CHECKPOINT
-        self.parts = dict(parts)
+        self.parts = {
+            name: OptimizerStates(part) if isinstance(part, torch.optim.Optimizer) else part
+            for name, part in parts.items()
+        }
         self.processes = job.processes
         self.every = 60 * job.runtime.checkpoint_minutes
         self.written = time.monotonic()
 
     def restore_states(self) -> tuple[int, dict[str, Any]]:
-        """Restore from the file: (next step, extra values), or (0, {}) if none. Raises `InputError` if damaged."""
+        """Restore from the file: (next step, extra values), or (0, {}) if none; called by every process.
+
+        Raises `InputError` if it is damaged, or if the processes do not see the same one.
+        """
+        step, extra = self._read_states()
+        if len(steps := set(self.processes.gather(step))) > 1:
+            raise InputError(
+                f"{self.path}: found checkpoints before the steps {sorted(steps)} in the processes of one stage; "
+                "expected one file system that all of them read; set `cache` to a folder there"
+            )
+        return step, extra
+
+    def _read_states(self) -> tuple[int, dict[str, Any]]:
+        """Restore the parts from the file, if there is one; returns (next step, extra values)."""
         if not self.path.exists():
             return 0, {}
         try:
@@ -112,8 +131,14 @@ class Checkpoint:
             ) from error
 
     def write_checkpoint_if_due(self, next_step: int, extra: Mapping[str, Any]) -> None:
-        """Write the checkpoint before step `next_step` if `checkpoint_minutes` have passed since the last one."""
-        if self.processes.is_main_process and time.monotonic() - self.written >= self.every:
+        """Write the checkpoint before step `next_step` if `checkpoint_minutes` have passed since the last one.
+
+        Called by every process; where weights are cut, all of them give their parts.
+        """
+        is_due = time.monotonic() - self.written >= self.every
+        if self.processes.is_sharded:
+            is_due = self.processes.take_from_main(lambda: is_due)
+        if is_due and (self.processes.is_sharded or self.processes.is_main_process):
             self.write_checkpoint(next_step, extra)
 
     def write_checkpoint(self, next_step: int, extra: Mapping[str, Any]) -> None:
@@ -128,16 +153,18 @@ class Checkpoint:
             "extra": dict(extra),
         }
         content = json.dumps(_extract_tensors(state, tensors)).encode()
+        self.written = time.monotonic()
+        if not self.processes.is_main_process:
+            return
         temporary = self.path.with_suffix(".part")
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
-        self.written = time.monotonic()
 
 
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
     """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values."""
     if isinstance(state, Tensor):
-        tensors[str(len(tensors))] = state.detach().contiguous()
+        tensors[str(len(tensors))] = get_whole(state.detach()).contiguous()
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(state, Mapping):
         return {"items": [[key, _extract_tensors(value, tensors)] for key, value in state.items()]}

@@ -9,12 +9,12 @@ What a stage holds at one moment is a sum of `Footprint`s; what it needs is the 
     a pass without              one layer's temporaries
     sampling                    keys and values of all tokens so far
 
-On several devices the weights, gradients, moments and frozen models are divided; every device gathers one layer at a
-time, embedding and head, and, to sample, the policy.
+On several devices they are the same on each, or cut: then every device gathers one layer at a time, embedding and head,
+and, to sample, the policy.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Literal, Self
 
@@ -78,8 +78,10 @@ class Placement:
     """Where and how a stage computes, as far as memory depends on it."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    shards: int = 1
-    """Devices over which weights, gradients, moments and frozen models are divided."""
+    processes: int = 1
+    """Devices that share the rows of a stage, each with a process."""
+    is_sharded: bool = False
+    """Whether weights, gradients, moments and frozen networks are cut over them. Adapters stay whole."""
     microbatch_tokens: int = 2048
     sampling_bytes: int = 2 << 30
     activation_checkpointing: bool = False
@@ -87,6 +89,11 @@ class Placement:
     offloads_optimizer: bool = False
     quantizes_frozen: bool = False
     """Whether the matrices of frozen networks are held in 4 bits."""
+
+    @property
+    def shards(self) -> int:
+        """Parts into which weights are cut."""
+        return self.processes if self.is_sharded else 1
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,8 @@ def measure_models(models: Iterable[HeldModel], precision: Precision, placement:
         networks[model.network] = measure_frozen_network(model.shape, precision, placement)
         adapters[model.network, model.adapters] = model.frozen_adapters
         if model.trained_adapters is not None:
-            total += measure_trained_weights(model.trained_adapters.weights, placement)
-    frozen = Footprint(weights=4 * sum(adapters.values()) / placement.shards)
+            total += measure_trained_weights(model.trained_adapters.weights, replace(placement, is_sharded=False))
+    frozen = Footprint(weights=4 * sum(adapters.values()))
     return total + frozen + sum(networks.values(), Footprint())
 
 
@@ -341,7 +348,7 @@ def measure_sampling(
 ) -> Footprint:
     """Footprint of sampling k completions of prompts of these lengths: key-value cache, prefill and logits."""
     element = count_element_bytes(precision)
-    own_prompts = sorted(prompts, reverse=True)[:: placement.shards]
+    own_prompts = sorted(prompts, reverse=True)[:: placement.processes]
     capacity = max(own_prompts, default=0) + max_tokens
     token_bytes = count_cache_bytes(shape, precision)
     fitting = max(1, placement.sampling_bytes // token_bytes // k // max(1, capacity))

@@ -1,16 +1,24 @@
 """The computation of one stage: its folder, its runtime, its processes and its cost."""
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from mixpo.data.branches import AnyCompletions, Tokens, count_tokens_per_prompt, select_completions
+from mixpo.data.errors import InputError
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
-from mixpo.models.network import Precision
+from mixpo.models.network import Network, Precision
 from mixpo.models.samplers import Sampler, SamplerName
 from mixpo.models.saving import save_model
+from mixpo.training.parallel import SharedSampler, StageProcesses
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
+from mixpo.training.sharding import gather_for_passes, gather_for_saving
 
 SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "portions.jsonl"
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
@@ -24,12 +32,15 @@ def locate_model_folder(stage_folder: Path) -> Path:
 
 
 class StageJob:
-    """One computation of a stage: the folder that it writes, its runtime settings, its processes and its cost."""
+    """One computation of a stage: the folder that it writes, its runtime settings, its processes and its cost.
 
-    def __init__(self, out: Path, runtime: Runtime) -> None:
+    With several processes, each has a job, and every one of them calls the methods that save, share and finish.
+    """
+
+    def __init__(self, out: Path, runtime: Runtime, processes: StageProcesses | None = None) -> None:
         self.out, self.runtime = out, runtime
-        self.processes, self.cost = runtime.set_up_processes(), Cost()
-        self.models = ModelLoader(self.processes.device, checkpoints_activations=runtime.activation_checkpointing)
+        self.processes, self.cost = processes or runtime.set_up_processes(), Cost()
+        self.models = ModelLoader(self.processes.device, prepare_network=self._prepare_network)
         self.samplers: dict[SamplerName, Sampler] = {}
 
     def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
@@ -59,10 +70,27 @@ class StageJob:
         folder = locate_model_folder(stage_folder)
         return self.models.initialize_reward_model(folder, seed=seed, precision=precision, lora=lora)
 
+    def _prepare_network(self, network: Network) -> None:
+        """Make a network compute as the runtime says, before adapters are added."""
+        if self.runtime.activation_checkpointing:
+            network.checkpoint_activations()
+        if self.processes.is_sharded and any(not weight.is_floating_point() for weight in network.parameters()):
+            raise InputError(
+                "runtime.sharded: found true beside lora.quantize_base; expected one of the two; weights in 4 bits are "
+                "not cut over processes"
+            )
+        self.processes.shard(network)
+
     def get_sampler(self, name: SamplerName = "local") -> Sampler:
-        """The engine of this name that samples completions, made at the first call."""
+        """The engine of this name, made at the first call, by which every process samples some of the completions."""
         if name not in self.samplers:
-            self.samplers[name] = self.runtime.make_sampler(name, self.out / SAMPLING)
+            if name != "local" and self.processes.count > 1:
+                raise InputError(
+                    f"runtime.processes: found {self.processes.count} beside sampler: {name}; expected one, or "
+                    "sampler: local; a server samples for one process"
+                )
+            own_sampler = self.runtime.make_sampler(name, self.out / SAMPLING)
+            self.samplers[name] = SharedSampler(own_sampler, self.processes)
         return self.samplers[name]
 
     def close(self) -> None:
@@ -70,12 +98,37 @@ class StageJob:
         for sampler in self.samplers.values():
             sampler.close()
 
-    def save_model(self, lm: LanguageModel) -> str:
-        """Write the model to `model/` in the job's folder; returns the digest of its files."""
-        return save_model(lm, locate_model_folder(self.out))
+    def save_model(self, lm: LanguageModel, folder: Path | None = None) -> str:
+        """Write the model to `model/` in the job's folder, or to another folder; returns the digest of its files."""
+        whole = not lm.adapters  # which are never cut
+        with gather_for_saving(lm.network, keep=self.processes.is_main_process) if whole else nullcontext():
+            return self.processes.take_from_main(lambda: save_model(lm, folder or locate_model_folder(self.out)))
+
+    def compute_numbers(
+        self,
+        compute: Callable[..., Tensor],
+        lm: LanguageModel,
+        prompts: Sequence[Tokens],
+        completions: AnyCompletions,
+        *arguments: Any,
+    ) -> Tensor:
+        """A tensor [prompts, k, ...] by a function of `mixpo.models.scoring`, every process some of the prompts."""
+        lengths = count_tokens_per_prompt(prompts, completions)
+
+        def compute_rows(rows: list[int]) -> list[Tensor]:
+            """The entries of these prompts."""
+            part = [prompts[row] for row in rows], select_completions(completions, rows)
+            return [compute(lm, *part, *arguments, token_budget=self.runtime.microbatch_tokens)]
+
+        longest_first = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+        with gather_for_passes(lm.network):
+            return self.processes.compute_tensors(len(prompts), compute_rows, order=longest_first)[0]
 
     def finish_stage(self, **figures: Any) -> None:
         """Write `summary.json` (figures and cost), which completes the stage, and delete what it could resume from."""
+        self.processes.wait_for_all()
+        if not self.processes.is_main_process:
+            return
         write_json(self.out / SUMMARY, {**figures, "cost": self.cost.summarize()})
         for name in (CHECKPOINT, PORTIONS):
             (self.out / name).unlink(missing_ok=True)

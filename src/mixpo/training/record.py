@@ -72,19 +72,29 @@ def _replace_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class MetricsLog:
+class StepLog:
+    """A JSON Lines file of rows with a `step`, by the main process; rows from `resumed_at` on are deleted first."""
+
+    def __init__(self, path: Path, *, resumed_at: int, processes: StageProcesses) -> None:
+        self.path, self.processes = path, processes
+        if processes.is_main_process:
+            _delete_lines_from_step(path, resumed_at)
+
+    def append_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows; in the main process alone."""
+        if self.processes.is_main_process:
+            append_jsonl(self.path, rows)
+
+
+class MetricsLog(StepLog):
     """The file `metrics.jsonl`, one line a step; lines from step `resumed_at` on are deleted when it is opened."""
 
     def __init__(self, folder: Path, *, resumed_at: int, processes: StageProcesses) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.processes = processes
-        delete_lines_from_step(self.path, resumed_at)
+        super().__init__(folder / "metrics.jsonl", resumed_at=resumed_at, processes=processes)
 
     def append_step(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step (counted from 0) and report them to the progress listener."""
-        if not self.processes.is_main_process:
-            return
-        append_jsonl(self.path, [{"step": step, **metrics}])
+        self.append_rows([{"step": step, **metrics}])
         progress_listener.get().on_step(step + 1, total_steps, metrics)
 
     def read_steps(self) -> list[dict[str, float]]:
@@ -164,7 +174,7 @@ def read_metrics(stage_folder: Path) -> list[dict[str, float]]:
     return read_jsonl(stage_folder / "metrics.jsonl")
 
 
-def delete_lines_from_step(path: Path, step: int) -> None:
+def _delete_lines_from_step(path: Path, step: int) -> None:
     """Delete the lines of this step and of later ones from a JSON Lines file, and an incomplete last line."""
     rows = read_jsonl(path)
     remaining = [line for line, row in zip(_read_complete_lines(path), rows, strict=True) if row["step"] < step]

@@ -25,23 +25,25 @@ from mixpo.training.job import PORTIONS, StageJob
 from mixpo.training.record import make_progress_reporter, read_jsonl, write_text
 
 MICROBATCHES = 16
-"""Microbatches of a portion of scores or log-probs."""
+"""Microbatches of a process in a portion of scores or log-probs."""
 
 
 class ResumableWork:
     """Results of rows, saved in `portions.jsonl`: one line a portion, with its rows, their results and the cost so far.
 
     The size of portions may change between two runs of a stage (it follows the runtime), the result of a row may not.
+    Every process computes with the same portions, each its share of them; the main process writes them.
     """
 
     def __init__(self, job: StageJob) -> None:
         self.job, self.path, self.cost, self.runtime = job, job.out / PORTIONS, job.cost, job.runtime
-        self.lines = read_jsonl(self.path)
+        self.lines = job.processes.take_from_main(lambda: read_jsonl(self.path))
         self.seconds = defaultdict[str, float](float)
         """Seconds of each computation by its name, those of earlier runs included."""
         for line in self.lines:
             self.seconds[line["name"]] += line["seconds"]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
+        if job.processes.is_main_process:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without a torn last line
         if self.lines:
             self.cost.restore_counts(self.lines[-1]["cost"])
 
@@ -68,8 +70,9 @@ class ResumableWork:
                 results |= zip(rows, computed, strict=True)
                 line = {"name": computation_name, "rows": rows, "results": computed, "seconds": seconds}
                 line["cost"] = self.cost.get_counts()
-                with self.path.open("a", encoding="utf8") as file:
-                    file.write(json.dumps(line) + "\n")
+                if self.job.processes.is_main_process:
+                    with self.path.open("a", encoding="utf8") as file:
+                        file.write(json.dumps(line) + "\n")
             if report_finished is not None:
                 report_finished(len(portion))
         return [results[row] for row in sorted(results)]
@@ -98,9 +101,8 @@ class ResumableWork:
         sampler.load_policy(lm)
         occurrences = count_earlier_occurrences(prompts)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
-        portions = split_into_microbatches(
-            lengths, max(1, count_cacheable_tokens(lm, self.runtime.sampling_bytes) // k), count_padding=True
-        )
+        budget = count_cacheable_tokens(lm, self.job.runtime.sampling_bytes) * self.job.processes.count
+        portions = split_into_microbatches(lengths, max(1, budget // k), count_padding=True)
         results = self.compute_rows(
             "sampled", portions, sample_rows, report_finished=make_progress_reporter(len(prompts))
         )
@@ -115,14 +117,15 @@ class ResumableWork:
         completions: AnyCompletions,
     ) -> Float[Tensor, "prompts k"]:
         """A number for each completion by `compute_scores` or `compute_sequence_logprobs`, resumably."""
-        lengths, token_budget = count_tokens_per_prompt(prompts, completions), self.runtime.microbatch_tokens
+        lengths = count_tokens_per_prompt(prompts, completions)
+        budget = MICROBATCHES * self.job.runtime.microbatch_tokens * self.job.processes.count
 
         def score_rows(rows: list[int]) -> list[Any]:
             """Numbers of the completions of these prompts, counted in the cost."""
             part = [prompts[row] for row in rows], select_completions(completions, rows)
-            numbers = compute_numbers(lm, *part, token_budget=token_budget)
+            numbers = self.job.compute_numbers(compute_numbers, lm, *part)
             self.cost.add_scored_tokens(lm, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
-        portions = split_into_microbatches(lengths, MICROBATCHES * token_budget)
+        portions = split_into_microbatches(lengths, budget)
         return torch.tensor(self.compute_rows(computation_name, portions, score_rows))

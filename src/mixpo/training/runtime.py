@@ -26,9 +26,16 @@ class Runtime(Settings):
     """`auto` takes the GPU where there is one."""
     threads: int | None = pydantic.Field(None, ge=1)
     """CPU threads of a stage; if not given, all cores, which stages side by side share."""
-    workers: int = pydantic.Field(1, ge=1)
+    workers: int | Literal["cores", "gpus"] = 1
     """Stages computed in parallel, each in a process with its own models: small models use several cores better this
-    way than by threads. `cores` means one a CPU core, and only one if there is a GPU."""
+    way than by threads. `cores` means one a CPU core, and only one if there is a GPU; `gpus` as many as there are GPUs,
+    each of which then has its own stage."""
+    processes: int = pydantic.Field(1, ge=1)
+    """Processes of this machine that compute each stage together, on rows of their own and each on a GPU if there are
+    any. Where torchrun or a cluster starts them, their number is the launcher's."""
+    sharded: bool = False
+    """Cut weights, gradients and optimizer states over the processes of a stage, by PyTorch's `fully_shard`, instead of
+    keeping all of them in each: for models that do not fit one GPU."""
     microbatch_tokens: int = pydantic.Field(default_factory=lambda: MICROBATCH_TOKENS[find_device_kind()], ge=1)
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
     sampling_gib: float = pydantic.Field(default_factory=lambda: SAMPLING_GIB[find_device_kind()], gt=0)
@@ -50,30 +57,52 @@ class Runtime(Settings):
     checkpoint_minutes: float = pydantic.Field(5.0, ge=0)
     """Time between two checkpoints of a stage; 0 writes one after every step."""
 
-    @pydantic.field_validator("device")
-    @classmethod
-    def _check_device(cls, device: str) -> str:
-        """Validator: raise ValueError for `cuda` without a GPU."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("cpu or auto here: torch finds no CUDA device")
-        return device
-
     @pydantic.field_validator("workers", mode="before")
     @classmethod
-    def _resolve_workers(cls, workers: Any, others: pydantic.ValidationInfo) -> Any:
-        """Validator: `cores` becomes the number of CPU cores, or 1 if stages use the GPU."""
-        if workers != "cores":
-            if not isinstance(workers, int):
-                raise ValueError("a number of at least 1, or cores")
-            return workers
-        return 1 if torch.cuda.is_available() and others.data.get("device") != "cpu" else count_cores()
+    def _check_workers(cls, workers: Any) -> Any:
+        """Validator: raise ValueError unless it is a positive number, `cores` or `gpus`."""
+        if workers not in ("cores", "gpus") and not (isinstance(workers, int) and workers >= 1):
+            raise ValueError("a number of at least 1, cores or gpus")
+        return workers
 
-    def set_up_processes(self) -> StageProcesses:
-        """Set this process's threads and malloc, and choose its device; returns the stage's processes."""
-        torch.set_num_threads(self.threads or count_cores())
+    def decide_defaults_here(self) -> "Runtime":
+        """These settings with the defaults of this process, whose devices may be others than where they were made."""
+        return type(self).model_validate(self.model_dump(exclude_unset=True))
+
+    def count_workers(self) -> int:
+        """Number of stages that this machine computes in parallel. Raises `InputError` if `gpus` are too few."""
+        if self.workers == "gpus":
+            names = () if self.device == "cpu" else list_gpu_names()
+            if len(names) < self.processes:
+                raise InputError(
+                    f"runtime.workers: found gpus; expected at least {self.processes} for a stage (runtime.processes) "
+                    f"and a device other than cpu, but torch finds {len(names) or 'none'} here; set runtime.workers to "
+                    "a number, or to cores"
+                )
+            return len(names) // self.processes
+        if self.workers == "cores":
+            return 1 if list_gpu_names() and self.device != "cpu" else max(1, count_cores() // self.processes)
+        return self.workers
+
+    def set_up_processes(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> StageProcesses:
+        """Set this process's threads and malloc, and choose its device; returns the processes of a stage.
+
+        `local_rank` numbers the processes of one machine, each of which takes the GPU of its number. Raises
+        `InputError` if there is no such GPU.
+        """
+        torch.set_num_threads(self.threads or max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         memory.keep_freed_memory()
-        cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
-        return StageProcesses(torch.device("cuda" if cuda else "cpu"))
+        device = torch.device("cpu")
+        if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()):
+            if torch.cuda.device_count() <= local_rank:
+                raise InputError(
+                    f"runtime.device: found {self.device!r} for process {local_rank + 1} of a machine; expected a CUDA "
+                    f"device for each, but torch finds {torch.cuda.device_count() or 'none'}; set runtime.device=cpu, "
+                    "or start fewer processes"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        return StageProcesses(device, rank, count, self.sharded and count > 1)
 
     @property
     def sampling_bytes(self) -> int:
@@ -104,6 +133,13 @@ class Runtime(Settings):
 def find_device_kind() -> Literal["cpu", "cuda"]:
     """The kind of device that `auto` takes on this machine."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def list_gpu_names() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them; none without a GPU."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (list(map(str, range(count))) if visible is None else visible.split(","))[:count]
 
 
 def count_cores() -> int:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixpo.data.branches import (
     AnyCompletions,
@@ -24,10 +26,20 @@ from mixpo.settings import Settings
 from mixpo.training.job import StageJob
 from mixpo.training.optimizers import OffloadedAdamW, make_8bit_adamw
 from mixpo.training.parallel import StageProcesses
+from mixpo.training.sharding import clip_gradients
 
-Batch = TypeVar("Batch")
 Sums = Mapping[str, tuple[Tensor, Tensor]]
 """Sum and count of each metric over a microbatch."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one backward pass computes: a branch batch and the indices of its rows in the whole set."""
+
+    batch: BranchBatch
+    rows: list[int]
+    is_padding: bool = False
+    """True if it counts for nothing, and is there because other processes have more microbatches."""
 
 
 class Diverged(RuntimeError):
@@ -79,7 +91,7 @@ def make_optimizer(
     """Make AdamW over the trainable parameters; biases, norms and other vectors have no weight decay.
 
     With `offload` its moments stay in CPU memory. Raises `InputError` for an optimizer in 8 bits that is not installed,
-    or offloaded.
+    or offloaded, and for either where weights are cut over processes.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
@@ -87,6 +99,11 @@ def make_optimizer(
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if any(isinstance(p, DTensor) for p in trainable) and (offload or settings.optimizer != "adamw"):
+        other = "offload_optimizer" if offload else f"optimizer: {settings.optimizer}"
+        raise InputError(
+            f"runtime.sharded: found true beside {other}; expected one of the two; weights that are cut train by AdamW"
+        )
     rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.adam_betas}
     if settings.optimizer == "adamw-8bit":
         if offload:
@@ -122,20 +139,30 @@ def select_batch_rows(step: int, row_count: int, *, batch_size: int, seed: int) 
 
 def iterate_microbatches(
     job: StageJob, lm: LanguageModel, prompts: Sequence[Tokens], completions: AnyCompletions, batch_rows: Sequence[int]
-) -> Iterator[tuple[BranchBatch, list[int]]]:
-    """Yield (branch batch, its row indices) of this process's share of a batch, on the model's device."""
-    rows = job.processes.select_own_rows(batch_rows)
-    lengths = count_tokens_per_prompt([prompts[row] for row in rows], select_completions(completions, rows))
-    for part in split_into_microbatches(lengths, job.runtime.microbatch_tokens):
-        selected = [rows[index] for index in part]
-        batch = pack_branches(prompts, completions, selected, share_prompt=lm.shares_prompts)
-        yield batch.to(lm.device), selected
+) -> Iterator[Microbatch]:
+    """Yield the microbatches of this process's share of a batch, equally many in every process if weights are cut."""
+    lengths = count_tokens_per_prompt([prompts[row] for row in batch_rows], select_completions(completions, batch_rows))
+    longest_first, processes = sorted(range(len(batch_rows)), key=lambda index: -lengths[index]), job.processes
+
+    def split_share(rank: int) -> list[list[int]]:
+        """The microbatches of a process, as lists of row indices."""
+        own = processes.select_rows_of(rank, longest_first)
+        parts = split_into_microbatches([lengths[index] for index in own], job.runtime.microbatch_tokens)
+        return [[batch_rows[own[index]] for index in part] for part in parts]
+
+    shares = split_share(processes.rank)
+    most = max(len(split_share(rank)) for rank in range(processes.count)) if processes.is_sharded else len(shares)
+    for number in range(most):
+        is_padding = number >= len(shares)
+        rows = [batch_rows[longest_first[-1]]] if is_padding else shares[number]
+        batch = pack_branches(prompts, completions, rows, share_prompt=lm.shares_prompts)
+        yield Microbatch(batch.to(processes.device), rows, is_padding)
 
 
 def take_optimizer_step(
     optimizer: torch.optim.Optimizer,
-    microbatches: Iterable[Batch],
-    compute_loss: Callable[[Batch], tuple[Tensor, Sums]],
+    microbatches: Iterable[Microbatch],
+    compute_loss: Callable[[BranchBatch, list[int]], tuple[Tensor, Sums]],
     *,
     loss_divisor: int,
     max_grad_norm: float,
@@ -144,31 +171,46 @@ def take_optimizer_step(
 ) -> dict[str, float]:
     """Take one optimizer step on the microbatches' summed losses / `loss_divisor`; returns the metrics' means.
 
-    `compute_loss` returns a microbatch's summed loss and its metrics' sums. The loss is divided by `loss_divisor`, the
-    tokens or pairs of the whole batch, so that microbatches and processes change nothing but rounding. Also returned:
-    `loss`, `grad_norm` (before clipping), `learning_rate`. Raises `Diverged`, before weights change, if the loss or the
-    gradient is not finite.
+    `compute_loss` takes a microbatch's branch batch and row indices, and returns its summed loss and its metrics' sums.
+    The loss is divided by `loss_divisor`, the tokens or pairs of the whole batch, and gradients are summed over the
+    processes, so that microbatches and processes change nothing but rounding. Also returned: `loss`, `grad_norm`
+    (before clipping), `learning_rate`. Raises `Diverged`, in every process and before weights change, if the loss or
+    the gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own_loss = 0.0
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for microbatch in microbatches:
-        summed, metrics = compute_loss(microbatch)
-        if not bool(torch.isfinite(summed)):
-            raise Diverged(f"the loss is {float(summed)}")
-        (summed * processes.count / loss_divisor).backward()  # to be averaged over the processes
-        total += float(summed.detach()) / loss_divisor
+        summed, metrics = compute_loss(microbatch.batch, microbatch.rows)
+        if microbatch.is_padding:
+            (0.0 * summed).backward()
+            continue
+        (summed * processes.gradient_factor / loss_divisor).backward()
+        own_loss += float(summed.detach()) / loss_divisor
         for name, (amount, number) in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(amount)
             counts[name] = counts.get(name, 0.0) + float(number)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    losses, all_sums, all_counts = zip(*processes.gather((own_loss, sums, counts)), strict=True)
+    if not math.isfinite(sum(losses)):
+        raise Diverged(f"the loss is {sum(losses)}")
+    processes.sum_gradients(parameters)
+    norm = clip_gradients(parameters, max_grad_norm)
     if not math.isfinite(norm):
         raise Diverged(f"the norm of the gradient is {norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    sums, counts = ({name: processes.sum_over_processes(x) for name, x in part.items()} for part in (sums, counts))
+    sums, counts = _add_up(all_sums), _add_up(all_counts)
     means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
-    return {"loss": processes.sum_over_processes(total), **means, "grad_norm": norm, "learning_rate": learning_rate}
+    return {"loss": sum(losses), **means, "grad_norm": norm, "learning_rate": learning_rate}
+
+
+def _add_up(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by name of the numbers that several mappings hold."""
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, number in part.items():
+            sums[name] = sums.get(name, 0.0) + number
+    return sums

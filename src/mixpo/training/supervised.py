@@ -74,20 +74,17 @@ class SupervisedTraining:
         """
         settings = self.settings
 
-        def compute_counted_loss(microbatch: tuple[BranchBatch, list[int]]) -> tuple[Tensor, Sums]:
-            """The loss of a microbatch, whose tokens are counted in the cost."""
-            self.job.cost.add_trained_tokens(self.lm, microbatch[0].token_count)
-            return compute_loss(*microbatch)
-
         for step in range(self.first_step, self.total_steps):
             started = time.perf_counter()
             rows = select_batch_rows(step, len(self.prompts), batch_size=settings.batch_size, seed=settings.seed)
+            tokens = sum(self.lengths[row] for row in rows)
+            self.job.cost.add_trained_tokens(self.lm, tokens)
             self.lm.train()
             try:
                 metrics = take_optimizer_step(
                     self.optimizer,
                     iterate_microbatches(self.job, self.lm, self.prompts, self.completions, rows),
-                    compute_counted_loss,
+                    compute_loss,
                     loss_divisor=compute_divisor(rows),
                     max_grad_norm=settings.max_grad_norm,
                     learning_rate=compute_learning_rate(step, total_steps=self.total_steps, settings=settings),
@@ -97,7 +94,7 @@ class SupervisedTraining:
                 tips = suggest_divergence_remedies(step, total_steps=self.total_steps, settings=settings)
                 message = f"step {step + 1} of {self.total_steps}: {error}; try {' or '.join(tips)}"
                 raise Diverged(message) from error
-            metrics["tokens"] = sum(self.lengths[row] for row in rows)
+            metrics["tokens"] = tokens
             metrics["seconds"] = time.perf_counter() - started
             yield step, metrics
             self.metrics.append_step(step, self.total_steps, metrics)

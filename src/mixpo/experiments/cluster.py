@@ -1,0 +1,243 @@
+"""Stages as jobs of a cluster: submitted to Slurm, or to this machine in the same way, and followed from the terminal.
+
+A job's processes compute one stage together. Its main process writes progress and outcome to `progress.jsonl` in the
+stage's folder, which is all that the terminal reads: the folder must be on a file system that both see.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import submitit
+
+from mixpo.data.errors import InputError
+from mixpo.experiments.workers import (
+    FAILURE,
+    Outcome,
+    StageDisplay,
+    StageFailure,
+    compute_stage_or_failure,
+    end_if_broken,
+    follow_stages,
+)
+from mixpo.settings import Settings
+from mixpo.stages.stage import Stage
+from mixpo.stages.stage_cache import StageCache
+from mixpo.training.record import append_jsonl, progress_listener, read_jsonl
+from mixpo.training.rendezvous import join_rendezvous
+from mixpo.training.runtime import Runtime
+
+PROGRESS = "progress.jsonl"
+POLL_SECONDS = 1.0
+"""Time between two looks at the progress of jobs."""
+LAST_WORD_SECONDS = 20.0
+"""Time after a job's end in which its last line must have come through the file system."""
+
+
+class JobSettings(Settings):
+    """What a job asks the cluster for."""
+
+    nodes: int = pydantic.Field(1, ge=1)
+    gpus_per_node: int = pydantic.Field(0, ge=0)
+    tasks_per_node: int | None = pydantic.Field(None, ge=1)
+    """Processes on each node; if not given, one a GPU, or one without GPUs."""
+    cpus_per_task: int = pydantic.Field(1, ge=1)
+    mem_gb: float | None = pydantic.Field(None, gt=0)
+    """Memory of a node."""
+    timeout_min: int = pydantic.Field(1440, ge=1)
+    """Time after which the cluster stops the job, which is then queued again and goes on from its checkpoint."""
+    slurm: dict[str, str | int] = pydantic.Field(default_factory=dict)
+    """Further options of `sbatch`, such as `{partition: gpu, account: mine}`."""
+
+
+class InfraSettings(JobSettings):
+    """Where stages are computed: here, or as jobs of a cluster. Not part of a stage's identity."""
+
+    cluster: Literal["slurm", "local"] | None = None
+    """`slurm` submits with sbatch, `local` starts jobs on this machine; without it stages are computed by the run."""
+    requeues: int = pydantic.Field(3, ge=0)
+    """Times that a job which ran out of time is queued again."""
+    jobs: int = pydantic.Field(16, ge=1)
+    """Jobs in the queue at once."""
+    stages: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
+    """Other values for some kinds of stages, such as `{PPO: {nodes: 4}, Data: {cpus_per_task: 8}}`."""
+
+    @pydantic.field_validator("stages")
+    @classmethod
+    def _check_stages(cls, stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Validator: raise ValueError unless every key is a kind of stage, and its values those of a job."""
+        kinds = {kind.__name__ for kind in _list_stage_kinds(Stage)}
+        for kind, values in stages.items():
+            if kind not in kinds:
+                raise ValueError(f"kinds of stages, such as PPO or Evaluation, not {kind}")
+            JobSettings.model_validate(values)
+        return stages
+
+    def choose_job_settings(self, stage: Stage) -> JobSettings:
+        """Settings of a stage's job. What needs no model is computed by one process without a GPU, if not set."""
+        common = self.model_dump(include=set(JobSettings.model_fields))
+        if not stage.is_shared:
+            common |= {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1}
+        return JobSettings.model_validate({**common, **self.stages.get(type(stage).__name__, {})})
+
+
+@dataclass(frozen=True)
+class SubmittedStage:
+    """What each process of a job calls, through submitit: the computation of a stage in its folder."""
+
+    cache: Path
+    runtime: Runtime
+    stage: Stage
+
+    def __call__(self) -> None:
+        """Compute the stage in the main process, or this process's share of it in another one."""
+        rendezvous = join_rendezvous()
+        stage_cache = StageCache(self.cache, self.runtime.decide_defaults_here(), rendezvous)
+        if rendezvous is not None and rendezvous.rank > 0:
+            follow_stages(stage_cache)
+            return
+        log = ProgressFile(stage_cache.locate_folder(self.stage) / PROGRESS)
+        progress_listener.set(log)
+        outcome = compute_stage_or_failure(stage_cache, self.stage)
+        failure = asdict(outcome) if isinstance(outcome, StageFailure) else None
+        log.append_call("end", failure or outcome)
+        end_if_broken(rendezvous, outcome)
+        if rendezvous is not None:
+            rendezvous.announce(None)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The same again, which submitit calls where the job's time is over or another job takes its place."""
+        folder = StageCache(self.cache, self.runtime).locate_folder(self.stage)
+        ProgressFile(folder / PROGRESS).on_message("the job was interrupted; it is queued again, and then resumes")
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class ProgressFile:
+    """Listener that appends a stage's progress to a file, as names of a display's methods and their arguments."""
+
+    path: Path
+
+    def on_step(self, steps_done: int, total_steps: int, metrics: Mapping[str, float]) -> None:
+        """Append the steps done, their total and the metrics."""
+        self.append_call("on_step", steps_done, total_steps, dict(metrics))
+
+    def on_message(self, text: str) -> None:
+        """Append a line of text for the user."""
+        self.append_call("on_message", text)
+
+    def append_call(self, method: str, *arguments: Any) -> None:
+        """Append a method's name and arguments."""
+        append_jsonl(self.path, [{"method": method, "arguments": arguments}])
+
+
+@dataclass
+class _RunningJob:
+    """A submitted job: its stage, the display, and how much of its progress was read."""
+
+    job: submitit.Job[None]
+    stage: Stage
+    display: StageDisplay
+    progress: Path
+    lines_read: int = 0
+    ended: float | None = field(default=None)
+    """When the cluster was first seen to have ended the job."""
+
+
+class ClusterExecutor:
+    """Executor that submits every stage as a job, and follows the jobs through files in the stages' folders."""
+
+    def __init__(self, stage_cache: StageCache, infra: InfraSettings, jobs_folder: Path) -> None:
+        """`jobs_folder` receives the logs of the jobs, and the scripts and pickles by which submitit starts them."""
+        self.stage_cache, self.infra, self.jobs_folder = stage_cache, infra, jobs_folder
+        self.running: list[_RunningJob] = []
+
+    @property
+    def can_submit_stage(self) -> bool:
+        """True if fewer jobs are in the queue than may be."""
+        return len(self.running) < self.infra.jobs
+
+    def submit_stage(self, stage: Stage, display: StageDisplay) -> None:
+        """Submit a stage as a job and return at once. Raises `InputError` if the cluster refuses it."""
+        progress = self.stage_cache.locate_folder(stage) / PROGRESS
+        progress.parent.mkdir(parents=True, exist_ok=True)
+        for file in (progress, progress.with_name(FAILURE)):
+            file.unlink(missing_ok=True)
+        settings, cluster = self.infra.choose_job_settings(stage), self.infra.cluster
+        try:
+            executor = submitit.AutoExecutor(
+                self.jobs_folder / "%j", cluster, **{f"{cluster}_max_num_timeout": self.infra.requeues}
+            )
+            executor.update_parameters(**_make_job_parameters(settings, type(stage).__name__))
+            job = executor.submit(SubmittedStage(self.stage_cache.cache, self.stage_cache.runtime, stage))
+        except (RuntimeError, ValueError, OSError, submitit.core.utils.FailedJobError) as error:
+            raise InputError(
+                f"infra: found a cluster that does not take the job of {type(stage).__name__} "
+                f"({str(error).splitlines()[0]}); expected one that runs it; look at infra.cluster and its other "
+                "settings"
+            ) from error
+        self.running.append(_RunningJob(job, stage, display, progress))
+
+    def wait_for_outcome(self) -> tuple[Stage, StageDisplay, Outcome]:
+        """Wait until any stage's job ends, showing progress; return the stage, its display, and its outcome."""
+        while True:
+            for running in self.running:
+                if (outcome := self._read_progress(running)) is not None:
+                    self.running.remove(running)
+                    return running.stage, running.display, outcome
+            time.sleep(POLL_SECONDS)
+
+    def cancel_jobs(self) -> None:
+        """Cancel the jobs that have not ended."""
+        for running in self.running:
+            running.job.cancel(check=False)
+
+    def _read_progress(self, running: _RunningJob) -> Outcome | None:
+        """Show a job's new progress; returns its outcome if it has ended, otherwise None."""
+        is_over = running.job.done()
+        lines = read_jsonl(running.progress)
+        new, running.lines_read = lines[running.lines_read :], len(lines)
+        for line in new:
+            if line["method"] == "end":
+                (outcome,) = line["arguments"]
+                return StageFailure(**outcome) if isinstance(outcome, dict) else float(outcome)
+            getattr(running.display, line["method"])(*line["arguments"])
+        if not is_over:
+            running.ended = None
+        elif running.ended is None:
+            running.ended = time.monotonic()
+        elif time.monotonic() - running.ended > LAST_WORD_SECONDS:
+            job, trace = running.job, running.progress.with_name(FAILURE)  # of a process that was not the main one
+            text, details = (
+                f"the job {job.job_id} was stopped ({job.state}), perhaps for lack of memory",
+                job.paths.stderr,
+            )
+            if trace.exists():
+                text, details = trace.read_text(encoding="utf8").strip().splitlines()[-1], trace
+            name = f"{type(running.stage).__name__} {self.stage_cache.compute_identity(running.stage)}"
+            return StageFailure(f"{name}: {text} (details in {details})")
+        return None
+
+
+def _make_job_parameters(settings: JobSettings, name: str) -> dict[str, Any]:
+    """Parameters of submitit for a job; None is left to the cluster."""
+    return {
+        "name": f"mixpo-{name.lower()}",
+        "nodes": settings.nodes,
+        "tasks_per_node": settings.tasks_per_node or max(1, settings.gpus_per_node),
+        "cpus_per_task": settings.cpus_per_task,
+        "gpus_per_node": settings.gpus_per_node or None,
+        "mem_gb": settings.mem_gb,
+        "timeout_min": settings.timeout_min,
+        "slurm_additional_parameters": settings.slurm,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+    }
+
+
+def _list_stage_kinds(kind: type[Stage]) -> list[type[Stage]]:
+    """All kinds of stages that there are, below one kind."""
+    own = [kind] if "compute" in vars(kind) and kind is not Stage else []
+    return [*own, *(one for below in kind.__subclasses__() for one in _list_stage_kinds(below))]

@@ -1,0 +1,222 @@
+"""Stages as jobs of a cluster: what is asked for, and what reaches the terminal."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixpo import SFT, Runtime, StageCache
+from mixpo.data.errors import InputError
+from mixpo.experiments import cluster
+from mixpo.experiments.cluster import PROGRESS, ClusterExecutor, InfraSettings, ProgressFile, SubmittedStage
+from mixpo.experiments.executors import open_executor
+from mixpo.experiments.recipe import read_recipe
+from mixpo.experiments.results import load_runs
+from mixpo.experiments.run import run_recipe
+from mixpo.experiments.workers import StageFailure
+from mixpo.stages.stage import Stage
+from mixpo.training.rendezvous import Rendezvous
+from process_pairs import FailingInOne
+from recording_display import RecordingDisplay
+from worlds import TinyWorld
+
+
+class Job:
+    """A job that does what a test says each time that it is asked whether it is done."""
+
+    job_id, state = "77", "OUT_OF_MEMORY"
+    paths = type("Paths", (), {"stderr": "/logs/77.err"})
+    canceled = False
+
+    def __init__(self, submitted: SubmittedStage, steps: list[Callable[[SubmittedStage], bool]]) -> None:
+        self.submitted, self.steps = submitted, steps
+
+    def done(self) -> bool:
+        return self.steps.pop(0)(self.submitted) if self.steps else True
+
+    def cancel(self, check: bool) -> None:
+        self.canceled = True
+
+
+class Cluster:
+    """A cluster in submitit's place, which keeps what it is asked for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *steps: Callable[[SubmittedStage], bool]) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.jobs: list[Job] = []
+        self.steps = steps
+        patch.setattr(cluster.submitit, "AutoExecutor", self.open)
+        patch.setattr(cluster, "POLL_SECONDS", 0.0)
+        patch.setattr(cluster, "LAST_WORD_SECONDS", 0.0)
+
+    def open(self, folder: Path, name: str, **options: Any) -> "Cluster":
+        self.asked.append({"cluster": name, **options})
+        return self
+
+    def update_parameters(self, **parameters: Any) -> None:
+        self.asked[-1] |= parameters
+
+    def submit(self, submitted: SubmittedStage) -> Job:
+        self.jobs.append(Job(submitted, list(self.steps)))
+        return self.jobs[-1]
+
+
+def stage_of(tmp_path: Path) -> tuple[FailingInOne, StageCache]:
+    return FailingInOne(how="waits"), StageCache(tmp_path / "cache", Runtime(threads=1))
+
+
+def log_of(submitted: SubmittedStage) -> ProgressFile:
+    return ProgressFile(StageCache(submitted.cache, submitted.runtime).locate_folder(submitted.stage) / PROGRESS)
+
+
+def go_on(submitted: SubmittedStage) -> bool:
+    log_of(submitted).on_step(1, 2, {"loss": 0.5})
+    return False
+
+
+def end_well(submitted: SubmittedStage) -> bool:
+    log_of(submitted).on_step(2, 2, {"loss": 0.25})
+    log_of(submitted).append_call("end", 12.5)
+    return True
+
+
+def be_requeued(submitted: SubmittedStage) -> bool:
+    assert submitted.checkpoint().function == submitted
+    return False
+
+
+def end_badly(submitted: SubmittedStage) -> bool:
+    log_of(submitted).append_call("end", {"reason": "the loss is nan", "bad_input": False})
+    return True
+
+
+def leave_a_trace(submitted: SubmittedStage) -> bool:
+    (log_of(submitted).path.parent / "failure.txt").write_text("Traceback\nValueError: in another process\n")
+    return True
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ((go_on, be_requeued, go_on, end_well), 12.5),
+        ((go_on, end_badly), "the loss is nan"),
+        ((go_on,), "the job 77 was stopped (OUT_OF_MEMORY), perhaps for lack of memory (details in /logs/77.err)"),
+        ((leave_a_trace,), "ValueError: in another process (details in "),
+    ],
+)
+def test_progress_and_outcome_of_a_job_reach_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Any, expected: Any
+) -> None:
+    stage, stage_cache = stage_of(tmp_path)
+    Cluster(monkeypatch, *steps)
+    executor, display = ClusterExecutor(stage_cache, InfraSettings(cluster="slurm"), tmp_path), RecordingDisplay()
+    executor.submit_stage(stage, display)
+    submitted, shown, outcome = executor.wait_for_outcome()
+    assert (submitted, shown) == (stage, display)
+    if isinstance(expected, float):
+        assert outcome == expected
+        assert (display.steps, display.notes) == (3, ["the job was interrupted; it is queued again, and then resumes"])
+    else:
+        assert isinstance(outcome, StageFailure)
+        assert expected in outcome.reason
+    assert not executor.running
+    executor.submit_stage(stage, display)
+    log = log_of(SubmittedStage(stage_cache.cache, stage_cache.runtime, stage)).path
+    assert not log.exists(), "the next job begins with an empty log"
+    assert not (log.parent / "failure.txt").exists()
+
+
+def test_what_a_job_asks_for_depends_on_its_stage(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Cluster(monkeypatch)
+    infra = read_recipe(
+        "world",
+        [
+            "infra={cluster: slurm, nodes: 2, gpus_per_node: 8, timeout_min: 90, requeues: 5, slurm: {partition: gpu}}",
+            "infra.stages={SFT: {nodes: 1, tasks_per_node: 4, mem_gb: 64}, Data: {cpus_per_task: 6}}",
+        ],
+    ).infra
+    with open_executor(StageCache(tmp_path, Runtime(threads=1)), infra, tmp_path / "jobs") as executor:
+        for stage in (tiny.tuned, tiny.sft(), tiny.pairs):
+            executor.submit_stage(stage, RecordingDisplay())
+    assert all(job.canceled for job in asked.jobs), "what has not ended is canceled"
+    names = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
+    assert [[one[name] for name in names] for one in asked.asked] == [[2, 8, 8, 1], [1, 4, 8, 1], [1, 1, None, 6]]
+    first = asked.asked[0]
+    assert (first["cluster"], first["slurm_max_num_timeout"], first["timeout_min"]) == ("slurm", 5, 90)
+    assert first["slurm_additional_parameters"] == {"partition": "gpu"}
+    assert [one["mem_gb"] for one in asked.asked] == [None, 64, None]
+
+
+def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch)
+    executor = ClusterExecutor(StageCache(tmp_path, Runtime()), InfraSettings(cluster="slurm", jobs=1), tmp_path)
+    assert executor.can_submit_stage
+    executor.submit_stage(FailingInOne(how="waits"), RecordingDisplay())
+    assert not executor.can_submit_stage
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["infra.stages={PPQ: {nodes: 2}}"],
+            r"infra\.stages: .*expected kinds of stages, such as PPO or Evaluation, not PPQ",
+        ),
+        (["infra.stages={PPO: {node: 2}}"], r"infra\.stages\.node: unknown key"),
+        (["infra.cluster=slurn"], r"infra\.cluster: found 'slurn'"),
+        (["infra.nodes=0"], r"infra\.nodes: found 0"),
+    ],
+)
+def test_bad_settings_are_named(words: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        read_recipe("world", words)
+
+
+def test_one_way_to_have_processes_at_a_time(tmp_path: Path) -> None:
+    infra = InfraSettings(cluster="local")
+    opening = open_executor(StageCache(tmp_path, Runtime(workers=2)), infra, tmp_path)
+    with (
+        pytest.raises(InputError, match=r"infra\.cluster: found runtime\.workers=2 .* beside local; expected 1"),
+        opening,
+    ):
+        pass
+    meeting = Rendezvous(None, 0, 2, 0)
+    opening = open_executor(StageCache(tmp_path, Runtime(), meeting), infra, tmp_path)
+    with pytest.raises(InputError, match="in processes of a launcher beside local"), opening:
+        pass
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    executor = ClusterExecutor(StageCache(tmp_path, Runtime()), InfraSettings(cluster="slurm"), tmp_path / "jobs")
+    with pytest.raises(InputError, match="infra: found a cluster that does not take the job of FailingInOne"):
+        executor.submit_stage(FailingInOne(how="waits"), RecordingDisplay())
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit waits for no local job
+def test_jobs_on_this_machine_compute_a_run_in_two_processes_each(tmp_path: Path) -> None:
+    words = ["arms=[sft]", "data.train_rows=64", "data.test_rows=16", "data.demonstration_rows=64"]
+    words += ["evaluation.prompts=8", "max_completion_tokens=12", "runtime.threads=1", f"cache={tmp_path / 'cache'}"]
+    words += [f"out={tmp_path / 'run'}", "infra={cluster: local, tasks_per_node: 2, timeout_min: 10}"]
+    display = RecordingDisplay()
+    result = run_recipe(read_recipe("world", words), display)
+    assert result.computed == len(display.started) == 5
+    assert not display.failures
+    assert load_runs(tmp_path / "run").arms[0].status == "done"
+    assert any("demonstrations" in note for note in display.notes)
+    logs = "".join(path.read_text() for path in (tmp_path / "run" / "jobs").glob("*/*.err"))
+    assert "Traceback" not in logs
+
+    stage_cache = StageCache(tmp_path / "cache", Runtime(threads=1))
+    executor = ClusterExecutor(stage_cache, InfraSettings(cluster="local", tasks_per_node=2), tmp_path / "jobs")
+    for how, expected in (("raises", "ValueError: it raises (details in "), ("dies", "gloo/transport")):
+        stage: Stage = FailingInOne(how=how)
+        executor.submit_stage(stage, display)
+        _, _, outcome = executor.wait_for_outcome()
+        assert isinstance(outcome, StageFailure)
+        assert expected in outcome.reason
+    assert SFT.__name__ in " ".join(display.started)
