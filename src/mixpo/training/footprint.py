@@ -246,7 +246,7 @@ def measure_scoring_pass(
     """Footprint of a microbatch's forward pass without gradients."""
     temporary = count_temporary_bytes(shape, rows, precision, placement.device)
     predicted = shape.vocabulary * sum(sum(row[1:]) for row in rows) if predicts else 0
-    chunks = count_element_bytes(precision) * min(predicted, 2 * CHUNK_LOGITS)
+    chunks = count_element_bytes(precision) * min(predicted, CHUNK_LOGITS)
     return Footprint(activations=temporary, logits=chunks + 3 * 4 * min(predicted, BLOCK_LOGITS[placement.device]))
 
 
@@ -321,7 +321,7 @@ def measure_logits(
     element = count_element_bytes(precision)
     states = 3 * element * shape.width * predicted_tokens
     logits = predicted_tokens * shape.vocabulary
-    chunk = element * min(logits, 2 * CHUNK_LOGITS)  # the next one is made before the last one is freed
+    chunk = element * min(logits, CHUNK_LOGITS)
     blocks = 3 * 4 * min(logits, BLOCK_LOGITS[device])
     if not head_trains:
         return Footprint(logits=states + chunk + blocks)
