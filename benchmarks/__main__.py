@@ -1,9 +1,10 @@
-"""Command line of the benchmarks: `prepare`, `run` (mixpo and its peers), `grow` (mixpo alone) and `table`."""
+"""Command line of the benchmarks: `prepare`, `run` (mixpo and peers), `grow` and `memory` (mixpo alone), `table`."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ import torch
 import typer
 
 from benchmarks.growth import AXES
+from benchmarks.memory import MICROBATCH_TOKENS, list_cases
+from benchmarks.memory import format_table as format_memory_table
 from benchmarks.tables import format_result, format_table
 from benchmarks.workloads import CPU, GPU, PEERS, WORKLOADS, Workload
 
@@ -135,6 +138,29 @@ def grow(
     draw_growth(complete, "peak_memory_mib", "peak memory, MiB", RESULTS / "growth-memory.svg")
 
 
+@app.command()
+def memory(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(MICROBATCH_TOKENS)}.")] = None,
+    way: Annotated[list[str], typer.Option(help="whole or lora; may be given twice.")] = ["whole", "lora"],  # noqa: B006
+    precision: Annotated[list[str], typer.Option(help="May be given twice.")] = list(PRECISIONS),  # noqa: B006
+    work: Work = Path(".benchmarks"),
+) -> None:
+    """Compute the stages of small models, each in a process of its own; print their peak memory beside its plan."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "memory.json"
+    saved: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8")) if path.exists() else []
+    for case in list_cases(models or list(MICROBATCH_TOKENS), way, precision):
+        folder = (work / "memory" / f"{case.model}-{case.lora}-{case.precision}").resolve()
+        spec = {"case": asdict(case), "work": str(folder)}
+        result = run_in_worker([sys.executable, "-m", "benchmarks.memory"], spec, environment={})
+        if "failed" in result:
+            print(f"{case}: failed: {result['failed']}", flush=True)
+        elif "moment" in result:
+            saved = [one for one in saved if any(one[key] != result[key] for key in asdict(case))] + [result]
+            path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf8")
+    print(format_memory_table(saved))
+
+
 def _merge_results(saved: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Append new repetitions to saved ones. Raises SystemExit if they are not of the same work."""
     before, now = ({**result, "sides": sorted(result["taken"]), "taken": None, "when": None} for result in (saved, new))
@@ -168,13 +194,18 @@ def _measure_machine(spec: dict[str, Any]) -> dict[str, Any]:
     return run_in_worker([sys.executable, "-m", "benchmarks.machine"], spec)
 
 
-def run_in_worker(command: list[str], spec: dict[str, Any], timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]:
+def run_in_worker(
+    command: list[str],
+    spec: dict[str, Any],
+    timeout: float = TIMEOUT_SECONDS,
+    environment: Mapping[str, str] = MALLOC_ENVIRONMENT,
+) -> dict[str, Any]:
     """Run a worker process and return the JSON of its last line; `failed` with the error if it failed."""
     try:
         done = subprocess.run(
             [*command, json.dumps(spec)],
             cwd=HERE.parent,
-            env={**os.environ, **MALLOC_ENVIRONMENT},
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             check=False,

@@ -20,6 +20,7 @@ from rich.tree import Tree
 from mixpo.experiments.plan import PlannedStage
 from mixpo.experiments.results import Results, format_first_names
 from mixpo.experiments.run import RunDisplay
+from mixpo.experiments.run_costs import RunCosts, list_parts
 from mixpo.experiments.workers import Outcome, StageFailure
 from mixpo.report import document as report
 from mixpo.report.arms import build_main_table
@@ -252,6 +253,45 @@ def print_plan(plan: list[tuple[str, list[PlannedStage]]]) -> None:
             del branches[stage.depth + 1 :]
             branches.append(branches[stage.depth].add(text))
         console.print(root)
+
+
+def print_run_costs(costs: RunCosts) -> None:
+    """Print memory, tokens, FLOPs and time of the stages that are not cached, a line each, and what was assumed."""
+    console = Console()
+    if costs.lines:
+        work, memory = _make_plan_table("tokens", "FLOPs", "time"), _make_plan_table("GB", "fullest moment")
+        memory.columns[2].justify = "left"
+        for name, cost, count in costs.lines:
+            amounts = f"{count * cost.tokens:.3g}", f"{count * cost.flops:.3g}", format_duration(count * cost.seconds)
+            parts = sorted(list_parts(cost.footprint), key=lambda part: -part[1])
+            shown = ", ".join(f"{part} {amount / 1e9:.1f}" for part, amount in parts if amount >= 5e7)
+            work.add_row(name, *amounts)
+            memory.add_row(name, f"{cost.footprint.total / 1e9:.1f}", f"{cost.moment}: {shown}")
+        console.print(work)
+        console.print(memory)
+        tokens, flops, seconds = (
+            sum(getattr(cost, name) * count for _, cost, count in costs.lines)
+            for name in ("tokens", "flops", "seconds")
+        )
+        print_line(f"all: {tokens:.3g} tokens, {flops:.3g} FLOPs, {format_duration(seconds)}", console)
+    if costs.cached:
+        print_line(f"{costs.cached} stages are cached and cost nothing", console)
+    for line in costs.assumptions:
+        print_line(line, console)
+
+
+def _make_plan_table(*headings: str) -> Table:
+    """An empty table of stages with columns of numbers."""
+    columns = [Column("stage"), *(Column(heading, justify="right") for heading in headings)]
+    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in its largest fitting unit: `12 s`, `3.4 min`, `5.1 h`, `2.0 days`."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < limit:
+            return f"{seconds / size:.{0 if unit == 's' else 1}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def print_pair_selection(selection_folder: Path) -> None:

@@ -59,12 +59,37 @@ def run_experiment(arguments: RecipeArgument = None, quiet: Quiet = False) -> No
 
 
 @app.command("plan")
-def show_plan(arguments: RecipeArgument = None) -> None:
-    """Print the tree of stages of every arm: identity, and whether a stage is cached or why it would be computed."""
-    from mixpo.cli.display import print_plan
-    from mixpo.experiments.plan import list_plan
+def show_plan(
+    arguments: RecipeArgument = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that share a stage, with weights cut if runtime.sharded.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0.0, help="GB of one device; what cannot fit is refused.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100 (if none is named), h200, b200 or l40s.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, or its folder, without weights.")
+    ] = None,
+) -> None:
+    """Print the tree of stages of every arm, cached or why not, and the memory, tokens, FLOPs and time of the others.
 
-    print_plan(list_plan(_read_recipe_of_command(arguments)))
+    Without --gpus and --gpu, for this machine. A stage that does not fit is named, with the settings that make it fit.
+    """
+    from mixpo.cli.display import print_line, print_plan, print_run_costs
+    from mixpo.experiments.plan import list_plan
+    from mixpo.experiments.run_costs import choose_hardware, plan_run_costs
+
+    recipe, hardware = _read_recipe_of_command(arguments), choose_hardware(gpus, memory, gpu)
+    print_plan(list_plan(recipe))
+    try:
+        costs = plan_run_costs(recipe, hardware, config_path=config)
+    except InputError as error:
+        if (gpus, memory, gpu, config) != (None, None, None, None):
+            raise
+        print_line(f"costs are not known: {error}")
+        return
+    print_run_costs(costs)
+    if costs.refusal:
+        raise InputError(costs.refusal)
 
 
 @app.command("select")

@@ -1,6 +1,6 @@
 """The plan of a run: every stage with its identity, and whether it is cached or why it would be computed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,8 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     """
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
-    roots: dict[str, dict[str, Stage]] = {}
-    for run in list_arm_runs(recipe):
-        trace = {f"trace {n}": one for n, one in enumerate(run.trace)}
-        roots[f"{run.name} (seed {run.seed})"] = {"": run.evaluation, **trace}
-    for gradients in list_gradient_runs(recipe):
-        name = f"gradients of {gradients.arm} on {gradients.part} (seed {gradients.seed})"
-        roots[name] = {"": gradients.stage}
-    needed = dict.fromkeys(
-        stage for stages in roots.values() for root in stages.values() for stage in sort_topologically(root)
-    )
+    roots = _list_roots(recipe)
+    needed = _list_needed_stages(roots)
     for stage in needed:
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             require_context_length(stage, folder, needed)
@@ -58,6 +50,32 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
         for field, stage in stages.items():
             trees[name] += _list_stage_tree(stage, "", field, 0, stage_cache, seen)
     return list(trees.items())
+
+
+def list_stages(recipe: Recipe) -> list[Stage]:
+    """Return all stages of a run, cached or not, each once and after its inputs. Raises `InputError`."""
+    return _list_needed_stages(_list_roots(recipe))
+
+
+def _list_roots(recipe: Recipe) -> dict[str, dict[str, Stage]]:
+    """Return the last stages of every arm and measurement, by its name and by what they are in it."""
+    roots: dict[str, dict[str, Stage]] = {}
+    for run in list_arm_runs(recipe):
+        trace = {f"trace {n}": one for n, one in enumerate(run.trace)}
+        roots[f"{run.name} (seed {run.seed})"] = {"": run.evaluation, **trace}
+    for gradients in list_gradient_runs(recipe):
+        name = f"gradients of {gradients.arm} on {gradients.part} (seed {gradients.seed})"
+        roots[name] = {"": gradients.stage}
+    return roots
+
+
+def _list_needed_stages(roots: Mapping[str, Mapping[str, Stage]]) -> list[Stage]:
+    """Return the stages that roots need, themselves included, each once and after its inputs."""
+    return list(
+        dict.fromkeys(
+            stage for stages in roots.values() for root in stages.values() for stage in sort_topologically(root)
+        )
+    )
 
 
 def require_context_length(base: Pretrained, base_folder: Path, stages: Iterable[Stage]) -> None:

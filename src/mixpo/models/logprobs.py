@@ -68,6 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
             )
             if hidden_directions is not None:
                 hidden_directions[rows] = logits @ weight_cast
+            del logits  # else two chunks are in memory while the next is made
         ctx.save_for_backward(hidden_cast, weight_cast, bias, targets, normalizers, hidden_directions, logit_gradients)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(entropies)

@@ -24,7 +24,15 @@ from mixpo.models.folders import explain_loading_errors
 def initialize_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded world's base model, a 1.2M-parameter Llama with random weights, and its tokenizer."""
     tokenizer = copy.deepcopy(build_world_tokenizer())
-    config = LlamaConfig(
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(make_world_config()), tokenizer
+
+
+def make_world_config() -> LlamaConfig:
+    """Config of the embedded world's base model."""
+    tokenizer = build_world_tokenizer()
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=512,
@@ -37,9 +45,6 @@ def initialize_world_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokeni
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config), tokenizer
 
 
 def read_gguf_model(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

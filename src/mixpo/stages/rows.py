@@ -1,11 +1,14 @@
 """Reading and writing of stages' rows: Parquet tables, tokenized pairs and unique prompts."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
@@ -39,20 +42,43 @@ class TokenizedPairs:
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Rows of a stage's Parquet file as dicts, with all or some columns. Raises `InputError` if it is damaged."""
-    try:
+    with explain_reading_errors(path):
         rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    return rows
+
+
+@contextmanager
+def explain_reading_errors(path: Path) -> Iterator[None]:
+    """Context manager: raise `InputError` in place of errors of reading a stage's Parquet file."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: found no readable rows ({str(error).splitlines()[0]}); expected those that the stage wrote; "
             "delete the stage's folder and run again"
         ) from error
-    return rows
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], **metadata: str | None) -> None:
     """Write rows to a Parquet file, with metadata such as the `sampler` of their completions; None is left out."""
     entries = {f"mixpo.{name}": value for name, value in metadata.items() if value is not None}
     pq.write_table(pa.Table.from_pylist(list(rows)).replace_schema_metadata(entries), path)
+
+
+def read_row_lengths(path: Path, *, unique_prompts: bool = False) -> list[tuple[int, ...]]:
+    """Token counts of each row's prompt and completions in a file, or of each different prompt alone; no token is read.
+
+    Raises `InputError` if the file is damaged or has no tokens.
+    """
+    with explain_reading_errors(path):
+        table = pq.read_table(path, columns=["prompt", "prompt_tokens"] + ([] if unique_prompts else ["tokens"]))
+        prompts = pc.list_value_length(table["prompt_tokens"]).to_pylist()
+        if unique_prompts:
+            keys = map(make_prompt_key, table["prompt"].to_pylist())
+            return [(length,) for length in dict(zip(keys, prompts, strict=True)).values()]
+        lengths = iter(pc.list_value_length(pc.list_flatten(table["tokens"])).to_pylist())
+        counts = pc.list_value_length(table["tokens"]).to_pylist()
+        return [(prompt, *itertools.islice(lengths, count)) for prompt, count in zip(prompts, counts, strict=True)]
 
 
 def read_table_metadata(path: Path) -> dict[str, str]:

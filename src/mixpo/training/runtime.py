@@ -14,6 +14,10 @@ from mixpo.settings import Settings
 from mixpo.training import memory
 from mixpo.training.parallel import StageProcesses
 
+MICROBATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+SAMPLING_GIB = {"cpu": 2.0, "cuda": 16.0}
+"""What is taken where a recipe does not say, by the kind of device."""
+
 
 class Runtime(Settings):
     """Devices, processes, memory and servers. Not part of a stage's identity: results are the same up to rounding."""
@@ -32,9 +36,9 @@ class Runtime(Settings):
     sharded: bool = False
     """Cut weights, gradients and optimizer states over the processes of a stage, by PyTorch's `fully_shard`, instead of
     keeping all of them in each: for models that do not fit one GPU."""
-    microbatch_tokens: int = pydantic.Field(default_factory=lambda: 16_384 if torch.cuda.is_available() else 2048, ge=1)
+    microbatch_tokens: int = pydantic.Field(default_factory=lambda: MICROBATCH_TOKENS[find_device_kind()], ge=1)
     """Tokens of one backward pass; if not given, 2,048 on a CPU, whose caches are small, and 16,384 on a GPU."""
-    sampling_gib: float = pydantic.Field(default_factory=lambda: 16.0 if torch.cuda.is_available() else 2.0, gt=0)
+    sampling_gib: float = pydantic.Field(default_factory=lambda: SAMPLING_GIB[find_device_kind()], gt=0)
     """GiB of the key-value cache while sampling; if not given, 2 on a CPU and 16 on a GPU."""
     cuda_graphs: bool = False
     """Record decoding steps as CUDA graphs and replay them; not run on a GPU yet. On a CPU the same steps, unrecorded.
@@ -124,6 +128,11 @@ class Runtime(Settings):
                 "http://127.0.0.1:8000, or the path of a Python that has vLLM; see docs/vllm.md"
             )
         return self.vllm
+
+
+def find_device_kind() -> Literal["cpu", "cuda"]:
+    """The kind of device that `auto` takes on this machine."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def list_gpu_names() -> list[str]:

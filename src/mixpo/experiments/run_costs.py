@@ -1,0 +1,233 @@
+"""What a run will cost: its stages' memory, tokens, FLOPs and time, and which settings make it fit a device."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mixpo.data.errors import InputError
+from mixpo.experiments.plan import list_stages
+from mixpo.experiments.recipe import Recipe, suggest_nearest
+from mixpo.experiments.stage_costs import CostPlanner, RatesByPrecision, StageCost
+from mixpo.models.adapters import LoraSettings
+from mixpo.models.network import Precision
+from mixpo.stages.stage import Part, Snapshot, Stage
+from mixpo.stages.stage_cache import StageCache
+from mixpo.training.footprint import Footprint, Placement
+from mixpo.training.rates import CARDS, measure_rates
+from mixpo.training.runtime import MICROBATCH_TOKENS, SAMPLING_GIB, Runtime, find_device_kind
+
+DEFAULT_CARD = "h100"
+SMALLEST_MICROBATCH_TOKENS, SMALLEST_SAMPLING_GIB, MOST_GPUS = 256, 0.25, 1024
+"""Where the search for settings that fit ends."""
+SUGGESTED_LORA = LoraSettings()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The devices that a run is planned for."""
+
+    gpus: int = 0
+    """GPUs that share the rows of a stage; 0 plans for this machine's own device."""
+    card: str = DEFAULT_CARD
+    memory_bytes: float = math.inf
+    """Memory of one device; of no bound if not known."""
+
+    @property
+    def device(self) -> Any:
+        """Kind of the device: `cpu` or `cuda`."""
+        return "cuda" if self.gpus else find_device_kind()
+
+
+def choose_hardware(gpus: int | None, memory_gb: float | None, card: str | None) -> Hardware:
+    """The hardware that the options of the command line name. Raises `InputError` on an unknown card."""
+    if card is not None and card not in CARDS:
+        raise InputError(f"--gpu: found {card!r}; expected one of {', '.join(CARDS)}{suggest_nearest(card, CARDS)}")
+    if gpus is None and card is None:
+        return Hardware(memory_bytes=math.inf if memory_gb is None else memory_gb * 1e9)
+    name = card or DEFAULT_CARD
+    return Hardware(gpus or 1, name, CARDS[name].memory if memory_gb is None else memory_gb * 1e9)
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """Costs of the stages of a run that are not cached, equal ones in one line, and what was assumed."""
+
+    lines: list[tuple[str, StageCost, int]]
+    """A stage's name, with its identity if no other costs the same, its cost, and the number of stages that cost it."""
+    cached: int
+    """Number of stages that are cached."""
+    assumptions: list[str]
+    refusal: str = ""
+    """Which stage does not fit and what to set, as one line; empty if all fit."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of settings that may make a stage fit: its text, and how it changes placement and stages."""
+
+    text: str
+    placement: dict[str, Any] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_run_costs(recipe: Recipe, hardware: Hardware, *, config_path: Path | None = None) -> RunCosts:
+    """Plan the costs of a recipe's stages on some hardware. Raises `InputError` if a model's config is not at hand."""
+    stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
+    stages = list_stages(recipe)
+    missing = [stage for stage in stages if not stage_cache.is_done(stage)]
+    placement, get_rates = _make_placement(recipe.runtime, hardware), _make_rates_lookup(hardware)
+    planner = CostPlanner(stage_cache, placement, get_rates, config_path=config_path)
+    costs = [cost for stage in missing if (cost := planner.plan_stage(stage)) is not None]
+    groups: dict[Any, list[StageCost]] = {}
+    for cost in costs:
+        key = (type(cost.stage), *(getattr(cost, part.name) for part in fields(cost)[1:]))
+        groups.setdefault(key, []).append(cost)
+    lines = [(_format_stage_names(group, stage_cache), group[0], len(group)) for group in groups.values()]
+    assumptions = [
+        *planner.rows.assumptions,
+        *dict.fromkeys(get_rates(_get_precision(cost.stage)).describe(_get_precision(cost.stage)) for cost in costs),
+    ]
+    too_large = [cost for cost in costs if cost.footprint.total > hardware.memory_bytes]
+    refusal = ""
+    if too_large:
+
+        def measure(changes: Sequence[_Change]) -> float:
+            """Bytes of the largest of the stages that do not fit, after some changes."""
+            values = {key: value for change in changes for key, value in change.placement.items()}
+            changed = planner.with_placement(replace(placement, **values))
+            settings = {key: value for change in changes for key, value in change.stage.items()}
+            results = [changed.plan_stage(_change_settings(cost.stage, settings)) for cost in too_large]
+            return max(result.footprint.total for result in results if result is not None)
+
+        fitting = find_fitting_changes(list(_list_changes(placement, hardware)), measure, hardware.memory_bytes)
+        largest = max(too_large, key=lambda cost: cost.footprint.total)
+        refusal = _format_refusal(largest, hardware, fitting)
+    return RunCosts(lines, len(stages) - len(missing), assumptions, refusal)
+
+
+def _format_stage_names(costs: Sequence[StageCost], stage_cache: StageCache) -> str:
+    """The name of stages of equal cost: `PPO 1f8a90e2` of one, `Evaluation x4` of several."""
+    kind = type(costs[0].stage).__name__
+    return f"{kind} x{len(costs)}" if len(costs) > 1 else f"{kind} {stage_cache.compute_identity(costs[0].stage)}"
+
+
+def find_fitting_changes(
+    changes: Sequence[_Change], measure: Callable[[Sequence[_Change]], float], limit: float
+) -> list[_Change] | None:
+    """The first changes that together bring a measure to a limit, without those that are not needed; None if none do.
+
+    A later change of the same setting replaces an earlier one.
+    """
+    applied: list[_Change] = []
+    smallest = measure([])
+    for change in changes:
+        tried = [one for one in applied if not _change_the_same(one, change)] + [change]
+        size = measure(tried)
+        if size >= smallest:
+            continue
+        applied, smallest = tried, size
+        if size <= limit:
+            for one in list(applied):
+                fewer = [other for other in applied if other is not one]
+                if measure(fewer) <= limit:
+                    applied = fewer
+            return applied
+    return None
+
+
+def _change_the_same(one: _Change, other: _Change) -> bool:
+    """True if two changes are of the same setting."""
+    return one.placement.keys() == other.placement.keys() and one.stage.keys() == other.stage.keys()
+
+
+def _list_changes(placement: Placement, hardware: Hardware) -> Iterator[_Change]:
+    """Yield changes of settings that save memory, those first that cost least: time, then numbers, then devices."""
+    tokens = placement.microbatch_tokens // 2
+    while tokens >= SMALLEST_MICROBATCH_TOKENS:
+        yield _Change(f"runtime.microbatch_tokens={tokens}", {"microbatch_tokens": tokens})
+        tokens //= 2
+    gib = placement.sampling_bytes / 2**31
+    while gib >= SMALLEST_SAMPLING_GIB:
+        yield _Change(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
+        gib /= 2
+    is_alone = hardware.gpus == 1
+    if hardware.gpus > 1 and not placement.is_sharded:
+        yield _Change("runtime.sharded=true", {"is_sharded": True})
+    yield _Change("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
+    if is_alone:
+        yield _Change("runtime.offload_optimizer=true", {"offloads_optimizer": True})
+    yield _Change("precision=bfloat16", stage={"precision": "bfloat16"})
+    yield _Change(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
+    if is_alone:
+        lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
+        yield _Change(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
+    gpus = 2 * hardware.gpus
+    while 0 < gpus <= MOST_GPUS:
+        yield _Change(f"--gpus {gpus} runtime.sharded=true", {"is_sharded": True, "processes": gpus})
+        gpus *= 2
+
+
+def _change_settings(stage: Stage, settings: dict[str, Any]) -> Stage:
+    """A stage with some settings changed, in it and in all its inputs that have them."""
+    changed: dict[str, Any] = {key: value for key, value in settings.items() if key in type(stage).model_fields}
+    if not settings:
+        return stage
+    for name in stage.get_input_stages():
+        value = getattr(stage, name)
+        if isinstance(value, Part | Snapshot):
+            changed[name] = value.model_copy(update={"stage": _change_settings(value.stage, settings)})
+        else:
+            changed[name] = _change_settings(value, settings)
+    return stage.model_copy(update=changed)
+
+
+def _format_refusal(cost: StageCost, hardware: Hardware, fitting: Sequence[_Change] | None) -> str:
+    """Format the stage that needs most memory, what was found and expected, and the settings that make all fit."""
+    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in list_parts(cost.footprint))
+    if fitting is None:
+        advice = "no setting makes it fit; take a smaller model" + ("" if hardware.gpus else " or devices with more")
+    else:
+        advice = f"set {' '.join(change.text for change in fitting)}"
+    return (
+        f"{type(cost.stage).__name__}: found a need of {cost.footprint.total / 1e9:.1f} GB a device in {cost.moment} "
+        f"({parts}); expected at most {hardware.memory_bytes / 1e9:g} GB; {advice}"
+    )
+
+
+def list_parts(footprint: Footprint) -> list[tuple[str, float]]:
+    """The parts of a footprint that are not empty, by name, in bytes."""
+    return [(part.name, value) for part in fields(footprint) if (value := getattr(footprint, part.name))]
+
+
+def _get_precision(stage: Stage) -> Precision:
+    """The precision that a stage computes in."""
+    precision: Precision = getattr(stage, "precision", "float32")
+    return precision
+
+
+def _make_placement(runtime: Runtime, hardware: Hardware) -> Placement:
+    """The placement of a runtime's settings on some hardware; those not set are what its kind of device takes."""
+    tokens, gib = runtime.microbatch_tokens, runtime.sampling_gib
+    if "microbatch_tokens" not in runtime.model_fields_set:
+        tokens = MICROBATCH_TOKENS[hardware.device]
+    if "sampling_gib" not in runtime.model_fields_set:
+        gib = SAMPLING_GIB[hardware.device]
+    return Placement(
+        device=hardware.device,
+        processes=max(1, hardware.gpus),
+        is_sharded=runtime.sharded,
+        microbatch_tokens=tokens,
+        sampling_bytes=round(gib * 2**30),
+        activation_checkpointing=runtime.activation_checkpointing,
+        offloads_optimizer=runtime.offload_optimizer,
+    )
+
+
+def _make_rates_lookup(hardware: Hardware) -> RatesByPrecision:
+    """A function that gives a card's rates, or measures this machine's, once a precision."""
+    if hardware.gpus:
+        return lambda precision: CARDS[hardware.card]
+    return cache(measure_rates)
