@@ -188,6 +188,8 @@ def test_adapters_are_saved_alone_and_merged_on_request(
         assert torch.equal(saved["score.weight"], trained["heads.trained-value.weight"])
     with pytest.raises(InputError, match=r"whole: found something there; expected a new or an empty folder"):
         export_model(tmp_path / "saved", tmp_path / "whole")
+    with pytest.raises(InputError, match=r"^/dev/null/model: cannot be written \(Not a directory\); choose another"):
+        export_model(tmp_path / "saved", Path("/dev/null/model"))
 
 
 @pytest.mark.parametrize("targets", [("all-linear", ("q_proj",)), (("up_proj", "v_proj"), "all-linear")])
