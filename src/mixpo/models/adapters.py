@@ -75,11 +75,6 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
             f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
             "expected modules with weights of their own"
         )
-    if saved and any(isinstance(weight, DTensor) for weight in network.parameters()):
-        raise InputError(
-            "lora.modules_to_save: found some beside runtime.sharded; expected one of the two; weights that are cut "
-            "over processes are not copied"
-        )
     packed = {name for name, weight in model.named_parameters() if not weight.is_floating_point()}
     if both := [module for module in saved if f"{module}.weight" in packed]:
         raise InputError(
@@ -151,6 +146,11 @@ def _inject_adapters(network: Network, name: str, config: Any) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    if config.modules_to_save and any(isinstance(weight, DTensor) for weight in network.parameters()):
+        raise InputError(
+            "lora.modules_to_save: found some beside runtime.sharded; expected one of the two; weights that are cut "
+            "over processes are not copied"
+        )
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
