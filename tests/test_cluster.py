@@ -134,7 +134,8 @@ def test_what_a_job_asks_for_depends_on_its_stage(
     infra = read_recipe(
         "world",
         [
-            "infra={cluster: slurm, nodes: 2, gpus_per_node: 8, timeout_min: 90, requeues: 5, slurm: {partition: gpu}}",
+            "infra={cluster: slurm, nodes: 2, gpus_per_node: 8, timeout_min: 90, requeues: 5}",
+            "infra.slurm={partition: gpu, exclusive: true}",
             "infra.stages={SFT: {nodes: 1, tasks_per_node: 4, mem_gb: 64}, Data: {cpus_per_task: 6}}",
         ],
     ).infra
@@ -144,9 +145,9 @@ def test_what_a_job_asks_for_depends_on_its_stage(
     assert all(job.canceled for job in asked.jobs), "what has not ended is canceled"
     names = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
     assert [[one[name] for name in names] for one in asked.asked] == [[2, 8, 8, 1], [1, 4, 8, 1], [1, 1, None, 6]]
-    first = asked.asked[0]
+    first = asked.asked[0]  # sbatch takes an option with a value, or by its name alone: submitit's True
     assert (first["cluster"], first["slurm_max_num_timeout"], first["timeout_min"]) == ("slurm", 5, 90)
-    assert first["slurm_additional_parameters"] == {"partition": "gpu"}
+    assert first["slurm_additional_parameters"] == {"partition": "gpu", "exclusive": True}
     assert [one["mem_gb"] for one in asked.asked] == [None, 64, None]
 
 
@@ -165,7 +166,7 @@ def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
             ["infra.stages={PPQ: {nodes: 2}}"],
             r"infra\.stages: .*expected kinds of stages, such as PPO or Evaluation, not PPQ",
         ),
-        (["infra.stages={PPO: {node: 2}}"], r"infra\.stages\.node: unknown key"),
+        (["infra.stages={PPO: {node: 2}}"], r"infra\.stages\.PPO\.node: unknown key"),
         (["infra.cluster=slurn"], r"infra\.cluster: found 'slurn'"),
         (["infra.nodes=0"], r"infra\.nodes: found 0"),
     ],

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from command_line import run_mixpo
 from families import make_family
 from mixpo import Pretrained, Runtime, StageCache
 from mixpo.cli import main as cli
@@ -377,6 +378,12 @@ def test_a_file_for_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     Path("weights").write_text("")
     with pytest.raises(ValidationError, match=rf"model.path: found no folder '{path}'; expected a model folder"):
         Pretrained(path=path)
+
+
+def test_no_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    failed = run_mixpo(capsys, "chat", str(tmp_path / "none"))
+    assert (failed.code, failed.err.count("\n")) == (2, 1)
+    assert failed.err.startswith(f"{tmp_path / 'none'}: found a model that cannot be read (FileNotFoundError: ")
 
 
 def test_what_is_read_of_a_folder_may_be_changed_by_who_reads_it(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

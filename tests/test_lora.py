@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.models import loading
-from mixpo.models.adapter_folders import holds_adapters, read_adapter_folder
+from mixpo.models.adapter_folders import WEIGHTS, holds_adapters, read_adapter_folder
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.exporting import export_model
 from mixpo.models.language_model import LanguageModel
@@ -189,6 +189,8 @@ def test_adapters_are_saved_alone_and_merged_on_request(
         assert torch.equal(saved["score.weight"], trained["heads.trained-value.weight"])
     with pytest.raises(InputError, match=r"whole: found something there; expected a new or an empty folder"):
         export_model(tmp_path / "saved", tmp_path / "whole")
+    with pytest.raises(InputError, match=r"^/dev/null/model: cannot be written \(Not a directory\); choose another"):
+        export_model(tmp_path / "saved", Path("/dev/null/model"))
 
 
 @pytest.mark.parametrize("targets", [("all-linear", ("q_proj",)), (("up_proj", "v_proj"), "all-linear")])
@@ -274,6 +276,88 @@ def test_modules_train_whole_and_are_saved_with_the_adapters(tiny: TinyWorld, tm
         add_lora(again, LoraSettings(modules_to_save=("lm_head",)))
     with pytest.raises(InputError, match=r"^lora.modules_to_save: found 'norms'; expected modules of the model"):
         add_lora(again, LoraSettings(modules_to_save=("norms",)))
+
+
+@pytest.fixture(scope="module")
+def untied(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with an output head of its own."""
+    folder = tmp_path_factory.mktemp("untied")
+    source = locate_model_folder(tiny.build(tiny.base))
+    config = AutoConfig.from_pretrained(source, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("saved", [("q_proj",), ("0.mlp",), ("lm_head", "embed_tokens")])
+@pytest.mark.parametrize("again", [True, False])
+def test_matrices_train_whole_and_are_not_adapted(
+    untied: Path, tmp_path: Path, saved: tuple[str, ...], again: bool
+) -> None:
+    """A second stage trains them whole again, or leaves them; a reward model, full or not, starts from them."""
+    lm = ModelLoader(CPU).load_trainable_policy(untied, lora=LoraSettings(rank=2, modules_to_save=saved))
+    randomize_trained_weights(lm, seed=1)
+    save_model(lm, tmp_path / "first")
+    lora = LoraSettings(rank=2, modules_to_save=saved if again else ())
+    lm = ModelLoader(CPU).load_trainable_policy(tmp_path / "first", lora=lora)
+    randomize_trained_weights(lm, seed=2)
+    save_model(lm, tmp_path / "second")
+    batch = pack_branches(PROMPTS, COMPLETIONS)
+    with torch.no_grad():
+        expected = lm(batch, "logprobs")
+    peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "second").get_base_model()
+    assert_plain_logprobs(peft, PROMPTS, COMPLETIONS, expected, 1e-4)
+    read = ModelLoader(CPU).load_policy(tmp_path / "second")(batch, "logprobs")
+    torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-4)
+    export_model(tmp_path / "second", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert_plain_logprobs(whole, PROMPTS, COMPLETIONS, expected, 1e-4)
+
+    files = [untied / "model.safetensors", *(tmp_path / name / WEIGHTS for name in ("first", "second"))]
+    initial, first, second = (load_file(file) for file in files)
+    own = [name for name in initial if any(f".{part}." in f".{name}" for part in saved)]
+    assert own
+    for name in own:
+        assert torch.equal(second[f"base_model.model.{name}"], first[f"base_model.model.{name}"]) != again
+        assert not any(name.removesuffix("weight") + "lora" in adapted for adapted in {**first, **second})
+    matrices = sum(weight.numel() for name, weight in initial.items() if "norm" not in name and "embed" not in name)
+    trained = sum(initial[name].numel() for name in own if again and "embed" not in name)
+    adapters = sum(weight.numel() for name, weight in lm.named_parameters() if ".lora_" in name)
+    assert sum(lm.count_multiplied_weights()) == matrices + adapters
+    assert lm.count_multiplied_weights()[0] == trained + sum(
+        weight.numel() for name, weight in lm.named_parameters() if ".lora_" in name and ".trained." in name
+    )
+
+    scores = []
+    for settings in (None, lora):
+        reward = ModelLoader(CPU).initialize_reward_model(tmp_path / "second", seed=1, lora=settings)
+        scores.append(reward(batch, "scores").detach())
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
+    save_model(reward, tmp_path / "reward")
+    peft = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1)
+    with torch.no_grad():
+        theirs = float(peft(torch.tensor([PROMPTS[0] + COMPLETIONS[0][0]])).logits)
+    assert theirs == pytest.approx(float(scores[0][0, 0]), abs=1e-4)
+
+
+def test_a_module_trains_whole_or_is_adapted(untied: Path, tmp_path: Path) -> None:
+    lm = ModelLoader(CPU).load_trainable_policy(untied, lora=LoraSettings(rank=2))
+    with pytest.raises(InputError, match=r"^lora.modules_to_save: found 'model.layers.0.mlp.down_proj', to which an "):
+        add_lora(lm, LoraSettings(modules_to_save=("mlp",)), "other")
+    save_model(lm, tmp_path / "adapted")
+    lm = ModelLoader(CPU).load_trainable_policy(untied, lora=LoraSettings(rank=2, modules_to_save=("q_proj",)))
+    save_model(lm, tmp_path / "whole")
+    for first, second in (("adapted", "whole"), ("whole", "adapted")):
+        loader = ModelLoader(CPU)
+        held = loader.load_policy(tmp_path / first)
+        with pytest.raises(InputError, match=r"of two stages' models on one base, .*q_proj trains whole in one"):
+            loader.load_policy(tmp_path / second)
+        assert len(held.adapters) == 1
+    for settings in ({"modules_to_save": ("q_proj",)}, {}):
+        with pytest.raises(InputError, match=r"^lora.target_modules: found 'q_proj'; expected layers .*: down_proj, "):
+            add_lora(lm, LoraSettings(target_modules=("q_proj",), **settings), "other")
+    with pytest.raises(InputError, match=r"^lora.modules_to_save: found 'lm_head' and all others; expected some "):
+        ModelLoader(CPU).load_trainable_policy(untied, lora=LoraSettings(modules_to_save=("model", "lm_head")))
 
 
 def stage_of(tiny: TinyWorld, kind: str, precision: str = "float32", **settings: Any) -> Stage:
@@ -585,6 +669,15 @@ def test_every_stage_trains_on_a_base_in_four_bits(wider: TinyWorld) -> None:
         out = wider.run(getattr(wider, kind)(lora={"rank": 2, "quantize_base": True}))
         assert holds_adapters(locate_model_folder(out))
     assert read_metrics(out)[0]["kl_abs_per_token"] < 1e-3, "the reference is held in four bits too"
+
+
+def test_what_is_held_in_four_bits_does_not_train_whole(wider: TinyWorld) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = locate_model_folder(wider.build(wider.base))
+    lora = LoraSettings(quantize_base=True, modules_to_save=("norm",))
+    assert ModelLoader(CPU).load_trainable_policy(folder, lora=lora)
+    with pytest.raises(InputError, match=r"^lora.modules_to_save: found 'model.layers.0.mlp.up_proj' beside lora.quan"):
+        ModelLoader(CPU).load_trainable_policy(folder, lora=lora.model_copy(update={"modules_to_save": ("up_proj",)}))
 
 
 def test_without_bitsandbytes_four_bits_are_refused(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,13 +24,17 @@ from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
 from mixpo.experiments.workers import ProcessPool, StageFailure, assign_devices
+from mixpo.models.adapters import LoraSettings
+from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler
 from mixpo.models.sampling import sample_completions
+from mixpo.models.saving import save_model
 from mixpo.models.scoring import compute_token_logprobs
 from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary
 from mixpo.training import parallel
+from mixpo.training.job import locate_model_folder
 from mixpo.training.parallel import SharedSampler, StageProcesses
 from mixpo.training.record import MetricsLog, read_metrics
 from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
@@ -187,6 +191,21 @@ def test_weights_are_cut_and_gathered_where_they_are_needed(pair: ProcessPair, p
     assert isinstance(first, tuple), first
     assert first[0] + second[0] == first[1]
     assert abs(first[0] - second[0]) < 0.01 * first[1]
+
+
+def read_adapters_with_a_whole_module(processes: StageProcesses, folder: Path) -> None:
+    replaced = replace(processes, is_sharded=True)
+    ModelLoader(processes.device, lambda network: replaced.shard(network)).load_policy(folder)
+
+
+def test_adapters_with_modules_that_trained_whole_are_refused_where_weights_are_cut(
+    pair: ProcessPair, tiny: TinyWorld, tmp_path: Path
+) -> None:
+    lora = LoraSettings(rank=2, modules_to_save=("norm",))
+    folder = locate_model_folder(tiny.build(tiny.base))
+    save_model(ModelLoader(torch.device("cpu")).load_trainable_policy(folder, lora=lora), tmp_path / "saved")
+    for error in pair.call(read_adapters_with_a_whole_module, tmp_path / "saved"):
+        assert str(error.args[0]).startswith("lora.modules_to_save: found some beside runtime.sharded; expected one of")
 
 
 TWO = Runtime(device="cpu", threads=1, processes=2, microbatch_tokens=100, sampling_gib=1e-4, checkpoint_minutes=0)

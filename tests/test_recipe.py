@@ -158,6 +158,9 @@ def test_there_are_numbers_to_look_at() -> None:
     }
 
 
+TARGETS = "expected all-linear, or a list of names of layers, such as [q_proj, v_proj]"
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -176,6 +179,10 @@ def test_there_are_numbers_to_look_at() -> None:
         ("precision=fp16", "world: precision: found 'fp16'; expected 'float32' or 'bfloat16'"),
         ("lora=3", "world: lora: found 3; expected keys and values"),
         ("lora.rnk=3", "world: lora.rnk: unknown key; did you mean rank?"),
+        ("lora.target_modules=q_proj", f"world: lora.target_modules: found 'q_proj'; {TARGETS}"),
+        ("lora.target_modules=[]", f"world: lora.target_modules: found []; {TARGETS}"),
+        ("sft.lora.target_modules=[1]", f"world: sft.lora.target_modules: found [1]; {TARGETS}"),
+        ("infra.stages.PPO.nodes=0", "world: infra.stages.PPO.nodes: found 0; expected greater than or equal to 1"),
         (
             "model.template_arguments={a: [1]}",
             "world: model.template_arguments.0.1: found [1]; "

@@ -49,8 +49,8 @@ class JobSettings(Settings):
     """Memory of a node."""
     timeout_min: int = pydantic.Field(1440, ge=1)
     """Time after which the cluster stops the job, which is then queued again and goes on from its checkpoint."""
-    slurm: dict[str, str | int] = pydantic.Field(default_factory=dict)
-    """Further options of `sbatch`, such as `{partition: gpu, account: mine}`."""
+    slurm: dict[str, bool | str | int] = pydantic.Field(default_factory=dict)
+    """Further options of `sbatch`, such as `{partition: gpu, account: mine, exclusive: true}`."""
 
 
 class InfraSettings(JobSettings):
@@ -62,18 +62,17 @@ class InfraSettings(JobSettings):
     """Times that a job which ran out of time is queued again."""
     jobs: int = pydantic.Field(16, ge=1)
     """Jobs in the queue at once."""
-    stages: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
+    stages: dict[str, JobSettings] = pydantic.Field(default_factory=dict)
     """Other values for some kinds of stages, such as `{PPO: {nodes: 4}, Data: {cpus_per_task: 8}}`."""
 
     @pydantic.field_validator("stages")
     @classmethod
-    def _check_stages(cls, stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Validator: raise ValueError unless every key is a kind of stage, and its values those of a job."""
+    def _check_stages(cls, stages: dict[str, JobSettings]) -> dict[str, JobSettings]:
+        """Validator: raise ValueError unless every key is a kind of stage."""
         kinds = {kind.__name__ for kind in _list_stage_kinds(Stage)}
-        for kind, values in stages.items():
+        for kind in stages:
             if kind not in kinds:
                 raise ValueError(f"kinds of stages, such as PPO or Evaluation, not {kind}")
-            JobSettings.model_validate(values)
         return stages
 
     def choose_job_settings(self, stage: Stage) -> JobSettings:
@@ -81,7 +80,8 @@ class InfraSettings(JobSettings):
         common = self.model_dump(include=set(JobSettings.model_fields))
         if not stage.splits_over_processes:
             common |= {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1}
-        return JobSettings.model_validate({**common, **self.stages.get(type(stage).__name__, {})})
+        own = self.stages.get(type(stage).__name__, JobSettings()).model_dump(exclude_unset=True)
+        return JobSettings.model_validate({**common, **own})
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,13 @@ def merge_adapter_folder(model: PreTrainedModel, adapters: AdapterFolder) -> Non
                 product = adapters.weights[name.removesuffix("A") + "B"] @ weight
                 product = product.T if isinstance(module, Conv1D) else product
                 module.weight.copy_(module.weight.float() + product.to(module.weight.device))
-            elif not name.endswith(".lora_B"):
+            elif not name.endswith(".lora_B") and not _is_missing_output_head(model, name):
                 model.get_parameter(name).copy_(weight)
+
+
+def _is_missing_output_head(model: PreTrainedModel, weight_name: str) -> bool:
+    """True for a weight of a policy's output head in a reward model, which has none."""
+    return model.get_output_embeddings() is None and not hasattr(model, weight_name.split(".")[0])
 
 
 def _shorten_names(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """LoRA adapters of networks: adding new ones to train, and old ones as they were saved."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -27,10 +27,20 @@ class LoraSettings(Settings):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that are adapted, or the last parts of their names, such as q_proj."""
     modules_to_save: tuple[str, ...] = ()
-    """Names of modules, or the last parts of them, that train whole and are saved with the adapters."""
+    """Names of modules, or the last parts of them, that train whole and are saved with the adapters. Those that trained
+    whole in an earlier stage are not adapted: they stay as they are unless they are named again."""
     quantize_base: bool = False
     """Hold the matrices of frozen models in 4 bits while training (QLoRA, Dettmers et al. 2023); needs bitsandbytes.
     The adapters stay those of the whole model, on which they are sampled from and evaluated."""
+
+    @pydantic.field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_target_modules(cls, targets: Any) -> Any:
+        """Validator: raise ValueError unless it is `all-linear` or names."""
+        is_list = isinstance(targets, list | tuple) and targets and all(isinstance(name, str) for name in targets)
+        if targets != "all-linear" and not is_list:
+            raise ValueError("all-linear, or a list of names of layers, such as [q_proj, v_proj]")
+        return targets
 
 
 def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> None:
@@ -41,25 +51,35 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
     from peft import LoraConfig
 
     network, model = lm.network, lm.model
+    unadapted, adapted = _list_whole_modules(network), _list_adapted_layers(network)
+    modules = [name for name, _ in model.named_modules() if name and not _is_part_of_adapters(name)]
+    saved = _find_parts_with_weights(network, _find_modules("modules_to_save", lora, modules))
     head = model.get_output_embeddings()
     layers = [
         layer
-        for layer, module in iterate_matrix_modules(model)
-        if module is not head and layer.split(".")[0] != "score" and ".lora_" not in layer
+        for name, module in iterate_matrix_modules(model)
+        if module is not head and not _is_part_of_adapters(layer := name.removesuffix(".base_layer"))
+        if layer.split(".")[0] != "score" and not _is_within(layer, {*unadapted, *saved})
     ]
-    layers = list(dict.fromkeys(layer.removesuffix(".base_layer") for layer in layers))
+    layers = list(dict.fromkeys(layers))
+    if not layers:
+        raise InputError(f"lora.modules_to_save: found {saved[0]!r} and all others; expected some layers left to adapt")
     targets = layers if lora.target_modules == "all-linear" else _find_modules("target_modules", lora, layers)
-    modules = [module for module, _ in model.named_modules() if module and ".lora_" not in module]
-    saved = _find_modules("modules_to_save", lora, modules)
+    if both := [module for module in saved if module in adapted]:
+        raise InputError(
+            f"lora.modules_to_save: found {both[0]!r}, to which an earlier stage has added adapters; expected modules "
+            "that train whole from the first stage on"
+        )
     if tied := [module for module in saved if _is_tied_embedding(network, model.get_submodule(module))]:
         raise InputError(
             f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
             "expected modules with weights of their own; leave it out"
         )
-    if saved and any(isinstance(weight, DTensor) for weight in network.parameters()):
+    packed = {name for name, weight in model.named_parameters() if not weight.is_floating_point()}
+    if both := [module for module in saved if f"{module}.weight" in packed]:
         raise InputError(
-            "lora.modules_to_save: found some beside runtime.sharded, which cuts the weights that they start from; "
-            "expected one of the two; leave one out"
+            f"lora.modules_to_save: found {both[0]!r} beside lora.quantize_base, which holds it in 4 bits; expected "
+            "other modules, such as norms, or one of the two settings"
         )
     config = LoraConfig(
         r=lora.rank,
@@ -89,9 +109,16 @@ def add_frozen_adapters(network: Network, name: str, config: Any, weights: Mappi
     """Add adapters with these weights under a name to a network, in place; they do not train.
 
     `config` is the `LoraConfig` of peft with which they were saved. `weights` are named as `iterate_adapter_weights`
-    names them. Raises KeyError on weights that the network has no place for, and ValueError on missing ones and others'
-    shapes.
+    names them. Raises KeyError on weights that the network has no place for, and ValueError on missing ones, others'
+    shapes, and modules that train whole in one of the network's models and are adapted in another one.
     """
+    names = {name.rpartition(".")[0] for name in weights}
+    layers = {name.rpartition(".")[0] for name in weights if ".lora_" in name}
+    if both := sorted(layers & _list_whole_modules(network) | (names - layers) & _list_adapted_layers(network)):
+        raise ValueError(
+            f"of two stages' models on one base, {both[0]} trains whole in one (lora.modules_to_save) and is adapted "
+            "in the other"
+        )
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
         _inject_adapters(network, name, config)
     places = dict(iterate_adapter_weights(network, name))
@@ -119,6 +146,11 @@ def _inject_adapters(network: Network, name: str, config: Any) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    if config.modules_to_save and any(isinstance(weight, DTensor) for weight in network.parameters()):
+        raise InputError(
+            "lora.modules_to_save: found some beside runtime.sharded; expected one of the two; weights that are cut "
+            "over processes are not copied"
+        )
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -136,6 +168,41 @@ def _copy_saved_modules(network: Network, earlier: tuple[str, ...], name: str) -
         for weight_name, weight in iterate_adapter_weights(network, adapter):
             if weight_name in new and ".lora_" not in weight_name:
                 new[weight_name].data.copy_(weight)
+
+
+def _list_whole_modules(network: Network) -> set[str]:
+    """Names of the modules of a network's model that train whole in some adapters."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return {name for name, part in network.model.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+
+
+def _list_adapted_layers(network: Network) -> set[str]:
+    """Names of the layers of a network's model that have adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name for name, part in network.model.named_modules() if isinstance(part, LoraLayer)}
+
+
+def _is_part_of_adapters(name: str) -> bool:
+    """True for the name of a module that peft has put into another one."""
+    parts = name.split(".")
+    return any(part in ("base_layer", "original_module", "modules_to_save") or part[:5] == "lora_" for part in parts)
+
+
+def _is_within(name: str, modules: Iterable[str]) -> bool:
+    """True if a module is one of some modules or a part of one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _find_parts_with_weights(network: Network, modules: list[str]) -> list[str]:
+    """Names of the outermost parts of modules that have weights of their own, such as a block's layers."""
+    wrapped, parts = _list_whole_modules(network) | _list_adapted_layers(network), set[str]()
+    for name, part in network.model.named_modules():
+        has_weights = name in wrapped or any(True for _ in part.parameters(recurse=False))
+        if has_weights and not _is_part_of_adapters(name) and _is_within(name, modules) and not _is_within(name, parts):
+            parts.add(name)
+    return sorted(parts)
 
 
 def _find_modules(

@@ -19,9 +19,12 @@ def export_model(folder: Path, out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: found something there; expected a new or an empty folder; choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
     if holds_adapters(folder):
         save_model(ModelLoader(torch.device("cpu")).load_merged_model(folder), out)
         return
-    out.mkdir(parents=True, exist_ok=True)
     for file in list_model_files(folder):
         shutil.copy2(file, out)

@@ -105,9 +105,10 @@ class LanguageModel:
         Of experts, only those that a token is routed to. Embeddings, norms and biases are in no matrix product.
         """
         counts = {True: 0, False: 0}
-        unused = self.model.get_output_embeddings() if self.is_reward_model else None
+        head = self.model.get_output_embeddings() if self.is_reward_model else None
+        unused = set() if head is None else set(head.modules())
         for name, module in iterate_matrix_modules(self.network):
-            if self._computes_with(name) and module is not unused:
+            if self._computes_with(f"{name}.weight") and module not in unused:
                 linear = isinstance(module, nn.Linear)  # in 4 bits, two weights are one number
                 size = module.in_features * module.out_features if linear else module.weight.numel()
                 counts[module.weight.requires_grad] += size
@@ -118,13 +119,19 @@ class LanguageModel:
         return counts[True], counts[False]
 
     def _computes_with(self, name: str) -> bool:
-        """True for the name of a part of the network, unless it is of an adapter or a head of another model."""
+        """True for the name of a weight of the network, unless it is of another model, or of a module replaced here."""
         parts = name.split(".")
         if parts[0] == "heads" or parts[:2] == ["model", "score"]:
             return self.head in parts
-        for kind in ("lora_A", "lora_B", "modules_to_save"):
-            if kind in parts[:-1]:
+        for kind in ("lora_A", "lora_B"):
+            if kind in parts:
                 return parts[parts.index(kind) + 1] in self.adapters
+        for kind in ("original_module", "modules_to_save"):
+            if kind in parts:
+                place = parts.index(kind)
+                copies: Any = self.network.get_submodule(".".join(parts[:place])).modules_to_save
+                present = [adapter for adapter in self.adapters if adapter in copies]  # the newest replaces the others
+                return parts[place + 1 :][:1] == present[-1:] if kind == "modules_to_save" else not present
         return True
 
     @overload

@@ -130,7 +130,8 @@ class ModelLoader:
         self, folder: Path, precision: Precision, read_folder: Callable[[Path], ModelFolder]
     ) -> LanguageModel:
         """A new model on the one frozen network of a whole model's folder."""
-        key = compute_model_digest(folder), precision, self.quantizes
+        with explain_loading_errors(folder):
+            key = compute_model_digest(folder), precision, self.quantizes
         network = self._networks.get(key)
         if network is not None:
             return LanguageModel(network, **self._fields[key])
