@@ -678,10 +678,3 @@ def test_what_is_held_in_four_bits_does_not_train_whole(wider: TinyWorld) -> Non
     assert ModelLoader(CPU).load_trainable_policy(folder, lora=lora)
     with pytest.raises(InputError, match=r"^lora.modules_to_save: found 'model.layers.0.mlp.up_proj' beside lora.quan"):
         ModelLoader(CPU).load_trainable_policy(folder, lora=lora.model_copy(update={"modules_to_save": ("up_proj",)}))
-
-
-def test_without_bitsandbytes_four_bits_are_refused(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    base = locate_model_folder(tiny.build(tiny.policy))
-    with pytest.raises(InputError, match=r"^lora.quantize_base: found no package bitsandbytes; .*mixpo\[qlora\]"):
-        ModelLoader(CPU).load_trainable_policy(base, lora=LoraSettings(quantize_base=True))

@@ -11,6 +11,7 @@ from mixpo.experiments.recipe import Recipe
 from mixpo.models.folders import read_context_length
 from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
+from mixpo.stages.requirements import check_requirements
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_settings, sort_topologically
 from mixpo.training.job import CHECKPOINT, PORTIONS
@@ -43,6 +44,7 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     roots = _list_roots(recipe)
     needed = _list_needed_stages(roots)
     for stage in needed:
+        check_requirements(stage, recipe.runtime, recipe.runtime.processes)
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             require_context_length(stage, folder, needed)
     trees: dict[str, list[PlannedStage]] = {name: [] for name in roots}

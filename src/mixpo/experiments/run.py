@@ -24,6 +24,7 @@ from mixpo.experiments.shared_stages import SharedStages
 from mixpo.experiments.workers import StageDisplay, StageFailure, follow_stages
 from mixpo.stages.data import Data, describe_data_statistics
 from mixpo.stages.pretrained import Pretrained
+from mixpo.stages.requirements import check_requirements
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary, sort_topologically
 from mixpo.training.job import locate_model_folder
@@ -127,8 +128,10 @@ def _compute_stages(
     """Compute every stage that is not cached, after its inputs; return how many, and the failures by stage."""
     # the stages that read the user's model and data before all others
     stages = sorted(arms_by_stage, key=lambda stage: not isinstance(stage, Pretrained | Data))
+    count = recipe.runtime.processes if stage_cache.rendezvous is None else stage_cache.rendezvous.count
     for stage in stages:
-        stage_cache.is_done(stage)  # raises on a damaged folder before the first stage is computed
+        if not stage_cache.is_done(stage):  # raises on a damaged folder before the first stage is computed
+            check_requirements(stage, recipe.runtime, count)
     index = {stage: n for n, stage in enumerate(stages)}
     if any(getattr(stage, "sampler", "local") == "vllm" and not stage_cache.is_done(stage) for stage in stages):
         stage_cache.runtime.check_vllm()

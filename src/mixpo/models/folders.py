@@ -4,7 +4,6 @@ Transformers fills missing weights with random numbers and can run Python code f
 be there by name, and no code from a folder is run.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -254,12 +253,7 @@ def load_weights(
 
 
 def _make_quantization_config() -> BitsAndBytesConfig:
-    """Settings of NF4 with quantized scales, as in QLoRA. Raises `InputError` without bitsandbytes."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "lora.quantize_base: found no package bitsandbytes; expected it where the base is held in 4 bits; install "
-            "it: pip install 'mixpo[qlora]'"
-        )
+    """Settings of NF4 with quantized scales, as in QLoRA."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from mixpo.data.errors import InputError
 from mixpo.stages.identity import collect_identity_settings, make_stage_folder_name
+from mixpo.stages.requirements import check_requirements
 from mixpo.stages.stage import Stage
 from mixpo.training import memory
 from mixpo.training.job import SUMMARY, StageJob
@@ -99,6 +100,7 @@ class StageCache:
     def compute_share(self, stage: Stage) -> None:
         """Compute this process's share of a stage whose inputs are complete: all of it if the process is alone."""
         rendezvous = self.rendezvous if stage.splits_over_processes else None
+        check_requirements(stage, self.runtime, rendezvous.count if rendezvous else 1)
         with rendezvous.open_processes(self.runtime) if rendezvous else nullcontext() as processes:
             folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
             memory.reset_peak_memory()

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from mixpo.data.branches import AnyCompletions, Tokens, count_tokens_per_prompt, select_completions
-from mixpo.data.errors import InputError
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
@@ -74,21 +73,11 @@ class StageJob:
         """Make a network compute as the runtime says, before adapters are added."""
         if self.runtime.activation_checkpointing:
             network.checkpoint_activations()
-        if self.processes.is_sharded and any(not weight.is_floating_point() for weight in network.parameters()):
-            raise InputError(
-                "runtime.sharded: found true beside lora.quantize_base, whose weights in 4 bits cannot be cut over "
-                "processes; expected one of the two; leave one out"
-            )
         self.processes.shard(network)
 
     def get_sampler(self, name: SamplerName = "local") -> Sampler:
         """The engine of this name, made at the first call, by which every process samples some of the completions."""
         if name not in self.samplers:
-            if name != "local" and self.processes.count > 1:
-                raise InputError(
-                    f"runtime.processes: found {self.processes.count} beside sampler: {name}; expected one, or "
-                    "sampler: local; a server samples for one process"
-                )
             own_sampler = self.runtime.make_sampler(name, self.out / SAMPLING)
             self.samplers[name] = SharedSampler(own_sampler, self.processes)
         return self.samplers[name]

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixpo.data.errors import InputError
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in its state."""
 
@@ -52,13 +50,8 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 def make_8bit_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits (Dettmers et al. 2022). Raises `InputError` where bitsandbytes is not installed."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError(
-            "optimizer: found adamw-8bit, but the package bitsandbytes is not installed; expected it beside mixpo; "
-            "run pip install bitsandbytes or set optimizer: adamw"
-        ) from error
+    """AdamW with moments in 8 bits (Dettmers et al. 2022), by bitsandbytes."""
+    from bitsandbytes.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
     return optimizer

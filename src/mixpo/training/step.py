@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mixpo.data.branches import (
     AnyCompletions,
@@ -19,7 +18,6 @@ from mixpo.data.branches import (
     select_completions,
     split_into_microbatches,
 )
-from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Precision
 from mixpo.settings import Settings
@@ -90,8 +88,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make AdamW over the trainable parameters; biases, norms and other vectors have no weight decay.
 
-    With `offload` its moments stay in CPU memory. Raises `InputError` for an optimizer in 8 bits that is not installed,
-    or offloaded, and for either where weights are cut over processes.
+    With `offload` AdamW's moments stay in CPU memory; weights must then be whole, as for moments in 8 bits.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
@@ -99,19 +96,8 @@ def make_optimizer(
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if any(isinstance(p, DTensor) for p in trainable) and (offload or settings.optimizer != "adamw"):
-        other = "offload_optimizer" if offload else f"optimizer: {settings.optimizer}"
-        raise InputError(
-            f"runtime.sharded: found true beside {other}, which needs whole weights; expected one of the two; leave "
-            "one out"
-        )
     rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.adam_betas}
     if settings.optimizer == "adamw-8bit":
-        if offload:
-            raise InputError(
-                "runtime.offload_optimizer: found true with optimizer: adamw-8bit; expected one of the two; leave one "
-                "out"
-            )
         return make_8bit_adamw(groups, **rates)
     return (OffloadedAdamW if offload else torch.optim.AdamW)(groups, **rates, fused=True)
 

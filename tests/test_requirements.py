@@ -1,0 +1,73 @@
+"""Settings that exclude each other are refused in one line, before anything is computed."""
+
+from typing import Any
+
+import pytest
+
+from mixpo.data.errors import InputError
+from mixpo.experiments.plan import list_plan
+from mixpo.experiments.recipe import read_recipe
+from mixpo.stages.requirements import check_requirements
+from mixpo.training.runtime import Runtime
+from worlds import TinyWorld
+
+SHARDED = {"sharded": True}
+OFFLOADED = {"offload_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "runtime", "count", "message"),
+    [
+        ({"lora": {"quantize_base": True}}, SHARDED, 2, "runtime.sharded: found beside lora.quantize_base in SFT"),
+        ({"lora": {"modules_to_save": ("norm",)}}, SHARDED, 2, "runtime.sharded: found beside lora.modules_to_save"),
+        ({"optimizer": "adamw-8bit"}, SHARDED, 2, "runtime.sharded: found beside optimizer: adamw-8bit"),
+        ({}, {**SHARDED, **OFFLOADED}, 2, "runtime.sharded: found beside runtime.offload_optimizer"),
+        ({"optimizer": "adamw-8bit"}, OFFLOADED, 1, "runtime.offload_optimizer: found beside optimizer: adamw-8bit"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(
+    tiny: TinyWorld, settings: dict[str, Any], runtime: dict[str, Any], count: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{message}.*; expected one of the two, since .*; leave one out$"):
+        check_requirements(tiny.sft(**settings), Runtime(**runtime), count)
+    check_requirements(tiny.sft(**settings), Runtime(), count)
+    check_requirements(tiny.sft(), Runtime(), count)
+    if runtime == SHARDED:
+        check_requirements(tiny.sft(**settings), Runtime(**runtime), 1)  # one process cuts nothing
+
+
+def test_a_server_samples_for_one_process_and_takes_adapters_alone(tiny: TinyWorld) -> None:
+    served = tiny.ppo(sampler="vllm")
+    check_requirements(served, Runtime(), 1)
+    with pytest.raises(InputError, match=r"^runtime.processes: found beside sampler: vllm in PPO; expected one of"):
+        check_requirements(served, Runtime(), 2)
+    with pytest.raises(InputError, match=r"^lora.modules_to_save: found beside sampler: vllm in PPO; expected one of"):
+        check_requirements(tiny.ppo(sampler="vllm", lora={"modules_to_save": ("norm",)}), Runtime(), 1)
+
+
+def test_an_evaluation_has_no_optimizer_to_offload(tiny: TinyWorld) -> None:
+    check_requirements(tiny.evaluation(), Runtime(**SHARDED, **OFFLOADED), 2)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw-8bit"}, {"lora": {"quantize_base": True}}])
+def test_a_missing_package_is_named_with_its_command(
+    tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    check_requirements(tiny.sft(**settings), Runtime(), 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(
+        InputError, match=r": found without the package bitsandbytes.*; run pip install 'mixpo\[qlora\]'"
+    ):
+        check_requirements(tiny.sft(**settings), Runtime(), 1)
+
+
+def test_the_plan_refuses_before_anything_is_computed(tmp_path: Any) -> None:
+    overrides = ["runtime.processes=2", "runtime.sharded=true", "lora.quantize_base=true", f"cache={tmp_path}"]
+    with pytest.raises(InputError, match=r"^runtime.sharded: found beside lora.quantize_base"):
+        list_plan(read_recipe("world", overrides))
+
+
+def test_a_stage_is_refused_where_it_is_computed_too(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.stage_cache, "runtime", Runtime(offload_optimizer=True))
+    with pytest.raises(InputError, match=r"^runtime.offload_optimizer: found beside optimizer: adamw-8bit in SFT"):
+        tiny.build(tiny.sft(optimizer="adamw-8bit"))
