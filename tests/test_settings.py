@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixpo import Pretrained
 from mixpo.data.errors import InputError
-from mixpo.experiments.cluster import InfraSettings
+from mixpo.experiments.cluster import InfraSettings, JobSettings
 from mixpo.experiments.recipe import _get_section_types
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.samplers import LocalSampler
@@ -193,6 +193,10 @@ TABLE: dict[str, dict[str, OtherValue | CoveringTest]] = {
         for name in InfraSettings.model_fields
     }
     | {"jobs": CoveringTest("test_cluster.py", "test_as_many_jobs_as_are_allowed")},
+    "stages": {
+        name: CoveringTest("test_cluster.py", "test_what_a_job_asks_for_depends_on_its_stage")
+        for name in JobSettings.model_fields
+    },
 }
 ACTING = [
     (section, name) for section, lines in TABLE.items() for name, line in lines.items() if isinstance(line, OtherValue)
