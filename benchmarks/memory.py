@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.inputs import RANDOM
 from benchmarks.worker import run_worker
 from mixpo import DPO, PPO, SFT, Data, Pretrained, RewardModel, Runtime, Samples, StageCache
 from mixpo.data.world import generate_world_rows
@@ -22,19 +23,10 @@ from mixpo.models.adapters import LoraSettings
 from mixpo.models.sources import initialize_world_model
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
-from mixpo.training.footprint import Placement
+from mixpo.training.footprint import PlannedRuntime
 from mixpo.training.rates import CARDS
 
-MODELS = {
-    "20m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4},
-    "135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-}
+MODELS = {name: RANDOM[name] for name in ("20m", "135m")}
 """Sizes of the Llamas beside `world`; the second is SmolLM2-135M's."""
 VOCABULARY = 49_152
 ROWS, TEST_ROWS = 72, 8
@@ -48,7 +40,7 @@ MICROBATCH_TOKENS = {"world": 2048, "20m": 2048, "135m": 1024}
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """One stage of one model, whole or with LoRA, in one precision."""
 
     model: str
@@ -62,10 +54,10 @@ class Case:
         return MICROBATCH_TOKENS[self.model]
 
 
-def list_cases(models: Sequence[str], ways: Sequence[str], precisions: Sequence[str]) -> Iterator[Case]:
+def list_cases(models: Sequence[str], ways: Sequence[str], precisions: Sequence[str]) -> Iterator[MemoryCase]:
     """List the cases of some models, `whole` or with `lora`, each after those that compute its inputs."""
     for model, way, precision, kind in product(models, ways, precisions, KINDS):
-        yield Case(model, kind, way == "lora", precision)
+        yield MemoryCase(model, kind, way == "lora", precision)
 
 
 def format_table(results: Sequence[dict[str, Any]]) -> str:
@@ -82,7 +74,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def build_stages(case: Case, work: Path) -> dict[str, Stage]:
+def build_stages(case: MemoryCase, work: Path) -> dict[str, Stage]:
     """Build the stages of a case, by kind."""
     base = Pretrained(path="world" if case.model == "world" else str(work / case.model))
     rows = work / f"{case.model}-rows.jsonl"
@@ -98,7 +90,7 @@ def build_stages(case: Case, work: Path) -> dict[str, Stage]:
     return {"base": base, "data": data, "sft": sft, "reward": reward, "samples": samples, "dpo": dpo, "ppo": ppo}
 
 
-def prepare_case(case: Case, work: Path) -> None:
+def prepare_case(case: MemoryCase, work: Path) -> None:
     """Write a case's model and rows, unless they are there."""
     rows = work / f"{case.model}-rows.jsonl"
     if rows.exists():
@@ -130,7 +122,7 @@ def prepare_case(case: Case, work: Path) -> None:
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Compute a case's stage, whose inputs are computed before if they are not, and plan it."""
-    case, work = Case(**spec["case"]), Path(spec["work"])
+    case, work = MemoryCase(**spec["case"]), Path(spec["work"])
     prepare_case(case, work)
     stages = build_stages(case, work)
     stage_cache = StageCache(work / "cache", Runtime(microbatch_tokens=case.microbatch_tokens, threads=1))
@@ -139,7 +131,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         stage_cache.compute_with_inputs(needed)
     shutil.rmtree(stage_cache.locate_folder(stage), ignore_errors=True)
     stage_cache.compute_stage(stage)
-    placement = Placement(microbatch_tokens=case.microbatch_tokens, sampling_bytes=stage_cache.runtime.sampling_bytes)
+    placement = PlannedRuntime(
+        microbatch_tokens=case.microbatch_tokens, sampling_bytes=stage_cache.runtime.sampling_bytes
+    )
     cost = CostPlanner(stage_cache, placement, lambda _: CARDS["h100"]).plan_stage(stage)
     if cost is None:
         return {}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from mixpo.stages.stage import Stage
 from mixpo.training import rendezvous
 from mixpo.training.job import StageJob
-from mixpo.training.rendezvous import LocalStore, Rendezvous
+from mixpo.training.rendezvous import LocalRendezvousStore, Rendezvous
 from mixpo.training.runtime import Runtime
 
 RUNTIME = Runtime(device="cpu", threads=1)
@@ -33,7 +33,7 @@ class ProcessPair:
 
 @contextmanager
 def start_process_pair() -> Iterator[ProcessPair]:
-    context, store, processes, pipes = get_context("spawn"), LocalStore(), [], []
+    context, store, processes, pipes = get_context("spawn"), LocalRendezvousStore(), [], []
     for rank in range(2):
         pipe, far = context.Pipe()
         pipes.append(pipe)
@@ -65,7 +65,7 @@ def _serve(port: int, rank: int, pipe: Connection) -> None:
                 os._exit(1)  # so that the other one fails too
 
 
-class FailingInOne(Stage):
+class StageFailingInOneProcess(Stage):
     """A stage that fails in its second process while the first waits for it."""
 
     how: str

@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks import growth, ours
 from benchmarks.__main__ import _merge_results
-from benchmarks.gpu.__main__ import PartResults, _compare_with_goals
+from benchmarks.gpu.__main__ import BenchmarkPartResults, _compare_with_goals
 from benchmarks.gpu.right import _compare
 from benchmarks.inputs import count_work
 from benchmarks.mathematics import decoding_bytes, forward_flops
@@ -92,7 +92,7 @@ def test_a_gpu_is_held_against_what_it_was_measured_to_do(tmp_path: Path) -> Non
 
 def test_figures_of_a_part_are_saved_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    results = PartResults("right")
+    results = BenchmarkPartResults("right")
     for name, wrong in (("one", 0.5), ("two", 2.0)):
         results.save(name, _compare([1.0, 1.0 + wrong], [1.0, 1.0], 1.0))
         saved = json.loads((tmp_path / "out" / "gpu-right.json").read_text())

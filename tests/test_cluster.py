@@ -17,12 +17,12 @@ from mixpo.experiments.run import run_recipe
 from mixpo.experiments.workers import StageFailure
 from mixpo.stages.stage import Stage
 from mixpo.training.rendezvous import Rendezvous
-from process_pairs import FailingInOne
+from process_pairs import StageFailingInOneProcess
 from recording_display import RecordingDisplay
 from worlds import TinyWorld
 
 
-class Job:
+class FakeJob:
     """A job that does what a test says each time that it is asked whether it is done."""
 
     job_id, state = "77", "OUT_OF_MEMORY"
@@ -39,31 +39,31 @@ class Job:
         self.canceled = True
 
 
-class Cluster:
+class FakeCluster:
     """A cluster in submitit's place, which keeps what it is asked for."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *steps: Callable[[SubmittedStage], bool]) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.jobs: list[Job] = []
+        self.jobs: list[FakeJob] = []
         self.steps = steps
         patch.setattr(cluster.submitit, "AutoExecutor", self.open)
         patch.setattr(cluster, "POLL_SECONDS", 0.0)
         patch.setattr(cluster, "LAST_LINE_SECONDS", 0.0)
 
-    def open(self, folder: Path, name: str, **options: Any) -> "Cluster":
+    def open(self, folder: Path, name: str, **options: Any) -> "FakeCluster":
         self.asked.append({"cluster": name, **options})
         return self
 
     def update_parameters(self, **parameters: Any) -> None:
         self.asked[-1] |= parameters
 
-    def submit(self, submitted: SubmittedStage) -> Job:
-        self.jobs.append(Job(submitted, list(self.steps)))
+    def submit(self, submitted: SubmittedStage) -> FakeJob:
+        self.jobs.append(FakeJob(submitted, list(self.steps)))
         return self.jobs[-1]
 
 
-def stage_of(tmp_path: Path) -> tuple[FailingInOne, StageCache]:
-    return FailingInOne(how="waits"), StageCache(tmp_path / "cache", Runtime(threads=1))
+def stage_of(tmp_path: Path) -> tuple[StageFailingInOneProcess, StageCache]:
+    return StageFailingInOneProcess(how="waits"), StageCache(tmp_path / "cache", Runtime(threads=1))
 
 
 def log_of(submitted: SubmittedStage) -> ProgressFile:
@@ -109,7 +109,7 @@ def test_progress_and_outcome_of_a_job_reach_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Any, expected: Any
 ) -> None:
     stage, stage_cache = stage_of(tmp_path)
-    Cluster(monkeypatch, *steps)
+    FakeCluster(monkeypatch, *steps)
     executor, display = ClusterExecutor(stage_cache, InfraSettings(cluster="slurm"), tmp_path), RecordingDisplay()
     executor.submit_stage(stage, display)
     submitted, shown, outcome = executor.wait_for_outcome()
@@ -130,7 +130,7 @@ def test_progress_and_outcome_of_a_job_reach_the_terminal(
 def test_what_a_job_asks_for_depends_on_its_stage(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Cluster(monkeypatch)
+    asked = FakeCluster(monkeypatch)
     infra = read_recipe(
         "world",
         [
@@ -152,10 +152,10 @@ def test_what_a_job_asks_for_depends_on_its_stage(
 
 
 def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Cluster(monkeypatch)
+    FakeCluster(monkeypatch)
     executor = ClusterExecutor(StageCache(tmp_path, Runtime()), InfraSettings(cluster="slurm", jobs=1), tmp_path)
     assert executor.can_submit_stage
-    executor.submit_stage(FailingInOne(how="waits"), RecordingDisplay())
+    executor.submit_stage(StageFailingInOneProcess(how="waits"), RecordingDisplay())
     assert not executor.can_submit_stage
 
 
@@ -193,8 +193,8 @@ def test_one_way_to_have_processes_at_a_time(tmp_path: Path) -> None:
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     executor = ClusterExecutor(StageCache(tmp_path, Runtime()), InfraSettings(cluster="slurm"), tmp_path / "jobs")
-    with pytest.raises(InputError, match="infra: found a cluster that does not take the job of FailingInOne"):
-        executor.submit_stage(FailingInOne(how="waits"), RecordingDisplay())
+    with pytest.raises(InputError, match="infra: found a cluster that does not take the job of StageFailing"):
+        executor.submit_stage(StageFailingInOneProcess(how="waits"), RecordingDisplay())
 
 
 @pytest.mark.heavy
@@ -215,7 +215,7 @@ def test_jobs_on_this_machine_compute_a_run_in_two_processes_each(tmp_path: Path
     stage_cache = StageCache(tmp_path / "cache", Runtime(threads=1))
     executor = ClusterExecutor(stage_cache, InfraSettings(cluster="local", tasks_per_node=2), tmp_path / "jobs")
     for how, expected in (("raises", "ValueError: it raises (details in "), ("dies", "gloo/transport")):
-        stage: Stage = FailingInOne(how=how)
+        stage: Stage = StageFailingInOneProcess(how=how)
         executor.submit_stage(stage, display)
         _, _, outcome = executor.wait_for_outcome()
         assert isinstance(outcome, StageFailure)

@@ -13,14 +13,14 @@ from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Network
 from mixpo.models.sampling import sample_completions
-from mixpo.models.shapes import Matrix, count_model_sizes, read_model_shape
+from mixpo.models.shapes import MatrixShape, count_model_sizes, read_model_shape
 from mixpo.models.weight_types import freeze_network
 from mixpo.training import footprint
 from mixpo.training.footprint import (
-    Adapters,
-    Footprint,
-    HeldModel,
-    Placement,
+    AdapterSizes,
+    MemoryFootprint,
+    ModelInMemory,
+    PlannedRuntime,
     count_kept_bytes,
     measure_frozen_network,
     measure_models,
@@ -85,7 +85,7 @@ def test_shape_of_llama_2_is_read_from_its_config_alone() -> None:
     assert shape.weights == 6_738_415_616
     assert shape.as_reward_model().weights == 6_738_415_616 - 32_000 * 4096 + 4096
     assert shape.key_value_width == 2 * 32 * 4096
-    assert shape.matrices[0] == Matrix("model.layers.0.self_attn.q_proj", 4096, 4096)
+    assert shape.matrices[0] == MatrixShape("model.layers.0.self_attn.q_proj", 4096, 4096)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -97,7 +97,9 @@ def test_a_trained_model_takes_weights_gradients_and_two_moments(tied: bool) -> 
     optimizer.step()
     weights = list(lm.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    planned = measure_models([HeldModel(count_model_sizes(lm.model), None, trains_whole=True)], "float32", Placement())
+    planned = measure_models(
+        [ModelInMemory(count_model_sizes(lm.model), None, trains_whole=True)], "float32", PlannedRuntime()
+    )
     assert planned.weights == count_storages(weights)
     assert planned.gradients == count_storages([weight.grad for weight in weights if weight.grad is not None])
     assert planned.optimizer == count_storages(moments)
@@ -109,14 +111,14 @@ def test_a_trained_model_takes_weights_gradients_and_two_moments(tied: bool) -> 
 def test_a_frozen_network_is_held_in_the_precision_that_it_computes_in(precision: Any, tied: bool) -> None:
     lm = make_small(precision, tie_word_embeddings=tied)
     freeze_network(lm.network)
-    planned = measure_frozen_network(read_model_shape(lm.model.config, "small"), precision, Placement())
-    assert planned == Footprint(weights=count_storages(list(lm.network.parameters())))
+    planned = measure_frozen_network(read_model_shape(lm.model.config, "small"), precision, PlannedRuntime())
+    assert planned == MemoryFootprint(weights=count_storages(list(lm.network.parameters())))
 
 
 def test_an_embedding_that_is_stored_in_bfloat16_stays_so() -> None:
     shape = count_model_sizes(make_small().model)
-    wide = measure_frozen_network(shape, "bfloat16", Placement())
-    narrow = measure_frozen_network(replace(shape, stored_dtype="bfloat16"), "bfloat16", Placement())
+    wide = measure_frozen_network(shape, "bfloat16", PlannedRuntime())
+    narrow = measure_frozen_network(replace(shape, stored_dtype="bfloat16"), "bfloat16", PlannedRuntime())
     assert wide.weights - narrow.weights == 90 * 32 * (4 + 2 - 2)
 
 
@@ -129,7 +131,7 @@ def test_what_autograd_keeps_of_a_llama(lora: bool, rows: list[tuple[int, ...]],
     if lora:
         freeze_network(lm.network)
         add_lora(lm, LoraSettings(rank=3))
-        adapters = Adapters(0, 3 * len(shape.matrices), sum(one.inputs for one in shape.matrices))
+        adapters = AdapterSizes(0, 3 * len(shape.matrices), sum(one.inputs for one in shape.matrices))
     counted = count_bytes_kept_by_autograd(lm, rows)
     planned = count_kept_bytes(shape, rows, precision, "cpu", adapters)
     assert planned == pytest.approx(counted, rel=0.03)
@@ -149,7 +151,7 @@ def test_a_microbatch_of_dropped_inputs_is_kept_once_an_adapter() -> None:
     shape = count_model_sizes(lm.model)
     freeze_network(lm.network)
     add_lora(lm, LoraSettings(rank=3, dropout=0.5))
-    adapters = Adapters(0, 3 * len(shape.matrices), sum(one.inputs for one in shape.matrices), has_dropout=True)
+    adapters = AdapterSizes(0, 3 * len(shape.matrices), sum(one.inputs for one in shape.matrices), has_dropout=True)
     counted = count_bytes_kept_by_autograd(lm, ROWS)
     assert count_kept_bytes(shape, ROWS, "float32", "cpu", adapters) == pytest.approx(counted, rel=0.15)
 
@@ -182,14 +184,14 @@ def test_the_cache_of_sampling_is_what_is_allocated(monkeypatch: pytest.MonkeyPa
     prompts = [7, 9, 8]
     sample_completions(lm, [[1] * length for length in prompts], k=2, max_tokens=6, seed=0)
     shape = count_model_sizes(lm.model)
-    planned = measure_sampling(shape, prompts, "float32", Placement(), k=2, max_tokens=6)
+    planned = measure_sampling(shape, prompts, "float32", PlannedRuntime(), k=2, max_tokens=6)
     assert planned.cache == count_storages(allocated) * (1 + 1 / shape.layers)  # one layer's copy as rows finish
 
 
 def test_a_small_budget_bounds_the_cache() -> None:
     shape = read_model_shape(LlamaConfig(), "Llama")
     options: dict[str, Any] = {"k": 1, "max_tokens": 512}
-    placement = Placement("cuda", sampling_bytes=16 << 30)
+    placement = PlannedRuntime("cuda", sampling_bytes=16 << 30)
     planned = measure_sampling(shape, [512] * 1000, "bfloat16", placement, **options)
     assert 0.9 * 2**34 < planned.cache < 1.1 * 2**34
     half = measure_sampling(shape, [512] * 1000, "bfloat16", replace(placement, sampling_bytes=8 << 30), **options)
@@ -198,32 +200,35 @@ def test_a_small_budget_bounds_the_cache() -> None:
 
 def test_adapters_on_one_network_share_its_weights() -> None:
     shape = read_model_shape(LlamaConfig(), "Llama")
-    adapters = Adapters(20_000_000, 1000, 1000)
-    trained = HeldModel(shape, "base", trained_adapters=adapters)
-    frozen = [HeldModel(shape, "base", name, 10_000_000) for name in ("SFT", "reward", "SFT")]
-    planned = measure_models([trained, *frozen], "bfloat16", Placement())
-    base = measure_frozen_network(shape, "bfloat16", Placement())
-    assert planned == base + Footprint(weights=4 * 20_000_000) + measure_trained_weights(20_000_000, Placement())
+    adapters = AdapterSizes(20_000_000, 1000, 1000)
+    trained = ModelInMemory(shape, "base", trained_adapters=adapters)
+    frozen = [ModelInMemory(shape, "base", name, 10_000_000) for name in ("SFT", "reward", "SFT")]
+    planned = measure_models([trained, *frozen], "bfloat16", PlannedRuntime())
+    base = measure_frozen_network(shape, "bfloat16", PlannedRuntime())
+    assert planned == base + MemoryFootprint(weights=4 * 20_000_000) + measure_trained_weights(
+        20_000_000, PlannedRuntime()
+    )
     assert planned.weights == pytest.approx(13.9e9, rel=0.02)
-    apart = measure_models([HeldModel(shape, "one"), HeldModel(shape, "other")], "bfloat16", Placement())
+    apart = measure_models([ModelInMemory(shape, "one"), ModelInMemory(shape, "other")], "bfloat16", PlannedRuntime())
     assert apart == base + base
 
 
 def test_a_base_in_four_bits_takes_about_half_a_byte_a_weight() -> None:
     shape = read_model_shape(LlamaConfig(), "Llama")
-    planned = measure_frozen_network(shape, "bfloat16", Placement("cuda", quantizes_frozen=True))
+    planned = measure_frozen_network(shape, "bfloat16", PlannedRuntime("cuda", quantizes_frozen=True))
     assert planned.weights == pytest.approx(0.5625 * 32 * 202_375_168 + 131_072_000 * (4 + 2), rel=0.01)
 
 
 def test_devices_share_what_is_held() -> None:
-    model = HeldModel(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
+    model = ModelInMemory(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
     one, eight = (
-        measure_models([model], "bfloat16", Placement("cuda", processes=count, is_sharded=True)) for count in (1, 8)
+        measure_models([model], "bfloat16", PlannedRuntime("cuda", processes=count, is_sharded=True))
+        for count in (1, 8)
     )
     assert eight.total == one.total / 8
-    layers = footprint.measure_working_weights(model, "bfloat16", Placement("cuda", processes=8, is_sharded=True))
+    layers = footprint.measure_working_weights(model, "bfloat16", PlannedRuntime("cuda", processes=8, is_sharded=True))
     policy = footprint.measure_working_weights(
-        model, "bfloat16", Placement("cuda", processes=8, is_sharded=True), whole=True
+        model, "bfloat16", PlannedRuntime("cuda", processes=8, is_sharded=True), whole=True
     )
     assert policy.weights == 2 * 6_738_415_616
     assert layers.weights < policy.weights / 8
@@ -239,16 +244,18 @@ def test_devices_share_what_is_held() -> None:
     ],
 )
 def test_settings_of_the_optimizer(change: dict[str, Any], part: str, factor: float) -> None:
-    before, after = (measure_trained_weights(1000, Placement("cuda", **one)) for one in ({}, change))
+    before, after = (measure_trained_weights(1000, PlannedRuntime("cuda", **one)) for one in ({}, change))
     assert getattr(after, part) == pytest.approx(factor * getattr(before, part), rel=0.01)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers() -> None:
-    model = HeldModel(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
+    model = ModelInMemory(read_model_shape(LlamaConfig(), "Llama"), None, trains_whole=True)
     rows = [(512, 512)] * 4
 
     def count_activations(**settings: Any) -> float:
-        return measure_training_pass(model, rows, "bfloat16", Placement("cuda", **settings), predicts=False).activations
+        return measure_training_pass(
+            model, rows, "bfloat16", PlannedRuntime("cuda", **settings), predicts=False
+        ).activations
 
     kept, inputs = count_activations(), count_activations(activation_checkpointing=True)
     assert 32 * 4096 * 4 * 4096 < inputs < kept / 8

@@ -12,14 +12,14 @@ from command_line import run_mixpo
 from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Samples, Selection, StageCache
 from mixpo.data.errors import InputError
 from mixpo.experiments import run_costs
-from mixpo.experiments.row_lengths import RowLengths
-from mixpo.experiments.run_costs import _Change, choose_hardware, find_fitting_changes
+from mixpo.experiments.row_lengths import RowLengthEstimator
+from mixpo.experiments.run_costs import _SettingChange, choose_hardware, find_fitting_changes
 from mixpo.experiments.stage_costs import CostPlanner, StageCost
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.shapes import read_model_shape
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
-from mixpo.training.footprint import Placement
+from mixpo.training.footprint import PlannedRuntime
 from mixpo.training.rates import CARDS
 from mixpo.training.runtime import Runtime
 
@@ -57,14 +57,14 @@ def build_stages(precision: Any = "bfloat16", lora: LoraSettings | None = None) 
 def plan(stage: Stage, config: Path, **placement: Any) -> StageCost:
     options: dict[str, Any] = {"device": "cuda", "microbatch_tokens": 2048, "sampling_bytes": 4 << 30, **placement}
     stage_cache = StageCache(config / "cache", Runtime())
-    planner = CostPlanner(stage_cache, Placement(**options), lambda precision: CARDS["h100"], config_path=config)
+    planner = CostPlanner(stage_cache, PlannedRuntime(**options), lambda precision: CARDS["h100"], config_path=config)
     cost = planner.plan_stage(stage)
     assert cost is not None
     return cost
 
 
 def test_tokens_and_flops_are_those_that_the_stages_counted(tiny: "TinyWorld") -> None:
-    planner = CostPlanner(tiny.stage_cache, Placement(), lambda precision: CARDS["h100"])
+    planner = CostPlanner(tiny.stage_cache, PlannedRuntime(), lambda precision: CARDS["h100"])
     for stage, tolerance in ((tiny.policy, 0.0), (tiny.scored_by, 0.02)):
         summary = read_stage_summary(tiny.build(stage))["cost"]
         cost = planner.plan_stage(stage)
@@ -76,7 +76,7 @@ def test_tokens_and_flops_are_those_that_the_stages_counted(tiny: "TinyWorld") -
 
 def test_lengths_are_those_of_cached_rows_else_the_longest(tiny: "TinyWorld") -> None:
     tiny.build(tiny.pairs)
-    rows = RowLengths(tiny.stage_cache)
+    rows = RowLengthEstimator(tiny.stage_cache)
     read = rows.list_rows(tiny.pairs, "train", 5)
     assert len(read) == 64
     assert max(max(row[1:]) for row in read) <= 5
@@ -89,7 +89,7 @@ def test_lengths_are_those_of_cached_rows_else_the_longest(tiny: "TinyWorld") ->
 
 
 def test_rows_that_nothing_bounds_are_assumed_and_said() -> None:
-    rows = RowLengths(StageCache(Path("no-cache"), Runtime()))
+    rows = RowLengthEstimator(StageCache(Path("no-cache"), Runtime()))
     data = Data(base=Pretrained(path="gpt2"), format="preference", train=("hub:OWNER/NAME",))
     assert len(rows.list_rows(data, "train", 5)) == 100_000
     assert "data.train_rows is not set: planned for 100,000 rows" in rows.assumptions
@@ -98,7 +98,7 @@ def test_rows_that_nothing_bounds_are_assumed_and_said() -> None:
 
 def test_a_selection_takes_its_share(llama_7b: Path) -> None:
     stages = build_stages()
-    rows = RowLengths(StageCache(llama_7b / "cache", Runtime()))
+    rows = RowLengthEstimator(StageCache(llama_7b / "cache", Runtime()))
     easy, hard = (rows.list_rows(stages["selection"], part, LIMIT) for part in ("easy", "hard"))
     assert (len(easy), len(hard)) == (160, 480)
     assert easy[0] == (512, LIMIT, LIMIT)
@@ -156,7 +156,11 @@ def test_a_smaller_microbatch_takes_less_memory_and_the_same_work(llama_7b: Path
     assert (small.tokens, small.flops) == (large.tokens, large.flops)
 
 
-CHANGES = [_Change("small", {"a": 1}), _Change("smaller", {"a": 2}), _Change("other", stage={"b": 1})]
+CHANGES = [
+    _SettingChange("small", {"a": 1}),
+    _SettingChange("smaller", {"a": 2}),
+    _SettingChange("other", stage={"b": 1}),
+]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ CHANGES = [_Change("small", {"a": 1}), _Change("smaller", {"a": 2}), _Change("ot
 def test_the_first_changes_that_fit_and_no_others(limit: float, expected: list[str] | None) -> None:
     saved = {"small": 15, "smaller": 30, "other": 40}
 
-    def measure(changes: Sequence[_Change]) -> float:
+    def measure(changes: Sequence[_SettingChange]) -> float:
         return 100 - sum(saved[change.text] for change in changes)
 
     found = find_fitting_changes(CHANGES, measure, limit)

@@ -35,14 +35,14 @@ from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary
 from mixpo.training import parallel
 from mixpo.training.job import locate_model_folder
-from mixpo.training.parallel import SharedSampler, StageProcesses
+from mixpo.training.parallel import MultiProcessSampler, StageProcesses
 from mixpo.training.record import MetricsLog, read_metrics
-from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
+from mixpo.training.rendezvous import LocalRendezvousStore, Rendezvous, join_rendezvous
 from mixpo.training.runtime import Runtime, list_gpu_names
 from mixpo.training.sharding import gather_for_passes, gather_for_saving, get_local, get_whole
 from mixpo.training.step import Diverged, Microbatch, OptimizerSettings, make_optimizer, take_optimizer_step
 from models import tiny as tiny_model
-from process_pairs import FailingInOne, ProcessPair, start_process_pair
+from process_pairs import ProcessPair, StageFailingInOneProcess, start_process_pair
 from recording_display import RecordingDisplay
 from worlds import TINY_RUNTIME, TinyWorld
 
@@ -135,7 +135,7 @@ def test_an_error_in_one_process_is_the_error_of_both(pair: ProcessPair) -> None
 
 
 def sample_in_shares(processes: StageProcesses) -> Any:
-    sampler = SharedSampler(LocalSampler(cache_bytes=1 << 20), processes)
+    sampler = MultiProcessSampler(LocalSampler(cache_bytes=1 << 20), processes)
     sampler.load_policy(tiny_model("llama"))
     sampled = sampler.draw(PROMPTS, k=2, max_tokens=8, seed=3)
     return sampled.to_lists(), sampled.logprobs, sampled.ended
@@ -318,14 +318,14 @@ def test_a_stage_goes_on_with_another_number_of_processes(
     stage = getattr(tiny, kind)(**settings)
     whole, folder = tiny.run(stage), two.pool.stage_cache.locate_folder(stage)
 
-    class KillingDisplay(RecordingDisplay):
+    class WorkerKillingDisplay(RecordingDisplay):
         def on_step(self, done: int, total: int, metrics: object) -> None:
             if done == 3:
                 (group,) = two.pool.groups.values()
                 group.processes[1].kill()
 
     with pytest.raises(InputError, match=r"runtime\.processes: found 2, and one of the processes was killed"):
-        two.compute(stage, KillingDisplay())
+        two.compute(stage, WorkerKillingDisplay())
     two.pool.busy.clear()
     assert not two.pool.groups, "the other one is gone too"
     first = count_steps(folder)
@@ -350,20 +350,20 @@ def test_a_stage_goes_on_with_another_number_of_processes(
 
 
 def test_a_process_that_raises_or_dies_ends_the_stage_with_its_own_error(two: StagesInTwoProcesses) -> None:
-    failure = two.compute(FailingInOne(how="raises"))
+    failure = two.compute(StageFailingInOneProcess(how="raises"))
     assert isinstance(failure, StageFailure)
     assert "ValueError: it raises (details in " in failure.reason
-    trace = (two.pool.stage_cache.locate_folder(FailingInOne(how="raises")) / "failure.txt").read_text()
+    trace = (two.pool.stage_cache.locate_folder(StageFailingInOneProcess(how="raises")) / "failure.txt").read_text()
     assert "In process 2 of 2" in trace
     assert "in compute" in trace
     (group,) = two.pool.groups.values()
     assert group.is_alive
-    failure = two.compute(FailingInOne(how="raises alone"))
+    failure = two.compute(StageFailingInOneProcess(how="raises alone"))
     assert isinstance(failure, StageFailure)
     assert "ValueError: it raises alone (details in " in failure.reason
     assert not group.is_alive
     with pytest.raises(InputError, match=r"runtime\.processes: found 2, and one of the processes was killed"):
-        two.compute(FailingInOne(how="dies"))
+        two.compute(StageFailingInOneProcess(how="dies"))
     two.pool.busy.clear()
 
 
@@ -424,7 +424,7 @@ def meet(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[Re
 def test_a_launchers_variables_say_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun's own, and those of a Slurm step, whose first node is the place."""
     assert meet(monkeypatch, {})[0] is None
-    torchrun = LocalStore().make_environment(1, 3)
+    torchrun = LocalRendezvousStore().make_environment(1, 3)
     meeting, _ = meet(monkeypatch, torchrun)
     assert meeting is not None
     assert (meeting.rank, meeting.count, meeting.local_rank) == (1, 3, 1)
@@ -469,7 +469,7 @@ def test_every_worker_sees_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_p
     """With four GPUs that are not there: what processes would see stands in the environment that they start with."""
     seen: list[tuple[str | None, str | None]] = []
 
-    class Process:
+    class FakeProcess:
         sentinel = 0
 
         def __init__(self, **_: Any) -> None: ...
@@ -479,7 +479,7 @@ def test_every_worker_sees_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Process)
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", FakeProcess)
     for processes, expected in ((1, [("0", None), ("1", None)]), (2, [("0,1", "0"), ("0,1", "1"), ("2,3", "0")])):
         pool = ProcessPool(StageCache(tmp_path, Runtime(workers="gpus", processes=processes)))
         seen.clear()

@@ -338,13 +338,13 @@ def test_the_last_good_weights_are_copied_as_often_as_it_costs_little(monkeypatc
     """By a clock of our own: each copy takes one second, so the next is due a hundred seconds later."""
     model, now = torch.nn.Linear(3, 2), [0.0]
 
-    class TimedWeights(TrainableWeights):
+    class WeightsCopiedInOneSecond(TrainableWeights):
         def state_dict(self) -> dict[str, Any]:
             now[0] += 1.0
             return super().state_dict()
 
     monkeypatch.setattr("mixpo.training.checkpoint.time.monotonic", lambda: now[0])
-    last_good, copied = LastGoodWeights(TimedWeights(model), StageProcesses(torch.device("cpu"))), {}
+    last_good, copied = LastGoodWeights(WeightsCopiedInOneSecond(model), StageProcesses(torch.device("cpu"))), {}
     for step, time in enumerate((0, 50, 100, 101, 300)):
         now[0] = float(time)
         last_good.copy_if_cheap(step)

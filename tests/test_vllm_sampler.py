@@ -461,13 +461,13 @@ def test_ppo_learns_from_the_servers_completions(
 def _draw_as_another_engine(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
     """Local draws whose log-probs are `shift` lower than the policy's, and so the ratio exp(shift)."""
 
-    class Shifted(LocalSampler):
+    class SamplerWithShiftedLogprobs(LocalSampler):
         def draw(self, *args: Any, **options: Any) -> Any:
             sampled = super().draw(*args, **options)
             return type(sampled)(sampled.tokens, sampled.mask, (sampled.logprobs - shift) * sampled.mask, sampled.ended)
 
     def get_sampler(job: StageJob, name: str = "local") -> Sampler:
-        return Shifted(cache_bytes=2**30) if name == "vllm" else LocalSampler(cache_bytes=2**30)
+        return SamplerWithShiftedLogprobs(cache_bytes=2**30) if name == "vllm" else LocalSampler(cache_bytes=2**30)
 
     monkeypatch.setattr(StageJob, "get_sampler", get_sampler)
 

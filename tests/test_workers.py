@@ -88,7 +88,7 @@ def test_bad_input_found_in_a_process_is_raised(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_stops_the_run_with_one_line(
     side_by_side: tuple[Path, RecordingDisplay], tmp_path: Path
 ) -> None:
-    class KillingDisplay(RecordingDisplay):
+    class WorkerKillingDisplay(RecordingDisplay):
         def on_step(self, done: int, total: int, metrics: object) -> None:
             if self.running == 2:
                 max(multiprocessing.active_children(), key=lambda process: process.pid or 0).kill()
@@ -96,7 +96,7 @@ def test_a_process_that_is_killed_stops_the_run_with_one_line(
     home, _ = side_by_side
     recipe = tiny_recipe(home, 2, "ppo.kl_coef=0.3", f"out={tmp_path / 'run'}")
     with pytest.raises(InputError, match=r"runtime\.workers: found 2, and one of the processes was killed"):
-        run_recipe(recipe, KillingDisplay())
+        run_recipe(recipe, WorkerKillingDisplay())
     again = run_recipe(recipe, RecordingDisplay())
     assert again.computed == 4, "the same command goes on: PPO and its evaluation at two seeds"
 

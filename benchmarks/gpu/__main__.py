@@ -41,7 +41,7 @@ TINY_MODEL = "2m"
 app = typer.Typer(add_completion=False)
 
 
-class PartResults:
+class BenchmarkPartResults:
     """The figures of a part: each is printed and saved when it is there."""
 
     def __init__(self, part: str, seconds: float = PART_SECONDS, earlier: Path | None = None) -> None:
@@ -80,7 +80,7 @@ def measure_part(
     work: Annotated[Path | None, typer.Option(help="Folder that is kept, in which another call goes on.")] = None,
 ) -> None:
     """Measure one part: right, seven, peers or hh."""
-    parts: dict[str, Callable[[PartResults, Path, bool], None]] = {
+    parts: dict[str, Callable[[BenchmarkPartResults, Path, bool], None]] = {
         "right": check_correctness,
         "seven": measure_7b,
         "peers": measure_peers,
@@ -93,7 +93,7 @@ def measure_part(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work / name
         folder.mkdir(parents=True, exist_ok=True)
-        results = PartResults(name, seconds, None if work is None else folder / "figures.json")
+        results = BenchmarkPartResults(name, seconds, None if work is None else folder / "figures.json")
         try:
             parts[part](results, folder, tiny)
         except Exception:
@@ -101,7 +101,7 @@ def measure_part(
             raise
 
 
-def check_correctness(results: PartResults, work: Path, tiny: bool) -> None:
+def check_correctness(results: BenchmarkPartResults, work: Path, tiny: bool) -> None:
     """Compare what the GPU computes with the CPU. Exits with 1 if anything is not right."""
     inputs, chain = work / "inputs", [_shrink(workload) for workload in CHAIN] if tiny else CHAIN
     _prepare(chain, inputs)
@@ -117,7 +117,7 @@ def check_correctness(results: PartResults, work: Path, tiny: bool) -> None:
         raise SystemExit(1)
 
 
-def measure_7b(results: PartResults, work: Path, tiny: bool) -> None:
+def measure_7b(results: BenchmarkPartResults, work: Path, tiny: bool) -> None:
     """Peaks and speed of LoRA at 7B, from random weights: the stages of MPO, each from the one before."""
     workloads = [SEVEN[name] for name in SEVEN]
     if tiny:
@@ -143,7 +143,7 @@ def measure_7b(results: PartResults, work: Path, tiny: bool) -> None:
             folders.setdefault("sft", out)
 
 
-def measure_peers(results: PartResults, work: Path, tiny: bool) -> None:
+def measure_peers(results: BenchmarkPartResults, work: Path, tiny: bool) -> None:
     """Ours and TRL or transformers in turn, on the same rows, from random weights."""
     workloads = [GPU[name] for name in PEERS]
     if tiny:
@@ -164,7 +164,7 @@ def measure_peers(results: PartResults, work: Path, tiny: bool) -> None:
         results.save(workload.name, figures | _compare_with_goals(workload, figures["ours"], machine, inputs))
 
 
-def run_hh(results: PartResults, work: Path, tiny: bool) -> None:
+def run_hh(results: BenchmarkPartResults, work: Path, tiny: bool) -> None:
     """HH-RLHF with SmolLM2-135M, the paper's arms over three seeds; each seed is reported with those before it."""
     rows = CARRIED / "rows"
     settings = [
@@ -203,7 +203,7 @@ def _prepare(workloads: Iterable[Workload], inputs: Path, *, with_reward: bool =
         prepare_rows(workload, inputs, str(CARRIED / "rows" / "train.jsonl.gz"))
 
 
-def _run_ours(results: PartResults, spec: dict[str, Any]) -> dict[str, Any]:
+def _run_ours(results: BenchmarkPartResults, spec: dict[str, Any]) -> dict[str, Any]:
     """Run a workload with mixpo within the part's time."""
     if results.seconds_left < 10:
         return {"failed": "no time left in this part"}

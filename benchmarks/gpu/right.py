@@ -161,7 +161,7 @@ def check_resume(workload: Workload, inputs: Path, work: Path, device: str) -> d
     spec = workload.spec(str(inputs)) | {"runtime": {"device": device, "checkpoint_minutes": 0}}
     whole = ours.main(spec)["losses"]
 
-    class BrokenLog(supervised.MetricsLog):
+    class InterruptingLog(supervised.MetricsLog):
         """A log at whose third line the stage is broken off."""
 
         def append_step(self, step: int, *others: Any) -> None:
@@ -171,7 +171,7 @@ def check_resume(workload: Workload, inputs: Path, work: Path, device: str) -> d
             super().append_step(step, *others)
 
     spec |= {"out": str(work)}
-    with _replace_attribute(supervised, "MetricsLog", BrokenLog):
+    with _replace_attribute(supervised, "MetricsLog", InterruptingLog):
         try:
             ours.main(spec)
         except KeyboardInterrupt:

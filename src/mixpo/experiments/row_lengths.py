@@ -16,7 +16,7 @@ ASSUMED_ROWS = {"train": 100_000, "test": 5_000}
 """Rows of sources that were not read, where no setting bounds them."""
 
 
-class RowLengths:
+class RowLengthEstimator:
     """Finds the token counts of stages' rows, and remembers in `assumptions` what it had to assume."""
 
     def __init__(self, stage_cache: StageCache) -> None:

@@ -15,7 +15,7 @@ from mixpo.models.adapters import LoraSettings
 from mixpo.models.network import Precision
 from mixpo.stages.stage import Part, Snapshot, Stage
 from mixpo.stages.stage_cache import StageCache
-from mixpo.training.footprint import Footprint, Placement
+from mixpo.training.footprint import MemoryFootprint, PlannedRuntime
 from mixpo.training.rates import CARDS, measure_rates
 from mixpo.training.runtime import MICROBATCH_TOKENS, SAMPLING_GIB, Runtime, find_device_kind
 
@@ -26,7 +26,7 @@ SUGGESTED_LORA = LoraSettings()
 
 
 @dataclass(frozen=True)
-class Hardware:
+class PlannedDevices:
     """The devices that a run is planned for."""
 
     gpus: int = 0
@@ -41,14 +41,14 @@ class Hardware:
         return "cuda" if self.gpus else find_device_kind()
 
 
-def choose_hardware(gpus: int | None, memory_gb: float | None, card: str | None) -> Hardware:
+def choose_hardware(gpus: int | None, memory_gb: float | None, card: str | None) -> PlannedDevices:
     """The hardware that the options of the command line name. Raises `InputError` on an unknown card."""
     if card is not None and card not in CARDS:
         raise InputError(f"--gpu: found {card!r}; expected one of {', '.join(CARDS)}{suggest_nearest(card, CARDS)}")
     if gpus is None and card is None:
-        return Hardware(memory_bytes=math.inf if memory_gb is None else memory_gb * 1e9)
+        return PlannedDevices(memory_bytes=math.inf if memory_gb is None else memory_gb * 1e9)
     name = card or DEFAULT_CARD
-    return Hardware(gpus or 1, name, CARDS[name].memory if memory_gb is None else memory_gb * 1e9)
+    return PlannedDevices(gpus or 1, name, CARDS[name].memory if memory_gb is None else memory_gb * 1e9)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RunCosts:
 
 
 @dataclass(frozen=True)
-class _Change:
+class _SettingChange:
     """A change of settings that may make a stage fit: its text, and how it changes placement and stages."""
 
     text: str
@@ -73,7 +73,7 @@ class _Change:
     stage: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_run_costs(recipe: Recipe, hardware: Hardware, *, config_path: Path | None = None) -> RunCosts:
+def plan_run_costs(recipe: Recipe, hardware: PlannedDevices, *, config_path: Path | None = None) -> RunCosts:
     """Plan the costs of a recipe's stages on some hardware. Raises `InputError` if a model's config is not at hand."""
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     stages = list_stages(recipe)
@@ -94,7 +94,7 @@ def plan_run_costs(recipe: Recipe, hardware: Hardware, *, config_path: Path | No
     refusal = ""
     if too_large:
 
-        def measure(changes: Sequence[_Change]) -> float:
+        def measure(changes: Sequence[_SettingChange]) -> float:
             """Bytes of the largest of the stages that do not fit, after some changes."""
             values = {key: value for change in changes for key, value in change.placement.items()}
             changed = planner.with_placement(replace(placement, **values))
@@ -115,13 +115,13 @@ def _format_stage_names(costs: Sequence[StageCost], stage_cache: StageCache) -> 
 
 
 def find_fitting_changes(
-    changes: Sequence[_Change], measure: Callable[[Sequence[_Change]], float], limit: float
-) -> list[_Change] | None:
+    changes: Sequence[_SettingChange], measure: Callable[[Sequence[_SettingChange]], float], limit: float
+) -> list[_SettingChange] | None:
     """The first changes that together bring a measure to a limit, without those that are not needed; None if none do.
 
     A later change of the same setting replaces an earlier one.
     """
-    applied: list[_Change] = []
+    applied: list[_SettingChange] = []
     smallest = measure([])
     for change in changes:
         tried = [one for one in applied if not _change_the_same(one, change)] + [change]
@@ -138,35 +138,35 @@ def find_fitting_changes(
     return None
 
 
-def _change_the_same(one: _Change, other: _Change) -> bool:
+def _change_the_same(one: _SettingChange, other: _SettingChange) -> bool:
     """True if two changes are of the same setting."""
     return one.placement.keys() == other.placement.keys() and one.stage.keys() == other.stage.keys()
 
 
-def _list_changes(placement: Placement, hardware: Hardware) -> Iterator[_Change]:
+def _list_changes(placement: PlannedRuntime, hardware: PlannedDevices) -> Iterator[_SettingChange]:
     """Yield changes of settings that save memory, those first that cost least: time, then numbers, then devices."""
     tokens = placement.microbatch_tokens // 2
     while tokens >= SMALLEST_MICROBATCH_TOKENS:
-        yield _Change(f"runtime.microbatch_tokens={tokens}", {"microbatch_tokens": tokens})
+        yield _SettingChange(f"runtime.microbatch_tokens={tokens}", {"microbatch_tokens": tokens})
         tokens //= 2
     gib = placement.sampling_bytes / 2**31
     while gib >= SMALLEST_SAMPLING_GIB:
-        yield _Change(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
+        yield _SettingChange(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
         gib /= 2
     is_alone = hardware.gpus == 1
     if hardware.gpus > 1 and not placement.is_sharded:
-        yield _Change("runtime.sharded=true", {"is_sharded": True})
-    yield _Change("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
+        yield _SettingChange("runtime.sharded=true", {"is_sharded": True})
+    yield _SettingChange("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
     if is_alone:
-        yield _Change("runtime.offload_optimizer=true", {"offloads_optimizer": True})
-    yield _Change("precision=bfloat16", stage={"precision": "bfloat16"})
-    yield _Change(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
+        yield _SettingChange("runtime.offload_optimizer=true", {"offloads_optimizer": True})
+    yield _SettingChange("precision=bfloat16", stage={"precision": "bfloat16"})
+    yield _SettingChange(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
     if is_alone:
         lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
-        yield _Change(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
+        yield _SettingChange(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
     gpus = 2 * hardware.gpus
     while 0 < gpus <= MOST_GPUS:
-        yield _Change(f"--gpus {gpus} runtime.sharded=true", {"is_sharded": True, "processes": gpus})
+        yield _SettingChange(f"--gpus {gpus} runtime.sharded=true", {"is_sharded": True, "processes": gpus})
         gpus *= 2
 
 
@@ -184,7 +184,7 @@ def _change_settings(stage: Stage, settings: dict[str, Any]) -> Stage:
     return stage.model_copy(update=changed)
 
 
-def _format_refusal(cost: StageCost, hardware: Hardware, fitting: Sequence[_Change] | None) -> str:
+def _format_refusal(cost: StageCost, hardware: PlannedDevices, fitting: Sequence[_SettingChange] | None) -> str:
     """Format the stage that needs most memory, what was found and expected, and the settings that make all fit."""
     parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in list_parts(cost.footprint))
     if fitting is None:
@@ -197,7 +197,7 @@ def _format_refusal(cost: StageCost, hardware: Hardware, fitting: Sequence[_Chan
     )
 
 
-def list_parts(footprint: Footprint) -> list[tuple[str, float]]:
+def list_parts(footprint: MemoryFootprint) -> list[tuple[str, float]]:
     """The parts of a footprint that are not empty, by name, in bytes."""
     return [(part.name, value) for part in fields(footprint) if (value := getattr(footprint, part.name))]
 
@@ -208,14 +208,14 @@ def _get_precision(stage: Stage) -> Precision:
     return precision
 
 
-def _make_placement(runtime: Runtime, hardware: Hardware) -> Placement:
+def _make_placement(runtime: Runtime, hardware: PlannedDevices) -> PlannedRuntime:
     """The placement of a runtime's settings on some hardware; those not set are what its kind of device takes."""
     tokens, gib = runtime.microbatch_tokens, runtime.sampling_gib
     if "microbatch_tokens" not in runtime.model_fields_set:
         tokens = MICROBATCH_TOKENS[hardware.device]
     if "sampling_gib" not in runtime.model_fields_set:
         gib = SAMPLING_GIB[hardware.device]
-    return Placement(
+    return PlannedRuntime(
         device=hardware.device,
         processes=max(1, hardware.gpus),
         is_sharded=runtime.sharded,
@@ -226,7 +226,7 @@ def _make_placement(runtime: Runtime, hardware: Hardware) -> Placement:
     )
 
 
-def _make_rates_lookup(hardware: Hardware) -> RatesByPrecision:
+def _make_rates_lookup(hardware: PlannedDevices) -> RatesByPrecision:
     """A function that gives a card's rates, or measures this machine's, once a precision."""
     if hardware.gpus:
         return lambda precision: CARDS[hardware.card]

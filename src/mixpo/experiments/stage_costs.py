@@ -1,6 +1,6 @@
 """What a stage will cost before it is computed: tokens, FLOPs, seconds, and the memory of its fullest moment.
 
-`CostPlanner` says of every kind of stage which models it holds, and what it does with them; `StageTally` adds it up.
+`CostPlanner` says of each kind of stage which models it holds, and what it does with them; `StageCostTally` adds it up.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any, Self
 from mixpo.data.branches import BranchLengths, split_into_microbatches
 from mixpo.data.sources import expand_home
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
-from mixpo.experiments.row_lengths import RowLengths
+from mixpo.experiments.row_lengths import RowLengthEstimator
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.network import Precision
 from mixpo.models.shapes import ModelShape, read_config_file, read_gguf_config, read_hub_config, read_model_shape
@@ -29,10 +29,10 @@ from mixpo.stages.sft import SFT
 from mixpo.stages.stage import Snapshot, Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.footprint import (
-    Adapters,
-    Footprint,
-    HeldModel,
-    Placement,
+    AdapterSizes,
+    MemoryFootprint,
+    ModelInMemory,
+    PlannedRuntime,
     count_cache_bytes,
     count_element_bytes,
     count_row_tokens,
@@ -45,7 +45,7 @@ from mixpo.training.footprint import (
     measure_working_weights,
 )
 from mixpo.training.job import locate_model_folder
-from mixpo.training.rates import Rates
+from mixpo.training.rates import DeviceRates
 from mixpo.training.step import select_batch_rows
 
 SEARCHED_BATCHES = 64
@@ -56,7 +56,7 @@ STORED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a weight on disk by its type."""
 
 TrainedStage = SFT | RewardModel | DPO | PPO
-RatesByPrecision = Callable[[Precision], Rates]
+RatesByPrecision = Callable[[Precision], DeviceRates]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StageCost:
     """What one stage will cost, and the parts of its fullest moment in memory."""
 
     stage: Stage
-    footprint: Footprint
+    footprint: MemoryFootprint
     moment: str
     """What the stage does when it needs most memory."""
     tokens: float
@@ -75,33 +75,33 @@ class StageCost:
 
 
 @dataclass
-class StageTally:
+class StageCostTally:
     """The work of a stage and its moments in memory, added up while it is planned."""
 
     precision: Precision
-    placement: Placement
-    rates: Rates
-    moments: dict[str, Footprint] = field(default_factory=dict)
+    placement: PlannedRuntime
+    rates: DeviceRates
+    moments: dict[str, MemoryFootprint] = field(default_factory=dict)
     """The fullest moment of each name."""
     tokens: float = 0
     flops: float = 0
     seconds: float = 0
 
-    def add_moment(self, name: str, *parts: Footprint) -> None:
+    def add_moment(self, name: str, *parts: MemoryFootprint) -> None:
         """Add a moment in which all parts are in memory."""
-        footprint = sum(parts, Footprint())
+        footprint = sum(parts, MemoryFootprint())
         if name not in self.moments or footprint.total > self.moments[name].total:
             self.moments[name] = footprint
 
-    def measure_models(self, *models: HeldModel | None) -> Footprint:
+    def measure_models(self, *models: ModelInMemory | None) -> MemoryFootprint:
         """Footprint of models that are in memory together."""
         return measure_models([one for one in models if one is not None], self.precision, self.placement)
 
     def add_updates(
         self,
         name: str,
-        model: HeldModel,
-        held: Footprint,
+        model: ModelInMemory,
+        held: MemoryFootprint,
         rows: Sequence[BranchLengths],
         *,
         batch_size: int,
@@ -128,8 +128,8 @@ class StageTally:
     def add_scoring(
         self,
         name: str,
-        model: HeldModel,
-        held: Footprint,
+        model: ModelInMemory,
+        held: MemoryFootprint,
         rows: Sequence[BranchLengths],
         *,
         times: float = 1,
@@ -144,8 +144,8 @@ class StageTally:
 
     def add_sampling(
         self,
-        model: HeldModel,
-        held: Footprint,
+        model: ModelInMemory,
+        held: MemoryFootprint,
         prompts: Sequence[int],
         *,
         k: int,
@@ -211,17 +211,17 @@ class CostPlanner:
     def __init__(
         self,
         stage_cache: StageCache,
-        placement: Placement,
+        placement: PlannedRuntime,
         get_rates: RatesByPrecision,
         *,
         config_path: Path | None = None,
     ) -> None:
         self.placement, self.get_rates = placement, get_rates
         self.stage_cache, self.config_path = stage_cache, config_path
-        self.rows = RowLengths(stage_cache)
+        self.rows = RowLengthEstimator(stage_cache)
         self._shapes: dict[Stage, ModelShape] = {}
 
-    def with_placement(self, placement: Placement) -> Self:
+    def with_placement(self, placement: PlannedRuntime) -> Self:
         """A planner for another placement, which shares what this one has read."""
         planner = copy.copy(self)
         planner.placement = placement
@@ -229,7 +229,7 @@ class CostPlanner:
 
     def plan_stage(self, stage: Stage) -> StageCost | None:
         """Plan a stage's cost; None if it computes with no model. Raises `InputError` where a config is missing."""
-        planners: dict[type[Stage], Callable[[Any, StageTally], None]] = {
+        planners: dict[type[Stage], Callable[[Any, StageCostTally], None]] = {
             Pretrained: self._plan_pretrained,
             SFT: self._plan_sft,
             RewardModel: self._plan_reward_model,
@@ -248,27 +248,27 @@ class CostPlanner:
             optimizer=getattr(stage, "optimizer", "adamw"),
             quantizes_frozen=lora is not None and lora.quantize_base,
         )
-        tally = StageTally(precision, placement, self.get_rates(precision))
+        tally = StageCostTally(precision, placement, self.get_rates(precision))
         planners[type(stage)](stage, tally)
         moment = max(tally.moments, key=lambda name: tally.moments[name].total)
         footprint = tally.moments[moment] + measure_process(precision, placement)
         return StageCost(stage, footprint, moment, tally.tokens, tally.flops, tally.seconds)
 
-    def _plan_pretrained(self, stage: Pretrained, tally: StageTally) -> None:
+    def _plan_pretrained(self, stage: Pretrained, tally: StageCostTally) -> None:
         """The model is compared with transformers' in float32, on one device; on a CPU beside what it is made from."""
         shape = self.get_shape(stage)
         from_folder = stage.local_folder is not None or self.placement.device != "cpu"
-        source = Footprint(weights=0 if from_folder else STORED_BYTES[shape.stored_dtype] * shape.weights)
-        tally.add_moment("loading", measure_frozen_network(shape, "float32", Placement()), source)
+        source = MemoryFootprint(weights=0 if from_folder else STORED_BYTES[shape.stored_dtype] * shape.weights)
+        tally.add_moment("loading", measure_frozen_network(shape, "float32", PlannedRuntime()), source)
 
-    def _plan_sft(self, stage: SFT, tally: StageTally) -> None:
+    def _plan_sft(self, stage: SFT, tally: StageCostTally) -> None:
         policy = self._hold_trained(stage.base, stage.lora)
         held = tally.measure_models(policy)
         rows = self.rows.list_rows(stage.data, "demonstrations", stage.max_completion_tokens)
         self._add_epochs(stage, tally, policy, held, rows)
         self._add_saving(stage, tally, policy, held)
 
-    def _plan_reward_model(self, stage: RewardModel, tally: StageTally) -> None:
+    def _plan_reward_model(self, stage: RewardModel, tally: StageCostTally) -> None:
         model = self._hold_trained(stage.policy, stage.lora, is_reward_model=True)
         held = tally.measure_models(model)
         pairs = self.rows.list_rows(stage.pairs.stage, stage.pairs.of, stage.max_completion_tokens)
@@ -282,14 +282,14 @@ class CostPlanner:
         with_saved = tally.measure_models(model, saved)
         tally.add_scoring("scoring", saved, with_saved, [*pairs[:validation], *test], predicts=False)
 
-    def _plan_dpo(self, stage: DPO, tally: StageTally) -> None:
+    def _plan_dpo(self, stage: DPO, tally: StageCostTally) -> None:
         policy, reference = self._hold_trained(stage.policy, stage.lora), self._hold_frozen(stage.reference)
         pairs = self.rows.list_rows(stage.pairs.stage, stage.pairs.of, stage.max_completion_tokens)
         held = tally.measure_models(policy)
         is_start = stage.reference == stage.policy
         with_reference = held if is_start else tally.measure_models(policy, reference)
         scored = draw_subset(pairs, CHECKED_PAIRS, COMPARISON_SEED) if _is_sampled_by_reference(stage) else pairs
-        before_optimizer = Footprint(weights=with_reference.weights)
+        before_optimizer = MemoryFootprint(weights=with_reference.weights)
         tally.add_scoring("reference", policy if is_start else reference, before_optimizer, scored)
         self._add_epochs(stage, tally, policy, held, pairs)
         if stage.samplings:
@@ -298,16 +298,16 @@ class CostPlanner:
             tally.add_sampling(policy, held, prompts, k=1, max_tokens=limit, times=times)
         self._add_saving(stage, tally, policy, held)
 
-    def _plan_ppo(self, stage: PPO, tally: StageTally) -> None:
+    def _plan_ppo(self, stage: PPO, tally: StageCostTally) -> None:
         policy, reward = self._hold_trained(stage.policy, stage.lora), self._hold_frozen(stage.reward)
         reference, sft = self._hold_frozen(stage.reference), self._hold_frozen(stage.sft)
-        value: HeldModel | None = None
+        value: ModelInMemory | None = None
         if stage.advantage == "gae" and stage.value_init != "shared":
             start = stage.reward if stage.value_init == "reward" else stage.policy
             value = self._hold_trained(start, stage.lora, is_reward_model=True)
         held = tally.measure_models(policy, reward, reference, sft, value)
         if self.placement.device == "cpu":
-            held += Footprint(weights=4 * policy.trained_weights)  # the last good policy
+            held += MemoryFootprint(weights=4 * policy.trained_weights)  # the last good policy
         prompts = self.rows.list_prompts(stage.prompts.stage, stage.prompts.of)
         k, limit = stage.completions_per_prompt, stage.max_completion_tokens
         rows: list[BranchLengths] = [(prompt, *[limit] * k) for prompt in prompts]
@@ -327,14 +327,14 @@ class CostPlanner:
         tally.add_updates("policy update", policy, held, rows, **options)
         self._add_saving(stage, tally, policy, held)
 
-    def _plan_samples(self, stage: Samples, tally: StageTally) -> None:
+    def _plan_samples(self, stage: Samples, tally: StageCostTally) -> None:
         policy, reward = self._hold_frozen(stage.policy), self._hold_frozen(stage.reward)
         held = tally.measure_models(policy, reward)
         prompts, limit = self.rows.list_prompts_of(stage), stage.max_completion_tokens
         tally.add_sampling(policy, held, prompts, k=2, max_tokens=limit)
         tally.add_scoring("scoring", reward, held, [(prompt, limit, limit) for prompt in prompts], predicts=False)
 
-    def _plan_evaluation(self, stage: Evaluation, tally: StageTally) -> None:
+    def _plan_evaluation(self, stage: Evaluation, tally: StageCostTally) -> None:
         source = stage.policy.stage if isinstance(stage.policy, Snapshot) else stage.policy
         policy, reward, sft = map(self._hold_frozen, (source, stage.reward, stage.sft))
         prompts, limit = self.rows.list_prompts(stage.data, "test", stage.prompts), stage.max_completion_tokens
@@ -349,13 +349,13 @@ class CostPlanner:
             kept = sft if source != stage.sft else None
             tally.add_scoring("scoring", second, tally.measure_models(policy, kept, second), chosen, predicts=False)
 
-    def _plan_gradients(self, stage: Gradients, tally: StageTally) -> None:
+    def _plan_gradients(self, stage: Gradients, tally: StageCostTally) -> None:
         policy, reference = self._hold_trained(stage.policy, None), self._hold_frozen(stage.reference)
         pairs = self.rows.list_rows(stage.pairs.stage, stage.pairs.of, stage.max_completion_tokens)
         pairs = draw_subset(pairs, stage.count, COMPARISON_SEED)
-        held = Footprint(weights=tally.measure_models(policy, reference).weights)
+        held = MemoryFootprint(weights=tally.measure_models(policy, reference).weights)
         tally.add_scoring("scoring", reference, held, pairs)
-        vectors = Footprint(
+        vectors = MemoryFootprint(
             gradients=3 * 4 * policy.shape.weights
         )  # the other side's, and this one's in parts and joined
         sides: list[BranchLengths] = [(row[0], completion) for row in pairs for completion in row[1:]]
@@ -364,9 +364,9 @@ class CostPlanner:
     def _add_epochs(
         self,
         stage: SFT | RewardModel | DPO,
-        tally: StageTally,
-        model: HeldModel,
-        held: Footprint,
+        tally: StageCostTally,
+        model: ModelInMemory,
+        held: MemoryFootprint,
         rows: Sequence[BranchLengths],
         *,
         predicts: bool = True,
@@ -375,12 +375,14 @@ class CostPlanner:
         options: dict[str, Any] = {"batch_size": stage.batch_size, "seed": stage.seed, "times": stage.epochs}
         tally.add_updates("training", model, held, rows, predicts=predicts, **options)
 
-    def _add_saving(self, stage: TrainedStage, tally: StageTally, model: HeldModel, held: Footprint) -> None:
+    def _add_saving(
+        self, stage: TrainedStage, tally: StageCostTally, model: ModelInMemory, held: MemoryFootprint
+    ) -> None:
         """Add the copy in the type on disk that is made to save a model that trained whole."""
         stored = _find_pretrained(stage).dtype
         stored_bytes = STORED_BYTES[model.shape.stored_dtype if stored == "auto" else stored]
         if model.trains_whole and stored_bytes < 4 and self.placement.shards == 1:
-            tally.add_moment("saving", held, Footprint(weights=stored_bytes * model.shape.weights))
+            tally.add_moment("saving", held, MemoryFootprint(weights=stored_bytes * model.shape.weights))
 
     def get_shape(self, stage: Stage) -> ModelShape:
         """The shape of a stage's policy. Raises `InputError` if its config can be read nowhere."""
@@ -408,20 +410,20 @@ class CostPlanner:
             config = read_hub_config(path, stage.revision)
         return read_model_shape(config, path)
 
-    def _hold_frozen(self, stage: Stage) -> HeldModel:
+    def _hold_frozen(self, stage: Stage) -> ModelInMemory:
         """The model of a stage, which does not train; adapters stand on the network of their base."""
         root, chain = _list_adapter_chain(stage)
         shape, is_reward_model = self.get_shape(stage), isinstance(stage, RewardModel)
         if not chain:
-            return HeldModel(shape.as_reward_model() if is_reward_model else shape, root)
+            return ModelInMemory(shape.as_reward_model() if is_reward_model else shape, root)
         weights = sum(_count_adapters(shape, lora).weights for lora in chain)
-        return HeldModel(shape, root, stage, weights, is_reward_model=is_reward_model)
+        return ModelInMemory(shape, root, stage, weights, is_reward_model=is_reward_model)
 
-    def _hold_trained(self, stage: Stage, lora: LoraSettings | None, *, is_reward_model: bool = False) -> HeldModel:
+    def _hold_trained(self, stage: Stage, lora: LoraSettings | None, *, is_reward_model: bool = False) -> ModelInMemory:
         """A model that starts from a stage's and trains, whole or by adapters."""
         if lora is None:
             shape = self.get_shape(stage)
-            return HeldModel(shape.as_reward_model() if is_reward_model else shape, None, trains_whole=True)
+            return ModelInMemory(shape.as_reward_model() if is_reward_model else shape, None, trains_whole=True)
         start = self._hold_frozen(stage)
         return replace(
             start,
@@ -452,10 +454,10 @@ def _list_adapter_chain(stage: Stage) -> tuple[Stage, list[LoraSettings]]:
     return root, [*chain, lora]
 
 
-def _count_adapters(shape: ModelShape, lora: LoraSettings) -> Adapters:
+def _count_adapters(shape: ModelShape, lora: LoraSettings) -> AdapterSizes:
     """Count the weights of a stage's adapters."""
     matrices = shape.select_matrices(lora.target_modules)
-    return Adapters(
+    return AdapterSizes(
         weights=sum(lora.rank * (one.inputs + one.outputs) for one in matrices),
         ranks=lora.rank * len(matrices),
         inputs=sum(one.inputs for one in matrices),

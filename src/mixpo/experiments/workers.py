@@ -17,7 +17,7 @@ from mixpo.data.errors import InputError
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary
 from mixpo.training.record import ProgressListener, progress_listener
-from mixpo.training.rendezvous import LocalStore, Rendezvous, join_rendezvous
+from mixpo.training.rendezvous import LocalRendezvousStore, Rendezvous, join_rendezvous
 from mixpo.training.runtime import count_cores, list_gpu_names
 from mixpo.training.step import Diverged
 
@@ -98,7 +98,7 @@ class WorkerGroup:
 
     pipe: Connection
     processes: Sequence[SpawnProcess]
-    store: LocalStore | None
+    store: LocalRendezvousStore | None
     """Where they meet; None if there is only one process."""
     devices: str | None
     """The GPUs that are theirs alone, as CUDA_VISIBLE_DEVICES names them; None if all are there for all groups."""
@@ -177,7 +177,7 @@ class ProcessPool:
         context = get_context("spawn")
         pipe, worker_pipe = context.Pipe()
         count = self.stage_cache.runtime.processes
-        store = LocalStore() if count > 1 else None
+        store = LocalRendezvousStore() if count > 1 else None
         used = {group.devices for group in self.groups.values()}
         devices = next((one for one in self.devices if one not in used), None)
         visible = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}

@@ -18,7 +18,7 @@ SEVERAL_STEPS = {"NewGELUActivation", "FastGELUActivation"}
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixShape:
     """A weight matrix of a decoder layer: the name of its module and its sizes."""
 
     name: str
@@ -36,7 +36,7 @@ class ModelShape:
     width: int
     layers: int
     vocabulary: int
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[MatrixShape, ...]
     """Matrices of all layers."""
     embedding_weights: int
     head_weights: int
@@ -96,7 +96,7 @@ class ModelShape:
         """The shape with a scalar head in place of the output head."""
         return replace(self, head_weights=0, is_tied=False, other_weights=self.other_weights + self.width)
 
-    def select_matrices(self, targets: str | tuple[str, ...]) -> list[Matrix]:
+    def select_matrices(self, targets: str | tuple[str, ...]) -> list[MatrixShape]:
         """The matrices that adapters are added to: all, or those whose names end with one of the targets."""
         if isinstance(targets, str):
             return list(self.matrices)
@@ -140,7 +140,7 @@ def count_model_sizes(model: Any) -> ModelShape:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     modules = dict(model.named_modules())
     matrices = [
-        Matrix(name, *(module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]))
+        MatrixShape(name, *(module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]))
         for name, module in modules.items()
         if isinstance(module, nn.Linear | Conv1D) and module is not head and module.weight is not None
     ]
@@ -198,9 +198,9 @@ def count_model_sizes(model: Any) -> ModelShape:
     )
 
 
-def _split_last_of_layer(matrices: list[Matrix]) -> tuple[list[Matrix], list[Matrix]]:
+def _split_last_of_layer(matrices: list[MatrixShape]) -> tuple[list[MatrixShape], list[MatrixShape]]:
     """Split matrices, in the order of their layers, into the last one of every layer and all others."""
-    layers: dict[str, list[Matrix]] = {}
+    layers: dict[str, list[MatrixShape]] = {}
     for matrix in matrices:
         number = next((part for part in matrix.name.split(".") if part.isdigit()), "")
         layers.setdefault(number, []).append(matrix)

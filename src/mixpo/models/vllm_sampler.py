@@ -106,7 +106,7 @@ def check_vllm(place: str) -> None:
     )
 
 
-class MissingPath(InputError):
+class MissingEndpointError(InputError):
     """Exception: a server has no such path."""
 
 
@@ -183,7 +183,7 @@ class VLLMServer:
         """The JSON answer to a GET, or to a POST of a JSON body.
 
         Raises:
-            MissingPath: The server has no such path.
+            MissingEndpointError: The server has no such path.
             InputError: The server does not answer, or refuses.
         """
         data = None if body is None else json.dumps(body).encode()
@@ -193,7 +193,7 @@ class VLLMServer:
                 answer = response.read()
         except urllib.error.HTTPError as error:
             found = f"status {error.code} of {path} ({_read_error_message(error)})"
-            self._report_failure(found, MissingPath if error.code == 404 else InputError)
+            self._report_failure(found, MissingEndpointError if error.code == 404 else InputError)
         except (OSError, HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             waited = isinstance(reason, TimeoutError)
@@ -208,7 +208,7 @@ class VLLMServer:
         """True if the server is a supported vLLM, False if it is another one that has no version to ask for."""
         try:
             version = self.ask("/version")["version"]
-        except (MissingPath, TypeError, LookupError):
+        except (MissingEndpointError, TypeError, LookupError):
             return False
         first, last = SUPPORTED_VERSIONS
         numbers = tuple(int(part) if part.isdigit() else -1 for part in str(version).split(".")[:2])
@@ -262,7 +262,7 @@ def _read_last_line(file: Path | None) -> str:
     return (named or [line for line in lines if line] or [""])[-1][-300:]
 
 
-class _Probe(NamedTuple):
+class _PolicyProbe(NamedTuple):
     """Fixed tokens whose log-probs show at every hand-over which policy the server computes."""
 
     completions: Completions
@@ -307,7 +307,7 @@ class VLLMSampler:
         self.is_vllm = True
         self.model_name = self.adapter_name = ""
         self.session, self.number = uuid.uuid4().hex[:8], 0
-        self.probe: _Probe | None = None
+        self.probe: _PolicyProbe | None = None
 
     def load_policy(self, policy: LanguageModel) -> None:
         """Keep a reference to the policy, whose weights at the next draw are handed over to the server."""
@@ -441,7 +441,7 @@ class VLLMSampler:
         name = f"mixpo-{self.session}-{self.number}"
         try:
             self.server.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        except MissingPath:
+        except MissingEndpointError:
             self._refuse(
                 "no /v1/load_lora_adapter",
                 f"a server of {policy.folder} with --enable-lora --max-lora-rank {rank} and the environment variable "
@@ -472,7 +472,7 @@ class VLLMSampler:
             try:
                 self.server.ask("/collective_rpc", body)
                 self.server.ask("/reset_prefix_cache", {})
-            except MissingPath:
+            except MissingEndpointError:
                 self._refuse(
                     "no /collective_rpc, by which weights are reloaded",
                     "a server with the environment variable VLLM_SERVER_DEV_MODE=1",
@@ -537,7 +537,7 @@ class VLLMSampler:
 
     def _check_that_server_followed(
         self, completions: Completions, served: Float[Tensor, " n"], own: Float[Tensor, " n"]
-    ) -> _Probe:
+    ) -> _PolicyProbe:
         """Raise `InputError` if the server still computes an earlier policy; returns what the next check goes by.
 
         An update may move log-probs by less than `TOLERANCE`. So, once the policy has moved away from an earlier one by
@@ -545,12 +545,12 @@ class VLLMSampler:
         """
         noise = _compute_rms(served - own)
         if self.probe is None:
-            return _Probe(completions, own, noise)
+            return _PolicyProbe(completions, own, noise)
         if _compute_rms(own - self.probe.logprobs) <= 2 * self.probe.noise:
             return self.probe  # as yet too near to tell
         if _compute_rms(served - self.probe.logprobs) <= noise:
             self._refuse("log-probs of an earlier policy at the hand-over", "those of the policy that was handed over")
-        return _Probe(completions, own, noise)
+        return _PolicyProbe(completions, own, noise)
 
     def _refuse(self, found: str, expected: str) -> NoReturn:
         """Raise `InputError` about the server's answer."""

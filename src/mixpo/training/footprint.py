@@ -1,6 +1,6 @@
 """Memory that models, passes and samplers take, in bytes, counted from a model's shape and the rows' lengths.
 
-What a stage holds at one moment is a sum of `Footprint`s; what it needs is the largest over its moments.
+What a stage holds at one moment is a sum of `MemoryFootprint`s; what it needs is the largest over its moments.
 
     a model that trains whole   4 weights, 4 gradients, 8 Adam's moments: 16 bytes a weight
     a frozen model              2 a matrix weight in bfloat16 (4 in float32), 4 a weight of embeddings and norms
@@ -48,7 +48,7 @@ Gradients = Literal["all", "adapters", "none"]
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryFootprint:
     """Bytes on one device, by part."""
 
     weights: float = 0
@@ -68,13 +68,13 @@ class Footprint:
         return type(self)(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
-def add_footprints(footprints: Iterable[Footprint]) -> Footprint:
+def add_footprints(footprints: Iterable[MemoryFootprint]) -> MemoryFootprint:
     """The sum of footprints that are in memory together; nothing of none."""
-    return reduce(Footprint.__add__, footprints, Footprint())
+    return reduce(MemoryFootprint.__add__, footprints, MemoryFootprint())
 
 
 @dataclass(frozen=True)
-class Placement:
+class PlannedRuntime:
     """Where and how a stage computes, as far as memory depends on it."""
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -97,7 +97,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class AdapterSizes:
     """LoRA adapters of one model: the number of their weights, and sums over all adapted matrices."""
 
     weights: int
@@ -107,7 +107,7 @@ class Adapters:
 
 
 @dataclass(frozen=True)
-class HeldModel:
+class ModelInMemory:
     """A model in memory: frozen, or one that trains whole or by adapters."""
 
     shape: ModelShape
@@ -117,7 +117,7 @@ class HeldModel:
     """Name of the adapters that it was trained by before, which models share too."""
     frozen_adapters: int = 0
     """Weights of these."""
-    trained_adapters: Adapters | None = None
+    trained_adapters: AdapterSizes | None = None
     trains_whole: bool = False
     """True for a network of its own, of which all weights train."""
     is_reward_model: bool = False
@@ -148,18 +148,18 @@ def count_element_bytes(precision: Precision) -> int:
     return 2 if precision == "bfloat16" else 4
 
 
-def measure_process(precision: Precision, placement: Placement) -> Footprint:
+def measure_process(precision: Precision, placement: PlannedRuntime) -> MemoryFootprint:
     """Footprint of a process without models."""
     has_kernels = placement.device == "cpu" and precision == "bfloat16"
-    return Footprint(process=PROCESS_BYTES[placement.device] + (KERNEL_BYTES if has_kernels else 0))
+    return MemoryFootprint(process=PROCESS_BYTES[placement.device] + (KERNEL_BYTES if has_kernels else 0))
 
 
 # Models
 
 
-def measure_models(models: Iterable[HeldModel], precision: Precision, placement: Placement) -> Footprint:
+def measure_models(models: Iterable[ModelInMemory], precision: Precision, placement: PlannedRuntime) -> MemoryFootprint:
     """Footprint of models that are in memory together, each network and each adapter once."""
-    total, networks, adapters = Footprint(), dict[Hashable, Footprint](), dict[Hashable, int]()
+    total, networks, adapters = MemoryFootprint(), dict[Hashable, MemoryFootprint](), dict[Hashable, int]()
     for model in models:
         if model.trains_whole:
             total += measure_trained_weights(model.shape.weights, placement)
@@ -168,19 +168,19 @@ def measure_models(models: Iterable[HeldModel], precision: Precision, placement:
         adapters[model.network, model.adapters] = model.frozen_adapters
         if model.trained_adapters is not None:
             total += measure_trained_weights(model.trained_adapters.weights, replace(placement, is_sharded=False))
-    frozen = Footprint(weights=4 * sum(adapters.values()))
-    return total + frozen + sum(networks.values(), Footprint())
+    frozen = MemoryFootprint(weights=4 * sum(adapters.values()))
+    return total + frozen + sum(networks.values(), MemoryFootprint())
 
 
-def measure_trained_weights(count: int, placement: Placement) -> Footprint:
+def measure_trained_weights(count: int, placement: PlannedRuntime) -> MemoryFootprint:
     """Footprint of weights that train: in float32, with gradients and Adam's moments."""
     share = count / placement.shards
     is_offloaded = placement.offloads_optimizer and placement.device == "cuda"
     moments = 0.0 if is_offloaded else ADAM_BYTES[placement.optimizer]
-    return Footprint(weights=4 * share, gradients=4 * share, optimizer=moments * share)
+    return MemoryFootprint(weights=4 * share, gradients=4 * share, optimizer=moments * share)
 
 
-def measure_frozen_network(shape: ModelShape, precision: Precision, placement: Placement) -> Footprint:
+def measure_frozen_network(shape: ModelShape, precision: Precision, placement: PlannedRuntime) -> MemoryFootprint:
     """Footprint of a network without gradients, held in the precision that it computes in.
 
     In bfloat16 norms stay in float32, and the embedding too unless it is stored in bfloat16; an output head tied to a
@@ -189,17 +189,17 @@ def measure_frozen_network(shape: ModelShape, precision: Precision, placement: P
     narrow = NF4_BYTES if placement.quantizes_frozen else count_element_bytes(precision)
     if precision == "float32":
         others = shape.weights - shape.matrix_weights
-        return Footprint(weights=(narrow * shape.matrix_weights + 4 * others) / placement.shards)
+        return MemoryFootprint(weights=(narrow * shape.matrix_weights + 4 * others) / placement.shards)
     has_wide_embedding = shape.stored_dtype != "bfloat16"
     own_head = shape.head_weights if has_wide_embedding or not shape.is_tied else 0
     matrices = narrow * shape.matrix_weights + 2 * (shape.expert_weights + own_head)
     others = (4 if has_wide_embedding else 2) * shape.embedding_weights + 4 * shape.other_weights
-    return Footprint(weights=(matrices + others) / placement.shards)
+    return MemoryFootprint(weights=(matrices + others) / placement.shards)
 
 
 def measure_working_weights(
-    model: HeldModel, precision: Precision, placement: Placement, *, whole: bool = False
-) -> Footprint:
+    model: ModelInMemory, precision: Precision, placement: PlannedRuntime, *, whole: bool = False
+) -> MemoryFootprint:
     """Footprint of the weights in the type that products are computed in, beside those that are held.
 
     On one device autocast casts the matrices of a trained model, until its backward pass is over. On several, the
@@ -208,18 +208,23 @@ def measure_working_weights(
     shape, element = model.shape, count_element_bytes(precision)
     if placement.shards == 1:
         is_cast = model.trains_whole and precision == "bfloat16"
-        return Footprint(weights=2 * (shape.matrix_weights + shape.head_weights) if is_cast else 0)
+        return MemoryFootprint(weights=2 * (shape.matrix_weights + shape.head_weights) if is_cast else 0)
     outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
     share = 1 if whole else min(1, GATHERED_LAYERS / shape.layers)
-    return Footprint(weights=element * (outside + share * (shape.weights - outside)))
+    return MemoryFootprint(weights=element * (outside + share * (shape.weights - outside)))
 
 
 # Passes
 
 
 def measure_training_pass(
-    model: HeldModel, rows: Sequence[BranchLengths], precision: Precision, placement: Placement, *, predicts: bool
-) -> Footprint:
+    model: ModelInMemory,
+    rows: Sequence[BranchLengths],
+    precision: Precision,
+    placement: PlannedRuntime,
+    *,
+    predicts: bool,
+) -> MemoryFootprint:
     """Footprint of a microbatch's forward and backward pass, as the backward pass begins.
 
     `predicts` is False for scores and values, which need no logits.
@@ -228,26 +233,28 @@ def measure_training_pass(
     kept = count_kept_bytes(shape, rows, precision, placement.device, model.trained_adapters)
     if placement.activation_checkpointing:  # the input of every layer, and all of the layer that is computed again
         kept = 4 * shape.width * shape.layers * count_row_tokens(rows) + kept / shape.layers
-    passed = Footprint(activations=kept + count_temporary_bytes(shape, rows, precision, placement.device))
+    passed = MemoryFootprint(activations=kept + count_temporary_bytes(shape, rows, precision, placement.device))
     if predicts:
         predicted = sum(sum(row[1:]) for row in rows)
         passed += measure_logits(shape, predicted, precision, placement.device, head_trains=model.trains_whole)
     if placement.shards > 1 and model.trains_whole:  # of one layer or of the embedding, before the devices add theirs
         outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
         gathered = max(outside, (shape.weights - outside) / shape.layers)
-        passed += Footprint(gradients=(4 + count_element_bytes(precision)) * gathered)
+        passed += MemoryFootprint(gradients=(4 + count_element_bytes(precision)) * gathered)
     unused = HEAP_SHARE["whole" if model.trains_whole else "adapters"] if placement.device == "cpu" else 0.0
-    return passed + Footprint(activations=unused * passed.activations, logits=unused * passed.logits)
+    return passed + MemoryFootprint(activations=unused * passed.activations, logits=unused * passed.logits)
 
 
 def measure_scoring_pass(
-    shape: ModelShape, rows: Sequence[BranchLengths], precision: Precision, placement: Placement, *, predicts: bool
-) -> Footprint:
+    shape: ModelShape, rows: Sequence[BranchLengths], precision: Precision, placement: PlannedRuntime, *, predicts: bool
+) -> MemoryFootprint:
     """Footprint of a microbatch's forward pass without gradients."""
     temporary = count_temporary_bytes(shape, rows, precision, placement.device)
     predicted = shape.vocabulary * sum(sum(row[1:]) for row in rows) if predicts else 0
     chunks = count_element_bytes(precision) * min(predicted, CHUNK_LOGITS)
-    return Footprint(activations=temporary, logits=chunks + 3 * 4 * min(predicted, BLOCK_LOGITS[placement.device]))
+    return MemoryFootprint(
+        activations=temporary, logits=chunks + 3 * 4 * min(predicted, BLOCK_LOGITS[placement.device])
+    )
 
 
 def count_row_tokens(rows: Sequence[BranchLengths]) -> int:
@@ -256,7 +263,7 @@ def count_row_tokens(rows: Sequence[BranchLengths]) -> int:
 
 
 def count_kept_bytes(
-    shape: ModelShape, rows: Sequence[BranchLengths], precision: Precision, device: str, adapters: Adapters | None
+    shape: ModelShape, rows: Sequence[BranchLengths], precision: Precision, device: str, adapters: AdapterSizes | None
 ) -> float:
     """Bytes that autograd keeps of all layers of a forward pass for its backward pass.
 
@@ -313,7 +320,7 @@ def count_temporary_bytes(shape: ModelShape, rows: Sequence[BranchLengths], prec
 
 def measure_logits(
     shape: ModelShape, predicted_tokens: int, precision: Precision, device: str, *, head_trains: bool
-) -> Footprint:
+) -> MemoryFootprint:
     """Footprint of log-probs with their gradients: chunks of logits, and all of their gradients if these are few.
 
     The gradient of the head's weights, in float32, is made before it is added to an earlier one.
@@ -324,9 +331,9 @@ def measure_logits(
     chunk = element * min(logits, CHUNK_LOGITS)
     blocks = 3 * 4 * min(logits, BLOCK_LOGITS[device])
     if not head_trains:
-        return Footprint(logits=states + chunk + blocks)
+        return MemoryFootprint(logits=states + chunk + blocks)
     kept = element * logits if logits <= STORED_LOGIT_GRADIENTS else chunk
-    return Footprint(logits=states + kept + blocks + (4 + (element == 2) * 2) * shape.head_weights)
+    return MemoryFootprint(logits=states + kept + blocks + (4 + (element == 2) * 2) * shape.head_weights)
 
 
 # Sampling
@@ -341,11 +348,11 @@ def measure_sampling(
     shape: ModelShape,
     prompts: Sequence[int],
     precision: Precision,
-    placement: Placement,
+    placement: PlannedRuntime,
     *,
     k: int,
     max_tokens: int,
-) -> Footprint:
+) -> MemoryFootprint:
     """Footprint of sampling k completions of prompts of these lengths: key-value cache, prefill and logits."""
     element = count_element_bytes(precision)
     own_prompts = sorted(prompts, reverse=True)[:: placement.processes]
@@ -363,4 +370,4 @@ def measure_sampling(
     logits = rows * shape.vocabulary
     blocks = 3 * 4 * min(logits, BLOCK_LOGITS[placement.device])
     shrinking = cache / shape.layers  # rows that go on are copied a layer at a time
-    return Footprint(cache=cache + shrinking, activations=temporary, logits=2 * element * logits + noise + blocks)
+    return MemoryFootprint(cache=cache + shrinking, activations=temporary, logits=2 * element * logits + noise + blocks)

@@ -14,7 +14,7 @@ from mixpo.models.loading import ModelLoader
 from mixpo.models.network import Network, Precision
 from mixpo.models.samplers import Sampler, SamplerName
 from mixpo.models.saving import save_model
-from mixpo.training.parallel import SharedSampler, StageProcesses
+from mixpo.training.parallel import MultiProcessSampler, StageProcesses
 from mixpo.training.record import Cost, write_json
 from mixpo.training.runtime import Runtime
 from mixpo.training.sharding import gather_for_passes, gather_for_saving
@@ -79,7 +79,7 @@ class StageJob:
         """The engine of this name, made at the first call, by which every process samples some of the completions."""
         if name not in self.samplers:
             own_sampler = self.runtime.make_sampler(name, self.out / SAMPLING)
-            self.samplers[name] = SharedSampler(own_sampler, self.processes)
+            self.samplers[name] = MultiProcessSampler(own_sampler, self.processes)
         return self.samplers[name]
 
     def close(self) -> None:

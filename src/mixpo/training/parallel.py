@@ -123,7 +123,7 @@ class StageProcesses:
                 gradient.copy_(part.view_as(gradient))
 
 
-class SharedSampler:
+class MultiProcessSampler:
     """A sampler whose prompts are dealt to the processes of a stage; every process receives all completions.
 
     Random numbers belong to the prompt, so who samples it changes nothing. Every process must call `draw`.

@@ -12,7 +12,7 @@ MEASURED_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Rates:
+class DeviceRates:
     """What a device can do, and the share of it that a run is assumed to reach."""
 
     name: str
@@ -35,10 +35,10 @@ class Rates:
         )
 
 
-def _make_card(name: str, bfloat16: float, float32: float, bandwidth: float, memory: float) -> Rates:
+def _make_card(name: str, bfloat16: float, float32: float, bandwidth: float, memory: float) -> DeviceRates:
     """Rates of a GPU from its data sheet: TFLOP/s (dense), TB/s and GB; the shares are assumed, not measured."""
     flops: dict[Precision, float] = {"bfloat16": bfloat16 * 1e12, "float32": float32 * 1e12}
-    return Rates(name, flops, bandwidth * 1e12, memory * 1e9, product_share=0.4, bandwidth_share=0.5)
+    return DeviceRates(name, flops, bandwidth * 1e12, memory * 1e9, product_share=0.4, bandwidth_share=0.5)
 
 
 CARDS = {
@@ -51,7 +51,7 @@ CARDS = {
 """GPUs by the name that the command line takes."""
 
 
-def measure_rates(precision: Precision) -> Rates:
+def measure_rates(precision: Precision) -> DeviceRates:
     """Measure this machine's rates for half a second: products of 1024 x 1024 matrices, and reading 256 MiB."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left = torch.ones(1024, 1024, dtype=dtype)
@@ -59,7 +59,7 @@ def measure_rates(precision: Precision) -> Rates:
     large = torch.ones(1 << 26)
     reads = _count_calls_a_second(large.sum)
     flops: dict[Precision, float] = {precision: products * 2 * 1024**3}
-    return Rates("this machine", flops, reads * large.nbytes, 0, product_share=0.5, bandwidth_share=0.2)
+    return DeviceRates("this machine", flops, reads * large.nbytes, 0, product_share=0.5, bandwidth_share=0.2)
 
 
 def _count_calls_a_second(work: object) -> float:

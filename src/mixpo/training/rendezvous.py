@@ -102,7 +102,7 @@ class Rendezvous:
         self.store.get(_FAILURE)  # setting does not wait for the store
 
 
-class LocalStore:
+class LocalRendezvousStore:
     """The store of processes that this process starts on its machine, and the variables that lead them to it."""
 
     def __init__(self) -> None:
