@@ -131,10 +131,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         stage_cache.compute_with_inputs(needed)
     shutil.rmtree(stage_cache.locate_folder(stage), ignore_errors=True)
     stage_cache.compute_stage(stage)
-    placement = PlannedRuntime(
+    runtime = PlannedRuntime(
         microbatch_tokens=case.microbatch_tokens, sampling_bytes=stage_cache.runtime.sampling_bytes
     )
-    cost = CostPlanner(stage_cache, placement, lambda _: CARDS["h100"]).plan_stage(stage)
+    cost = CostPlanner(stage_cache, runtime, lambda _: CARDS["h100"]).plan_stage(stage)
     if cost is None:
         return {}
     return {

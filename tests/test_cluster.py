@@ -9,7 +9,7 @@ import pytest
 from mixpo import SFT, Runtime, StageCache
 from mixpo.data.errors import InputError
 from mixpo.experiments import cluster
-from mixpo.experiments.cluster import PROGRESS, ClusterExecutor, InfraSettings, ProgressFile, SubmittedStage
+from mixpo.experiments.cluster import PROGRESS, ClusterExecutor, FileListener, InfraSettings, SubmittedStage
 from mixpo.experiments.executors import open_executor
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs
@@ -66,8 +66,8 @@ def stage_of(tmp_path: Path) -> tuple[StageFailingInOneProcess, StageCache]:
     return StageFailingInOneProcess(how="waits"), StageCache(tmp_path / "cache", Runtime(threads=1))
 
 
-def log_of(submitted: SubmittedStage) -> ProgressFile:
-    return ProgressFile(StageCache(submitted.cache, submitted.runtime).locate_folder(submitted.stage) / PROGRESS)
+def log_of(submitted: SubmittedStage) -> FileListener:
+    return FileListener(StageCache(submitted.cache, submitted.runtime).locate_folder(submitted.stage) / PROGRESS)
 
 
 def go_on(submitted: SubmittedStage) -> bool:
@@ -77,7 +77,7 @@ def go_on(submitted: SubmittedStage) -> bool:
 
 def end_well(submitted: SubmittedStage) -> bool:
     log_of(submitted).on_step(2, 2, {"loss": 0.25})
-    log_of(submitted).append_call("end", 12.5)
+    log_of(submitted).forward_call("end", 12.5)
     return True
 
 
@@ -87,7 +87,7 @@ def be_requeued(submitted: SubmittedStage) -> bool:
 
 
 def end_badly(submitted: SubmittedStage) -> bool:
-    log_of(submitted).append_call("end", {"reason": "the loss is nan", "bad_input": False})
+    log_of(submitted).forward_call("end", {"reason": "the loss is nan", "bad_input": False})
     return True
 
 

@@ -191,10 +191,10 @@ def test_the_cache_of_sampling_is_what_is_allocated(monkeypatch: pytest.MonkeyPa
 def test_a_small_budget_bounds_the_cache() -> None:
     shape = read_model_shape(LlamaConfig(), "Llama")
     options: dict[str, Any] = {"k": 1, "max_tokens": 512}
-    placement = PlannedRuntime("cuda", sampling_bytes=16 << 30)
-    planned = measure_sampling(shape, [512] * 1000, "bfloat16", placement, **options)
+    runtime = PlannedRuntime("cuda", sampling_bytes=16 << 30)
+    planned = measure_sampling(shape, [512] * 1000, "bfloat16", runtime, **options)
     assert 0.9 * 2**34 < planned.cache < 1.1 * 2**34
-    half = measure_sampling(shape, [512] * 1000, "bfloat16", replace(placement, sampling_bytes=8 << 30), **options)
+    half = measure_sampling(shape, [512] * 1000, "bfloat16", replace(runtime, sampling_bytes=8 << 30), **options)
     assert half.cache == pytest.approx(planned.cache / 2, rel=0.1)
 
 

@@ -13,7 +13,7 @@ from mixpo import DPO, PPO, SFT, Data, Evaluation, Pretrained, RewardModel, Samp
 from mixpo.data.errors import InputError
 from mixpo.experiments import run_costs
 from mixpo.experiments.row_lengths import RowLengthEstimator
-from mixpo.experiments.run_costs import _SettingChange, choose_hardware, find_fitting_changes
+from mixpo.experiments.run_costs import _SettingChange, choose_devices, find_fitting_changes
 from mixpo.experiments.stage_costs import CostPlanner, StageCost
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.shapes import read_model_shape
@@ -54,8 +54,13 @@ def build_stages(precision: Any = "bfloat16", lora: LoraSettings | None = None) 
     return {**stages, "dpo": dpo, "ppo": ppo, "evaluation": evaluation}
 
 
-def plan(stage: Stage, config: Path, **placement: Any) -> StageCost:
-    options: dict[str, Any] = {"device": "cuda", "microbatch_tokens": 2048, "sampling_bytes": 4 << 30, **placement}
+def plan(stage: Stage, config: Path, **runtime: Any) -> StageCost:
+    options: dict[str, Any] = {
+        "device": "cuda",
+        "microbatch_tokens": 2048,
+        "sampling_bytes": 4 << 30,
+        **runtime,
+    }
     stage_cache = StageCache(config / "cache", Runtime())
     planner = CostPlanner(stage_cache, PlannedRuntime(**options), lambda precision: CARDS["h100"], config_path=config)
     cost = planner.plan_stage(stage)
@@ -254,12 +259,12 @@ def test_wrong_options(working_folder, capsys, words, expected):
 
 
 def test_a_card_names_its_memory() -> None:
-    assert choose_hardware(None, None, "h200").memory_bytes == 141 * GB
-    assert choose_hardware(8, None, None).memory_bytes == 80 * GB
-    assert choose_hardware(8, 40, None).memory_bytes == 40 * GB
-    assert choose_hardware(None, None, None).gpus == 0
+    assert choose_devices(None, None, "h200").memory_bytes == 141 * GB
+    assert choose_devices(8, None, None).memory_bytes == 80 * GB
+    assert choose_devices(8, 40, None).memory_bytes == 40 * GB
+    assert choose_devices(None, None, None).gpus == 0
     with pytest.raises(InputError, match="expected one of"):
-        choose_hardware(1, None, "x")
+        choose_devices(1, None, "x")
 
 
 def test_cached_stages_cost_nothing(tiny: "TinyWorld", monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +273,7 @@ def test_cached_stages_cost_nothing(tiny: "TinyWorld", monkeypatch: pytest.Monke
     from mixpo.experiments.recipe import read_recipe
 
     recipe = read_recipe("world", [f"cache={json.dumps(str(tiny.stage_cache.cache))}"])
-    costs = run_costs.plan_run_costs(recipe, choose_hardware(1, None, None))
+    costs = run_costs.plan_run_costs(recipe, choose_devices(1, None, None))
     assert costs.cached == 3
     ((name, cost, count),) = costs.lines
     assert (name, cost.stage, count) == (f"SFT {tiny.stage_cache.compute_identity(cost.stage)}", tiny.sft(seed=9), 1)

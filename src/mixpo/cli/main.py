@@ -76,12 +76,12 @@ def show_plan(
     """
     from mixpo.cli.display import print_line, print_plan, print_run_costs
     from mixpo.experiments.plan import list_plan
-    from mixpo.experiments.run_costs import choose_hardware, plan_run_costs
+    from mixpo.experiments.run_costs import choose_devices, plan_run_costs
 
-    recipe, hardware = _read_recipe_of_command(arguments), choose_hardware(gpus, memory, gpu)
+    recipe, devices = _read_recipe_of_command(arguments), choose_devices(gpus, memory, gpu)
     print_plan(list_plan(recipe))
     try:
-        costs = plan_run_costs(recipe, hardware, config_path=config)
+        costs = plan_run_costs(recipe, devices, config_path=config)
     except InputError as error:
         if (gpus, memory, gpu, config) != (None, None, None, None):
             raise

@@ -5,7 +5,6 @@ stage's folder, which is all that the terminal reads: the folder must be on a fi
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import submitit
 from mixpo.data.errors import InputError
 from mixpo.experiments.workers import (
     FAILURE,
+    ForwardingListener,
     Outcome,
     StageDisplay,
     StageFailure,
@@ -99,11 +99,11 @@ class SubmittedStage:
         if rendezvous is not None and rendezvous.rank > 0:
             follow_stages(stage_cache)
             return
-        log = ProgressFile(stage_cache.locate_folder(self.stage) / PROGRESS)
+        log = FileListener(stage_cache.locate_folder(self.stage) / PROGRESS)
         progress_listener.set(log)
         outcome = compute_stage_or_failure(stage_cache, self.stage)
         failure = asdict(outcome) if isinstance(outcome, StageFailure) else None
-        log.append_call("end", failure or outcome)
+        log.forward_call("end", failure or outcome)
         end_if_broken(rendezvous, outcome)
         if rendezvous is not None:
             rendezvous.announce(None)
@@ -111,27 +111,19 @@ class SubmittedStage:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The same again, which submitit calls where the job's time is over or another job takes its place."""
         folder = StageCache(self.cache, self.runtime).locate_folder(self.stage)
-        ProgressFile(folder / PROGRESS).on_message("the job was interrupted; it is queued again, and then resumes")
+        FileListener(folder / PROGRESS).on_message("the job was interrupted; it is queued again, and then resumes")
         return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
-class ProgressFile:
-    """Listener that appends a stage's progress to a file, as names of a display's methods and their arguments."""
+class FileListener(ForwardingListener):
+    """Listener that appends a stage's progress to a file."""
 
     path: Path
 
-    def on_step(self, steps_done: int, total_steps: int, metrics: Mapping[str, float]) -> None:
-        """Append the steps done, their total and the metrics."""
-        self.append_call("on_step", steps_done, total_steps, dict(metrics))
-
-    def on_message(self, text: str) -> None:
-        """Append a line of text for the user."""
-        self.append_call("on_message", text)
-
-    def append_call(self, method: str, *arguments: Any) -> None:
-        """Append a method's name and arguments."""
-        append_jsonl(self.path, [{"method": method, "arguments": arguments}])
+    def forward_call(self, method_name: str, *arguments: Any) -> None:
+        """Append the name of a method of the display and its arguments."""
+        append_jsonl(self.path, [{"method": method_name, "arguments": arguments}])
 
 
 @dataclass

@@ -41,8 +41,8 @@ class PlannedDevices:
         return "cuda" if self.gpus else find_device_kind()
 
 
-def choose_hardware(gpus: int | None, memory_gb: float | None, card: str | None) -> PlannedDevices:
-    """The hardware that the options of the command line name. Raises `InputError` on an unknown card."""
+def choose_devices(gpus: int | None, memory_gb: float | None, card: str | None) -> PlannedDevices:
+    """The devices that the options of the command line name. Raises `InputError` on an unknown card."""
     if card is not None and card not in CARDS:
         raise InputError(f"--gpu: found {card!r}; expected one of {', '.join(CARDS)}{suggest_nearest(card, CARDS)}")
     if gpus is None and card is None:
@@ -66,20 +66,20 @@ class RunCosts:
 
 @dataclass(frozen=True)
 class _SettingChange:
-    """A change of settings that may make a stage fit: its text, and how it changes placement and stages."""
+    """A change of settings that may make a stage fit: its text, and how it changes runtime and stages."""
 
     text: str
-    placement: dict[str, Any] = field(default_factory=dict)
+    planned_runtime: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_run_costs(recipe: Recipe, hardware: PlannedDevices, *, config_path: Path | None = None) -> RunCosts:
-    """Plan the costs of a recipe's stages on some hardware. Raises `InputError` if a model's config is not at hand."""
+def plan_run_costs(recipe: Recipe, devices: PlannedDevices, *, config_path: Path | None = None) -> RunCosts:
+    """Plan the costs of a recipe's stages on some devices. Raises `InputError` if a model's config is not at hand."""
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     stages = list_stages(recipe)
     missing = [stage for stage in stages if not stage_cache.is_done(stage)]
-    placement, get_rates = _make_placement(recipe.runtime, hardware), _make_rates_lookup(hardware)
-    planner = CostPlanner(stage_cache, placement, get_rates, config_path=config_path)
+    planned_runtime, get_rates = _plan_runtime(recipe.runtime, devices), _make_rates_lookup(devices)
+    planner = CostPlanner(stage_cache, planned_runtime, get_rates, config_path=config_path)
     costs = [cost for stage in missing if (cost := planner.plan_stage(stage)) is not None]
     groups: dict[Any, list[StageCost]] = {}
     for cost in costs:
@@ -90,21 +90,21 @@ def plan_run_costs(recipe: Recipe, hardware: PlannedDevices, *, config_path: Pat
         *planner.rows.assumptions,
         *dict.fromkeys(get_rates(_get_precision(cost.stage)).describe(_get_precision(cost.stage)) for cost in costs),
     ]
-    too_large = [cost for cost in costs if cost.footprint.total > hardware.memory_bytes]
+    too_large = [cost for cost in costs if cost.footprint.total > devices.memory_bytes]
     refusal = ""
     if too_large:
 
         def measure(changes: Sequence[_SettingChange]) -> float:
             """Bytes of the largest of the stages that do not fit, after some changes."""
-            values = {key: value for change in changes for key, value in change.placement.items()}
-            changed = planner.with_placement(replace(placement, **values))
+            values = {key: value for change in changes for key, value in change.planned_runtime.items()}
+            changed = planner.with_runtime(replace(planned_runtime, **values))
             settings = {key: value for change in changes for key, value in change.stage.items()}
             results = [changed.plan_stage(_change_settings(cost.stage, settings)) for cost in too_large]
             return max(result.footprint.total for result in results if result is not None)
 
-        fitting = find_fitting_changes(list(_list_changes(placement, hardware)), measure, hardware.memory_bytes)
+        fitting = find_fitting_changes(list(_list_changes(planned_runtime, devices)), measure, devices.memory_bytes)
         largest = max(too_large, key=lambda cost: cost.footprint.total)
-        refusal = _format_refusal(largest, hardware, fitting)
+        refusal = _format_refusal(largest, devices, fitting)
     return RunCosts(lines, len(stages) - len(missing), assumptions, refusal)
 
 
@@ -140,21 +140,21 @@ def find_fitting_changes(
 
 def _change_the_same(one: _SettingChange, other: _SettingChange) -> bool:
     """True if two changes are of the same setting."""
-    return one.placement.keys() == other.placement.keys() and one.stage.keys() == other.stage.keys()
+    return one.planned_runtime.keys() == other.planned_runtime.keys() and one.stage.keys() == other.stage.keys()
 
 
-def _list_changes(placement: PlannedRuntime, hardware: PlannedDevices) -> Iterator[_SettingChange]:
+def _list_changes(planned_runtime: PlannedRuntime, devices: PlannedDevices) -> Iterator[_SettingChange]:
     """Yield changes of settings that save memory, those first that cost least: time, then numbers, then devices."""
-    tokens = placement.microbatch_tokens // 2
+    tokens = planned_runtime.microbatch_tokens // 2
     while tokens >= SMALLEST_MICROBATCH_TOKENS:
         yield _SettingChange(f"runtime.microbatch_tokens={tokens}", {"microbatch_tokens": tokens})
         tokens //= 2
-    gib = placement.sampling_bytes / 2**31
+    gib = planned_runtime.sampling_bytes / 2**31
     while gib >= SMALLEST_SAMPLING_GIB:
         yield _SettingChange(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
         gib /= 2
-    is_alone = hardware.gpus == 1
-    if hardware.gpus > 1 and not placement.is_sharded:
+    is_alone = devices.gpus == 1
+    if devices.gpus > 1 and not planned_runtime.is_sharded:
         yield _SettingChange("runtime.sharded=true", {"is_sharded": True})
     yield _SettingChange("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
     if is_alone:
@@ -164,7 +164,7 @@ def _list_changes(placement: PlannedRuntime, hardware: PlannedDevices) -> Iterat
     if is_alone:
         lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
         yield _SettingChange(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
-    gpus = 2 * hardware.gpus
+    gpus = 2 * devices.gpus
     while 0 < gpus <= MOST_GPUS:
         yield _SettingChange(f"--gpus {gpus} runtime.sharded=true", {"is_sharded": True, "processes": gpus})
         gpus *= 2
@@ -184,16 +184,16 @@ def _change_settings(stage: Stage, settings: dict[str, Any]) -> Stage:
     return stage.model_copy(update=changed)
 
 
-def _format_refusal(cost: StageCost, hardware: PlannedDevices, fitting: Sequence[_SettingChange] | None) -> str:
+def _format_refusal(cost: StageCost, devices: PlannedDevices, fitting: Sequence[_SettingChange] | None) -> str:
     """Format the stage that needs most memory, what was found and expected, and the settings that make all fit."""
     parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in list_parts(cost.footprint))
     if fitting is None:
-        advice = "no setting makes it fit; take a smaller model" + ("" if hardware.gpus else " or devices with more")
+        advice = "no setting makes it fit; take a smaller model" + ("" if devices.gpus else " or devices with more")
     else:
         advice = f"set {' '.join(change.text for change in fitting)}"
     return (
         f"{type(cost.stage).__name__}: found a need of {cost.footprint.total / 1e9:.1f} GB a device in {cost.moment} "
-        f"({parts}); expected at most {hardware.memory_bytes / 1e9:g} GB; {advice}"
+        f"({parts}); expected at most {devices.memory_bytes / 1e9:g} GB; {advice}"
     )
 
 
@@ -208,16 +208,16 @@ def _get_precision(stage: Stage) -> Precision:
     return precision
 
 
-def _make_placement(runtime: Runtime, hardware: PlannedDevices) -> PlannedRuntime:
-    """The placement of a runtime's settings on some hardware; those not set are what its kind of device takes."""
+def _plan_runtime(runtime: Runtime, devices: PlannedDevices) -> PlannedRuntime:
+    """A runtime's settings as planned for some devices; those not set are what its kind of device takes."""
     tokens, gib = runtime.microbatch_tokens, runtime.sampling_gib
     if "microbatch_tokens" not in runtime.model_fields_set:
-        tokens = MICROBATCH_TOKENS[hardware.device]
+        tokens = MICROBATCH_TOKENS[devices.device]
     if "sampling_gib" not in runtime.model_fields_set:
-        gib = SAMPLING_GIB[hardware.device]
+        gib = SAMPLING_GIB[devices.device]
     return PlannedRuntime(
-        device=hardware.device,
-        processes=max(1, hardware.gpus),
+        device=devices.device,
+        processes=max(1, devices.gpus),
         is_sharded=runtime.sharded,
         microbatch_tokens=tokens,
         sampling_bytes=round(gib * 2**30),
@@ -226,8 +226,8 @@ def _make_placement(runtime: Runtime, hardware: PlannedDevices) -> PlannedRuntim
     )
 
 
-def _make_rates_lookup(hardware: PlannedDevices) -> RatesByPrecision:
+def _make_rates_lookup(devices: PlannedDevices) -> RatesByPrecision:
     """A function that gives a card's rates, or measures this machine's, once a precision."""
-    if hardware.gpus:
-        return lambda precision: CARDS[hardware.card]
+    if devices.gpus:
+        return lambda precision: CARDS[devices.card]
     return cache(measure_rates)

@@ -79,7 +79,7 @@ class StageCostTally:
     """The work of a stage and its moments in memory, added up while it is planned."""
 
     precision: Precision
-    placement: PlannedRuntime
+    runtime: PlannedRuntime
     rates: DeviceRates
     moments: dict[str, MemoryFootprint] = field(default_factory=dict)
     """The fullest moment of each name."""
@@ -95,7 +95,7 @@ class StageCostTally:
 
     def measure_models(self, *models: ModelInMemory | None) -> MemoryFootprint:
         """Footprint of models that are in memory together."""
-        return measure_models([one for one in models if one is not None], self.precision, self.placement)
+        return measure_models([one for one in models if one is not None], self.precision, self.runtime)
 
     def add_updates(
         self,
@@ -112,17 +112,17 @@ class StageCostTally:
         """Add optimizer steps of a model on batches of rows, `times` over, while `held` is in memory."""
         trained, frozen = model.multiplied_weights
         self._add_passes(times * count_row_tokens(rows), 6.0 * trained + 4.0 * frozen)
-        if self.placement.activation_checkpointing:  # time, but no work of the method
+        if self.runtime.activation_checkpointing:  # time, but no work of the method
             self.seconds += 2.0 * (trained + frozen) * times * count_row_tokens(rows) / self._pass_rate
-        working = measure_working_weights(model, self.precision, self.placement)
+        working = measure_working_weights(model, self.precision, self.runtime)
         microbatches, accumulates = self._find_largest_microbatches(rows, batch_size, seed)
-        shards = self.placement.shards if model.trains_whole else 1
+        shards = self.runtime.shards if model.trains_whole else 1
         own_gradients = 0.0 if accumulates else 4 * model.trained_weights / shards
         beginning = replace(held, gradients=held.gradients - own_gradients)  # none are left of the step before
         for microbatch in microbatches:
-            passed = measure_training_pass(model, microbatch, self.precision, self.placement, predicts=predicts)
+            passed = measure_training_pass(model, microbatch, self.precision, self.runtime, predicts=predicts)
             self.add_moment(name, beginning, working, passed)
-            ending = measure_scoring_pass(model.shape, microbatch, self.precision, self.placement, predicts=False)
+            ending = measure_scoring_pass(model.shape, microbatch, self.precision, self.runtime, predicts=False)
             self.add_moment(name, held, working, ending)
 
     def add_scoring(
@@ -137,9 +137,9 @@ class StageCostTally:
     ) -> None:
         """Add passes of a model over rows without gradients, while `held` is in memory."""
         self._add_passes(times * count_row_tokens(rows), 2.0 * sum(model.multiplied_weights))
-        working = measure_working_weights(model, self.precision, self.placement)
+        working = measure_working_weights(model, self.precision, self.runtime)
         for microbatch in self._find_largest_microbatches(rows, len(rows), 0)[0]:
-            passed = measure_scoring_pass(model.shape, microbatch, self.precision, self.placement, predicts=predicts)
+            passed = measure_scoring_pass(model.shape, microbatch, self.precision, self.runtime, predicts=predicts)
             self.add_moment(name, held, working, passed)
 
     def add_sampling(
@@ -157,12 +157,12 @@ class StageCostTally:
         A step of decoding reads all weights, and the keys and values of all tokens before, or takes as long as its
         products do.
         """
-        working = measure_working_weights(model, self.precision, self.placement, whole=True)
-        sampled = measure_sampling(model.shape, prompts, self.precision, self.placement, k=k, max_tokens=max_tokens)
+        working = measure_working_weights(model, self.precision, self.runtime, whole=True)
+        sampled = measure_sampling(model.shape, prompts, self.precision, self.runtime, k=k, max_tokens=max_tokens)
         self.add_moment("sampling", held, working, sampled)
         weights, token_bytes = sum(model.multiplied_weights), count_cache_bytes(model.shape, self.precision)
-        own_prompts = -(-len(prompts) // self.placement.processes)
-        rows_at_once = max(1, self.placement.sampling_bytes // (token_bytes * k * (max(prompts) + max_tokens)))
+        own_prompts = -(-len(prompts) // self.runtime.processes)
+        rows_at_once = max(1, self.runtime.sampling_bytes // (token_bytes * k * (max(prompts) + max_tokens)))
         steps = max_tokens * -(-own_prompts // rows_at_once)
         drawn, share = k * max_tokens * len(prompts), own_prompts / len(prompts)
         keys = share * token_bytes * k * max_tokens * sum(prompt + max_tokens / 2 for prompt in prompts)
@@ -176,7 +176,7 @@ class StageCostTally:
     @property
     def _pass_rate(self) -> float:
         """FLOPs a second that passes reach on all devices."""
-        return self._product_rate * self.placement.processes
+        return self._product_rate * self.runtime.processes
 
     @property
     def _product_rate(self) -> float:
@@ -196,9 +196,9 @@ class StageCostTally:
         batch_count = 1 if len(set(rows)) == 1 else min(SEARCHED_BATCHES, -(-len(rows) // batch_size))
         microbatches, most = list[list[BranchLengths]](), 0
         for step in range(batch_count):
-            indices = select_batch_rows(step, len(rows), batch_size=batch_size, seed=seed)[:: self.placement.processes]
+            indices = select_batch_rows(step, len(rows), batch_size=batch_size, seed=seed)[:: self.runtime.processes]
             batch = [rows[index] for index in indices]
-            parts = list(split_into_microbatches([sum(row) for row in batch], self.placement.microbatch_tokens))
+            parts = list(split_into_microbatches([sum(row) for row in batch], self.runtime.microbatch_tokens))
             microbatches += [[batch[index] for index in part] for part in parts]
             most = max(most, len(parts))
         microbatches.sort(key=count_row_tokens, reverse=True)
@@ -206,25 +206,25 @@ class StageCostTally:
 
 
 class CostPlanner:
-    """Plans what stages cost on a placement, from the configs of models and the lengths of rows."""
+    """Plans what stages cost in a planned runtime, from the configs of models and the lengths of rows."""
 
     def __init__(
         self,
         stage_cache: StageCache,
-        placement: PlannedRuntime,
+        runtime: PlannedRuntime,
         get_rates: RatesByPrecision,
         *,
         config_path: Path | None = None,
     ) -> None:
-        self.placement, self.get_rates = placement, get_rates
+        self.runtime, self.get_rates = runtime, get_rates
         self.stage_cache, self.config_path = stage_cache, config_path
         self.rows = RowLengthEstimator(stage_cache)
         self._shapes: dict[Stage, ModelShape] = {}
 
-    def with_placement(self, placement: PlannedRuntime) -> Self:
-        """A planner for another placement, which shares what this one has read."""
+    def with_runtime(self, runtime: PlannedRuntime) -> Self:
+        """A planner for another planned runtime, which shares what this one has read."""
         planner = copy.copy(self)
-        planner.placement = placement
+        planner.runtime = runtime
         return planner
 
     def plan_stage(self, stage: Stage) -> StageCost | None:
@@ -243,21 +243,21 @@ class CostPlanner:
             return None
         precision: Precision = getattr(stage, "precision", "float32")
         lora: LoraSettings | None = getattr(stage, "lora", None)
-        placement = replace(
-            self.placement,
+        runtime = replace(
+            self.runtime,
             optimizer=getattr(stage, "optimizer", "adamw"),
             quantizes_frozen=lora is not None and lora.quantize_base,
         )
-        tally = StageCostTally(precision, placement, self.get_rates(precision))
+        tally = StageCostTally(precision, runtime, self.get_rates(precision))
         planners[type(stage)](stage, tally)
         moment = max(tally.moments, key=lambda name: tally.moments[name].total)
-        footprint = tally.moments[moment] + measure_process(precision, placement)
+        footprint = tally.moments[moment] + measure_process(precision, runtime)
         return StageCost(stage, footprint, moment, tally.tokens, tally.flops, tally.seconds)
 
     def _plan_pretrained(self, stage: Pretrained, tally: StageCostTally) -> None:
         """The model is compared with transformers' in float32, on one device; on a CPU beside what it is made from."""
         shape = self.get_shape(stage)
-        from_folder = stage.local_folder is not None or self.placement.device != "cpu"
+        from_folder = stage.local_folder is not None or self.runtime.device != "cpu"
         source = MemoryFootprint(weights=0 if from_folder else STORED_BYTES[shape.stored_dtype] * shape.weights)
         tally.add_moment("loading", measure_frozen_network(shape, "float32", PlannedRuntime()), source)
 
@@ -306,7 +306,7 @@ class CostPlanner:
             start = stage.reward if stage.value_init == "reward" else stage.policy
             value = self._hold_trained(start, stage.lora, is_reward_model=True)
         held = tally.measure_models(policy, reward, reference, sft, value)
-        if self.placement.device == "cpu":
+        if self.runtime.device == "cpu":
             held += MemoryFootprint(weights=4 * policy.trained_weights)  # the last good policy
         prompts = self.rows.list_prompts(stage.prompts.stage, stage.prompts.of)
         k, limit = stage.completions_per_prompt, stage.max_completion_tokens
@@ -381,7 +381,7 @@ class CostPlanner:
         """Add the copy in the type on disk that is made to save a model that trained whole."""
         stored = _find_pretrained(stage).dtype
         stored_bytes = STORED_BYTES[model.shape.stored_dtype if stored == "auto" else stored]
-        if model.trains_whole and stored_bytes < 4 and self.placement.shards == 1:
+        if model.trains_whole and stored_bytes < 4 and self.runtime.shards == 1:
             tally.add_moment("saving", held, MemoryFootprint(weights=stored_bytes * model.shape.weights))
 
     def get_shape(self, stage: Stage) -> ModelShape:

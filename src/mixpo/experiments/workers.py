@@ -280,19 +280,27 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-@dataclass(frozen=True)
-class PipeListener:
-    """Listener that sends a stage's progress through a pipe, as names of methods and their arguments."""
-
-    pipe: Connection
+class ForwardingListener:
+    """Listener that forwards a stage's progress to another process, as names of a display's methods and arguments."""
 
     def on_step(self, steps_done: int, total_steps: int, metrics: Mapping[str, float]) -> None:
-        """Send the steps done, their total and the metrics through the pipe."""
+        """Forward the steps done, their total and the metrics."""
         self.forward_call("on_step", steps_done, total_steps, dict(metrics))
 
     def on_message(self, text: str) -> None:
-        """Send a line of text through the pipe."""
+        """Forward a line of text for the user."""
         self.forward_call("on_message", text)
+
+    def forward_call(self, method_name: str, *arguments: Any) -> None:
+        """Forward the name of a method of the display and its arguments."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PipeListener(ForwardingListener):
+    """Listener that sends a stage's progress through a pipe."""
+
+    pipe: Connection
 
     def forward_call(self, method_name: str, *arguments: Any) -> None:
         """Send the name of a method of the display and its arguments through the pipe."""

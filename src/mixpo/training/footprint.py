@@ -148,57 +148,57 @@ def count_element_bytes(precision: Precision) -> int:
     return 2 if precision == "bfloat16" else 4
 
 
-def measure_process(precision: Precision, placement: PlannedRuntime) -> MemoryFootprint:
+def measure_process(precision: Precision, runtime: PlannedRuntime) -> MemoryFootprint:
     """Footprint of a process without models."""
-    has_kernels = placement.device == "cpu" and precision == "bfloat16"
-    return MemoryFootprint(process=PROCESS_BYTES[placement.device] + (KERNEL_BYTES if has_kernels else 0))
+    has_kernels = runtime.device == "cpu" and precision == "bfloat16"
+    return MemoryFootprint(process=PROCESS_BYTES[runtime.device] + (KERNEL_BYTES if has_kernels else 0))
 
 
 # Models
 
 
-def measure_models(models: Iterable[ModelInMemory], precision: Precision, placement: PlannedRuntime) -> MemoryFootprint:
+def measure_models(models: Iterable[ModelInMemory], precision: Precision, runtime: PlannedRuntime) -> MemoryFootprint:
     """Footprint of models that are in memory together, each network and each adapter once."""
     total, networks, adapters = MemoryFootprint(), dict[Hashable, MemoryFootprint](), dict[Hashable, int]()
     for model in models:
         if model.trains_whole:
-            total += measure_trained_weights(model.shape.weights, placement)
+            total += measure_trained_weights(model.shape.weights, runtime)
             continue
-        networks[model.network] = measure_frozen_network(model.shape, precision, placement)
+        networks[model.network] = measure_frozen_network(model.shape, precision, runtime)
         adapters[model.network, model.adapters] = model.frozen_adapters
         if model.trained_adapters is not None:
-            total += measure_trained_weights(model.trained_adapters.weights, replace(placement, is_sharded=False))
+            total += measure_trained_weights(model.trained_adapters.weights, replace(runtime, is_sharded=False))
     frozen = MemoryFootprint(weights=4 * sum(adapters.values()))
     return total + frozen + sum(networks.values(), MemoryFootprint())
 
 
-def measure_trained_weights(count: int, placement: PlannedRuntime) -> MemoryFootprint:
+def measure_trained_weights(count: int, runtime: PlannedRuntime) -> MemoryFootprint:
     """Footprint of weights that train: in float32, with gradients and Adam's moments."""
-    share = count / placement.shards
-    is_offloaded = placement.offloads_optimizer and placement.device == "cuda"
-    moments = 0.0 if is_offloaded else ADAM_BYTES[placement.optimizer]
+    share = count / runtime.shards
+    is_offloaded = runtime.offloads_optimizer and runtime.device == "cuda"
+    moments = 0.0 if is_offloaded else ADAM_BYTES[runtime.optimizer]
     return MemoryFootprint(weights=4 * share, gradients=4 * share, optimizer=moments * share)
 
 
-def measure_frozen_network(shape: ModelShape, precision: Precision, placement: PlannedRuntime) -> MemoryFootprint:
+def measure_frozen_network(shape: ModelShape, precision: Precision, runtime: PlannedRuntime) -> MemoryFootprint:
     """Footprint of a network without gradients, held in the precision that it computes in.
 
     In bfloat16 norms stay in float32, and the embedding too unless it is stored in bfloat16; an output head tied to a
     float32 embedding then has a tensor of its own. In 4 bits are all matrices but the output head.
     """
-    narrow = NF4_BYTES if placement.quantizes_frozen else count_element_bytes(precision)
+    narrow = NF4_BYTES if runtime.quantizes_frozen else count_element_bytes(precision)
     if precision == "float32":
         others = shape.weights - shape.matrix_weights
-        return MemoryFootprint(weights=(narrow * shape.matrix_weights + 4 * others) / placement.shards)
+        return MemoryFootprint(weights=(narrow * shape.matrix_weights + 4 * others) / runtime.shards)
     has_wide_embedding = shape.stored_dtype != "bfloat16"
     own_head = shape.head_weights if has_wide_embedding or not shape.is_tied else 0
     matrices = narrow * shape.matrix_weights + 2 * (shape.expert_weights + own_head)
     others = (4 if has_wide_embedding else 2) * shape.embedding_weights + 4 * shape.other_weights
-    return MemoryFootprint(weights=(matrices + others) / placement.shards)
+    return MemoryFootprint(weights=(matrices + others) / runtime.shards)
 
 
 def measure_working_weights(
-    model: ModelInMemory, precision: Precision, placement: PlannedRuntime, *, whole: bool = False
+    model: ModelInMemory, precision: Precision, runtime: PlannedRuntime, *, whole: bool = False
 ) -> MemoryFootprint:
     """Footprint of the weights in the type that products are computed in, beside those that are held.
 
@@ -206,7 +206,7 @@ def measure_working_weights(
     weights of a few layers, embedding and head are gathered; with `whole`, those of all layers.
     """
     shape, element = model.shape, count_element_bytes(precision)
-    if placement.shards == 1:
+    if runtime.shards == 1:
         is_cast = model.trains_whole and precision == "bfloat16"
         return MemoryFootprint(weights=2 * (shape.matrix_weights + shape.head_weights) if is_cast else 0)
     outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
@@ -221,7 +221,7 @@ def measure_training_pass(
     model: ModelInMemory,
     rows: Sequence[BranchLengths],
     precision: Precision,
-    placement: PlannedRuntime,
+    runtime: PlannedRuntime,
     *,
     predicts: bool,
 ) -> MemoryFootprint:
@@ -230,31 +230,34 @@ def measure_training_pass(
     `predicts` is False for scores and values, which need no logits.
     """
     shape = model.shape
-    kept = count_kept_bytes(shape, rows, precision, placement.device, model.trained_adapters)
-    if placement.activation_checkpointing:  # the input of every layer, and all of the layer that is computed again
+    kept = count_kept_bytes(shape, rows, precision, runtime.device, model.trained_adapters)
+    if runtime.activation_checkpointing:  # the input of every layer, and all of the layer that is computed again
         kept = 4 * shape.width * shape.layers * count_row_tokens(rows) + kept / shape.layers
-    passed = MemoryFootprint(activations=kept + count_temporary_bytes(shape, rows, precision, placement.device))
+    passed = MemoryFootprint(activations=kept + count_temporary_bytes(shape, rows, precision, runtime.device))
     if predicts:
         predicted = sum(sum(row[1:]) for row in rows)
-        passed += measure_logits(shape, predicted, precision, placement.device, head_trains=model.trains_whole)
-    if placement.shards > 1 and model.trains_whole:  # of one layer or of the embedding, before the devices add theirs
+        passed += measure_logits(shape, predicted, precision, runtime.device, head_trains=model.trains_whole)
+    if runtime.shards > 1 and model.trains_whole:  # of one layer or of the embedding, before the devices add theirs
         outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
         gathered = max(outside, (shape.weights - outside) / shape.layers)
         passed += MemoryFootprint(gradients=(4 + count_element_bytes(precision)) * gathered)
-    unused = HEAP_SHARE["whole" if model.trains_whole else "adapters"] if placement.device == "cpu" else 0.0
+    unused = HEAP_SHARE["whole" if model.trains_whole else "adapters"] if runtime.device == "cpu" else 0.0
     return passed + MemoryFootprint(activations=unused * passed.activations, logits=unused * passed.logits)
 
 
 def measure_scoring_pass(
-    shape: ModelShape, rows: Sequence[BranchLengths], precision: Precision, placement: PlannedRuntime, *, predicts: bool
+    shape: ModelShape,
+    rows: Sequence[BranchLengths],
+    precision: Precision,
+    runtime: PlannedRuntime,
+    *,
+    predicts: bool,
 ) -> MemoryFootprint:
     """Footprint of a microbatch's forward pass without gradients."""
-    temporary = count_temporary_bytes(shape, rows, precision, placement.device)
+    temporary = count_temporary_bytes(shape, rows, precision, runtime.device)
     predicted = shape.vocabulary * sum(sum(row[1:]) for row in rows) if predicts else 0
     chunks = count_element_bytes(precision) * min(predicted, CHUNK_LOGITS)
-    return MemoryFootprint(
-        activations=temporary, logits=chunks + 3 * 4 * min(predicted, BLOCK_LOGITS[placement.device])
-    )
+    return MemoryFootprint(activations=temporary, logits=chunks + 3 * 4 * min(predicted, BLOCK_LOGITS[runtime.device]))
 
 
 def count_row_tokens(rows: Sequence[BranchLengths]) -> int:
@@ -348,26 +351,26 @@ def measure_sampling(
     shape: ModelShape,
     prompts: Sequence[int],
     precision: Precision,
-    placement: PlannedRuntime,
+    runtime: PlannedRuntime,
     *,
     k: int,
     max_tokens: int,
 ) -> MemoryFootprint:
     """Footprint of sampling k completions of prompts of these lengths: key-value cache, prefill and logits."""
     element = count_element_bytes(precision)
-    own_prompts = sorted(prompts, reverse=True)[:: placement.processes]
+    own_prompts = sorted(prompts, reverse=True)[:: runtime.processes]
     capacity = max(own_prompts, default=0) + max_tokens
     token_bytes = count_cache_bytes(shape, precision)
-    fitting = max(1, placement.sampling_bytes // token_bytes // k // max(1, capacity))
+    fitting = max(1, runtime.sampling_bytes // token_bytes // k // max(1, capacity))
     batch = own_prompts[:fitting]
     cache = len(batch) * k * capacity * token_bytes
     prefill: list[BranchLengths] = [(prompt,) for prompt in batch]
-    while len(prefill) > 1 and count_row_tokens(prefill) > PREFILL_TOKENS[placement.device]:
+    while len(prefill) > 1 and count_row_tokens(prefill) > PREFILL_TOKENS[runtime.device]:
         prefill.pop()
-    temporary = count_temporary_bytes(shape, prefill, precision, placement.device)
+    temporary = count_temporary_bytes(shape, prefill, precision, runtime.device)
     rows = len(batch) * k
     noise = 24 * rows * count_noise_values(shape.vocabulary)
     logits = rows * shape.vocabulary
-    blocks = 3 * 4 * min(logits, BLOCK_LOGITS[placement.device])
+    blocks = 3 * 4 * min(logits, BLOCK_LOGITS[runtime.device])
     shrinking = cache / shape.layers  # rows that go on are copied a layer at a time
     return MemoryFootprint(cache=cache + shrinking, activations=temporary, logits=2 * element * logits + noise + blocks)
