@@ -639,7 +639,7 @@ def test_a_base_in_four_bits_is_shared_and_its_adapters_are_those_of_the_whole_m
     base, batch = locate_model_folder(wider.build(wider.policy)), pack_branches(PROMPTS, COMPLETIONS)
     lora, loader = LoraSettings(rank=2, quantize_base=True), ModelLoader(CPU)
     policy = loader.load_trainable_policy(base, precision, lora)
-    reference = loader.load_policy(base, precision)
+    reference = loader.load_policy(base, precision, quantize=True)
     assert reference.network is policy.network
     layer = policy.model.get_submodule("model.layers.0.mlp.up_proj").base_layer
     assert layer.weight.dtype == torch.uint8

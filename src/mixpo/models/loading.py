@@ -55,31 +55,31 @@ class ModelLoader:
     def __init__(self, device: torch.device, prepare_network: Callable[[Network], None] | None = None) -> None:
         """`prepare_network` is called with every new network, after its checks and before adapters are added."""
         self.device, self.prepare_network = device, prepare_network
-        self.quantizes = False
-        """Whether frozen networks are loaded in 4 bits: from the first model with `lora.quantize_base` on."""
         self._networks: WeakValueDictionary[NetworkKey, Network] = WeakValueDictionary()
         self._fields: dict[NetworkKey, dict[str, Any]] = {}
         """Fields of the models without adapters on the networks, by the same keys."""
 
-    def load_policy(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
+    def load_policy(self, folder: Path, precision: Precision = "float32", *, quantize: bool = False) -> LanguageModel:
         """Load a frozen policy from its folder. Raises `InputError` if its weights or its outputs are wrong."""
         refuse_model_changed_since_stage(folder)
         if not holds_adapters(folder):
-            return self._load_shared_model(folder, precision, read_policy_folder)
+            return self._load_shared_model(folder, precision, read_policy_folder, quantize=quantize)
         adapters = read_adapter_folder(folder)
         if adapters.head is not None:
             raise InputError(f"{folder}: found adapters of a reward model; expected those of a policy")
-        return self._load_model_with_adapters(adapters, precision)
+        return self._load_model_with_adapters(adapters, precision, quantize=quantize)
 
-    def load_reward_model(self, folder: Path, precision: Precision = "float32") -> LanguageModel:
+    def load_reward_model(
+        self, folder: Path, precision: Precision = "float32", *, quantize: bool = False
+    ) -> LanguageModel:
         """Load a frozen reward model: a one-label classifier, or adapters and a head. Raises `InputError`."""
         refuse_model_changed_since_stage(folder)
         if not holds_adapters(folder):
-            return self._load_shared_model(folder, precision, read_reward_folder)
+            return self._load_shared_model(folder, precision, read_reward_folder, quantize=quantize)
         adapters = read_adapter_folder(folder)
         if adapters.head is None:
             raise InputError(f"{folder}: found adapters of a policy; expected those of a reward model, with its head")
-        lm = self._load_model_with_adapters(adapters, precision)
+        lm = self._load_model_with_adapters(adapters, precision, quantize=quantize)
         lm.head, lm.is_reward_model = lm.adapters[-1], True
         if lm.head not in lm.network.heads:
             lm.network.heads[lm.head] = make_score_head(adapters.head).to(self.device)
@@ -91,8 +91,7 @@ class ModelLoader:
         """Load a policy to train: new adapters on the shared network, or without `lora` all weights, in float32."""
         if lora is None:
             return self._load_private_model(folder, precision)
-        self.quantizes = lora.quantize_base
-        lm = self.load_policy(folder, precision)
+        lm = self.load_policy(folder, precision, quantize=lora.quantize_base)
         add_lora(lm, lora)
         return lm
 
@@ -102,8 +101,7 @@ class ModelLoader:
         """Load a reward model to train on as a value model, as `load_trainable_policy` loads a policy, and its head."""
         if lora is None:
             return self._load_private_model(folder, precision, is_reward_model=True)
-        self.quantizes = lora.quantize_base
-        lm = self.load_reward_model(folder, precision)
+        lm = self.load_reward_model(folder, precision, quantize=lora.quantize_base)
         add_lora(lm, lora, "trained-value")
         return lm
 
@@ -113,8 +111,7 @@ class ModelLoader:
         """Make a reward model to train of a policy and a scalar head from N(0, 1/(width+1)) (Stiennon et al. 2020)."""
         if lora is None:
             return self._load_private_model(policy_folder, precision, is_reward_model=True, head_seed=seed)
-        self.quantizes = lora.quantize_base
-        lm = self.load_policy(policy_folder, precision)
+        lm = self.load_policy(policy_folder, precision, quantize=lora.quantize_base)
         weight = draw_head_weight(find_head_width(lm.model.config, policy_folder), seed)
         lm.network.heads["random"] = make_score_head(weight).to(self.device)
         lm.head, lm.is_reward_model = "random", True
@@ -127,26 +124,28 @@ class ModelLoader:
         return self._load_private_model(folder, "float32", is_reward_model=is_reward_model, dtype=None)
 
     def _load_shared_model(
-        self, folder: Path, precision: Precision, read_folder: Callable[[Path], ModelFolder]
+        self, folder: Path, precision: Precision, read_folder: Callable[[Path], ModelFolder], *, quantize: bool
     ) -> LanguageModel:
         """A new model on the one frozen network of a whole model's folder."""
         with explain_loading_errors(folder):
-            key = compute_model_digest(folder), precision, self.quantizes
+            key = compute_model_digest(folder), precision, quantize
         network = self._networks.get(key)
         if network is not None:
             return LanguageModel(network, **self._fields[key])
         checked = read_folder(folder)
         # not in float32 first: that would take twice the memory for a moment
         dtype = torch.float32 if precision == "float32" else checked.dtype
-        model = load_weights(checked, dtype=dtype, quantize=self.quantizes)
+        model = load_weights(checked, dtype=dtype, quantize=quantize)
         lm = self._wrap_and_verify_model(model, checked, precision, frozen=True)
         self._networks[key] = lm.network
         self._fields[key] = {field.name: getattr(lm, field.name) for field in fields(lm) if field.name != "network"}
         return lm
 
-    def _load_model_with_adapters(self, adapters: AdapterFolder, precision: Precision) -> LanguageModel:
+    def _load_model_with_adapters(
+        self, adapters: AdapterFolder, precision: Precision, *, quantize: bool
+    ) -> LanguageModel:
         """A model with a folder's adapters, which do not train, on the network of the folder's base."""
-        lm = self._load_shared_model(adapters.base, precision, read_policy_folder)
+        lm = self._load_shared_model(adapters.base, precision, read_policy_folder, quantize=quantize)
         name = compute_model_digest(adapters.path)
         if name not in lm.network.adapter_names:
             add_adapter_folder(lm.network, name, adapters)

@@ -122,7 +122,7 @@ def _compute_reference_logprobs(
     digest = compute_model_digest(locate_model_folder(input_paths["reference"]))
     same = digest == compute_model_digest(locate_model_folder(input_paths["policy"]))
     shared = same and not stage.lora  # nothing is trained yet
-    reference = lm if shared else job.load_policy(input_paths["reference"], stage.precision)
+    reference = lm if shared else job.load_policy(input_paths["reference"], stage.precision, stage.lora)
     quantized = stage.lora is not None and stage.lora.quantize_base  # pairs are sampled from whole weights
     sampled = pairs.sampler == format_sampler_name(digest, stage.precision) and not quantized
     stored = pairs.logprobs if sampled else None

@@ -60,13 +60,14 @@ def load_frozen_models(
 ) -> FrozenModels:
     """Load reference, SFT (one object if the same) and reward model. Raises `InputError` if tokenizers differ."""
     digests = [compute_model_digest(locate_model_folder(input_paths[name])) for name in ("reference", "sft")]
-    reference = job.load_policy(input_paths["reference"], settings.precision)
+    reference = job.load_policy(input_paths["reference"], settings.precision, settings.lora)
     same = digests[0] == digests[1]
-    sft = reference if same else job.load_policy(input_paths["sft"], settings.precision)
+    sft = reference if same else job.load_policy(input_paths["sft"], settings.precision, settings.lora)
     for name, model in (("reference", reference), ("sft", sft)):
         if model.tokenization_digest != policy.tokenization_digest:
             raise InputError(f"ppo.{name}: its tokenizer differs from the policy's; expected the same tokens in both")
-    return FrozenModels(reference, sft, job.load_reward_model(input_paths["reward"], settings.precision))
+    reward = job.load_reward_model(input_paths["reward"], settings.precision, settings.lora)
+    return FrozenModels(reference, sft, reward)
 
 
 def make_actor_critic(

@@ -101,7 +101,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             pass
 
         digest = job.save_model(lm)
-        saved = job.load_reward_model(job.out, self.precision)
+        saved = job.load_reward_model(job.out, self.precision, self.lora)
         accuracies: dict[str, Any] = {}
         for name, prompts, completions in (
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),

@@ -42,13 +42,19 @@ class StageJob:
         self.models = ModelLoader(self.processes.device, prepare_network=self._prepare_network)
         self.samplers: dict[SamplerName, Sampler] = {}
 
-    def load_policy(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the policy in a stage's folder, frozen."""
-        return self.models.load_policy(locate_model_folder(stage_folder), precision)
+    def load_policy(
+        self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load the policy in a stage's folder, frozen; in 4 bits beside a model that `lora` trains so."""
+        quantize = lora is not None and lora.quantize_base
+        return self.models.load_policy(locate_model_folder(stage_folder), precision, quantize=quantize)
 
-    def load_reward_model(self, stage_folder: Path, precision: Precision = "float32") -> LanguageModel:
-        """Load the reward model in a stage's folder, frozen."""
-        return self.models.load_reward_model(locate_model_folder(stage_folder), precision)
+    def load_reward_model(
+        self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
+    ) -> LanguageModel:
+        """Load the reward model in a stage's folder, frozen; in 4 bits beside a model that `lora` trains so."""
+        quantize = lora is not None and lora.quantize_base
+        return self.models.load_reward_model(locate_model_folder(stage_folder), precision, quantize=quantize)
 
     def load_trainable_policy(
         self, stage_folder: Path, precision: Precision = "float32", lora: LoraSettings | None = None
