@@ -663,11 +663,22 @@ def test_a_base_in_four_bits_is_shared_and_its_adapters_are_those_of_the_whole_m
     assert on_whole.model.get_submodule("model.layers.0.mlp.up_proj").base_layer.weight.dtype != torch.uint8
 
 
-def test_every_stage_trains_on_a_base_in_four_bits(wider: TinyWorld) -> None:
+def test_every_stage_trains_on_a_base_in_four_bits(wider: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen models too: no network but those that were quantized is loaded."""
     pytest.importorskip("bitsandbytes")
+    quantized: list[bool] = []
+    load = loading.load_weights
+    monkeypatch.setattr(
+        loading, "load_weights", lambda *args, **how: quantized.append(how.get("quantize", False)) or load(*args, **how)
+    )
     for kind in ("sft", "reward", "dpo", "ppo"):
-        out = wider.run(getattr(wider, kind)(lora={"rank": 2, "quantize_base": True}))
+        stage = getattr(wider, kind)(lora={"rank": 2, "quantize_base": True})
+        inputs = [wider.build(source) for source in stage.get_input_stages().values()]
+        quantized.clear()
+        out = wider.run(stage)
         assert holds_adapters(locate_model_folder(out))
+        assert inputs
+        assert quantized == [True] * (2 if kind == "ppo" else 1), "PPO's policies and its reward models, once each"
     assert read_metrics(out)[0]["kl_abs_per_token"] < 1e-3, "the reference is held in four bits too"
 
 

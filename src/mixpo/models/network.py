@@ -122,7 +122,7 @@ class Network(nn.Module):
             present = [name for name in names if name in getattr(module, module.adapter_layer_names[0])]
             if module.adapter_layer_names[0] == "modules_to_save":
                 present = present[-1:]  # a whole module replaces the one before
-            module._active_adapter, module._disable_adapters = present, not present
+            module._active_adapter = present
         self._active_adapters = names
 
     def checkpoint_activations(self) -> None:
