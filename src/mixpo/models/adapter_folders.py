@@ -57,12 +57,14 @@ def write_adapter_folder(lm: LanguageModel, folder: Path) -> None:
     """Write the sum of a model's adapters to a folder, as one adapter in float32 with a scale of 1.
 
     transformers and peft load it by `AutoPeftModelForCausalLM.from_pretrained`, a reward model by
-    `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)`.
+    `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)`. Raises `InputError`, before writing,
+    if a weight is not finite.
     """
     from peft import LoraConfig
 
     assert lm.folder is not None
     weights = collect_adapter_weights(lm)
+    refuse_non_finite_weights(folder, weights, "the training diverged: lower the learning rate")
     ranks = {name.removesuffix(".lora_A"): len(down) for name, down in weights.items() if name.endswith(".lora_A")}
     saved = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
     rank = max(ranks.values())

@@ -50,37 +50,8 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
     """
     from peft import LoraConfig
 
-    network, model = lm.network, lm.model
-    unadapted, adapted = _list_whole_modules(network), _list_adapted_layers(network)
-    modules = [name for name, _ in model.named_modules() if name and not _is_part_of_adapters(name)]
-    saved = _find_parts_with_weights(network, _find_modules("modules_to_save", lora, modules))
-    head = model.get_output_embeddings()
-    layers = [
-        layer
-        for name, module in iterate_matrix_modules(model)
-        if module is not head and not _is_part_of_adapters(layer := name.removesuffix(".base_layer"))
-        if layer.split(".")[0] != "score" and not _is_within(layer, {*unadapted, *saved})
-    ]
-    layers = list(dict.fromkeys(layers))
-    if not layers:
-        raise InputError(f"lora.modules_to_save: found {saved[0]!r} and all others; expected some layers left to adapt")
-    targets = layers if lora.target_modules == "all-linear" else _find_modules("target_modules", lora, layers)
-    if both := [module for module in saved if module in adapted]:
-        raise InputError(
-            f"lora.modules_to_save: found {both[0]!r}, to which an earlier stage has added adapters; expected modules "
-            "that train whole from the first stage on"
-        )
-    if tied := [module for module in saved if _is_tied_embedding(network, model.get_submodule(module))]:
-        raise InputError(
-            f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
-            "expected modules with weights of their own; leave it out"
-        )
-    packed = {name for name, weight in model.named_parameters() if not weight.is_floating_point()}
-    if both := [module for module in saved if f"{module}.weight" in packed]:
-        raise InputError(
-            f"lora.modules_to_save: found {both[0]!r} beside lora.quantize_base, which holds it in 4 bits; expected "
-            "other modules, such as norms, or one of the two settings"
-        )
+    network = lm.network
+    targets, saved = _choose_modules(network, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -138,6 +109,42 @@ def iterate_adapter_weights(network: Network, adapter_name: str) -> Iterator[tup
         if f".{adapter_name}." in name:
             name = name.replace(f".modules_to_save.{adapter_name}.", ".")
             yield name.removesuffix(f".{adapter_name}.weight") if ".lora_" in name else name, parameter
+
+
+def _choose_modules(network: Network, lora: LoraSettings) -> tuple[list[str], list[str]]:
+    """Names of the layers that get adapters, and of the modules that train whole. Raises `InputError` on conflicts."""
+    model = network.model
+    unadapted, adapted = _list_whole_modules(network), _list_adapted_layers(network)
+    modules = [name for name, _ in model.named_modules() if name and not _is_part_of_adapters(name)]
+    saved = _find_parts_with_weights(network, _find_modules("modules_to_save", lora, modules))
+    head = model.get_output_embeddings()
+    layers = [
+        layer
+        for name, module in iterate_matrix_modules(model)
+        if module is not head and not _is_part_of_adapters(layer := name.removesuffix(".base_layer"))
+        if layer.split(".")[0] != "score" and not _is_within(layer, {*unadapted, *saved})
+    ]
+    layers = list(dict.fromkeys(layers))
+    if not layers:
+        raise InputError(f"lora.modules_to_save: found {saved[0]!r} and all others; expected some layers left to adapt")
+    targets = layers if lora.target_modules == "all-linear" else _find_modules("target_modules", lora, layers)
+    if both := [module for module in saved if module in adapted]:
+        raise InputError(
+            f"lora.modules_to_save: found {both[0]!r}, to which an earlier stage has added adapters; expected modules "
+            "that train whole from the first stage on"
+        )
+    if tied := [module for module in saved if _is_tied_embedding(network, model.get_submodule(module))]:
+        raise InputError(
+            f"lora.modules_to_save: found {tied[0]!r}, whose weights are also those of another module of the model; "
+            "expected modules with weights of their own; leave it out"
+        )
+    packed = {name for name, weight in model.named_parameters() if not weight.is_floating_point()}
+    if both := [module for module in saved if f"{module}.weight" in packed]:
+        raise InputError(
+            f"lora.modules_to_save: found {both[0]!r} beside lora.quantize_base, which holds it in 4 bits; expected "
+            "other modules, such as norms, or one of the two settings"
+        )
+    return targets, saved
 
 
 def _inject_adapters(network: Network, name: str, config: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
+from mixpo.models.adapter_folders import write_adapter_folder
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.folders import let_others_read, refuse_non_finite_weights
 from mixpo.models.language_model import LanguageModel
@@ -27,8 +27,6 @@ def save_model(lm: LanguageModel, folder: Path) -> str:
     """
     tokenizer = copy.deepcopy(lm.tokenizer)
     if lm.adapters:
-        weights = collect_adapter_weights(lm)
-        refuse_non_finite_weights(folder, weights, "the training diverged: lower the learning rate")
         write_adapter_folder(lm, folder)
         pad = choose_pad_token(tokenizer, lm.end_tokens)
         if lm.is_reward_model and pad in tokenizer.get_vocab():
