@@ -188,7 +188,7 @@ class PPOTraining:
         self.cost.add_sampled_tokens(policy, int(mask.sum()), sum(map(len, prompts)))
         importance_weights, mismatch = None, dict[str, float]()
         if settings.sampler != "local":
-            logprobs = job.compute_numbers(compute_token_logprobs, policy, prompts, completions)
+            logprobs = job.compute_over_processes(compute_token_logprobs, policy, prompts, completions)
             self.cost.add_scored_tokens(policy, tokens)
             mismatch = compute_sampler_mismatch(logprobs, completions.logprobs, mask)
             if settings.importance_clip is not None:
@@ -199,14 +199,14 @@ class PPOTraining:
         # Score
         rows_text = [self.prompts[row] for row in prompt_indices]
         reward_inputs = retokenize_for_reward(frozen.reward, policy, rows_text, prompts, completions)
-        scores = job.compute_numbers(compute_scores, frozen.reward, *reward_inputs)
+        scores = job.compute_over_processes(compute_scores, frozen.reward, *reward_inputs)
         self.cost.add_scored_tokens(frozen.reward, sum(count_tokens_per_prompt(*reward_inputs)))
-        reference_logprobs = job.compute_numbers(compute_token_logprobs, frozen.reference, prompts, completions)
+        reference_logprobs = job.compute_over_processes(compute_token_logprobs, frozen.reference, prompts, completions)
         self.cost.add_scored_tokens(frozen.reference, tokens)
         if frozen.sft is frozen.reference:
             sft_logprobs = reference_logprobs
         else:
-            sft_logprobs = job.compute_numbers(compute_token_logprobs, frozen.sft, prompts, completions)
+            sft_logprobs = job.compute_over_processes(compute_token_logprobs, frozen.sft, prompts, completions)
             if settings.kl_budget is not None:  # otherwise only a metric, which is not a cost of the method
                 self.cost.add_scored_tokens(frozen.sft, tokens)
 
@@ -226,7 +226,7 @@ class PPOTraining:
         # Advantages
         values = returns = None
         if models.value is not None:
-            values = job.compute_numbers(compute_outputs, models.value, prompts, completions, "values")
+            values = job.compute_over_processes(compute_outputs, models.value, prompts, completions, "values")
             self.cost.add_scored_tokens(models.value, tokens)
             advantages = generalized_advantages(
                 rewards, values, mask, discount=settings.discount, gae_lambda=settings.gae_lambda

@@ -77,7 +77,7 @@ class RewardModel(RewardStage, RewardModelSettings):
         prompts, completions = [pairs.prompts[row] for row in train], [pairs.completions[row] for row in train]
         training = SupervisedTraining(job, self, lm, prompts, completions)
         if self.head == "fitted" and training.first_step == 0:
-            states = job.compute_numbers(compute_last_states, lm, prompts, completions)
+            states = job.compute_over_processes(compute_last_states, lm, prompts, completions)
             job.cost.add_scored_tokens(lm, sum(count_tokens_per_prompt(prompts, completions)))
             weight = lm.score_head.weight.detach()
             fitted = fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge)
@@ -107,7 +107,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             ("validation", [pairs.prompts[row] for row in validation], [pairs.completions[row] for row in validation]),
             ("test", test.prompts, test.completions),
         ):
-            scores = job.compute_numbers(compute_scores, saved, prompts, completions).double().numpy()
+            scores = job.compute_over_processes(compute_scores, saved, prompts, completions).double().numpy()
             job.cost.add_scored_tokens(saved, sum(count_tokens_per_prompt(prompts, completions)))
             if job.processes.is_main_process:
                 write_table(

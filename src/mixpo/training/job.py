@@ -99,7 +99,7 @@ class StageJob:
         with gather_for_saving(lm.network, keep=self.processes.is_main_process) if whole else nullcontext():
             return self.processes.take_from_main(lambda: save_model(lm, folder or locate_model_folder(self.out)))
 
-    def compute_numbers(
+    def compute_over_processes(
         self,
         compute: Callable[..., Tensor],
         lm: LanguageModel,

@@ -123,7 +123,7 @@ class ResumableWork:
         def score_rows(rows: list[int]) -> list[Any]:
             """Numbers of the completions of these prompts, counted in the cost."""
             part = [prompts[row] for row in rows], select_completions(completions, rows)
-            numbers = self.job.compute_numbers(compute_numbers, lm, *part)
+            numbers = self.job.compute_over_processes(compute_numbers, lm, *part)
             self.cost.add_scored_tokens(lm, sum(lengths[row] for row in rows))
             return numbers.tolist()
 
