@@ -106,7 +106,7 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> Non
         with_json("[" * 50_000),
         with_json("[1, 2]"),
         with_json("9" * 5_000),
-        with_json(json.dumps(content).replace('["format", 2]', '["format", 1]')),
+        with_json(json.dumps(content).replace('["format", 3]', '["format", 1]')),
         with_json(json.dumps(content).replace('"part"', '"model"')),
         {name: tensor for name, tensor in good.items() if name != "0"},
     ]
@@ -120,4 +120,4 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> Non
         with pytest.raises(InputError, match=r"checkpoint\.safetensors: found no checkpoint of this stage \(") as error:
             checkpoint.restore_states()
         assert "\n" not in str(error.value)
-        assert str(error.value).endswith("expected ['part'] in format 2; delete it to start the stage again")
+        assert str(error.value).endswith("expected ['part'] in format 3; delete it to start the stage again")

@@ -34,7 +34,8 @@ from mixpo.stages.rows import read_table
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_summary
 from mixpo.training import parallel
-from mixpo.training.job import locate_model_folder
+from mixpo.training.checkpoint import Checkpoint, TrainableWeights
+from mixpo.training.job import CHECKPOINT, StageJob, locate_model_folder
 from mixpo.training.parallel import MultiProcessSampler, StageProcesses
 from mixpo.training.record import MetricsLog, read_metrics
 from mixpo.training.rendezvous import LocalRendezvousStore, Rendezvous, join_rendezvous
@@ -193,6 +194,73 @@ def test_weights_are_cut_and_gathered_where_they_are_needed(pair: ProcessPair, p
     assert abs(first[0] - second[0]) < 0.01 * first[1]
 
 
+def train_from_checkpoint(processes: StageProcesses, folder: Path, offload: bool, last_step: int) -> Any:
+    """Weights after training a network, cut if there are two processes, from its checkpoint; which is written then."""
+    job = StageJob(folder, Runtime(device="cpu", threads=1), replace(processes, is_sharded=processes.count > 1))
+    lm = tiny_model("llama")
+    job.processes.shard(lm.network)
+    optimizer = make_optimizer(lm.parameters(), OptimizerSettings(learning_rate=1e-3), offload=offload)
+    checkpoint = Checkpoint(job, {"weights": TrainableWeights(lm), "optimizer": optimizer})
+    first_step, _ = checkpoint.restore_states()
+    for step in range(first_step, last_step):
+        optimizer.zero_grad()
+        (lm(pack_branches([[3, 9, 4 + step]], [[[7, 8], [9, step]]]), "logprobs").sum()).backward()
+        optimizer.step()
+    checkpoint.write_checkpoint(last_step, {})
+    return first_step, {name: get_whole(weight.detach()) for name, weight in lm.named_parameters()}
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["adamw", "offloaded"])
+def test_a_checkpoint_of_cut_weights_is_read_by_any_number_of_processes(
+    pair: ProcessPair, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, offload: bool
+) -> None:
+    """And every process writes its own parts of weights and moments, on which an offloaded step works as AdamW's."""
+    alone = StageProcesses(torch.device("cpu"))
+    _, expected = train_from_checkpoint(alone, tmp_path_factory.mktemp("alone"), False, 6)
+    (first, _), _ = pair.call(train_from_checkpoint, tmp_path, offload, 2)
+    parts = sorted((tmp_path / "checkpoint-2").iterdir())
+    assert first == 0
+    assert len(parts) == 2
+    numbers = sum(weight.numel() for weight in expected.values())
+    assert sum(sum(one.numel() for one in load_file(part).values()) for part in parts) == 3 * numbers
+    assert sum(one.numel() for one in load_file(parts[0]).values()) < 1.6 * numbers
+    assert (tmp_path / CHECKPOINT).stat().st_size < 20_000
+    assert train_from_checkpoint(alone, tmp_path, offload, 3)[0] == 2
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert [first for first, _ in pair.call(train_from_checkpoint, tmp_path, offload, 4)] == [3, 3]
+    (first, _), _ = pair.call(train_from_checkpoint, tmp_path, not offload, 5)
+    assert first == 4
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    for _, weights in pair.call(train_from_checkpoint, tmp_path, offload, 6):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_without_all_parts_is_refused_in_one_line(pair: ProcessPair, tmp_path: Path) -> None:
+    alone = StageProcesses(torch.device("cpu"))
+    pair.call(train_from_checkpoint, tmp_path, False, 1)
+    first, second = sorted((tmp_path / "checkpoint-1").iterdir())
+    content = first.read_bytes()
+
+    def read_everywhere() -> Iterator[str]:
+        for error in pair.call(train_from_checkpoint, tmp_path, False, 2):
+            assert isinstance(error, InputError), error
+            yield str(error.args[0])
+        with pytest.raises(InputError) as error:
+            train_from_checkpoint(alone, tmp_path, False, 2)
+        yield str(error.value)
+
+    for damage in (first.unlink, second.unlink, lambda: first.write_bytes(content[:-99]), lambda: first.write_text("")):
+        saved = second.read_bytes()
+        damage()
+        for message in read_everywhere():
+            assert "checkpoint.safetensors: found no checkpoint of this stage (" in message
+            assert "\n" not in message
+        first.write_bytes(content)
+        second.write_bytes(saved)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    assert all("delete it to start the stage again" in message for message in read_everywhere())
+
+
 def read_adapters_with_a_whole_module(processes: StageProcesses, folder: Path) -> None:
     replaced = replace(processes, is_sharded=True)
     ModelLoader(processes.device, lambda network: replaced.shard(network)).load_policy(folder)
@@ -302,6 +370,17 @@ def assert_same_folders(one: Path, other: Path) -> None:
     summary, expected_summary = read_stage_summary(other), read_stage_summary(one)
     for key in ("tokens_sampled", "tokens_trained", "tokens_scored", "flops"):
         assert summary["cost"][key] == expected_summary["cost"][key], key
+
+
+@pytest.mark.heavy
+def test_cut_weights_with_offloaded_moments_and_checkpointed_activations(tiny: TinyWorld, tmp_path: Path) -> None:
+    saving = {"sharded": True, "offload_optimizer": True, "activation_checkpointing": True}
+    stages = StagesInTwoProcesses(tiny, tmp_path, TWO.model_copy(update=saving))
+    for stage in (tiny.sft(**SFT_ROWS), tiny.ppo(**SLOW), tiny.ppo(**SLOW, lora={"rank": 2})):
+        one, other = tiny.run(stage), stages.compute(stage)
+        assert isinstance(other, Path), other
+        assert_same_folders(one, other)
+    stages.pool.kill_workers()
 
 
 def count_steps(folder: Path) -> int:

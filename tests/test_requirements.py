@@ -21,7 +21,6 @@ OFFLOADED = {"offload_optimizer": True}
         ({"lora": {"quantize_base": True}}, SHARDED, 2, "runtime.sharded: found beside lora.quantize_base in SFT"),
         ({"lora": {"modules_to_save": ("norm",)}}, SHARDED, 2, "runtime.sharded: found beside lora.modules_to_save"),
         ({"optimizer": "adamw-8bit"}, SHARDED, 2, "runtime.sharded: found beside optimizer: adamw-8bit"),
-        ({}, {**SHARDED, **OFFLOADED}, 2, "runtime.sharded: found beside runtime.offload_optimizer"),
         ({"optimizer": "adamw-8bit"}, OFFLOADED, 1, "runtime.offload_optimizer: found beside optimizer: adamw-8bit"),
     ],
 )

@@ -153,15 +153,13 @@ def _list_changes(planned_runtime: PlannedRuntime, devices: PlannedDevices) -> I
     while gib >= SMALLEST_SAMPLING_GIB:
         yield _SettingChange(f"runtime.sampling_gib={gib:g}", {"sampling_bytes": round(gib * 2**30)})
         gib /= 2
-    is_alone = devices.gpus == 1
     if devices.gpus > 1 and not planned_runtime.is_sharded:
         yield _SettingChange("runtime.sharded=true", {"is_sharded": True})
     yield _SettingChange("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
-    if is_alone:
-        yield _SettingChange("runtime.offload_optimizer=true", {"offloads_optimizer": True})
+    yield _SettingChange("runtime.offload_optimizer=true", {"offloads_optimizer": True})
     yield _SettingChange("precision=bfloat16", stage={"precision": "bfloat16"})
     yield _SettingChange(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
-    if is_alone:
+    if devices.gpus == 1:
         lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
         yield _SettingChange(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
     gpus = 2 * devices.gpus

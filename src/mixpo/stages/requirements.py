@@ -10,7 +10,6 @@ EXCLUSIONS = (
     ("runtime.sharded", "lora.quantize_base", "weights in 4 bits cannot be cut over processes"),
     ("runtime.sharded", "lora.modules_to_save", "it cuts the weights that they start from"),
     ("runtime.sharded", "optimizer: adamw-8bit", "it needs whole weights"),
-    ("runtime.sharded", "runtime.offload_optimizer", "it needs whole weights"),
     ("runtime.offload_optimizer", "optimizer: adamw-8bit", "it keeps AdamW's own moments"),
     ("runtime.processes", "sampler: vllm", "a server samples for one process"),
     ("lora.modules_to_save", "sampler: vllm", "a server takes over adapters alone"),

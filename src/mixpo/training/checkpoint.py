@@ -1,6 +1,11 @@
-"""Checkpoints from which a stage resumes exactly where it was: safetensors and JSON, never a pickle."""
+"""Checkpoints from which a stage resumes exactly where it was: safetensors and JSON, never a pickle.
+
+All is in one file. Weights and moments that are cut over processes are in a folder beside it, to which every process
+writes its own parts, and which the file names.
+"""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,14 +14,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.job import CHECKPOINT, StageJob
+from mixpo.training.job import CHECKPOINT, CHECKPOINT_PARTS, StageJob
+from mixpo.training.optimizers import OffloadedAdamW
 from mixpo.training.parallel import StageProcesses
-from mixpo.training.sharding import OptimizerStates, cut_like, get_local, get_whole
+from mixpo.training.sharding import get_local, join_parts, read_parts, take_own_part, write_parts
 
-FORMAT = 2
+FORMAT = 3
 _JSON = "json"
 """Name of the tensor whose bytes are the JSON of all values that are not tensors."""
 
@@ -47,7 +54,29 @@ class TrainableWeights:
             raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(cut_like(state[name], parameter))
+                get_local(parameter.detach()).copy_(take_own_part(state[name], parameter))
+
+
+class OptimizerStates:
+    """States of an optimizer as a checkpoint's part; those of weights that are cut are cut again when restored."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the states of the parameters, in their order."""
+        if not isinstance(self.optimizer, OffloadedAdamW):
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            states = {
+                index: {name: _cut_like(value, parameters[index]) for name, value in values.items()}
+                for index, values in state["state"].items()
+            }
+            state = {**state, "state": states}
+        self.optimizer.load_state_dict(state)
 
 
 class LastGoodWeights:
@@ -101,10 +130,18 @@ class Checkpoint:
 
         Raises `InputError` if it is damaged, or if the processes do not see the same one.
         """
-        step, extra = self._read_states()
-        if len(steps := set(self.processes.gather(step))) > 1:
+        step, extra, error = 0, dict[str, Any](), None
+        try:
+            step, extra = self._read_states()
+        except InputError as raised:
+            error = raised
+        steps, errors = zip(*self.processes.gather((step, error)), strict=True)
+        for error in errors:
+            if error is not None:  # in all processes at once, so that none waits for another
+                raise error
+        if len(set(steps)) > 1:
             raise InputError(
-                f"{self.path}: found checkpoints before the steps {sorted(steps)} in the processes of one stage; "
+                f"{self.path}: found checkpoints before the steps {sorted(set(steps))} in the processes of one stage; "
                 "expected one file system that all of them read; set `cache` to a folder there"
             )
         return step, extra
@@ -115,7 +152,12 @@ class Checkpoint:
             return 0, {}
         try:
             tensors = load_file(self.path)
-            saved = _insert_tensors(json.loads(tensors.pop(_JSON).numpy().tobytes()), tensors)
+            content = json.loads(tensors.pop(_JSON).numpy().tobytes())
+            if content["cut"]:
+                sizes = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in content["cut"].items()}
+                count = self.processes.count if self.processes.is_sharded else 1
+                tensors |= read_parts(sizes, self.path.with_name(content["folder"]), count)
+            saved = _insert_tensors(content["state"], tensors)
             if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
                 raise ValueError(f"{sorted(saved['parts'])} in format {saved['format']}")
             for name, part in self.parts.items():
@@ -124,7 +166,7 @@ class Checkpoint:
             if torch.cuda.is_available() and saved["cuda_random_state"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_random_state"])
             return int(saved["step"]), saved["extra"]
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: found no checkpoint of this stage ({type(error).__name__}: {str(error)[:200]}); "
                 f"expected {sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
@@ -142,7 +184,7 @@ class Checkpoint:
             self.write_checkpoint(next_step, extra)
 
     def write_checkpoint(self, next_step: int, extra: Mapping[str, Any]) -> None:
-        """Write the checkpoint file before step `next_step`, atomically."""
+        """Write the checkpoint before step `next_step`, atomically: its file comes last, and its predecessor stays."""
         tensors: dict[str, Tensor] = {}
         state = {
             "format": FORMAT,
@@ -152,28 +194,41 @@ class Checkpoint:
             "cuda_random_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "extra": dict(extra),
         }
-        content = json.dumps(_extract_tensors(state, tensors, keep=self.processes.is_main_process)).encode()
+        described = _extract_tensors(state, tensors)
+        cut = {name: tensors.pop(name) for name in list(tensors) if isinstance(tensors[name], DTensor)}
+        folder = self.path.with_name(f"{CHECKPOINT_PARTS}{next_step}")
+        if cut:
+            self.processes.take_from_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # of an earlier attempt
+            write_parts(cut, folder)
         self.written = time.monotonic()
         if not self.processes.is_main_process:
             return
+        sizes = {name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in cut.items()}
+        content = json.dumps({"state": described, "cut": sizes, "folder": folder.name}).encode()
         temporary = self.path.with_suffix(".part")
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
+        for other in self.path.parent.glob(f"{CHECKPOINT_PARTS}*"):
+            if other != folder:
+                shutil.rmtree(other)
 
 
-def _extract_tensors(state: Any, tensors: dict[str, Tensor], *, keep: bool) -> Any:
-    """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values.
+def _cut_like(value: Any, parameter: nn.Parameter) -> Any:
+    """A value of an optimizer's state, on the parameter's device and cut as it is if it is a tensor of its shape."""
+    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape):
+        return value
+    return join_parts(take_own_part(value, parameter).to(parameter.device), parameter)
 
-    Called by every process; where not `keep`, tensors are gathered for the others and replaced by empty ones.
-    """
+
+def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON values, its tensors moved into `tensors`; mappings become lists of keys and values."""
     if isinstance(state, Tensor):
-        whole = get_whole(state.detach())
-        tensors[str(len(tensors))] = whole.contiguous() if keep else whole.new_empty(0)
+        tensors[str(len(tensors))] = state.detach().contiguous()
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(state, Mapping):
-        return {"items": [[key, _extract_tensors(value, tensors, keep=keep)] for key, value in state.items()]}
+        return {"items": [[key, _extract_tensors(value, tensors)] for key, value in state.items()]}
     if isinstance(state, list | tuple):
-        return [_extract_tensors(value, tensors, keep=keep) for value in state]
+        return [_extract_tensors(value, tensors) for value in state]
     return state
 
 

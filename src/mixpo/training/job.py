@@ -1,5 +1,6 @@
 """The computation of one stage: its folder, its runtime, its processes and its cost."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,8 @@ from mixpo.training.sharding import gather_for_passes, gather_for_saving
 
 SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "portions.jsonl"
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
+CHECKPOINT_PARTS = "checkpoint-"
+"""Beginning of the name of a folder with what a checkpoint has of weights that are cut."""
 SAMPLING = "sampling"
 """Folder in a stage's folder from which a server that samples reads policies."""
 
@@ -127,3 +130,5 @@ class StageJob:
         write_json(self.out / SUMMARY, {**figures, "cost": self.cost.summarize()})
         for name in (CHECKPOINT, PORTIONS):
             (self.out / name).unlink(missing_ok=True)
+        for folder in self.out.glob(f"{CHECKPOINT_PARTS}*"):
+            shutil.rmtree(folder)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mixpo.training.sharding import get_local, join_parts, take_own_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in its state."""
@@ -13,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OffloadedAdamW(torch.optim.AdamW):
     """AdamW whose moments stay in CPU memory: a step takes those of one weight at a time to the weight's device.
 
-    Results, and the state that is saved, are AdamW's.
+    Of weights that are cut over processes, each has its own part. Results, and the state that is saved, are AdamW's.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -22,21 +24,32 @@ class OffloadedAdamW(torch.optim.AdamW):
         try:
             for group in groups:
                 for parameter in group["params"]:
-                    kept = {name: self.state[parameter][name] for name in MOMENTS if name in self.state[parameter]}
-                    self.state[parameter].update({name: x.to(parameter.device) for name, x in kept.items()})
-                    self.param_groups = [{**group, "params": [parameter]}]
-                    super().step(closure)
-                    self._return_moments(parameter, kept)
+                    if parameter.grad is not None:
+                        self._step_one(parameter, parameter.grad, group)
         finally:
             self.param_groups = groups
 
-    def _return_moments(self, parameter: Tensor, kept: dict[str, Tensor]) -> None:
-        """Write a weight's moments back to CPU memory, which is allocated (page-locked on a GPU) the first time."""
-        state = self.state[parameter]
-        for name in MOMENTS if parameter.grad is not None else ():
-            if name not in kept:
-                kept[name] = torch.empty_like(state[name], device="cpu", pin_memory=parameter.is_cuda)
-            state[name] = kept[name].copy_(state[name])
+    def _step_one(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Take the step of what this process has of one weight."""
+        part = nn.Parameter(get_local(parameter.detach()))
+        part.grad = get_local(gradient)
+        saved = self.state[parameter]
+        self.state[part] = {name: get_local(x).to(part.device) if name in MOMENTS else x for name, x in saved.items()}
+        self.param_groups = [{**group, "params": [part]}]
+        super().step()
+        for name, value in self.state.pop(part).items():
+            if name in MOMENTS:
+                self._write_moment(parameter, name, value)
+            else:
+                saved[name] = value
+
+    def _write_moment(self, parameter: nn.Parameter, name: str, part: Tensor) -> None:
+        """Write a weight's moment to CPU memory, which is allocated (page-locked on a GPU) the first time."""
+        saved = self.state[parameter]
+        if name not in saved:
+            kept = torch.empty_like(part, device="cpu", pin_memory=parameter.is_cuda)
+            saved[name] = join_parts(kept, parameter)
+        get_local(saved[name]).copy_(part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; moments go to CPU memory without a way over the device, where they might not fit."""
@@ -45,8 +58,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": rest})
         for index, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
             for name in MOMENTS if index in states else ():
-                moment = torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda)
-                self.state[parameter][name] = moment.copy_(states[index][name])
+                self._write_moment(parameter, name, take_own_part(states[index][name], parameter))
 
 
 def make_8bit_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

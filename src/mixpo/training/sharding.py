@@ -4,15 +4,22 @@ Every decoder layer is gathered for its own pass, the rest of the network for th
 weights that were gathered before, since processes do not take the same number of passes there.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, full
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mixpo.models.network import Network
 
@@ -83,11 +90,70 @@ def get_whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, cut as a parameter is."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+def take_own_part(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that is cut, out of a tensor that is whole in every process, or cut likewise.
+
+    Of any other parameter, and of a tensor of another shape, the tensor itself.
+    """
+    if isinstance(tensor, DTensor) or not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return get_local(tensor)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tensor[tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))]
+
+
+def join_parts(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor, cut as a parameter is, of which each process has its part; the part itself if the parameter is whole.
+
+    Parts are on the parameter's device or on the CPU. Called by every process.
+    """
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh = parameter.device_mesh
+    if part.device.type != mesh.device_type:
+        mesh = init_device_mesh(part.device.type, mesh.shape)
+    return DTensor.from_local(
+        part, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def write_parts(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write tensors that are cut to safetensors in a new folder, every process its own parts; called by all of them."""
+    with _raise_what_failed():
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def read_parts(sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], folder: Path, count: int) -> dict[str, Tensor]:
+    """Read finite tensors of these shapes and types, on the CPU, that any number of processes wrote to a folder.
+
+    They are cut over `count` processes, each of which reads its own parts alone, or whole if that is 1. Raises
+    ValueError, OSError or `SafetensorError` if the folder does not hold them.
+    """
+    for file in folder.iterdir():
+        with safe_open(file, "pt"):  # raises in a word, where the loader below prints a traceback
+            pass
+    mesh = init_device_mesh("cpu", (count,)) if count > 1 else None
+    tensors: dict[str, Tensor] = {}
+    for name, (shape, dtype) in sizes.items():
+        if mesh is None:
+            tensors[name] = torch.full(tuple(shape), torch.nan, dtype=dtype)
+        else:
+            tensors[name] = full(shape, torch.nan, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+    with _raise_what_failed(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    for name, tensor in tensors.items():
+        if get_local(tensor).isnan().any():  # what no file holds is left as it was
+            raise ValueError(f"{folder.name} holds no whole tensor {name}")
+    return tensors
+
+
+@contextmanager
+def _raise_what_failed() -> Iterator[None]:
+    """Context manager: raise the exception inside of a `CheckpointException`, which is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
@@ -99,23 +165,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     norm = get_whole(nn.utils.get_total_norm(gradients))
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
-
-
-class OptimizerStates:
-    """States of an optimizer as a checkpoint's part; those of weights that are cut are cut again when restored."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore whole states, for the parameters in their order."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        states = {
-            index: {name: cut_like(x, parameters[index]) if isinstance(x, Tensor) else x for name, x in values.items()}
-            for index, values in state["state"].items()
-        }
-        self.optimizer.load_state_dict({**state, "state": states})
