@@ -11,6 +11,7 @@ from mixpo.data.errors import InputError
 from mixpo.experiments import cluster
 from mixpo.experiments.cluster import PROGRESS, ClusterExecutor, FileListener, InfraSettings, SubmittedStage
 from mixpo.experiments.executors import open_executor
+from mixpo.experiments.plan import count_processes, list_plan, list_stages
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs
 from mixpo.experiments.run import run_recipe
@@ -149,6 +150,33 @@ def test_what_a_job_asks_for_depends_on_its_stage(
     assert (first["cluster"], first["slurm_max_num_timeout"], first["timeout_min"]) == ("slurm", 5, 90)
     assert first["slurm_additional_parameters"] == {"partition": "gpu", "exclusive": True}
     assert [one["mem_gb"] for one in asked.asked] == [None, 64, None]
+
+
+INFRA = "infra={cluster: slurm, nodes: 2, tasks_per_node: 4}"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["sampler=vllm"], "several processes: found beside sampler: vllm in "),
+        (["runtime.sharded=true", "lora.quantize_base=true"], "runtime.sharded: found beside lora.quantize_base in "),
+    ],
+)
+def test_what_the_processes_of_a_job_exclude_is_refused_before_a_job_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], found: str
+) -> None:
+    asked = FakeCluster(monkeypatch)
+    words = [*words, f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}", "arms=[ppo]", INFRA]
+    with pytest.raises(InputError, match=f"^{found}"):
+        list_plan(read_recipe("world", words))
+    with pytest.raises(InputError, match=f"^{found}"):
+        run_recipe(read_recipe("world", words), RecordingDisplay())
+    assert not asked.asked
+    own = "infra.stages={Samples: {nodes: 1, tasks_per_node: 1}, SFT: {nodes: 3}}"
+    recipe = read_recipe("world", [*words, own])
+    counts = {type(stage).__name__: count_processes(stage, recipe) for stage in list_stages(recipe)}
+    expected = {"Pretrained": 1, "Data": 1, "SFT": 12, "RewardModel": 8, "Samples": 1, "PPO": 8, "Evaluation": 8}
+    assert counts == expected
 
 
 def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

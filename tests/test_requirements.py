@@ -38,7 +38,7 @@ def test_what_excludes_each_other_is_refused(
 def test_a_server_samples_for_one_process_and_takes_adapters_alone(tiny: TinyWorld) -> None:
     served = tiny.ppo(sampler="vllm")
     check_requirements(served, Runtime(), 1)
-    with pytest.raises(InputError, match=r"^runtime.processes: found beside sampler: vllm in PPO; expected one of"):
+    with pytest.raises(InputError, match=r"^several processes: found beside sampler: vllm in PPO; expected one of"):
         check_requirements(served, Runtime(), 2)
     with pytest.raises(InputError, match=r"^lora.modules_to_save: found beside sampler: vllm in PPO; expected one of"):
         check_requirements(tiny.ppo(sampler="vllm", lora={"modules_to_save": ("norm",)}), Runtime(), 1)

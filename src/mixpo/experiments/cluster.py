@@ -52,6 +52,10 @@ class JobSettings(Settings):
     slurm: dict[str, bool | str | int] = pydantic.Field(default_factory=dict)
     """Further options of `sbatch`, such as `{partition: gpu, account: mine, exclusive: true}`."""
 
+    def count_tasks(self) -> int:
+        """Number of processes on each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
 
 class InfraSettings(JobSettings):
     """Where stages are computed: here, or as jobs of a cluster. Not part of a stage's identity."""
@@ -217,7 +221,7 @@ def _make_job_parameters(settings: JobSettings, name: str) -> dict[str, Any]:
     return {
         "name": f"mixpo-{name.lower()}",
         "nodes": settings.nodes,
-        "tasks_per_node": settings.tasks_per_node or max(1, settings.gpus_per_node),
+        "tasks_per_node": settings.count_tasks(),
         "cpus_per_task": settings.cpus_per_task,
         "gpus_per_node": settings.gpus_per_node or None,
         "mem_gb": settings.mem_gb,

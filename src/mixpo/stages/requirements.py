@@ -11,7 +11,7 @@ EXCLUSIONS = (
     ("runtime.sharded", "lora.modules_to_save", "it cuts the weights that they start from"),
     ("runtime.sharded", "optimizer: adamw-8bit", "it needs whole weights"),
     ("runtime.offload_optimizer", "optimizer: adamw-8bit", "it keeps AdamW's own moments"),
-    ("runtime.processes", "sampler: vllm", "a server samples for one process"),
+    ("several processes", "sampler: vllm", "a server samples for one process"),
     ("lora.modules_to_save", "sampler: vllm", "a server takes over adapters alone"),
 )
 """Settings of which a stage can have one, and why."""
@@ -22,7 +22,7 @@ def check_requirements(stage: Stage, runtime: Runtime, process_count: int) -> No
     lora = getattr(stage, "lora", None)
     chosen = {
         "runtime.sharded": runtime.sharded and process_count > 1,
-        "runtime.processes": process_count > 1,
+        "several processes": process_count > 1,
         "runtime.offload_optimizer": runtime.offload_optimizer,
         "lora.quantize_base": lora is not None and lora.quantize_base,
         "lora.modules_to_save": lora is not None and len(lora.modules_to_save) > 0,
