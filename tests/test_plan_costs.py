@@ -222,6 +222,13 @@ def test_weights_that_are_not_cut_are_suggested_to_be(working_folder, llama_7b, 
     assert printed.err.rstrip().endswith("; set runtime.sharded=true")
 
 
+@pytest.mark.parametrize(("gpus", "sharded", "times"), [("1", "true", 1), ("1", "false", 0), ("8", "true", 0)])
+def test_that_one_device_cuts_no_weights_is_said(working_folder, llama_7b, capsys, gpus, sharded, times):
+    words = [f"runtime.sharded={sharded}", "--gpus", gpus, "--config", str(llama_7b)]
+    printed = run_mixpo(capsys, "plan", *PAPER, *words)
+    assert printed.out.count("runtime.sharded: planned for one device, which holds whole weights") == times
+
+
 def test_what_fits_nowhere_is_said(working_folder, llama_7b, capsys):
     printed = run_mixpo(capsys, "plan", *PAPER, "--memory", "1", "--config", str(llama_7b))
     assert printed.code == 2

@@ -128,9 +128,18 @@ def _compute_stages(
     """Compute every stage that is not cached, after its inputs; return how many, and the failures by stage."""
     # the stages that read the user's model and data before all others
     stages = sorted(arms_by_stage, key=lambda stage: not isinstance(stage, Pretrained | Data))
+    counts = set[int]()
     for stage in stages:
         if not stage_cache.is_done(stage):  # raises on a damaged folder before the first stage is computed
-            check_requirements(stage, recipe.runtime, count_processes(stage, recipe, stage_cache.rendezvous))
+            count = count_processes(stage, recipe, stage_cache.rendezvous)
+            check_requirements(stage, recipe.runtime, count)
+            if stage.splits_over_processes:
+                counts.add(count)
+    if recipe.runtime.sharded and counts == {1}:
+        display.on_message(
+            "runtime.sharded: every stage has one process, which holds whole weights; runtime.processes, a launcher or "
+            "infra start several"
+        )
     index = {stage: n for n, stage in enumerate(stages)}
     if any(getattr(stage, "sampler", "local") == "vllm" and not stage_cache.is_done(stage) for stage in stages):
         stage_cache.runtime.check_vllm()
