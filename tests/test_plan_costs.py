@@ -17,6 +17,7 @@ from mixpo.experiments.run_costs import _SettingChange, choose_devices, find_fit
 from mixpo.experiments.stage_costs import CostPlanner, StageCost
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.shapes import read_model_shape
+from mixpo.stages.gradients import Gradients
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
 from mixpo.training.footprint import PlannedRuntime
@@ -152,6 +153,15 @@ def test_more_devices_take_less_time_and_memory_each(llama_7b: Path, name: str) 
     assert eight.flops == one.flops
     assert eight.seconds < one.seconds / 2  # a step of decoding reads all weights on every device
     assert eight.footprint.total < one.footprint.total
+
+
+def test_gradients_are_planned_with_whole_weights(llama_7b: Path) -> None:
+    stages = build_stages()
+    pairs = stages["data"].train_pairs
+    read = {"policy": stages["dpo"], "reference": stages["sft"], "pairs": pairs}
+    stage = Gradients(**read, beta=0.1, count=16, max_completion_tokens=LIMIT)
+    cut, copied = (plan(stage, llama_7b, processes=8, is_sharded=is_sharded) for is_sharded in (True, False))
+    assert cut == copied
 
 
 def test_a_smaller_microbatch_takes_less_memory_and_the_same_work(llama_7b: Path) -> None:

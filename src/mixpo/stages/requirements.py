@@ -22,7 +22,7 @@ def check_requirements(stage: Stage, runtime: Runtime, process_count: int) -> No
     """Raise `InputError` if settings of a stage and of the runtime exclude each other, or a package is missing."""
     lora, module_trainer = getattr(stage, "lora", None), _find_module_trainer(stage)
     chosen = {
-        "runtime.sharded": runtime.sharded and process_count > 1,
+        "runtime.sharded": runtime.sharded and stage.cuts_weights and process_count > 1,
         "several processes": process_count > 1,
         "runtime.offload_optimizer": runtime.offload_optimizer,
         "lora.quantize_base": lora is not None and lora.quantize_base,
