@@ -1,5 +1,8 @@
 """Stages as jobs of a cluster: what is asked for, and what reaches the terminal."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,14 @@ def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_bad_settings_are_named(words: list[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         read_recipe("world", words)
+
+
+def test_every_kind_of_stage_is_known_to_who_has_read_nothing_else(tmp_path: Path) -> None:
+    kinds = ["Pretrained", "Data", "LabelNoise", "SFT", "RewardModel", "Samples", "Selection", "DPO", "PPO"]
+    own = f"infra.stages={json.dumps({kind: {'nodes': 2} for kind in [*kinds, 'Evaluation', 'Gradients']})}"
+    program = f"from mixpo.experiments.recipe import read_recipe; read_recipe('world', [{own!r}])"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_one_way_to_have_processes_at_a_time(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mixpo.experiments.workers import (
     follow_stages,
 )
 from mixpo.settings import Settings
+from mixpo.stages import ppo  # noqa: F401  # the one kind of stage whose settings a recipe reads from elsewhere
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.record import append_jsonl, progress_listener, read_jsonl
