@@ -276,6 +276,13 @@ def test_adapters_with_modules_that_trained_whole_are_refused_where_weights_are_
         assert str(error.args[0]).startswith("lora.modules_to_save: found some beside runtime.sharded; expected one of")
 
 
+@pytest.mark.parametrize("output", ["logprobs", "scores", "values"])
+def test_what_a_network_computes_is_no_view_of_which_fully_shard_would_warn(tiny: TinyWorld, output: Any) -> None:
+    lm = tiny.load(tiny.policy if output == "logprobs" else tiny.scored_by)
+    batch = pack_branches([[3, 9, 4], [12]], [[[7, 8], [9]], [[5], [6, 6, 6]]])
+    assert not lm(batch, output)._is_view()
+
+
 TWO = Runtime(device="cpu", threads=1, processes=2, microbatch_tokens=100, sampling_gib=1e-4, checkpoint_minutes=0)
 
 
