@@ -18,9 +18,12 @@ from mixpo.stages.ppo import PPO
 from mixpo.stages.pretrained import Pretrained
 from mixpo.stages.reward_model import RewardModel
 from mixpo.stages.sft import SFT
-from mixpo.stages.stage import DataStage, Part, RewardStage
+from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage, Stage
 from mixpo.training.job import StageJob
 from mixpo.training.runtime import Runtime
+
+SAMPLED_TOKENS = 1 << 20
+"""Tokens in the key-value cache while sampling: all of them."""
 
 
 class WorkloadRows(DataStage):
@@ -43,35 +46,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["kind"] == "sampling":
         return _measure_sampling(spec, inputs)
     model, reward = inputs / "models" / spec["model"], inputs / "models" / f"{spec['model']}-reward"
-    base, data = Pretrained(path=str(model / "model")), WorkloadRows()
-    pairs = Part(stage=data, of="pairs")
-    common = {
-        "batch_size": spec["batch"],
-        "precision": spec["precision"],
-        "learning_rate": 1e-6,
-        "warmup_steps": 0,
-        "max_completion_tokens": spec["max_tokens"],
-        "lora": {"rank": spec["lora"]} if spec.get("lora") else None,
-        **spec.get("stage_settings", {}),
-    }
+    stage = build_stage(spec, Pretrained(path=str(model / "model")))
     rows = inputs / "rows" / spec["name"]
     folders = {"policy": model, "reference": model, "base": model, "sft": model, "reward": reward, "data": rows}
     folders |= {"pairs": rows / "pairs.parquet", "prompts": rows / "pairs.parquet"}
     folders |= {name: Path(folder) for name, folder in spec.get("folders", {}).items()}
-    stages = {
-        "sft": lambda: SFT(base=base, data=data, epochs=1, **common),
-        "reward": lambda: RewardModel(policy=base, pairs=pairs, data=data, validation_share=1e-9, **common),
-        "dpo": lambda: DPO(policy=base, reference=base, pairs=pairs, samplings=0, **common),
-        "ppo": lambda: PPO(
-            policy=base,
-            reference=base,
-            sft=base,
-            reward=WorkloadRewardModel(),
-            prompts=pairs,
-            **{**common, "max_completion_tokens": spec["new_tokens"]},
-        ),
-    }
-    stage = stages[spec["kind"]]()
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(spec.get("out", temporary))
         out.mkdir(parents=True, exist_ok=True)
@@ -89,6 +68,36 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def build_stage(
+    spec: dict[str, Any],
+    policy: PolicyStage,
+    *,
+    sft: PolicyStage | None = None,
+    reward: RewardStage | None = None,
+) -> Stage:
+    """Build a workload's stage, which starts from the policy; that is its reference too, and SFT's if none is given."""
+    data = WorkloadRows()
+    pairs = Part(stage=data, of="pairs")
+    common = {
+        "batch_size": spec["batch"],
+        "precision": spec["precision"],
+        "learning_rate": 1e-6,
+        "warmup_steps": 0,
+        "max_completion_tokens": spec["max_tokens"],
+        "lora": {"rank": spec["lora"]} if spec.get("lora") else None,
+        **spec.get("stage_settings", {}),
+    }
+    if spec["kind"] == "sft":
+        return SFT(base=policy, data=data, epochs=1, **common)
+    if spec["kind"] == "reward":
+        return RewardModel(policy=policy, pairs=pairs, data=data, validation_share=1e-9, **common)
+    if spec["kind"] == "dpo":
+        return DPO(policy=policy, reference=policy, pairs=pairs, samplings=0, **common)
+    common["max_completion_tokens"] = spec["new_tokens"]
+    models = {"policy": policy, "reference": policy, "sft": sft or policy, "reward": reward or WorkloadRewardModel()}
+    return PPO(**models, prompts=pairs, **common)
+
+
 def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     """Measure the seconds of sampling and of its prefill, and count the tokens."""
     runtime = Runtime(**spec.get("runtime", {}))
@@ -98,7 +107,7 @@ def _measure_sampling(spec: dict[str, Any], inputs: Path) -> dict[str, Any]:
     texts = json.loads((inputs / "rows" / spec["name"] / "prompts.json").read_text(encoding="utf8"))
     tokenizer = load_tokenizer(model)
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    how: dict[str, Any] = {"k": 1, "seed": 0, "token_budget": 1 << 20, "fixed_shapes": runtime.cuda_graphs}
+    how: dict[str, Any] = {"k": 1, "seed": 0, "token_budget": SAMPLED_TOKENS, "fixed_shapes": runtime.cuda_graphs}
     if device.type == "cuda":
         sample_completions(lm, prompts, max_tokens=2, **how)  # compiles the prefill's attention
     started = time.perf_counter()

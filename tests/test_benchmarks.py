@@ -13,8 +13,9 @@ from benchmarks.gpu.__main__ import BenchmarkPartResults, _compare_with_goals
 from benchmarks.gpu.right import _compare
 from benchmarks.inputs import count_work
 from benchmarks.mathematics import decoding_bytes, forward_flops
+from benchmarks.plans import ChainPlanner
 from benchmarks.tables import format_result, format_table
-from benchmarks.workloads import SEVEN
+from benchmarks.workloads import SEVEN, Workload
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -162,8 +163,8 @@ def test_repetitions_are_added_to_those_of_the_same_work_alone() -> None:
         _merge_results(saved | {"counts": {"pairs": 1}}, new)
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
-def test_our_side_of_a_workload_runs(tmp_path: Path, kind: str) -> None:
+def write_inputs(tmp_path: Path) -> None:
+    """Write the embedded world's model, a reward model on it, and nine rows."""
     model, tokenizer = initialize_world_model(0)
     folder, rows = tmp_path / "models" / "w" / "model", tmp_path / "rows" / "x"
     for part in (model, tokenizer):
@@ -176,9 +177,38 @@ def test_our_side_of_a_workload_runs(tmp_path: Path, kind: str) -> None:
     digest = compute_tokenization_digest(reward.tokenizer)
     for name, part in (("pairs", pairs), ("test", pairs[:1]), ("demonstrations", demonstrations)):
         write_table(rows / f"{name}.parquet", add_token_columns(part, reward.tokenizer), tokenizer=digest)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
+def test_our_side_of_a_workload_runs(tmp_path: Path, kind: str) -> None:
+    write_inputs(tmp_path)
     sizes = {"batch": 4, "rows": 8, "max_tokens": 32, "new_tokens": 8}
     spec = {"kind": kind, "inputs": str(tmp_path), "model": "w", "name": "x", "precision": "float32", **sizes}
     assert ours.main(spec)["seconds"] > 0
+
+
+def test_workloads_are_planned_as_a_chain_on_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_inputs(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "models" / "w" / "model")
+    base = 4 * sum(weight.numel() for weight in model.parameters()) / 1e9
+    planned: dict[tuple[str, int | None], float] = {}
+    for rank in (4, None):
+        planner = ChainPlanner(tmp_path, "w")
+        for kind in ("sft", "reward", "dpo", "ppo", "sampling"):
+            one = Workload("x", kind, "w", batch=8, steps=1, new_tokens=8, max_tokens=32, precision="float32")
+            planned[kind, rank] = planner.plan(replace(one, lora=rank))["planned GB"]
+        ppo = planner.stages["ppo"]
+        assert (ppo.policy, ppo.reference) == (planner.stages["dpo"],) * 2
+        assert (ppo.sft, ppo.reward) == (planner.stages["sft"], planner.stages["reward"])
+        assert ppo.policy.policy == ppo.policy.reference == planner.stages["reward"].policy == ppo.sft
+    process = 490 * 2**20 / 1e9
+    assert base < planned["ppo", 4] - process < planned["ppo", None] - process
+    # policy and value model train, at 16 bytes a weight, and reference, SFT and reward model are frozen
+    assert planned["ppo", None] - process > (4 + 4 + 3) * base
+    assert planned["sampling", 4] == planned["sampling", None]
+    monkeypatch.setattr("benchmarks.plans.find_device_kind", lambda: "cuda")
+    on_gpu = ChainPlanner(tmp_path, "w").plan(Workload("x", "sampling", "w", 8, 1, new_tokens=8, precision="float32"))
+    assert base < on_gpu["planned GB"] < planned["sampling", None] - process / 2, "no process is counted"
 
 
 @pytest.mark.parametrize("kind", ["update", "sampling"])

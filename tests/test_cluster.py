@@ -1,5 +1,8 @@
 """Stages as jobs of a cluster: what is asked for, and what reaches the terminal."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from mixpo.data.errors import InputError
 from mixpo.experiments import cluster
 from mixpo.experiments.cluster import PROGRESS, ClusterExecutor, FileListener, InfraSettings, SubmittedStage
 from mixpo.experiments.executors import open_executor
+from mixpo.experiments.plan import count_processes, list_plan, list_stages
 from mixpo.experiments.recipe import read_recipe
 from mixpo.experiments.results import load_runs
 from mixpo.experiments.run import run_recipe
@@ -151,6 +155,33 @@ def test_what_a_job_asks_for_depends_on_its_stage(
     assert [one["mem_gb"] for one in asked.asked] == [None, 64, None]
 
 
+INFRA = "infra={cluster: slurm, nodes: 2, tasks_per_node: 4}"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["sampler=vllm"], "several processes: found beside sampler: vllm in "),
+        (["runtime.sharded=true", "lora.quantize_base=true"], "runtime.sharded: found beside lora.quantize_base in "),
+    ],
+)
+def test_what_the_processes_of_a_job_exclude_is_refused_before_a_job_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], found: str
+) -> None:
+    asked = FakeCluster(monkeypatch)
+    words = [*words, f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}", "arms=[ppo]", INFRA]
+    with pytest.raises(InputError, match=f"^{found}"):
+        list_plan(read_recipe("world", words))
+    with pytest.raises(InputError, match=f"^{found}"):
+        run_recipe(read_recipe("world", words), RecordingDisplay())
+    assert not asked.asked
+    own = "infra.stages={Samples: {nodes: 1, tasks_per_node: 1}, SFT: {nodes: 3}}"
+    recipe = read_recipe("world", [*words, own])
+    counts = {type(stage).__name__: count_processes(stage, recipe) for stage in list_stages(recipe)}
+    expected = {"Pretrained": 1, "Data": 1, "SFT": 12, "RewardModel": 8, "Samples": 1, "PPO": 8, "Evaluation": 8}
+    assert counts == expected
+
+
 def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCluster(monkeypatch)
     executor = ClusterExecutor(StageCache(tmp_path, Runtime()), InfraSettings(cluster="slurm", jobs=1), tmp_path)
@@ -174,6 +205,14 @@ def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_bad_settings_are_named(words: list[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         read_recipe("world", words)
+
+
+def test_every_kind_of_stage_is_known_to_who_has_read_nothing_else(tmp_path: Path) -> None:
+    kinds = ["Pretrained", "Data", "LabelNoise", "SFT", "RewardModel", "Samples", "Selection", "DPO", "PPO"]
+    own = f"infra.stages={json.dumps({kind: {'nodes': 2} for kind in [*kinds, 'Evaluation', 'Gradients']})}"
+    program = f"from mixpo.experiments.recipe import read_recipe; read_recipe('world', [{own!r}])"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_one_way_to_have_processes_at_a_time(tmp_path: Path) -> None:

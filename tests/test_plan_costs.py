@@ -17,6 +17,7 @@ from mixpo.experiments.run_costs import _SettingChange, choose_devices, find_fit
 from mixpo.experiments.stage_costs import CostPlanner, StageCost
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.shapes import read_model_shape
+from mixpo.stages.gradients import Gradients
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import read_stage_summary
 from mixpo.training.footprint import PlannedRuntime
@@ -154,6 +155,15 @@ def test_more_devices_take_less_time_and_memory_each(llama_7b: Path, name: str) 
     assert eight.footprint.total < one.footprint.total
 
 
+def test_gradients_are_planned_with_whole_weights(llama_7b: Path) -> None:
+    stages = build_stages()
+    pairs = stages["data"].train_pairs
+    read = {"policy": stages["dpo"], "reference": stages["sft"], "pairs": pairs}
+    stage = Gradients(**read, beta=0.1, count=16, max_completion_tokens=LIMIT)
+    cut, copied = (plan(stage, llama_7b, processes=8, is_sharded=is_sharded) for is_sharded in (True, False))
+    assert cut == copied
+
+
 def test_a_smaller_microbatch_takes_less_memory_and_the_same_work(llama_7b: Path) -> None:
     stage = build_stages()["dpo"]
     large, small = (plan(stage, llama_7b, microbatch_tokens=tokens) for tokens in (16_384, 2048))
@@ -220,6 +230,13 @@ def test_weights_that_are_not_cut_are_suggested_to_be(working_folder, llama_7b, 
     printed = run_mixpo(capsys, "plan", *PAPER, "runtime.sharded=false", *options)
     assert printed.code == 2
     assert printed.err.rstrip().endswith("; set runtime.sharded=true")
+
+
+@pytest.mark.parametrize(("gpus", "sharded", "times"), [("1", "true", 1), ("1", "false", 0), ("8", "true", 0)])
+def test_that_one_device_cuts_no_weights_is_said(working_folder, llama_7b, capsys, gpus, sharded, times):
+    words = [f"runtime.sharded={sharded}", "--gpus", gpus, "--config", str(llama_7b)]
+    printed = run_mixpo(capsys, "plan", *PAPER, *words)
+    assert printed.out.count("runtime.sharded: planned for one device, which holds whole weights") == times
 
 
 def test_what_fits_nowhere_is_said(working_folder, llama_7b, capsys):

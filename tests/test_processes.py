@@ -276,6 +276,13 @@ def test_adapters_with_modules_that_trained_whole_are_refused_where_weights_are_
         assert str(error.args[0]).startswith("lora.modules_to_save: found some beside runtime.sharded; expected one of")
 
 
+@pytest.mark.parametrize("output", ["logprobs", "scores", "values"])
+def test_what_a_network_computes_is_no_view_of_which_fully_shard_would_warn(tiny: TinyWorld, output: Any) -> None:
+    lm = tiny.load(tiny.policy if output == "logprobs" else tiny.scored_by)
+    batch = pack_branches([[3, 9, 4], [12]], [[[7, 8], [9]], [[5], [6, 6, 6]]])
+    assert not lm(batch, output)._is_view()
+
+
 TWO = Runtime(device="cpu", threads=1, processes=2, microbatch_tokens=100, sampling_gib=1e-4, checkpoint_minutes=0)
 
 
@@ -479,6 +486,23 @@ def test_the_processes_of_torchrun_compute_a_run_together(tmp_path: Path) -> Non
         for name in ("run", "run0")
     )
     assert one == pytest.approx(two, abs=1e-3)
+
+
+@pytest.mark.heavy
+def test_the_papers_recipe_runs_in_two_processes_with_another_model_and_sizes(tiny: TinyWorld, tmp_path: Path) -> None:
+    rows = [f"data.{part}=[{tiny.folder / 'train.jsonl'}]" for part in ("train", "test")]
+    sizes = ["data.train_rows=14", "data.test_rows=6", "evaluation.prompts=4", "data.max_prompt_tokens=96"]
+    sizes += ["max_completion_tokens=12", "selection={threshold: null, easy_fraction: 0.5}"]  # whatever the scores are
+    words = [f"model.path={tiny.folder / 'base'}", *rows, *sizes, "runtime.device=cpu", "runtime.processes=2"]
+    recipe = read_recipe("hh-rlhf", [*words, f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"])
+    assert (recipe.runtime.sharded, recipe.ppo.batch_size, recipe.precision) == (True, 64, "bfloat16")
+    display = RecordingDisplay()
+    run_recipe(recipe, display)
+    assert not display.failures
+    assert [(arm.arm, arm.status) for arm in load_runs(tmp_path / "run").arms] == [
+        (name, "done") for name in ("sft", "dpo-base", "dpo", "ppo", "mpo")
+    ]
+    assert not any(note.startswith("runtime.sharded: every stage has one process") for note in display.notes)
 
 
 def meet(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[Rendezvous | None, dict[str, str]]:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from mixpo import Samples
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import list_plan
 from mixpo.experiments.recipe import read_recipe
 from mixpo.stages.requirements import check_requirements
+from mixpo.stages.stage import Snapshot
 from mixpo.training.runtime import Runtime
 from worlds import TinyWorld
 
@@ -38,10 +40,31 @@ def test_what_excludes_each_other_is_refused(
 def test_a_server_samples_for_one_process_and_takes_adapters_alone(tiny: TinyWorld) -> None:
     served = tiny.ppo(sampler="vllm")
     check_requirements(served, Runtime(), 1)
-    with pytest.raises(InputError, match=r"^runtime.processes: found beside sampler: vllm in PPO; expected one of"):
+    with pytest.raises(InputError, match=r"^several processes: found beside sampler: vllm in PPO; expected one of"):
         check_requirements(served, Runtime(), 2)
     with pytest.raises(InputError, match=r"^lora.modules_to_save: found beside sampler: vllm in PPO; expected one of"):
         check_requirements(tiny.ppo(sampler="vllm", lora={"modules_to_save": ("norm",)}), Runtime(), 1)
+
+
+def test_a_server_is_refused_a_policy_in_which_an_earlier_stage_trained_modules_whole(tiny: TinyWorld) -> None:
+    first = tiny.sft(lora={"modules_to_save": ("norm",)})
+    second = tiny.dpo(policy=first, reference=first, lora={"rank": 2})  # which keeps what was trained
+    third = tiny.ppo(policy=second, reference=second, sft=first, lora={"rank": 2}, snapshots=1)
+    for stage, place in (
+        (tiny.evaluation(policy=second, sampler="vllm"), "Evaluation, whose policy has those of SFT"),
+        (tiny.evaluation(policy=Snapshot(stage=third, number=1), sampler="vllm"), "Evaluation, whose policy has those"),
+        (Samples(policy=first, reward=tiny.scored_by, rows=tiny.pairs.train_pairs, sampler="vllm"), "Samples, whose"),
+        (third.model_copy(update={"sampler": "vllm"}), "PPO, whose policy has those of SFT"),
+    ):
+        with pytest.raises(InputError, match=f"^lora.modules_to_save: found beside sampler: vllm in {place}"):
+            check_requirements(stage, Runtime(), 1)
+        check_requirements(stage.model_copy(update={"sampler": "local"}), Runtime(), 1)
+    with pytest.raises(InputError, match=r"^runtime.sharded: found beside lora.modules_to_save in Evaluation, whose"):
+        check_requirements(tiny.evaluation(policy=second), Runtime(**SHARDED), 2)
+
+    merged = tiny.dpo(policy=first, reference=first)
+    for policy in (merged, tiny.dpo(policy=merged, reference=merged, lora={"rank": 2})):
+        check_requirements(tiny.evaluation(policy=policy, sft=first, sampler="vllm"), Runtime(), 1)
 
 
 def test_an_evaluation_has_no_optimizer_to_offload(tiny: TinyWorld) -> None:

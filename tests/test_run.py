@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.results import load_runs, read_completions, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
 from mixpo.experiments.shared_stages import SharedStages
+from mixpo.experiments.workers import StageDisplay
 from mixpo.stages.stage import Snapshot
 from mixpo.stages.stage_cache import sort_topologically
 from recording_display import RecordingDisplay
@@ -338,3 +340,28 @@ def test_sweeping_a_key_below_a_section_that_is_not_there() -> None:
 def test_swept_settings_that_are_valid_only_together() -> None:
     names = expand_names("arms=[mpo]", "sweep={selection.threshold: [null], selection.easy_fraction: [0.3]}")
     assert names == ["mpo", "mpo selection.threshold=None selection.easy_fraction=0.3"]
+
+
+class StoppingDisplay(RecordingDisplay):
+    """A display whose user stops the run as its first stage begins."""
+
+    def start_stage(self, stage: str, identity: str, arms: Sequence[str]) -> StageDisplay:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "is_said"),
+    [
+        (["runtime.sharded=true"], True),
+        (["runtime.sharded=true", "runtime.processes=2"], False),
+        (["runtime.sharded=true", "infra={cluster: local}"], True),
+        (["runtime.sharded=true", "infra={cluster: local, tasks_per_node: 2}"], False),
+        ([], False),
+    ],
+)
+def test_that_one_process_cuts_no_weights_is_said_first(tmp_path: Path, words: list[str], is_said: bool) -> None:
+    display = StoppingDisplay()
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(tmp_path, *words), display)
+    assert len(display.notes) == is_said
+    assert all(note.startswith("runtime.sharded: every stage has one process") for note in display.notes)

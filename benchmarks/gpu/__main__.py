@@ -19,6 +19,7 @@ import typer
 from benchmarks.__main__ import RESULTS, run_in_worker
 from benchmarks.gpu.right import CHAIN, check_all
 from benchmarks.inputs import prepare_model, prepare_rows
+from benchmarks.plans import ChainPlanner
 from benchmarks.worker import describe_environment
 from benchmarks.workloads import CPU, GPU, SEVEN, Workload
 
@@ -130,12 +131,17 @@ def measure_7b(results: BenchmarkPartResults, work: Path, tiny: bool) -> None:
         results.save("machine", machine)
     base = inputs / "models" / workloads[0].model
     folders = {"base": base, "policy": base}
+    planner = ChainPlanner(inputs, workloads[0].model)
     for workload in workloads:
+        planned = planner.plan(workload)
         out = work / workload.name
         spec = workload.spec(str(inputs)) | {"out": str(out), "folders": {k: str(v) for k, v in folders.items()}}
         if workload.name not in results.content["figures"]:
             figures = _run_ours(results, spec)
-            results.save(workload.name, figures | _compare_with_goals(workload, figures, machine, inputs))
+            compared = _compare_with_goals(workload, figures, machine, inputs)
+            if compared:
+                planned["plan / peak"] = planned["planned GB"] / compared["peak GB"]
+            results.save(workload.name, figures | compared | planned)
         if workload.kind == "reward":
             folders |= {"reward": out}
         elif workload.kind in ("sft", "dpo"):

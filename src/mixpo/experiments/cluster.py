@@ -24,6 +24,7 @@ from mixpo.experiments.workers import (
     follow_stages,
 )
 from mixpo.settings import Settings
+from mixpo.stages import ppo  # noqa: F401  # the one kind of stage whose settings a recipe reads from elsewhere
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.record import append_jsonl, progress_listener, read_jsonl
@@ -51,6 +52,10 @@ class JobSettings(Settings):
     """Time after which the cluster stops the job, which is then queued again and goes on from its checkpoint."""
     slurm: dict[str, bool | str | int] = pydantic.Field(default_factory=dict)
     """Further options of `sbatch`, such as `{partition: gpu, account: mine, exclusive: true}`."""
+
+    def count_tasks(self) -> int:
+        """Number of processes on each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
 
 
 class InfraSettings(JobSettings):
@@ -217,7 +222,7 @@ def _make_job_parameters(settings: JobSettings, name: str) -> dict[str, Any]:
     return {
         "name": f"mixpo-{name.lower()}",
         "nodes": settings.nodes,
-        "tasks_per_node": settings.tasks_per_node or max(1, settings.gpus_per_node),
+        "tasks_per_node": settings.count_tasks(),
         "cpus_per_task": settings.cpus_per_task,
         "gpus_per_node": settings.gpus_per_node or None,
         "mem_gb": settings.mem_gb,

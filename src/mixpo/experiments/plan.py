@@ -15,6 +15,7 @@ from mixpo.stages.requirements import check_requirements
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_settings, sort_topologically
 from mixpo.training.job import CHECKPOINT, PORTIONS
+from mixpo.training.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     roots = _list_roots(recipe)
     needed = _list_needed_stages(roots)
     for stage in needed:
-        check_requirements(stage, recipe.runtime, recipe.runtime.processes)
+        check_requirements(stage, recipe.runtime, count_processes(stage, recipe))
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             require_context_length(stage, folder, needed)
     trees: dict[str, list[PlannedStage]] = {name: [] for name in roots}
@@ -52,6 +53,16 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
         for field, stage in stages.items():
             trees[name] += _list_stage_tree(stage, "", field, 0, stage_cache, seen)
     return list(trees.items())
+
+
+def count_processes(stage: Stage, recipe: Recipe, rendezvous: Rendezvous | None = None) -> int:
+    """Number of processes that compute a stage together: of its job on a cluster, of a launcher, or of the run."""
+    if not stage.splits_over_processes:
+        return 1
+    if recipe.infra.cluster is not None:
+        job = recipe.infra.choose_job_settings(stage)
+        return job.nodes * job.count_tasks()
+    return recipe.runtime.processes if rendezvous is None else rendezvous.count
 
 
 def list_stages(recipe: Recipe) -> list[Stage]:

@@ -17,7 +17,7 @@ from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.experiments.executors import open_executor
 from mixpo.experiments.expressions import ArmRun, GradientsRun, format_arm_name, list_arm_runs, list_gradient_runs
-from mixpo.experiments.plan import require_context_length
+from mixpo.experiments.plan import count_processes, require_context_length
 from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe, explain_validation_errors
 from mixpo.experiments.shared_stages import SharedStages
@@ -128,10 +128,18 @@ def _compute_stages(
     """Compute every stage that is not cached, after its inputs; return how many, and the failures by stage."""
     # the stages that read the user's model and data before all others
     stages = sorted(arms_by_stage, key=lambda stage: not isinstance(stage, Pretrained | Data))
-    count = recipe.runtime.processes if stage_cache.rendezvous is None else stage_cache.rendezvous.count
+    counts = set[int]()
     for stage in stages:
         if not stage_cache.is_done(stage):  # raises on a damaged folder before the first stage is computed
+            count = count_processes(stage, recipe, stage_cache.rendezvous)
             check_requirements(stage, recipe.runtime, count)
+            if stage.splits_over_processes:
+                counts.add(count)
+    if recipe.runtime.sharded and counts == {1}:
+        display.on_message(
+            "runtime.sharded: every stage has one process, which holds whole weights; runtime.processes, a launcher or "
+            "infra start several"
+        )
     index = {stage: n for n, stage in enumerate(stages)}
     if any(getattr(stage, "sampler", "local") == "vllm" and not stage_cache.is_done(stage) for stage in stages):
         stage_cache.runtime.check_vllm()

@@ -86,7 +86,9 @@ def plan_run_costs(recipe: Recipe, devices: PlannedDevices, *, config_path: Path
         key = (type(cost.stage), *(getattr(cost, part.name) for part in fields(cost)[1:]))
         groups.setdefault(key, []).append(cost)
     lines = [(_format_stage_names(group, stage_cache), group[0], len(group)) for group in groups.values()]
+    is_alone = planned_runtime.is_sharded and planned_runtime.processes == 1
     assumptions = [
+        *["runtime.sharded: planned for one device, which holds whole weights; --gpus plans for several"] * is_alone,
         *planner.rows.assumptions,
         *dict.fromkeys(get_rates(_get_precision(cost.stage)).describe(_get_precision(cost.stage)) for cost in costs),
     ]

@@ -245,6 +245,7 @@ class CostPlanner:
         lora: LoraSettings | None = getattr(stage, "lora", None)
         runtime = replace(
             self.runtime,
+            is_sharded=self.runtime.is_sharded and stage.cuts_weights,
             optimizer=getattr(stage, "optimizer", "adamw"),
             quantizes_frozen=lora is not None and lora.quantize_base,
         )

@@ -94,7 +94,8 @@ class Network(nn.Module):
                 predictors = predictors.index_select(0, batch.predictor_index.flatten()).unflatten(0, batch.mask.shape)
                 computed["values"] = self.get_head(head)(predictors.float())[..., 0].masked_fill(~batch.mask, 0.0)
             if "scores" in outputs:
-                computed["scores"] = self.get_head(head)(states[batch.last_token_index].float())[..., 0]
+                scores = self.get_head(head)(states[batch.last_token_index].float())
+                computed["scores"] = scores.sum(dim=-1)  # of one number, and no view, of which `fully_shard` would warn
         elif "logits" in outputs:
             with self.autocast():
                 computed["logits"] = self.model.get_output_embeddings()(

@@ -36,6 +36,8 @@ class Gradients(Stage):
     which the effect of a small step on both follows.
     """
 
+    cuts_weights = False  # gradients of single pairs are over all weights
+
     policy: PolicyStage
     """The DPO model."""
     reference: PolicyStage
@@ -47,7 +49,6 @@ class Gradients(Stage):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Compute the gradients of a DPO model on each pair and write `gradients.parquet`."""
-        job.models.prepare_network = None  # gradients of single pairs are taken of whole weights
         lm = job.load_trainable_policy(input_paths["policy"])
         reference = job.load_policy(input_paths["reference"])
         pairs = read_pairs(input_paths["pairs"], lm, max_completion_tokens=self.max_completion_tokens)

@@ -24,6 +24,8 @@ class Stage(IdentifiedModel):
     """Names of the files of rows that other stages can read (`Part`)."""
     splits_over_processes: ClassVar[bool] = True
     """Whether several processes compute it together; if not, as where no model computes, the main one alone."""
+    cuts_weights: ClassVar[bool] = True
+    """Whether `runtime.sharded` cuts the weights of its models over the processes; if not, each holds whole ones."""
 
     def get_input_stages(self) -> dict[str, "Stage"]:
         """Input stages by the names of their fields."""

@@ -100,11 +100,12 @@ class StageCache:
     def compute_share(self, stage: Stage) -> None:
         """Compute this process's share of a stage whose inputs are complete: all of it if the process is alone."""
         rendezvous = self.rendezvous if stage.splits_over_processes else None
-        check_requirements(stage, self.runtime, rendezvous.count if rendezvous else 1)
-        with rendezvous.open_processes(self.runtime) if rendezvous else nullcontext() as processes:
+        runtime = self.runtime if stage.cuts_weights else self.runtime.model_copy(update={"sharded": False})
+        check_requirements(stage, runtime, rendezvous.count if rendezvous else 1)
+        with rendezvous.open_processes(runtime) if rendezvous else nullcontext() as processes:
             folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}
             memory.reset_peak_memory()
-            with closing(StageJob(self.locate_folder(stage), self.runtime, processes)) as job:
+            with closing(StageJob(self.locate_folder(stage), runtime, processes)) as job:
                 stage.compute(stage.locate_inputs(folders), job)
 
     def compute_with_inputs(self, stage: Stage) -> Path:
