@@ -203,7 +203,8 @@ def measure_working_weights(
     """Footprint of the weights in the type that products are computed in, beside those that are held.
 
     On one device autocast casts the matrices of a trained model, until its backward pass is over. On several, the
-    weights of a few layers, embedding and head are gathered; with `whole`, those of all layers.
+    weights of a few layers, embedding and head are gathered; with `whole`, those of all layers. Where all weights
+    train, embedding and head are gathered in float32.
     """
     shape, element = model.shape, count_element_bytes(precision)
     if runtime.shards == 1:
@@ -211,7 +212,8 @@ def measure_working_weights(
         return MemoryFootprint(weights=2 * (shape.matrix_weights + shape.head_weights) if is_cast else 0)
     outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
     share = 1 if whole else min(1, GATHERED_LAYERS / shape.layers)
-    return MemoryFootprint(weights=element * (outside + share * (shape.weights - outside)))
+    element_outside = 4 if model.trains_whole else element
+    return MemoryFootprint(weights=element_outside * outside + element * share * (shape.weights - outside))
 
 
 # Passes
