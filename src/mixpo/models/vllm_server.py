@@ -28,7 +28,8 @@ SUPPORTED_VERSIONS = (0, 32), (0, 33)
 CONCURRENT_REQUESTS = 256
 """Requests in flight, one a completion."""
 START_SECONDS, REQUEST_SECONDS, CHECK_SECONDS, STOP_SECONDS = 900.0, 600.0, 10.0, 20.0
-"""Longest wait for a server to start, for the answer to one request, for its version, and until it ends by itself."""
+"""Longest wait for a server to start, for the answer to one request, for one before and after a run, and until it ends
+by itself."""
 UNUSED_TOKEN_BIAS = -100.0
 """Added to the logits of tokens that must not be drawn: the lowest bias that the protocol has."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -125,8 +126,8 @@ class VLLMServer:
 
         It listens on a socket that only this user can reach. `lora_rank` is the rank of adapters that it will be given.
         """
-        folder = tempfile.mkdtemp(prefix="mixpo-")
-        unix_socket = f"{folder}/vllm"  # the longest path has 107 bytes
+        folder = tempfile.mkdtemp(prefix="mixpo-", dir="/tmp")  # short: a socket's path has at most 107 bytes
+        unix_socket = f"{folder}/vllm"
         lora_arguments = list[str]()
         if lora_rank is not None:
             highest = next((size for size in LORA_RANKS if size >= lora_rank), lora_rank)
@@ -140,6 +141,7 @@ class VLLMServer:
             **{name: value for name, value in os.environ.items() if not name.startswith(UNSHARED_VARIABLES)},
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_API_KEY": "",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
@@ -171,7 +173,7 @@ class VLLMServer:
     def close(self) -> None:
         """Unload the adapter of a running server; end one that was started here."""
         if self.process is None:
-            self.has_hung_up = False
+            self.has_hung_up, self.request_seconds = False, min(self.request_seconds, CHECK_SECONDS)
             with suppress(InputError):
                 self._unload_adapter()
             return
