@@ -35,7 +35,10 @@ class FakeVLLM:
         self.is_sglang = False
         self.missing_paths: set[str] = set()
         self.ignores_hand_over = False
-        self.hangs, self.is_closed = threading.Event(), threading.Event()
+        self.hangs: Callable[[Any], bool] = lambda body: False
+        """Whether it leaves a request without an answer, for a minute."""
+        self.hanging, self.unanswered, self.is_closed = threading.Semaphore(0), 0, threading.Event()
+        """One for each such request that came, and the number of those whose minute is over."""
         self.change_choice: Callable[[dict[str, Any]], Any] = lambda choice: None
         self.requests: list[tuple[str, Any]] = []
         self.models: dict[str, PreTrainedModel] = {} if base is None else {"base": _load_model(base)}
@@ -50,7 +53,10 @@ class FakeVLLM:
                 self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def _answer(self, body: Any) -> None:
-                if fake.hangs.is_set() and not fake.is_closed.wait(60):
+                if fake.hangs(body):
+                    fake.hanging.release()
+                    fake.is_closed.wait(60)
+                    fake.unanswered += 1
                     return
                 with fake.lock:
                     fake.requests.append((self.path, body))
@@ -158,10 +164,12 @@ PROGRAM = """
 import sys, threading
 sys.path[:0] = {path!r}
 print(" ".join(sys.argv), flush=True)
+print("(APIServer pid=1) WARNING 01-01 00:00:00 [system.py:1] This can cause errors like `OSError: [Errno 24]`")
 from pathlib import Path
 from fake_vllm import FakeVLLM
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 fake = FakeVLLM(Path(options["--model"]), unix_socket=options["--uds"])
+print("started", flush=True)
 threading.Event().wait()
 """
 

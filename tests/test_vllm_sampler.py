@@ -261,7 +261,7 @@ FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
     ),
     "no development mode": (
         lambda fake: fake.missing_paths.add("/collective_rpc"),
-        "found no /collective_rpc.*; expected a server with the environment variable VLLM_SERVER_DEV_MODE=1",
+        r"found status 404 of /collective_rpc \(Not Found\); expected a server with .* VLLM_SERVER_DEV_MODE=1",
     ),
     "another model": (
         lambda fake: setattr(fake, "ignores_hand_over", True),
@@ -284,7 +284,10 @@ FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
         lambda fake: setattr(fake, "change_choice", lambda choice: choice["token_ids"].__setitem__(0, 88)),
         "found a completion with the token 88; expected none that the tokenizer does not have",
     ),
-    "a hang": (lambda fake: fake.hangs.set(), r"found no answer to /version in 1 s; expected a vLLM server's answer"),
+    "a hang": (
+        lambda fake: setattr(fake, "hangs", lambda body: True),
+        r"found no answer to /version in 1 s; expected a vLLM server's answer",
+    ),
     "an end": (
         lambda fake: fake.close(),
         r"found no answer to /version \(.*refused\); expected a vLLM server's answer",
@@ -312,9 +315,23 @@ def test_a_server_without_adapters_says_how_to_start_it(server: FakeVLLM, base: 
     server.missing_paths.add("/v1/load_lora_adapter")
     sampler = make_sampler(server, tmp_path)
     sampler.load_policy(make_policy(base, lora=True))
-    message = f"found no /v1/load_lora_adapter; expected a vLLM server of {base} with --enable-lora --max-lora-rank 3"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as caught:
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    assert str(caught.value) == (
+        f"{server.address}: found status 404 of /v1/load_lora_adapter (Not Found); expected a vLLM server of {base} "
+        f"that reads {sampler.folder}/1, with --enable-lora --max-lora-rank 3 and the environment variable "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; see docs/vllm.md"
+    )
+
+
+def test_one_server_takes_over_policies_with_and_without_adapters(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    sampler = make_sampler(server, tmp_path)
+    for lora in (True, False):
+        lm = make_policy(base, lora=lora)
+        move(lm, 0.1, 0)
+        sampler.load_policy(lm)
+        sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
+        assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
 
 
 def test_modules_that_train_whole_are_refused(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
@@ -641,16 +658,20 @@ def test_ppo_through_vllm(world: World, tmp_path: Path, lora: dict[str, int] | N
 def test_a_vllm_that_dies_ends_the_stage_which_goes_on_when_it_is_run_again(world: World, tmp_path: Path) -> None:
     runtime = Runtime(threads=1, checkpoint_minutes=0, vllm=PYTHON, vllm_arguments=(PLAIN,))
     stage = world.ppo(sampler="vllm", epochs=2)
-    reload_weights = VLLMServer.reload_weights
+    ask = VLLMServer._ask
+    paths = list[str]()
 
-    def die(server: VLLMServer, folder: Path) -> None:
-        """Kill the server within the second iteration, as its system would."""
-        assert server.process is not None
-        os.killpg(server.process.pid, signal.SIGKILL)
-        reload_weights(server, folder)
+    def die(server: VLLMServer, path: str, body: Any = None) -> Any:
+        """Kill the server in the middle of the second iteration's draw, as its system would."""
+        drawn = isinstance(body, dict) and "echo" not in body and "/collective_rpc" in paths
+        paths.append(f"{path} of the second draw" if drawn else path)
+        if paths.count("/v1/completions of the second draw") == 5:
+            assert server.process is not None
+            os.killpg(server.process.pid, signal.SIGKILL)
+        return ask(server, path, body)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VLLMServer, "reload_weights", die)
+        patch.setattr(VLLMServer, "_ask", die)
         with pytest.raises(InputError, match=r"vLLM, started by runtime.vllm: found no answer .* ended with status -9"):
             world.compute(stage, tmp_path / "out", runtime)
     assert len(read_metrics(tmp_path / "out")) == 1

@@ -79,7 +79,7 @@ def check_vllm(place: str) -> None:
 
 
 class MissingEndpointError(InputError):
-    """Exception: a server has no such path."""
+    """Exception: a server has no such path, or nothing there."""
 
 
 class VLLMServer:
@@ -225,19 +225,17 @@ class VLLMServer:
 
         Its name is a new one each time: vLLM may keep what it has read under a known name.
         """
+        folder = folder.absolute()
         expected = (
-            f"a vLLM server of {base} with --enable-lora --max-lora-rank {rank} and the environment variable "
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            f"a vLLM server of {base} that reads {folder}, with --enable-lora --max-lora-rank {rank} and the "
+            "environment variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         )
         if not self.is_vllm:
             self.refuse("a server that is no vLLM", expected)
         self._unload_adapter()
         self.policy_number += 1
         name = f"mixpo-{self.session}-{self.policy_number}"
-        try:
-            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
-        except MissingEndpointError:
-            self.refuse("no /v1/load_lora_adapter", expected)
+        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, expected)
         self.adapter_name = name
 
     def _unload_adapter(self) -> None:
@@ -260,15 +258,11 @@ class VLLMServer:
                     f"one of {folder}, or vLLM, which takes over weights",
                 )
             return
+        self._unload_adapter()
         self.policy_number += 1
-        try:
-            self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-            self._ask("/reset_prefix_cache", {})
-        except MissingEndpointError:
-            self.refuse(
-                "no /collective_rpc, by which weights are reloaded",
-                "a server with the environment variable VLLM_SERVER_DEV_MODE=1",
-            )
+        expected = "a server with the environment variable VLLM_SERVER_DEV_MODE=1"
+        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}, expected)
+        self._ask("/reset_prefix_cache", {}, expected)
 
     # What it computes
 
@@ -379,11 +373,11 @@ class VLLMServer:
 
     # Requests and failures
 
-    def _ask(self, path: str, body: Any = None) -> Any:
-        """The JSON answer to a GET, or to a POST of a JSON body.
+    def _ask(self, path: str, body: Any = None, expected: str | None = None) -> Any:
+        """The JSON answer to a GET, or to a POST of a JSON body. `expected` says which server has the path.
 
         Raises:
-            MissingEndpointError: The server has no such path.
+            MissingEndpointError: The server has no such path, or nothing there.
             InputError: The server does not answer, or refuses.
         """
         try:
@@ -396,6 +390,8 @@ class VLLMServer:
             self._report_failure(f"no answer to {path} in HTTP ({type(error).__name__})")
         if not 200 <= status < 300:
             found = f"status {status} of {path} ({_read_error_message(answer)})"
+            if status == 404 and expected is not None:
+                self.refuse(found, expected)
             self._report_failure(found, MissingEndpointError if status == 404 else InputError)
         try:
             return json.loads(answer) if answer else None
@@ -486,8 +482,10 @@ def _open_connection(address: str, seconds: float) -> HTTPConnection:
 
 def _read_error_message(answer: str) -> str:
     """First line of what a server says with an error, at most 200 characters."""
-    with suppress(ValueError, KeyError, TypeError):
-        answer = str(json.loads(answer)["error"]["message"])
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        error = json.loads(answer)
+        error = error.get("error", error)
+        answer = str(error.get("message") or error["detail"])
     return (answer.strip().splitlines() or ["no reason given"])[0][:200]
 
 
@@ -496,5 +494,5 @@ def _read_last_line(file: Path | None) -> str:
     lines = list[str]()
     with suppress(OSError):
         lines = [] if file is None else [line.strip() for line in file.read_text(errors="replace").splitlines()]
-    named = [line for line in lines if "Error" in line]
+    named = [line for line in lines if "Error" in line and " WARNING " not in line and "INFO" not in line]
     return (named or [line for line in lines if line] or [""])[-1][-300:]
