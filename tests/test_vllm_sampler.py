@@ -661,14 +661,14 @@ def test_a_vllm_that_dies_ends_the_stage_which_goes_on_when_it_is_run_again(worl
     ask = VLLMServer._ask
     paths = list[str]()
 
-    def die(server: VLLMServer, path: str, body: Any = None) -> Any:
+    def die(server: VLLMServer, path: str, body: Any = None, *expected: str) -> Any:
         """Kill the server in the middle of the second iteration's draw, as its system would."""
         drawn = isinstance(body, dict) and "echo" not in body and "/collective_rpc" in paths
         paths.append(f"{path} of the second draw" if drawn else path)
         if paths.count("/v1/completions of the second draw") == 5:
             assert server.process is not None
             os.killpg(server.process.pid, signal.SIGKILL)
-        return ask(server, path, body)
+        return ask(server, path, body, *expected)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VLLMServer, "_ask", die)
