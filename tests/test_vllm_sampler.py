@@ -6,10 +6,6 @@ Against a server that computes with transformers and peft (`fake_vllm.py`), and 
 import math
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fake_vllm import FakeVLLM
+from fake_vllm import FakeVLLM, write_python_with_fake_vllm
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe
 from mixpo.models.adapters import LoraSettings, add_lora
@@ -27,7 +23,8 @@ from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.models.sampling import compute_truncated_probabilities
-from mixpo.models.vllm_sampler import VLLMSampler, VLLMServer, check_vllm
+from mixpo.models.vllm_sampler import VLLMSampler
+from mixpo.models.vllm_server import VLLMServer
 from mixpo.models.weight_types import freeze_network
 from mixpo.stages.identity import make_stage_folder_name
 from mixpo.stages.ppo_settings import PPOSettings
@@ -184,6 +181,8 @@ def test_nothing_is_left_to_the_servers_defaults(server: FakeVLLM, base: Path, t
         "top_k": 7,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "logprobs": 0,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -200,26 +199,55 @@ def test_nothing_is_left_to_the_servers_defaults(server: FakeVLLM, base: Path, t
 def test_a_server_of_another_kind_serves_a_policy_that_is_not_trained(
     server: FakeVLLM, base: Path, tmp_path: Path
 ) -> None:
-    server.version = None
+    """Here one that speaks SGLang's protocol; it must have been started on the policy's folder."""
+    server.is_sglang = True
+    lm = make_policy(base, lora=False)
+    freeze_network(lm.network)
+    sampler = make_sampler(server, tmp_path)
+    for top_k in (0, 7):
+        sampler.load_policy(lm)
+        sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0, top_k=top_k)
+        assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
+    assert {path for path, _ in server.requests} == {"/version", "/v1/models", "/v1/completions"}
+    sampler.close()
+
+
+@pytest.mark.parametrize(
+    ("root", "found"), [("/elsewhere", "/elsewhere"), (None, "a model without a folder")], ids=["elsewhere", "unnamed"]
+)
+def test_a_server_of_another_kind_is_one_of_the_policys_folder(
+    server: FakeVLLM, base: Path, tmp_path: Path, root: str | None, found: str
+) -> None:
+    server.is_sglang, server.root = True, root
     lm = make_policy(base, lora=False)
     freeze_network(lm.network)
     sampler = make_sampler(server, tmp_path)
     sampler.load_policy(lm)
-    sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
-    assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
-    assert "/collective_rpc" not in [path for path, _ in server.requests]
-    lm.folder = tmp_path
+    with pytest.raises(InputError, match=f"found a server of {found} that is no vLLM; expected one of {base}, or vLLM"):
+        sampler.draw(PROMPTS, **OPTIONS, seed=0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_server_of_another_kind_takes_over_no_policy(
+    server: FakeVLLM, base: Path, tmp_path: Path, lora: bool
+) -> None:
+    server.is_sglang = True
     sampler = make_sampler(server, tmp_path)
-    sampler.load_policy(lm)
-    with pytest.raises(
-        InputError, match=f"found a server of {base} that is no vLLM; expected one of {tmp_path}, whose"
-    ):
+    sampler.load_policy(make_policy(base, lora=lora))
+    expected = "a server that is no vLLM; expected a vLLM server of" if lora else "that is no vLLM; expected one of"
+    with pytest.raises(InputError, match=expected):
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
 
 
 def _lower(choice: dict[str, Any]) -> None:
     """What a processed log-prob would be, say."""
     choice["logprobs"]["token_logprobs"] = [(value or 0.0) - 0.01 for value in choice["logprobs"]["token_logprobs"]]
+
+
+def _abort(choice: dict[str, Any]) -> None:
+    """A completion that ended before its time."""
+    if len(choice["token_ids"]) > 1:
+        choice.update(token_ids=[50], logprobs={"token_logprobs": [-1.0]}, finish_reason="abort")
 
 
 FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
@@ -229,11 +257,11 @@ FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
     ),
     "no vLLM": (
         lambda fake: setattr(fake, "version", None),
-        "that is no vLLM; expected one of .*, whose weights are not",
+        "that is no vLLM; expected one of .*, or vLLM, which takes over",
     ),
     "no development mode": (
         lambda fake: fake.missing_paths.add("/collective_rpc"),
-        "found no /collective_rpc.*; expected a server with the environment variable VLLM_SERVER_DEV_MODE=1",
+        r"found status 404 of /collective_rpc \(Not Found\); expected a server with .* VLLM_SERVER_DEV_MODE=1",
     ),
     "another model": (
         lambda fake: setattr(fake, "ignores_hand_over", True),
@@ -249,14 +277,17 @@ FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
         "found an answer to /v1/completions without log-probs",
     ),
     "aborted": (
-        lambda fake: setattr(fake, "change_choice", lambda choice: choice.update(finish_reason="abort")),
-        "found a completion that finished by 'abort'; expected one by stop or length",
+        lambda fake: setattr(fake, "change_choice", _abort),
+        "found a completion that finished by 'abort' after 1 tokens; expected an end token, or 8 tokens",
     ),
     "an unused token": (
         lambda fake: setattr(fake, "change_choice", lambda choice: choice["token_ids"].__setitem__(0, 88)),
         "found a completion with the token 88; expected none that the tokenizer does not have",
     ),
-    "a hang": (lambda fake: fake.hangs.set(), r"found no answer to /version in 1 s; expected a vLLM server's answer"),
+    "a hang": (
+        lambda fake: setattr(fake, "hangs", lambda body: True),
+        r"found no answer to /version in 1 s; expected a vLLM server's answer",
+    ),
     "an end": (
         lambda fake: fake.close(),
         r"found no answer to /version \(.*refused\); expected a vLLM server's answer",
@@ -284,9 +315,23 @@ def test_a_server_without_adapters_says_how_to_start_it(server: FakeVLLM, base: 
     server.missing_paths.add("/v1/load_lora_adapter")
     sampler = make_sampler(server, tmp_path)
     sampler.load_policy(make_policy(base, lora=True))
-    message = f"found no /v1/load_lora_adapter; expected a server of {base} with --enable-lora --max-lora-rank 3 and"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as caught:
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    assert str(caught.value) == (
+        f"{server.address}: found status 404 of /v1/load_lora_adapter (Not Found); expected a vLLM server of {base} "
+        f"that reads {sampler.folder}/1, with --enable-lora --max-lora-rank 3 and the environment variable "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; see docs/vllm.md"
+    )
+
+
+def test_one_server_takes_over_policies_with_and_without_adapters(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
+    sampler = make_sampler(server, tmp_path)
+    for lora in (True, False):
+        lm = make_policy(base, lora=lora)
+        move(lm, 0.1, 0)
+        sampler.load_policy(lm)
+        sampled = sampler.draw(PROMPTS, **OPTIONS, seed=0)
+        assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
 
 
 def test_modules_that_train_whole_are_refused(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
@@ -294,7 +339,7 @@ def test_modules_that_train_whole_are_refused(server: FakeVLLM, base: Path, tmp_
     lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
     add_lora(lm, LoraSettings(rank=3, modules_to_save=("norm",)))
     sampler.load_policy(lm)
-    with pytest.raises(InputError, match=r"found an adapter with model.norm.weight, which trains whole; expected none"):
+    with pytest.raises(InputError, match=r"found vllm with an adapter that has model.norm.weight, which trains whole"):
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
 
 
@@ -321,34 +366,14 @@ def test_a_server_that_was_restarted_between_two_draws_is_refused(server: FakeVL
 
 # --- started servers
 
-STUB = """
-import sys, threading
-from pathlib import Path
-sys.path[:0] = {path!r}
-print(" ".join(sys.argv), flush=True)
-from fake_vllm import FakeVLLM
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-fake = FakeVLLM(Path(options["--model"]), port=int(options["--port"]))
-threading.Event().wait()
-"""
-
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
     """A Python whose vLLM is the server of these tests."""
-    package = tmp_path / "environment" / "vllm" / "entrypoints" / "openai"
-    package.mkdir(parents=True)
-    (package / "api_server.py").write_text(STUB.format(path=sys.path))
-    for folder in (package, package.parent, package.parent.parent):
-        (folder / "__init__.py").touch()
-    program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/environment exec {sys.executable} "$@"\n')
-    program.chmod(0o755)
-    return str(program)
+    return write_python_with_fake_vllm(tmp_path)
 
 
 def test_a_server_is_started_on_the_policy_and_ends_with_the_sampler(python: str, base: Path, tmp_path: Path) -> None:
-    check_vllm(python)
     lm = make_policy(base, lora=False)
     move(lm, 0.1, 0)
     sampler = VLLMSampler(python, folder=tmp_path / "sampling", cache_bytes=12345, arguments=["--seed", "1"])
@@ -366,56 +391,6 @@ def test_a_server_is_started_on_the_policy_and_ends_with_the_sampler(python: str
     ):
         sampler.draw(PROMPTS, **OPTIONS, seed=0)
     sampler.close()
-
-
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    log = tmp_path / "vllm.log"
-    options: dict[str, Any] = {"precision": "float32", "cache_bytes": 1, "arguments": [], "log": log}
-    with pytest.raises(InputError, match=r"found a server that ended while it started .*ModuleNotFoundError.*vllm"):
-        VLLMServer.start(Path(sys.executable), tmp_path, **options)
-    with pytest.raises(InputError, match=r"runtime.vllm: found .*nowhere, which does not start \(No such file"):
-        VLLMServer.start(tmp_path / "nowhere", tmp_path, **options)
-
-
-@pytest.mark.parametrize("place", ["/nowhere/python", sys.executable])
-def test_a_python_without_vllm_is_known_before_a_run(place: str) -> None:
-    with pytest.raises(
-        InputError, match=r"runtime.vllm: found .*, which is not a Python that has vLLM; expected the path"
-    ):
-        check_vllm(place)
-
-
-def test_a_server_is_asked_for_its_version_before_a_run(server: FakeVLLM) -> None:
-    check_vllm(server.address)
-    server.version = "1.0"
-    with pytest.raises(InputError, match=r"found vLLM 1.0; expected 0.32 to 0.33"):
-        check_vllm(server.address)
-
-
-def test_a_started_server_ends_when_its_parent_is_killed(tmp_path: Path, python: str, base: Path) -> None:
-    program = f"""
-        import sys, time
-        from pathlib import Path
-        from mixpo.models.vllm_sampler import VLLMServer
-        server = VLLMServer.start(Path({python!r}), Path({str(base)!r}), precision="float32", cache_bytes=1,
-                                  arguments=[], log=Path({str(tmp_path / "log")!r}))
-        print(server.process.pid, flush=True)
-        time.sleep(600)
-    """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        server = int(parent.stdout.readline())
-        os.kill(server, 0)
-        parent.kill()
-    for _ in range(300):
-        try:
-            os.kill(server, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.1)
-    else:
-        os.killpg(server, signal.SIGKILL)
-        pytest.fail("the server is still there")
 
 
 # --- stages
@@ -683,17 +658,20 @@ def test_ppo_through_vllm(world: World, tmp_path: Path, lora: dict[str, int] | N
 def test_a_vllm_that_dies_ends_the_stage_which_goes_on_when_it_is_run_again(world: World, tmp_path: Path) -> None:
     runtime = Runtime(threads=1, checkpoint_minutes=0, vllm=PYTHON, vllm_arguments=(PLAIN,))
     stage = world.ppo(sampler="vllm", epochs=2)
-    ask = VLLMServer.ask
+    ask = VLLMServer._ask
+    paths = list[str]()
 
-    def die(server: VLLMServer, path: str, body: Any = None) -> Any:
-        """Kill the server within the second iteration, as its system would."""
-        if path == "/collective_rpc":
+    def die(server: VLLMServer, path: str, body: Any = None, *expected: str) -> Any:
+        """Kill the server in the middle of the second iteration's draw, as its system would."""
+        drawn = isinstance(body, dict) and "echo" not in body and "/collective_rpc" in paths
+        paths.append(f"{path} of the second draw" if drawn else path)
+        if paths.count("/v1/completions of the second draw") == 5:
             assert server.process is not None
             os.killpg(server.process.pid, signal.SIGKILL)
-        return ask(server, path, body)
+        return ask(server, path, body, *expected)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VLLMServer, "ask", die)
+        patch.setattr(VLLMServer, "_ask", die)
         with pytest.raises(InputError, match=r"vLLM, started by runtime.vllm: found no answer .* ended with status -9"):
             world.compute(stage, tmp_path / "out", runtime)
     assert len(read_metrics(tmp_path / "out")) == 1

@@ -9,7 +9,8 @@ import torch
 
 from mixpo.data.errors import InputError
 from mixpo.models.samplers import LocalSampler, Sampler, SamplerName
-from mixpo.models.vllm_sampler import VLLMSampler, check_vllm
+from mixpo.models.vllm_sampler import VLLMSampler
+from mixpo.models.vllm_server import check_vllm
 from mixpo.settings import Settings
 from mixpo.training import memory
 from mixpo.training.parallel import StageProcesses
