@@ -1,5 +1,6 @@
 """LoRA: what is trained, what stays as it was, in which precision it is held, and what is written in the end."""
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,24 @@ def test_a_model_held_in_bfloat16_can_compute_in_float32_and_is_as_before_afterw
         with compute_in_float32(lm.model):
             torch.testing.assert_close(lm(batch, "states"), wide(batch, "states"), rtol=1e-5, atol=1e-5)
         assert {key: id(p) for key, p in lm.model.named_parameters()} == {key: id(p) for key, p in held.items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which files are in memory")
+def test_what_is_held_in_bfloat16_keeps_no_file_in_memory(tiny: TinyWorld) -> None:
+    """One weight that is still read from the mapped file would keep all of its pages."""
+    folder = locate_model_folder(tiny.build(tiny.policy))
+
+    def is_mapped() -> bool:
+        return str(folder / "model.safetensors") in Path("/proc/self/maps").read_text(encoding="utf8")
+
+    wide = ModelLoader(CPU).load_policy(folder)
+    assert is_mapped(), "in float32 they are the file's own pages"
+    del wide
+    gc.collect()
+    narrow = ModelLoader(CPU).load_policy(folder, "bfloat16")
+    gc.collect()
+    assert {p.dtype for p in narrow.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert not is_mapped()
 
 
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
@@ -409,7 +428,8 @@ def test_every_trained_model_learns_by_adapters_and_its_scalar_head_alone(
                 assert not torch.equal(after[name], weight), f"{name} learns"
             assert after[name].dtype == torch.float32 or (precision == "bfloat16" and name not in trained)
     tensors = load_file(tmp_path / CHECKPOINT)
-    parts = checkpoint._insert_tensors(json.loads(tensors.pop("json").numpy().tobytes()), tensors)["parts"]
+    content = json.loads(tensors.pop("json").numpy().tobytes())
+    parts = checkpoint._insert_tensors(content["state"], tensors)["parts"]
     saved_names = {name for part in ("model", "policy", "value") for name in parts.get(part, ())}
     assert saved_names == {name for lm, _ in adapted for name, p in lm.named_parameters() if p.requires_grad}
     saved = read_adapter_folder(locate_model_folder(tmp_path))
