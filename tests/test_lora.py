@@ -16,7 +16,7 @@ from mixpo.data.branches import pack_branches
 from mixpo.data.errors import InputError
 from mixpo.models import loading
 from mixpo.models.adapter_folders import WEIGHTS, holds_adapters, read_adapter_folder
-from mixpo.models.adapters import LoraSettings, add_lora
+from mixpo.models.adapters import LoraSettings, add_lora, iterate_adapter_weights, join_adapters
 from mixpo.models.exporting import export_model
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.loading import ModelLoader
@@ -457,6 +457,30 @@ def test_dropout_acts_while_learning_alone() -> None:
     assert not torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
     lm.eval()
     assert torch.equal(lm(batch, "logprobs"), lm(batch, "logprobs"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_joined_adapters_compute_what_one_after_the_other_does(name: str) -> None:
+    """With ranks and scales of their own; of all layers, one has the first adapter alone."""
+    lm = tiny_model(name)
+    before = lm(batch := pack_branches(PROMPTS, COMPLETIONS), "states")
+    add_lora(lm, LoraSettings(rank=3, alpha=12.0), "first")
+    randomize_trained_weights(lm)
+    layer = next(layer for layer, _ in iterate_adapter_weights(lm.network, "first")).rsplit(".", 1)[0]
+    others = {name.rsplit(".", 1)[0] for name, _ in iterate_adapter_weights(lm.network, "first")} - {layer}
+    add_lora(lm, LoraSettings(rank=2, alpha=1.0, rank_stabilized=True, target_modules=tuple(sorted(others))), "second")
+    randomize_trained_weights(lm)
+    apart = lm(batch, "states")
+    with torch.no_grad(), join_adapters(lm.network, lm.adapters):
+        joined = lm(batch, "states")
+    torch.testing.assert_close(joined, apart.detach(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), join_adapters(lm.network, lm.adapters[:1]):
+        first = lm(batch, "states")
+    differences = [(one - other).abs().max() for one, other in ((apart, before), (apart, first), (first, before))]
+    assert min(differences) > 1e-2
+    with pytest.raises(RuntimeError, match="stop"), join_adapters(lm.network, lm.adapters):
+        raise RuntimeError("stop")
+    assert torch.equal(lm(batch, "states"), apart), "peft computes again"
 
 
 def test_adapters_stand_where_they_are_asked_for_and_scale_with_the_root_of_the_rank() -> None:

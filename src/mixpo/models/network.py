@@ -48,7 +48,8 @@ class Network(nn.Module):
         self.logit_scale = logit_scale
         self.adapter_names = set[str]()
         """Names of all adapters."""
-        self._adapted_modules: list[Any] = []
+        self.adapted_modules: list[Any] = []
+        """Modules of peft that hold adapters, or copies of a module that trained whole."""
         self._active_adapters: tuple[str, ...] | None = ()
 
     @property
@@ -112,14 +113,14 @@ class Network(nn.Module):
     def register_adapters(self, name: str, adapted_modules: Sequence[Any]) -> None:
         """Note that adapters of this name were added to the model; `adapted_modules` are all modules that hold any."""
         self.adapter_names.add(name)
-        self._adapted_modules = list(adapted_modules)
+        self.adapted_modules = list(adapted_modules)
         self._active_adapters = None
 
     def _activate_adapters(self, names: tuple[str, ...]) -> None:
         """Compute with these adapters and no others from now on; gradients stay with those that train."""
         if names == self._active_adapters:
             return
-        for module in self._adapted_modules:  # set_adapter of peft would also choose what trains
+        for module in self.adapted_modules:  # set_adapter of peft would also choose what trains
             present = [name for name in names if name in getattr(module, module.adapter_layer_names[0])]
             if module.adapter_layer_names[0] == "modules_to_save":
                 present = present[-1:]  # a whole module replaces the one before

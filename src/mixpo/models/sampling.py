@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mixpo.data.branches import Completions, DecodingBatch, pack_prompts, split_into_microbatches
 from mixpo.data.errors import InputError
+from mixpo.models.adapters import join_adapters
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.logprobs import BLOCK_LOGITS, iterate_row_slices
 
@@ -296,7 +297,7 @@ def sample_completions(
     lm.eval()
     capacities = [len(prompt) + max_tokens for prompt in prompts]
     draw_tokens_with_logprobs = _make_draw_function(lm, temperature=temperature, top_p=top_p, top_k=top_k)
-    with lm.autocast():
+    with lm.autocast(), join_adapters(lm.network, lm.adapters):
         for rows in split_into_microbatches(capacities, max(1, token_budget // k), count_padding=True):
             keys = [
                 make_noise_keys(prompts[row], seed=seed, occurrence=occurrences[row], k=k, max_tokens=max_tokens)
