@@ -155,6 +155,20 @@ def test_more_devices_take_less_time_and_memory_each(llama_7b: Path, name: str) 
     assert eight.footprint.total < one.footprint.total
 
 
+def test_what_is_cut_is_whole_while_it_is_loaded(llama_7b: Path) -> None:
+    """On so many devices that nothing else takes as much."""
+    shape = read_model_shape(LlamaConfig(), "Llama")
+    cost = plan(build_stages()["sft"], llama_7b, processes=512, is_sharded=True, microbatch_tokens=1)
+    assert cost.moment == "loading"
+    assert cost.footprint.weights == pytest.approx(4 * shape.weights, rel=0.01)
+
+
+def test_a_model_is_checked_in_the_type_of_its_file(llama_7b: Path) -> None:
+    shape = read_model_shape(LlamaConfig(), "Llama")
+    checked = plan(build_stages()["base"], llama_7b)
+    assert checked.footprint.weights == 2 * shape.weights + 4 * 32_000 * 4_096, "and the embedding in float32"
+
+
 def test_gradients_are_planned_with_whole_weights(llama_7b: Path) -> None:
     stages = build_stages()
     pairs = stages["data"].train_pairs

@@ -21,7 +21,7 @@ from mixpo.data.errors import InputError
 from mixpo.data.splits import COMPARISON_SEED, draw_subset
 from mixpo.data.tokens import compute_tokenization_digest, decode_completion, tokenize_prompt
 from mixpo.data.world import build_world_tokenizer
-from mixpo.models import scoring
+from mixpo.models import loading, scoring
 from mixpo.models.adapter_folders import WEIGHTS, holds_adapters, read_adapter_folder
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
@@ -498,6 +498,22 @@ def test_best_of_n_scores_no_completion_twice(tiny: TinyWorld, monkeypatch: pyte
     prompts = [tokenize_prompt(lm.tokenizer, row["prompt"]) for row in read_table(folder / "completions.parquet")]
     alone = compute_scores(reward, prompts, best, token_budget=4096)[:, 0].tolist()
     assert written_scores == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_initial_model_is_checked_in_the_type_of_its_file(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a policy and as a reward model: four bytes a weight are twice what a large model's file takes."""
+    loaded, wrap = [], loading.Network
+
+    def record(model: Any, **options: Any) -> Any:
+        loaded.append((type(model).__name__, {weight.dtype for weight in model.parameters()}))
+        return wrap(model, **options)
+
+    monkeypatch.setattr(loading, "Network", record)
+    tiny.compute(Pretrained(path=tiny.base.path, dtype="bfloat16"), tmp_path)
+    names = ["LlamaForCausalLM", "LlamaForSequenceClassification"]
+    assert loaded == [(name, {torch.bfloat16}) for name in names]
 
 
 def test_figures_of_a_reward_model_are_those_of_the_saved_one(tiny: TinyWorld) -> None:

@@ -36,7 +36,6 @@ from mixpo.training.footprint import (
     count_cache_bytes,
     count_element_bytes,
     count_row_tokens,
-    measure_frozen_network,
     measure_models,
     measure_process,
     measure_sampling,
@@ -94,8 +93,13 @@ class StageCostTally:
             self.moments[name] = footprint
 
     def measure_models(self, *models: ModelInMemory | None) -> MemoryFootprint:
-        """Footprint of models that are in memory together."""
-        return measure_models([one for one in models if one is not None], self.precision, self.runtime)
+        """Footprint of models that are in memory together; what is cut over devices was whole while it was loaded."""
+        loaded = [one for one in models if one is not None]
+        held = measure_models(loaded, self.precision, self.runtime)
+        for model in loaded if self.runtime.shards > 1 else ():
+            whole = measure_models([model], self.precision, replace(self.runtime, is_sharded=False))
+            self.add_moment("loading", MemoryFootprint(weights=held.weights + whole.weights))
+        return held
 
     def add_updates(
         self,
@@ -256,11 +260,16 @@ class CostPlanner:
         return StageCost(stage, footprint, moment, tally.tokens, tally.flops, tally.seconds)
 
     def _plan_pretrained(self, stage: Pretrained, tally: StageCostTally) -> None:
-        """The model is compared with transformers' in float32, on one device; on a CPU beside what it is made from."""
+        """The model is compared with transformers', on one device; on a CPU beside what it is made from.
+
+        It has the type of its file, and float32 in one module at a time, of which the embedding is the largest.
+        """
         shape = self.get_shape(stage)
+        stored_bytes = _count_stored_bytes(stage, shape)
         from_folder = stage.local_folder is not None or self.runtime.device != "cpu"
-        source = MemoryFootprint(weights=0 if from_folder else STORED_BYTES[shape.stored_dtype] * shape.weights)
-        tally.add_moment("loading", measure_frozen_network(shape, "float32", PlannedRuntime()), source)
+        source = MemoryFootprint(weights=0 if from_folder else stored_bytes * shape.weights)
+        widened = MemoryFootprint(weights=4 * shape.embedding_weights if stored_bytes < 4 else 0)
+        tally.add_moment("loading", MemoryFootprint(weights=stored_bytes * shape.weights), widened, source)
 
     def _plan_sft(self, stage: SFT, tally: StageCostTally) -> None:
         policy = self._hold_trained(stage.base, stage.lora)
@@ -380,8 +389,7 @@ class CostPlanner:
         self, stage: TrainedStage, tally: StageCostTally, model: ModelInMemory, held: MemoryFootprint
     ) -> None:
         """Add the copy in the type on disk that is made to save a model that trained whole."""
-        stored = _find_pretrained(stage).dtype
-        stored_bytes = STORED_BYTES[model.shape.stored_dtype if stored == "auto" else stored]
+        stored_bytes = _count_stored_bytes(_find_pretrained(stage), model.shape)
         if model.trains_whole and stored_bytes < 4 and self.runtime.shards == 1:
             tally.add_moment("saving", held, MemoryFootprint(weights=stored_bytes * model.shape.weights))
 
@@ -431,6 +439,11 @@ class CostPlanner:
             trained_adapters=_count_adapters(start.shape, lora),
             is_reward_model=is_reward_model and start.shape.head_weights > 0,
         )
+
+
+def _count_stored_bytes(stage: Pretrained, shape: ModelShape) -> int:
+    """Bytes of one of a model's weights on disk."""
+    return STORED_BYTES[shape.stored_dtype if stage.dtype == "auto" else stage.dtype]
 
 
 def _find_pretrained(stage: Stage) -> Pretrained:

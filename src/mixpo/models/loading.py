@@ -118,6 +118,14 @@ class ModelLoader:
         add_lora(lm, lora, "trained-value")
         return lm
 
+    def check_policy_folder(self, folder: Path) -> None:
+        """Raise `InputError` unless a whole policy, and a reward model made of it, compute as in transformers.
+
+        Each is loaded in the type of its file, and freed again.
+        """
+        self._load_private_model(folder, "float32", dtype=None)
+        self._load_private_model(folder, "float32", is_reward_model=True, head_seed=0, dtype=None)
+
     def load_merged_model(self, folder: Path) -> LanguageModel:
         """Load a policy or a reward model from its adapters, merged into the weights of their base in its own type."""
         is_reward_model = read_adapter_folder(folder).head is not None

@@ -122,8 +122,7 @@ class Pretrained(PolicyStage, PretrainedSettings):
             tokenizer.save_pretrained(model)
             let_others_read(model)
         self._write_template_if_changed(model)
-        job.load_policy(job.out)
-        job.initialize_reward_model(job.out, seed=0)
+        job.models.check_policy_folder(model)
         job.finish_stage(model=compute_model_digest(model))
 
     def _write_template_if_changed(self, model_folder: Path) -> None:

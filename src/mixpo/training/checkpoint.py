@@ -130,15 +130,15 @@ class Checkpoint:
 
         Raises `InputError` if it is damaged, or if the processes do not see the same one.
         """
-        step, extra, error = 0, dict[str, Any](), None
+        step, extra, own_error = 0, dict[str, Any](), None
         try:
             step, extra = self._read_states()
-        except InputError as raised:
-            error = raised
-        steps, errors = zip(*self.processes.gather((step, error)), strict=True)
-        for error in errors:
-            if error is not None:  # in all processes at once, so that none waits for another
-                raise error
+        except InputError as error:
+            own_error = error
+        steps, errors = zip(*self.processes.gather((step, own_error)), strict=True)
+        for one in errors:
+            if one is not None:  # in all processes at once, so that none waits for another
+                raise one
         if len(set(steps)) > 1:
             raise InputError(
                 f"{self.path}: found checkpoints before the steps {sorted(set(steps))} in the processes of one stage; "

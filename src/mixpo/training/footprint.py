@@ -15,7 +15,6 @@ and, to sample, the policy.
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
 from typing import Literal, Self
 
 import torch
@@ -66,11 +65,6 @@ class MemoryFootprint:
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-
-def add_footprints(footprints: Iterable[MemoryFootprint]) -> MemoryFootprint:
-    """The sum of footprints that are in memory together; nothing of none."""
-    return reduce(MemoryFootprint.__add__, footprints, MemoryFootprint())
 
 
 @dataclass(frozen=True)
@@ -203,17 +197,19 @@ def measure_working_weights(
     """Footprint of the weights in the type that products are computed in, beside those that are held.
 
     On one device autocast casts the matrices of a trained model, until its backward pass is over. On several, the
-    weights of a few layers, embedding and head are gathered; with `whole`, those of all layers. Where all weights
-    train, embedding and head are gathered in float32.
+    weights of a few layers, embedding and head are gathered; with `whole`, those of all layers. Embedding and
+    head are gathered as they are held.
     """
     shape, element = model.shape, count_element_bytes(precision)
     if runtime.shards == 1:
         is_cast = model.trains_whole and precision == "bfloat16"
         return MemoryFootprint(weights=2 * (shape.matrix_weights + shape.head_weights) if is_cast else 0)
-    outside = shape.embedding_weights + (0 if shape.is_tied else shape.head_weights)
+    own_head = 0 if shape.is_tied else shape.head_weights
+    inside = shape.weights - shape.embedding_weights - own_head
+    is_wide = model.trains_whole or shape.stored_dtype != "bfloat16"
+    outside = (4 if is_wide else element) * shape.embedding_weights + (4 if model.trains_whole else element) * own_head
     share = 1 if whole else min(1, GATHERED_LAYERS / shape.layers)
-    element_outside = 4 if model.trains_whole else element
-    return MemoryFootprint(weights=element_outside * outside + element * share * (shape.weights - outside))
+    return MemoryFootprint(weights=outside + element * share * inside)
 
 
 # Passes

@@ -98,8 +98,8 @@ class StageJob:
 
     def save_model(self, lm: LanguageModel, folder: Path | None = None) -> str:
         """Write the model to `model/` in the job's folder, or to another folder; returns the digest of its files."""
-        whole = not lm.adapters  # which are never cut
-        with gather_for_saving(lm.network, keep=self.processes.is_main_process) if whole else nullcontext():
+        may_be_cut = not lm.adapters  # which stay whole
+        with gather_for_saving(lm.network, keep=self.processes.is_main_process) if may_be_cut else nullcontext():
             return self.processes.take_from_main(lambda: save_model(lm, folder or locate_model_folder(self.out)))
 
     def compute_over_processes(

@@ -88,7 +88,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make AdamW over the trainable parameters; biases, norms and other vectors have no weight decay.
 
-    With `offload` AdamW's moments stay in CPU memory; weights must then be whole, as for moments in 8 bits.
+    With `offload` AdamW's moments stay in CPU memory. Moments in 8 bits need whole weights.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
