@@ -66,7 +66,7 @@ def _serve(port: int, rank: int, pipe: Connection) -> None:
 
 
 class StageFailingInOneProcess(Stage):
-    """A stage that fails in its second process while the first waits for it."""
+    """A stage that fails in its last process while the first of two waits for it."""
 
     how: str
 
@@ -74,7 +74,7 @@ class StageFailingInOneProcess(Stage):
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         rendezvous.AGREEMENT_TIME /= 5
-        if job.processes.rank == 1:
+        if job.processes.rank == job.processes.count - 1:
             if self.how == "dies":
                 os._exit(3)
             raise ValueError(f"it {self.how}")

@@ -86,7 +86,10 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert checkpoint.restore_states() == (3, {})
     steps(again, other, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    (tmp_path / "checkpoint.part").write_bytes(b"by a process that was killed")
+    (tmp_path / "checkpoint-2").write_bytes(b"which is no folder")
     job.finish_stage()
+    assert not (tmp_path / "checkpoint.part").exists()
     assert checkpoint.restore_states() == (0, {})
 
 

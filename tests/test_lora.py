@@ -145,6 +145,19 @@ def test_what_is_held_in_bfloat16_keeps_no_file_in_memory(tiny: TinyWorld) -> No
     assert not is_mapped()
 
 
+def test_weights_that_came_in_bfloat16_stay_what_they_are_beside_one_in_float32() -> None:
+    """And the head stays the embedding's weight, which a copy would hold twice."""
+    network = tiny_model("llama").network
+    model, network.precision = network.model.to(torch.bfloat16), "bfloat16"
+    model.lm_head.weight = model.get_input_embeddings().weight
+    model.model.layers[0].mlp.up_proj.float()
+    came = {name: weight.data_ptr() for name, weight in model.named_parameters() if weight.dtype == torch.bfloat16}
+    freeze_network(network)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert {p.dtype for name, p in model.named_parameters() if p.ndim == 2} == {torch.bfloat16}
+    assert all(p.data_ptr() == came[name] for name, p in model.named_parameters() if p.ndim == 2 and name in came)
+
+
 def test_a_frozen_reward_model_keeps_its_head_in_float32(tiny: TinyWorld) -> None:
     policy, batch = locate_model_folder(tiny.build(tiny.policy)), pack_branches(PROMPTS, COMPLETIONS)
     wide, narrow = (ModelLoader(CPU).initialize_reward_model(policy, seed=0, precision="bfloat16") for _ in range(2))

@@ -1,5 +1,6 @@
 """One stage in two processes: the same rows, losses and weights as in one, and no process that waits for ever."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mixpo.data.branches import pack_branches
@@ -225,6 +226,7 @@ def test_a_checkpoint_of_cut_weights_is_read_by_any_number_of_processes(
     assert sum(sum(one.numel() for one in load_file(part).values()) for part in parts) == 3 * numbers
     assert sum(one.numel() for one in load_file(parts[0]).values()) < 1.6 * numbers
     assert (tmp_path / CHECKPOINT).stat().st_size < 20_000
+    (tmp_path / "checkpoint-2" / ".nfs0001").write_bytes(b"what a file system keeps of a deleted file")
     assert train_from_checkpoint(alone, tmp_path, offload, 3)[0] == 2
     assert not list(tmp_path.glob("checkpoint-*"))
     assert [first for first, _ in pair.call(train_from_checkpoint, tmp_path, offload, 4)] == [3, 3]
@@ -249,7 +251,13 @@ def test_a_checkpoint_without_all_parts_is_refused_in_one_line(pair: ProcessPair
             train_from_checkpoint(alone, tmp_path, False, 2)
         yield str(error.value)
 
-    for damage in (first.unlink, second.unlink, lambda: first.write_bytes(content[:-99]), lambda: first.write_text("")):
+    def break_metadata() -> None:
+        save_file(load_file(first), first, {"DCP_SHARDING_INFO": "{"})
+
+    def cut_off() -> None:
+        first.write_bytes(content[:-99])
+
+    for damage in (first.unlink, second.unlink, cut_off, lambda: first.write_text(""), break_metadata):
         saved = second.read_bytes()
         damage()
         for message in read_everywhere():
@@ -259,6 +267,28 @@ def test_a_checkpoint_without_all_parts_is_refused_in_one_line(pair: ProcessPair
         second.write_bytes(saved)
     shutil.rmtree(tmp_path / "checkpoint-1")
     assert all("delete it to start the stage again" in message for message in read_everywhere())
+
+
+def write_to_a_full_disk(processes: StageProcesses, folder: Path) -> Any:
+    def fail(tensors: Any, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixpo.training.checkpoint.write_parts", fail)
+        train_from_checkpoint(processes, folder, False, 3)
+
+
+def test_folders_of_attempts_that_were_stopped_are_deleted_first_and_not_the_one_in_use(
+    pair: ProcessPair, tmp_path: Path
+) -> None:
+    pair.call(train_from_checkpoint, tmp_path, False, 1)
+    for name in ("checkpoint-2", "checkpoint-9"):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    assert [type(error) for error in pair.call(write_to_a_full_disk, tmp_path)] == [OSError] * 2
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    assert [first for first, _ in pair.call(train_from_checkpoint, tmp_path, False, 2)] == [1, 1]
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def read_adapters_with_a_whole_module(processes: StageProcesses, folder: Path) -> None:

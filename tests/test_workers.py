@@ -17,8 +17,11 @@ from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe, read_recipe
 from mixpo.experiments.results import load_runs, read_evaluation_summary
 from mixpo.experiments.run import run_recipe
+from mixpo.experiments.workers import StageFailure, compute_stage_or_failure
+from mixpo.stages.stage_cache import StageCache
 from mixpo.training.record import progress_listener
 from mixpo.training.runtime import Runtime, count_cores
+from process_pairs import StageFailingInOneProcess
 from recording_display import RecordingDisplay
 
 TINY = [
@@ -76,6 +79,14 @@ def test_a_failure_in_a_process_takes_only_its_arm_along(side_by_side: tuple[Pat
     assert [(arm.name, arm.status) for arm in result.arms] == [("sft", "done"), ("dpo", "done"), ("ppo", "failed")]
     assert len(display.failures) == 1
     assert "ran away" in display.failures[0].reason
+
+
+def test_a_failure_on_a_full_disk_is_told_without_its_details(tmp_path: Path) -> None:
+    stage_cache, stage = StageCache(tmp_path, Runtime(device="cpu")), StageFailingInOneProcess(how="raises")
+    (stage_cache.locate_folder(stage) / "failure.txt").mkdir(parents=True)  # so that it cannot be written
+    outcome = compute_stage_or_failure(stage_cache, stage)
+    assert isinstance(outcome, StageFailure)
+    assert "ValueError: it raises (details could not be written: [Errno 21] Is a directory" in outcome.reason
 
 
 def test_bad_input_found_in_a_process_is_raised(tmp_path: Path) -> None:

@@ -53,14 +53,18 @@ def compute_stage_or_failure(stage_cache: StageCache, stage: Stage) -> Outcome:
 
 
 def _describe_failure(stage_cache: StageCache, stage: Stage, error: Exception) -> StageFailure:
-    """The failure of a stage by an exception, whose traceback is written to the stage's folder."""
+    """The failure of a stage by an exception, whose traceback is written to the stage's folder if that is possible."""
     if isinstance(error, InputError):
         return StageFailure(str(error), bad_input=True)
     trace = stage_cache.locate_folder(stage) / FAILURE
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
+    details = f"details in {trace}"
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.write_text("".join(traceback.format_exception(error)), encoding="utf8")
+    except OSError as unwritten:  # the disk may be full, which may have been the failure
+        details = f"details could not be written: {unwritten}"
     text = str(error) if isinstance(error, Diverged) else f"{type(error).__name__}: {error}"
-    return StageFailure(f"{type(stage).__name__} {stage_cache.compute_identity(stage)}: {text} (details in {trace})")
+    return StageFailure(f"{type(stage).__name__} {stage_cache.compute_identity(stage)}: {text} ({details})")
 
 
 class InProcessExecutor:

@@ -29,19 +29,20 @@ def freeze_network(network: Network) -> None:
         if module is not getattr(model, "score", None):
             narrow |= {id(part) for name, part in module.named_parameters() if module is not head or name == "weight"}
     narrow |= {id(weight) for weight in model.parameters() if weight.ndim == 3}  # all experts of a layer
-    # one weight that is still read from the mapped file would hold all of it in memory
-    is_wide = any(weight.dtype == torch.float32 for weight in model.parameters() if id(weight) in narrow)
+    keeps_embedding = embedding.weight.dtype == torch.bfloat16
+    # one weight that is still read from the mapped file would hold all of it in memory, as such an embedding does
+    is_wide = not keeps_embedding and any(p.dtype == torch.float32 for p in model.parameters() if id(p) in narrow)
     held: dict[tuple[nn.Parameter, torch.dtype], nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if (module is embedding and weight.dtype == torch.bfloat16) or not weight.is_floating_point():
+            if (module is embedding and keeps_embedding) or not weight.is_floating_point():
                 continue
             dtype = torch.bfloat16 if id(weight) in narrow and module is not embedding else torch.float32
             if weight.dtype != dtype or is_wide:
                 if (weight, dtype) not in held:
                     held[weight, dtype] = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
                 setattr(module, name, held[weight, dtype])
-    if embedding.weight.dtype == torch.bfloat16:
+    if keeps_embedding:
         embedding.register_forward_hook(lambda module, inputs, output: output.float())
 
 

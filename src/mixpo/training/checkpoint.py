@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.job import CHECKPOINT, CHECKPOINT_PARTS, StageJob
+from mixpo.training.job import CHECKPOINT, CHECKPOINT_PARTS, CHECKPOINT_TEMPORARY, StageJob
 from mixpo.training.optimizers import OffloadedAdamW
 from mixpo.training.parallel import StageProcesses
 from mixpo.training.sharding import get_local, join_parts, read_parts, take_own_part, write_parts
@@ -117,6 +118,8 @@ class Checkpoint:
 
     def __init__(self, job: StageJob, parts: Mapping[str, Stateful]) -> None:
         self.path = job.out / CHECKPOINT
+        self.folder: Path | None = None
+        """The folder of cut weights that the file names, if it has been read or written and names one."""
         self.parts = {
             name: OptimizerStates(part) if isinstance(part, torch.optim.Optimizer) else part
             for name, part in parts.items()
@@ -154,9 +157,10 @@ class Checkpoint:
             tensors = load_file(self.path)
             content = json.loads(tensors.pop(_JSON).numpy().tobytes())
             if content["cut"]:
+                self.folder = self.path.with_name(content["folder"])
                 sizes = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in content["cut"].items()}
                 count = self.processes.count if self.processes.is_sharded else 1
-                tensors |= read_parts(sizes, self.path.with_name(content["folder"]), count)
+                tensors |= read_parts(sizes, self.folder, count)
             saved = _insert_tensors(content["state"], tensors)
             if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
                 raise ValueError(f"{sorted(saved['parts'])} in format {saved['format']}")
@@ -166,7 +170,10 @@ class Checkpoint:
             if torch.cuda.is_available() and saved["cuda_random_state"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_random_state"])
             return int(saved["step"]), saved["extra"]
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            *(SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+            AssertionError,  # of PyTorch, where files of parts do not say which parts they are
+        ) as error:
             raise InputError(
                 f"{self.path}: found no checkpoint of this stage ({type(error).__name__}: {str(error)[:200]}); "
                 f"expected {sorted(self.parts)} in format {FORMAT}; delete it to start the stage again"
@@ -198,19 +205,24 @@ class Checkpoint:
         cut = {name: tensors.pop(name) for name in list(tensors) if isinstance(tensors[name], DTensor)}
         folder = self.path.with_name(f"{CHECKPOINT_PARTS}{next_step}")
         if cut:
-            self.processes.take_from_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # of an earlier attempt
+            self.processes.take_from_main(lambda: self._delete_folders(keep=self.folder))  # of attempts that ended here
             write_parts(cut, folder)
         self.written = time.monotonic()
         if not self.processes.is_main_process:
             return
         sizes = {name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in cut.items()}
         content = json.dumps({"state": described, "cut": sizes, "folder": folder.name}).encode()
-        temporary = self.path.with_suffix(".part")
+        temporary = self.path.with_name(CHECKPOINT_TEMPORARY)
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
-        for other in self.path.parent.glob(f"{CHECKPOINT_PARTS}*"):
-            if other != folder:
-                shutil.rmtree(other)
+        self.folder = folder if cut else None
+        self._delete_folders(keep=self.folder)
+
+    def _delete_folders(self, *, keep: Path | None) -> None:
+        """Delete the folders of cut weights but one; what cannot be deleted, as where a copy is read, is left."""
+        for folder in self.path.parent.glob(f"{CHECKPOINT_PARTS}*"):
+            if folder != keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cut_like(value: Any, parameter: nn.Parameter) -> Any:

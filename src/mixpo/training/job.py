@@ -22,6 +22,8 @@ from mixpo.training.sharding import gather_for_passes, gather_for_saving
 
 SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "portions.jsonl"
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
+CHECKPOINT_TEMPORARY = "checkpoint.part"
+"""Name of a checkpoint's file until it is whole."""
 CHECKPOINT_PARTS = "checkpoint-"
 """Beginning of the name of a folder with what a checkpoint has of weights that are cut."""
 SAMPLING = "sampling"
@@ -128,7 +130,7 @@ class StageJob:
         if not self.processes.is_main_process:
             return
         write_json(self.out / SUMMARY, {**figures, "cost": self.cost.summarize()})
-        for name in (CHECKPOINT, PORTIONS):
+        for name in (CHECKPOINT, CHECKPOINT_TEMPORARY, PORTIONS):
             (self.out / name).unlink(missing_ok=True)
         for folder in self.out.glob(f"{CHECKPOINT_PARTS}*"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)

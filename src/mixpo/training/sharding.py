@@ -126,11 +126,12 @@ def read_parts(sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], folder: P
     """Read finite tensors of these shapes and types, on the CPU, that any number of processes wrote to a folder.
 
     They are cut over `count` processes, each of which reads its own parts alone, or whole if that is 1. Raises
-    ValueError, OSError or `SafetensorError` if the folder does not hold them.
+    ValueError, OSError, AssertionError or `SafetensorError` if the folder does not hold them.
     """
     for file in folder.iterdir():
-        with safe_open(file, "pt"):  # raises in a word, where the loader below prints a traceback
-            pass
+        if file.suffix == ".safetensors":  # file systems leave others
+            with safe_open(file, "pt"):  # raises in a word, where the loader below prints a traceback
+                pass
     mesh = init_device_mesh("cpu", (count,)) if count > 1 else None
     tensors: dict[str, Tensor] = {}
     for name, (shape, dtype) in sizes.items():
