@@ -532,7 +532,7 @@ def test_a_stage_without_a_server_says_what_to_set(tiny: TinyWorld) -> None:
     ):
         tiny.run(tiny.samples(sampler="vllm"))
     with pytest.raises(InputError, match=r"runtime.vllm: found nothing"):
-        Runtime().check_vllm()
+        Runtime().check_vllm(is_here=True)
 
 
 def test_a_stage_leaves_nothing_that_was_handed_over(tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime]) -> None:
