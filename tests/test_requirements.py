@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mixpo import Samples
+from mixpo import SFT, Samples, StageCache
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import list_plan
 from mixpo.experiments.recipe import read_recipe
@@ -111,6 +111,15 @@ def test_the_plan_refuses_before_anything_is_computed(tmp_path: Any) -> None:
     overrides = ["runtime.processes=2", "runtime.sharded=true", "lora.quantize_base=true", f"cache={tmp_path}"]
     with pytest.raises(InputError, match=r"^runtime.sharded: found beside lora.quantize_base"):
         list_plan(read_recipe("world", overrides))
+
+
+def test_cached_stages_require_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["runtime.offload_optimizer=true", "sft.optimizer=adamw-8bit", "arms=[sft]", f"cache={tmp_path}"]
+    recipe, is_done = read_recipe("world", words), StageCache.is_done
+    with pytest.raises(InputError, match=r"^runtime.offload_optimizer: found beside optimizer: adamw-8bit in SFT"):
+        list_plan(recipe)
+    monkeypatch.setattr(StageCache, "is_done", lambda cache, stage: isinstance(stage, SFT) or is_done(cache, stage))
+    list_plan(recipe)
 
 
 def test_a_stage_is_refused_where_it_is_computed_too(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:

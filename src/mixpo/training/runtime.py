@@ -118,7 +118,7 @@ class Runtime(Settings):
         return VLLMSampler(place, folder=folder, cache_bytes=self.sampling_bytes, arguments=self.vllm_arguments)
 
     def check_vllm(self, *, is_here: bool) -> None:
-        """Raise `InputError` unless `vllm` is given, and, if it is here, a server that answers or a Python with vLLM."""
+        """Raise `InputError` unless `vllm` is given, and, if it is here, names a server or a Python that has vLLM."""
         place = self._require_vllm()
         if is_here:
             check_vllm(place)
