@@ -56,7 +56,7 @@ def _find_module_trainers(stage: Stage) -> dict[str, Stage]:
 
     That is its input, or `policy` for the model that it trains.
     """
-    models = {
+    models: dict[str, Stage] = {
         name: source
         for name, source in stage.get_input_stages().items()
         if isinstance(source, PolicyStage | RewardStage)
