@@ -109,14 +109,14 @@ def prepare_case(case: MemoryCase, work: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(work / case.model)
         tokenizer.save_pretrained(work / case.model)
-    asked, answered = SENTENCES[case.model]
-    count = ROWS * max(asked, answered)
+    prompt_dialogues, completion_dialogues = SENTENCES[case.model]
+    count = ROWS * max(prompt_dialogues, completion_dialogues)
     pairs = generate_world_rows(demonstration_count=0, train_count=count, test_count=0, seed=0).train
     with rows.open("w", encoding="utf8") as file:
         for row in range(ROWS):
-            part = pairs[row * max(asked, answered) :]
-            prompt = " ".join(prompt for prompt, _, _ in part[:asked])
-            sides = [" ".join(pair[side] for pair in part[:answered]) for side in (1, 2)]
+            part = pairs[row * max(prompt_dialogues, completion_dialogues) :]
+            prompt = " ".join(prompt for prompt, _, _ in part[:prompt_dialogues])
+            sides = [" ".join(pair[side] for pair in part[:completion_dialogues]) for side in (1, 2)]
             file.write(json.dumps({"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}) + "\n")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from benchmarks import growth, ours
 from benchmarks.__main__ import _merge_results
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.__main__ import BenchmarkPartResults, _compare_with_goals
 from benchmarks.gpu.right import _compare
 from benchmarks.inputs import count_work
@@ -209,6 +210,28 @@ def test_workloads_are_planned_as_a_chain_on_one_base(tmp_path: Path, monkeypatc
     monkeypatch.setattr("benchmarks.plans.find_device_kind", lambda: "cuda")
     on_gpu = ChainPlanner(tmp_path, "w").plan(Workload("x", "sampling", "w", 8, 1, new_tokens=8, precision="float32"))
     assert base < on_gpu["planned GB"] < planned["sampling", None] - process / 2, "no process is counted"
+
+
+def test_an_error_in_a_plan_comes_before_the_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = list[str]()
+
+    def plan(planner: ChainPlanner, workload: Workload) -> dict[str, Any]:
+        if workload.name == list(SEVEN)[-1]:
+            raise RuntimeError("no plan")
+        return {}
+
+    def measure(command: list[str], spec: dict[str, Any], *limit: float) -> dict[str, Any]:
+        measured.append(spec["name"])
+        return {"failed": "not measured"}
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "_prepare", lambda *arguments, **options: None)
+    monkeypatch.setattr(gpu, "run_in_worker", measure)
+    monkeypatch.setattr(ChainPlanner, "__init__", lambda *arguments: None)
+    monkeypatch.setattr(ChainPlanner, "plan", plan)
+    with pytest.raises(RuntimeError, match="no plan"):
+        gpu.measure_7b(BenchmarkPartResults("seven"), tmp_path, tiny=True)
+    assert not measured
 
 
 @pytest.mark.parametrize("kind", ["update", "sampling"])

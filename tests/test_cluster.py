@@ -1,13 +1,17 @@
 """Stages as jobs of a cluster: what is asked for, and what reaches the terminal."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import submitit
+from submitit.core.job_environment import SignalHandler
 
 from mixpo import SFT, Runtime, StageCache
 from mixpo.data.errors import InputError
@@ -44,10 +48,10 @@ class FakeJob:
 
 
 class FakeCluster:
-    """A cluster in submitit's place, which keeps what it is asked for."""
+    """A cluster in submitit's place, which keeps the parameters of every submission."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *steps: Callable[[SubmittedStage], bool]) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.submissions: list[dict[str, Any]] = []
         self.jobs: list[FakeJob] = []
         self.steps = steps
         patch.setattr(cluster.submitit, "AutoExecutor", self.open)
@@ -55,11 +59,11 @@ class FakeCluster:
         patch.setattr(cluster, "LAST_LINE_SECONDS", 0.0)
 
     def open(self, folder: Path, name: str, **options: Any) -> "FakeCluster":
-        self.asked.append({"cluster": name, **options})
+        self.submissions.append({"cluster": name, **options})
         return self
 
     def update_parameters(self, **parameters: Any) -> None:
-        self.asked[-1] |= parameters
+        self.submissions[-1] |= parameters
 
     def submit(self, submitted: SubmittedStage) -> FakeJob:
         self.jobs.append(FakeJob(submitted, list(self.steps)))
@@ -95,6 +99,18 @@ def end_badly(submitted: SubmittedStage) -> bool:
     return True
 
 
+def time_out(submitted: SubmittedStage) -> bool:
+    """What submitit does at the signal of a job whose time is over and which may not be queued again."""
+    delayed = submitit.helpers.DelayedSubmission(submitted)
+    delayed.set_timeout(0, 0)
+    environment = SimpleNamespace(global_rank=0)
+    paths = SimpleNamespace(submitted_pickle=log_of(submitted).path.with_name("submitted.pickle"))
+    with pytest.raises(submitit.core.utils.UncompletedJobError) as raised:
+        SignalHandler(environment, paths, delayed).checkpoint_and_try_requeue(signal.SIGUSR2)
+    log_of(submitted).forward_call("end", {"reason": f"SFT 1: {raised.value!r} (details in x)", "bad_input": False})
+    return True
+
+
 def leave_a_trace(submitted: SubmittedStage) -> bool:
     (log_of(submitted).path.parent / "failure.txt").write_text("Traceback\nValueError: in another process\n")
     return True
@@ -106,6 +122,10 @@ def leave_a_trace(submitted: SubmittedStage) -> bool:
         ((go_on, be_requeued, go_on, end_well), 12.5),
         ((go_on, end_badly), "the loss is nan"),
         ((go_on,), "the job 77 was stopped (OUT_OF_MEMORY), perhaps for lack of memory (details in /logs/77.err)"),
+        (
+            (be_requeued, time_out),
+            "more than 3 times (infra.requeues), after 1440 minutes each (timeout_min)",
+        ),
         ((leave_a_trace,), "ValueError: in another process (details in "),
     ],
 )
@@ -120,7 +140,7 @@ def test_progress_and_outcome_of_a_job_reach_the_terminal(
     assert (submitted, shown) == (stage, display)
     if isinstance(expected, float):
         assert outcome == expected
-        assert (display.steps, display.notes) == (3, ["the job was interrupted; it is queued again, and then resumes"])
+        assert (display.steps, display.notes) == (3, ["the job was interrupted"])
     else:
         assert isinstance(outcome, StageFailure)
         assert expected in outcome.reason
@@ -134,7 +154,7 @@ def test_progress_and_outcome_of_a_job_reach_the_terminal(
 def test_what_a_job_asks_for_depends_on_its_stage(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = FakeCluster(monkeypatch)
+    fake = FakeCluster(monkeypatch)
     infra = read_recipe(
         "world",
         [
@@ -146,13 +166,14 @@ def test_what_a_job_asks_for_depends_on_its_stage(
     with open_executor(StageCache(tmp_path, Runtime(threads=1)), infra, tmp_path / "jobs") as executor:
         for stage in (tiny.tuned, tiny.sft(), tiny.pairs):
             executor.submit_stage(stage, RecordingDisplay())
-    assert all(job.canceled for job in asked.jobs), "what has not ended is canceled"
+    assert all(job.canceled for job in fake.jobs), "what has not ended is canceled"
     names = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
-    assert [[one[name] for name in names] for one in asked.asked] == [[2, 8, 8, 1], [1, 4, 8, 1], [1, 1, None, 6]]
-    first = asked.asked[0]  # sbatch takes an option with a value, or by its name alone: submitit's True
+    assert [[one[name] for name in names] for one in fake.submissions] == [[2, 8, 8, 1], [1, 4, 8, 1], [1, 1, None, 6]]
+    first = fake.submissions[0]  # sbatch takes an option with a value, or by its name alone: submitit's True
     assert (first["cluster"], first["slurm_max_num_timeout"], first["timeout_min"]) == ("slurm", 5, 90)
     assert first["slurm_additional_parameters"] == {"partition": "gpu", "exclusive": True}
-    assert [one["mem_gb"] for one in asked.asked] == [None, 64, None]
+    assert [one["mem_gb"] for one in fake.submissions] == [None, 64, None]
+    assert [one["slurm_srun_args"][-1] for one in fake.submissions] == [f"--cpus-per-task={n}" for n in (1, 1, 6)]
 
 
 INFRA = "infra={cluster: slurm, nodes: 2, tasks_per_node: 4}"
@@ -168,13 +189,13 @@ INFRA = "infra={cluster: slurm, nodes: 2, tasks_per_node: 4}"
 def test_what_the_processes_of_a_job_exclude_is_refused_before_a_job_is_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], found: str
 ) -> None:
-    asked = FakeCluster(monkeypatch)
+    fake = FakeCluster(monkeypatch)
     words = [*words, f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}", "arms=[ppo]", INFRA]
     with pytest.raises(InputError, match=f"^{found}"):
         list_plan(read_recipe("world", words))
     with pytest.raises(InputError, match=f"^{found}"):
         run_recipe(read_recipe("world", words), RecordingDisplay())
-    assert not asked.asked
+    assert not fake.submissions
     own = "infra.stages={Samples: {nodes: 1, tasks_per_node: 1}, SFT: {nodes: 3}}"
     recipe = read_recipe("world", [*words, own])
     counts = {type(stage).__name__: count_processes(stage, recipe) for stage in list_stages(recipe)}
@@ -194,12 +215,12 @@ def test_as_many_jobs_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("words", "expected"),
     [
         (
-            ["infra.stages={PPQ: {nodes: 2}}"],
-            r"infra\.stages: .*expected kinds of stages, such as PPO or Evaluation, not PPQ",
+            ["infra={nodes: 2, gpus_per_node: 8}"],
+            r"infra\.gpus_per_node: found without infra\.cluster, .*; expected slurm or local beside it, or null",
         ),
-        (["infra.stages={PPO: {node: 2}}"], r"infra\.stages\.PPO\.node: unknown key"),
+        (["infra={cluster: local, stages: {PPO: {node: 2}}}"], r"infra\.stages\.PPO\.node: unknown key"),
         (["infra.cluster=slurn"], r"infra\.cluster: found 'slurn'"),
-        (["infra.nodes=0"], r"infra\.nodes: found 0"),
+        (["infra={cluster: local, nodes: 0}"], r"infra\.nodes: found 0"),
     ],
 )
 def test_bad_settings_are_named(words: list[str], expected: str) -> None:
@@ -207,12 +228,50 @@ def test_bad_settings_are_named(words: list[str], expected: str) -> None:
         read_recipe("world", words)
 
 
+def test_settings_of_jobs_are_left_out_by_a_cluster_of_null() -> None:
+    recipe = read_recipe("world", ["infra={cluster: slurm, nodes: 2}", "infra.cluster=null"])
+    assert (recipe.infra.cluster, recipe.infra.nodes) == (None, 2)
+
+
 def test_every_kind_of_stage_is_known_to_who_has_read_nothing_else(tmp_path: Path) -> None:
     kinds = ["Pretrained", "Data", "LabelNoise", "SFT", "RewardModel", "Samples", "Selection", "DPO", "PPO"]
     own = f"infra.stages={json.dumps({kind: {'nodes': 2} for kind in [*kinds, 'Evaluation', 'Gradients']})}"
-    program = f"from mixpo.experiments.recipe import read_recipe; read_recipe('world', [{own!r}])"
+    words = ["infra.cluster=local", own, f"cache={tmp_path / 'cache'}"]
+    program = (
+        "from mixpo.experiments.plan import list_plan; from mixpo.experiments.recipe import read_recipe; "
+        f"list_plan(read_recipe('world', {words!r}))"
+    )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_an_unknown_kind_of_stage_is_refused_before_a_job_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeCluster(monkeypatch)
+    words = ["infra={cluster: slurm, stages: {PPQ: {nodes: 2}}}", f"cache={tmp_path / 'cache'}", f"out={tmp_path}/run"]
+    found = r"^infra\.stages: found 'PPQ'; expected kinds of stages, such as PPO or Evaluation; did you mean PPO\?$"
+    with pytest.raises(InputError, match=found):
+        list_plan(read_recipe("world", words))
+    with pytest.raises(InputError, match=found):
+        run_recipe(read_recipe("world", words), RecordingDisplay())
+    assert not fake.submissions
+
+
+def test_a_server_that_jobs_alone_reach_is_not_contacted_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the first job, of the initial model, that ends this run."""
+    fake = FakeCluster(monkeypatch, end_badly)
+    words = ["sampler=vllm", "runtime.vllm=http://127.0.0.1:9", "arms=[sft]", f"cache={tmp_path / 'cache'}"]
+    words.append(f"out={tmp_path / 'run'}")
+    with pytest.raises(InputError, match=r"runtime\.vllm: found nothing"):
+        run_recipe(read_recipe("world", [*words, "runtime.vllm=null", "infra.cluster=slurm"]), RecordingDisplay())
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
+        run_recipe(read_recipe("world", words), RecordingDisplay())
+    result = run_recipe(read_recipe("world", [*words, "infra.cluster=slurm"]), RecordingDisplay())
+    assert [arm.status for arm in result.arms] == ["failed"]
+    assert fake.submissions
 
 
 def test_one_way_to_have_processes_at_a_time(tmp_path: Path) -> None:

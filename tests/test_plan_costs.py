@@ -227,23 +227,66 @@ def test_the_papers_recipe_fits_eight_gpus(working_folder, llama_7b, capsys):
     assert "H100 SXM: 40% of 989 TFLOP/s in bfloat16" in printed.out
 
 
-def test_what_does_not_fit_is_refused_with_the_settings_that_fit(working_folder, llama_7b, capsys):
-    options = ["--gpus", "1", "--memory", "80", "--config", str(llama_7b)]
-    printed = run_mixpo(capsys, "plan", *PAPER, *options)
+IN_8_BITS = [f"{stage}.optimizer=adamw-8bit" for stage in ("sft", "reward", "dpo", "ppo")]
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "memory", "beginning", "advice"),
+    [
+        (PAPER, 1, 80, "PPO: found a need of 3", "lora.rank=16"),
+        ((*PAPER, "runtime.sharded=false"), 8, 80, "PPO: found a need of 3", "runtime.sharded=true"),
+        # cut weights exclude moments in 8 bits, unless only adapters train
+        ((*PAPER, "runtime.sharded=false", *IN_8_BITS), 8, 80, "PPO: found a need of 2", "lora.rank=16"),
+        # an evaluation that fits whole weights does not fit their gathering
+        (
+            ("hh-rlhf", "arms=[dpo-base]", "runtime.sharded=false"),
+            8,
+            35.5,
+            "SFT: found a need of 1",
+            "runtime.microbatch_tokens=1024 runtime.sharded=true runtime.sampling_gib=8",
+        ),
+    ],
+    ids=["lora", "cut", "8 bits", "evaluation"],
+)
+def test_what_does_not_fit_is_refused_with_the_settings_that_fit(
+    working_folder, llama_7b, capsys, words, gpus, memory, beginning, advice
+):
+    options = ["--gpus", str(gpus), "--memory", str(memory), "--config", str(llama_7b)]
+    printed = run_mixpo(capsys, "plan", *words, *options)
     assert printed.code == 2
     (line,) = printed.err.splitlines()
-    assert line.startswith("PPO: found a need of 3")
-    assert "; expected at most 80 GB; set " in line
-    suggested = line.partition("; set ")[2].split()
-    assert "lora.rank=16" in suggested
-    assert run_mixpo(capsys, "plan", *PAPER, *suggested, *options).code == 0
+    assert line.startswith(beginning)
+    assert line.endswith(f"; expected at most {memory} GB; set {advice}")
+    again = run_mixpo(capsys, "plan", *words, *advice.split(), *options)
+    assert (again.code, again.err) == (0, "")
 
 
-def test_weights_that_are_not_cut_are_suggested_to_be(working_folder, llama_7b, capsys):
-    options = ["--gpus", "8", "--memory", "80", "--config", str(llama_7b)]
-    printed = run_mixpo(capsys, "plan", *PAPER, "runtime.sharded=false", *options)
+def test_a_change_that_only_later_ones_give_an_effect_is_tried_again() -> None:
+    def measure(changes: Sequence[_SettingChange]) -> float:
+        return max(40 if CHANGES[2] in changes else 100, 20 if CHANGES[0] in changes else 50)
+
+    assert find_fitting_changes([CHANGES[0], CHANGES[2]], measure, 45) == [CHANGES[2], CHANGES[0]]
+
+
+def test_adapters_that_a_stage_has_keep_what_is_not_suggested(llama_7b: Path) -> None:
+    stage = build_stages(lora=LoraSettings(rank=64, quantize_base=True))["dpo"]
+    changed = run_costs._change_settings(stage, {"lora": {"rank": 16}})
+    assert changed.lora == changed.policy.lora == LoraSettings(rank=16, quantize_base=True)
+    assert run_costs._change_settings(build_stages()["dpo"], {"lora": {"rank": 16}}).lora == LoraSettings(rank=16)
+
+
+def test_processes_of_the_devices_that_are_planned_for_exclude_settings_too(working_folder, capsys):
+    words = ["world", "runtime.sharded=true", "lora.quantize_base=true"]
+    assert run_mixpo(capsys, "plan", *words).code == 0
+    printed = run_mixpo(capsys, "plan", *words, "--gpus", "8")
     assert printed.code == 2
-    assert printed.err.rstrip().endswith("; set runtime.sharded=true")
+    assert printed.err.startswith("runtime.sharded: found beside lora.quantize_base in SFT")
+
+
+@pytest.mark.parametrize(("sampler", "times"), [("local", 0), ("vllm", 1)])
+def test_what_a_server_holds_is_not_counted_and_that_is_said(working_folder, capsys, sampler, times):
+    printed = run_mixpo(capsys, "plan", "world", "arms=[sft]", f"sampler={sampler}")
+    assert printed.out.count("sampler: vllm: planned with the cache of sampler: local") == times
 
 
 @pytest.mark.parametrize(("gpus", "sharded", "times"), [("1", "true", 1), ("1", "false", 0), ("8", "true", 0)])

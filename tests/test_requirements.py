@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mixpo import Samples
+from mixpo import SFT, Samples, StageCache
 from mixpo.data.errors import InputError
 from mixpo.experiments.plan import list_plan
 from mixpo.experiments.recipe import read_recipe
@@ -67,8 +67,32 @@ def test_a_server_is_refused_a_policy_in_which_an_earlier_stage_trained_modules_
         check_requirements(tiny.evaluation(policy=policy, sft=first, sampler="vllm"), Runtime(), 1)
 
 
-def test_an_evaluation_has_no_optimizer_to_offload(tiny: TinyWorld) -> None:
-    check_requirements(tiny.evaluation(), Runtime(**SHARDED, **OFFLOADED), 2)
+def test_cut_weights_are_refused_modules_that_trained_whole_in_any_model_that_is_loaded(tiny: TinyWorld) -> None:
+    """A model whose weights all train is whole, adapters merged; its reference is another one, unless it is itself."""
+    saving = {"lora": {"modules_to_save": ("norm",)}}
+    reward, policy = tiny.reward(**saving), tiny.sft(**saving)
+    pairs = tiny.pairs.train_pairs
+    for stage, place in (
+        (Samples(policy=tiny.policy, reward=reward, rows=pairs), "Samples, whose reward has those of RewardModel;"),
+        (tiny.ppo(reward=reward), "PPO, whose reward has those of RewardModel;"),
+        (tiny.ppo(policy=policy, reference=policy), "PPO, whose reference has those of SFT;"),
+        (tiny.dpo(reference=policy), "DPO, whose reference has those of SFT;"),
+        (tiny.evaluation(sft=policy), "Evaluation, whose sft has those of SFT;"),
+        (tiny.evaluation(second=reward), "Evaluation, whose second has those of RewardModel;"),
+    ):
+        with pytest.raises(InputError, match=f"^runtime.sharded: found beside lora.modules_to_save in {place}"):
+            check_requirements(stage, Runtime(**SHARDED), 2)
+        check_requirements(stage, Runtime(), 2)
+    check_requirements(tiny.dpo(policy=policy), Runtime(**SHARDED), 2)
+    check_requirements(tiny.dpo(policy=policy, reference=policy), Runtime(**SHARDED), 2)
+    check_requirements(tiny.gradients().model_copy(update={"reference": policy}), Runtime(**SHARDED), 2)
+
+
+def test_moments_in_8_bits_of_adapters_are_whole(tiny: TinyWorld) -> None:
+    stage = tiny.sft(optimizer="adamw-8bit", lora={"rank": 2})
+    check_requirements(stage, Runtime(**SHARDED), 2)
+    with pytest.raises(InputError, match=r"^runtime.offload_optimizer: found beside optimizer: adamw-8bit in SFT"):
+        check_requirements(stage, Runtime(**OFFLOADED), 2)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw-8bit"}, {"lora": {"quantize_base": True}}])
@@ -87,6 +111,15 @@ def test_the_plan_refuses_before_anything_is_computed(tmp_path: Any) -> None:
     overrides = ["runtime.processes=2", "runtime.sharded=true", "lora.quantize_base=true", f"cache={tmp_path}"]
     with pytest.raises(InputError, match=r"^runtime.sharded: found beside lora.quantize_base"):
         list_plan(read_recipe("world", overrides))
+
+
+def test_cached_stages_require_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["runtime.offload_optimizer=true", "sft.optimizer=adamw-8bit", "arms=[sft]", f"cache={tmp_path}"]
+    recipe, is_done = read_recipe("world", words), StageCache.is_done
+    with pytest.raises(InputError, match=r"^runtime.offload_optimizer: found beside optimizer: adamw-8bit in SFT"):
+        list_plan(recipe)
+    monkeypatch.setattr(StageCache, "is_done", lambda cache, stage: isinstance(stage, SFT) or is_done(cache, stage))
+    list_plan(recipe)
 
 
 def test_a_stage_is_refused_where_it_is_computed_too(tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:

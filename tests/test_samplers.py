@@ -15,6 +15,7 @@ from mixpo.data.errors import InputError
 from mixpo.models.samplers import LocalSampler, Sampler
 from mixpo.models.sampling import SampledCompletions
 from mixpo.models.vllm_sampler import VLLMSampler
+from mixpo.training.parallel import MultiProcessSampler, StageProcesses
 from models import ARCHITECTURES, END, VOCABULARY, assert_plain_logprobs, tiny
 from test_sampling import PROMPTS, agrees
 
@@ -48,6 +49,13 @@ def draw(name_of_sampler: str, tmp_path: Path) -> Draw:
         return sampler.draw(prompts, k=k or DRAWS[name_of_sampler], **options)
 
     return sample
+
+
+def test_nothing_is_drawn_without_a_policy(name_of_sampler: str, tmp_path: Path) -> None:
+    own = SAMPLERS[name_of_sampler](tmp_path)
+    for sampler in (own, MultiProcessSampler(own, StageProcesses(torch.device("cpu")))):
+        with pytest.raises(RuntimeError, match="no policy to sample from: call load_policy first"):
+            sampler.draw(PROMPTS, k=1, max_tokens=2, seed=0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

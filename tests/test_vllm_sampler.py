@@ -17,6 +17,7 @@ import torch
 from fake_vllm import FakeVLLM, write_python_with_fake_vllm
 from mixpo.data.errors import InputError
 from mixpo.experiments.recipe import Recipe
+from mixpo.models import adapter_folders, vllm_sampler
 from mixpo.models.adapters import LoraSettings, add_lora
 from mixpo.models.digests import compute_model_digest
 from mixpo.models.language_model import LanguageModel
@@ -334,6 +335,24 @@ def test_one_server_takes_over_policies_with_and_without_adapters(server: FakeVL
         assert_plain_logprobs(lm.model, PROMPTS, sampled.to_lists(), sampled.logprobs, 1e-4)
 
 
+def test_adapters_are_summed_once_a_hand_over(
+    server: FakeVLLM, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed = list[int]()
+    lm, sampler = make_policy(base, lora=True), make_sampler(server, tmp_path)
+    original = adapter_folders.collect_adapter_weights
+
+    def collect(lm: LanguageModel) -> dict[str, torch.Tensor]:
+        summed.append(1)
+        return original(lm)
+
+    for module in (adapter_folders, vllm_sampler):
+        monkeypatch.setattr(module, "collect_adapter_weights", collect, raising=False)
+    sampler.load_policy(lm)
+    sampler.draw(PROMPTS, **OPTIONS, seed=0)
+    assert summed == [1]
+
+
 def test_modules_that_train_whole_are_refused(server: FakeVLLM, base: Path, tmp_path: Path) -> None:
     """An adapter of vLLM's has none."""
     lm, sampler = make_policy(base, lora=False), make_sampler(server, tmp_path)
@@ -532,7 +551,7 @@ def test_a_stage_without_a_server_says_what_to_set(tiny: TinyWorld) -> None:
     ):
         tiny.run(tiny.samples(sampler="vllm"))
     with pytest.raises(InputError, match=r"runtime.vllm: found nothing"):
-        Runtime().check_vllm()
+        Runtime().check_vllm(is_here=True)
 
 
 def test_a_stage_leaves_nothing_that_was_handed_over(tiny: TinyWorld, by_server: tuple[FakeVLLM, Runtime]) -> None:

@@ -168,6 +168,37 @@ def test_defaults_are_those_of_the_machine_that_computes(monkeypatch: pytest.Mon
     assert submitted.model_copy(update={"threads": 5}).decide_defaults_here().threads == 5
 
 
+TASK = {"SLURM_STEP_NUM_TASKS": "8", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 16),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({**TASK, "SLURM_CPUS_PER_TASK": "12"}, 12),
+        ({**TASK, "SLURM_CPUS_PER_TASK": "64"}, 16),
+        (TASK, 2),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "12"}, 12),
+        ({**TASK, "SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "16"}, 2),
+    ],
+    ids=["alone", "launcher", "task", "more than there are", "unknown", "one task", "launcher in a task"],
+)
+def test_threads_are_the_share_of_a_process_or_the_cores_of_its_task(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int
+) -> None:
+    """16 cores are there: all of a machine's, or what Slurm has bound the task to."""
+    threads = list[int]()
+    for name in [*TASK, "SLURM_CPUS_PER_TASK"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mixpo.training.runtime.count_cores", lambda: 16)
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    Runtime(device="cpu").set_up_processes()
+    assert threads == [expected]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_a_gpu_is_missed_where_a_stage_is_computed() -> None:
     runtime = read_recipe("world", ["runtime.device=cuda"]).runtime

@@ -79,7 +79,7 @@ def show_plan(
     from mixpo.experiments.run_costs import choose_devices, plan_run_costs
 
     recipe, devices = _read_recipe_of_command(arguments), choose_devices(gpus, memory, gpu)
-    print_plan(list_plan(recipe))
+    print_plan(list_plan(recipe, devices.gpus or None))
     try:
         costs = plan_run_costs(recipe, devices, config_path=config)
     except InputError as error:

@@ -7,7 +7,7 @@ stage's folder, which is all that the terminal reads: the folder must be on a fi
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import submitit
@@ -24,7 +24,6 @@ from mixpo.experiments.workers import (
     follow_stages,
 )
 from mixpo.settings import Settings
-from mixpo.stages import ppo  # noqa: F401  # the one kind of stage whose settings a recipe reads from elsewhere
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.record import append_jsonl, progress_listener, read_jsonl
@@ -34,6 +33,8 @@ from mixpo.training.runtime import Runtime
 PROGRESS = "progress.jsonl"
 POLL_SECONDS = 1.0
 """Time between two looks at the progress of jobs."""
+TIMED_OUT = "timed-out too many times"
+"""Words of the error that submitit raises where a job's time is over and it is not queued again."""
 LAST_LINE_SECONDS = 20.0
 """Time after a job's end in which its last line must have come through the file system."""
 
@@ -70,15 +71,15 @@ class InfraSettings(JobSettings):
     stages: dict[str, JobSettings] = pydantic.Field(default_factory=dict)
     """Other values for some kinds of stages, such as `{PPO: {nodes: 4}, Data: {cpus_per_task: 8}}`."""
 
-    @pydantic.field_validator("stages")
-    @classmethod
-    def _check_stages(cls, stages: dict[str, JobSettings]) -> dict[str, JobSettings]:
-        """Validator: raise ValueError unless every key is a kind of stage."""
-        kinds = {kind.__name__ for kind in _list_stage_kinds(Stage)}
-        for kind in stages:
-            if kind not in kinds:
-                raise ValueError(f"kinds of stages, such as PPO or Evaluation, not {kind}")
-        return stages
+    @pydantic.model_validator(mode="after")
+    def _check_cluster(self) -> Self:
+        """Validator: raise `InputError` on settings of jobs where nothing says that there are any."""
+        if self.model_fields_set and "cluster" not in self.model_fields_set:
+            raise InputError(
+                f"infra.{min(self.model_fields_set)}: found without infra.cluster, so that stages are computed here; "
+                "expected slurm or local beside it, or null to leave jobs out"
+            )
+        return self
 
     def choose_job_settings(self, stage: Stage) -> JobSettings:
         """Settings of a stage's job. What needs no model is computed by one process without a GPU, if not set."""
@@ -114,9 +115,12 @@ class SubmittedStage:
             rendezvous.announce(None)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """The same again, which submitit calls where the job's time is over or another job takes its place."""
+        """The same again, which submitit calls where the job's time is over or another job takes its place.
+
+        Whether it is then queued again, submitit decides afterwards.
+        """
         folder = StageCache(self.cache, self.runtime).locate_folder(self.stage)
-        FileListener(folder / PROGRESS).on_message("the job was interrupted; it is queued again, and then resumes")
+        FileListener(folder / PROGRESS).on_message("the job was interrupted")
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -200,7 +204,10 @@ class ClusterExecutor:
         for line in new:
             if line["method"] == "end":
                 (outcome,) = line["arguments"]
-                return StageFailure(**outcome) if isinstance(outcome, dict) else float(outcome)
+                if not isinstance(outcome, dict):
+                    return float(outcome)
+                failure = StageFailure(**outcome)
+                return self._explain_timeout(running.stage) if TIMED_OUT in failure.reason else failure
             getattr(running.display, line["method"])(*line["arguments"])
         if not is_over:
             running.ended = None
@@ -212,9 +219,21 @@ class ClusterExecutor:
             text = f"the job {job.job_id} was stopped ({job.state}), perhaps for lack of memory"
             if trace.exists():
                 details, text = trace, trace.read_text(encoding="utf8").strip().splitlines()[-1]
-            name = f"{type(running.stage).__name__} {self.stage_cache.compute_identity(running.stage)}"
-            return StageFailure(f"{name}: {text} (details in {details})")
+            return StageFailure(f"{self._format_name(running.stage)}: {text} (details in {details})")
         return None
+
+    def _explain_timeout(self, stage: Stage) -> StageFailure:
+        """The failure of a stage whose job ran out of time more often than it may be queued again."""
+        requeues, minutes = self.infra.requeues, self.infra.choose_job_settings(stage).timeout_min
+        return StageFailure(
+            f"{self._format_name(stage)}: found a job that ran out of time more than {requeues} times "
+            f"(infra.requeues), after {minutes} minutes each (timeout_min); expected its end before; raise one of "
+            "them: the same command resumes from the last checkpoint"
+        )
+
+    def _format_name(self, stage: Stage) -> str:
+        """A stage's kind and identity."""
+        return f"{type(stage).__name__} {self.stage_cache.compute_identity(stage)}"
 
 
 def _make_job_parameters(settings: JobSettings, name: str) -> dict[str, Any]:
@@ -228,11 +247,6 @@ def _make_job_parameters(settings: JobSettings, name: str) -> dict[str, Any]:
         "mem_gb": settings.mem_gb,
         "timeout_min": settings.timeout_min,
         "slurm_additional_parameters": settings.slurm,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        # since Slurm 22.05 srun does not take the cores of a task from the job
+        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={settings.cpus_per_task}"],
     }
-
-
-def _list_stage_kinds(kind: type[Stage]) -> list[type[Stage]]:
-    """All kinds of stages that there are, below one kind."""
-    own = [kind] if "compute" in vars(kind) and kind is not Stage else []
-    return [*own, *(one for below in kind.__subclasses__() for one in _list_stage_kinds(below))]

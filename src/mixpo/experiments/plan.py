@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.errors import InputError
+from mixpo.experiments.cluster import InfraSettings
 from mixpo.experiments.expressions import list_arm_runs, list_gradient_runs
-from mixpo.experiments.recipe import Recipe
+from mixpo.experiments.recipe import Recipe, suggest_nearest
 from mixpo.models.folders import read_context_length
 from mixpo.stages.data import Data
 from mixpo.stages.pretrained import Pretrained
@@ -15,7 +16,6 @@ from mixpo.stages.requirements import check_requirements
 from mixpo.stages.stage import Stage
 from mixpo.stages.stage_cache import StageCache, read_stage_settings, sort_topologically
 from mixpo.training.job import CHECKPOINT, PORTIONS
-from mixpo.training.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,20 @@ class PlannedStage:
     """True if an earlier line shows this stage with its inputs."""
 
 
-def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
+def list_plan(recipe: Recipe, process_count: int | None = None) -> list[tuple[str, list[PlannedStage]]]:
     """Return the plan of a run, computing nothing: the name of every arm and measurement with its tree of stages.
 
-    Raises `InputError` on errors that are known before a stage is computed.
+    `process_count` processes compute a stage together, if given and no cluster is. Raises `InputError` on errors that
+    are known before a stage is computed.
     """
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     seen: set[Stage] = set()
     roots = _list_roots(recipe)
     needed = _list_needed_stages(roots)
+    check_job_kinds(recipe.infra)
     for stage in needed:
-        check_requirements(stage, recipe.runtime, count_processes(stage, recipe))
+        if not stage_cache.is_done(stage):
+            check_requirements(stage, recipe.runtime, count_processes(stage, recipe, process_count))
         if isinstance(stage, Pretrained) and (folder := stage.local_folder) is not None:
             require_context_length(stage, folder, needed)
     trees: dict[str, list[PlannedStage]] = {name: [] for name in roots}
@@ -55,14 +58,31 @@ def list_plan(recipe: Recipe) -> list[tuple[str, list[PlannedStage]]]:
     return list(trees.items())
 
 
-def count_processes(stage: Stage, recipe: Recipe, rendezvous: Rendezvous | None = None) -> int:
-    """Number of processes that compute a stage together: of its job on a cluster, of a launcher, or of the run."""
+def check_job_kinds(infra: InfraSettings) -> None:
+    """Raise `InputError` unless every key of `infra.stages` is a kind of stage."""
+    kinds = [kind.__name__ for kind in _list_stage_kinds(Stage)]
+    for name in infra.stages:
+        if name not in kinds:
+            raise InputError(
+                f"infra.stages: found {name!r}; expected kinds of stages, such as PPO or Evaluation"
+                f"{suggest_nearest(name, kinds)}"
+            )
+
+
+def _list_stage_kinds(kind: type[Stage]) -> list[type[Stage]]:
+    """All kinds of stages below one kind, of which this module has imported every one."""
+    own = [kind] if "compute" in vars(kind) and kind is not Stage else []
+    return [*own, *(one for below in kind.__subclasses__() for one in _list_stage_kinds(below))]
+
+
+def count_processes(stage: Stage, recipe: Recipe, process_count: int | None = None) -> int:
+    """Number of processes that compute a stage together: of its job on a cluster, those given, or those of the run."""
     if not stage.splits_over_processes:
         return 1
     if recipe.infra.cluster is not None:
         job = recipe.infra.choose_job_settings(stage)
         return job.nodes * job.count_tasks()
-    return recipe.runtime.processes if rendezvous is None else rendezvous.count
+    return recipe.runtime.processes if process_count is None else process_count
 
 
 def list_stages(recipe: Recipe) -> list[Stage]:

@@ -17,7 +17,7 @@ from mixpo import __version__
 from mixpo.data.errors import InputError
 from mixpo.experiments.executors import open_executor
 from mixpo.experiments.expressions import ArmRun, GradientsRun, format_arm_name, list_arm_runs, list_gradient_runs
-from mixpo.experiments.plan import count_processes, require_context_length
+from mixpo.experiments.plan import check_job_kinds, count_processes, require_context_length
 from mixpo.experiments.preview import describe_training_data
 from mixpo.experiments.recipe import Recipe, explain_validation_errors
 from mixpo.experiments.shared_stages import SharedStages
@@ -128,10 +128,11 @@ def _compute_stages(
     """Compute every stage that is not cached, after its inputs; return how many, and the failures by stage."""
     # the stages that read the user's model and data before all others
     stages = sorted(arms_by_stage, key=lambda stage: not isinstance(stage, Pretrained | Data))
-    counts = set[int]()
+    counts, rendezvous = set[int](), stage_cache.rendezvous
+    check_job_kinds(recipe.infra)
     for stage in stages:
         if not stage_cache.is_done(stage):  # raises on a damaged folder before the first stage is computed
-            count = count_processes(stage, recipe, stage_cache.rendezvous)
+            count = count_processes(stage, recipe, rendezvous.count if rendezvous else None)
             check_requirements(stage, recipe.runtime, count)
             if stage.splits_over_processes:
                 counts.add(count)
@@ -142,7 +143,7 @@ def _compute_stages(
         )
     index = {stage: n for n, stage in enumerate(stages)}
     if any(getattr(stage, "sampler", "local") == "vllm" and not stage_cache.is_done(stage) for stage in stages):
-        stage_cache.runtime.check_vllm()
+        stage_cache.runtime.check_vllm(is_here=recipe.infra.cluster is None)  # else where jobs alone may reach it
     order = TopologicalSorter(
         {n: [index[source] for source in stage.get_input_stages().values()] for stage, n in index.items()}
     )

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mixpo.data.errors import InputError
-from mixpo.experiments.plan import list_stages
+from mixpo.experiments.plan import count_processes, list_stages
 from mixpo.experiments.recipe import Recipe, suggest_nearest
 from mixpo.experiments.stage_costs import CostPlanner, RatesByPrecision, StageCost
 from mixpo.models.adapters import LoraSettings
 from mixpo.models.network import Precision
+from mixpo.stages.requirements import check_requirements
 from mixpo.stages.stage import Part, Snapshot, Stage
 from mixpo.stages.stage_cache import StageCache
 from mixpo.training.footprint import MemoryFootprint, PlannedRuntime
@@ -22,7 +23,11 @@ from mixpo.training.runtime import MICROBATCH_TOKENS, SAMPLING_GIB, Runtime, fin
 DEFAULT_CARD = "h100"
 SMALLEST_MICROBATCH_TOKENS, SMALLEST_SAMPLING_GIB, MOST_GPUS = 256, 0.25, 1024
 """Where the search for settings that fit ends."""
-SUGGESTED_LORA = LoraSettings()
+SUGGESTED_RANK = LoraSettings().rank
+SERVED = (
+    "sampler: vllm: planned with the cache of sampler: local; what a server holds, weights and cache, is not counted, "
+    "and takes its share of a GPU that it is on"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ def plan_run_costs(recipe: Recipe, devices: PlannedDevices, *, config_path: Path
     """Plan the costs of a recipe's stages on some devices. Raises `InputError` if a model's config is not at hand."""
     stage_cache = StageCache(recipe.cache.resolve(), recipe.runtime)
     stages = list_stages(recipe)
-    missing = [stage for stage in stages if not stage_cache.is_done(stage)]
+    missing, cached = list[Stage](), list[Stage]()
+    for stage in stages:
+        (cached if stage_cache.is_done(stage) else missing).append(stage)
     planned_runtime, get_rates = _plan_runtime(recipe.runtime, devices), _make_rates_lookup(devices)
     planner = CostPlanner(stage_cache, planned_runtime, get_rates, config_path=config_path)
     costs = [cost for stage in missing if (cost := planner.plan_stage(stage)) is not None]
@@ -89,25 +96,48 @@ def plan_run_costs(recipe: Recipe, devices: PlannedDevices, *, config_path: Path
     is_alone = planned_runtime.is_sharded and planned_runtime.processes == 1
     assumptions = [
         *["runtime.sharded: planned for one device, which holds whole weights; --gpus plans for several"] * is_alone,
+        *[SERVED] * any(getattr(stage, "sampler", "local") == "vllm" for stage in missing),
         *planner.rows.assumptions,
         *dict.fromkeys(get_rates(_get_precision(cost.stage)).describe(_get_precision(cost.stage)) for cost in costs),
     ]
     too_large = [cost for cost in costs if cost.footprint.total > devices.memory_bytes]
     refusal = ""
     if too_large:
+        candidates = [*(group[0].stage for group in groups.values()), *cached]  # a changed one is another stage
 
         def measure(changes: Sequence[_SettingChange]) -> float:
-            """Bytes of the largest of the stages that do not fit, after some changes."""
-            values = {key: value for change in changes for key, value in change.planned_runtime.items()}
-            changed = planner.with_runtime(replace(planned_runtime, **values))
-            settings = {key: value for change in changes for key, value in change.stage.items()}
-            results = [changed.plan_stage(_change_settings(cost.stage, settings)) for cost in too_large]
-            return max(result.footprint.total for result in results if result is not None)
+            """Bytes of the largest of the stages to compute after some changes; of no bound if one is then refused."""
+            runtime, settings = planned_runtime, dict[str, Any]()
+            for change in changes:
+                runtime = replace(runtime, **change.planned_runtime)
+                settings |= change.stage
+            changed_planner, largest = planner.with_runtime(runtime), 0.0
+            for stage in (_change_settings(stage, settings) for stage in candidates):
+                if stage_cache.is_done(stage):
+                    continue
+                if _is_refused(stage, recipe, devices, runtime):
+                    return math.inf
+                if (cost := changed_planner.plan_stage(stage)) is not None:
+                    largest = max(largest, cost.footprint.total)
+            return largest
 
         fitting = find_fitting_changes(list(_list_changes(planned_runtime, devices)), measure, devices.memory_bytes)
         largest = max(too_large, key=lambda cost: cost.footprint.total)
         refusal = _format_refusal(largest, devices, fitting)
     return RunCosts(lines, len(stages) - len(missing), assumptions, refusal)
+
+
+def _is_refused(stage: Stage, recipe: Recipe, devices: PlannedDevices, planned_runtime: PlannedRuntime) -> bool:
+    """True if a planned runtime's settings and a stage's exclude each other, or a package is missing."""
+    changes = {"sharded": planned_runtime.is_sharded, "offload_optimizer": planned_runtime.offloads_optimizer}
+    process_count = planned_runtime.processes if devices.gpus else None
+    try:
+        check_requirements(
+            stage, recipe.runtime.model_copy(update=changes), count_processes(stage, recipe, process_count)
+        )
+    except InputError:
+        return True
+    return False
 
 
 def _format_stage_names(costs: Sequence[StageCost], stage_cache: StageCache) -> str:
@@ -123,14 +153,17 @@ def find_fitting_changes(
 
     A later change of the same setting replaces an earlier one.
     """
-    applied: list[_SettingChange] = []
+    applied, waiting, position = list[_SettingChange](), list(changes), 0
     smallest = measure([])
-    for change in changes:
+    while position < len(waiting):
+        change = waiting[position]
         tried = [one for one in applied if not _change_the_same(one, change)] + [change]
         size = measure(tried)
         if size >= smallest:
+            position += 1
             continue
-        applied, smallest = tried, size
+        applied, smallest, position = tried, size, 0  # those before may save now what they did not
+        waiting.remove(change)
         if size <= limit:
             for one in list(applied):
                 fewer = [other for other in applied if other is not one]
@@ -141,8 +174,8 @@ def find_fitting_changes(
 
 
 def _change_the_same(one: _SettingChange, other: _SettingChange) -> bool:
-    """True if two changes are of the same setting."""
-    return one.planned_runtime.keys() == other.planned_runtime.keys() and one.stage.keys() == other.stage.keys()
+    """True if two changes share a setting."""
+    return bool(one.planned_runtime.keys() & other.planned_runtime.keys() or one.stage.keys() & other.stage.keys())
 
 
 def _list_changes(planned_runtime: PlannedRuntime, devices: PlannedDevices) -> Iterator[_SettingChange]:
@@ -160,21 +193,36 @@ def _list_changes(planned_runtime: PlannedRuntime, devices: PlannedDevices) -> I
     yield _SettingChange("runtime.activation_checkpointing=true", {"activation_checkpointing": True})
     yield _SettingChange("runtime.offload_optimizer=true", {"offloads_optimizer": True})
     yield _SettingChange("precision=bfloat16", stage={"precision": "bfloat16"})
-    yield _SettingChange(f"lora.rank={SUGGESTED_LORA.rank}", stage={"lora": SUGGESTED_LORA})
+    rank = {"rank": SUGGESTED_RANK}
+    yield _SettingChange(f"lora.rank={SUGGESTED_RANK}", stage={"lora": rank})
     if devices.gpus == 1:
-        lora = SUGGESTED_LORA.model_copy(update={"quantize_base": True})
-        yield _SettingChange(f"lora.rank={lora.rank} lora.quantize_base=true", stage={"lora": lora})
+        lora = {**rank, "quantize_base": True}
+        yield _SettingChange(f"lora.rank={SUGGESTED_RANK} lora.quantize_base=true", stage={"lora": lora})
+    # with what may stand beside cut weights, which whole training in 8 bits and a base in 4 may not
+    unquantized = {"lora": {**rank, "quantize_base": False}}
+    with_lora = f"lora.rank={SUGGESTED_RANK} lora.quantize_base=false runtime.sharded=true"
+    if devices.gpus > 1:
+        yield _SettingChange(with_lora, {"is_sharded": True}, unquantized)
     gpus = 2 * devices.gpus
     while 0 < gpus <= MOST_GPUS:
-        yield _SettingChange(f"--gpus {gpus} runtime.sharded=true", {"is_sharded": True, "processes": gpus})
+        on_more: dict[str, Any] = {"is_sharded": True, "processes": gpus}
+        yield _SettingChange(f"--gpus {gpus} runtime.sharded=true", on_more)
+        yield _SettingChange(f"--gpus {gpus} {with_lora}", on_more, unquantized)
         gpus *= 2
 
 
 def _change_settings(stage: Stage, settings: dict[str, Any]) -> Stage:
     """A stage with some settings changed, in it and in all its inputs that have them."""
-    changed: dict[str, Any] = {key: value for key, value in settings.items() if key in type(stage).model_fields}
     if not settings:
         return stage
+    changed: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in type(stage).model_fields:
+            lora: LoraSettings | None = getattr(stage, "lora", None)
+            if key == "lora":
+                changed[key] = LoraSettings(**value) if lora is None else lora.model_copy(update=value)
+            else:
+                changed[key] = value
     for name in stage.get_input_stages():
         value = getattr(stage, name)
         if isinstance(value, Part | Snapshot):

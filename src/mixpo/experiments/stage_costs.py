@@ -197,7 +197,11 @@ class StageCostTally:
         self, rows: Sequence[BranchLengths], batch_size: int, seed: int
     ) -> tuple[list[list[BranchLengths]], bool]:
         """The microbatches with most tokens, and whether a batch has several, whose gradients are added."""
-        batch_count = 1 if len(set(rows)) == 1 else min(SEARCHED_BATCHES, -(-len(rows) // batch_size))
+        if len(set(rows)) == 1:  # as where they are not read yet: no search, which takes seconds
+            own = -(-min(batch_size, len(rows)) // self.runtime.processes)
+            fitting = max(1, self.runtime.microbatch_tokens // sum(rows[0]))
+            return [[rows[0]] * min(own, fitting)], own > fitting
+        batch_count = min(SEARCHED_BATCHES, -(-len(rows) // batch_size))
         microbatches, most = list[list[BranchLengths]](), 0
         for step in range(batch_count):
             indices = select_batch_rows(step, len(rows), batch_size=batch_size, seed=seed)[:: self.runtime.processes]

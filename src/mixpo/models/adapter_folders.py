@@ -53,8 +53,8 @@ def holds_adapters(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def write_adapter_folder(lm: LanguageModel, folder: Path) -> None:
-    """Write the sum of a model's adapters to a folder, as one adapter in float32 with a scale of 1.
+def write_adapter_folder(lm: LanguageModel, folder: Path) -> int:
+    """Write the sum of a model's adapters to a folder, as one adapter in float32 with a scale of 1; returns its rank.
 
     transformers and peft load it by `AutoPeftModelForCausalLM.from_pretrained`, a reward model by
     `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)`. Raises `InputError`, before writing,
@@ -94,6 +94,7 @@ def write_adapter_folder(lm: LanguageModel, folder: Path) -> None:
     let_others_read(folder)
     base = {"path": os.path.relpath(lm.folder.resolve(), folder.resolve()), "digest": compute_model_digest(lm.folder)}
     (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf8")
+    return rank
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mixpo.data.branches import Completions
 from mixpo.data.errors import InputError
-from mixpo.models.adapter_folders import collect_adapter_weights, write_adapter_folder
+from mixpo.models.adapter_folders import write_adapter_folder
+from mixpo.models.adapters import iterate_adapter_weights
 from mixpo.models.language_model import LanguageModel
 from mixpo.models.network import Precision
 from mixpo.models.samplers import SamplingOptions
@@ -156,16 +157,15 @@ class VLLMSampler:
 
     def _load_adapter(self, policy: LanguageModel) -> VLLMServer:
         """Let the server load the sum of the policy's adapters as one adapter, in place of the one before."""
-        weights, base = collect_adapter_weights(policy), policy.folder
-        if whole := next((name for name in weights if ".lora_" not in name), None):
+        names = (name for one in policy.adapters for name, _ in iterate_adapter_weights(policy.network, one))
+        if whole := next((name for name in names if ".lora_" not in name), None):
             raise InputError(
                 f"sampler: found vllm with an adapter that has {whole}, which trains whole; expected none of "
                 "lora.modules_to_save; see docs/vllm.md"
             )
+        base, folder = policy.folder, self.folder / str(self.hand_overs)
         assert base is not None
-        rank = max(len(weight) for name, weight in weights.items() if name.endswith(".lora_A"))
-        folder = self.folder / str(self.hand_overs)
-        write_adapter_folder(policy, folder)
+        rank = write_adapter_folder(policy, folder)
         server = self.server or self._reach_server(policy, base, lora_rank=rank)
         server.load_adapter(folder, rank=rank, base=base)
         shutil.rmtree(self.folder / str(self.hand_overs - 1), ignore_errors=True)

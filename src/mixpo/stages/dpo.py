@@ -49,6 +49,8 @@ class DPOSettings(SupervisedSettings):
 class DPO(PolicyStage, DPOSettings):
     """Stage of a policy trained by DPO (equation 2 of the paper), with an explicit reference."""
 
+    shares_equal_reference = True
+
     policy: PolicyStage
     reference: PolicyStage
     pairs: Part

@@ -10,6 +10,7 @@ from mixpo.data.errors import InputError
 from mixpo.settings import Settings
 from mixpo.stages.identity import IdentifiedModel
 from mixpo.training.job import StageJob
+from mixpo.training.runtime import Runtime
 
 
 class Stage(IdentifiedModel):
@@ -26,6 +27,8 @@ class Stage(IdentifiedModel):
     """Whether several processes compute it together; if not, as where no model computes, the main one alone."""
     cuts_weights: ClassVar[bool] = True
     """Whether `runtime.sharded` cuts the weights of its models over the processes; if not, each holds whole ones."""
+    shares_equal_reference: ClassVar[bool] = False
+    """Whether, where all weights train, a reference equal to the policy is that policy before its first step."""
 
     def get_input_stages(self) -> dict[str, "Stage"]:
         """Input stages by the names of their fields."""
@@ -44,6 +47,10 @@ class Stage(IdentifiedModel):
             value = getattr(self, name)
             if isinstance(value, Stage | Part | Snapshot):
                 yield name, value
+
+    def select_runtime(self, runtime: Runtime) -> Runtime:
+        """The runtime settings of this stage: those given, not `sharded` if every process must hold whole weights."""
+        return runtime if self.cuts_weights else runtime.model_copy(update={"sharded": False})
 
     def compute(self, input_paths: Mapping[str, Path], job: StageJob) -> None:
         """Compute the stage from the files at `input_paths`, write the job's folder, and finish the job."""

@@ -100,7 +100,7 @@ class StageCache:
     def compute_share(self, stage: Stage) -> None:
         """Compute this process's share of a stage whose inputs are complete: all of it if the process is alone."""
         rendezvous = self.rendezvous if stage.splits_over_processes else None
-        runtime = self.runtime if stage.cuts_weights else self.runtime.model_copy(update={"sharded": False})
+        runtime = stage.select_runtime(self.runtime)
         check_requirements(stage, runtime, rendezvous.count if rendezvous else 1)
         with rendezvous.open_processes(runtime) if rendezvous else nullcontext() as processes:
             folders = {name: self.locate_folder(upstream) for name, upstream in stage.get_input_stages().items()}

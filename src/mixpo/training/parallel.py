@@ -131,6 +131,7 @@ class MultiProcessSampler:
 
     def __init__(self, sampler: Sampler, processes: StageProcesses) -> None:
         self.sampler, self.processes = sampler, processes
+        self.policy: LanguageModel | None = None
 
     def load_policy(self, policy: LanguageModel) -> None:
         """Hand the policy to this process's own sampler."""
@@ -138,7 +139,9 @@ class MultiProcessSampler:
         self.sampler.load_policy(policy)
 
     def draw(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> SampledCompletions:
-        """Sample k completions of every prompt, each in one of the processes."""
+        """Sample k completions of every prompt, each in a process. Raises RuntimeError before `load_policy`."""
+        if self.policy is None:
+            raise RuntimeError("no policy to sample from: call load_policy first")
         occurrences = options.get("occurrences") or count_earlier_occurrences(prompts)
 
         def draw_rows(rows: list[int]) -> list[Tensor]:

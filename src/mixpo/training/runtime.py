@@ -91,7 +91,7 @@ class Runtime(Settings):
         `local_rank` numbers the processes of one machine, each of which takes the GPU of its number. Raises
         `InputError` if there is no such GPU.
         """
-        torch.set_num_threads(self.threads or max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(self.threads or count_own_cores())
         memory.keep_freed_memory()
         device = torch.device("cpu")
         if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()):
@@ -117,9 +117,11 @@ class Runtime(Settings):
         place = self._require_vllm()
         return VLLMSampler(place, folder=folder, cache_bytes=self.sampling_bytes, arguments=self.vllm_arguments)
 
-    def check_vllm(self) -> None:
-        """Raise `InputError` unless `vllm` names a server that answers, or a Python that has vLLM."""
-        check_vllm(self._require_vllm())
+    def check_vllm(self, *, is_here: bool) -> None:
+        """Raise `InputError` unless `vllm` is given, and, if it is here, names a server or a Python that has vLLM."""
+        place = self._require_vllm()
+        if is_here:
+            check_vllm(place)
 
     def _require_vllm(self) -> str:
         """The setting `vllm`. Raises `InputError` if it is not given."""
@@ -146,3 +148,12 @@ def list_gpu_names() -> list[str]:
 def count_cores() -> int:
     """Count the CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_own_cores() -> int:
+    """Count the CPU cores of this process where several compute a stage: its share, or those of its own Slurm task."""
+    cores, environment = count_cores(), os.environ
+    is_task = environment.get("SLURM_STEP_NUM_TASKS") == environment.get("WORLD_SIZE", "1")  # else torchrun's, or ours
+    if is_task and "SLURM_CPUS_PER_TASK" in environment:
+        return min(cores, int(environment["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", 1)))
