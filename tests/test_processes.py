@@ -423,7 +423,7 @@ def test_cut_weights_with_offloaded_moments_and_checkpointed_activations(tiny: T
 @pytest.mark.heavy
 def test_moments_in_8_bits_of_adapters_beside_cut_weights(tiny: TinyWorld, tmp_path: Path) -> None:
     """Of matrices with more than 4096 numbers, which are kept in 8 bits."""
-    stages = StagesInTwoProcesses(tiny, tmp_path, TWO.model_copy(update={"sharded": True, "checkpoint_minutes": 100}))
+    stages = StagesInTwoProcesses(tiny, tmp_path, TWO.model_copy(update={"sharded": True}))
     stage = tiny.sft(**SFT_ROWS, lora={"rank": 160}, optimizer="adamw-8bit")
     one, other = tiny.run(stage), stages.compute(stage)
     assert isinstance(other, Path), other

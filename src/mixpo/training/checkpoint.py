@@ -212,6 +212,11 @@ class Checkpoint:
             return
         sizes = {name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in cut.items()}
         content = json.dumps({"state": described, "cut": sizes, "folder": folder.name}).encode()
+        storages = set[int]()
+        for name, tensor in tensors.items():
+            if tensor.untyped_storage().data_ptr() in storages:  # safetensors wants one each; 8-bit states share some
+                tensors[name] = tensor.clone()
+            storages.add(tensor.untyped_storage().data_ptr())
         temporary = self.path.with_name(CHECKPOINT_TEMPORARY)
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
