@@ -121,7 +121,11 @@ def leave_a_trace(submitted: SubmittedStage) -> bool:
     [
         ((go_on, be_requeued, go_on, end_well), 12.5),
         ((go_on, end_badly), "the loss is nan"),
-        ((go_on,), "the job 77 was stopped (OUT_OF_MEMORY), perhaps for lack of memory (details in /logs/77.err)"),
+        (
+            (go_on,),
+            "the job 77 was stopped (OUT_OF_MEMORY): it wrote no error; perhaps for lack of memory (details in "
+            "/logs/77.err)",
+        ),
         (
             (be_requeued, time_out),
             "more than 3 times (infra.requeues), after 1440 minutes each (timeout_min)",
@@ -297,7 +301,10 @@ def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit waits for no local job
-def test_jobs_on_this_machine_compute_a_run_in_two_processes_each(tmp_path: Path) -> None:
+def test_jobs_on_this_machine_compute_a_run_in_two_processes_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where jobs find the stage that fails
     words = ["arms=[sft]", "data.train_rows=64", "data.test_rows=16", "data.demonstration_rows=64"]
     words += ["evaluation.prompts=8", "max_completion_tokens=12", "runtime.threads=1", f"cache={tmp_path / 'cache'}"]
     words += [f"out={tmp_path / 'run'}", "infra={cluster: local, tasks_per_node: 2, timeout_min: 10}"]
@@ -318,4 +325,7 @@ def test_jobs_on_this_machine_compute_a_run_in_two_processes_each(tmp_path: Path
         _, _, outcome = executor.wait_for_outcome()
         assert isinstance(outcome, StageFailure)
         assert expected in outcome.reason
+    monkeypatch.setenv("PYTHONPATH", "")
+    executor.submit_stage(StageFailingInOneProcess(how="cannot be read"), display)
+    assert "(FINISHED): ModuleNotFoundError: No module named 'process_pairs'" in executor.wait_for_outcome()[2].reason
     assert SFT.__name__ in " ".join(display.started)

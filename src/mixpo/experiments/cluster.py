@@ -215,10 +215,10 @@ class ClusterExecutor:
             running.ended = time.monotonic()
         elif time.monotonic() - running.ended > LAST_LINE_SECONDS:
             job, trace = running.job, running.progress.with_name(FAILURE)  # of a process that was not the main one
-            details: Path = job.paths.stderr
-            text = f"the job {job.job_id} was stopped ({job.state}), perhaps for lack of memory"
-            if trace.exists():
-                details, text = trace, trace.read_text(encoding="utf8").strip().splitlines()[-1]
+            details = trace if trace.exists() else Path(job.paths.stderr)
+            written = details.read_text(encoding="utf8", errors="replace").strip() if details.exists() else ""
+            last_line = written.splitlines()[-1] if written else "it wrote no error; perhaps for lack of memory"
+            text = last_line if details == trace else f"the job {job.job_id} was stopped ({job.state}): {last_line}"
             return StageFailure(f"{self._format_name(running.stage)}: {text} (details in {details})")
         return None
 
