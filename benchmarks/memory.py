@@ -61,7 +61,10 @@ def list_cases(models: Sequence[str], ways: Sequence[str], precisions: Sequence[
 
 
 def format_table(results: Sequence[dict[str, Any]]) -> str:
-    """Format plans and peaks as a table in Markdown: both whole, and without what a process takes without models."""
+    """Format plans and peaks as a table in Markdown: both whole, and without what a process takes without models.
+
+    The second is left out where that is more than twice as much as all the rest.
+    """
     lines = [
         "| model | stage | | precision | peak, MiB | plan, MiB | plan / peak | without the process | fullest moment |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -69,7 +72,8 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     for one in results:
         peak, plan, process = one["peak_mib"], one["planned_mib"], one["planned_process_mib"]
         cells = [one["model"], one["kind"], "LoRA" if one["lora"] else "whole", one["precision"]]
-        cells += [f"{peak:,.0f}", f"{plan:,.0f}", f"{plan / peak:.2f}", f"{(plan - process) / (peak - process):.2f}"]
+        without_process = f"{(plan - process) / (peak - process):.2f}" if 3 * process < 2 * peak else "–"
+        cells += [f"{peak:,.0f}", f"{plan:,.0f}", f"{plan / peak:.2f}", without_process]
         lines.append(f"| {' | '.join([*cells, one['moment']])} |")
     return "\n".join(lines)
 
