@@ -245,7 +245,7 @@ def _lower(choice: dict[str, Any]) -> None:
     choice["logprobs"]["token_logprobs"] = [(value or 0.0) - 0.01 for value in choice["logprobs"]["token_logprobs"]]
 
 
-def _abort(choice: dict[str, Any]) -> None:
+def _end_early(choice: dict[str, Any]) -> None:
     """A completion that ended before its time."""
     if len(choice["token_ids"]) > 1:
         choice.update(token_ids=[50], logprobs={"token_logprobs": [-1.0]}, finish_reason="abort")
@@ -278,7 +278,7 @@ FAILURES: dict[str, tuple[Callable[[FakeVLLM], Any], str]] = {
         "found an answer to /v1/completions without log-probs",
     ),
     "aborted": (
-        lambda fake: setattr(fake, "change_choice", _abort),
+        lambda fake: setattr(fake, "change_choice", _end_early),
         "found a completion that finished by 'abort' after 1 tokens; expected an end token, or 8 tokens",
     ),
     "an unused token": (
@@ -677,7 +677,7 @@ def test_ppo_through_vllm(world: World, tmp_path: Path, lora: dict[str, int] | N
 def test_a_vllm_that_dies_ends_the_stage_which_goes_on_when_it_is_run_again(world: World, tmp_path: Path) -> None:
     runtime = Runtime(threads=1, checkpoint_minutes=0, vllm=PYTHON, vllm_arguments=(PLAIN,))
     stage = world.ppo(sampler="vllm", epochs=2)
-    ask = VLLMServer._ask
+    ask = VLLMServer._request_json
     paths = list[str]()
 
     def die(server: VLLMServer, path: str, body: Any = None, *expected: str) -> Any:

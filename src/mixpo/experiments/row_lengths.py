@@ -35,7 +35,7 @@ class RowLengthEstimator:
                 if read is not None:
                     return [(row[0], *(min(tokens, max_completion_tokens) for tokens in row[1:])) for row in read]
                 completions = [max_completion_tokens] * (1 if part == "demonstrations" else 2)
-                return [(stage.max_prompt_tokens, *completions)] * self._count_rows(stage, part)
+                return [(stage.max_prompt_tokens, *completions)] * self._estimate_row_count(stage, part)
             case Selection():
                 return self._read_part(stage, part) or self._list_selected_rows(stage, part)
             case Samples():
@@ -76,20 +76,20 @@ class RowLengthEstimator:
         share = easy if part == "easy" else 1 - easy
         return draw_subset(rows, max(1, round(share * len(rows))), COMPARISON_SEED)
 
-    def _count_rows(self, data: Data, part: str) -> int:
+    def _estimate_row_count(self, data: Data, part: str) -> int:
         """Number of rows of a data stage's part that was not read."""
         self.assumptions[
             "rows are not read yet: every prompt and completion is planned at the longest that the settings allow"
         ] = None
-        train = data.train_rows or self._assume_rows("train")
+        train = data.train_rows or self._assume_row_count("train")
         test = round(data.test_share * train) if not data.test and data.format != "world" else None
-        test = data.test_rows or test or (self._assume_rows("test") if part == "test" else 0)
+        test = data.test_rows or test or (self._assume_row_count("test") if part == "test" else 0)
         own = None if data.demonstrations else train
         counts = {"train": train, "test": test, "second": data.second_rows}
-        counts["demonstrations"] = data.demonstration_rows or own or self._assume_rows("train")
+        counts["demonstrations"] = data.demonstration_rows or own or self._assume_row_count("train")
         return counts[part]
 
-    def _assume_rows(self, part: str) -> int:
+    def _assume_row_count(self, part: str) -> int:
         """The number of rows that is assumed for a part that no setting bounds."""
         text = f"data.{part}_rows is not set: planned for {ASSUMED_ROWS[part]:,} rows"
         self.assumptions[text] = None

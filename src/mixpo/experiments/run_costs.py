@@ -157,7 +157,7 @@ def find_fitting_changes(
     smallest = measure([])
     while position < len(waiting):
         change = waiting[position]
-        tried = [one for one in applied if not _change_the_same(one, change)] + [change]
+        tried = [one for one in applied if not _share_a_setting(one, change)] + [change]
         size = measure(tried)
         if size >= smallest:
             position += 1
@@ -173,7 +173,7 @@ def find_fitting_changes(
     return None
 
 
-def _change_the_same(one: _SettingChange, other: _SettingChange) -> bool:
+def _share_a_setting(one: _SettingChange, other: _SettingChange) -> bool:
     """True if two changes share a setting."""
     return bool(one.planned_runtime.keys() & other.planned_runtime.keys() or one.stage.keys() & other.stage.keys())
 

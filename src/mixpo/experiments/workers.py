@@ -164,12 +164,14 @@ class ProcessPool:
                 try:
                     method, arguments = pipe.recv()
                 except (EOFError, OSError) as error:
-                    return self._end_dead_group(pipe, error)
+                    return self._stop_group_of_dead_process(pipe, error)
                 if method == "end":
                     return *self.busy.pop(pipe), arguments[0]
                 getattr(self.busy[pipe][1], method)(*arguments)
             if not pipes:
-                return self._end_dead_group(next(pipes_by_sentinel[one] for one in ready if isinstance(one, int)))
+                return self._stop_group_of_dead_process(
+                    next(pipes_by_sentinel[one] for one in ready if isinstance(one, int))
+                )
 
     def kill_workers(self) -> None:
         """Kill all worker processes and wait for them to end."""
@@ -195,7 +197,9 @@ class ProcessPool:
         self.groups[pipe] = WorkerGroup(pipe, processes, store, devices)
         return self.groups[pipe]
 
-    def _end_dead_group(self, pipe: Connection, cause: Exception | None = None) -> tuple[Stage, StageDisplay, Outcome]:
+    def _stop_group_of_dead_process(
+        self, pipe: Connection, cause: Exception | None = None
+    ) -> tuple[Stage, StageDisplay, Outcome]:
         """End a group of which a process has died; return its stage, the display, and the failure that was reported.
 
         Raises `InputError` if none was.

@@ -53,7 +53,7 @@ def add_lora(lm: LanguageModel, lora: LoraSettings, name: str = "trained") -> No
     from peft import LoraConfig
 
     network = lm.network
-    targets, saved = _choose_modules(network, lora)
+    targets, saved = _choose_lora_modules(network, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -143,7 +143,7 @@ def iterate_adapter_weights(network: Network, adapter_name: str) -> Iterator[tup
             yield name.removesuffix(f".{adapter_name}.weight") if ".lora_" in name else name, parameter
 
 
-def _choose_modules(network: Network, lora: LoraSettings) -> tuple[list[str], list[str]]:
+def _choose_lora_modules(network: Network, lora: LoraSettings) -> tuple[list[str], list[str]]:
     """Names of the layers that get adapters, and of the modules that train whole. Raises `InputError` on conflicts."""
     model = network.model
     unadapted, adapted = _list_whole_modules(network), _list_adapted_layers(network)

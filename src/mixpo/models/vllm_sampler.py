@@ -130,7 +130,7 @@ class VLLMSampler:
         few = Completions.from_lists(sampled.to_lists()[:count])
         own = compute_token_logprobs(policy, prompts[:count], few, token_budget=CHECK_TOKENS)
         served = sampled.logprobs[:count][..., : own.shape[-1]]
-        _compare_logprobs(server, served[few.mask], own[few.mask], policy.precision, "a draw")
+        _require_equal_logprobs(server, served[few.mask], own[few.mask], policy.precision, "a draw")
         return sampled
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class VLLMSampler:
 
     def _hand_over(self, policy: LanguageModel) -> VLLMServer:
         """Let a server compute the policy's current weights, and compare log-probs with the policy's own."""
-        completions = _draw_probe(policy) if self.probe is None else self.probe.completions
+        completions = _sample_probe_completions(policy) if self.probe is None else self.probe.completions
         prompts = [[policy.end_token]] * len(completions)
         own = compute_token_logprobs(policy, prompts, completions, token_budget=CHECK_TOKENS)[completions.mask]
         refuse_non_finite_logprobs(own)
@@ -150,9 +150,9 @@ class VLLMSampler:
         server = self._load_adapter(policy) if policy.adapters else self._load_weights(policy)
         scores = server.score(prompts, [completion for (completion,) in completions.to_lists()])
         served = torch.tensor([logprob for logprobs in scores for logprob in logprobs])
-        _compare_logprobs(server, served, own, policy.precision, "the hand-over")
+        _require_equal_logprobs(server, served, own, policy.precision, "the hand-over")
         probe = _PolicyProbe(completions, own, noise=_compute_rms(served - own))
-        self.probe = _check_that_server_followed(server, served, self.probe, probe)
+        self.probe = _require_current_policy(server, served, self.probe, probe)
         return server
 
     def _load_adapter(self, policy: LanguageModel) -> VLLMServer:
@@ -201,13 +201,13 @@ class VLLMSampler:
         return self.server
 
 
-def _draw_probe(policy: LanguageModel) -> Completions:
+def _sample_probe_completions(policy: LanguageModel) -> Completions:
     """Completions of the end token by the policy itself. Raises `InputError` if its logits are not finite."""
     sampled = sample_completions(policy, [[policy.end_token]], k=PROBED_COMPLETIONS, max_tokens=PROBED_TOKENS, seed=0)
     return Completions.from_lists([[completion] for completion in sampled.to_lists()[0]])
 
 
-def _compare_logprobs(
+def _require_equal_logprobs(
     server: VLLMServer, served: Float[Tensor, " n"], own: Float[Tensor, " n"], precision: Precision, occasion: str
 ) -> None:
     """Raise `InputError` unless the server's log-probs of the same tokens are the policy's own."""
@@ -219,7 +219,7 @@ def _compare_logprobs(
         )
 
 
-def _check_that_server_followed(
+def _require_current_policy(
     server: VLLMServer, served: Float[Tensor, " n"], before: _PolicyProbe | None, now: _PolicyProbe
 ) -> _PolicyProbe:
     """Raise `InputError` if the server still computes an earlier policy; returns what the next check goes by.

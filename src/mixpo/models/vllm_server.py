@@ -201,7 +201,7 @@ class VLLMServer:
     def _identify(self) -> None:
         """Ask for the version, which only vLLM has, and for the model. Raises `InputError` if mixpo cannot use them."""
         try:
-            version = self._ask("/version")["version"]
+            version = self._request_json("/version")["version"]
         except (MissingEndpointError, TypeError, LookupError):
             self.is_vllm = False
         else:
@@ -213,7 +213,7 @@ class VLLMServer:
                     f"{first[0]}.{first[1]} to {last[0]}.{last[1]}, whose protocol mixpo speaks; install one of them",
                 )
         try:
-            model = self._ask("/v1/models")["data"][0]  # the base model is the first
+            model = self._request_json("/v1/models")["data"][0]  # the base model is the first
             self.model_name, self.model_folder = model["id"], model.get("root") or ""
         except (MissingEndpointError, TypeError, LookupError):
             self.refuse("no model at /v1/models", "a vLLM server, which lists its model there")
@@ -235,14 +235,14 @@ class VLLMServer:
         self._unload_adapter()
         self.policy_number += 1
         name = f"mixpo-{self.session}-{self.policy_number}"
-        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, expected)
+        self._request_json("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, expected)
         self.adapter_name = name
 
     def _unload_adapter(self) -> None:
         """Unload the last adapter, if there is one."""
         if self.adapter_name:
             name, self.adapter_name = self.adapter_name, ""
-            self._ask("/v1/unload_lora_adapter", {"lora_name": name})
+            self._request_json("/v1/unload_lora_adapter", {"lora_name": name})
 
     def reload_weights(self, folder: Path) -> None:
         """Complete by the weights in a model's folder from now on; another kind of server must have been started on it.
@@ -261,8 +261,10 @@ class VLLMServer:
         self._unload_adapter()
         self.policy_number += 1
         expected = "a server with the environment variable VLLM_SERVER_DEV_MODE=1"
-        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}, expected)
-        self._ask("/reset_prefix_cache", {}, expected)
+        self._request_json(
+            "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}, expected
+        )
+        self._request_json("/reset_prefix_cache", {}, expected)
 
     # What it computes
 
@@ -304,7 +306,7 @@ class VLLMServer:
 
         def complete_one(prompt: Sequence[int], seed: int) -> tuple[list[int], list[float]]:
             """Raises `InputError` unless the completion is a whole one."""
-            choice = self._ask_for_choice(prompt, {**options, "seed": seed})
+            choice = self._request_completion(prompt, {**options, "seed": seed})
             tokens, logprobs = choice.get("token_ids"), choice["logprobs"]["token_logprobs"]
             if not tokens or len(tokens) != len(logprobs):
                 self.refuse("a completion without token_ids", "token ids and log-probs; it is no vLLM, or an old one")
@@ -336,14 +338,14 @@ class VLLMServer:
         scores = []
         for prompt, completion in zip(prompts, completions, strict=True):
             options = {"echo": True, "logprobs": 1, "max_tokens": 1}  # SGLang echoes no log-probs if asked for 0 others
-            choice = self._ask_for_choice([*prompt, *completion], options)
+            choice = self._request_completion([*prompt, *completion], options)
             logprobs = choice["logprobs"]["token_logprobs"][len(prompt) : len(prompt) + len(completion)]
             if len(logprobs) != len(completion) or None in logprobs:
                 self.refuse("an answer to /v1/completions without the prompt's log-probs", "those that echo asks for")
             scores.append(logprobs)
         return scores
 
-    def _ask_for_choice(self, prompt: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
+    def _request_completion(self, prompt: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
         """The one completion of a prompt, with log-probs. Nothing is left to the server's defaults."""
         request = {
             "model": self.adapter_name or self.model_name,
@@ -363,7 +365,7 @@ class VLLMServer:
             "cache_salt": f"{self.session}-{self.policy_number}",  # no key or value of an earlier policy
             **options,
         }
-        answer = self._ask("/v1/completions", request)
+        answer = self._request_json("/v1/completions", request)
         try:
             choice: dict[str, Any] = answer["choices"][0]
             choice["logprobs"]["token_logprobs"]
@@ -373,7 +375,7 @@ class VLLMServer:
 
     # Requests and failures
 
-    def _ask(self, path: str, body: Any = None, expected: str | None = None) -> Any:
+    def _request_json(self, path: str, body: Any = None, expected: str | None = None) -> Any:
         """The JSON answer to a GET, or to a POST of a JSON body. `expected` says which server has the path.
 
         Raises:

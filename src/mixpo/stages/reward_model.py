@@ -21,7 +21,7 @@ from mixpo.stages.rows import read_pairs, write_table
 from mixpo.stages.stage import DataStage, Part, PolicyStage, RewardStage
 from mixpo.training.health import compute_mean_of_last_steps, emit_alarms, find_reward_model_alarms
 from mixpo.training.job import StageJob
-from mixpo.training.sharding import get_local, take_own_part
+from mixpo.training.sharding import get_local, take_local_shard
 from mixpo.training.step import Sums
 from mixpo.training.supervised import SupervisedSettings, SupervisedTraining
 
@@ -81,7 +81,7 @@ class RewardModel(RewardStage, RewardModelSettings):
             job.cost.add_scored_tokens(lm, sum(count_tokens_per_prompt(prompts, completions)))
             weight = lm.score_head.weight.detach()
             fitted = fit_bradley_terry(states[:, 0] - states[:, 1], ridge=self.head_ridge)
-            get_local(weight).copy_(take_own_part(fitted.view_as(weight), weight))
+            get_local(weight).copy_(take_local_shard(fitted.view_as(weight), weight))
 
         def compute_reward_loss(batch: BranchBatch, rows: list[int]) -> tuple[Tensor, Sums]:
             """Bradley-Terry and weighted centering loss, summed over a microbatch, and the sums of its metrics."""

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from mixpo.data.errors import InputError
 from mixpo.models.language_model import LanguageModel
-from mixpo.training.job import CHECKPOINT, CHECKPOINT_PARTS, CHECKPOINT_TEMPORARY, StageJob
+from mixpo.training.job import CHECKPOINT, CHECKPOINT_SHARDS, CHECKPOINT_TEMPORARY, StageJob
 from mixpo.training.optimizers import OffloadedAdamW
 from mixpo.training.parallel import StageProcesses
-from mixpo.training.sharding import get_local, join_parts, read_parts, take_own_part, write_parts
+from mixpo.training.sharding import get_local, make_sharded_tensor, read_shards, take_local_shard, write_shards
 
 FORMAT = 3
 _JSON = "json"
@@ -55,7 +55,7 @@ class TrainableWeights:
             raise RuntimeError(f"the checkpoint's weights differ: {sorted(state.keys() ^ self.parameters.keys())[:3]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                get_local(parameter.detach()).copy_(take_own_part(state[name], parameter))
+                get_local(parameter.detach()).copy_(take_local_shard(state[name], parameter))
 
 
 class OptimizerStates:
@@ -73,7 +73,7 @@ class OptimizerStates:
         if not isinstance(self.optimizer, OffloadedAdamW):
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             states = {
-                index: {name: _cut_like(value, parameters[index]) for name, value in values.items()}
+                index: {name: _shard_like(value, parameters[index]) for name, value in values.items()}
                 for index, values in state["state"].items()
             }
             state = {**state, "state": states}
@@ -160,7 +160,7 @@ class Checkpoint:
                 self.folder = self.path.with_name(content["folder"])
                 sizes = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in content["cut"].items()}
                 count = self.processes.count if self.processes.is_sharded else 1
-                tensors |= read_parts(sizes, self.folder, count)
+                tensors |= read_shards(sizes, self.folder, count)
             saved = _insert_tensors(content["state"], tensors)
             if saved["format"] != FORMAT or saved["parts"].keys() != self.parts.keys():
                 raise ValueError(f"{sorted(saved['parts'])} in format {saved['format']}")
@@ -203,10 +203,12 @@ class Checkpoint:
         }
         described = _extract_tensors(state, tensors)
         cut = {name: tensors.pop(name) for name in list(tensors) if isinstance(tensors[name], DTensor)}
-        folder = self.path.with_name(f"{CHECKPOINT_PARTS}{next_step}")
+        folder = self.path.with_name(f"{CHECKPOINT_SHARDS}{next_step}")
         if cut:
-            self.processes.take_from_main(lambda: self._delete_folders(keep=self.folder))  # of attempts that ended here
-            write_parts(cut, folder)
+            self.processes.take_from_main(
+                lambda: self._delete_shard_folders(keep=self.folder)
+            )  # of attempts that ended here
+            write_shards(cut, folder)
         self.written = time.monotonic()
         if not self.processes.is_main_process:
             return
@@ -221,20 +223,20 @@ class Checkpoint:
         save_file({_JSON: torch.frombuffer(bytearray(content), dtype=torch.uint8), **tensors}, temporary)
         temporary.replace(self.path)
         self.folder = folder if cut else None
-        self._delete_folders(keep=self.folder)
+        self._delete_shard_folders(keep=self.folder)
 
-    def _delete_folders(self, *, keep: Path | None) -> None:
+    def _delete_shard_folders(self, *, keep: Path | None) -> None:
         """Delete the folders of cut weights but one; what cannot be deleted, as where a copy is read, is left."""
-        for folder in self.path.parent.glob(f"{CHECKPOINT_PARTS}*"):
+        for folder in self.path.parent.glob(f"{CHECKPOINT_SHARDS}*"):
             if folder != keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cut_like(value: Any, parameter: nn.Parameter) -> Any:
+def _shard_like(value: Any, parameter: nn.Parameter) -> Any:
     """A value of an optimizer's state, on the parameter's device and cut as it is if it is a tensor of its shape."""
     if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape):
         return value
-    return join_parts(take_own_part(value, parameter).to(parameter.device), parameter)
+    return make_sharded_tensor(take_local_shard(value, parameter).to(parameter.device), parameter)
 
 
 def _extract_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:

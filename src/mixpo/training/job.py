@@ -24,7 +24,7 @@ SUMMARY, CHECKPOINT, PORTIONS = "summary.json", "checkpoint.safetensors", "porti
 """Files of a stage's folder: of a complete one, and those from which training and other work resume."""
 CHECKPOINT_TEMPORARY = "checkpoint.part"
 """Name of a checkpoint's file until it is whole."""
-CHECKPOINT_PARTS = "checkpoint-"
+CHECKPOINT_SHARDS = "checkpoint-"
 """Beginning of the name of a folder with what a checkpoint has of weights that are cut."""
 SAMPLING = "sampling"
 """Folder in a stage's folder from which a server that samples reads policies."""
@@ -132,5 +132,5 @@ class StageJob:
         write_json(self.out / SUMMARY, {**figures, "cost": self.cost.summarize()})
         for name in (CHECKPOINT, CHECKPOINT_TEMPORARY, PORTIONS):
             (self.out / name).unlink(missing_ok=True)
-        for folder in self.out.glob(f"{CHECKPOINT_PARTS}*"):
+        for folder in self.out.glob(f"{CHECKPOINT_SHARDS}*"):
             shutil.rmtree(folder, ignore_errors=True)

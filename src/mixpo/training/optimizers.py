@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixpo.training.sharding import get_local, join_parts, take_own_part
+from mixpo.training.sharding import get_local, make_sharded_tensor, take_local_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in its state."""
@@ -48,7 +48,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         saved = self.state[parameter]
         if name not in saved:
             kept = torch.empty_like(part, device="cpu", pin_memory=parameter.is_cuda)
-            saved[name] = join_parts(kept, parameter)
+            saved[name] = make_sharded_tensor(kept, parameter)
         get_local(saved[name]).copy_(part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": rest})
         for index, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
             for name in MOMENTS if index in states else ():
-                self._write_moment(parameter, name, take_own_part(states[index][name], parameter))
+                self._write_moment(parameter, name, take_local_shard(states[index][name], parameter))
 
 
 def make_8bit_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """Rates of devices, from which a run's time is estimated: makers' figures for GPUs, and this machine's, measured."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +56,15 @@ def measure_rates(precision: Precision) -> DeviceRates:
     """Measure this machine's rates for half a second: products of 1024 x 1024 matrices, and reading 256 MiB."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left = torch.ones(1024, 1024, dtype=dtype)
-    products = _count_calls_a_second(lambda: left @ left)
+    products = _measure_calls_per_second(lambda: left @ left)
     large = torch.ones(1 << 26)
-    reads = _count_calls_a_second(large.sum)
+    reads = _measure_calls_per_second(large.sum)
     flops: dict[Precision, float] = {precision: products * 2 * 1024**3}
     return DeviceRates("this machine", flops, reads * large.nbytes, 0, product_share=0.5, bandwidth_share=0.2)
 
 
-def _count_calls_a_second(work: object) -> float:
-    """Count the calls of a function in a second, after one that is not timed."""
-    assert callable(work)
+def _measure_calls_per_second(work: Callable[[], object]) -> float:
+    """Measure the calls of a function a second, after one that is not timed."""
     work()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < MEASURED_SECONDS:

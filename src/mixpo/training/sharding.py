@@ -90,7 +90,7 @@ def get_whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def take_own_part(tensor: Tensor, parameter: Tensor) -> Tensor:
+def take_local_shard(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a parameter that is cut, out of a tensor that is whole in every process, or cut likewise.
 
     Of any other parameter, and of a tensor of another shape, the tensor itself.
@@ -101,7 +101,7 @@ def take_own_part(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor[tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))]
 
 
-def join_parts(part: Tensor, parameter: Tensor) -> Tensor:
+def make_sharded_tensor(part: Tensor, parameter: Tensor) -> Tensor:
     """The tensor, cut as a parameter is, of which each process has its part; the part itself if the parameter is whole.
 
     Parts are on the parameter's device or on the CPU. Called by every process.
@@ -116,13 +116,13 @@ def join_parts(part: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def write_parts(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write tensors that are cut to safetensors in a new folder, every process its own parts; called by all of them."""
     with _raise_what_failed():
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def read_parts(sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], folder: Path, count: int) -> dict[str, Tensor]:
+def read_shards(sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], folder: Path, count: int) -> dict[str, Tensor]:
     """Read finite tensors of these shapes and types, on the CPU, that any number of processes wrote to a folder.
 
     They are cut over `count` processes, each of which reads its own parts alone, or whole if that is 1. Raises
