@@ -275,7 +275,7 @@ def write_to_a_full_disk(processes: StageProcesses, folder: Path) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixpo.training.checkpoint.write_parts", fail)
+        patch.setattr("mixpo.training.checkpoint.write_shards", fail)
         train_from_checkpoint(processes, folder, False, 3)
 
 
