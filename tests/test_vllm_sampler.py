@@ -690,7 +690,7 @@ def test_a_vllm_that_dies_ends_the_stage_which_goes_on_when_it_is_run_again(worl
         return ask(server, path, body, *expected)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VLLMServer, "_ask", die)
+        patch.setattr(VLLMServer, "_request_json", die)
         with pytest.raises(InputError, match=r"vLLM, started by runtime.vllm: found no answer .* ended with status -9"):
             world.compute(stage, tmp_path / "out", runtime)
     assert len(read_metrics(tmp_path / "out")) == 1
